@@ -1,0 +1,183 @@
+"""Which rank this is, and the few collectives the pipeline needs; all work with one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+# Per launcher: the variables that hold rank, world size and local rank.
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Every count of the process group in one place."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes for all."""
+        return self.rank == 0
+
+
+def discover_world(environ: dict[str, str] | None = None) -> World:
+    """Read rank and world size from whichever launcher started this process.
+
+    Raises:
+        UserError: a launcher set only part of its variables, or a rank out of range.
+    """
+    env = dict(os.environ) if environ is None else environ
+    for launcher, (rank, size, local_rank) in _LAUNCHERS.items():
+        present = [name for name in (rank, size, local_rank) if name in env]
+        # A plain `python` inside an sbatch script sees SLURM_PROCID=0 but is no step of srun.
+        if rank not in present or size not in present:
+            continue
+        if local_rank not in present:
+            raise UserError(f"{launcher} set {rank} and {size} but not {local_rank}")
+        world = World(
+            rank=int(env[rank]), world_size=int(env[size]), local_rank=int(env[local_rank])
+        )
+        if not 0 <= world.rank < world.world_size:
+            raise UserError(f"{rank}={world.rank}", allowed=f"0 to {size}-1 ({world.world_size - 1})")
+        return world
+    return World()
+
+
+def start(world: World, *, timeout_seconds: int = 1800) -> None:
+    """Join the process group: NCCL on GPUs, gloo elsewhere."""
+    if dist.is_initialized():
+        return
+    os.environ["RANK"] = str(world.rank)
+    os.environ["WORLD_SIZE"] = str(world.world_size)
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    os.environ.setdefault("MASTER_ADDR", _first_host())
+    # Two jobs on one node must not meet at one port.
+    job = int(os.environ.get("SLURM_JOB_ID", "9500"))
+    os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def _first_host() -> str:
+    """Address of rank 0: the first host of a Slurm job, this machine elsewhere."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if nodes and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+        hosts = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+        return hosts.split()[0]
+    return "127.0.0.1"
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's rank; 0 with one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 with one process."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Reduce in place over ranks with `sum`, `max` or `min`; returns the tensor."""
+    if world_size() > 1:
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(tensor, op=ops[op])
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if it is true on one: the only safe way to decide on a rank's own view."""
+    return bool(all_reduce_(torch.tensor(int(flag), device=device()), "max").item())
+
+
+def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Gather tensors that differ in their first dimension.
+
+    Args:
+        x: (B, ...) rows of this rank; B may differ per rank and may be 0.
+
+    Returns:
+        All rows in rank order (sum of B, ...), and the offset of this rank's first row.
+    """
+    if world_size() == 1:
+        return x, 0
+    count = torch.tensor([x.shape[0]], device=x.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: x.shape[0]] = x
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    rows = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+    return rows, sum(sizes[: rank()])
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's picklable value, on all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def leave(code: int) -> None:
+    """End this process with `code` after all ranks are done.
+
+    Skips the interpreter's finalisation: gloo's background thread can abort a finished process
+    there, which a cluster would count as a failed job.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    mpi = sys.modules.get("mpi4py.MPI")
+    # mpirun reports failure when a rank that initialised MPI leaves without finalising it.
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

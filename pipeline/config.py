@@ -1,0 +1,382 @@
+"""The whole configuration as frozen dataclasses, and the one border where YAML becomes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+# Unknown keys are refused: a misspelt key that is ignored trains the wrong model.
+_strict = with_config(ConfigDict(extra="forbid"))
+
+Attention = Literal["bidirectional", "causal"]
+Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
+
+
+def _require(condition: bool, key: str, value: object, allowed: str, fix: str = "") -> None:
+    if not condition:
+        raise UserError(f"{key}: {value!r}", allowed=allowed, fix=fix)
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """How an instruction and a text become the string that is tokenised.
+
+    One object serves training, export and evaluation, so the strings cannot differ.
+    """
+
+    query: str = "Instruct: {instruction}\nQuery: {text}"
+    document: str = "{text}"
+
+    def __post_init__(self) -> None:
+        for key, template in (("query", self.query), ("document", self.document)):
+            _require(
+                template.count("{text}") == 1 and template.endswith("{text}"),
+                f"template.{key}",
+                template,
+                "a string that ends with {text} and names it once",
+            )
+
+    def query_prefix(self, instruction: str) -> str:
+        """What stands before the query text; empty when there is no instruction."""
+        if not instruction:
+            return ""
+        return self.query.removesuffix("{text}").replace("{instruction}", instruction)
+
+    def document_prefix(self, instruction: str = "") -> str:
+        """What stands before a document's text. Only symmetric sets give documents one."""
+        if instruction:
+            return self.query_prefix(instruction)
+        return self.document.removesuffix("{text}")
+
+    def format_query(self, text: str, instruction: str = "") -> str:
+        """The string of a query."""
+        return self.query_prefix(instruction) + text
+
+    def format_document(self, text: str, instruction: str = "") -> str:
+        """The string of a document."""
+        return self.document_prefix(instruction) + text
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "model.lora.rank", self.rank, "an integer >= 1")
+        _require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The backbone, how it attends, and how its hidden states become one vector."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attention: Attention = "bidirectional"
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention_dropout: float | None = None
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.trust_remote_code or self.revision is not None,
+            "model.trust_remote_code",
+            True,
+            "true only together with model.revision (a pinned commit)",
+            "set model.revision, so that the code you reviewed is the code that runs",
+        )
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which shards, and what one global batch is made of."""
+
+    path: Path
+    global_batch_size: int = 1024
+    num_hard_negatives: int = 1
+    homogeneous: Literal["none", "source", "instruction"] = "instruction"
+    prefetch: bool = True
+
+    def __post_init__(self) -> None:
+        size = self.global_batch_size
+        _require(size >= 2, "data.global_batch_size", size, "an integer >= 2 (queries)")
+        negatives = self.num_hard_negatives
+        _require(negatives >= 0, "data.num_hard_negatives", negatives, "an integer >= 0")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748, eq. 4)."""
+
+    temperature: float = 0.02
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "a number > 0")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), warm-up and decay."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "a number > 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0")
+        _require(
+            self.max_grad_norm >= 0,
+            "optimizer.max_grad_norm",
+            self.max_grad_norm,
+            "a number > 0, or 0 for no clipping",
+        )
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkConfig:
+    """How a rank's share of the global batch is cut into cached forwards."""
+
+    max_tokens: int = 8192
+    min_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "chunks.max_tokens", self.max_tokens, "an integer >= 1")
+        _require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run saves itself and how many saves are kept."""
+
+    every: int = 100
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", self.every, "an integer >= 1 (steps)")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "an integer >= 1")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run: `pipeline/train.py CONFIG`."""
+
+    output_dir: Path
+    num_steps: int
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 42
+    schedule: Literal["plain", "cache"] = "cache"
+    chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log_every: int = 1
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer >= 1")
+        _require(
+            self.optimizer.warmup_steps < self.num_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"less than num_steps ({self.num_steps})",
+        )
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One data set: where it is, how to read it, how much of it to take."""
+
+    name: str
+    format: str
+    path: str
+    split: str = "train"
+    instruction: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_rows: int | None = None
+    weight: float = 1.0
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Raw data to shards: `diffembed prepare CONFIG`."""
+
+    output_dir: Path
+    tokenizer: str
+    sources: tuple[SourceConfig, ...]
+    template: Template = dataclasses.field(default_factory=Template)
+    max_query_length: int = 512
+    max_document_length: int = 4096
+    append_eos: bool = False
+    shard_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        _require(len(names) > 0, "sources", "an empty list", "at least one source")
+        _require(len(set(names)) == len(names), "sources", names, "names that differ")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedModel:
+    """An export folder and the name it has in the report."""
+
+    name: str
+    path: Path
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Exports to scores: `diffembed evaluate run CONFIG`."""
+
+    output_dir: Path
+    models: tuple[EvaluatedModel, ...]
+    tasks: tuple[str, ...]
+    snapshots: Path | None = None
+    max_length: int = 4096
+    max_tokens: int = 16384
+    training_run: Path | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.models) > 0, "models", "an empty list", "at least one model")
+        _require(len(self.tasks) > 0, "tasks", "an empty list", "at least one mteb task name")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StarterConfig:
+    """A small model to begin from, and its tokenizer: `diffembed starter CONFIG`."""
+
+    output_dir: Path
+    corpus: tuple[Path, ...]
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    max_position_embeddings: int = 4096
+    seed: int = 0
+
+
+def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
+    """Read a YAML file, apply `key.sub=value` overrides, and build `kind` from it.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, a value has a wrong type or
+            breaks a rule; the message names the file and the whole key path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", fix="give the path of a YAML config")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {type(tree).__name__} at the top", allowed="a mapping of keys")
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(kind, tree, origin=str(path))
+
+
+def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
+    """Validate a plain tree of values into `kind`; `origin` names it in messages."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise _explain(kind, error, origin) from error
+    except UserError as error:
+        raise UserError(f"{origin}: {error.found}", allowed=error.allowed, fix=error.fix) from error
+
+
+def dump_config(config: Any) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}", allowed="key.sub=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = tree.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
+        tree = node
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: value is not YAML ({error})") from error
+
+
+def _explain(kind: type, error: ValidationError, origin: str) -> UserError:
+    """The first fault of a pydantic report, in the user's words."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return UserError(
+            f"{origin}: unknown key {key!r}", allowed=", ".join(_keys_beside(kind, first["loc"]))
+        )
+    if first["type"] in ("missing", "missing_keyword_only_argument"):
+        return UserError(f"{origin}: key {key!r} is missing", fix=f"add {key} to the file")
+    return UserError(f"{origin}: {key} = {first['input']!r}", allowed=first["msg"])
+
+
+def _keys_beside(kind: type, location: tuple[int | str, ...]) -> list[str]:
+    """Names allowed where an unknown key was found."""
+    schema = TypeAdapter(kind).json_schema()
+    node: dict[str, Any] = schema
+    for part in location[:-1]:
+        node = _resolve(schema, node["items"] if isinstance(part, int) else node["properties"][part])
+    return list(_resolve(schema, node)["properties"])
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """Follow references and optional branches of a JSON schema to the object they mean."""
+    for branch in node.get("anyOf", []):
+        if branch.get("type") != "null":
+            return _resolve(schema, branch)
+    if "$ref" in node:
+        return dict(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]])
+    return node

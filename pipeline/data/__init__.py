@@ -1,0 +1,1 @@
+"""Published retrieval data in, one reproducible global batch at a time out."""

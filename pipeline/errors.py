@@ -1,0 +1,36 @@
+"""Every way a run may end, as one exception tree with its exit code."""
+
+from __future__ import annotations
+
+
+class DiffembedError(Exception):
+    """Root of all errors this package raises on purpose; exits with 1."""
+
+    exit_code = 1
+
+
+class UserError(DiffembedError):
+    """The user's config, data or command is wrong; exits with 2.
+
+    Args:
+        found: what was met, with the key path or file that holds it.
+        allowed: what would have been accepted.
+        fix: what to change, when the two do not already say it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, *, allowed: str = "", fix: str = "") -> None:
+        self.found, self.allowed, self.fix = found, allowed, fix
+        parts = [found]
+        if allowed:
+            parts.append(f"allowed: {allowed}")
+        if fix:
+            parts.append(f"fix: {fix}")
+        super().__init__(" | ".join(part.replace("\n", " ") for part in parts))
+
+
+class Stopped(DiffembedError):
+    """The run was asked to stop, wrote a checkpoint, and can be resumed; exits with 75."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Backbones, pooling and packing: token ids in, unit vectors out, a folder anyone can load."""

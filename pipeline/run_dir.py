@@ -1,0 +1,95 @@
+"""One folder per run that explains itself, written so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
+
+
+class RunDir:
+    """Names of everything below a run's folder.
+
+    config.yaml ds_config.json environment.json metrics.jsonl checkpoints/ export/ results/ report/
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.ds_config = self.root / "ds_config.json"
+        self.environment = self.root / "environment.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.export = self.root / "export"
+        self.results = self.root / "results"
+        self.report = self.root / "report"
+        # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
+        self.stop_request = self.root / "stop"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success it is synced and takes `path`'s place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a whole JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and commit of a run, for `environment.json`."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with `+changes` when it differs."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if status else commit
