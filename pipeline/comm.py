@@ -166,13 +166,22 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def leave(code: int) -> None:
-    """End this process with `code` after all ranks are done.
+def leave(code: int, *, gracefully: bool) -> None:
+    """End this process with `code`.
 
     Skips the interpreter's finalisation: gloo's background thread can abort a finished process
     there, which a cluster would count as a failed job.
+
+    Args:
+        code: exit code.
+        gracefully: wait for the other ranks first; false after a fault, when they may never come.
     """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not gracefully:
+        os._exit(code)
     if dist.is_initialized():
+        barrier()
         dist.destroy_process_group()
     mpi = sys.modules.get("mpi4py.MPI")
     # mpirun reports failure when a rank that initialised MPI leaves without finalising it.

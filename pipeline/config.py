@@ -328,10 +328,15 @@ def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
         raise UserError(f"{origin}: {error.found}", allowed=error.allowed, fix=error.fix) from error
 
 
+def as_tree(config: Any) -> dict[str, Any]:
+    """The resolved config as nested dicts of plain values."""
+    tree: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return tree
+
+
 def dump_config(config: Any) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
-    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -368,7 +373,8 @@ def _keys_beside(kind: type, location: tuple[int | str, ...]) -> list[str]:
     schema = TypeAdapter(kind).json_schema()
     node: dict[str, Any] = schema
     for part in location[:-1]:
-        node = _resolve(schema, node["items"] if isinstance(part, int) else node["properties"][part])
+        child = node["items"] if isinstance(part, int) else node["properties"][part]
+        node = _resolve(schema, child)
     return list(_resolve(schema, node)["properties"])
 
 

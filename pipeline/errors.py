@@ -30,7 +30,7 @@ class UserError(DiffembedError):
         super().__init__(" | ".join(part.replace("\n", " ") for part in parts))
 
 
-class Stopped(DiffembedError):
+class Stopped(DiffembedError):  # noqa: N818 -- an outcome, not a fault
     """The run was asked to stop, wrote a checkpoint, and can be resumed; exits with 75."""
 
     exit_code = 75

@@ -1,0 +1,81 @@
+"""Entry of the launchers: `deepspeed pipeline/train.py CONFIG --deepspeed ds_configs/zero3.json`.
+
+Starts the same way under deepspeed, torchrun, mpirun, srun and plain python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python pipeline/train.py` puts pipeline/ first on the path, where our modules would hide
+    # others of the same name; the checkout above it is what belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline import comm
+from pipeline.config import TrainConfig, load_config
+from pipeline.errors import DiffembedError
+from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line of a training run."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a text embedder; run it again to resume."
+    )
+    parser.add_argument("config", help="YAML file, see launch/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to CONFIG")
+    parser.add_argument("--deepspeed", required=True, metavar="JSON", help="see ds_configs/")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print batch arithmetic and memory plan, and stop"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="ranks to plan for (only with --dry-run)", default=None
+    )
+    # The deepspeed launcher adds this to every command line; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run(arguments: list[str]) -> None:
+    """Train, or plan, as the command line says.
+
+    Raises:
+        DiffembedError: wrong input, or stopped on request.
+    """
+    options = parse_arguments(arguments)
+    config = load_config(TrainConfig, options.config, tuple(options.overrides))
+    world = comm.discover_world()
+    world_size = options.world_size or world.world_size
+    ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
+    if options.dry_run:
+        from pipeline.planning.plan import describe_run
+
+        print(describe_run(config, ds_config, world_size=world_size))
+        return
+    from pipeline.training.trainer import train
+
+    train(config, ds_config, world)
+
+
+def main() -> None:
+    """Run and leave with the exit code that the outcome has (see DiffembedError)."""
+    code = 0
+    try:
+        run(sys.argv[1:])
+    except DiffembedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # Not sys.exit: a rank that fails must be gone at once, so that the launcher ends the others
+    # instead of leaving them to wait in a collective.
+    comm.leave(code, gracefully=code in (0, 75))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Checkpoints that appear whole or not at all, and resume on any number of ranks.
+
+    checkpoints/step-000020/state.json                     step, sizes and SHA-256 of every file
+                            tensors-00000-of-00002.safetensors   rank 0's share of the tensors
+    checkpoints/latest                                     name of the newest whole checkpoint
+
+Tensors are stored whole, by parameter name: weight, exp_avg and exp_avg_sq in fp32. A checkpoint
+therefore does not depend on the ZeRO stage or the world size that wrote it, and frozen weights
+(LoRA's base) are not in it. Dropout masks and data order are functions of (seed, step, rank), so
+there is no other state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline import comm
+from pipeline.errors import UserError
+from pipeline.run_dir import sync_dir, sync_file, write_json, write_text
+
+FORMAT_VERSION = 1
+
+
+class Stateful(Protocol):
+    """What a checkpoint needs of an engine."""
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the trainable parameters, the same on every rank."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many updates the optimizer has made."""
+
+    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+        """The whole state of a parameter; a collective call."""
+
+    def prepare_restore(self, optimizer_steps: int) -> None:
+        """Make room for state to restore."""
+
+    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Take the whole state of a parameter; a collective call."""
+
+
+def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any]) -> Path:
+    """Write the checkpoint after `step` optimizer steps; a collective call.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        engine: what to save.
+        step: finished optimizer steps; the next one to run.
+        identity: what a resuming run must have in common (see `load`).
+    """
+    target = folder / f"step-{step:06d}"
+    partial = folder / f".{target.name}.partial"
+    rank, world_size = comm.rank(), comm.world_size()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    comm.barrier()
+    share = {}
+    for index, name in enumerate(engine.parameter_names):
+        state = engine.gather_state(name)
+        # Every rank takes part in the gather, one keeps the result: writing is shared out.
+        if index % world_size == rank:
+            for key, tensor in state.items():
+                share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
+    path = partial / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+    save_file(share, path)
+    sync_file(path)
+    files = comm.all_gather_object((path.name, _describe(path)))
+    if rank == 0:
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "optimizer_steps": engine.optimizer_steps,
+            "world_size": world_size,
+            "identity": identity,
+            "files": dict(files),
+        }
+        write_json(partial / "state.json", state)
+        sync_dir(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        sync_dir(folder)
+        # Last: `latest` must never name a checkpoint that is not whole.
+        write_text(folder / "latest", target.name + "\n")
+    comm.barrier()
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if there is one.
+
+    Raises:
+        UserError: `latest` names a checkpoint that is not there.
+    """
+    pointer = folder / "latest"
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not path.is_dir():
+        raise UserError(
+            f"{pointer} names {path.name}, which does not exist",
+            allowed=", ".join(names(folder)) or "no checkpoint is left",
+            fix=f"write one of these names into {pointer}, or delete it to start anew",
+        )
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the whole checkpoints, oldest first."""
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints; rank 0 only."""
+    for name in names(folder)[:-keep_last]:
+        # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
+        doomed = folder / f".{name}.deleted"
+        (folder / name).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's `state.json`.
+
+    Raises:
+        UserError: it is missing, damaged, or of a newer format.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        version = state["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"state.json cannot be read ({error})") from error
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint format {version}",
+            allowed=f"up to {FORMAT_VERSION}",
+            fix="update diffembed",
+        )
+    return state
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint by size and SHA-256; returns its state.
+
+    Raises:
+        UserError: names the first file that is missing or damaged.
+    """
+    state = read_state(path)
+    for name, expected in state["files"].items():
+        if not (path / name).is_file():
+            raise _damaged(path, f"{name} is missing")
+        if _describe(path / name) != expected:
+            raise _damaged(path, f"{name} differs from its recorded size or SHA-256")
+    return state
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    older = [name for name in names(path.parent) if name < path.name]
+    fix = f"delete {path.name}"
+    if older:
+        fix += f" and write {older[-1]} into {path.parent / 'latest'} to go on from there"
+    return UserError(f"checkpoint {path}: {what}", fix=fix)
+
+
+def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> int:
+    """Restore the engine; returns the next step to run. A collective call.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
+    """
+    outcome: dict[str, Any] | UserError | None = None
+    if comm.rank() == 0:
+        try:
+            outcome = verify(path)
+            _check_identity(path, outcome["identity"], identity)
+        except UserError as error:
+            outcome = error
+    outcome = comm.broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    assert outcome is not None
+    engine.prepare_restore(outcome["optimizer_steps"])
+    restored = []
+    for name, state in iterate_tensors(path):
+        engine.restore_state(name, state)
+        restored.append(name)
+    if set(restored) != set(engine.parameter_names):
+        odd = sorted(set(restored) ^ set(engine.parameter_names))
+        raise UserError(
+            f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
+            fix="resume with the model section that the run began with",
+        )
+    return int(outcome["step"])
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield (parameter name, its whole state) in a fixed order; needs no engine."""
+    for name in sorted(read_state(path)["files"]):
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                parameters = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118
+                for parameter in parameters:
+                    yield (
+                        parameter,
+                        {
+                            key: file.get_tensor(f"{parameter}/{key}")
+                            for key in ("weight", "exp_avg", "exp_avg_sq")
+                        },
+                    )
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, f"{name} cannot be read ({error})") from error
+
+
+def _check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{key} is {value!r}, but the run in {path.parent.parent} began with "
+                f"{saved.get(key)!r}",
+                fix=f"set {key} back to resume, or choose another output_dir to start anew",
+            )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+

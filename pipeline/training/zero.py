@@ -1,0 +1,158 @@
+"""The only door to the DeepSpeed engine: cached chunks in, exact sharded gradients out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pipeline import comm
+
+# AdamW's moments, by torch's names.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed so that it neither compiles nor chats."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    # DeepSpeed would compile a shared-memory collective at start-up that only inference uses;
+    # a machine without a compiler could not even begin.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+class ZeroEngine:
+    """One DeepSpeed engine at ZeRO stage 1, 2 or 3 around an encoder.
+
+    Args:
+        model: the encoder; its trainable parameters are those of `optimizer`.
+        optimizer: a torch optimizer over the trainable parameters.
+        ds_config: a DeepSpeed config without any `auto` left.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+    ) -> None:
+        deepspeed = import_deepspeed()
+        # Names before the engine wraps the model; shared parameters appear once.
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self._engine.train()
+        self.stage: int = self._engine.zero_optimization_stage()
+        self._abandoned: list[Any] = []
+
+    def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Embed one packed chunk: (T,) token ids and (C,) row lengths to (C, E) vectors.
+
+        Goes through the engine, never through the inner module: ZeRO-3 counts forwards to decide
+        whether a gradient accumulates or overwrites.
+        """
+        out: torch.Tensor = self._engine(input_ids, lengths)
+        return out
+
+    @contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Every backward of one optimizer step goes inside; gradients are reduced once, on exit.
+
+        Without it ZeRO-1 and 2 keep only the last chunk's gradient, without a word.
+        """
+        coalesce = self._engine.coalesce_grad_reduction()
+        coalesce.__enter__()
+        try:
+            yield
+        except BaseException:
+            # Leaving DeepSpeed's context starts a reduction, also on an error. The other ranks are
+            # elsewhere and would never join it: this rank must fail now, not hang. The reference
+            # is kept because dropping the context would leave it.
+            self._abandoned.append(coalesce)
+            raise
+        coalesce.__exit__(None, None, None)
+
+    def backward(self, surrogate: torch.Tensor) -> None:
+        """Accumulate the gradients of a scalar whose gradient is d(global mean loss).
+
+        DeepSpeed averages over ranks while each rank holds its own share of the sum, so the
+        surrogate is scaled by the world size here and nowhere else.
+        """
+        self._engine.backward(surrogate * comm.world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update, and clear the gradients; returns their global norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def full_gradient(self, name: str) -> torch.Tensor:
+        """The whole averaged gradient of a parameter, fp32; a collective call, before `step`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient: torch.Tensor = safe_get_full_grad(self._parameters[name])
+        return gradient.float()
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the trainable parameters, in the model's order."""
+        return list(self._parameters)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many updates the optimizer has made."""
+        return int(self._engine.global_steps)
+
+    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+        """The whole fp32 weight of a parameter and its AdamW moments; a collective call."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        state = {"weight": safe_get_full_fp32_param(parameter)}
+        for moment in _MOMENTS:
+            state[moment] = safe_get_full_optimizer_state(parameter, moment)
+        return state
+
+    def prepare_restore(self, optimizer_steps: int) -> None:
+        """Create the optimizer's state, empty, as after `optimizer_steps` updates."""
+        zero = self._engine.optimizer
+        flat = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        for partition in flat:
+            state = zero.optimizer.state[partition]
+            state["step"] = torch.tensor(float(optimizer_steps))
+            for moment in _MOMENTS:
+                state[moment] = torch.zeros_like(partition)
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        self._engine.global_steps = optimizer_steps
+
+    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Set a parameter and its moments from whole tensors; all ranks call it with the same."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.zero import GatheredParameters
+
+        parameter = self._parameters[name]
+        weight = state["weight"].to(comm.device())
+        # The working copy first, then the fp32 master, which rounding must not touch.
+        with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+            if self.stage < 3 or comm.rank() == 0:
+                parameter.data.copy_(weight)
+        safe_set_full_fp32_param(parameter, weight)
+        for moment in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, state[moment].to(comm.device()), moment)
+
+    def close(self) -> None:
+        """Release the engine's hooks and buffers."""
+        self._engine.destroy()
