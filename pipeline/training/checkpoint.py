@@ -239,4 +239,3 @@ def _describe(path: Path) -> dict[str, Any]:
         while block := file.read(2**22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-

@@ -67,7 +67,9 @@ def resolve_ds_config(
     _fill(tree, "gradient_accumulation_steps", 1)
     _fill(tree, "train_batch_size", world_size)
     # DeepSpeed's own default is 1.0, not off.
-    _fill(tree, "gradient_clipping", config.optimizer.max_grad_norm, owner="optimizer.max_grad_norm")
+    _fill(
+        tree, "gradient_clipping", config.optimizer.max_grad_norm, owner="optimizer.max_grad_norm"
+    )
     _fill(tree.setdefault("bf16", {}), "enabled", bf16, owner="model.dtype", prefix="bf16.")
     _fill(tree, "zero_allow_untested_optimizer", True)
     tree.setdefault("steps_per_print", 2**31 - 1)

@@ -101,9 +101,7 @@ class _Tensorboard:
             self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
 
 
-def open_trackers(
-    names: Sequence[str], *, run_dir: Path, config: dict[str, Any]
-) -> list[Tracker]:
+def open_trackers(names: Sequence[str], *, run_dir: Path, config: dict[str, Any]) -> list[Tracker]:
     """Start the trackers of the training config; their packages are in the `track` extra."""
     trackers: list[Tracker] = []
     for name in names:

@@ -21,7 +21,7 @@ from pipeline.training.step import accumulate_gradients, seed_step
 from pipeline.training.zero import ZeroEngine
 
 # What may change when a run is resumed; everything else would make it another run.
-_FREE_KEYS = ("output_dir", "num_steps", "checkpoint", "chunks", "log_every", "trackers", "schedule")
+_FREE_KEYS = ("output_dir", "num_steps", "checkpoint", "chunks", "schedule", "log_every", "trackers")
 
 
 def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> None:
@@ -101,7 +101,9 @@ def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     return _flatten(tree)
 
 
-def _one_step(engine: ZeroEngine, batch: Any, config: TrainConfig, *, step: int) -> dict[str, float]:
+def _one_step(
+    engine: ZeroEngine, batch: Any, config: TrainConfig, *, step: int
+) -> dict[str, float]:
     began = time.perf_counter()
     seed_step(config.seed, step, comm.rank())
     output = accumulate_gradients(engine, batch, config.loss, device=comm.device())

@@ -1,0 +1,138 @@
+"""The `diffembed` command: thin, every subcommand one call into a room."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.config import EvaluateConfig, PrepareConfig, StarterConfig, TrainConfig, load_config
+from pipeline.errors import DiffembedError, UserError
+
+# Heavy packages are imported inside the commands: `diffembed --help` answers at once.
+app = typer.Typer(
+    help="Turn a diffusion or autoregressive language model into a text embedder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at prepared shards.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Score exports with mteb.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see launch/recipes/")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="changes to CONFIG")
+]
+Shards = Annotated[Path, typer.Argument(metavar="DIR", help="a folder made by `prepare`")]
+
+
+@app.command()
+def starter(config: Config, overrides: Overrides = None) -> None:
+    """Make a small model and its tokenizer to start from."""
+    from pipeline.model.starter import build_starter
+
+    print(build_starter(load_config(StarterConfig, config, tuple(overrides or ()))))
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Tokenise raw data into shards; alone, under mpirun or under srun."""
+    from pipeline.data.prepare import prepare as prepare_shards
+
+    prepare_shards(load_config(PrepareConfig, config, tuple(overrides or ())))
+
+
+@data_app.command()
+def inspect(folder: Shards) -> None:
+    """Show sources, counts, lengths and a few decoded examples."""
+    from pipeline.data.inspect import inspect as inspect_shards
+
+    print(inspect_shards(folder))
+
+
+@data_app.command()
+def verify(folder: Shards) -> None:
+    """Read every shard again and compare it with its recorded hash."""
+    from pipeline.data.inspect import verify as verify_shards
+
+    print(verify_shards(folder))
+
+
+@app.command()
+def stop(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Ask a running training to save a checkpoint and stop (it exits with 75)."""
+    from pipeline.run_dir import RunDir
+
+    if not RunDir(run).config.exists():
+        raise UserError(f"{run}: no run (it holds no config.yaml)", fix="give a run's output_dir")
+    RunDir(run).stop_request.touch()
+    print(f"{run}: asked to stop at the next step")
+
+
+@app.command()
+def export(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="latest, a name like step-000100, or init (the untrained model)")
+    ] = "latest",
+    output: Annotated[Path | None, typer.Option(help="default: the run's export folder")] = None,
+) -> None:
+    """Write a folder that sentence-transformers and transformers load without this package."""
+    from pipeline.training.export import export_run
+
+    tree = load_config(TrainConfig, config, tuple(overrides or ()))
+    print(export_run(tree, which=checkpoint, output=output))
+
+
+@evaluate_app.command()
+def count(config: Config, overrides: Overrides = None) -> None:
+    """Print how many array elements an evaluation has (for sbatch --array=0-N)."""
+    from pipeline.evaluation.array import num_elements
+
+    print(num_elements(load_config(EvaluateConfig, config, tuple(overrides or ()))))
+
+
+@evaluate_app.command("run")
+def run_evaluation(
+    config: Config,
+    overrides: Overrides = None,
+    index: Annotated[int | None, typer.Option(help="one array element; default: all")] = None,
+) -> None:
+    """Score one array element, or all of them one after another."""
+    from pipeline.evaluation.array import run_all, run_element
+
+    tree = load_config(EvaluateConfig, config, tuple(overrides or ()))
+    if index is None:
+        run_all(tree)
+    else:
+        run_element(tree, index)
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None) -> None:
+    """Gather the scores of an evaluation into tables and plots."""
+    from pipeline.evaluation.report import write_report
+
+    write_report(load_config(EvaluateConfig, config, tuple(overrides or ())))
+
+
+def main() -> None:
+    """Run a subcommand; errors of this package become one line and their exit code."""
+    try:
+        app()
+    except DiffembedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

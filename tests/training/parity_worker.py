@@ -1,0 +1,169 @@
+"""One rank of the gradient matrix: the real engine against plain autograd in one process.
+
+Started by test_gradients.py through a launcher; prints one JSON line per case on rank 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline import comm
+from pipeline.config import DataConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from pipeline.data.batch import Chunk, GlobalBatch, Ragged
+from pipeline.model.encoder import build_encoder
+from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import accumulate_gradients, seed_step
+from pipeline.training.zero import ZeroEngine
+
+TEMPERATURE = 0.1
+NUM_QUERIES, NUM_DOCUMENTS = 12, 22
+SEED, STEP = 7, 3
+
+
+def make_batch(rank: int, world_size: int, counts: list[int]) -> GlobalBatch:
+    """Texts of 3 to 14 random tokens dealt to ranks; rank r cuts its own into counts[r] chunks.
+
+    Ranks with fewer chunks than others get dummies, as the loader gives them.
+    """
+    rng = np.random.default_rng(0)
+    total = NUM_QUERIES + NUM_DOCUMENTS
+    texts = [rng.integers(2, 500, size=rng.integers(3, 15)) for _ in range(total)]
+    mine = rng.permutation(total)[rank::world_size]
+    chunks = []
+    for part in np.array_split(mine, counts[rank]):
+        chunks.append(
+            Chunk(
+                input_ids=np.concatenate([texts[i] for i in part]).astype(np.int64),
+                lengths=np.array([len(texts[i]) for i in part], dtype=np.int64),
+                texts=part.astype(np.int64),
+            )
+        )
+    dummy = Chunk(
+        input_ids=np.zeros(1, np.int64), lengths=np.ones(1, np.int64), texts=-np.ones(1, np.int64)
+    )
+    chunks += [dummy] * (max(counts) - counts[rank])
+    # Query i: positive i; own hard negative 12 + i for the first ten; every third hides one more.
+    negatives = [[NUM_QUERIES + i] if i < 10 else [] for i in range(NUM_QUERIES)]
+    masked = [[(i + 1) % NUM_QUERIES] if i % 3 == 0 else [] for i in range(NUM_QUERIES)]
+    return GlobalBatch(
+        step=STEP,
+        num_queries=NUM_QUERIES,
+        num_documents=NUM_DOCUMENTS,
+        chunks=tuple(chunks),
+        positives=_ragged([[i] for i in range(NUM_QUERIES)]),
+        negatives=_ragged(negatives),
+        masked=_ragged(masked),
+        example_ids=np.arange(NUM_QUERIES),
+        tokens=sum(map(len, texts)),
+    )
+
+
+def _ragged(rows: list[list[int]]) -> Ragged:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Ragged(
+        offsets=offsets, values=np.array([v for row in rows for v in row], dtype=np.int64)
+    )
+
+
+def reference_gradients(
+    encoder: torch.nn.Module, batches: list[GlobalBatch]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by one autograd graph over all ranks' chunks; no caching, no engine."""
+    embeddings: list[torch.Tensor] = [torch.empty(0)] * (NUM_QUERIES + NUM_DOCUMENTS)
+    for rank, batch in enumerate(batches):
+        seed_step(SEED, STEP, rank)
+        for chunk in batch.chunks:
+            rows = encoder(torch.from_numpy(chunk.input_ids), torch.from_numpy(chunk.lengths))
+            for text, row in zip(chunk.texts, rows, strict=True):
+                if text >= 0:
+                    embeddings[text] = row
+    scores = torch.stack(embeddings[:NUM_QUERIES]) @ torch.stack(embeddings[NUM_QUERIES:]).T
+    scores = scores / TEMPERATURE
+    for query in range(0, NUM_QUERIES, 3):
+        scores[query, (query + 1) % NUM_QUERIES] = -torch.inf
+    loss = F.cross_entropy(scores, torch.arange(NUM_QUERIES))
+    loss.backward()
+    return loss.item(), {
+        n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None
+    }
+
+
+def run_case(
+    model_path: str, *, stage: int, counts: list[int], lora: bool, dropout: float, causal: bool
+) -> dict[str, float]:
+    """Worst relative error over all parameters, and the loss beside the reference's."""
+    model = ModelConfig(
+        path=model_path,
+        dtype="float32",
+        attention="causal" if causal else "bidirectional",
+        pooling="last_token" if causal else "mean",
+        attention_dropout=dropout,
+        gradient_checkpointing=causal,
+        lora=LoraConfig(rank=4, alpha=8, dropout=dropout) if lora else None,
+    )
+    config = TrainConfig(
+        output_dir=Path("unused"),
+        num_steps=1,
+        model=model,
+        data=DataConfig(path=Path("unused")),
+        loss=LossConfig(temperature=TEMPERATURE),
+    )
+    world_size, rank = comm.world_size(), comm.rank()
+    encoders = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        encoder = build_encoder(model).train()
+        with torch.no_grad():  # a fresh adapter's B is zero, and so would be A's gradient
+            for name, parameter in encoder.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+        encoders.append(encoder)
+    batches = [make_batch(r, world_size, counts) for r in range(world_size)]
+    loss, wanted = reference_gradients(encoders[0], batches)
+    # DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
+    engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
+    seed_step(SEED, STEP, rank)
+    output = accumulate_gradients(engine, batches[rank], config.loss, device=torch.device("cpu"))
+    assert set(engine.parameter_names) == set(wanted)
+    errors = {}
+    for name in engine.parameter_names:
+        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
+        errors[name] = float(difference / wanted[name].abs().max())
+    engine.step(1e-4)
+    engine.close()
+    return {"error": max(errors.values()), "loss": float(output.loss), "reference_loss": loss}
+
+
+def main() -> None:
+    model_path = sys.argv[1]
+    torch.set_num_threads(1)
+    comm.start(comm.discover_world(), timeout_seconds=60)
+    world_size = comm.world_size()
+    chunk_counts = [[1, 1], [2, 2], [5, 5], [8, 8], [3, 5]]
+    cases = [
+        {"stage": stage, "counts": counts[:world_size], "lora": lora, "dropout": dropout}
+        for stage, counts, lora, dropout in itertools.product(
+            (1, 2, 3), chunk_counts, (False, True), (0.0, 0.1)
+        )
+    ]
+    for case in cases:
+        # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
+        causal = case["lora"] and case["counts"][0] in (2, 3)
+        result = run_case(model_path, causal=causal, **case)
+        if comm.rank() == 0:
+            print(json.dumps({**case, "causal": causal, **result}), flush=True)
+    comm.leave(0, gracefully=True)
+
+
+if __name__ == "__main__":
+    main()
