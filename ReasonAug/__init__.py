@@ -1,0 +1,1 @@
+"""Offline synthesis of reasoning-intensive retrieval data."""

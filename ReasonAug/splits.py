@@ -1,0 +1,111 @@
+"""Which problems may be trained on: three splits, apart by construction.
+
+`train` and `unseen_problems` share concepts but no problem; `unseen_concepts` shares nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from random import Random
+
+from pipeline.errors import UserError
+from ReasonAug.concepts import CONCEPTS
+from ReasonAug.problem import Concept, Problem, compose, paragraphs
+
+TRAIN = "train"
+UNSEEN_PROBLEMS = "unseen_problems"
+UNSEEN_CONCEPTS = "unseen_concepts"
+
+MAX_OVERLAP = 0.5  # of word 5-grams, between an unseen problem and any training problem
+_SHINGLE = 5
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A problem with its place in the data set."""
+
+    id: str
+    split: str
+    problem: Problem
+
+    def row(self) -> dict[str, object]:
+        """The entry as a line of `problems.jsonl`."""
+        return {"id": self.id, "split": self.split, **asdict(self.problem)}
+
+
+def slug(name: str) -> str:
+    """`name` as a part of an identifier."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def shingles(text: str) -> frozenset[tuple[str, ...]]:
+    """The word 5-grams of `text`, in lower case."""
+    words = re.findall(r"\w+", text.lower())
+    count = max(1, len(words) - _SHINGLE + 1)
+    return frozenset(tuple(words[i : i + _SHINGLE]) for i in range(count))
+
+
+def overlap(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> float:
+    """Jaccard similarity of two sets of shingles."""
+    return len(a & b) / len(a | b)
+
+
+def make_entries(*, seed: int, problems_per_concept: int, max_tokens: int) -> list[Entry]:
+    """All problems of all concepts, with their splits; the same for the same arguments.
+
+    Of a seen concept a quarter becomes `unseen_problems`: half of these in the one form that
+    training never shows, the others in known forms, but far from every training text.
+
+    Raises:
+        UserError: No sufficiently different problem was found.
+    """
+    entries: list[Entry] = []
+    for concept in CONCEPTS:
+        entries.extend(_entries_of(concept, seed, problems_per_concept, max_tokens))
+    return entries
+
+
+def _entries_of(concept: Concept, seed: int, count: int, max_tokens: int) -> Iterator[Entry]:
+    last = len(paragraphs(concept.forms)) - 1
+    num_unseen = max(4, count // 4)
+    known: list[frozenset[tuple[str, ...]]] = []
+    taken: set[str] = set()
+    for index in range(count):
+        if concept.held_out:
+            split, form = UNSEEN_CONCEPTS, index % (last + 1)
+        elif index < count - num_unseen:
+            split, form = TRAIN, index % last
+        else:
+            split, form = UNSEEN_PROBLEMS, last if index % 2 else index // 2 % last
+        name = f"{slug(concept.name)}-{index:04d}"
+        rivals = known if split == UNSEEN_PROBLEMS else []
+        problem = _distinct(concept, f"{seed}/{name}", form, max_tokens, rivals, taken)
+        taken.add(problem.statement)
+        if split == TRAIN:
+            known.append(shingles(problem.statement))
+        yield Entry(id=name, split=split, problem=problem)
+
+
+def _distinct(
+    concept: Concept,
+    key: str,
+    form: int,
+    max_tokens: int,
+    rivals: list[frozenset[tuple[str, ...]]],
+    taken: set[str],
+) -> Problem:
+    """Draw until the statement is new, and unlike every rival."""
+    for attempt in range(_ATTEMPTS):
+        problem = compose(concept, Random(f"{key}/{attempt}"), form=form, max_tokens=max_tokens)
+        if problem.statement in taken:
+            continue
+        mine = shingles(problem.statement)
+        if all(overlap(mine, other) <= MAX_OVERLAP for other in rivals):
+            return problem
+    raise UserError(
+        found=f"{_ATTEMPTS} draws of {concept.name!r} found no problem unlike the others",
+        fix="raise --max-tokens or lower --problems-per-concept",
+    )
