@@ -58,7 +58,9 @@ def discover_world(environ: dict[str, str] | None = None) -> World:
             rank=int(env[rank]), world_size=int(env[size]), local_rank=int(env[local_rank])
         )
         if not 0 <= world.rank < world.world_size:
-            raise UserError(f"{rank}={world.rank}", allowed=f"0 to {size}-1 ({world.world_size - 1})")
+            raise UserError(
+                f"{rank}={world.rank}", allowed=f"0 to {size}-1 ({world.world_size - 1})"
+            )
         return world
     return World()
 
@@ -146,6 +148,29 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     dist.all_gather(gathered, padded)
     rows = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
     return rows, sum(sizes[: rank()])
+
+
+def all_gather_stack(x: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor of one common shape (...), stacked in rank order: (world size, ...)."""
+    if world_size() == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
+def broadcast_(tensor: torch.Tensor, src: int) -> torch.Tensor:
+    """Overwrite the tensor with that of rank `src`; returns it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=src)
+    return tensor
+
+
+def reduce_(tensor: torch.Tensor, dst: int) -> torch.Tensor:
+    """Sum over ranks into the tensor of rank `dst`; other ranks' content is undefined after."""
+    if world_size() > 1:
+        dist.reduce(tensor, dst=dst)
+    return tensor
 
 
 def broadcast_object(value: Any) -> Any:

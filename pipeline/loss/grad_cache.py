@@ -1,0 +1,106 @@
+"""Gradient caching: embed everything without graphs, then replay each chunk with its gradient.
+
+    pass 1   chunk -> embedding, no graph; the state of the random generators is kept
+    (loss)   gradient of the loss by every embedding
+    pass 2   generators set back, chunk -> the same embedding with graph -> backward
+
+Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+(arXiv 2101.06983), section 3. Knows no engine: `embed` and `backward` are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+ChunkT = TypeVar("ChunkT")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RandomState:
+    """The generators a forward may draw from: the CPU's, and the current GPU's if it is in use."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        """Copy the generators as they are now."""
+        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return cls(
+            cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if in_use else None
+        )
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CachedChunks:
+    """What pass 1 leaves for the loss and for pass 2; one entry per chunk."""
+
+    embeddings: tuple[Tensor, ...]  # (C, E) each, without graph
+    random_states: tuple[RandomState, ...]
+
+
+@torch.no_grad()
+def embed_chunks(
+    chunks: Sequence[ChunkT], embed: Callable[[ChunkT], Tensor]
+) -> CachedChunks:
+    """Pass 1: the embeddings of all chunks, in order.
+
+    Args:
+        chunks: whatever `embed` takes.
+        embed: chunk -> (C, E) embeddings.
+    """
+    embeddings, states = [], []
+    for chunk in chunks:
+        states.append(RandomState.capture())
+        embeddings.append(embed(chunk).detach())
+    return CachedChunks(embeddings=tuple(embeddings), random_states=tuple(states))
+
+
+def replay_chunks(
+    chunks: Sequence[ChunkT],
+    cached: CachedChunks,
+    gradients: Sequence[Tensor],
+    embed: Callable[[ChunkT], Tensor],
+    backward: Callable[[Tensor], None],
+    *,
+    check: bool = False,
+) -> None:
+    """Pass 2: one backward per chunk, of a scalar whose gradient is the loss's by the parameters.
+
+    Args:
+        chunks: as given to `embed_chunks`.
+        cached: what `embed_chunks` returned for them.
+        gradients: (C, E) gradient of the loss by each chunk's embeddings.
+        embed: as given to `embed_chunks`.
+        backward: takes the scalar; called once per chunk, also where the gradient is zero, so
+            that ranks whose collectives run inside it stay together.
+        check: compare each embedding with pass 1 before using it.
+
+    Raises:
+        RuntimeError: `check` found an embedding that differs: `embed` is not a function of the
+            chunk, the parameters and the generators, and the gradients would be wrong.
+    """
+    for number, (chunk, first, state, gradient) in enumerate(
+        zip(chunks, cached.embeddings, cached.random_states, gradients, strict=True)
+    ):
+        state.restore()
+        with torch.enable_grad():
+            embedding = embed(chunk)
+            if check and not torch.equal(embedding.detach(), first):
+                worst = float((embedding.detach() - first).abs().max())
+                raise RuntimeError(
+                    f"chunk {number}: pass 2 differs from pass 1 by {worst:.3g} in an embedding"
+                )
+            surrogate = (embedding * gradient).sum()
+        backward(surrogate)
