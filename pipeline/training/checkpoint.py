@@ -79,7 +79,7 @@ def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any])
     sync_file(path)
     files = comm.all_gather_object((path.name, _describe(path)))
     if rank == 0:
-        state = {
+        description = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "optimizer_steps": engine.optimizer_steps,
@@ -87,7 +87,7 @@ def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any])
             "identity": identity,
             "files": dict(files),
         }
-        write_json(partial / "state.json", state)
+        write_json(partial / "state.json", description)
         sync_dir(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)

@@ -94,11 +94,11 @@ class _Tensorboard:
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, step)
 
 
 def open_trackers(names: Sequence[str], *, run_dir: Path, config: dict[str, Any]) -> list[Tracker]:

@@ -15,7 +15,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
     Call before ZeRO-3 partitions the parameters: a partitioned one has lost its shape.
     """
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Parameters loaded straight into partitions carry their shape in `ds_shape`.

@@ -40,7 +40,7 @@ class StopRequest:
             reason = f"{self._file.name} file"
         if not comm.any_rank(bool(reason)):
             return ""
-        return next(r for r in comm.all_gather_object(reason) if r)
+        return str(next(r for r in comm.all_gather_object(reason) if r))
 
     def clear(self) -> None:
         """Forget an earlier request by file, so that the next start does not stop again."""

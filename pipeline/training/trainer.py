@@ -21,7 +21,15 @@ from pipeline.training.step import accumulate_gradients, seed_step
 from pipeline.training.zero import ZeroEngine
 
 # What may change when a run is resumed; everything else would make it another run.
-_FREE_KEYS = ("output_dir", "num_steps", "checkpoint", "chunks", "schedule", "log_every", "trackers")
+_FREE_KEYS = (
+    "output_dir",
+    "num_steps",
+    "checkpoint",
+    "chunks",
+    "schedule",
+    "log_every",
+    "trackers",
+)
 
 
 def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> None:

@@ -51,6 +51,7 @@ class ZeroEngine:
         self._engine.train()
         self.stage: int = self._engine.zero_optimization_stage()
         self._abandoned: list[Any] = []
+        self._moments_linked = False
 
     def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embed one packed chunk: (T,) token ids and (C,) row lengths to (C, E) vectors.
@@ -92,7 +93,20 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._link_moments()
         return float(self._engine.get_global_grad_norm())
+
+    def _link_moments(self) -> None:
+        """Let every parameter find its moments in ZeRO-1/2's flat partitions.
+
+        DeepSpeed links after the first parameter group's first update, when the other groups have
+        no moments yet, and never again.
+        """
+        if self.stage < 3 and not self._moments_linked:
+            zero = self._engine.optimizer
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+            self._moments_linked = True
 
     def full_gradient(self, name: str) -> torch.Tensor:
         """The whole averaged gradient of a parameter, fp32; a collective call, before `step`."""
@@ -134,14 +148,13 @@ class ZeroEngine:
             state["step"] = torch.tensor(float(optimizer_steps))
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(partition)
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         self._engine.global_steps = optimizer_steps
 
     def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """Set a parameter and its moments from whole tensors; all ranks call it with the same."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         parameter = self._parameters[name]
         weight = state["weight"].to(comm.device())
