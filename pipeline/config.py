@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -113,19 +114,47 @@ class ModelConfig:
 @_strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which shards, and what one global batch is made of."""
+    """Which shards, and what one global batch is made of.
+
+    Args:
+        global_batch_size: queries contrasted per optimizer step, over all ranks.
+        num_positives: documents taken per query, from those its example lists.
+        num_hard_negatives: hard negatives taken per query, where its example lists as many.
+        homogeneous: whether a batch holds one instruction, one source, or a mixture.
+        weights: share of a source relative to its size; sources not named keep the weight they
+            were prepared with.
+        mixture_temperature: sources are drawn by weight * size ** (1 / mixture_temperature).
+        mixture_cap: examples beyond this many do not add to a source's share.
+    """
 
     path: Path
     global_batch_size: int = 1024
+    num_positives: int = 1
     num_hard_negatives: int = 1
     homogeneous: Literal["none", "source", "instruction"] = "instruction"
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    mixture_temperature: float = 1.0
+    mixture_cap: int | None = None
     prefetch: bool = True
 
     def __post_init__(self) -> None:
         size = self.global_batch_size
         _require(size >= 2, "data.global_batch_size", size, "an integer >= 2 (queries)")
+        positives = self.num_positives
+        _require(positives >= 1, "data.num_positives", positives, "an integer >= 1")
         negatives = self.num_hard_negatives
         _require(negatives >= 0, "data.num_hard_negatives", negatives, "an integer >= 0")
+        for source, weight in self.weights.items():
+            _require(
+                math.isfinite(weight) and weight >= 0,
+                f"data.weights.{source}",
+                weight,
+                "a number >= 0",
+            )
+        temperature = self.mixture_temperature
+        _require(temperature > 0, "data.mixture_temperature", temperature, "a number > 0")
+        cap = self.mixture_cap
+        _require(cap is None or cap >= 1, "data.mixture_cap", cap, "an integer >= 1")
 
 
 @_strict
@@ -221,16 +250,52 @@ class TrainConfig:
 @_strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One data set: where it is, how to read it, how much of it to take."""
+    """One data set: where it is, how to read it, how much of it to take.
+
+    Args:
+        path: a file, a folder of files, a glob, an fsspec URL, or `hub:OWNER/NAME[:CONFIG]`.
+        columns: for the format `columns`, which field holds query, positives, negatives,
+            instruction, concept and scores; a dotted path reaches inside a field.
+        documents: for `reasonir_hq`, the BRIGHT documents its positives are ids of.
+        where: keep only records whose fields equal these values.
+        max_rows: take only the first so many records (of each file that is a source of its own).
+        max_negatives: keep at most so many hard negatives per query.
+        weight: share of this source in the mixture, relative to its size.
+    """
 
     name: str
     format: str
     path: str
     split: str = "train"
     instruction: str = ""
+    document_instruction: str = ""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    documents: str | None = None
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
     max_rows: int | None = None
+    max_negatives: int | None = None
+    require_negatives: bool = False
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        key = f"sources.{self.name}"
+        known = ("query", "positives", "negatives", "instruction", "concept", "scores")
+        _require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
+        for column in self.columns:
+            _require(column in known, f"{key}.columns", column, ", ".join(known))
+        _require(self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1")
+        _require(
+            self.max_negatives is None or self.max_negatives >= 0,
+            f"{key}.max_negatives",
+            self.max_negatives,
+            ">= 0",
+        )
+        _require(
+            math.isfinite(self.weight) and self.weight >= 0,
+            f"{key}.weight",
+            self.weight,
+            "a number >= 0",
+        )
 
 
 @_strict
@@ -246,11 +311,16 @@ class PrepareConfig:
     max_document_length: int = 4096
     append_eos: bool = False
     shard_bytes: int = 256 * 2**20
+    block_bytes: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         _require(len(names) > 0, "sources", "an empty list", "at least one source")
         _require(len(set(names)) == len(names), "sources", names, "names that differ")
+        for key in ("max_query_length", "max_document_length"):
+            _require(getattr(self, key) >= 4, key, getattr(self, key), "an integer >= 4 (tokens)")
+        for key in ("shard_bytes", "block_bytes"):
+            _require(getattr(self, key) >= 1024, key, getattr(self, key), "an integer >= 1024")
 
 
 @_strict
@@ -260,6 +330,19 @@ class EvaluatedModel:
 
     name: str
     path: Path
+
+    def __post_init__(self) -> None:
+        # The name is a folder of the results and a key of report.json.
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "")
+        _require(
+            plain.isalnum() and self.name not in _REPORT_KEYS,
+            "models.name",
+            self.name,
+            f"letters, digits and . _ - only, and not {', '.join(_REPORT_KEYS)}",
+        )
+
+
+_REPORT_KEYS = ("name", "metric", "benchmark", "chance", "difference", "ci_low", "ci_high")
 
 
 @_strict
@@ -274,9 +357,19 @@ class EvaluateConfig:
     max_length: int = 4096
     max_tokens: int = 16384
     training_run: Path | None = None
+    instructions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(len(self.models) > 0, "models", "an empty list", "at least one model")
+        names = [model.name for model in self.models]
+        _require(len(set(names)) == len(names), "models", names, "names that differ")
+        _require(self.max_length >= 1, "max_length", self.max_length, "an integer >= 1 (tokens)")
+        _require(
+            self.max_tokens >= self.max_length,
+            "max_tokens",
+            self.max_tokens,
+            f"at least max_length ({self.max_length}): one forward must hold the longest text",
+        )
         _require(len(self.tasks) > 0, "tasks", "an empty list", "at least one mteb task name")
 
 
