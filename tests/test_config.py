@@ -1,0 +1,81 @@
+"""Configs are read strictly and faults are named by file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Template, TrainConfig, dump_config, load_config
+from pipeline.errors import UserError
+
+MINIMAL = "output_dir: run\nnum_steps: 10\nmodel: {path: m}\ndata: {path: d}\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "train.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, path, ("model.lora.rank=4", "optimizer.betas=[0.8, 0.9]"))
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 4
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(TrainConfig, again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle.path=x", "unknown key 'modle'.*allowed: .*model"),
+        ("model.lora.rnk=3", r"unknown key 'model.lora.rnk'.*allowed: rank, alpha"),
+        ("num_steps=many", "num_steps = 'many'"),
+        ("model.pooling=men", r"model.pooling = 'men'.*'mean'"),
+        ("data.global_batch_size=1", "data.global_batch_size: 1.*>= 2"),
+        ("optimizer.warmup_steps=10", r"optimizer.warmup_steps: 10.*less than num_steps \(10\)"),
+        ("loss.temperature=0", "loss.temperature"),
+        ("model.trust_remote_code=true", "model.revision"),
+        ("nonsense", "key.sub=value"),
+        ("num_steps.deep=1", "holds a value"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(TrainConfig, path, (override,))
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("num_steps: [", "not a YAML file"),
+        ("- a\n- b\n", "list at the top"),
+        ("num_steps: 10\n", "key 'output_dir' is missing"),
+        ("", "key 'output_dir' is missing"),
+    ],
+)
+def test_a_wrong_file_is_named(path: Path, content: str, message: str) -> None:
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(TrainConfig, path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml: no such file"):
+        load_config(TrainConfig, tmp_path / "nowhere.yaml")
+
+
+def test_template_puts_the_instruction_once_and_only_where_there_is_one() -> None:
+    template = Template(query="Instruct: {instruction}\nQuery: {text}", document="{text}")
+    assert template.format_query("q", "find it") == "Instruct: find it\nQuery: q"
+    assert template.format_query("q") == "q"
+    assert template.format_document("d") == "d"
+    assert template.format_document("d", "find it") == "Instruct: find it\nQuery: d"
+    with pytest.raises(UserError, match="ends with"):
+        Template(query="{text} {instruction}")

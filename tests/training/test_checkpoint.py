@@ -1,0 +1,149 @@
+"""Checkpoints are whole or absent, and a resumed run is the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.run_dir import write_text
+from pipeline.training import checkpoint
+from tests.support import launch_ranks
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+class Memory:
+    """An engine that keeps its state in a dict, for what needs no real one."""
+
+    def __init__(self, **values: float) -> None:
+        self.state = {
+            name: {key: torch.full((2,), value) for key in ("weight", "exp_avg", "exp_avg_sq")}
+            for name, value in values.items()
+        }
+        self.optimizer_steps = 0
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.state)
+
+    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+        return self.state[name]
+
+    def prepare_restore(self, optimizer_steps: int) -> None:
+        self.optimizer_steps = optimizer_steps
+
+    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        self.state[name] = state
+
+
+def _lines(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, _lines(launch_ranks(2, WORKER, str(folder), "save", timeout=280))
+
+
+def test_resuming_at_the_same_stage_and_world_size_is_bit_equal(
+    trained: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    wanted = {
+        (r["dtype"], r["stage"]): r["norms"] for r in trained[1] if r["kind"] == "uninterrupted"
+    }
+    resumed = [r for r in trained[1] if r["kind"] == "resumed" and r["saved"] == r["stage"]]
+    assert len(wanted) == len(resumed) == 6
+    for result in resumed:
+        assert result["norms"] == wanted[result["dtype"], result["stage"]], result
+
+
+def test_resuming_at_another_stage_or_world_size_keeps_the_optimizer(
+    trained: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, saved = trained
+    one_rank = _lines(launch_ranks(1, WORKER, str(folder), "load", timeout=280))
+    wanted = {(r["dtype"], r["stage"]): r["norms"] for r in saved if r["kind"] == "uninterrupted"}
+    resumed = [r for r in saved if r["kind"] == "resumed"] + one_rank
+    assert len(resumed) == 2 * 18
+    for result in resumed:
+        # bf16 rounds every rank's gradient before the reduction, so the rank count shows.
+        tolerance = 1e-6 if result["dtype"] == "float32" else 2e-3
+        expected = wanted[result["dtype"], result["saved"]]
+        assert result["norms"] == pytest.approx(expected, rel=tolerance), result
+
+
+def test_latest_never_names_a_partial_checkpoint(tmp_path: Path) -> None:
+    class FailsWhileGathering(Memory):
+        def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+            if name == "b":
+                raise OSError("disk full")
+            return super().gather_state(name)
+
+    first = checkpoint.save(tmp_path, Memory(a=1.0, b=2.0), step=1, identity={})
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, FailsWhileGathering(a=1.0, b=2.0), step=2, identity={})
+    assert checkpoint.latest(tmp_path) == first
+    assert checkpoint.names(tmp_path) == [first.name]
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "half a state", "shortened"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    path = checkpoint.save(tmp_path, Memory(a=1.0), step=2, identity={})
+    (file,) = path.glob("*.safetensors")
+    if damage == "flipped byte":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing file":
+        file.unlink()
+    elif damage == "half a state":
+        text = (path / "state.json").read_text()
+        (path / "state.json").write_text(text[: len(text) // 2])
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="step-000002") as error:
+        checkpoint.load(path, Memory(a=0.0), {})
+    assert "write step-000001 into" in str(error.value)
+
+
+def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
+    path = checkpoint.save(
+        tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1}
+    )
+    with pytest.raises(UserError, match="seed is 2, but the run in .* began with 1"):
+        checkpoint.load(path, Memory(a=0.0), {"seed": 2})
+
+
+def test_a_model_with_other_parameters_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
+    with pytest.raises(UserError, match="differ in 1 parameters, first b"):
+        checkpoint.load(path, Memory(a=0.0), {})
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    text = (path / "state.json").read_text()
+    write_text(path / "state.json", text.replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(UserError, match="format 9"):
+        checkpoint.load(path, Memory(a=0.0), {})
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, Memory(a=1.0), step=step, identity={})
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert checkpoint.names(tmp_path) == ["step-000003", "step-000010"]
+
+
+def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    (tmp_path / "latest").write_text("step-000007\n")
+    with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
+        checkpoint.latest(tmp_path)
