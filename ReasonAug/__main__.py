@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import UserError
+from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
 
 app = typer.Typer(
@@ -36,9 +37,15 @@ def templates(
     )
 
 
-@app.callback()
-def _group() -> None:
-    """Keep subcommands even while there is one."""
+@app.command()
+def replicas(
+    data: Annotated[Path, typer.Option(help="folder written by `templates`")],
+    out: Annotated[Path, typer.Option(help="folder that stands for the hub")],
+    seed: Seed = 0,
+    max_tokens: Annotated[int, typer.Option(help="cap of the LongEmbed documents")] = 1024,
+) -> None:
+    """Write small replicas of FollowIR, LongEmbed and BRIGHT from the evaluation splits."""
+    write_replicas(data, out, seed=seed, max_tokens=max_tokens)
 
 
 def main() -> None:

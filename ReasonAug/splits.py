@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 
@@ -39,6 +39,15 @@ class Entry:
 def slug(name: str) -> str:
     """`name` as a part of an identifier."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def by_concept(entries: Sequence[Entry], split: str) -> dict[str, list[Entry]]:
+    """The entries of a split, grouped by concept in order of appearance."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.split == split:
+            groups.setdefault(entry.problem.concept, []).append(entry)
+    return groups
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.run_dir import write_json, write_text
 from ReasonAug.concepts import CONCEPTS
+from ReasonAug.files import make_folder, write_jsonl
 from ReasonAug.problem import DOMAINS, num_tokens
 from ReasonAug.rows import Row, training_rows
 from ReasonAug.splits import (
@@ -82,35 +82,6 @@ def write_templates(
     write_text(out / "README.md", _readme(summary))
     print(f"written: {out}")
     return summary
-
-
-def make_folder(path: Path) -> None:
-    """Create `path` unless it exists.
-
-    Raises:
-        UserError: It cannot be created or is not a folder.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            found=f"--out {path}: {error.strerror}", allowed="a folder that can be written"
-        ) from error
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object per line, atomically.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(
-            found=f"{path}: {error.strerror}", allowed="a folder that can be written"
-        ) from error
 
 
 def _definitions() -> Iterable[dict[str, str]]:

@@ -1,0 +1,77 @@
+"""Small local replicas of the three benchmarks, from problems that are never trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from pipeline.errors import UserError
+from ReasonAug.files import make_folder, read_jsonl
+from ReasonAug.problem import Problem
+from ReasonAug.replicas import bright, followir, longembed
+from ReasonAug.replicas.hub import write_dataset
+from ReasonAug.splits import UNSEEN_CONCEPTS, UNSEEN_PROBLEMS, Entry
+
+MIN_CAP = 256
+
+
+def write_replicas(data: Path, hub: Path, *, seed: int, max_tokens: int) -> None:
+    """Write all replicas below `hub`, from the evaluation splits in `data/problems.jsonl`.
+
+    Args:
+        data: Folder written by `templates`.
+        hub: Folder that stands for the hub; data sets keep their names below it.
+        seed: Same seed, same bytes.
+        max_tokens: Cap of the LongEmbed documents.
+
+    Raises:
+        UserError: An input is missing or malformed, or `hub` cannot be written.
+    """
+    if max_tokens < MIN_CAP:
+        raise UserError(found=f"--max-tokens {max_tokens}", allowed=f">= {MIN_CAP}")
+    entries = read_entries(data / "problems.jsonl")
+    make_folder(hub)
+    datasets = {
+        "mteb/BRIGHT": (bright.bright_configs(entries), bright.ABOUT),
+        "mteb/Core17InstructionRetrieval": (
+            followir.followir_configs(entries, Random(f"{seed}/followir")),
+            followir.ABOUT,
+        ),
+        "dwzhu/LongEmbed": (
+            longembed.needle_configs(entries, Random(f"{seed}/needle"), cap=max_tokens),
+            longembed.about(max_tokens),
+        ),
+        "mteb/LEMBPasskeyRetrieval": (
+            longembed.passkey_configs(Random(f"{seed}/passkey"), cap=max_tokens),
+            longembed.about(max_tokens),
+        ),
+    }
+    for name, (configs, about) in datasets.items():
+        count = write_dataset(hub, name, configs, about=about)
+        print(f"{name}: {count} rows")
+    print(f"written: {hub}")
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The evaluation entries of `problems.jsonl`.
+
+    Raises:
+        UserError: The file is missing, malformed, or lacks an evaluation split.
+    """
+    fields = Problem.__dataclass_fields__
+    entries = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        missing = {"id", "split", *fields} - set(row)
+        if missing:
+            raise UserError(
+                found=f"{path}:{number} lacks {', '.join(sorted(missing))}",
+                allowed="problems.jsonl as `python -m ReasonAug templates` writes it",
+            )
+        if row["split"] in (UNSEEN_PROBLEMS, UNSEEN_CONCEPTS):
+            problem = Problem(**{name: row[name] for name in fields})
+            entries.append(Entry(id=row["id"], split=row["split"], problem=problem))
+    splits = {entry.split for entry in entries}
+    for split in (UNSEEN_PROBLEMS, UNSEEN_CONCEPTS):
+        if split not in splits:
+            raise UserError(found=f"{path} has no row of split {split!r}")
+    return entries

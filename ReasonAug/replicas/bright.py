@@ -1,0 +1,74 @@
+"""BRIGHT replicas: find worked problems that rely on the same concept, in other words.
+
+`theoremqa_questions` asks with unseen problems of the training concepts, `aops` with concepts that
+training never met. Documents in the wording of the query are excluded, as BRIGHT excludes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ReasonAug.replicas.hub import Configs
+from ReasonAug.splits import UNSEEN_CONCEPTS, UNSEEN_PROBLEMS, Entry, by_concept
+
+SEEN_SUBSET = "theoremqa_questions"
+UNSEEN_SUBSET = "aops"
+ABOUT = (
+    "Schema of BRIGHT v1.1. Split theoremqa_questions: unseen problems of the concepts that are "
+    "trained on. Split aops: problems of concepts that are not. Gold documents rely on the same "
+    "concept and are worded differently; documents worded like the query are excluded."
+)
+_SEEN_QUERIES = 4  # per concept
+_UNSEEN_QUERIES = 3  # per concept and wording
+_DISTRACTORS = 6  # per seen concept, among the documents of the unseen concepts
+
+
+def bright_configs(entries: Sequence[Entry]) -> Configs:
+    """The configs `documents` and `examples` with both subsets as splits."""
+    seen_queries: list[Entry] = []
+    seen_documents: list[Entry] = []
+    distractors: list[Entry] = []
+    for group in by_concept(entries, UNSEEN_PROBLEMS).values():
+        new_form = max(entry.problem.form for entry in group)
+        reworded = [entry for entry in group if entry.problem.form == new_form]
+        asked = reworded[: min(_SEEN_QUERIES, len(reworded) // 2)]
+        rest = [entry for entry in group if entry not in asked]
+        seen_queries += asked
+        seen_documents += rest
+        distractors += rest[:_DISTRACTORS]
+    unseen_queries: list[Entry] = []
+    unseen_documents: list[Entry] = []
+    for group in by_concept(entries, UNSEEN_CONCEPTS).values():
+        for form in sorted({entry.problem.form for entry in group}):
+            same = [entry for entry in group if entry.problem.form == form]
+            count = min(_UNSEEN_QUERIES, len(same) // 2)
+            unseen_queries += same[:count]
+            unseen_documents += same[count : 2 * count]
+    corpora = {SEEN_SUBSET: seen_documents, UNSEEN_SUBSET: unseen_documents + distractors}
+    queries = {SEEN_SUBSET: seen_queries, UNSEEN_SUBSET: unseen_queries}
+    return {
+        "documents": {
+            subset: [{"id": e.id, "content": e.problem.document()} for e in corpus]
+            for subset, corpus in corpora.items()
+        },
+        "examples": {
+            subset: [_example(query, corpora[subset]) for query in asked]
+            for subset, asked in queries.items()
+        },
+    }
+
+
+def _example(query: Entry, corpus: Sequence[Entry]) -> dict[str, Any]:
+    same = [entry for entry in corpus if entry.problem.concept == query.problem.concept]
+    gold = [entry.id for entry in same if entry.problem.form != query.problem.form]
+    excluded = [entry.id for entry in same if entry.problem.form == query.problem.form]
+    return {
+        "id": query.id,
+        "query": query.problem.statement,
+        "reasoning": query.problem.concept,
+        "gold_ids": gold,
+        "gold_ids_long": ["N/A"],
+        "excluded_ids": excluded or ["N/A"],
+        "gold_answer": query.problem.solution,
+    }
