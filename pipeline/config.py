@@ -159,14 +159,60 @@ class DataConfig:
 
 @_strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Learning a teacher's scores of a query's positives and own negatives.
+
+    KL(teacher || model) over that list (Hinton et al., arXiv 1503.02531, with the list of one query
+    in the place of the classes). Its share of the loss is `weight`, the contrastive term keeps the
+    rest. `temperature` divides the teacher's scores.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        key = "loss.distillation"
+        _require(0 < self.weight <= 1, f"{key}.weight", self.weight, "0 < weight <= 1")
+        _require(self.temperature > 0, f"{key}.temperature", self.temperature, "a number > 0")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748, eq. 4)."""
+    """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748, eq. 4).
+
+    The defaults are cosine / 0.02 against every document of the batch. RepLLaMA's loss is
+    `{similarity: scaled_dot, temperature: 1, negatives: own}`.
+    """
 
     temperature: float = 0.02
+    learn_temperature: bool = False
+    # cosine normalises inside the loss; scaled_dot divides the dot product by the width.
+    similarity: Literal["cosine", "dot", "scaled_dot"] = "cosine"
+    negatives: Literal["batch", "own"] = "batch"
     symmetric: bool = False
+    # Widths trained beside the full one; the loss is the mean over all of them.
+    matryoshka_dims: tuple[int, ...] = ()
+    # A negative more similar than the query's best positive by more than this does not count.
+    false_negative_margin: float | None = None
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "loss.temperature", self.temperature, "a number > 0")
+        _require(
+            not (self.symmetric and self.negatives == "own"),
+            "loss.symmetric",
+            True,
+            "true only with loss.negatives: batch",
+            "a document has no negatives of its own; set loss.symmetric: false",
+        )
+        dims = self.matryoshka_dims
+        _require(
+            all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims)),
+            "loss.matryoshka_dims",
+            list(dims),
+            "ascending integers >= 1, each once",
+        )
 
 
 @_strict

@@ -1,0 +1,93 @@
+"""Runs the elements of an evaluation: one by a job array, or all by the local loop; same code."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.elements import (
+    Element,
+    element_at,
+    element_key,
+    list_elements,
+    read_result,
+)
+from pipeline.run_dir import write_json
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.encoder import EvaluatedEncoder
+
+LoadEncoder = Callable[[EvaluateConfig, Element], "EvaluatedEncoder"]
+
+
+def num_elements(config: EvaluateConfig) -> int:
+    """Length of the job array."""
+    return len(list_elements(config))
+
+
+def run_element(
+    config: EvaluateConfig, index: int, *, load: LoadEncoder | None = None
+) -> dict[str, Any]:
+    """Score one (model, task); a finished element returns its result at once.
+
+    Args:
+        index: the array's task number, from 0.
+        load: how to load the model; the export's own loader unless another is given.
+
+    Returns:
+        What `result.json` in the element's folder holds.
+
+    Raises:
+        UserError: no such element, no export, or the task's data are incomplete.
+    """
+    element = element_at(config, index)
+    key = element_key(config, element)
+    finished = read_result(element)
+    label = f"element {index + 1}/{num_elements(config)} {element.model.name} {element.task}"
+    if finished is not None and finished["key"] == key:
+        print(f"{label}: finished before, skipped", flush=True)
+        return finished
+    # Here, not at the top: counting elements on a login node must not load torch and mteb.
+    from pipeline.evaluation.task import score_task
+
+    started = time.monotonic()
+    encoder = (load or _export_loader())(config, element)
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
+        result = score_task(
+            encoder,
+            task_name=element.task,
+            instructions=config.instructions,
+            snapshots=config.snapshots,
+            scratch=Path(scratch),
+        )
+        result |= {"key": key, "seconds": round(time.monotonic() - started, 2)}
+        _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
+    write_json(element.result_path, result)
+    print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)
+    return result
+
+
+def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
+    """Score every element, one after another; run again, it continues where it was stopped."""
+    return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def _export_loader() -> LoadEncoder:
+    from pipeline.evaluation.export_encoder import load_encoder
+
+    return load_encoder
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    """Copy a folder to its place by rename, so that half a copy never carries its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
+    shutil.copytree(source, incoming, dirs_exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    incoming.replace(target)

@@ -1,0 +1,103 @@
+"""The array of an evaluation: one (model, task) per element, each with a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.errors import UserError
+from pipeline.evaluation.benchmarks import expand
+from pipeline.evaluation.instructions import instruction_for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Element:
+    """One element of the job array."""
+
+    index: int
+    model: EvaluatedModel
+    task: str
+    folder: Path
+
+    @property
+    def result_path(self) -> Path:
+        """Written last and by rename: its presence means that the element is finished."""
+        return self.folder / "result.json"
+
+
+def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
+    """All elements in array order: model by model, each over all tasks."""
+    pairs = [(model, task) for model in config.models for task in expand(config.tasks)]
+    return tuple(
+        Element(
+            index=index,
+            model=model,
+            task=task,
+            folder=config.output_dir / "elements" / model.name / task,
+        )
+        for index, (model, task) in enumerate(pairs)
+    )
+
+
+def element_at(config: EvaluateConfig, index: int) -> Element:
+    """The element an array job was started for.
+
+    Raises:
+        UserError: no element has that index; the array and the config do not belong together.
+    """
+    elements = list_elements(config)
+    if not 0 <= index < len(elements):
+        raise UserError(
+            f"evaluation element {index}",
+            allowed=f"0 to {len(elements) - 1} ({len(config.models)} models x "
+            f"{len(elements) // len(config.models)} tasks)",
+            fix="start the array with the length that `diffembed evaluate count` prints",
+        )
+    return elements[index]
+
+
+def export_fingerprint(path: Path) -> str:
+    """A short hash that changes whenever an export is written anew.
+
+    Sizes and times of writing stand for the content: reading 15 GB per element would cost minutes.
+    The model card is left out, because the report's scores may be added to it.
+
+    Raises:
+        UserError: the folder is missing or holds no weights.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _EXPORT_SUFFIXES)
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise UserError(
+            f"{path}: no export there",
+            allowed="a folder with *.safetensors",
+            fix="run `diffembed export`, or correct models.path",
+        )
+    lines = [f"{p.relative_to(path)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+_EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
+
+
+def element_key(config: EvaluateConfig, element: Element) -> str:
+    """A hash of everything an element's scores depend on; a finished element with another key is
+    stale and runs again."""
+    inputs = {
+        "export": export_fingerprint(element.model.path),
+        "instruction": instruction_for(element.task, config.instructions),
+        "max_length": config.max_length,
+        "snapshots": str(config.snapshots),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_result(element: Element) -> dict[str, Any] | None:
+    """What a finished element wrote, or None."""
+    if not element.result_path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(element.result_path.read_text())
+    return result

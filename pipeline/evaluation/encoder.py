@@ -1,0 +1,118 @@
+"""An embedding model as mteb wants to see it: satisfies its protocols, inherits nothing from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
+
+from pipeline.config import Template
+from pipeline.evaluation.instructions import instruction_for
+
+
+class TextEncoder(Protocol):
+    """Anything that turns texts into unit vectors."""
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """(N,) texts, cut to the model's maximum length -> (N, D) float32, unit rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedEncoder:
+    """A loaded export and what the report says about it."""
+
+    encoder: TextEncoder
+    template: Template
+    name: str
+    revision: str
+    max_length: int
+    num_dimensions: int
+    precision: str
+
+    def meta(self) -> ModelMeta:
+        """mteb's description of the model; name and revision key its result files."""
+        return ModelMeta(
+            loader=None,
+            name=f"diffembed/{self.name}",
+            revision=self.revision,
+            release_date=None,
+            languages=["eng-Latn"],
+            n_parameters=None,
+            memory_usage_mb=None,
+            max_tokens=self.max_length,
+            embed_dim=self.num_dimensions,
+            license=None,
+            open_weights=True,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch", "Transformers"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=True,
+            training_datasets=None,
+        )
+
+
+class MtebEncoder:
+    """mteb's `EncoderProtocol`: `mteb.evaluate(MtebEncoder(...), task)` works as it stands.
+
+    Args:
+        model: the loaded export.
+        instructions: instructions by task name that replace those of `instructions.py`.
+    """
+
+    def __init__(self, model: EvaluatedEncoder, instructions: Mapping[str, str]) -> None:
+        self.model = model
+        self.instructions = instructions
+        self.mteb_model_meta = model.meta()
+
+    def embed_queries(self, task: str, texts: Sequence[str]) -> np.ndarray:
+        """(N,) query texts as mteb gives them -> (N, D) unit rows, with the task's instruction."""
+        prefix = self.model.template.query_prefix(instruction_for(task, self.instructions))
+        return self.model.encoder.encode_texts([prefix + text for text in texts])
+
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """(N,) document texts -> (N, D) unit rows; never with an instruction."""
+        prefix = self.model.template.document_prefix()
+        return self.model.encoder.encode_texts([prefix + text for text in texts])
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Embed a data loader of mteb's batches.
+
+        A query's `text` holds its own instruction already (FollowIR), a document's its title.
+
+        Returns:
+            (N, D) float32 unit rows in the loader's order.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        if prompt_type is not None and prompt_type.value == "document":
+            return self.embed_documents(texts)
+        return self.embed_queries(task_metadata.name, texts)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """(N, D), (M, D) unit rows -> (N, M) cosines."""
+        cosines: np.ndarray = (
+            np.atleast_2d(_rows(embeddings1)) @ np.atleast_2d(_rows(embeddings2)).T
+        )
+        return cosines
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """(N, D), (N, D) unit rows -> (N,) cosines."""
+        cosines: np.ndarray = np.einsum("nd,nd->n", _rows(embeddings1), _rows(embeddings2))
+        return cosines
+
+
+def _rows(embeddings: Any) -> np.ndarray:
+    return np.asarray(embeddings, dtype=np.float32)

@@ -1,0 +1,54 @@
+"""The report's pictures: the loss curve, and every model's scores with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
+    """Bars per task and model with 95 % intervals; a dash at chance level."""
+    figure = Figure(figsize=(max(6.0, 1.6 * len(tasks)), 4.2), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(tasks))
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        scores = np.array([task[model] for task in tasks])
+        bounds = np.array([task["intervals"][model] for task in tasks])
+        # A percentile interval need not hold the score itself.
+        reach = np.maximum([scores - bounds[:, 0], bounds[:, 1] - scores], 0)
+        at = places + (number - (len(models) - 1) / 2) * width
+        axes.bar(at, scores, width, yerr=reach, capsize=2, label=model)
+    for place, task in zip(places, tasks, strict=True):
+        if task["chance"] is not None:
+            axes.hlines(task["chance"], place - 0.45, place + 0.45, "black", "dashed", linewidth=1)
+    labels = [f"{task['name'].removesuffix('Retrieval')}\n{task['metric']}" for task in tasks]
+    axes.set_xticks(places, labels, rotation=30, ha="right", fontsize=8)
+    axes.set_ylabel("score (dashes: chance)")
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_loss(path: Path, curve: Sequence[dict[str, float]]) -> Path:
+    """Loss and learning rate by step."""
+    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in curve]
+    axes.plot(steps, [line["loss"] for line in curve], color="tab:blue")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss", color="tab:blue")
+    if all("lr" in line for line in curve):
+        right = axes.twinx()
+        right.plot(steps, [line["lr"] for line in curve], color="tab:gray", linewidth=1)
+        right.set_ylabel("learning rate", color="tab:gray")
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,170 @@
+"""One report of an evaluation: report.json for programs, report.md and plots for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.benchmarks import expand
+from pipeline.evaluation.bootstrap import interval, paired_difference
+from pipeline.evaluation.elements import list_elements, read_result
+from pipeline.evaluation.merge import merge_results
+from pipeline.evaluation.tables import aligned_table, markdown_table, score_rows, split_rows
+from pipeline.run_dir import write_json, write_text
+
+Results = dict[str, dict[str, dict[str, Any]]]  # task -> model -> what the element wrote
+
+
+def write_report(config: EvaluateConfig) -> Path:
+    """Compare all models on all tasks, write the report, print its table.
+
+    With two models or more, the last is compared with the first: paired bootstrap over queries,
+    95 % interval.
+
+    Returns:
+        The folder that holds report.md, report.json and the plots.
+
+    Raises:
+        UserError: an element has not finished.
+    """
+    results = collect(config)
+    folder = config.output_dir / "report"
+    models = [model.name for model in config.models]
+    tasks = [summarise(task, models, results[task]) for task in results]
+    curve = read_curve(config.training_run)
+    # matplotlib is slow to import and only this function draws.
+    from pipeline.evaluation.plots import plot_loss, plot_scores
+
+    figures = [plot_scores(folder / "scores.png", models, tasks)]
+    if curve:
+        figures.append(plot_loss(folder / "loss.png", curve))
+    write_json(
+        folder / "report.json",
+        {"models": models, "tasks": tasks, "training": _training_summary(curve)},
+    )
+    write_text(folder / "report.md", _markdown(config, results, tasks, curve, figures))
+    merge_results(config)
+    header, rows = score_rows(models, tasks)
+    print(aligned_table(header, rows))
+    print(f"report: {folder / 'report.md'}", flush=True)
+    return folder
+
+
+def collect(config: EvaluateConfig) -> Results:
+    """Results of all elements by task and model.
+
+    Raises:
+        UserError: some are missing; the message gives their indices for the array.
+    """
+    results: Results = {task: {} for task in expand(config.tasks)}
+    missing = []
+    for element in list_elements(config):
+        result = read_result(element)
+        if result is None:
+            missing.append(element)
+        else:
+            results[element.task][element.model.name] = result
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(list_elements(config))} evaluation elements have no result, "
+            f"the first: {missing[0].model.name} {missing[0].task}",
+            fix="run elements " + ",".join(str(element.index) for element in missing),
+        )
+    return results
+
+
+def summarise(task: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One task's entry of report.json."""
+    first, last = by_model[models[0]], by_model[models[-1]]
+    entry: dict[str, Any] = {
+        "name": task,
+        "benchmark": first["benchmark"],
+        "metric": first["metric"],
+        **{model: by_model[model]["score"] for model in models},
+        "chance": first["chance"],
+        "intervals": {model: interval(by_model[model]["per_query"]) for model in models},
+        "by_split": {model: by_model[model]["by_split"] for model in models},
+        "other_scores": {model: by_model[model]["other_scores"] for model in models},
+        "num_queries": sum(len(scores) for scores in first["per_query"].values()),
+        "max_length": {model: by_model[model]["max_length"] for model in models},
+    }
+    if len(models) > 1:
+        difference, low, high = paired_difference(last["per_query"], first["per_query"])
+        entry |= {"difference": difference, "ci_low": low, "ci_high": high}
+        entry["significant"] = low > 0 or high < 0
+    return entry
+
+
+def read_curve(training_run: Path | None) -> list[dict[str, float]]:
+    """Lines of the training run's metrics.jsonl that hold a loss; empty without a run."""
+    if training_run is None:
+        return []
+    path = training_run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"training_run: no {path}", fix="correct training_run, or leave it out")
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line for line in lines if "loss" in line]
+
+
+def _training_summary(curve: list[dict[str, float]]) -> dict[str, float] | None:
+    if not curve:
+        return None
+    return {
+        "num_steps": len(curve),
+        "first_loss": curve[0]["loss"],
+        "last_loss": curve[-1]["loss"],
+    }
+
+
+def _markdown(
+    config: EvaluateConfig,
+    results: Results,
+    tasks: list[dict[str, Any]],
+    curve: list[dict[str, float]],
+    figures: list[Path],
+) -> str:
+    models = [model.name for model in config.models]
+    parts = ["# Evaluation report", "", markdown_table(*score_rows(models, tasks)), ""]
+    if len(models) > 1:
+        parts += [
+            f"Difference is {models[-1]} minus {models[0]}, with the 95 % interval of a paired "
+            "bootstrap over queries; `ns` marks an interval that holds 0. Chance is the expected "
+            "score of a random order of the documents that a query may find.",
+            "",
+        ]
+    per_split = split_rows(models, tasks)
+    if per_split is not None:
+        parts += ["## By length", "", markdown_table(*per_split), ""]
+    for figure in figures:
+        parts += [f"![{figure.stem}]({figure.name})", ""]
+    summary = _training_summary(curve)
+    if summary:
+        parts += [
+            f"Training: {summary['num_steps']} steps, loss {summary['first_loss']:.4f} -> "
+            f"{summary['last_loss']:.4f}.",
+            "",
+        ]
+    parts += ["## How each number was made", ""]
+    parts.append(markdown_table(*_provenance(results)))
+    return "\n".join(parts) + "\n"
+
+
+def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
+    header = ["task", "model", "revision", "max length", "precision", "instruction", "data set"]
+    rows = [
+        [
+            task,
+            model,
+            result["revision"],
+            str(result["max_length"]),
+            result["precision"],
+            result["instruction"] or "none",
+            result["dataset_revision"][:12],
+        ]
+        for task, by_model in results.items()
+        for model, result in by_model.items()
+    ]
+    return header, rows

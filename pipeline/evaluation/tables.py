@@ -1,0 +1,59 @@
+"""Rows of the report's tables, and their layout as text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def score_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table:
+    """One row per task: every model's score, chance, and the difference with its interval."""
+    header = ["task", "metric", *models, "chance"]
+    if len(models) > 1:
+        header += ["difference", "95 % interval"]
+    rows = []
+    for task in tasks:
+        row = [task["name"], task["metric"], *(f"{task[model]:.4f}" for model in models)]
+        row.append("" if task["chance"] is None else f"{task['chance']:.4f}")
+        if len(models) > 1:
+            mark = "" if task["significant"] else " ns"
+            row += [
+                f"{task['difference']:+.4f}",
+                f"[{task['ci_low']:+.4f}, {task['ci_high']:+.4f}]{mark}",
+            ]
+        rows.append(row)
+    return header, rows
+
+
+def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
+    """Scores by split for the tasks that have several (one per document length), or None."""
+    rows = [
+        [task["name"], split, *(f"{task['by_split'][model][split]:.4f}" for model in models)]
+        for task in tasks
+        if len(task["by_split"][models[0]]) > 1
+        for split in task["by_split"][models[0]]
+    ]
+    return (["task", "split", *models], rows) if rows else None
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column left, the others right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in [header, rule, *rows]
+    )
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as columns of spaces, for a terminal."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    )

@@ -1,0 +1,125 @@
+"""One model on one unmodified mteb task: mteb's score, and every query's share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.cache import ResultCache
+
+from pipeline.evaluation.benchmarks import benchmark_of
+from pipeline.evaluation.encoder import EvaluatedEncoder, MtebEncoder
+from pipeline.evaluation.instructions import instruction_for
+from pipeline.evaluation.scoring import chance_level, p_mrr_per_query, per_query_scores
+from pipeline.evaluation.search import ExactSearch
+from pipeline.evaluation.snapshots import (
+    changed_judgements,
+    get_task,
+    load_and_prove,
+    localise,
+    private_cache,
+)
+
+# mteb rounds each split's means to five decimals.
+_ROUNDING = 2e-5
+
+_SHOWN = ("ndcg_at_1", "ndcg_at_5", "ndcg_at_10", "map_at_1000", "recall_at_1", "recall_at_100")
+
+
+def score_task(
+    model: EvaluatedEncoder,
+    *,
+    task_name: str,
+    instructions: Mapping[str, str],
+    snapshots: Path | None,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Evaluate, and check that our per-query scores add up to mteb's number.
+
+    Args:
+        snapshots: folder of data set snapshots in the hub's layout; None reads from the hub.
+        scratch: an empty folder; mteb's own result files are left in `scratch/mteb`.
+
+    Returns:
+        Everything the report needs, ready for JSON.
+    """
+    with private_cache(scratch / "datasets"):
+        task = localise(get_task(task_name), snapshots)
+        load_and_prove(task)
+        search = ExactSearch(MtebEncoder(model, instructions))
+        outcome = mteb.evaluate(
+            search,
+            task,
+            # A cache of its own: elements that share one lose lines of run_settings.jsonl.
+            cache=ResultCache(scratch / "mteb"),
+            overwrite_strategy="always",
+            co2_tracker=False,
+            show_progress_bar=False,
+        )[0]
+        metric = task.metadata.main_score
+        per_query = _per_query(task, metric, search)
+        score = float(outcome.get_score())
+    mean = sum(sum(s.values()) / len(s) for s in per_query.values()) / len(per_query)
+    if abs(mean - score) > _ROUNDING:
+        raise RuntimeError(f"{task_name}: our queries average {mean}, mteb says {score}")
+    splits = [row for rows in outcome.scores.values() for row in rows]
+    return {
+        "model": model.name,
+        "task": task_name,
+        "benchmark": benchmark_of(task_name),
+        "metric": metric,
+        "score": score,
+        "chance": _chance(task, metric),
+        "by_split": {
+            split: sum(row["main_score"] for row in rows) / len(rows)
+            for split, rows in outcome.scores.items()
+        },
+        "other_scores": _other_scores(splits),
+        "per_query": per_query,
+        "instruction": instruction_for(task_name, instructions),
+        "query_template": model.template.query,
+        "document_template": model.template.document,
+        "max_length": model.max_length,
+        "precision": model.precision,
+        "revision": model.revision,
+        "dataset_revision": outcome.dataset_revision,
+        "mteb_version": outcome.mteb_version,
+    }
+
+
+def _per_query(task: Any, metric: str, search: ExactSearch) -> dict[str, dict[str, float]]:
+    """Query scores by `subset/split`."""
+    scores = {}
+    for (subset, split), rankings in search.rankings.items():
+        judgements = task.dataset[subset][split]["relevant_docs"]
+        if metric == "p-MRR":
+            found = p_mrr_per_query(changed_judgements(task), rankings)
+        else:
+            found = per_query_scores(metric, judgements, rankings)
+        scores[f"{subset}/{split}"] = found
+    return scores
+
+
+def _chance(task: Any, metric: str) -> float | None:
+    """Mean over splits of the score that a random order would get."""
+    levels = []
+    for splits in task.dataset.values():
+        for data in splits.values():
+            candidates = data["top_ranked"]
+            num_candidates = {
+                query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
+                for query in data["relevant_docs"]
+            }
+            levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
+    known = [level for level in levels if level is not None]
+    return sum(known) / len(known) if len(known) == len(levels) else None
+
+
+def _other_scores(splits: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics beside the main one, mean over splits; FollowIR's on the original instructions."""
+    originals = [row.get("og", row) for row in splits]
+    return {
+        metric: sum(float(row[metric]) for row in originals) / len(originals) for metric in _SHOWN
+    }

@@ -1,0 +1,152 @@
+"""Tiny data sets in the hub's layout, so that unmodified mteb tasks load them from a folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Rows = list[dict[str, Any]]
+
+TOPICS = {
+    "glaciers": "Ice flows downhill under its own weight and carves wide valleys.",
+    "sourdough": "Wild yeast and bacteria in the starter raise the bread slowly.",
+    "suspension bridges": "Cables carry the deck and pass its load to tall towers.",
+    "chess openings": "Early moves fight for the centre and bring pieces into play.",
+    "honey bees": "Foragers dance in the hive to point others to flowers.",
+    "tides": "The pull of the moon raises the sea twice a day.",
+    "lighthouses": "A turning lamp and lens warn ships off the rocks at night.",
+    "violins": "A bow of horsehair makes the string stick and slip.",
+}
+ASPECTS = ("history", "mechanism", "measurement", "accidents", "economics", "teaching")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def write_dataset(root: Path, repository: str, configs: dict[str, dict[str, Rows]]) -> None:
+    """configs: config name -> split -> rows, written as JSONL with a README that declares them."""
+    folder = root / repository
+    declared = []
+    for config, splits in configs.items():
+        files = []
+        for split, rows in splits.items():
+            path = folder / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files.append({"split": split, "path": f"{config}/{split}.jsonl"})
+        declared.append({"config_name": config, "data_files": files})
+    (folder / "README.md").write_text("---\n" + yaml.safe_dump({"configs": declared}) + "---\n")
+
+
+def write_all(root: Path) -> Path:
+    write_follow_ir(root)
+    write_needle_and_passkey(root)
+    write_bright(root)
+    return root
+
+
+def _documents(prefix: str) -> list[tuple[str, str, str]]:
+    """(id, topic, text) of one document per topic and aspect."""
+    return [
+        (f"{prefix}{topic}-{aspect}".replace(" ", "_"), topic, f"On the {aspect}: {text}")
+        for topic, text in TOPICS.items()
+        for aspect in ASPECTS
+    ]
+
+
+def write_follow_ir(root: Path, *, without: tuple[str, ...] = ()) -> None:
+    generator = random.Random(0)
+    documents = _documents("d/")
+    queries, instructions, judgements, candidates, changed = [], [], [], [], []
+    for number, topic in enumerate(TOPICS):
+        own = [name for name, its_topic, _ in documents if its_topic == topic]
+        others = [name for name, its_topic, _ in documents if its_topic != topic]
+        listed = own + generator.sample(others, 10)
+        generator.shuffle(listed)
+        dropped = own[3:]
+        for kind, relevant in (("og", own), ("changed", own[:3])):
+            query = f"{number}-{kind}"
+            wish = "Any report will do." if kind == "og" else f"Leave out {', '.join(ASPECTS[3:])}."
+            queries.append({"_id": query, "text": f"What is known about {topic}?"})
+            instructions.append({"query-id": query, "instruction": f"Find {topic}. {wish}"})
+            candidates.append({"query-id": query, "corpus-ids": listed})
+            judgements += [
+                {"query-id": query, "corpus-id": name, "score": int(name in relevant)}
+                for name in listed
+            ]
+        changed.append({"query-id": str(number), "corpus-ids": dropped})
+    corpus = [
+        {"_id": name, "title": topic.title() if i % 2 else "", "text": text}
+        for i, (name, topic, text) in enumerate(documents)
+    ]
+    configs = {
+        "corpus": {"corpus": corpus},
+        "default": {"test": judgements},
+        "queries": {"queries": queries},
+        "instruction": {"instruction": instructions},
+        "top_ranked": {"top_ranked": candidates},
+        "qrel_diff": {"qrel_diff": changed},
+    }
+    kept = {name: splits for name, splits in configs.items() if name not in without}
+    write_dataset(root, "mteb/Core17InstructionRetrieval", kept)
+
+
+def write_needle_and_passkey(root: Path, *, num_documents: int = 6, num_queries: int = 4) -> None:
+    generator = random.Random(1)
+    names = ["Ada", "Boris", "Chidi", "Dana", "Emeka", "Freya"][:num_documents]
+    needle: dict[str, Rows] = {"queries": [], "corpus": [], "qrels": []}
+    passkey: dict[str, dict[str, Rows]] = {"corpus": {}, "queries": {}, "default": {}}
+    for length in LENGTHS:
+        rows: dict[str, Rows] = {config: [] for config in passkey}
+        for i, name in enumerate(names):
+            filler = "The road went on and on. " * (min(length, 512) // 32)
+            text = f"{filler}The pass key of {name} is {generator.randint(1000, 9999)}. {filler}"
+            needle["corpus"].append(
+                {"doc_id": f"n{length}_{i}", "qid": "", "text": text, "context_length": length}
+            )
+            rows["corpus"].append({"_id": f"p{length}_{i}", "title": "", "text": text})
+            if i >= num_queries:
+                continue
+            query, document = f"q{length}_{i}", f"n{length}_{i}"
+            ask = f"What is the pass key of {name}?"
+            needle["queries"].append(
+                {"doc_id": "", "qid": query, "text": ask, "context_length": length}
+            )
+            needle["qrels"].append(
+                {"doc_id": document, "qid": query, "text": "", "context_length": length}
+            )
+            rows["queries"].append({"_id": query, "text": ask})
+            rows["default"].append({"query-id": query, "corpus-id": f"p{length}_{i}", "score": 1})
+        for config in passkey:
+            passkey[config][f"test_{length}"] = rows[config]
+    write_dataset(root, "dwzhu/LongEmbed", {"needle": needle})
+    write_dataset(root, "mteb/LEMBPasskeyRetrieval", passkey)
+
+
+def write_bright(root: Path) -> None:
+    configs: dict[str, dict[str, Rows]] = {"documents": {}, "examples": {}, "long_documents": {}}
+    for split, excludes in (("biology", False), ("aops", True)):
+        documents = _documents(f"{split}/")
+        configs["documents"][split] = [{"id": name, "content": t} for name, _, t in documents]
+        configs["examples"][split] = []
+        for number, topic in enumerate(TOPICS):
+            own = [name for name, its_topic, _ in documents if its_topic == topic]
+            configs["examples"][split].append(
+                {
+                    "id": str(number),
+                    "query": f"Why do {topic} behave as they do?",
+                    "excluded_ids": own[:2] if excludes else ["N/A"],
+                    "gold_ids": own[2:5],
+                    "gold_ids_long": [f"{split}/{topic}"],
+                }
+            )
+        configs["long_documents"][split] = [
+            {
+                "id": f"{split}/{topic}",
+                "content": " ".join(text for _, its_topic, text in documents if its_topic == topic),
+            }
+            for topic in TOPICS
+        ]
+    write_dataset(root, "mteb/BRIGHT", configs)

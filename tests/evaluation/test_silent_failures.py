@@ -1,0 +1,165 @@
+"""Each way in which mteb scores can be wrong without a message, shown not to happen here."""
+
+from __future__ import annotations
+
+import benchmark_replicas as replicas
+import mteb
+import numpy as np
+import pytest
+from evaluation_support import MiniLM, wrap
+from mteb.models import EncoderProtocol, SearchProtocol
+
+from pipeline.config import Template
+from pipeline.errors import UserError
+from pipeline.evaluation.benchmarks import BENCHMARKS, benchmark_of, expand
+from pipeline.evaluation.encoder import MtebEncoder
+from pipeline.evaluation.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
+from pipeline.evaluation.search import ExactSearch
+from pipeline.evaluation.snapshots import get_task, load_and_prove, localise, private_cache
+from pipeline.evaluation.task import score_task
+
+FOLLOW_IR = "Core17InstructionRetrieval"
+
+
+def texts_seen_by_the_model(task: str, snapshots, tmp_path, minilm: MiniLM) -> list[str]:
+    model = wrap(minilm)
+    minilm.seen.clear()
+    score_task(model, task_name=task, instructions={}, snapshots=snapshots, scratch=tmp_path)
+    return minilm.seen.copy()
+
+
+def test_a_query_carries_its_own_instruction_exactly_once(snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(FOLLOW_IR, snapshots, tmp_path, minilm)
+    queries = [text for text in seen if text.startswith("Instruct: ")]
+    assert len(queries) == 2 * len(replicas.TOPICS)
+    for topic in replicas.TOPICS:
+        about = [query for query in queries if f"Find {topic}." in query]
+        assert len(about) == 2
+        assert all(query.count(f"Find {topic}.") == 1 for query in about)
+        assert all(query.count(DEFAULT_INSTRUCTION) == 1 for query in about)
+
+
+@pytest.mark.parametrize("task", [FOLLOW_IR, "LEMBPasskeyRetrieval", "BrightAopsRetrieval"])
+def test_no_document_carries_an_instruction(task, snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(task, snapshots, tmp_path, minilm)
+    documents = [text for text in seen if not text.startswith("Instruct: ")]
+    known = (*replicas.TOPICS.values(), "The road went on")
+    assert len(documents) >= 48
+    for text in documents:
+        assert any(sentence in text for sentence in known), text
+        assert DEFAULT_INSTRUCTION not in text
+        assert "Given a" not in text
+
+
+def test_a_title_is_joined_to_its_document_exactly_once(snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(FOLLOW_IR, snapshots, tmp_path, minilm)
+    titled = [text for text in seen if text.startswith("Glaciers")]
+    assert len(titled) == 3
+    assert all(text.count("Glaciers") == 1 for text in titled)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("instruction", "no instructions"),
+        ("top_ranked", "no candidates"),
+        ("qrel_diff", "no changed judgements"),
+    ],
+)
+def test_a_snapshot_without_what_follow_ir_needs_is_refused_before_encoding(
+    config, message, tmp_path
+):
+    replicas.write_follow_ir(tmp_path / "hub", without=(config,))
+
+    class Untouched:
+        def encode_texts(self, texts):
+            if list(texts) == ["."]:
+                return np.ones((1, 2), dtype=np.float32)
+            raise AssertionError("encoded before the data were proved complete")
+
+    with pytest.raises(UserError, match=message):
+        score_task(
+            wrap(Untouched()),
+            task_name=FOLLOW_IR,
+            instructions={},
+            snapshots=tmp_path / "hub",
+            scratch=tmp_path / "scratch",
+        )
+
+
+def test_excluded_documents_are_never_found(snapshots, tmp_path, minilm):
+    with private_cache(tmp_path):
+        task = localise(get_task("BrightAopsRetrieval"), snapshots)
+        load_and_prove(task)
+    data = task.dataset["default"]["standard"]
+    search = ExactSearch(MtebEncoder(wrap(minilm), {}), block_documents=7)
+    search.index(data["corpus"])
+    rankings = search.search(
+        data["queries"],
+        task_metadata=task.metadata,
+        hf_split="standard",
+        hf_subset="default",
+        top_k=1000,
+        top_ranked=data["top_ranked"],
+    )
+    for number, topic in enumerate(replicas.TOPICS):
+        excluded = {f"aops/{topic}-{a}".replace(" ", "_") for a in replicas.ASPECTS[:2]}
+        assert len(rankings[str(number)]) == 48 - 2
+        assert not excluded & set(rankings[str(number)])
+
+
+def test_localising_a_task_leaves_mtebs_own_metadata_alone(snapshots):
+    localised = localise(get_task(FOLLOW_IR), snapshots)
+    assert localised.metadata.dataset["path"].startswith(str(snapshots))
+    fresh = mteb.get_task(FOLLOW_IR)
+    assert fresh.metadata.dataset["path"] == f"mteb/{FOLLOW_IR}"
+    assert localised.metadata.dataset["revision"] == fresh.metadata.dataset["revision"]
+
+
+def test_a_missing_snapshot_and_an_unknown_task_are_the_users_errors(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        localise(get_task(FOLLOW_IR), tmp_path)
+    with pytest.raises(UserError, match="no such task"):
+        get_task("Core18InstructionRetrieval")
+    with pytest.raises(UserError, match="allowed: retrieval"):
+        get_task("STS12")
+
+
+def test_our_encoder_and_search_satisfy_mtebs_protocols_and_inherit_nothing(minilm):
+    encoder = MtebEncoder(wrap(minilm), {})
+    assert isinstance(encoder, EncoderProtocol)
+    assert isinstance(ExactSearch(encoder), SearchProtocol)
+    assert MtebEncoder.__mro__ == (MtebEncoder, object)
+    assert ExactSearch.__mro__ == (ExactSearch, object)
+
+
+def test_our_benchmarks_are_mtebs():
+    def names(benchmark: str) -> set[str]:
+        return {task.metadata.name for task in mteb.get_benchmark(benchmark).tasks}
+
+    assert set(BENCHMARKS["FollowIR"]) == names("FollowIR")
+    assert set(BENCHMARKS["LongEmbed"]) == names("LongEmbed")
+    assert {*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]} == names("BRIGHT(v1.1)")
+    assert set(INSTRUCTIONS) == names("BRIGHT(v1.1)")
+
+
+def test_a_benchmark_expands_to_its_tasks_once():
+    assert expand(("Core17InstructionRetrieval", "FollowIR", "NFCorpus")) == (
+        "Core17InstructionRetrieval",
+        "Robust04InstructionRetrieval",
+        "News21InstructionRetrieval",
+        "NFCorpus",
+    )
+    assert benchmark_of("BrightPonyLongRetrieval") == "BRIGHT-long"
+    assert benchmark_of("NFCorpus") == "other"
+
+
+def test_an_empty_instruction_leaves_the_bare_query(minilm):
+    encoder = MtebEncoder(wrap(minilm), {"BrightPonyRetrieval": ""})
+    minilm.seen.clear()
+    encoder.embed_queries("BrightPonyRetrieval", ["how to loop"])
+    encoder.embed_queries("BrightAopsRetrieval", ["how to loop"])
+    assert minilm.seen == [
+        "how to loop",
+        Template().format_query("how to loop", INSTRUCTIONS["BrightAopsRetrieval"]),
+    ]
