@@ -30,10 +30,8 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """Copy the generators as they are now."""
-        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(
-            cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if in_use else None
-        )
+        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if in_use else None)
 
     def restore(self) -> None:
         """Set the generators back."""
@@ -51,9 +49,7 @@ class CachedChunks:
 
 
 @torch.no_grad()
-def embed_chunks(
-    chunks: Sequence[ChunkT], embed: Callable[[ChunkT], Tensor]
-) -> CachedChunks:
+def embed_chunks(chunks: Sequence[ChunkT], embed: Callable[[ChunkT], Tensor]) -> CachedChunks:
     """Pass 1: the embeddings of all chunks, in order.
 
     Args:
