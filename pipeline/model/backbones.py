@@ -1,0 +1,142 @@
+"""A model folder or hub name to a loaded Hugging Face backbone, without remote code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, Qwen2Config
+from transformers.utils import logging
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.families import FAMILIES, Family
+from pipeline.model.packing import PACKED
+
+# Weights of heads that an embedder does not use; anything else that does not fit is an error.
+_HEADS = ("lm_head", "cls.", "pooler", "head.", "decoder.", "score", "classifier", "lm_transform")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NativeForm:
+    """How a model that ships remote code is read as a model of the transformers library.
+
+    Attributes:
+        config: the published config.json -> the native config.
+        keys: regular expressions over weight names -> their native names.
+    """
+
+    config: Callable[[dict[str, Any]], PretrainedConfig]
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
+    """Dream (arXiv 2508.15487) computes what Qwen2 computes, under the same weight names."""
+    dropped = ("architectures", "auto_map", "model_type", "transformers_version")
+    return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
+
+
+# By the `model_type` of the published config.json.
+_NATIVE_FORMS = {"Dream": NativeForm(config=_dream_config)}
+
+
+def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family]:
+    """Load weights, or only shapes on the meta device, ready for packed rows.
+
+    Raises:
+        UserError: nothing is there, the architecture is not supported, the attention cannot be
+            what the config asks for, or weights are missing.
+    """
+    published = _read_config(config)
+    native = _NATIVE_FORMS.get(published["model_type"])
+    hf_config = native.config(published) if native else _native_config(config)
+    family = FAMILIES.get(hf_config.model_type)
+    if family is None:
+        raise UserError(
+            f"model.path: {config.path} has model_type {published['model_type']!r}",
+            allowed=", ".join([*_NATIVE_FORMS, *FAMILIES]),
+        )
+    if family.decoder:
+        hf_config.is_causal = config.attention == "causal"
+    elif config.attention == "causal":
+        raise UserError(
+            f"model.attention: causal, but {config.path} is an encoder ({hf_config.model_type})",
+            allowed="bidirectional",
+        )
+    hf_config.use_cache = False
+    if config.attention_dropout is not None:
+        setattr(hf_config, family.attention_dropout, config.attention_dropout)
+    keys = native.keys if native else {}
+    return _load_weights(config, hf_config, keys, meta=meta), family
+
+
+def _read_config(config: ModelConfig) -> dict[str, Any]:
+    try:
+        published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
+    except OSError as error:
+        raise UserError(
+            f"model.path: cannot read a config.json from {config.path!r}",
+            allowed="a folder in Hugging Face layout, or a model name in the local cache",
+        ) from error
+    if "model_type" not in published:
+        raise UserError(f"model.path: the config.json of {config.path} names no model_type")
+    return dict(published)
+
+
+def _native_config(config: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(config.path, revision=config.revision)
+    except ValueError as error:
+        raise UserError(
+            f"model.path: {config.path}: {str(error).splitlines()[0]}", allowed=", ".join(FAMILIES)
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and reports of transformers: every rank loads, and what they say is checked here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_weights(
+    config: ModelConfig, hf_config: PretrainedConfig, keys: dict[str, str], *, meta: bool
+) -> nn.Module:
+    dtype = getattr(torch, config.dtype)
+    if meta:
+        with torch.device("meta"):
+            shapes: nn.Module = AutoModel.from_config(
+                hf_config, dtype=dtype, attn_implementation=PACKED
+            )
+        return shapes
+    with _quiet():
+        model, info = AutoModel.from_pretrained(
+            config.path,
+            revision=config.revision,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            key_mapping=keys or None,
+            output_loading_info=True,
+        )
+    missing = [key for key in info["missing_keys"] if not key.startswith(_HEADS)]
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(_HEADS)]
+    if missing or unexpected:
+        raise UserError(
+            f"model.path: the weights of {config.path} do not fit {hf_config.model_type}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}",
+            fix="give a complete checkpoint of a supported architecture",
+        )
+    loaded: nn.Module = model
+    return loaded

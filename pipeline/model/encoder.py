@@ -1,0 +1,117 @@
+"""Packed token ids to one vector per text: backbone, pooling, normalisation.
+
+    (T,) ids, (C,) lengths -> embed -> layer 0 ... layer n -> finish -> (C, D) unit rows
+
+`forward` is exactly these three calls, so a schedule that runs layer by layer computes the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.model.adapters import add_lora
+from pipeline.model.backbones import load_backbone
+from pipeline.model.families import Family
+from pipeline.model.packing import Rows, check_lengths
+from pipeline.model.pooling import pool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRows:
+    """What every layer needs beside the hidden states; computed once per chunk."""
+
+    rows: Rows
+    layer_inputs: list[dict[str, Any]]
+
+
+class Encoder(nn.Module):
+    """A backbone that embeds packed rows without padding.
+
+    Args:
+        backbone: a Hugging Face model, possibly with adapters of peft.
+        family: how its kind of model is taken apart.
+        config: attention, pooling and normalisation.
+    """
+
+    def __init__(self, backbone: nn.Module, family: Family, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self._family = family
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Embed rows of packed tokens.
+
+        Args:
+            input_ids: (T,) tokens of all rows, one row after another.
+            lengths: (C,) tokens of each row; they sum to T.
+
+        Returns:
+            (C, D) float32, unit rows if the config normalises.
+        """
+        hidden, packed = self.embed(input_ids, lengths)
+        for index in range(len(self.layers)):
+            hidden = self.run_layer(index, hidden, packed)
+        return self.finish(hidden, packed)
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model itself, inside any adapters."""
+        inner = getattr(self.backbone, "get_base_model", None)
+        return inner() if inner else self.backbone
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return self._family.layers(self.model)
+
+    def embed(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, PackedRows]:
+        """Token ids to the hidden states before the first layer, (1, T, D)."""
+        rows = Rows.of(lengths, causal=self.config.attention == "causal")
+        check_lengths(input_ids, rows)
+        hidden, inputs = self._family.embed(
+            self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)
+        )
+        return hidden, PackedRows(rows=rows, layer_inputs=inputs)
+
+    def run_layer(self, index: int, hidden: Tensor, packed: PackedRows) -> Tensor:
+        """One block on (1, T, D) hidden states."""
+        out: Tensor = self.layers[index](
+            hidden, attention_mask=None, rows=packed.rows, **packed.layer_inputs[index]
+        )
+        return out
+
+    def finish(self, hidden: Tensor, packed: PackedRows) -> Tensor:
+        """Final norm, pooling and normalisation: (1, T, D) to (C, D) float32."""
+        hidden = self._family.finish(self.model, hidden)
+        vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
+        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+
+
+def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
+    """Load a backbone and make it an embedder, in evaluation mode.
+
+    Args:
+        config: the model section.
+        meta: build shapes only, on the meta device, without reading weights.
+
+    Raises:
+        UserError: the model cannot be loaded, or cannot be what the config asks for.
+    """
+    backbone, family = load_backbone(config, meta=meta)
+    if config.gradient_checkpointing:
+        _checkpoint_activations(backbone)
+    if config.lora is not None:
+        backbone = add_lora(backbone, config.lora)
+    return Encoder(backbone, family, config).eval()
+
+
+def _checkpoint_activations(backbone: Any) -> None:
+    """Keep only each layer's input for the backward, by the method's new or old name."""
+    enable = getattr(backbone, "activation_checkpointing_enable", None)
+    (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})

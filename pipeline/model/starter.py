@@ -1,0 +1,134 @@
+"""A small model of Dream's architecture with random weights, and a tokenizer for its corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, trainers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from pipeline.config import StarterConfig
+from pipeline.errors import UserError
+from pipeline.run_dir import atomic_path, write_json
+
+_END, _MASK = "<|endoftext|>", "<|mask|>"
+
+
+def build_starter(config: StarterConfig) -> Path:
+    """Write a Hugging Face folder with Dream's config, Dream's weight names and a tokenizer.
+
+    Raises:
+        UserError: a corpus file is missing or empty, or the sizes do not fit together.
+    """
+    _check(config)
+    tokenizer = _train_tokenizer(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(config.output_dir)
+    torch.manual_seed(config.seed)
+    native = Qwen2Config(**_sizes(config), is_causal=False)
+    weights = {k: v.contiguous() for k, v in Qwen2ForCausalLM(native).state_dict().items()}
+    with atomic_path(config.output_dir / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    published = {
+        "architectures": ["DreamModel"],
+        "model_type": "Dream",
+        **_sizes(config),
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "torch_dtype": "float32",
+    }
+    write_json(config.output_dir / "config.json", published)
+    return config.output_dir
+
+
+def _check(config: StarterConfig) -> None:
+    for path in config.corpus:
+        if not path.is_file():
+            raise UserError(f"corpus: {path}: no such file", fix="generate or download it first")
+    if config.hidden_size % config.num_heads or config.num_heads % config.num_kv_heads:
+        raise UserError(
+            f"hidden_size {config.hidden_size}, num_heads {config.num_heads}, "
+            f"num_kv_heads {config.num_kv_heads}",
+            allowed="hidden_size divisible by num_heads, num_heads by num_kv_heads",
+        )
+    if config.vocab_size < 300:
+        raise UserError(f"vocab_size: {config.vocab_size}", allowed="300 or more (256 are bytes)")
+
+
+def _sizes(config: StarterConfig) -> dict[str, Any]:
+    """The keys that Dream's and Qwen2's configs share."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def _train_tokenizer(config: StarterConfig) -> Any:
+    """Byte-level BPE with Qwen2's splitting rules.
+
+    Transformers rebuilds those rules from the class name when it loads a tokenizer, so rules of our
+    own would be lost on the first reload.
+    """
+    rules = Qwen2Tokenizer().backend_tokenizer
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - 2,  # the end and mask tokens come last
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(config.corpus), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    if not model["merges"]:
+        raise UserError(f"corpus: no text in {', '.join(map(str, config.corpus))}")
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        eos_token=_END,
+        pad_token=_END,
+        mask_token=_MASK,
+        model_max_length=config.max_position_embeddings,
+    )
+
+
+def _texts(paths: tuple[Path, ...]) -> Iterator[str]:
+    """Every string value of JSONL rows, every line of other files."""
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if path.suffix != ".jsonl":
+                    yield line
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+                yield from _strings(row)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
