@@ -1,0 +1,42 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: `install_project` makes `python` one that has diffembed.
+#
+#   DIFFEMBED_TORCH  what to install where there is no torch (default: torch==2.13.0), as arguments of
+#                    pip, for example "torch==2.9.1 --index-url URL-OF-YOUR-CUDA-BUILDS"
+
+# Install this checkout, editable, into the active environment, or into .venv where none is active.
+# Does nothing when that was done before and pyproject.toml has not changed since.
+install_project() {
+  local root stamp wanted
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+    if [[ ! -x $root/.venv/bin/python ]]; then
+      _require_python
+      echo "making $root/.venv"
+      python3 -m venv "$root/.venv"
+    fi
+    # shellcheck source=/dev/null
+    source "$root/.venv/bin/activate"
+  fi
+  stamp=$(python -c 'import sys; print(sys.prefix)')/.diffembed-installed
+  wanted="$root $(sha256sum <"$root/pyproject.toml")"
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return
+  fi
+  echo "installing diffembed and what it needs (a few minutes the first time)"
+  # Before the rest, or pip would take the newest torch, whatever this machine can use.
+  if ! python -c 'import torch' 2>/dev/null; then
+    # shellcheck disable=SC2086 # several arguments
+    python -m pip install --quiet ${DIFFEMBED_TORCH:-torch==2.13.0}
+  fi
+  python -m pip install --quiet --editable "$root[dev]"
+  printf '%s' "$wanted" >"$stamp"
+}
+
+_require_python() {
+  if ! python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "found $(python3 --version 2>&1 || true) | allowed: Python 3.10 or newer with venv" \
+      "(Debian: apt-get install python3-venv) | fix: install it, or activate an environment" >&2
+    exit 2
+  fi
+}

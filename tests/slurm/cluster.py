@@ -1,0 +1,276 @@
+"""A real Slurm of several virtual nodes on this machine: up in a second, gone without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+# slurmctld and slurmd live here, which is not on every user's PATH.
+_PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
+_COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scancel", "sinfo")
+_ADDRESS = "127.0.0.1"
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+_ALL_JOBS = ("squeue", "-r", "-t", "all")
+_ALL_NODES = ("sinfo", "-N", "-l")
+
+_SLURM_CONF = """\
+ClusterName=virtual
+SlurmctldHost={host}({address})
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job starts again after cred_expire + 1 seconds; Slurm's default is two minutes.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+TmpFS={folder}/tmp/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+# No control groups, no accounting database: neither needs to exist on a test machine.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=100
+ReturnToService=2
+# The nodes may claim more processors and memory than this machine has.
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1,batch_sched_delay=0
+KillWait=5
+MessageTimeout=10
+# Finished jobs stay listed, so that a test can still ask how they ended.
+MinJobAge=3600
+GresTypes=gpu
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+"""
+
+
+def why_unavailable() -> str:
+    """What this machine lacks to run Slurm; empty when nothing."""
+    missing = [name for name in _COMMANDS if shutil.which(name, path=_PATH) is None]
+    if not missing:
+        return ""
+    return f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)"
+
+
+class Cluster:
+    """Munge, one controller and `num_nodes` node daemons, all of them children of this process.
+
+    Everything lives in one temporary folder. Nodes are called node1, node2, …; none of the names
+    need to resolve, because Slurm is told their address.
+
+    Args:
+        num_nodes: virtual nodes to start.
+        cpus: processors that each node claims to have.
+        gpus: GPUs that each node claims to have; device files that compute nothing.
+    """
+
+    def __init__(self, *, num_nodes: int = 2, cpus: int = 16, gpus: int = 8) -> None:
+        self._nodes = [f"node{i + 1}" for i in range(num_nodes)]
+        self._cpus, self._gpus = cpus, gpus
+        # Not below pytest's folder: a Unix socket's path holds about 100 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        # A Slurm job that runs the tests must not leak its own settings into this cluster.
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
+        self.environment = {**own, "PATH": _PATH, "SLURM_CONF": str(self._folder / "slurm.conf")}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Cluster]:
+        """Start the cluster; on leaving, end its jobs and daemons and remove its folder."""
+        try:
+            self._write_files()
+            self._start_daemons()
+            yield self
+        finally:
+            self._stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def command(self, *words: object, timeout: float = 60) -> str:
+        """Run a Slurm command and return what it printed, without the last line break."""
+        return self.attempt(*words, timeout=timeout, check=True).stdout.strip()
+
+    def attempt(
+        self,
+        *words: object,
+        timeout: float = 60,
+        check: bool = False,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command with this cluster's settings.
+
+        Raises:
+            AssertionError: `check` is set and the command failed; shows its output.
+        """
+        done = subprocess.run(
+            [str(word) for word in words],
+            env={**self.environment, **(environment or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert not (check and done.returncode), f"{words}: {done.stdout}{done.stderr}"
+        return done
+
+    def states(self, job: str) -> dict[str, str]:
+        """State of each element of a job, such as `{"7": "RUNNING"}` or `{"8_0": "FAILED"}`."""
+        listing = self.attempt("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%i %T").stdout
+        return dict(line.split() for line in listing.splitlines())
+
+    def wait(
+        self,
+        job: str,
+        until: Callable[[set[str]], bool] = _ENDED.issuperset,
+        *,
+        seconds: float = 60,
+    ) -> dict[str, str]:
+        """Poll until the set of a job's states satisfies `until`; by default until it has ended.
+
+        Not `sbatch --wait`, which looks only every few seconds.
+
+        Raises:
+            AssertionError: it took longer than `seconds`.
+        """
+        found: dict[str, str] = {}
+
+        def satisfied() -> bool:
+            found.update(self.states(job))
+            return bool(found) and until(set(found.values()))
+
+        self.poll(satisfied, seconds=seconds)
+        return found
+
+    def poll(self, ready: Callable[[], bool], *, seconds: float = 60) -> None:
+        """Ask until the answer is yes.
+
+        Raises:
+            AssertionError: it took longer than `seconds`; shows jobs, nodes and the last log lines.
+        """
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if time.monotonic() > deadline:
+                views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
+                logs = [f"{p.name}:\n{p.read_text()[-2000:]}" for p in self._folder.glob("*.log")]
+                raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
+            time.sleep(0.1)
+
+    def cancel_all(self) -> None:
+        """End every job and wait until its processes are gone."""
+        self.attempt("scancel", f"--user={os.getuid()}")
+        self.poll(lambda: not self.attempt("squeue", "-h").stdout, seconds=20)
+
+    def _write_files(self) -> None:
+        folder = self._folder
+        # Slurm's own user must reach its spool below this folder.
+        folder.chmod(0o755)
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        (folder / "state").mkdir()
+        controller_port, *ports = _free_ports(1 + len(self._nodes))
+        host = socket.gethostname().split(".")[0]
+        lines = []
+        for node, port in zip(self._nodes, ports, strict=True):
+            # Slurm needs both folders of every node to differ.
+            (folder / "spool" / node).mkdir(parents=True)
+            (folder / "tmp" / node).mkdir(parents=True)
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr={_ADDRESS} Port={port} "
+                f"CPUs={self._cpus} RealMemory=256000 Gres=gpu:{self._gpus} State=UNKNOWN\n"
+            )
+        conf = _SLURM_CONF.format(
+            host=host,
+            address=_ADDRESS,
+            port=controller_port,
+            user=_user_name(),
+            folder=folder,
+        )
+        (folder / "slurm.conf").write_text("".join(lines) + conf)
+        # Slurm only counts GPUs that have a character device; any such device will do.
+        for i in range(self._gpus):
+            (folder / f"gpu{i}").symlink_to("/dev/null")
+        (folder / "gres.conf").write_text(
+            f"NodeName={','.join(self._nodes)} Name=gpu File={folder}/gpu[0-{self._gpus - 1}]\n"
+        )
+
+    def _start_daemons(self) -> None:
+        folder = self._folder
+        self._start(
+            "munged",
+            "--foreground",
+            "--force",  # it would refuse a key below a world-writable folder
+            *(f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"),
+            *(f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"),
+            f"--log-file={folder}/munge.log",
+        )
+        self.poll((folder / "munge.socket").exists)
+        self._start("slurmctld", "-D", "-c")
+        for node in self._nodes:
+            self._start("slurmd", "-D", "-N", node)
+        count = len(self._nodes)
+
+        def idle() -> bool:
+            return self.attempt("sinfo", "-h", "-N", "-o", "%T").stdout.split() == ["idle"] * count
+
+        self.poll(idle)
+        # Idle proves that nodes reach the controller; only a step proves the way back.
+        self.command("srun", f"--nodes={count}", "--ntasks-per-node=1", "true", timeout=30)
+        self.poll(idle)
+
+    def _start(self, *words: str) -> None:
+        with (self._folder / f"{words[0]}-{words[-1]}.log".replace("/", "_")).open("wb") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    words, env=self.environment, cwd=self._folder, stdout=log, stderr=log
+                )
+            )
+
+    def _stop(self) -> None:
+        # A cluster that never came up has no jobs, and nobody to ask about them.
+        with contextlib.suppress(AssertionError):
+            self.cancel_all()
+        # Munge last: the others need it to say goodbye.
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        # A job's own daemon outlives slurmd; it and its tasks know this cluster by its config.
+        mark = f"SLURM_CONF={self._folder}/".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            # Gone by now, or another user's.
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+
+def _user_name() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; held open together so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((_ADDRESS, 0))
+        return [each.getsockname()[1] for each in sockets]
