@@ -23,7 +23,7 @@ from ReasonAug.splits import (
 )
 
 MIN_PROBLEMS = 8  # enough for every form in training and in the unseen problems
-MIN_TOKENS = 160
+MIN_TOKENS = 300  # below, coding problems have no room for a story that tells them apart
 
 _README = """# ReasonAug templates
 

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ReasonAug.replicas import write_replicas
+from ReasonAug.templates import write_templates
+
+Rows = list[dict[str, Any]]
+
+
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default data set."""
+    out = tmp_path_factory.mktemp("templates")
+    write_templates(out, seed=0, problems_per_concept=64, max_tokens=1500)
+    return out
+
+
+@pytest.fixture(scope="session")
+def hub(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hub")
+    write_replicas(generated, out, seed=0, max_tokens=1024)
+    return out
+
+
+@pytest.fixture(scope="session")
+def rows_of(generated: Path) -> Callable[[str], Rows]:
+    """Rows of a generated file, by its name without suffix."""
+    cache: dict[str, Rows] = {}
+
+    def rows(name: str) -> Rows:
+        if name not in cache:
+            cache[name] = read(generated / f"{name}.jsonl")
+        return cache[name]
+
+    return rows
