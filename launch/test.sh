@@ -4,7 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
-install_project
 
 # Some tests bring up a real Slurm of their own. Without its programs they skip and say so.
 if ! PATH=$PATH:/usr/sbin command -v slurmctld munged >/dev/null && [[ $EUID == 0 ]] &&

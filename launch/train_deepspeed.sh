@@ -7,7 +7,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
-install_project
 
 flags=()
 if [[ -n ${HOSTFILE:-} ]]; then

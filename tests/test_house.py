@@ -1,0 +1,177 @@
+"""The policies of the house: layers, doors to libraries, names, scripts and documents."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from pipeline.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    *("pipeline", "ReasonAug", "ds_configs", "launch", "slurm", "tests", ".ci", ".gitignore"),
+    *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+}
+# A room imports rooms on lower floors only; rooms on one floor do not know each other.
+FLOORS = (
+    {"errors"},
+    {"config"},
+    {"comm", "run_dir"},
+    {"data", "model", "loss"},
+    {"training", "evaluation", "planning"},
+    {"cli", "train"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Libraries that only these paths below pipeline/ may import.
+DOORS = {
+    "deepspeed": ("training/zero.py", "training/checkpoint.py"),
+    "torch.distributed": ("comm.py",),
+    "mteb": ("evaluation/",),
+    "wandb": ("training/metrics.py",),
+    "tensorboard": ("training/metrics.py",),
+    "torch.utils.tensorboard": ("training/metrics.py",),
+    "mpi4py": ("data/", "comm.py"),
+}
+SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
+SCRIPTS = sorted(
+    path
+    for folder in ("launch", "slurm", ".ci", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file()
+    and (
+        path.suffix in (".sh", ".sbatch", ".env")
+        or path.read_bytes().startswith(b"#!/usr/bin/env bash")
+    )
+)
+DOCUMENTS = sorted(path for path in ROOT.glob("*.md"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_go_down_only(path: Path) -> None:
+    room = path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+    if room == "__init__":
+        assert not [m for m in imported_modules(path) if within(m, "pipeline")]
+        return
+    for module in imported_modules(path):
+        assert not within(module, "ReasonAug"), f"{name(path)} imports {module}"
+        if within(module, "pipeline") and (other := module.split(".")[1]) != room:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_libraries_are_imported_only_in_the_rooms_that_own_them(path: Path) -> None:
+    place = str(path.relative_to(ROOT / "pipeline"))
+    for module in imported_modules(path):
+        for library, owners in DOORS.items():
+            if within(module, library):
+                assert place.startswith(owners), f"{name(path)} imports {module}"
+        if place.startswith("data/"):
+            assert not within(module, "torch"), f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline", "pipeline.config", "pipeline.cli", "pipeline.data.batch"]
+)
+def test_importing_stays_free_of_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit(int('torch' in sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_no_module_hides_one_of_python() -> None:
+    # Folders that `python FILE` and pytest put first on the module path.
+    folders = [ROOT, ROOT / "pipeline", *(p.parent for p in (ROOT / "tests").rglob("*.py"))]
+    stems = {path.stem for folder in folders for path in folder.glob("*.py")}
+    packages = {path.parent.name for folder in folders for path in folder.glob("*/__init__.py")}
+
+    assert not (stems | packages) & sys.stdlib_module_names
+
+
+def test_the_top_level_holds_only_the_agreed_names() -> None:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+    assert {line.split("/")[0] for line in listing.splitlines()} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_shell_scripts_parse(path: Path) -> None:
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, timeout=10)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_scripts_that_are_run_are_executable_and_strict(path: Path) -> None:
+    text = path.read_text()
+    if not text.startswith("#!"):  # sourced, not run
+        return
+
+    assert os.access(path, os.X_OK)
+    assert re.search(r"^(set -euo pipefail|exec .*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_of_documents_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert missing == []
+
+
+def commands(path: Path) -> str:
+    """What a document tells its reader to type, and what it quotes."""
+    text = path.read_text()
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_files_named_in_documents_exist(path: Path) -> None:
+    folders = "|".join(re.escape(name) for name in TOP_LEVEL if (ROOT / name).is_dir())
+    named = re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]+\w)", commands(path))
+
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=name)
+def test_subcommands_named_in_documents_and_scripts_exist(path: Path) -> None:
+    text = commands(path) if path in DOCUMENTS else path.read_text()
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+
+    for first, second in re.findall(r"(?<![\w./-])diffembed ([a-z]+)(?: ([a-z]+))?", text):
+        assert first in root.commands
+        if isinstance(group := root.commands[first], TyperGroup) and second:
+            assert second in group.commands
