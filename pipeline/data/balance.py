@@ -1,0 +1,116 @@
+"""A global batch split evenly over ranks, and each share packed into chunks."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.batch import IntArray
+
+# Length at which attention costs as much as the linear layers of a 7B encoder: 2 * parameters per
+# layer / (4 * hidden size) = 2 * 6.53e9 / 28 / (4 * 3584).
+ATTENTION_LENGTH = 32_500.0
+
+
+def text_cost(lengths: IntArray, attention_length: float = ATTENTION_LENGTH) -> NDArray[np.float64]:
+    """Relative FLOPs of texts: c(L) = L * (1 + L / attention_length)."""
+    return lengths * (1.0 + lengths / attention_length)
+
+
+def assign_ranks(cost: NDArray[np.float64], world_size: int) -> IntArray:
+    """Longest-processing-time assignment (Graham, 1969): costliest first, to the lightest rank.
+
+    Args:
+        cost: (S,) cost of each text.
+
+    Returns:
+        (S,) rank of each text; ties go to the lower rank, so all ranks agree.
+    """
+    ranks = np.zeros(len(cost), dtype=np.int64)
+    if world_size == 1:
+        return ranks
+    by_cost = np.argsort(-cost, kind="stable")
+    loads = [(0.0, rank) for rank in range(world_size)]
+    assigned = np.empty(len(cost), dtype=np.int64)
+    for place, own in enumerate(cost[by_cost].tolist()):
+        load, rank = loads[0]
+        assigned[place] = rank
+        heapq.heapreplace(loads, (load + own, rank))
+    ranks[by_cost] = assigned
+    return ranks
+
+
+def first_fit_decreasing(lengths: IntArray, max_tokens: int) -> tuple[IntArray, int]:
+    """Pack rows into chunks of at most `max_tokens`: longest first, each into the first with room.
+
+    Equal lengths are placed together, so the work is distinct lengths times chunks.
+
+    Returns:
+        (S,) chunk of each row, and the number of chunks.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    chunk_of = np.empty(len(lengths), dtype=np.int64)
+    room = np.empty(0, dtype=np.int64)
+    distinct, counts = np.unique(lengths, return_counts=True)
+    place = 0
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        fits = room // length
+        taken = np.diff(np.minimum(np.cumsum(fits), count), prepend=0)
+        rest = count - int(taken.sum())
+        per_chunk = max_tokens // length
+        extra = -(-rest // per_chunk)
+        new = np.full(extra, per_chunk, dtype=np.int64)
+        if extra:
+            new[-1] = rest - per_chunk * (extra - 1)
+        taken = np.concatenate([taken, new])
+        room = np.concatenate([room, np.full(extra, max_tokens, dtype=np.int64)]) - taken * length
+        chunk_of[order[place : place + count]] = np.repeat(np.arange(len(room)), taken)
+        place += count
+    return chunk_of, len(room)
+
+
+def _spread(lengths: IntArray, num_chunks: int, max_tokens: int) -> IntArray | None:
+    """Rows spread evenly over exactly `num_chunks` chunks, or None where one would overflow."""
+    chunk_of = assign_ranks(lengths.astype(np.float64), num_chunks)
+    tokens = np.bincount(chunk_of, weights=lengths, minlength=num_chunks)
+    return chunk_of if tokens.max(initial=0) <= max_tokens else None
+
+
+def plan_chunks(
+    lengths: IntArray,
+    *,
+    world_size: int,
+    max_tokens: int,
+    min_chunks: int = 1,
+    attention_length: float = ATTENTION_LENGTH,
+) -> list[list[IntArray]]:
+    """Split texts over ranks by cost, and each rank's share into the same number of chunks.
+
+    First-fit-decreasing says how many chunks the fullest rank needs; every rank then spreads its
+    rows evenly over that many (less memory at the peak, ranks in step), heaviest chunk first.
+
+    Args:
+        lengths: (S,) tokens of each text, none above `max_tokens`.
+
+    Returns:
+        For each rank, its chunks as arrays of text indices; an empty array is a dummy chunk.
+    """
+    assert not len(lengths) or lengths.max() <= max_tokens, "a text does not fit into a chunk"
+    cost = text_cost(lengths, attention_length)
+    ranks = assign_ranks(cost, world_size)
+    by_rank = np.argsort(ranks, kind="stable")
+    ends = np.cumsum(np.bincount(ranks, minlength=world_size))
+    shares = np.split(by_rank, ends[:-1])
+    packed = [first_fit_decreasing(lengths[share], max_tokens) for share in shares]
+    num_chunks = max(min_chunks, max(count for _, count in packed))
+    plans = []
+    for share, (tight, _) in zip(shares, packed, strict=True):
+        spread = _spread(lengths[share], num_chunks, max_tokens)
+        chunk_of = tight if spread is None else spread
+        weight = np.bincount(chunk_of, weights=cost[share], minlength=num_chunks)
+        plans.append(
+            [share[chunk_of == number] for number in np.argsort(-weight, kind="stable").tolist()]
+        )
+    return plans

@@ -1,0 +1,120 @@
+"""What a build consists of: blocks of input, slices of documents, and where each output goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from pipeline.config import PrepareConfig, SourceConfig
+from pipeline.data.manifest import VERSION
+from pipeline.data.sources import Block, expand_sources, file_size, plan_source, source_files
+from pipeline.data.tokens import TextEncoder, TokenizerInfo, load_tokenizer
+from pipeline.run_dir import write_text
+
+# Text per slice of the document store; a task holds one slice in memory.
+_SLICE_BYTES = 4 * 2**20
+_MAX_SLICES = 4096
+
+Hashes = NDArray[np.bytes_]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBlock:
+    """A block and the number of the source it belongs to."""
+
+    source: int
+    block: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything the tasks must agree on; written once, read by all."""
+
+    recipe: str
+    sources: tuple[SourceConfig, ...]
+    blocks: tuple[PlannedBlock, ...]
+    num_slices: int
+    tokenizer: TokenizerInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A dataset being built in `folder`; picklable, so that worker processes can share it."""
+
+    config: PrepareConfig
+    folder: Path
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan on disk."""
+        return TypeAdapter(Plan).validate_json(self.output("plan", 0).read_text())
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        """The tokenizer of the plan."""
+        info = self.plan.tokenizer
+        return TextEncoder(
+            (self.folder / "tokenizer.json").read_text(),
+            eos_id=info.eos_id if info.append_eos else None,
+        )
+
+    def output(self, step: str, task: int) -> Path:
+        """The file whose existence means that a task is done."""
+        return self.folder / step / f"{task:06d}.json"
+
+    def beside(self, step: str, task: int, suffix: str) -> Path:
+        """Another file of a task, complete wherever `output` exists."""
+        return self.folder / step / f"{task:06d}.{suffix}"
+
+    def slice_of(self, hashes: Hashes) -> NDArray[np.int64]:
+        """(R,) slice of each 16-byte hash; slices are in the order of the hashes."""
+        head = np.frombuffer(hashes.tobytes(), dtype=">u2").reshape(-1, 8)[:, 0]
+        return head.astype(np.int64) * self.plan.num_slices >> 16
+
+
+def recipe_of(config: PrepareConfig) -> str:
+    """Hash of all that decides the result: the config but its output folder, and input sizes."""
+    tree = TypeAdapter(PrepareConfig).dump_python(config, mode="json")
+    del tree["output_dir"]
+    sizes = {
+        source.name: [file_size(file) for file in source_files(source)] for source in config.sources
+    }
+    text = json.dumps([VERSION, tree, sizes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(build: Build) -> None:
+    """List the blocks, count the slices, and store the tokenizer beside them."""
+    config = build.config
+    tokenizer_json, tokenizer = load_tokenizer(config.tokenizer, append_eos=config.append_eos)
+    sources = expand_sources(config.sources)
+    blocks = tuple(
+        PlannedBlock(source=number, block=block)
+        for number, source in enumerate(sources)
+        for block in plan_source(source, block_bytes=config.block_bytes)
+    )
+    # Bytes where a block counts bytes; a row of a table is taken for a kilobyte.
+    size = sum(_block_bytes(planned.block) for planned in blocks)
+    plan = Plan(
+        recipe=recipe_of(config),
+        sources=sources,
+        blocks=blocks,
+        num_slices=min(max(1, -(-size // _SLICE_BYTES)), _MAX_SLICES),
+        tokenizer=tokenizer,
+    )
+    write_text(build.folder / "tokenizer.json", tokenizer_json)
+    write_text(build.output("plan", 0), TypeAdapter(Plan).dump_json(plan).decode())
+
+
+def _block_bytes(block: Block) -> int:
+    if block.stop < 0:
+        return 4 * file_size(block.file)
+    counts_rows = block.file.startswith("hub:") or block.file.endswith(".parquet")
+    return (block.stop - block.start) * (1024 if counts_rows else 1)

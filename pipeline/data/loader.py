@@ -1,0 +1,239 @@
+"""One global batch at a time, the same on every cluster; each rank reads only its own tokens.
+
+order (ids of the step) -> relevance (documents, masks) -> balance (rank, chunk) -> tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
+from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
+from pipeline.data.order import Order, make_key, source_shares
+from pipeline.data.relevance import choose, relate
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+
+_STATE_VERSION = 1
+_DUMMY = Chunk(
+    input_ids=np.zeros(1, dtype=np.int64),
+    lengths=np.ones(1, dtype=np.int64),
+    texts=np.full(1, -1, dtype=np.int64),
+)
+
+
+class Loader:
+    """Global batches by step.
+
+    Args:
+        dataset: an opened dataset folder.
+        config: what a batch is made of.
+        rank: this process among `world_size`; decides only whose chunks are read.
+        max_chunk_tokens: token budget of a chunk; no text may be longer.
+        min_chunks: at least so many chunks per rank.
+        seed: decides the order and the choice of documents.
+        attention_length: length at which attention costs as much as the linear layers.
+
+    Raises:
+        UserError: the batch cannot be formed from this dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        max_chunk_tokens: int,
+        min_chunks: int = 1,
+        seed: int = 0,
+        attention_length: float = ATTENTION_LENGTH,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        manifest = dataset.manifest
+        longest = max(manifest.query_lengths.longest, manifest.document_lengths.longest)
+        if longest > max_chunk_tokens:
+            raise UserError(
+                f"chunks.max_tokens: {max_chunk_tokens}, but a text of the dataset has {longest}",
+                allowed=f"an integer >= {longest}",
+                fix="raise chunks.max_tokens, or prepare with a smaller max_document_length",
+            )
+        self.dataset, self.config = dataset, config
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._max_tokens, self._min_chunks = max_chunk_tokens, min_chunks
+        self._attention_length = attention_length
+        self.order = Order(
+            manifest.groups,
+            global_batch_size=config.global_batch_size,
+            homogeneous=config.homogeneous,
+            seed=seed,
+            shares=source_shares(
+                manifest.groups,
+                weights={**manifest.weights, **config.weights},
+                temperature=config.mixture_temperature,
+                cap=config.mixture_cap,
+            ),
+        )
+        self._step = 0
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The batch of a step; depends on nothing that happened before."""
+        examples, documents = self.dataset.examples, self.dataset.documents
+        ids = self.order.batch(step)
+        listed = {name: examples.ragged(name, ids) for name in ("positives", "negatives")}
+        chosen = self._choose(step, ids, listed)
+        positives, negatives = (
+            _select(listed[name], chosen[name]) for name in ("positives", "negatives")
+        )
+        relevance = relate(
+            positives=positives,
+            negatives=negatives,
+            all_positives=listed["positives"],
+            concept=examples.scalars("concept", ids),
+            query_key=examples.scalars("query_key", ids),
+        )
+        lengths = np.concatenate(
+            [
+                examples.lengths("query", ids),
+                documents.lengths("tokens", relevance.document_ids),
+            ]
+        )
+        plan = plan_chunks(
+            lengths,
+            world_size=self._world_size,
+            max_tokens=self._max_tokens,
+            min_chunks=self._min_chunks,
+            attention_length=self._attention_length,
+        )
+        scores = self._scores(ids, listed, chosen)
+        return GlobalBatch(
+            step=step,
+            num_queries=len(ids),
+            num_documents=len(relevance.document_ids),
+            chunks=tuple(
+                self._read_chunk(texts, lengths, ids, relevance.document_ids)
+                for texts in plan[self._rank]
+            ),
+            positives=relevance.positives,
+            negatives=relevance.negatives,
+            masked=relevance.masked,
+            example_ids=ids,
+            tokens=int(lengths.sum()),
+            positive_scores=scores[0],
+            negative_scores=scores[1],
+        )
+
+    def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
+        """Places of the documents taken this step; another epoch takes others."""
+        key = make_key(self._seed, 3, step)
+        first = self.dataset.examples.scalars("num_first_negatives", ids)
+        return {
+            "positives": choose(
+                listed["positives"], self.config.num_positives, num_first=None, key=key
+            ),
+            "negatives": choose(
+                listed["negatives"], self.config.num_hard_negatives, num_first=first, key=key
+            ),
+        }
+
+    def _scores(
+        self, ids: IntArray, listed: dict[str, Ragged], chosen: dict[str, IntArray]
+    ) -> tuple[Ragged | None, Ragged | None]:
+        """Teacher scores beside the chosen documents; examples without a teacher get NaN."""
+        if not self.dataset.manifest.has_scores:
+            return None, None
+        num_positives = listed["positives"].lengths
+        num_negatives = listed["negatives"].lengths
+        by_list: dict[str, list[Any]] = {"positives": [], "negatives": []}
+        for row, view in enumerate(self.dataset.examples.views("scores", ids)):
+            split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
+            full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
+            by_list["positives"].append(full[:split])
+            by_list["negatives"].append(full[split:])
+        picked = (
+            _select(
+                Ragged(
+                    offsets=listed[name].offsets,
+                    values=np.concatenate(by_list[name]).astype(np.float32),
+                ),
+                chosen[name],
+            )
+            for name in ("positives", "negatives")
+        )
+        return next(picked), next(picked)
+
+    def _read_chunk(
+        self, texts: IntArray, lengths: IntArray, ids: IntArray, document_ids: IntArray
+    ) -> Chunk:
+        if not len(texts):
+            return _DUMMY
+        # Queries first: each side is then one read.
+        texts = np.sort(texts)
+        num_queries = int(np.searchsorted(texts, len(ids)))
+        views = self.dataset.examples.views("query", ids[texts[:num_queries]])
+        views += self.dataset.documents.views(
+            "tokens", document_ids[texts[num_queries:] - len(ids)]
+        )
+        input_ids = np.concatenate(views).astype(np.int64)
+        vocab_size = self.dataset.tokenizer.vocab_size
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise UserError(
+                f"{self.dataset.folder}: a token id outside the vocabulary of {vocab_size}",
+                fix="run `diffembed data verify` on the folder to find the damaged shard",
+            )
+        return Chunk(input_ids=input_ids, lengths=lengths[texts], texts=texts)
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        """Batches from the current step on, for ever; the next one is prepared in a thread."""
+        if not self.config.prefetch:
+            while True:
+                batch = self.batch(self._step)
+                self._step += 1
+                yield batch
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+            ahead: Future[GlobalBatch] = thread.submit(self.batch, self._step)
+            while True:
+                batch = ahead.result()
+                self._step = batch.step + 1
+                ahead = thread.submit(self.batch, self._step)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What resuming needs: the next step, and numbers that must not have changed."""
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "seed": self._seed,
+            "global_batch_size": self.config.global_batch_size,
+            "num_examples": self.dataset.num_examples,
+            "dataset": int(self.dataset.fingerprint[:15], 16),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the last batch that was handed out.
+
+        Raises:
+            UserError: the state is of another dataset, seed, or batch size: the order would differ.
+        """
+        own = self.state_dict()
+        for name in ("version", "seed", "global_batch_size", "num_examples", "dataset"):
+            if state.get(name) != own[name]:
+                raise UserError(
+                    f"the checkpoint's data order has {name} {state.get(name)}",
+                    allowed=f"{own[name]}, as this run has",
+                    fix="resume with the same data, seed and batch size, or start a new run "
+                    "from the checkpoint's weights",
+                )
+        self._step = int(state["step"])
+
+
+def _select(lists: Ragged, places: IntArray) -> Ragged:
+    """The values at ascending `places`, with their rows."""
+    lengths = np.bincount(lists.rows[places], minlength=len(lists)).astype(np.int64)
+    return Ragged.from_lengths(lengths, lists.values[places])

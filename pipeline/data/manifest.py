@@ -1,0 +1,152 @@
+"""The table of contents of a dataset folder, and the only file that makes it readable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config import Template
+from pipeline.data.batch import IntArray
+from pipeline.data.order import Group
+from pipeline.data.tokens import TokenizerInfo
+from pipeline.errors import UserError
+
+VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """One Arrow file: its name within the folder, rows, size in bytes, and hash."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceInfo:
+    """What became of one source: rows read, examples kept, and drops by reason."""
+
+    name: str
+    format: str
+    path: str
+    weight: float
+    rows: int
+    examples: int
+    dropped: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LengthHistogram:
+    """Token lengths: counts[k] texts have 2**k <= length < 2**(k + 1)."""
+
+    counts: tuple[int, ...]
+    texts: int
+    tokens: int
+    longest: int
+    cut: int  # texts that reach the truncation length
+
+    @classmethod
+    def of(cls, lengths: IntArray, limit: int) -> LengthHistogram:
+        """Histogram of (R,) lengths truncated at `limit`."""
+        bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+        return cls(
+            counts=tuple(np.bincount(bins).tolist()),
+            texts=len(lengths),
+            tokens=int(lengths.sum()),
+            longest=int(lengths.max(initial=0)),
+            cut=int((lengths >= limit).sum()),
+        )
+
+    def plus(self, other: LengthHistogram) -> LengthHistogram:
+        """Histogram of both sets of texts."""
+        size = max(len(self.counts), len(other.counts))
+        counts = np.zeros(size, dtype=np.int64)
+        for part in (self.counts, other.counts):
+            counts[: len(part)] += np.array(part, dtype=np.int64)
+        return LengthHistogram(
+            counts=tuple(counts.tolist()),
+            texts=self.texts + other.texts,
+            tokens=self.tokens + other.tokens,
+            longest=max(self.longest, other.longest),
+            cut=self.cut + other.cut,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything about a dataset but its tokens.
+
+    `groups` tile the examples in order: example ids are positions in the example shards one after
+    another, document ids positions in the document shards.
+    """
+
+    version: int
+    recipe: str  # hash of the config and sizes of the inputs it was prepared from
+    tokenizer: TokenizerInfo
+    template: Template
+    max_query_length: int
+    max_document_length: int
+    num_examples: int
+    num_documents: int
+    has_scores: bool
+    sources: tuple[SourceInfo, ...]
+    groups: tuple[Group, ...]
+    query_lengths: LengthHistogram
+    document_lengths: LengthHistogram
+    example_shards: tuple[ShardInfo, ...]
+    document_shards: tuple[ShardInfo, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the manifest, and through the shards' hashes of every token."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The sources' mixture weights, as prepared."""
+        return {source.name: source.weight for source in self.sources if source.examples}
+
+    def to_json(self) -> str:
+        """The text of manifest.json; equal manifests give equal text."""
+        tree = TypeAdapter(Manifest).dump_python(self, mode="json")
+        return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a dataset folder.
+
+    Raises:
+        UserError: the folder holds no dataset, or one that this version cannot read.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no prepared dataset ({FILE_NAME} is missing)",
+            fix="run `diffembed prepare` with output_dir set to this folder",
+        )
+    try:
+        tree: Any = json.loads(path.read_text())
+        version = tree["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})", fix="prepare the dataset again") from error
+    if version != VERSION:
+        raise UserError(
+            f"{path}: version {version}",
+            allowed=f"version {VERSION}",
+            fix="update diffembed, or prepare the dataset again with this version",
+        )
+    try:
+        return TypeAdapter(Manifest).validate_python(tree)
+    except (ValidationError, UserError) as error:
+        detail = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
+        raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again") from error

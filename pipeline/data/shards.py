@@ -1,0 +1,258 @@
+"""Arrow IPC shards, memory-mapped: ragged rows by id without reading the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.config import Template
+from pipeline.data.batch import IntArray, Ragged
+from pipeline.data.manifest import Manifest, ShardInfo, read_manifest
+from pipeline.data.tokens import TokenizerInfo
+from pipeline.errors import UserError
+from pipeline.run_dir import atomic_path
+
+DOCUMENT_SCHEMA = pa.schema(
+    [("tokens", pa.large_list(pa.int32())), ("hash", pa.binary(16))],
+)
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("query", pa.large_list(pa.int32())),
+        ("positives", pa.large_list(pa.int64())),
+        ("negatives", pa.large_list(pa.int64())),
+        # The first so many negatives always come before the others.
+        ("num_first_negatives", pa.int32()),
+        # Hashes; equal values mark known false negatives. -1: no concept.
+        ("concept", pa.int64()),
+        ("query_key", pa.int64()),
+        # Teacher scores, positives then negatives; empty without a teacher.
+        ("scores", pa.large_list(pa.float32())),
+    ]
+)
+
+
+def ragged_array(rows: Sequence[NDArray[np.int32]] | Ragged, kind: pa.DataType) -> pa.Array:
+    """An Arrow large_list of the rows' values, without copying a `Ragged`."""
+    if not isinstance(rows, Ragged):
+        values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
+        rows = Ragged.from_lengths(np.array([len(row) for row in rows], dtype=np.int64), values)
+    return pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values, type=kind))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow IPC file atomically, as one record batch."""
+    table = table.combine_chunks()
+    # An empty table has no batch of its own, but readers expect one.
+    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def map_batch(path: Path) -> pa.RecordBatch:
+    """Memory-map the single record batch of an Arrow IPC file.
+
+    Raises:
+        UserError: the file is missing or no such Arrow file.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if reader.num_record_batches != 1:
+            raise UserError(f"{path}: {reader.num_record_batches} record batches", allowed="1")
+        return reader.get_batch(0)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing", fix="prepare the dataset again") from error
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged ({str(error).splitlines()[0]})", fix="prepare the dataset again"
+        ) from error
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while piece := handle.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class _Shard:
+    """One mapped file: numpy views of its columns; the kernel pages in what is touched."""
+
+    def __init__(self, path: Path, info: ShardInfo, schema: pa.Schema) -> None:
+        batch = map_batch(path)
+        if batch.schema != schema or batch.num_rows != info.rows:
+            raise UserError(
+                f"{path}: damaged (not the {info.rows} rows of the manifest)",
+                fix="prepare the dataset again",
+            )
+        self.columns: dict[str, NDArray[np.int64]] = {}
+        self.offsets: dict[str, IntArray] = {}
+        for name in schema.names:
+            column = batch.column(name)
+            if pa.types.is_large_list(column.type):
+                offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+                if len(offsets) and (
+                    offsets[0] != 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any()
+                ):
+                    raise UserError(
+                        f"{path}: damaged (offsets of {name})", fix="prepare the dataset again"
+                    )
+                self.offsets[name], self.columns[name] = offsets, values
+            elif pa.types.is_integer(column.type):
+                self.columns[name] = column.to_numpy()
+
+
+class Table:
+    """Rows of a list of shards under one numbering."""
+
+    def __init__(self, folder: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> None:
+        self._folder, self._infos, self._schema = folder, tuple(infos), schema
+        self._ends = np.cumsum([info.rows for info in infos], dtype=np.int64)
+        self._open: dict[int, _Shard] = {}
+        for info in infos:
+            path = folder / info.file
+            if not path.is_file():
+                raise UserError(f"{path}: missing", fix="prepare the dataset again")
+            if path.stat().st_size != info.bytes:
+                raise UserError(
+                    f"{path}: {path.stat().st_size} bytes",
+                    allowed=f"{info.bytes} bytes, as the manifest says",
+                    fix="copy the file again, or prepare the dataset again",
+                )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _shard(self, number: int) -> _Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            info = self._infos[number]
+            shard = self._open[number] = _Shard(self._folder / info.file, info, self._schema)
+        return shard
+
+    def _split(self, ids: IntArray) -> list[tuple[_Shard, IntArray, IntArray]]:
+        """For each shard that ids touch: the shard, places in `ids`, and rows in the shard."""
+        shards = np.searchsorted(self._ends, ids, side="right")
+        parts = []
+        for number in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == number)
+            first = int(self._ends[number]) - self._infos[number].rows
+            parts.append((self._shard(number), places, ids[places] - first))
+        return parts
+
+    def scalars(self, name: str, ids: IntArray) -> IntArray:
+        """(R,) values of an integer column at rows `ids`."""
+        out = np.empty(len(ids), dtype=np.int64)
+        for shard, places, rows in self._split(ids):
+            out[places] = shard.columns[name][rows]
+        return out
+
+    def lengths(self, name: str, ids: IntArray) -> IntArray:
+        """(R,) lengths of a list column at rows `ids`; touches no values."""
+        out = np.empty(len(ids), dtype=np.int64)
+        for shard, places, rows in self._split(ids):
+            out[places] = shard.offsets[name][rows + 1] - shard.offsets[name][rows]
+        return out
+
+    def views(self, name: str, ids: IntArray) -> list[NDArray[np.int64]]:
+        """The values of a list column at rows `ids`, as views of the mapped file."""
+        out: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(ids)
+        for shard, places, rows in self._split(ids):
+            values = shard.columns[name]
+            starts, stops = shard.offsets[name][rows], shard.offsets[name][rows + 1]
+            pieces = zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True)
+            for place, start, stop in pieces:
+                out[place] = values[start:stop]
+        return out
+
+    def ragged(self, name: str, ids: IntArray) -> Ragged:
+        """The values of a list column at rows `ids`, copied into one array."""
+        views = self.views(name, ids)
+        values = np.concatenate(views) if views else np.empty(0, dtype=np.int64)
+        return Ragged.from_lengths(self.lengths(name, ids), values)
+
+
+class Dataset:
+    """A prepared dataset folder: examples that refer to a deduplicated document store."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.examples = Table(folder, manifest.example_shards, EXAMPLE_SCHEMA)
+        self.documents = Table(folder, manifest.document_shards, DOCUMENT_SCHEMA)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
+        """Map a dataset folder.
+
+        Names, sizes, row counts and offsets are always checked; `verify` also hashes every byte.
+
+        Raises:
+            UserError: the folder is no dataset, incomplete, damaged, or of another version.
+        """
+        folder = Path(path)
+        dataset = cls(folder, read_manifest(folder))
+        if verify:
+            dataset.verify()
+        return dataset
+
+    def verify(self) -> int:
+        """Hash every shard against the manifest; returns the number of bytes read."""
+        total = 0
+        for info in (*self.manifest.example_shards, *self.manifest.document_shards):
+            if hash_file(self.folder / info.file) != info.sha256:
+                raise UserError(
+                    f"{self.folder / info.file}: damaged (its sha256 is not the manifest's)",
+                    fix="copy the file again, or prepare the dataset again",
+                )
+            total += info.bytes
+        return total
+
+    def require_tokenizer(self, fingerprint: str, path: str) -> None:
+        """Refuse a tokenizer other than the one the dataset was made with."""
+        if fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"{self.folder}: prepared with the tokenizer {self.tokenizer.path!r}, which "
+                f"differs from that of {path!r}",
+                fix="prepare the dataset with the model's own tokenizer",
+            )
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer the dataset was made with."""
+        return self.manifest.tokenizer
+
+    @property
+    def template(self) -> Template:
+        """How instructions and texts were joined before tokenising."""
+        return self.manifest.template
+
+    @property
+    def max_query_length(self) -> int:
+        """Tokens at which queries were cut."""
+        return self.manifest.max_query_length
+
+    @property
+    def max_document_length(self) -> int:
+        """Tokens at which documents were cut."""
+        return self.manifest.max_document_length
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples there are."""
+        return self.manifest.num_examples
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything in the dataset."""
+        return self.manifest.fingerprint

@@ -1,0 +1,111 @@
+"""Readers of published retrieval data, chosen by `format`: files in, rows out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+from pipeline.config import SourceConfig
+from pipeline.data.sources import formats
+from pipeline.data.sources.formats import Lookup
+from pipeline.data.sources.records import (
+    HUB,
+    Block,
+    Record,
+    file_size,
+    list_files,
+    plan_blocks,
+    read_records,
+)
+from pipeline.data.sources.row import Row
+from pipeline.errors import UserError
+
+_Reader = Callable[[Record, SourceConfig, Lookup | None], Iterable[Row]]
+
+FORMATS: dict[str, _Reader] = {
+    "columns": formats.read_columns,
+    "e5": formats.read_e5,
+    "lines": formats.read_lines,
+    "msmarco_instructions": formats.read_msmarco,
+    "reasonaug": formats.read_reasonaug,
+    "reasonir_hq": formats.read_reasonir,
+    "reasonir_vl": formats.read_reasonir,
+}
+
+
+def expand_sources(sources: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
+    """Check formats; an E5 folder becomes one source per set, so that caps and batches are per set.
+
+    Raises:
+        UserError: a format is unknown or lacks what it needs.
+    """
+    expanded = []
+    for source in sources:
+        if source.format not in FORMATS:
+            raise UserError(
+                f"sources.{source.name}.format: {source.format!r}", allowed=", ".join(FORMATS)
+            )
+        if source.format == "reasonir_hq" and source.documents is None:
+            raise UserError(
+                f"sources.{source.name}: positives of reasonir_hq are document ids",
+                fix="set `documents` to the BRIGHT documents (id, content) they refer to",
+            )
+        files = list_files(source.path, f"sources.{source.name}.path")
+        if source.format == "e5" and len(files) > 1:
+            for file in files:
+                stem = file.rsplit("/", 1)[-1].split(".")[0]
+                name = f"{source.name}.{stem}"
+                expanded.append(dataclasses.replace(source, name=name, path=file))
+        else:
+            expanded.append(source)
+    return tuple(expanded)
+
+
+def source_files(source: SourceConfig) -> list[str]:
+    """The files a source is read from, in order."""
+    return list_files(source.path, f"sources.{source.name}.path")
+
+
+def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[Block]:
+    """Cut a source into blocks that may be read in any order by anybody."""
+    left = source.max_rows
+    for file in source_files(source):
+        yield from plan_blocks(file, split=source.split, block_bytes=block_bytes, max_rows=left)
+        if left is not None:
+            left = max(0, left - _count_rows(source, file, left))
+            if left == 0:
+                return
+
+
+def _count_rows(source: SourceConfig, file: str, most: int) -> int:
+    """Records of a file, counted up to `most`: how much of a cap it uses up."""
+    count = 0
+    for block in plan_blocks(file, split=source.split, block_bytes=2**62, max_rows=most):
+        count += sum(1 for _ in read_records(block, split=source.split))
+    return count
+
+
+def read_rows(
+    source: SourceConfig, block: Block, lookup: Lookup | None
+) -> Iterator[tuple[Record, Row]]:
+    """Rows of a block with the record each came from, filtered by `where`."""
+    reader = FORMATS[source.format]
+    for record in read_records(block, split=source.split):
+        if all(str(record.value.get(key)) == value for key, value in source.where.items()):
+            for row in reader(record, source, lookup):
+                yield record, row
+
+
+__all__ = [
+    "FORMATS",
+    "HUB",
+    "Block",
+    "Lookup",
+    "Record",
+    "Row",
+    "expand_sources",
+    "file_size",
+    "plan_source",
+    "read_rows",
+    "source_files",
+]

@@ -1,0 +1,126 @@
+"""Text to token ids: the tokenizer's own special tokens, one truncation rule, one fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from pipeline.errors import UserError
+
+# Texts on which tokenizers that share a vocabulary still differ: case, spaces, digits, scripts.
+_PROBES = (
+    "The Quick brown fox.",
+    "  two  spaces,\ttab\nnewline\r\n",
+    "3.14159 1,000,000 x_1 = -b±√(b²-4ac)",
+    "def f(x):\n    return {'a': [x, None]}",
+    "naïve Ångström ﬁne 你好，世界 こんにちは Привет 😀",
+    "Instruct: Given a problem\nQuery: can't won't I'll",
+    "<s></s> [CLS] [SEP] <|endoftext|> <unk>",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerInfo:
+    """What a dataset records about its tokenizer; compared by fingerprint only."""
+
+    path: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int | None
+    append_eos: bool
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does: its vocabulary and the ids it gives to probe texts.
+
+    Saving and loading a tokenizer may rewrite its files; it does not change this.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    probes = [list(tokenizer(text)["input_ids"]) for text in _PROBES]
+    return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
+
+
+def load_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
+    """Load a Hugging Face tokenizer folder or name.
+
+    Returns:
+        The fast tokenizer as JSON, which `TextEncoder` takes, and what a manifest records.
+
+    Raises:
+        UserError: nothing is there, it has no fast form, or it has no EOS to append.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"tokenizer: cannot load {path!r} ({reason})",
+            allowed="a folder with tokenizer.json, or a model name in the local cache",
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer: {path!r} has no fast form",
+            fix="convert it to tokenizer.json, which transformers writes with save_pretrained",
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"append_eos: true, but the tokenizer {path!r} has no EOS token",
+            fix="set append_eos to false or give the tokenizer an eos_token",
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    info = TokenizerInfo(
+        path=path,
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=len(tokenizer),
+        eos_id=tokenizer.eos_token_id,
+        append_eos=append_eos,
+    )
+    return backend.to_str(), info
+
+
+class TextEncoder:
+    """Tokenises whole strings, truncating so that special tokens and EOS stay.
+
+    Args:
+        tokenizer_json: from `load_tokenizer`.
+        eos_id: appended where it is missing; None appends nothing.
+    """
+
+    def __init__(self, tokenizer_json: str, *, eos_id: int | None) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._eos_id = eos_id
+        # Without room for the appended EOS, truncation would drop it from exactly the long texts.
+        self._missing = int(eos_id is not None and self._ends("a") != eos_id)
+
+    def _ends(self, text: str) -> int:
+        ids = self._tokenizer.encode(text).ids
+        return int(ids[-1]) if ids else -1
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[NDArray[np.int32]]:
+        """Token ids of each text, at most `max_length` long, at least one.
+
+        A text that yields `max_length` tokens may have been cut; a shorter one was not.
+        """
+        self._tokenizer.enable_truncation(max_length - self._missing)
+        rows = []
+        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
+            ids = encoding.ids
+            row = np.array(ids, dtype=np.int32)
+            if self._eos_id is not None and (not ids or ids[-1] != self._eos_id):
+                row = np.append(row, np.int32(self._eos_id))
+            rows.append(row)
+        return rows

@@ -1,0 +1,123 @@
+"""Global batches: what a rank gets, compared with the source rows themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from data_support import reasonaug_rows
+from transformers import AutoTokenizer
+
+from pipeline.config import DataConfig
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.loader import Loader
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+
+
+def make_loader(dataset: Dataset, *, batch: int = 32, **changes: object) -> Loader:
+    data = {key: changes.pop(key) for key in list(changes) if hasattr(DataConfig, key)}
+    config = DataConfig(path=dataset.folder, global_batch_size=batch, **data)  # type: ignore[arg-type]
+    settings = {"max_chunk_tokens": 400, "seed": 3, **changes}
+    return Loader(dataset, config, **settings)  # type: ignore[arg-type]
+
+
+def all_ranks(dataset: Dataset, step: int, world_size: int, **changes: object) -> list[GlobalBatch]:
+    return [
+        make_loader(dataset, rank=rank, world_size=world_size, **changes).batch(step)
+        for rank in range(world_size)
+    ]
+
+
+def texts_of(batches: list[GlobalBatch]) -> dict[int, tuple[int, ...]]:
+    """Tokens of every text of the batch, by global text index."""
+    found: dict[int, tuple[int, ...]] = {}
+    for chunk in (chunk for batch in batches for chunk in batch.chunks):
+        if not chunk.is_dummy:
+            pieces = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
+            for text, piece in zip(chunk.texts.tolist(), pieces, strict=True):
+                assert text not in found
+                found[text] = tuple(piece.tolist())
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_every_text_is_on_exactly_one_rank(dataset: Dataset, world_size: int) -> None:
+    batches = all_ranks(dataset, 4, world_size)
+    first = batches[0]
+    assert len({len(batch.chunks) for batch in batches}) == 1
+    found = texts_of(batches)
+    assert sorted(found) == list(range(first.num_queries + first.num_documents))
+    assert sum(map(len, found.values())) == first.tokens
+    assert found == texts_of(all_ranks(dataset, 4, 1))
+
+
+def test_batches_hold_the_texts_of_the_source_rows(dataset: Dataset, tokenizer_path: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    rows = {row["user_query"]: row for row in reasonaug_rows(600)}
+    batch = make_loader(dataset).batch(0)
+    texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
+    for query in range(batch.num_queries):
+        prefix, _, text = texts[query].partition("\nQuery: ")
+        row = next(row for start, row in rows.items() if start.startswith(text))
+        assert prefix == f"Instruct: {row['task']}"
+        (positive,) = batch.positives[query].tolist()
+        assert row["positive_document"].startswith(texts[batch.num_queries + positive])
+        negatives = [texts[batch.num_queries + k] for k in batch.negatives[query].tolist()]
+        expected = [row["hard_negative_document"]] if row["hard_negative_document"] else []
+        assert len(negatives) == len(expected)
+        assert all(b.startswith(a) for a, b in zip(negatives, expected, strict=True))
+
+
+def test_positives_of_the_same_concept_are_masked(dataset: Dataset) -> None:
+    batch = make_loader(dataset).batch(1)
+    concept = dataset.examples.scalars("concept", batch.example_ids)
+    for query in range(batch.num_queries):
+        positives = set(batch.positives[query].tolist())
+        same = np.flatnonzero(concept == concept[query])
+        expected = set(np.concatenate([batch.positives[k] for k in same]).tolist())
+        expected -= positives | set(batch.negatives[query].tolist())
+        assert set(batch.masked[query].tolist()) == expected
+    assert len(batch.masked.values) > 0
+
+
+def test_a_document_shared_by_two_queries_is_embedded_once(dataset: Dataset) -> None:
+    batch = make_loader(dataset, batch=64).batch(0)
+    assert batch.num_documents < len(batch.positives.values) + len(batch.negatives.values)
+    documents = [tokens for k, tokens in texts_of([batch]).items() if k >= batch.num_queries]
+    assert len(set(documents)) == len(documents)
+
+
+def test_iteration_with_and_without_prefetch_gives_the_batches_in_order(dataset: Dataset) -> None:
+    plain = [make_loader(dataset).batch(step) for step in range(4)]
+    for prefetch in (True, False):
+        loader = make_loader(dataset, prefetch=prefetch)
+        for expected, batch in zip(plain, itertools.islice(loader, 4), strict=True):
+            assert batch.step == expected.step
+            assert np.array_equal(batch.example_ids, expected.example_ids)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_resuming_continues_after_the_last_batch_handed_out(
+    dataset: Dataset, prefetch: bool
+) -> None:
+    first = make_loader(dataset, prefetch=prefetch)
+    for batch in itertools.islice(first, 3):
+        state = first.state_dict()
+        assert state["step"] == batch.step + 1
+    second = make_loader(dataset, prefetch=prefetch)
+    second.load_state_dict(state)
+    assert next(iter(second)).step == 3
+    assert all(isinstance(value, int) for value in state.values())
+
+
+def test_a_state_of_another_seed_is_refused(dataset: Dataset) -> None:
+    state = make_loader(dataset, seed=1).state_dict()
+    with pytest.raises(UserError, match="seed 1"):
+        make_loader(dataset, seed=2).load_state_dict(state)
+
+
+def test_a_chunk_smaller_than_a_text_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="chunks.max_tokens: 20"):
+        make_loader(dataset, max_chunk_tokens=20)

@@ -1,0 +1,180 @@
+"""The order of examples: bijective, pure, without repeats inside a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.order import Group, Homogeneous, Order, Stream, permute, source_shares
+from pipeline.errors import UserError
+
+MODES: tuple[Homogeneous, ...] = ("none", "source", "instruction")
+
+
+def make_groups(counts: dict[tuple[str, str], int]) -> list[Group]:
+    groups, start = [], 0
+    for (source, instruction), count in counts.items():
+        groups.append(Group(source=source, instruction=instruction, start=start, count=count))
+        start += count
+    return groups
+
+
+def make_order(
+    groups: list[Group], *, batch: int, mode: Homogeneous, seed: int = 0, **mixture: object
+) -> Order:
+    settings = {"weights": {}, "temperature": 1.0, "cap": None, **mixture}
+    shares = source_shares(groups, **settings)  # type: ignore[arg-type]
+    return Order(groups, global_batch_size=batch, homogeneous=mode, seed=seed, shares=shares)
+
+
+GROUPS = make_groups({("a", "x"): 400, ("a", "y"): 700, ("b", "z"): 90, ("c", ""): 300})
+
+
+@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_bijection(size: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_reaches_any_index_of_a_huge_set() -> None:
+    size = 10**15
+    index = np.array([0, 1, size // 2, size - 1])
+    found = permute(index, size, 5)
+    assert ((found >= 0) & (found < size)).all()
+    assert len(set(found.tolist())) == 4
+    assert permute(index[2:3], size, 5)[0] == found[2]
+
+
+def test_permute_looks_random() -> None:
+    size = 10_000
+    places = permute(np.arange(size), size, 1)
+    assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < 0.05
+    assert (permute(np.arange(size), size, 2) == places).mean() < 0.01
+
+
+@given(
+    window=st.integers(1, 40), extra=st.integers(0, 200), key=st.integers(0, 2**32), data=st.data()
+)
+@settings(max_examples=80, deadline=None)
+def test_no_window_of_a_stream_repeats_an_element(
+    window: int, extra: int, key: int, data: st.DataObject
+) -> None:
+    stream = Stream(size=window + extra, window=window, key=key)
+    start = 0
+    for ordinal in range(12):
+        count = data.draw(st.integers(0, window))
+        taken = stream.take(ordinal=ordinal, start=start, count=count)
+        start += count
+        assert len(taken) == count == len(set(taken.tolist()))
+        assert ((taken >= 0) & (taken < stream.size)).all()
+
+
+@given(window=st.integers(1, 20), extra=st.integers(0, 60), key=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_of_a_large_stream_visits_every_element_once(
+    window: int, extra: int, key: int
+) -> None:
+    size = 3 * window + extra
+    stream = Stream(size=size, window=window, key=key)
+    starts = range(0, 3 * size, window)
+    taken = np.concatenate(
+        [stream.take(ordinal=k, start=start, count=window) for k, start in enumerate(starts)]
+    )
+    for epoch in range(3):
+        own = taken[epoch * size : (epoch + 1) * size]
+        assert np.array_equal(np.sort(own), np.arange(size))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_are_full_and_without_repeats(mode: Homogeneous) -> None:
+    order = make_order(GROUPS, batch=64, mode=mode)
+    for step in range(400):
+        ids = order.batch(step)
+        assert len(ids) == 64 == len(set(ids.tolist()))
+        assert ids.min() >= 0 and ids.max() < 1490
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_does_not_depend_on_the_steps_before(mode: Homogeneous) -> None:
+    walked = make_order(GROUPS, batch=64, mode=mode)
+    batches = [walked.batch(step) for step in range(130)]
+    for step in (129, 3, 70):
+        jumped = make_order(GROUPS, batch=64, mode=mode)
+        assert np.array_equal(jumped.batch(step), batches[step])
+
+
+@pytest.mark.parametrize("mode", ["source", "instruction"])
+def test_homogeneous_batches_hold_one_group(mode: Homogeneous) -> None:
+    order = make_order(GROUPS, batch=64, mode=mode)
+    ends = np.cumsum([group.count for group in GROUPS])
+    for step in range(100):
+        groups = {GROUPS[k] for k in np.searchsorted(ends, order.batch(step), side="right")}
+        assert len({group.source for group in groups}) == 1
+        if mode == "instruction":
+            assert len(groups) == 1
+
+
+def test_small_instructions_of_a_source_share_batches() -> None:
+    groups = make_groups({("a", f"task {k}"): 20 for k in range(10)} | {("a", "big"): 500})
+    order = make_order(groups, batch=64, mode="instruction")
+    assert sorted(unit.size for unit in order.units) == [200, 500]
+    seen = np.unique(np.concatenate([order.batch(step) for step in range(60)]))
+    assert len(seen) == 700
+
+
+def test_a_remainder_too_small_for_a_batch_joins_the_smallest_unit() -> None:
+    groups = make_groups({("a", "tiny"): 10, ("a", "large"): 500, ("a", "middle"): 100})
+    order = make_order(groups, batch=64, mode="instruction")
+    assert sorted(unit.size for unit in order.units) == [110, 500]
+
+
+def test_a_source_smaller_than_a_homogeneous_batch_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="'b' has 90 examples for data.global_batch_size 128"):
+        make_order(GROUPS, batch=128, mode="source")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sources_are_drawn_by_their_share(mode: Homogeneous) -> None:
+    order = make_order(GROUPS, batch=64, mode=mode, weights={"b": 3.0})
+    ids = np.concatenate([order.batch(step) for step in range(640)])
+    total = 1100 + 3 * 90 + 300
+    assert (ids < 1100).mean() == pytest.approx(1100 / total, abs=0.03)
+    assert ((ids >= 1100) & (ids < 1190)).mean() == pytest.approx(270 / total, abs=0.03)
+
+
+def test_temperature_flattens_and_cap_limits_the_shares() -> None:
+    options = {"weights": {}, "temperature": 1.0, "cap": None}
+    plain = source_shares(GROUPS, **options)
+    flat = source_shares(GROUPS, **{**options, "temperature": 1e9})
+    capped = source_shares(GROUPS, **{**options, "cap": 300})
+    assert plain["a"] == pytest.approx(1100 / 1490)
+    assert all(share == pytest.approx(1 / 3) for share in flat.values())
+    assert capped["a"] == pytest.approx(capped["c"]) == pytest.approx(300 / 690)
+
+
+def test_a_weight_of_zero_leaves_a_source_out() -> None:
+    order = make_order(GROUPS, batch=128, mode="source", weights={"b": 0.0})
+    ids = np.concatenate([order.batch(step) for step in range(100)])
+    assert not ((ids >= 1100) & (ids < 1190)).any()
+
+
+def test_an_unknown_source_in_the_weights_is_refused() -> None:
+    with pytest.raises(UserError, match="no source 'q' | allowed: a, b, c"):
+        source_shares(GROUPS, weights={"q": 1.0}, temperature=1.0, cap=None)
+
+
+def test_epochs_count_passes_over_each_source() -> None:
+    order = make_order(GROUPS, batch=64, mode="none")
+    steps = 1490 * 64 // 64
+    passes = order.epochs(steps)
+    ids = np.concatenate([order.batch(step) for step in range(steps)])
+    assert passes["a"] == pytest.approx((ids < 1100).sum() / 1100, rel=0.01)
+    assert passes["c"] == pytest.approx((ids >= 1190).sum() / 300, rel=0.01)
+
+
+def test_a_far_step_needs_no_walk() -> None:
+    groups = make_groups({("a", str(k)): 2_500_000 for k in range(4)})
+    order = make_order(groups, batch=1024, mode="instruction")
+    assert len(set(order.batch(1_000_000).tolist())) == 1024
