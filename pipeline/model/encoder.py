@@ -92,6 +92,13 @@ class Encoder(nn.Module):
         vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
+    def merged(self) -> Any:
+        """The Hugging Face model with any adapters merged into its weights, for good."""
+        merge = getattr(self.backbone, "merge_and_unload", None)
+        if merge is not None:
+            self.backbone = merge()
+        return self.backbone
+
 
 def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
     """Load a backbone and make it an embedder, in evaluation mode.

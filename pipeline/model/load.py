@@ -1,0 +1,169 @@
+"""An export, or any sentence-transformers folder of a supported family, as a packed encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import ModelConfig, Pooling, Template, build_config
+from pipeline.errors import UserError
+from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.model.export import POOLING_NAMES, SETTINGS
+from pipeline.model.families import FAMILIES
+from pipeline.model.tokenizer import load_tokenizer
+
+# sentence-transformers before version 5 kept one boolean per pooling.
+_OLD_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_MODULES = ["Transformer", "Pooling", "Normalize"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedExport:
+    """A model ready to embed strings.
+
+    Attributes:
+        encoder: the packed encoder, in evaluation mode on its device.
+        tokenizer: a Hugging Face tokenizer.
+        template: how instructions and texts become strings.
+        max_length: tokens after which a text is cut.
+        num_dimensions: width of a vector.
+        max_tokens: packed tokens of one forward; a longer text gets a forward of its own.
+    """
+
+    encoder: Encoder
+    tokenizer: Any
+    template: Template
+    max_length: int
+    num_dimensions: int
+    max_tokens: int
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N,) whole strings, prefixes included -> (N, D) float32 in the order given."""
+        out = np.zeros((len(texts), self.num_dimensions), dtype=np.float32)
+        device = next(self.encoder.parameters()).device
+        ids = self._tokenize(texts)
+        with torch.inference_mode():
+            for chosen in _chunks([len(row) for row in ids], self.max_tokens):
+                packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
+                lengths = torch.tensor([len(ids[i]) for i in chosen], device=device)
+                out[chosen] = self.encoder(packed, lengths).cpu().numpy()
+        return out
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        # An empty string of a tokenizer without special tokens has no token to pool.
+        filler = [self.tokenizer.pad_token_id or 0]
+        return [row or filler for row in rows]
+
+
+def _chunks(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of texts that share a forward: longest first, so that running out shows at once."""
+    chosen: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if chosen and total + lengths[index] > max_tokens:
+            yield chosen
+            chosen, total = [], 0
+        chosen.append(index)
+        total += lengths[index]
+    if chosen:
+        yield chosen
+
+
+def load_export(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_tokens: int = 16384,
+) -> LoadedExport:
+    """Load a folder in sentence-transformers layout.
+
+    Raises:
+        UserError: a file is missing, or asks for something this package does not compute.
+    """
+    folder = Path(path)
+    modules = _read(folder, "modules.json")
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise UserError(
+            f"{folder}/modules.json: {kinds}", allowed="Transformer, Pooling, Normalize"
+        )
+    settings = _read(folder, "sentence_bert_config.json")
+    hf_config = _read(folder, "config.json")
+    config = ModelConfig(
+        path=str(folder),
+        attention="bidirectional" if _is_bidirectional(hf_config) else "causal",
+        pooling=_pooling(folder, modules[1]["path"]),
+        normalize="Normalize" in kinds,
+        dtype=dtype,
+    )
+    encoder = build_encoder(config).to(device)
+    tokenizer = load_tokenizer(str(folder))
+    return LoadedExport(
+        encoder=encoder,
+        tokenizer=tokenizer,
+        template=_template(folder),
+        max_length=settings.get("max_seq_length") or tokenizer.model_max_length,
+        num_dimensions=encoder.model.config.hidden_size,
+        max_tokens=max_tokens,
+    )
+
+
+def _read(folder: Path, name: str) -> Any:
+    path = folder / name
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__})",
+            fix="give a folder written by `diffembed export`, or in sentence-transformers layout",
+        ) from error
+
+
+def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
+    """What transformers computes for this config.json: decoders are causal unless it says not."""
+    family = FAMILIES.get(hf_config.get("model_type", ""))
+    return not hf_config.get("is_causal", family is None or family.decoder)
+
+
+def _pooling(folder: Path, name: str) -> Pooling:
+    settings = _read(folder / name, "config.json")
+    mode = settings.get("pooling_mode")
+    if mode is None:
+        chosen = [
+            key for key, value in settings.items() if key.startswith("pooling_mode_") and value
+        ]
+        mode = "+".join(chosen).removeprefix("pooling_mode_").replace("_tokens", "")
+        mode = mode.replace("cls_token", "cls")
+    names = {theirs: ours for ours, theirs in POOLING_NAMES.items()}
+    if mode not in names:
+        raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(names))
+    return names[mode]
+
+
+def _template(folder: Path) -> Template:
+    """Ours where the folder is our export, else the prompts of sentence-transformers."""
+    if (folder / SETTINGS).is_file():
+        origin = str(folder / SETTINGS)
+        return build_config(Template, _read(folder, SETTINGS)["template"], origin=origin)
+    prompts = _read(folder, "config_sentence_transformers.json").get("prompts", {})
+    return Template(
+        query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
+    )

