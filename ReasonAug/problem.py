@@ -23,7 +23,7 @@ Values = Mapping[str, Any]
 _NUMERIC_CLOSINGS = (
     "",
     "Show the reasoning.",
-    "Give the result to four significant figures.",
+    "Round the result if it is not a whole number.",
     "Explain each step briefly.",
     "What is the value?",
     "A short justification is enough.",

@@ -132,10 +132,10 @@ CALORIMETRY = Concept(
     A {m} kg piece of {metal} (specific heat {heat} J/(kg K)) at {hot} C is dropped into {water} kg
     of water (4186 J/(kg K)) at {cold} C in an insulated vessel. What is the final temperature?
 
-    {who} takes a {metal} weight of {m} kg out of an oven at {hot} degrees and plunges it into a
-    bucket with {water} kg of cold water at {cold} degrees. Nothing is lost to the surroundings. How
-    warm does the bucket become? Heat capacities: {heat} for the weight, 4186 for water, in J per kg
-    and kelvin.
+    {who} takes a weight of {m} kg, made of {metal}, out of an oven at {hot} degrees and plunges it
+    into a bucket with {water} kg of cold water at {cold} degrees. Nothing is lost to the
+    surroundings. How warm does the bucket become? Heat capacities: {heat} for the weight, 4186 for
+    water, in J per kg and kelvin.
 
     To find out how much a glowing {metal} part warms a bath, {other} quenches {m} kg of it, {hot} C
     hot, in {water} litres of water at {cold} C. Which temperature do both share in the end? Use

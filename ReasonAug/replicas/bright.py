@@ -15,9 +15,11 @@ from ReasonAug.splits import UNSEEN_CONCEPTS, UNSEEN_PROBLEMS, Entry, by_concept
 SEEN_SUBSET = "theoremqa_questions"
 UNSEEN_SUBSET = "aops"
 ABOUT = (
-    "Schema of BRIGHT v1.1. Split theoremqa_questions: unseen problems of the concepts that are "
-    "trained on. Split aops: problems of concepts that are not. Gold documents rely on the same "
-    "concept and are worded differently; documents worded like the query are excluded."
+    "Schema of BRIGHT v1.1; the texts are generated here, none is from BRIGHT. Split "
+    "theoremqa_questions (task BrightTheoremQAQuestionsRetrieval): unseen problems of the concepts "
+    "that are trained on. Split aops (task BrightAopsRetrieval): problems of concepts that are "
+    "not. Gold documents rely on the same concept and are worded differently; documents worded "
+    "like the query are excluded."
 )
 _SEEN_QUERIES = 4  # per concept
 _UNSEEN_QUERIES = 3  # per concept and wording

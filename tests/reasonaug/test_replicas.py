@@ -138,11 +138,12 @@ def test_long_tasks_have_all_lengths_and_hide_what_can_be_found(
 ) -> None:
     with local_task(name, hub, tmp_path) as task:
         task.load_data()
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
         splits = [f"test_{length}" for length in NEEDLE_LENGTHS]
-        assert list(task.corpus) == splits
-        for split in splits:
-            assert len(task.corpus[split]) == 10
-            assert len(task.queries[split]) >= 5
+        assert list(task.dataset["default"]) == splits
+        for data in task.dataset["default"].values():
+            assert len(data["corpus"]) == 10
+            assert len(data["queries"]) >= 5
     scores = score(name, hub, tmp_path)
     assert list(scores) == splits
     assert np.mean([split["ndcg_at_1"] for split in scores.values()]) > 0.3  # chance: 0.1
