@@ -246,10 +246,15 @@ class ChunkConfig:
 
     max_tokens: int = 8192
     min_chunks: int = 1
+    # schedule cache: this many chunks keep their graph and are spared the second forward.
+    keep_graphs: int = 0
+    # schedule sweep: where the inputs of all layers wait for the backward.
+    boundaries: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "chunks.max_tokens", self.max_tokens, "an integer >= 1")
         _require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
+        _require(self.keep_graphs >= 0, "chunks.keep_graphs", self.keep_graphs, "an integer >= 0")
 
 
 @_strict
@@ -275,7 +280,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     seed: int = 42
-    schedule: Literal["plain", "cache"] = "cache"
+    schedule: Literal["plain", "cache", "sweep"] = "cache"
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -290,6 +295,20 @@ class TrainConfig:
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"less than num_steps ({self.num_steps})",
+        )
+        _require(
+            self.schedule == "cache" or self.chunks.keep_graphs == 0,
+            "chunks.keep_graphs",
+            self.chunks.keep_graphs,
+            "0 unless schedule is cache",
+            "schedule plain keeps all graphs, sweep keeps none",
+        )
+        _require(
+            self.schedule != "sweep" or not self.model.gradient_checkpointing,
+            "model.gradient_checkpointing",
+            True,
+            "false with schedule sweep",
+            "a sweep already computes one layer at a time again",
         )
 
 
@@ -329,7 +348,9 @@ class SourceConfig:
         _require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
         for column in self.columns:
             _require(column in known, f"{key}.columns", column, ", ".join(known))
-        _require(self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1")
+        _require(
+            self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1"
+        )
         _require(
             self.max_negatives is None or self.max_negatives >= 0,
             f"{key}.max_negatives",
@@ -403,19 +424,28 @@ class EvaluateConfig:
     max_length: int = 4096
     max_tokens: int = 16384
     training_run: Path | None = None
+    # Instructions by task name; they replace those of pipeline/evaluation/instructions.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Several maximum lengths by task or benchmark name; max_length holds for all others.
+    lengths: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(len(self.models) > 0, "models", "an empty list", "at least one model")
         names = [model.name for model in self.models]
         _require(len(set(names)) == len(names), "models", names, "names that differ")
-        _require(self.max_length >= 1, "max_length", self.max_length, "an integer >= 1 (tokens)")
-        _require(
-            self.max_tokens >= self.max_length,
-            "max_tokens",
-            self.max_tokens,
-            f"at least max_length ({self.max_length}): one forward must hold the longest text",
-        )
+        for key, lengths in {"max_length": (self.max_length,), **self.lengths}.items():
+            _require(
+                len(lengths) > 0 and min(lengths) >= 1 and len(set(lengths)) == len(lengths),
+                key if key == "max_length" else f"lengths.{key}",
+                lengths,
+                "integers >= 1 (tokens), each once",
+            )
+            _require(
+                self.max_tokens >= max(lengths),
+                "max_tokens",
+                self.max_tokens,
+                f"at least {max(lengths)}: one forward must hold the longest text",
+            )
         _require(len(self.tasks) > 0, "tasks", "an empty list", "at least one mteb task name")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
@@ -52,3 +56,49 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+def launch_ranks(world_size: int, script: Path, *arguments: str, timeout: float) -> str:
+    """Run a Python script as ranks of one job, as torchrun would; what rank 0 printed.
+
+    For engines that want a process of their own. The first rank that fails, or the timeout, ends
+    all of them and raises with the rank's output.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    processes, outputs = [], []
+    deadline = time.monotonic() + timeout
+    try:
+        for rank in range(world_size):
+            outputs.append(TemporaryFile("w+"))  # noqa: SIM115 -- read after the ranks end
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), *arguments],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=outputs[-1],
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    texts = []
+    for output in outputs:
+        output.seek(0)
+        texts.append(output.read())
+        output.close()
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in texts))
+    return texts[0]

@@ -13,7 +13,7 @@ from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.run_dir import RunDir
 from pipeline.training import checkpoint
-from pipeline.training.step import seed_step
+from pipeline.training.step import seed_random
 
 
 def export_run(config: TrainConfig, *, which: str, output: Path | None) -> Path:
@@ -29,7 +29,7 @@ def export_run(config: TrainConfig, *, which: str, output: Path | None) -> Path:
     """
     run = RunDir(config.output_dir)
     dataset = Dataset.open(config.data.path)
-    seed_step(config.seed, 0, 0)  # the adapter that training began with
+    seed_random(config.seed)  # the adapter that training began with
     encoder = build_encoder(config.model)
     step = 0
     if which != "init":

@@ -1,8 +1,8 @@
 """One optimizer step: global batch in, exact gradient of the global mean loss out.
 
-    pass 1   every chunk -> embeddings, no graph          (grad_cache.embed_chunks)
+    pass 1   every chunk -> embeddings, no graph          (grad_cache or layer_sweep)
     loss     over all queries and documents of all ranks  (contrastive_loss), gradient per vector
-    pass 2   every chunk again, with graph, same dropout  (grad_cache.replay_chunks) -> backward
+    pass 2   every chunk again, with graph, same dropout  -> backward
     update   one reduction, one clip, one AdamW step
 
 After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
@@ -12,43 +12,56 @@ After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Lim
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.config import LossConfig
+from pipeline import comm
+from pipeline.config import TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.loss import grad_cache
 from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
+from pipeline.training.layer_sweep import LayerSweep
 
 
 class Engine(Protocol):
     """What a step needs of an engine."""
 
+    @property
+    def encoder(self) -> Any:
+        """The encoder itself."""
+
     def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embed one packed chunk: (T,) ids and (C,) lengths to (C, E)."""
+
+    def hold(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """Context in which these parameters are gathered."""
 
     def accumulation(self) -> AbstractContextManager[None]:
         """Context of all backwards of one optimizer step."""
 
     def backward(self, surrogate: torch.Tensor) -> None:
-        """Accumulate gradients."""
+        """Accumulate gradients, to be averaged over ranks."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class TensorChunk:
     """A chunk on the device, and where its rows belong."""
 
+    number: int
     input_ids: torch.Tensor  # (T,)
     lengths: torch.Tensor  # (C,)
     texts: torch.Tensor  # (C,) global text index; -1 in a dummy row
+    packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
 
 
-def to_tensors(chunk: Chunk, device: torch.device) -> TensorChunk:
+def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
     """Move one chunk to the device."""
     return TensorChunk(
+        number=number,
         input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
         lengths=torch.from_numpy(chunk.lengths).to(device, non_blocking=True),
         texts=torch.from_numpy(chunk.texts).to(device, non_blocking=True),
@@ -56,52 +69,101 @@ def to_tensors(chunk: Chunk, device: torch.device) -> TensorChunk:
 
 
 def accumulate_gradients(
-    engine: Engine, batch: GlobalBatch, config: LossConfig, *, device: torch.device
+    engine: Engine, batch: GlobalBatch, config: TrainConfig, *, device: torch.device
 ) -> LossOutput:
     """Both passes and the loss; afterwards the engine holds the reduced gradients.
 
     Args:
         engine: embeds chunks and takes backwards.
         batch: this rank's part of the global batch; all ranks have the same number of chunks.
-        config: the loss.
+        config: schedule, loss and seed.
         device: where the chunks go.
     """
-    chunks = [to_tensors(chunk, device) for chunk in batch.chunks]
+    chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
+
+    def seed(number: int) -> None:
+        seed_random(config.seed, batch.step, comm.rank(), number)
+
+    if config.schedule == "sweep":
+        sweep = LayerSweep(
+            encoder_stages(engine.encoder),
+            hold=_stage_holder(engine),
+            seed=seed,
+            on_host=config.chunks.boundaries == "host",
+        )
+        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config)
+        with engine.accumulation():
+            sweep.backward(chunks, gradients, engine.backward)
+        return output
 
     def embed(chunk: TensorChunk) -> torch.Tensor:
+        seed(chunk.number)
         return engine.embed(chunk.input_ids, chunk.lengths)
 
-    cached = grad_cache.embed_chunks(chunks, embed)
-    embeddings = torch.cat(cached.embeddings)  # (R, E) rows of this rank, dummies included
-    texts = torch.cat([chunk.texts for chunk in chunks])  # (R,)
-    is_query = (texts >= 0) & (texts < batch.num_queries)
-    is_document = texts >= batch.num_queries
-    output = contrastive_loss(
-        embeddings[is_query],
-        embeddings[is_document],
-        _targets(batch, texts[is_query], texts[is_document] - batch.num_queries, device),
-        config=config,
-    )
-    gradients = torch.zeros_like(embeddings)  # stays zero in dummy rows
-    gradients[is_query] = output.query_grad
-    gradients[is_document] = output.document_grad
-    rows = [chunk.texts.shape[0] for chunk in chunks]
+    keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
+    cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
+    output, gradients = _loss(cached.embeddings, chunks, batch, config)
     with engine.accumulation():
-        grad_cache.replay_chunks(chunks, cached, gradients.split(rows), embed, engine.backward)
+        grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
     return output
 
 
-def _targets(
-    batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor, device: torch.device
-) -> Targets:
+def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:
+    """An encoder cut into the stages of a sweep: embedding, each layer, pooling."""
+
+    def embed(chunk: TensorChunk, _: None) -> torch.Tensor:
+        hidden, chunk.packed = encoder.embed(chunk.input_ids, chunk.lengths)
+        return hidden  # type: ignore[no-any-return]
+
+    def layer(index: int) -> Callable[[TensorChunk, torch.Tensor], torch.Tensor]:
+        return lambda chunk, hidden: encoder.run_layer(index, hidden, chunk.packed)
+
+    def finish(chunk: TensorChunk, hidden: torch.Tensor) -> torch.Tensor:
+        return encoder.finish(hidden, chunk.packed)  # type: ignore[no-any-return]
+
+    return [embed, *(layer(index) for index in range(len(encoder.layers))), finish]
+
+
+def _stage_holder(engine: Engine) -> Callable[[int], AbstractContextManager[None]]:
+    """Which parameters a stage needs gathered; those outside the layers are few but for the table.
+
+    Embedding and final norm cannot be told apart from outside: they share the first and last
+    stage, where DeepSpeed's own hooks gather what is used.
+    """
+    layers = engine.encoder.layers
+    owned = [[], *([*layer.parameters()] for layer in layers), []]
+    return lambda stage: engine.hold(owned[stage])
+
+
+def _loss(
+    embeddings: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    chunks: list[TensorChunk],
+    batch: GlobalBatch,
+    config: TrainConfig,
+) -> tuple[LossOutput, tuple[torch.Tensor, ...]]:
+    """The global loss, and the gradient that each chunk's embeddings begin their backward with."""
+    rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
+    texts = torch.cat([chunk.texts for chunk in chunks])  # (R,)
+    is_query = (texts >= 0) & (texts < batch.num_queries)
+    is_document = texts >= batch.num_queries
+    targets = _targets(batch, texts[is_query], texts[is_document] - batch.num_queries)
+    output = contrastive_loss(rows[is_query], rows[is_document], targets, config=config.loss)
+    gradients = torch.zeros_like(rows)  # stays zero in dummy rows
+    # The engine averages over ranks, each of which holds only its own rows' share of the sum.
+    gradients[is_query] = output.query_grad * comm.world_size()
+    gradients[is_document] = output.document_grad * comm.world_size()
+    return output, torch.split(gradients, [len(chunk.texts) for chunk in chunks])
+
+
+def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor) -> Targets:
     return Targets(
         num_queries=batch.num_queries,
         num_documents=batch.num_documents,
         query_index=queries,
         document_index=documents,
-        positives=_ragged(batch.positives, device),
-        negatives=_ragged(batch.negatives, device),
-        masked=_ragged(batch.masked, device),
+        positives=_ragged(batch.positives, queries.device),
+        negatives=_ragged(batch.negatives, queries.device),
+        masked=_ragged(batch.masked, queries.device),
     )
 
 
@@ -112,10 +174,11 @@ def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
     )
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every random number of a step a function of (seed, step, rank).
+def seed_random(*numbers: int) -> None:
+    """Make the random numbers that follow a function of, say, (seed, step, rank, chunk).
 
-    A resumed run then draws the dropout masks of the uninterrupted one without any saved state.
+    A resumed run then draws the dropout masks of the uninterrupted one without any saved state,
+    and every schedule draws the same.
     """
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) % 2**63)

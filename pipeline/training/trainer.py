@@ -17,7 +17,7 @@ from pipeline.training import checkpoint
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.signals import StopRequest
-from pipeline.training.step import accumulate_gradients, seed_step
+from pipeline.training.step import accumulate_gradients, seed_random
 from pipeline.training.zero import ZeroEngine
 
 # What may change when a run is resumed; everything else would make it another run.
@@ -50,7 +50,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         _say(f"{run.root}: finished, step {config.num_steps} is saved in {newest}")
         return
     _write_description(run, config, ds_config)
-    seed_step(config.seed, 0, 0)  # a fresh adapter starts alike on every rank
+    seed_random(config.seed)  # a fresh adapter starts alike on every rank
     encoder = build_encoder(config.model).to(comm.device())
     engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
     step = 0
@@ -113,8 +113,7 @@ def _one_step(
     engine: ZeroEngine, batch: Any, config: TrainConfig, *, step: int
 ) -> dict[str, float]:
     began = time.perf_counter()
-    seed_step(config.seed, step, comm.rank())
-    output = accumulate_gradients(engine, batch, config.loss, device=comm.device())
+    output = accumulate_gradients(engine, batch, config, device=comm.device())
     loss = float(output.loss)
     # The loss is the same number on every rank, so all of them stop here together.
     if not abs(loss) < float("inf"):

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import comm
 
+_HOLDER = "diffembed"
 # AdamW's moments, by torch's names.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -62,6 +63,33 @@ class ZeroEngine:
         out: torch.Tensor = self._engine(input_ids, lengths)
         return out
 
+    @property
+    def encoder(self) -> Any:
+        """The model itself, for schedules that call its layers one by one."""
+        return self._engine.module
+
+    @contextmanager
+    def hold(self, parameters: list[Any]) -> Iterator[None]:
+        """Gather ZeRO-3 parameters once and keep them whole until the context ends.
+
+        DeepSpeed releases a parameter after each use of its module; an entry of ours among the
+        modules that are using it makes the release pass over it.
+        """
+        sharded = [p for p in parameters if hasattr(p, "ds_id")] if self.stage == 3 else []
+        missing = [p for p in sharded if p.ds_status.name == "NOT_AVAILABLE"]
+        if missing:
+            missing[0].all_gather_coalesced(missing).wait()
+        for parameter in sharded:
+            parameter.ds_active_sub_modules.add(_HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in sharded:
+                parameter.ds_active_sub_modules.discard(_HOLDER)
+                whole = parameter.ds_status.name == "AVAILABLE"
+                if whole and not parameter.ds_active_sub_modules and not parameter.ds_persist:
+                    parameter.partition()
+
     @contextmanager
     def accumulation(self) -> Iterator[None]:
         """Every backward of one optimizer step goes inside; gradients are reduced once, on exit.
@@ -81,12 +109,12 @@ class ZeroEngine:
         coalesce.__exit__(None, None, None)
 
     def backward(self, surrogate: torch.Tensor) -> None:
-        """Accumulate the gradients of a scalar whose gradient is d(global mean loss).
+        """Accumulate the gradients of a scalar.
 
-        DeepSpeed averages over ranks while each rank holds its own share of the sum, so the
-        surrogate is scaled by the world size here and nowhere else.
+        DeepSpeed averages over ranks while each rank holds its own share of the sum: the caller
+        has to scale the gradient it begins with by the world size, once.
         """
-        self._engine.backward(surrogate * comm.world_size(), scale_wrt_gas=False)
+        self._engine.backward(surrogate, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip, update, and clear the gradients; returns their global norm before clipping."""
@@ -153,8 +181,8 @@ class ZeroEngine:
 
     def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """Set a parameter and its moments from whole tensors; all ranks call it with the same."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self._parameters[name]
         weight = state["weight"].to(comm.device())

@@ -60,7 +60,8 @@ def train(engine: ZeroEngine, steps: range) -> list[float]:
             for rows in (slice(0, 4), slice(4, 8)):
                 mine, wanted = ids[rows][rank::world_size], target[rows][rank::world_size]
                 out = engine.embed(mine, torch.ones_like(mine))
-                engine.backward(((out.float() - wanted) ** 2).sum() / target.numel())
+                loss = ((out.float() - wanted) ** 2).sum() / target.numel()
+                engine.backward(loss * world_size)
         norms.append(engine.step(1e-2))
     return norms
 

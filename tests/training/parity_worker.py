@@ -15,15 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import comm
-from pipeline.config import DataConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from pipeline.config import (
+    ChunkConfig,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.model.encoder import build_encoder
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients, seed_step
+from pipeline.training.step import accumulate_gradients, seed_random
 from pipeline.training.zero import ZeroEngine
 
 TEMPERATURE = 0.1
+DROPOUT = 0.1
 NUM_QUERIES, NUM_DOCUMENTS = 12, 22
 SEED, STEP = 7, 3
 
@@ -79,8 +87,8 @@ def reference_gradients(
     """Loss and gradients by one autograd graph over all ranks' chunks; no caching, no engine."""
     embeddings: list[torch.Tensor] = [torch.empty(0)] * (NUM_QUERIES + NUM_DOCUMENTS)
     for rank, batch in enumerate(batches):
-        seed_step(SEED, STEP, rank)
-        for chunk in batch.chunks:
+        for number, chunk in enumerate(batch.chunks):
+            seed_random(SEED, STEP, rank, number)
             rows = encoder(torch.from_numpy(chunk.input_ids), torch.from_numpy(chunk.lengths))
             for text, row in zip(chunk.texts, rows, strict=True):
                 if text >= 0:
@@ -97,7 +105,14 @@ def reference_gradients(
 
 
 def run_case(
-    model_path: str, *, stage: int, counts: list[int], lora: bool, dropout: float, causal: bool
+    model_path: str,
+    *,
+    schedule: str,
+    keep_graphs: int,
+    stage: int,
+    counts: list[int],
+    lora: bool,
+    causal: bool,
 ) -> dict[str, float]:
     """Worst relative error over all parameters, and the loss beside the reference's."""
     model = ModelConfig(
@@ -105,12 +120,15 @@ def run_case(
         dtype="float32",
         attention="causal" if causal else "bidirectional",
         pooling="last_token" if causal else "mean",
-        attention_dropout=dropout,
-        gradient_checkpointing=causal,
-        lora=LoraConfig(rank=4, alpha=8, dropout=dropout) if lora else None,
+        attention_dropout=DROPOUT,
+        gradient_checkpointing=causal and schedule != "sweep",
+        lora=LoraConfig(rank=4, alpha=8, dropout=DROPOUT) if lora else None,
     )
     config = TrainConfig(
         output_dir=Path("unused"),
+        seed=SEED,
+        schedule=schedule,
+        chunks=ChunkConfig(keep_graphs=keep_graphs),
         num_steps=1,
         model=model,
         data=DataConfig(path=Path("unused")),
@@ -132,8 +150,7 @@ def run_case(
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
     engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
-    seed_step(SEED, STEP, rank)
-    output = accumulate_gradients(engine, batches[rank], config.loss, device=torch.device("cpu"))
+    output = accumulate_gradients(engine, batches[rank], config, device=torch.device("cpu"))
     assert set(engine.parameter_names) == set(wanted)
     errors = {}
     for name in engine.parameter_names:
@@ -149,11 +166,19 @@ def main() -> None:
     torch.set_num_threads(1)
     comm.start(comm.discover_world(), timeout_seconds=60)
     world_size = comm.world_size()
-    chunk_counts = [[1, 1], [2, 2], [5, 5], [8, 8], [3, 5]]
+    # (schedule, chunks that keep their graph, chunks per rank); dropout is always on.
+    layouts = [("cache", 0, counts) for counts in ([1, 1], [2, 2], [5, 5], [8, 8], [3, 5])]
+    layouts += [("cache", 2, [3, 5]), ("plain", 0, [3, 5]), ("sweep", 0, [3, 5])]
     cases = [
-        {"stage": stage, "counts": counts[:world_size], "lora": lora, "dropout": dropout}
-        for stage, counts, lora, dropout in itertools.product(
-            (1, 2, 3), chunk_counts, (False, True), (0.0, 0.1)
+        {
+            "schedule": schedule,
+            "keep_graphs": keep_graphs,
+            "stage": stage,
+            "counts": counts[:world_size],
+            "lora": lora,
+        }
+        for stage, (schedule, keep_graphs, counts), lora in itertools.product(
+            (1, 2, 3), layouts, (False, True)
         )
     ]
     for case in cases:

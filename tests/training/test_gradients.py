@@ -41,7 +41,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_cached_sharded_gradients_equal_plain_gradients(model_path: Path, world_size: int) -> None:
     output = launch_ranks(world_size, WORKER, str(model_path), timeout=280)
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(results) == 3 * 5 * 2 * 2
+    assert len(results) == 3 * 8 * 2
     for result in results:
         assert result["error"] <= 1e-5, result
         assert result["loss"] == pytest.approx(result["reference_loss"], rel=1e-6), result

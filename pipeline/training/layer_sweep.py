@@ -1,0 +1,139 @@
+"""The layer-major schedule: every chunk passes a layer before the next layer is gathered.
+
+    forward    for each stage: gather it; for each chunk: keep the input, run without graph; release
+    loss       gradient per embedding
+    backward   for each stage, last first: gather it; for each chunk: run again with graph from the
+               kept input, backward, keep the input's gradient; release
+
+ZeRO-3 therefore gathers every parameter twice per optimizer step, whatever the number of chunks,
+and holds one stage at a time. The price is the inputs of all stages of all chunks (the boundary
+store), which may lie in host memory. FLOPs equal those of gradient caching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
+import torch
+
+from pipeline.loss.grad_cache import RandomState
+
+ChunkT = TypeVar("ChunkT")
+Stage = Callable[[ChunkT, "torch.Tensor | None"], torch.Tensor]
+
+
+class BoundaryStore:
+    """Inputs of stages by (stage, chunk), on their device or in host memory.
+
+    Args:
+        on_host: keep them in pinned host memory while they are not needed.
+    """
+
+    def __init__(self, *, on_host: bool) -> None:
+        self._on_host = on_host
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._device = torch.device("cpu")
+        self.bytes = 0
+
+    def put(self, stage: int, chunk: int, hidden: torch.Tensor) -> None:
+        """Keep the input of a stage for a chunk."""
+        self._device = hidden.device
+        self.bytes += hidden.numel() * hidden.element_size()
+        if self._on_host and hidden.is_cuda:
+            pinned = torch.empty_like(hidden, device="cpu", pin_memory=True)
+            hidden = pinned.copy_(hidden, non_blocking=True)
+        self._kept[stage, chunk] = hidden
+
+    def take(self, stage: int, chunk: int) -> torch.Tensor:
+        """Hand an input back, once."""
+        return self._kept.pop((stage, chunk)).to(self._device, non_blocking=True)
+
+
+class LayerSweep(Generic[ChunkT]):
+    """One optimizer step's two sweeps over the same chunks.
+
+    Args:
+        stages: each maps (chunk, hidden) to hidden; the first gets no hidden, the last returns the
+            embeddings. Between stages hidden states are the only thing passed on.
+        hold: context in which a stage's parameters are gathered, by the stage's number.
+        seed: sets the random generators for a chunk, by its number, so that dropout masks do not
+            depend on the schedule.
+        on_host: keep boundaries in host memory.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage[ChunkT]],
+        *,
+        hold: Callable[[int], AbstractContextManager[None]],
+        seed: Callable[[int], None],
+        on_host: bool = False,
+    ) -> None:
+        self._stages = stages
+        self._hold = hold
+        self._seed = seed
+        self.store = BoundaryStore(on_host=on_host)
+        self._states: dict[tuple[int, int], RandomState] = {}
+
+    @torch.no_grad()
+    def forward(self, chunks: Sequence[ChunkT]) -> list[torch.Tensor]:
+        """Embed all chunks: a list of (C, E) without graph."""
+        hiddens: list[torch.Tensor | None] = [None] * len(chunks)
+        streams: list[RandomState] = []
+        for number in range(len(chunks)):
+            self._seed(number)
+            streams.append(RandomState.capture())
+        for index, stage in enumerate(self._stages):
+            with self._hold(index):
+                for number, chunk in enumerate(chunks):
+                    hidden = hiddens[number]
+                    if hidden is not None:
+                        self.store.put(index, number, hidden)
+                    self._states[index, number] = streams[number]
+                    streams[number].restore()
+                    hiddens[number] = stage(chunk, hidden)
+                    streams[number] = RandomState.capture()
+        return [hidden for hidden in hiddens if hidden is not None]
+
+    def backward(
+        self,
+        chunks: Sequence[ChunkT],
+        gradients: Sequence[torch.Tensor],
+        backward: Callable[[torch.Tensor], None],
+    ) -> None:
+        """Accumulate parameter gradients.
+
+        Args:
+            chunks: as given to `forward`.
+            gradients: (C, E) gradient by each chunk's embeddings.
+            backward: takes a scalar and accumulates its gradients.
+        """
+        upper = list(gradients)
+        for index in reversed(range(len(self._stages))):
+            with self._hold(index):
+                for number, chunk in enumerate(chunks):
+                    gradient = upper[number]
+                    upper[number] = self._backward_one(index, number, chunk, gradient, backward)
+
+    def _backward_one(
+        self,
+        index: int,
+        number: int,
+        chunk: ChunkT,
+        gradient: torch.Tensor,
+        backward: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        """Run one stage of one chunk again; returns the gradient by its input."""
+        hidden = None
+        if index > 0:
+            hidden = self.store.take(index, number).detach().requires_grad_()
+        self._states.pop((index, number)).restore()
+        with torch.enable_grad():
+            out = self._stages[index](chunk, hidden)
+            if out.requires_grad:
+                backward((out * gradient).sum())
+        if hidden is None or hidden.grad is None:
+            return gradient
+        return hidden.grad
