@@ -367,8 +367,62 @@ class SourceConfig:
 
 @_strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSetConfig:
+    """Texts of an evaluation set that must not be trained on.
+
+    Args:
+        path: like a source's.
+        fields: which fields of a record hold its texts.
+        queries: whether they are queries, with which training queries are compared in full.
+    """
+
+    name: str
+    path: str
+    split: str = "test"
+    fields: tuple[str, ...] = ("text",)
+    queries: bool = True
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecontaminateConfig:
+    """When a training text counts as part of an evaluation set.
+
+    Args:
+        ngram: words in a run.
+        max_overlap: share of a text's runs that may occur in the evaluation sets.
+        max_ratio: matching ratio (difflib's) that a training query may have with an evaluation
+            query.
+    """
+
+    sets: tuple[EvaluationSetConfig, ...]
+    ngram: int = 13
+    max_overlap: float = 0.1
+    max_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        names = [evaluation.name for evaluation in self.sets]
+        _require(len(names) > 0, "decontaminate.sets", "an empty list", "at least one set")
+        _require(len(set(names)) == len(names), "decontaminate.sets", names, "names that differ")
+        _require(self.ngram >= 1, "decontaminate.ngram", self.ngram, "an integer >= 1 (words)")
+        for key in ("max_overlap", "max_ratio"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"decontaminate.{key}", value, "0 to 1")
+
+
+@_strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Raw data to shards: `diffembed prepare CONFIG`."""
+    """Raw data to shards: `diffembed prepare CONFIG`.
+
+    Args:
+        append_eos: end every text with EOS, also where the tokenizer would not.
+        decontaminate: evaluation sets whose texts are dropped.
+        near_duplicates: documents of at least this Jaccard similarity become one; None keeps all.
+        reuse: an earlier dataset; its documents that were not cut are not tokenised again.
+        shard_bytes: size of a shard file.
+        block_bytes: input that one task reads at a time.
+    """
 
     output_dir: Path
     tokenizer: str
@@ -377,6 +431,9 @@ class PrepareConfig:
     max_query_length: int = 512
     max_document_length: int = 4096
     append_eos: bool = False
+    decontaminate: DecontaminateConfig | None = None
+    near_duplicates: float | None = None
+    reuse: Path | None = None
     shard_bytes: int = 256 * 2**20
     block_bytes: int = 16 * 2**20
 
@@ -386,6 +443,8 @@ class PrepareConfig:
         _require(len(set(names)) == len(names), "sources", names, "names that differ")
         for key in ("max_query_length", "max_document_length"):
             _require(getattr(self, key) >= 4, key, getattr(self, key), "an integer >= 4 (tokens)")
+        near = self.near_duplicates
+        _require(near is None or 0.5 <= near <= 1, "near_duplicates", near, "0.5 to 1, or null")
         for key in ("shard_bytes", "block_bytes"):
             _require(getattr(self, key) >= 1024, key, getattr(self, key), "an integer >= 1024")
 
