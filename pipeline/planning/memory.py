@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +17,7 @@ class ModelShape:
     intermediate_size: int
 
     @classmethod
-    def of(cls, encoder: torch.nn.Module) -> ModelShape:
+        def of(cls, encoder: Any) -> ModelShape:
         """Read the counts off an encoder, which may be on the meta device."""
         config = encoder.backbone.config
         counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]

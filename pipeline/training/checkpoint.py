@@ -51,7 +51,14 @@ class Stateful(Protocol):
         """Take the whole state of a parameter; a collective call."""
 
 
-def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    engine: Stateful,
+    *,
+    step: int,
+    identity: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+) -> Path:
     """Write the checkpoint after `step` optimizer steps; a collective call.
 
     Args:
@@ -59,6 +66,7 @@ def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any])
         engine: what to save.
         step: finished optimizer steps; the next one to run.
         identity: what a resuming run must have in common (see `load`).
+        extra: plain values that `load` hands back.
     """
     target = folder / f"step-{step:06d}"
     partial = folder / f".{target.name}.partial"
@@ -85,6 +93,7 @@ def save(folder: Path, engine: Stateful, *, step: int, identity: dict[str, Any])
             "optimizer_steps": engine.optimizer_steps,
             "world_size": world_size,
             "identity": identity,
+            "extra": extra or {},
             "files": dict(files),
         }
         write_json(partial / "state.json", description)
@@ -174,8 +183,8 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"checkpoint {path}: {what}", fix=fix)
 
 
-def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> int:
-    """Restore the engine; returns the next step to run. A collective call.
+def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Restore the engine; returns the next step to run and `extra`. A collective call.
 
     Raises:
         UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
@@ -202,7 +211,7 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> int:
             f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
             fix="resume with the model section that the run began with",
         )
-    return int(outcome["step"])
+    return int(outcome["step"]), outcome["extra"]
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

@@ -164,6 +164,8 @@ def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor)
         positives=_ragged(batch.positives, queries.device),
         negatives=_ragged(batch.negatives, queries.device),
         masked=_ragged(batch.masked, queries.device),
+        teacher_positives=_scores(batch.positive_scores, queries.device),
+        teacher_negatives=_scores(batch.negative_scores, queries.device),
     )
 
 
@@ -172,6 +174,10 @@ def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
         offsets=torch.from_numpy(ragged.offsets).to(device),
         values=torch.from_numpy(ragged.values).to(device),
     )
+
+
+def _scores(ragged: Ragged | None, device: torch.device) -> torch.Tensor | None:
+    return None if ragged is None else torch.from_numpy(ragged.values).to(device)
 
 
 def seed_random(*numbers: int) -> None:

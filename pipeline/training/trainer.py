@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.training.metrics import JsonLines, Progress, Tracker, open_tracker
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.signals import StopRequest
 from pipeline.training.step import accumulate_gradients, seed_random
+from pipeline.training.temperature import Temperature
 from pipeline.training.zero import ZeroEngine
 
 # What may change when a run is resumed; everything else would make it another run.
@@ -53,34 +55,41 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     seed_random(config.seed)  # a fresh adapter starts alike on every rank
     encoder = build_encoder(config.model).to(comm.device())
     engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
+    temperature = Temperature(config.loss, config.optimizer)
     step = 0
     if newest:
-        step = checkpoint.load(newest, engine, identity)
+        step, extra = checkpoint.load(newest, engine, identity)
+        temperature.load_state_dict(extra["temperature"])
         _say(f"resuming {run.root} at step {step} of {config.num_steps}")
-    loader.load_state_dict({"step": step})
+    loader.load_state_dict({**loader.state_dict(), "step": step})
     trackers = _trackers(run, config, first_step=step)
     saved = step
     for batch in loader:
         if step == config.num_steps:
             break
-        values = _one_step(engine, batch, config, step=step)
+        values = _one_step(engine, temperature, batch, config)
         step += 1
         if step % config.log_every == 0 or step == config.num_steps:
             for tracker in trackers:
                 tracker.log(step - 1, values)
         reason = stop.agreed()
         if step % config.checkpoint.every == 0 or step == config.num_steps or reason:
-            checkpoint.save(run.checkpoints, engine, step=step, identity=identity)
+            checkpoint.save(
+                run.checkpoints,
+                engine,
+                step=step,
+                identity=identity,
+                extra={"temperature": temperature.state_dict()},
+            )
             saved = step
             if world.is_main:
                 checkpoint.prune(run.checkpoints, config.checkpoint.keep_last)
-        if reason:
+        if reason and step < config.num_steps:
             stop.clear()
             raise Stopped(
                 f"{reason} after step {step} of {config.num_steps}; "
                 f"saved {run.checkpoints}/step-{saved:06d}, run the same command to resume"
             )
-    loader.close()
     _say(f"done: {run.checkpoints}/step-{saved:06d}")
 
 
@@ -110,24 +119,28 @@ def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def _one_step(
-    engine: ZeroEngine, batch: Any, config: TrainConfig, *, step: int
+    engine: ZeroEngine, temperature: Temperature, batch: GlobalBatch, config: TrainConfig
 ) -> dict[str, float]:
     began = time.perf_counter()
+    loss_config = dataclasses.replace(config.loss, temperature=temperature.value)
+    config = dataclasses.replace(config, loss=loss_config)
     output = accumulate_gradients(engine, batch, config, device=comm.device())
     loss = float(output.loss)
     # The loss is the same number on every rank, so all of them stop here together.
     if not abs(loss) < float("inf"):
         raise DiffembedError(
-            f"loss is {loss} at step {step}: nothing was updated; lower optimizer.lr, raise "
+            f"loss is {loss} at step {batch.step}: nothing was updated; lower optimizer.lr, raise "
             f"loss.temperature, or resume from an earlier checkpoint"
         )
-    lr = learning_rate(step, config.optimizer, config.num_steps)
+    lr = learning_rate(batch.step, config.optimizer, config.num_steps)
     grad_norm = engine.step(lr)
+    temperature.step(output.temperature_grad, lr)
     seconds = time.perf_counter() - began
     return {
         "loss": loss,
         **output.metrics,
         "lr": lr,
+        "temperature": loss_config.temperature,
         "grad_norm": grad_norm,
         "chunks": len(batch.chunks),
         "documents": batch.num_documents,
