@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import comm
 from pipeline.config import TrainConfig, as_tree, dump_config
+from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, Stopped
