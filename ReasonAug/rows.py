@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -104,6 +105,7 @@ def _with_negatives(
         "answer": ([_answer(problem) for problem in everything], labels),
         "document": ([problem.document() for problem in everything], labels),
     }
+    number: Counter[str] = Counter()
     for shape, (documents, owners) in shapes.items():
         chosen = [draft for draft in drafts if _shape(draft) == shape]
         # A name holds too few words to be near anything: compare by definition instead.
@@ -115,11 +117,12 @@ def _with_negatives(
             owners,
             count=2 if shape in ("name", "definition") else _NEAR,
         )
-        number = _counter()
         for draft, candidates in zip(chosen, near, strict=True):
             pick = rng.choice(candidates)
+            family = f"{draft.kind}-{slug(draft.concept.name)}"
+            number[family] += 1
             yield {
-                "id": f"{draft.kind}-{slug(draft.concept.name)}-{shape}-{number(draft):04d}",
+                "id": f"{family}-{number[family]:04d}",
                 "domain": draft.concept.domain,
                 "instance": draft.concept.name,
                 "task_type": draft.kind,
@@ -135,15 +138,3 @@ def _shape(draft: _Draft) -> str:
     if draft.kind == "p2i":
         return "name" if draft.positive == draft.concept.name else "definition"
     return "answer" if draft.kind == "i2ps" else "document"
-
-
-def _counter() -> Callable[[_Draft], int]:
-    """Count drafts per kind and concept."""
-    counts: dict[tuple[str, str], int] = {}
-
-    def following(draft: _Draft) -> int:
-        key = (draft.kind, draft.concept.name)
-        counts[key] = counts.get(key, 0) + 1
-        return counts[key] - 1
-
-    return following

@@ -38,7 +38,7 @@ class Entry:
 
 def slug(name: str) -> str:
     """`name` as a part of an identifier."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("'", "")).strip("-")
 
 
 def by_concept(entries: Sequence[Entry], split: str) -> dict[str, list[Entry]]:
