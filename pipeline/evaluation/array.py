@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.elements import (
-    Element,
     element_at,
     element_key,
     list_elements,
@@ -20,9 +18,7 @@ from pipeline.evaluation.elements import (
 from pipeline.run_dir import write_json
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.encoder import EvaluatedEncoder
-
-LoadEncoder = Callable[[EvaluateConfig, Element], "EvaluatedEncoder"]
+    from pipeline.evaluation.encoder import LoadEncoder
 
 
 def num_elements(config: EvaluateConfig) -> int:
@@ -75,6 +71,30 @@ def run_element(
 def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
     """Score every element, one after another; run again, it continues where it was stopped."""
     return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def embed(config: EvaluateConfig, index: int, num: int, *, load: LoadEncoder | None = None) -> int:
+    """Embed element `index` of `num` of the config's plan; several ranks of one step share it.
+
+    Returns:
+        How many blocks this process embedded; those already on disk are not done again.
+    """
+    from pipeline.comm import discover_world
+    from pipeline.evaluation.store import embed_element
+
+    world = discover_world()
+    return embed_element(config, index, num, load=load or _export_loader(), world=world)
+
+
+def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Score every element from the vectors that `embed` stored; needs no GPU.
+
+    Raises:
+        UserError: vectors are missing.
+    """
+    from pipeline.evaluation.store import load_stored
+
+    return run_all(config, load=load_stored)
 
 
 def _export_loader() -> LoadEncoder:

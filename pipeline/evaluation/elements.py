@@ -1,4 +1,4 @@
-"""The array of an evaluation: one (model, task) per element, each with a folder of its own."""
+"""The array of an evaluation: one (model, task, length) per element, each with its own folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.benchmarks import expand
+from pipeline.evaluation.benchmarks import benchmark_of, expand
 from pipeline.evaluation.instructions import instruction_for
 
 
@@ -21,6 +21,7 @@ class Element:
     index: int
     model: EvaluatedModel
     task: str
+    max_length: int
     folder: Path
 
     @property
@@ -29,17 +30,31 @@ class Element:
         return self.folder / "result.json"
 
 
+def lengths_of(config: EvaluateConfig, task: str) -> tuple[int, ...]:
+    """Maximum lengths a task is run at: its own, else its benchmark's, else the config's."""
+    for name in (task, benchmark_of(task)):
+        if name in config.lengths:
+            return config.lengths[name]
+    return (config.max_length,)
+
+
 def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
-    """All elements in array order: model by model, each over all tasks."""
-    pairs = [(model, task) for model in config.models for task in expand(config.tasks)]
+    """All elements in array order: model by model, task by task, length by length."""
+    triples = [
+        (model, task, length)
+        for model in config.models
+        for task in expand(config.tasks)
+        for length in lengths_of(config, task)
+    ]
     return tuple(
         Element(
             index=index,
             model=model,
             task=task,
-            folder=config.output_dir / "elements" / model.name / task,
+            max_length=length,
+            folder=config.output_dir / "elements" / model.name / task / str(length),
         )
-        for index, (model, task) in enumerate(pairs)
+        for index, (model, task, length) in enumerate(triples)
     )
 
 
@@ -54,7 +69,7 @@ def element_at(config: EvaluateConfig, index: int) -> Element:
         raise UserError(
             f"evaluation element {index}",
             allowed=f"0 to {len(elements) - 1} ({len(config.models)} models x "
-            f"{len(elements) // len(config.models)} tasks)",
+            f"{len(elements) // len(config.models)} tasks and lengths)",
             fix="start the array with the length that `diffembed evaluate count` prints",
         )
     return elements[index]
@@ -89,7 +104,7 @@ def element_key(config: EvaluateConfig, element: Element) -> str:
     inputs = {
         "export": export_fingerprint(element.model.path),
         "instruction": instruction_for(element.task, config.instructions),
-        "max_length": config.max_length,
+        "max_length": element.max_length,
         "snapshots": str(config.snapshots),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

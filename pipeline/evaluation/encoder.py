@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from mteb.models import ModelMeta
 from mteb.models.model_meta import ScoringFunction
 
-from pipeline.config import Template
+from pipeline.config import EvaluateConfig, Template
+from pipeline.evaluation.elements import Element
 from pipeline.evaluation.instructions import instruction_for
+
+Role = Literal["query", "document"]
 
 
 class TextEncoder(Protocol):
-    """Anything that turns texts into unit vectors."""
+    """Anything that turns texts into vectors, similar where their dot product is large."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(N,) texts, cut to the model's maximum length -> (N, D) float32, unit rows."""
+        """(N,) texts, cut to the model's maximum length -> (N, D) float32."""
+
+
+class Embedder(Protocol):
+    """Vectors of queries and documents: computed now, or read from a store."""
+
+    def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
+        """(N,) texts of one role and instruction -> (N, D) float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TemplatedEmbedder:
+    """Puts each text into the model's template and encodes it."""
+
+    encoder: TextEncoder
+    template: Template
+
+    def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
+        """(N,) texts of one role and instruction -> (N, D) float32."""
+        if role == "query":
+            prefix = self.template.query_prefix(instruction)
+        else:
+            prefix = self.template.document_prefix(instruction)
+        return self.encoder.encode_texts([prefix + text for text in texts])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedEncoder:
-    """A loaded export and what the report says about it."""
+    """A model to evaluate and what the report says about it."""
 
-    encoder: TextEncoder
+    embedder: Embedder
     template: Template
     name: str
     revision: str
@@ -50,10 +76,14 @@ class EvaluatedEncoder:
             public_training_code=None,
             public_training_data=None,
             framework=["PyTorch", "Transformers"],
-            similarity_fn_name=ScoringFunction.COSINE,
+            # The cosine, where the model normalises its vectors.
+            similarity_fn_name=ScoringFunction.DOT_PRODUCT,
             use_instructions=True,
             training_datasets=None,
         )
+
+
+LoadEncoder = Callable[[EvaluateConfig, Element], EvaluatedEncoder]
 
 
 class MtebEncoder:
@@ -70,14 +100,13 @@ class MtebEncoder:
         self.mteb_model_meta = model.meta()
 
     def embed_queries(self, task: str, texts: Sequence[str]) -> np.ndarray:
-        """(N,) query texts as mteb gives them -> (N, D) unit rows, with the task's instruction."""
-        prefix = self.model.template.query_prefix(instruction_for(task, self.instructions))
-        return self.model.encoder.encode_texts([prefix + text for text in texts])
+        """(N,) query texts as mteb gives them -> (N, D), with the task's instruction."""
+        instruction = instruction_for(task, self.instructions)
+        return self.model.embedder.embed("query", instruction, texts)
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """(N,) document texts -> (N, D) unit rows; never with an instruction."""
-        prefix = self.model.template.document_prefix()
-        return self.model.encoder.encode_texts([prefix + text for text in texts])
+        """(N,) document texts -> (N, D); never with an instruction."""
+        return self.model.embedder.embed("document", "", texts)
 
     def encode(
         self,
@@ -94,7 +123,7 @@ class MtebEncoder:
         A query's `text` holds its own instruction already (FollowIR), a document's its title.
 
         Returns:
-            (N, D) float32 unit rows in the loader's order.
+            (N, D) float32 rows in the loader's order.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         if prompt_type is not None and prompt_type.value == "document":
@@ -102,16 +131,16 @@ class MtebEncoder:
         return self.embed_queries(task_metadata.name, texts)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
-        """(N, D), (M, D) unit rows -> (N, M) cosines."""
-        cosines: np.ndarray = (
+        """(N, D), (M, D) vectors -> (N, M) dot products."""
+        products: np.ndarray = (
             np.atleast_2d(_rows(embeddings1)) @ np.atleast_2d(_rows(embeddings2)).T
         )
-        return cosines
+        return products
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
-        """(N, D), (N, D) unit rows -> (N,) cosines."""
-        cosines: np.ndarray = np.einsum("nd,nd->n", _rows(embeddings1), _rows(embeddings2))
-        return cosines
+        """(N, D), (N, D) vectors -> (N,) dot products."""
+        products: np.ndarray = np.einsum("nd,nd->n", _rows(embeddings1), _rows(embeddings2))
+        return products
 
 
 def _rows(embeddings: Any) -> np.ndarray:

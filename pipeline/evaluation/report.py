@@ -8,14 +8,15 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.benchmarks import expand
 from pipeline.evaluation.bootstrap import interval, paired_difference
-from pipeline.evaluation.elements import list_elements, read_result
+from pipeline.evaluation.elements import lengths_of, list_elements, read_result
 from pipeline.evaluation.merge import merge_results
 from pipeline.evaluation.tables import aligned_table, markdown_table, score_rows, split_rows
 from pipeline.run_dir import write_json, write_text
 
-Results = dict[str, dict[str, dict[str, Any]]]  # task -> model -> what the element wrote
+# Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
+# a task is run at several.
+Results = dict[str, dict[str, dict[str, Any]]]
 
 
 def write_report(config: EvaluateConfig) -> Path:
@@ -33,7 +34,7 @@ def write_report(config: EvaluateConfig) -> Path:
     results = collect(config)
     folder = config.output_dir / "report"
     models = [model.name for model in config.models]
-    tasks = [summarise(task, models, results[task]) for task in results]
+    tasks = [summarise(name, models, by_model) for name, by_model in results.items()]
     curve = read_curve(config.training_run)
     # matplotlib is slow to import and only this function draws.
     from pipeline.evaluation.plots import plot_loss, plot_scores
@@ -54,19 +55,21 @@ def write_report(config: EvaluateConfig) -> Path:
 
 
 def collect(config: EvaluateConfig) -> Results:
-    """Results of all elements by task and model.
+    """Results of all elements by name and model.
 
     Raises:
         UserError: some are missing; the message gives their indices for the array.
     """
-    results: Results = {task: {} for task in expand(config.tasks)}
+    results: Results = {}
     missing = []
     for element in list_elements(config):
         result = read_result(element)
         if result is None:
             missing.append(element)
         else:
-            results[element.task][element.model.name] = result
+            single = len(lengths_of(config, element.task)) == 1
+            name = element.task if single else f"{element.task}@{element.max_length}"
+            results.setdefault(name, {})[element.model.name] = result
     if missing:
         raise UserError(
             f"{len(missing)} of {len(list_elements(config))} evaluation elements have no result, "
@@ -76,11 +79,12 @@ def collect(config: EvaluateConfig) -> Results:
     return results
 
 
-def summarise(task: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One task's entry of report.json."""
     first, last = by_model[models[0]], by_model[models[-1]]
     entry: dict[str, Any] = {
-        "name": task,
+        "name": name,
+        "task": first["task"],
         "benchmark": first["benchmark"],
         "metric": first["metric"],
         **{model: by_model[model]["score"] for model in models},
@@ -89,7 +93,7 @@ def summarise(task: str, models: list[str], by_model: dict[str, dict[str, Any]])
         "by_split": {model: by_model[model]["by_split"] for model in models},
         "other_scores": {model: by_model[model]["other_scores"] for model in models},
         "num_queries": sum(len(scores) for scores in first["per_query"].values()),
-        "max_length": {model: by_model[model]["max_length"] for model in models},
+        "max_length": first["max_length"],
     }
     if len(models) > 1:
         difference, low, high = paired_difference(last["per_query"], first["per_query"])

@@ -22,7 +22,7 @@ Rankings = dict[str, dict[str, float]]
 
 
 class ExactSearch:
-    """Ranks documents by cosine; keeps every ranking, because per-query scores are made of them.
+    """Ranks documents by dot product; keeps the rankings that per-query scores are made of.
 
     Args:
         encoder: embeds queries and documents.
@@ -60,13 +60,11 @@ class ExactSearch:
         query_ids = list(queries["id"])
         document_ids = list(self._corpus["id"])
         candidates = _candidate_rows(query_ids, document_ids, top_ranked)
-        query_QD = self._encoder.embed_queries(
-            task_metadata.name, query_texts(_columns(queries, "text", "instruction"))
-        )
+        query_QD = self._encoder.embed_queries(task_metadata.name, query_texts(queries))
         best = TopK(num_queries=len(query_ids), k=top_k)
         for start in range(0, len(document_ids), self._block_documents):
             rows = range(start, min(start + self._block_documents, len(document_ids)))
-            block = document_texts(_columns(self._corpus.select(rows), "text", "title"))
+            block = document_texts(self._corpus.select(rows))
             scores_QM = query_QD @ self._encoder.embed_documents(block).T
             if np.isnan(scores_QM).any():
                 raise ValueError(f"{task_metadata.name}: the model returned NaN")
@@ -112,11 +110,6 @@ class TopK:
             ]
             for documents, scores in zip(self._documents_QK, self._scores_QK, strict=True)
         ]
-
-
-def _columns(table: Any, *names: str) -> dict[str, Sequence[Any]]:
-    """The columns of a datasets table that exist."""
-    return {name: table[name][:] for name in names if name in table.column_names}
 
 
 def _candidate_rows(

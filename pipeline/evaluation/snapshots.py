@@ -7,6 +7,7 @@ config, drops FollowIR's instructions and candidates without a word, and p-MRR b
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import datasets
 import mteb
 
 from pipeline.errors import UserError
+from pipeline.evaluation.encoder import Role
+from pipeline.evaluation.texts import document_texts, query_texts
 
 _PREFETCH = "fetch the snapshot again, complete, on a machine with network"
 
@@ -120,6 +123,17 @@ def changed_judgements(task: Any) -> dict[str, list[str]]:
             f"{task.metadata.name}: no changed judgements (qrel_diff): {error}", fix=_PREFETCH
         ) from error
     return {row["query-id"]: list(row["corpus-ids"]) for row in rows}
+
+
+def task_texts(name: str, snapshots: Path | None) -> Iterator[tuple[Role, str]]:
+    """Every document and query of a task, as mteb will ask for them, after the proof."""
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
+        task = localise(get_task(name), snapshots)
+        load_and_prove(task)
+        for splits in task.dataset.values():
+            for data in splits.values():
+                yield from (("document", text) for text in document_texts(data["corpus"]))
+                yield from (("query", text) for text in query_texts(data["queries"]))
 
 
 @contextlib.contextmanager

@@ -6,34 +6,25 @@ happens here once; nothing downstream may add either again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def document_texts(rows: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Title and text of each document.
-
-    Args:
-        rows: columns of a corpus, `text` and optionally `title`.
-    """
-    texts = list(rows["text"])
-    titles = list(rows["title"]) if "title" in rows else [""] * len(texts)
+def document_texts(table: Any) -> list[str]:
+    """Title and text of each document of a corpus (columns `text` and optionally `title`)."""
+    texts = table["text"][:]
+    titles = table["title"][:] if "title" in table.column_names else [""] * len(texts)
     return [
         f"{title} {text}".strip() if title else text.strip()
         for title, text in zip(titles, texts, strict=True)
     ]
 
 
-def query_texts(rows: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Text of each query, followed by the query's own instruction where the task has one.
-
-    Args:
-        rows: columns of the queries, `text` and optionally `instruction`.
-    """
-    texts = list(rows["text"])
-    if "instruction" not in rows:
+def query_texts(table: Any) -> list[str]:
+    """Text of each query, followed by its own instruction where the task has that column."""
+    texts: list[str] = table["text"][:]
+    if "instruction" not in table.column_names:
         return texts
     return [
         text if instruction is None else f"{text} {instruction}"
-        for text, instruction in zip(texts, rows["instruction"], strict=True)
+        for text, instruction in zip(texts, table["instruction"][:], strict=True)
     ]

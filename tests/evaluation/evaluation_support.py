@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config import Template
-from pipeline.evaluation.encoder import EvaluatedEncoder
+from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder
 
 TASKS = (
     "Core17InstructionRetrieval",
@@ -46,7 +46,7 @@ class BagOfLetters:
 
 def wrap(encoder: object, name: str = "strong", revision: str = "1") -> EvaluatedEncoder:
     return EvaluatedEncoder(
-        encoder=encoder,  # type: ignore[arg-type]
+        embedder=TemplatedEmbedder(encoder=encoder, template=Template()),  # type: ignore[arg-type]
         template=Template(),
         name=name,
         revision=revision,

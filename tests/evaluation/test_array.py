@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -77,10 +78,13 @@ def test_a_new_export_or_instruction_makes_a_finished_element_stale(config, load
 def test_an_interrupted_element_leaves_nothing_that_counts_as_finished(config, load):
     config = only(config, "BrightBiologyRetrieval")
 
+    class Interrupted:
+        def embed(self, *_: object) -> object:
+            raise KeyboardInterrupt
+
     def die(*args: object) -> object:
         encoder = load(*args)
-        encoder.encoder.encode_texts = lambda texts: (_ for _ in ()).throw(KeyboardInterrupt)
-        return encoder
+        return dataclasses.replace(encoder, embedder=Interrupted())
 
     with pytest.raises(KeyboardInterrupt):
         run_element(config, 0, load=die)

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from mteb._create_dataloaders import _combine_queries_with_instruction_text, _corpus_to_dict
 from mteb._evaluators.retrieval_metrics import calculate_pmrr
 
@@ -107,10 +108,8 @@ def test_strings_are_those_that_mteb_would_make():
         _corpus_to_dict({key: rows[key][i] for key in rows if rows[key][i] is not None})["text"]
         for i in range(3)
     ]
-    assert document_texts(rows) == theirs
-    assert document_texts({"text": [" only text "]}) == ["only text"]
-
-    datasets = pytest.importorskip("datasets")
-    queries = {"text": ["q1", "q2"], "instruction": ["do this", None]}
-    table = _combine_queries_with_instruction_text(datasets.Dataset.from_dict(queries))
-    assert query_texts(queries) == table["text"][:]
+    assert document_texts(Dataset.from_dict(rows)) == theirs
+    assert document_texts(Dataset.from_dict({"text": [" only text "]})) == ["only text"]
+    queries = Dataset.from_dict({"text": ["q1", "q2"], "instruction": ["do this", None]})
+    assert query_texts(queries) == _combine_queries_with_instruction_text(queries)["text"][:]
+    assert query_texts(Dataset.from_dict({"text": ["q1"]})) == ["q1"]

@@ -1,0 +1,191 @@
+"""The sharded store: each text once, any element replaceable, scores as if nothing was sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from benchmark_replicas import TOPICS
+from evaluation_support import TASKS, MiniLM, wrap
+
+from pipeline.comm import World
+from pipeline.errors import UserError
+from pipeline.evaluation import plan as planning
+from pipeline.evaluation.array import run_all, score_all
+from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.plan import assign, cut_blocks, effective_length, read_plan, write_plan
+from pipeline.evaluation.store import block_path, embed_element, missing_blocks, store_folder
+
+# Documents and total Mtokens of each task, from mteb's descriptive statistics.
+REAL_SIZES = {
+    "Robust04": (47_492, 25.4), "News21": (30_921, 16.9), "Core17": (19_899, 10.3),
+    "NarrativeQA": (355, 27.0), "Needle": (800, 6.6), "Passkey": (800, 6.6), "QMSum": (197, 2.4),
+    "SummScreen": (336, 2.4), "Wikim": (300, 2.6), "Leetcode": (413_932, 132.8),
+    "Stackoverflow": (107_081, 55.6), "Aops": (188_002, 47.2), "EarthScience": (121_249, 9.4),
+    "Theorems": (23_839, 6.9), "Biology": (57_359, 4.9), "Economics": (50_220, 4.2),
+    "Psychology": (52_835, 4.4), "Robotics": (61_961, 4.5), "Sustainable": (60_792, 4.6),
+    "Pony": (7_894, 0.6), "Long": (5_650, 89.1),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few texts, so that a tiny corpus has many."""
+    monkeypatch.setattr(planning, "_MIN_BLOCK_COST", 200.0)
+
+
+@pytest.fixture
+def strong(config):
+    """All tasks, one model."""
+    return dataclasses.replace(config, models=config.models[1:])
+
+
+def test_scores_from_the_store_equal_direct_scores_on_every_task(strong, load, small_blocks):
+    direct = run_all(strong, load=load)
+    for element in list_elements(strong):
+        element.result_path.unlink()
+    write_plan(strong)
+    for index in range(3):
+        embed_element(strong, index, 3, load=load)
+    stored = score_all(strong)
+    assert [r["task"] for r in stored] == list(TASKS)
+    assert [r["score"] for r in stored] == pytest.approx([r["score"] for r in direct], abs=1e-6)
+    assert all(r["precision"] == "float32, stored as float16" for r in stored)
+
+
+def test_each_distinct_text_is_embedded_exactly_once(strong, small_blocks):
+    plan = write_plan(strong)
+    encoder = MiniLM()
+    model = wrap(encoder)
+    encoder.seen.clear()
+    for index in range(4):
+        embed_element(strong, index, 4, load=lambda *_: model)
+    counts = Counter(encoder.seen)
+    assert set(counts.values()) == {1}
+    assert len(counts) == plan.num_texts
+    assert plan.num_texts < plan.num_occurrences
+
+
+def test_killed_elements_redo_only_their_missing_blocks_and_scores_are_bit_identical(
+    strong, load, small_blocks, tmp_path
+):
+    strong = dataclasses.replace(strong, tasks=("BrightAopsRetrieval", TASKS[0]))
+    plan = write_plan(strong)
+    num_blocks = len(plan.block_costs)
+    for index in range(5):
+        embed_element(strong, index, 5, load=load)
+    folder = store_folder(strong, strong.models[0], plan)
+    whole = {block: block_path(folder, block).read_bytes() for block in range(num_blocks)}
+
+    generator = random.Random(0)
+    lost = generator.sample(range(num_blocks), round(0.3 * num_blocks))
+    for block in lost:
+        block_path(folder, block).unlink()
+    # What a process leaves that was killed while it wrote.
+    (folder / ".block-00001.npy.17.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match=f"{len(lost)} of {num_blocks} blocks are not embedded"):
+        score_all(strong)
+    assert missing_blocks(strong, strong.models[0], plan) == sorted(lost)
+    # Again, with another number of elements.
+    assert sum(embed_element(strong, index, 2, load=load) for index in range(2)) == len(lost)
+    assert {block: block_path(folder, block).read_bytes() for block in whole} == whole
+
+
+def test_ranks_of_one_element_share_its_blocks(strong, load, small_blocks):
+    strong = dataclasses.replace(strong, tasks=("BrightAopsRetrieval",))
+    plan = write_plan(strong)
+    written = [
+        embed_element(
+            strong, index, 2, load=load, world=World(rank=rank, world_size=2, local_rank=rank)
+        )
+        for index in range(2)
+        for rank in range(2)
+    ]
+    assert sum(written) == len(plan.block_costs)
+    assert min(written) > 0
+
+
+def test_a_long_run_of_lengths_shares_the_vectors_of_texts_that_fit(strong, load, small_blocks):
+    one = dataclasses.replace(strong, tasks=("LEMBNeedleRetrieval",))
+    three = dataclasses.replace(one, lengths={"LongEmbed": (16, 256, 4096)}, max_tokens=4096)
+    single = write_plan(dataclasses.replace(one, max_length=4096)).num_texts
+    plan = write_plan(three)
+    assert plan.lengths == (16, 256, 4096)
+    assert single < plan.num_texts < 3 * single
+    model = MiniLM(4096)
+    for index in range(2):
+        embed_element(three, index, 2, load=cutting_loader(model))
+    stored = score_all(three)
+    assert [result["max_length"] for result in stored] == [16, 256, 4096]
+    for element in list_elements(three):
+        element.result_path.unlink()
+    direct = run_all(three, load=cutting_loader(model))
+    assert [r["by_split"] for r in stored] == [pytest.approx(r["by_split"]) for r in direct]
+
+
+def cutting_loader(model: MiniLM):
+    """A loader whose models cut texts at the element's length, in bytes."""
+
+    class Cut:
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def encode_texts(self, texts):
+            return model.encode_texts([t[: self.length] for t in texts])
+
+    return lambda config, element: dataclasses.replace(
+        wrap(Cut(element.max_length)), max_length=element.max_length
+    )
+
+
+def test_a_text_shares_the_shortest_length_at_which_it_surely_is_not_cut():
+    lengths = (512, 4096, 32768)
+    assert effective_length("", "x" * 300, 32768, lengths) == 512
+    assert effective_length("", "x" * 600, 32768, lengths) == 4096
+    assert effective_length("", "x" * 600, 512, lengths) == 512
+    assert effective_length("", "x" * 9000, 4096, lengths) == 4096
+    # Three bytes each: bytes bound tokens, characters do not.
+    assert effective_length("", "語" * 300, 4096, lengths) == 4096
+
+
+def test_64_elements_are_balanced_to_5_percent_on_the_real_sizes():
+    generator = np.random.default_rng(0)
+    costs = []
+    for documents, mega_tokens in REAL_SIZES.values():
+        # Lengths of web documents are about log-normal.
+        tokens = generator.lognormal(0, 1.2, size=documents)
+        tokens = np.minimum(tokens * mega_tokens * 1e6 / tokens.sum(), 32768)
+        costs.append(tokens * (1 + tokens / 35_000))
+    ordered = np.sort(np.concatenate(costs))[::-1]
+    blocks = cut_blocks(ordered.tolist())
+    sums = [ordered[rows.start : rows.stop].sum() for rows in blocks]
+    loads = [sum(sums[block] for block in share) for share in assign(sums, 64)]
+    assert max(loads) <= 1.05 * np.mean(loads)
+    assert sum(len(rows) for rows in blocks) == len(ordered)
+
+
+def test_scoring_without_a_plan_or_with_another_is_the_users_error(strong, load, small_blocks):
+    with pytest.raises(UserError, match="no plan"):
+        embed_element(strong, 0, 1, load=load)
+    write_plan(strong)
+    changed = dataclasses.replace(strong, instructions={"BrightAopsRetrieval": "Find it"})
+    with pytest.raises(UserError, match="no plan"):
+        read_plan(changed)
+    with pytest.raises(UserError, match="0 to 1"):
+        embed_element(strong, 2, 2, load=load)
+
+
+def test_a_text_that_the_plan_does_not_know_is_refused(strong, load, small_blocks):
+    strong = dataclasses.replace(strong, tasks=("BrightAopsRetrieval",))
+    write_plan(strong)
+    embed_element(strong, 0, 1, load=load)
+    from pipeline.evaluation.store import load_stored
+
+    stored = load_stored(strong, list_elements(strong)[0])
+    known = next(iter(TOPICS.values()))
+    assert stored.embedder.embed("document", "", [f"On the history: {known}"]).shape == (1, 384)
+    with pytest.raises(UserError, match="1 of 2 document texts are not in the plan"):
+        stored.embedder.embed("document", "", [f"On the history: {known}", "unknown"])
