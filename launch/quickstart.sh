@@ -33,7 +33,7 @@ run mpirun -n 2 --allow-run-as-root --oversubscribe diffembed prepare $recipe/da
 train=(deepspeed --num_accelerators 2 pipeline/train.py $recipe/train.yaml
   --deepspeed ds_configs/zero3.json)
 say "4. Training: ZeRO-3 on two ranks, 256 queries per step in cached chunks"
-run "${train[@]}" --dry-run --world-size 2
+run python "${train[@]:3}" --dry-run --world-size 2
 printf '$ %s &\n' "${train[*]}"
 setsid "${train[@]}" &
 job=$!

@@ -17,7 +17,7 @@ class ModelShape:
     intermediate_size: int
 
     @classmethod
-        def of(cls, encoder: Any) -> ModelShape:
+    def of(cls, encoder: Any) -> ModelShape:
         """Read the counts off an encoder, which may be on the meta device."""
         config = encoder.backbone.config
         counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
