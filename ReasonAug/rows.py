@@ -21,6 +21,7 @@ TASKS = {
     "ps2ps": "Given a worked problem, retrieve another one that relies on the same concept",
 }
 _CODING = (ALGORITHM, DATA_STRUCTURE)
+_PAIRS = 4  # ordered pairs per problem of a concept
 _NEAR = 8  # hard negatives are drawn from this many nearest documents
 
 
@@ -81,10 +82,10 @@ def _answer(problem: Problem) -> str:
 
 
 def _pairs(problems: list[Problem], rng: Random) -> list[tuple[Problem, Problem]]:
-    """Up to two ordered pairs per problem, mostly of different wording."""
+    """Ordered pairs in which every problem asks equally often, mostly of different wording."""
     pairs: dict[tuple[int, int], None] = {}
     for a, asked in enumerate(problems):
-        for _ in range(2):
+        for _ in range(_PAIRS):
             others = [b for b in range(len(problems)) if b != a and (a, b) not in pairs]
             reworded = [b for b in others if problems[b].form != asked.form]
             if pool := reworded if reworded and rng.random() < 0.8 else others:

@@ -42,7 +42,7 @@ def write_replicas(data: Path, hub: Path, *, seed: int, max_tokens: int) -> None
             longembed.about(max_tokens),
         ),
         "mteb/LEMBPasskeyRetrieval": (
-            longembed.passkey_configs(Random(f"{seed}/passkey"), cap=max_tokens),
+            longembed.passkey_configs(entries, Random(f"{seed}/passkey"), cap=max_tokens),
             longembed.about(max_tokens),
         ),
     }

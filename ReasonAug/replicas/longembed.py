@@ -1,7 +1,7 @@
 """LongEmbed replicas: one document of a length hides what the query asks for.
 
 Needle: a worked problem of a concept that training never met, sought by another problem of this
-concept. Passkey: the number that belongs to an object, sought by the object.
+concept. Passkey: the number of the drawer on a concept, sought by the name of the concept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ from ReasonAug.splits import UNSEEN_CONCEPTS, Entry, by_concept
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _COPY_EVERY = 256  # tokens: a long document repeats what it hides once in every such block
 _DOCUMENTS = 10
-_OBJECTS = (
-    "violin", "compass", "teapot", "bicycle", "umbrella", "microscope", "piano", "helmet",
-    "lantern", "suitcase", "camera", "trumpet", "kayak", "typewriter", "telescope", "accordion",
-)  # fmt: skip
-_COLOURS = ("amber", "crimson", "emerald", "indigo", "ivory", "scarlet", "turquoise", "violet")
 
 
 def about(cap: int) -> str:
@@ -62,27 +57,26 @@ def needle_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Config
     }
 
 
-def passkey_configs(rng: Random, *, cap: int) -> Configs:
+def passkey_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Configs:
     """Configs `corpus`, `queries` and `default` (relevance) with one split per length."""
     configs: dict[str, dict[str, list[dict[str, Any]]]] = {
         "corpus": {},
         "queries": {},
         "default": {},
     }
+    concepts = sorted({entry.problem.concept for entry in entries})
     for length in LENGTHS:
         split = f"test_{length}"
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
-        objects = rng.sample(_OBJECTS, _DOCUMENTS)
-        for index, thing in enumerate(objects):
-            owned = f"{rng.choice(_COLOURS)} {thing}"
+        for index, concept in enumerate(rng.sample(concepts, min(_DOCUMENTS, len(concepts)))):
             key = rng.randint(10000, 99999)
             hidden = (
-                f"The passkey of the {owned} is {key}. Remember it: {key} is the passkey that "
-                f"opens the case of the {owned}."
+                f"The passkey of the drawer on {concept} is {key}. Remember it: {key} is the "
+                f"passkey that opens the drawer on {concept}."
             )
             document, query = f"{length}-document-{index}", f"{length}-query-{index}"
             text = _hide(hidden, min(length, cap), rng)
-            question = f"What is the passkey of the {owned}?"
+            question = f"What is the passkey of the drawer on {concept}?"
             rows["corpus"].append({"_id": document, "title": "", "text": text})
             rows["queries"].append({"_id": query, "text": question})
             rows["default"].append({"query-id": query, "corpus-id": document, "score": 1})
