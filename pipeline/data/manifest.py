@@ -19,6 +19,8 @@ from pipeline.errors import UserError
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+REPORT_NAME = "report.md"
+DROPPED_NAME = "dropped.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """What became of one source: rows read, examples kept, and drops by reason."""
+    """What became of one source: rows read, examples kept, drops by reason, things to know."""
 
     name: str
     format: str
@@ -42,6 +44,7 @@ class SourceInfo:
     rows: int
     examples: int
     dropped: dict[str, int]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +100,7 @@ class Manifest:
     max_document_length: int
     num_examples: int
     num_documents: int
+    num_near_duplicates: int
     has_scores: bool
     sources: tuple[SourceInfo, ...]
     groups: tuple[Group, ...]

@@ -314,7 +314,7 @@ class Order:
 def _apportion(share: NDArray[np.float64], total: int) -> IntArray:
     """Whole numbers that add up to `total`, near share * total, none of them 0."""
     exact = share / share.sum() * max(total, len(share))
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts: IntArray = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = max(total, len(share)) - int(counts.sum())
     if missing > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1

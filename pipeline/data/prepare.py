@@ -1,7 +1,10 @@
 """Raw retrieval data to a dataset folder: in parallel, resumable anywhere, the same bytes always.
 
-    sources -> collect -> dedup -> catalogue -> tokenise -> relate -> layout -> pack -> manifest
-               blocks     slices   one          slices      blocks    one       shards  one
+    lookup -> collect -> dedup -> sign -> pair -> catalogue
+    sources   blocks     slices   slices  bands   one
+
+    -> tokenise -> relate -> layout -> pack -> manifest
+       slices      blocks    one       shards  one
 
 Each step is a set of tasks; a task's output appears by rename, and what exists is not done again.
 """
@@ -16,11 +19,15 @@ from pathlib import Path
 
 from pipeline.config import PrepareConfig
 from pipeline.data.building.collect import collect_block, dedup_slice
-from pipeline.data.building.pack import lay_out, pack_shard, read_layout, write_manifest
+from pipeline.data.building.finish import write_manifest
+from pipeline.data.building.lookup import shelve_documents
+from pipeline.data.building.near import pair_band, sign_slice
+from pipeline.data.building.pack import lay_out, pack_shard, read_layout
 from pipeline.data.building.plan import Build, make_plan, recipe_of
 from pipeline.data.building.relate import make_catalogue, relate_block, tokenise_slice
 from pipeline.data.crew import Crew, gather_crew
 from pipeline.data.manifest import FILE_NAME, read_manifest
+from pipeline.data.similarity import NUM_BANDS
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
 
@@ -41,13 +48,28 @@ def _num_slices(build: Build) -> int:
     return build.plan.num_slices
 
 
+def _num_sources(build: Build) -> int:
+    return len(build.plan.sources)
+
+
+def _num_signed_slices(build: Build) -> int:
+    return 0 if build.config.near_duplicates is None else build.plan.num_slices
+
+
+def _num_bands(build: Build) -> int:
+    return 0 if build.config.near_duplicates is None else NUM_BANDS
+
+
 def _num_shards(build: Build) -> int:
     return len(read_layout(build))
 
 
 _STEPS: tuple[_Step, ...] = (
+    ("lookup", shelve_documents, _num_sources),
     ("collect", collect_block, _num_blocks),
     ("dedup", dedup_slice, _num_slices),
+    ("sign", sign_slice, _num_signed_slices),
+    ("pair", pair_band, _num_bands),
     ("catalogue", make_catalogue, _one),
     ("tokenise", tokenise_slice, _num_slices),
     ("relate", relate_block, _num_blocks),

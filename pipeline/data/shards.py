@@ -111,6 +111,8 @@ class _Shard:
                 self.offsets[name], self.columns[name] = offsets, values
             elif pa.types.is_integer(column.type):
                 self.columns[name] = column.to_numpy()
+            else:
+                self.hashes = np.frombuffer(column.buffers()[1] or b"", dtype="S16")
 
 
 class Table:
@@ -150,6 +152,11 @@ class Table:
             first = int(self._ends[number]) - self._infos[number].rows
             parts.append((self._shard(number), places, ids[places] - first))
         return parts
+
+    def hashes(self) -> NDArray[np.bytes_]:
+        """(R,) 16-byte hashes of all rows."""
+        parts = [self._shard(number).hashes for number in range(len(self._infos))]
+        return np.concatenate(parts) if parts else np.empty(0, dtype="S16")
 
     def scalars(self, name: str, ids: IntArray) -> IntArray:
         """(R,) values of an integer column at rows `ids`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 
+import pipeline
 from pipeline.config import SourceConfig, dump_config
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
@@ -38,7 +40,11 @@ def run_prepare(script: Path, config: Path, ranks: int) -> subprocess.CompletedP
         mpirun = Path(sys.executable).with_name("mpirun")
         options = ["-n", str(ranks), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
         command = [str(mpirun), *options, *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # The checkout under test, wherever the package is installed from.
+    environment = {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -5,16 +5,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import SourceConfig, Template
+from pipeline.data.batch import IntArray
+from pipeline.data.building.lookup import open_shelf
 from pipeline.data.building.plan import Build, Hashes
-from pipeline.data.shards import write_table
+from pipeline.data.contamination import ContaminationIndex, Match
+from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import Record, Row, read_rows
 from pipeline.data.sources.row import stable_hash
-from pipeline.run_dir import atomic_path, write_json
+from pipeline.run_dir import atomic_path, write_json, write_text
 
 ROW_SCHEMA = pa.schema(
     [
@@ -29,13 +34,15 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 _DOCUMENT_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.large_string())])
-# Beyond this many per block, instructions belong to queries and cannot name groups.
-_MAX_INSTRUCTIONS = 1024
+# Beyond this many, instructions belong to queries and cannot name groups.
+MAX_INSTRUCTIONS = 1024
+# A dropped text is shown by its beginning.
+EXCERPT = 160
 
 
 def hash_text(text: str) -> bytes:
     """16 bytes that stand for a text."""
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,102 +51,150 @@ class _Collector:
 
     source: SourceConfig
     template: Template
-    rows: list[dict[str, object]] = dataclasses.field(default_factory=list)
+    contamination: ContaminationIndex | None
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     documents: dict[bytes, str] = dataclasses.field(default_factory=dict)
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
+    dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
 
     def add(self, record: Record, row: Row) -> None:
-        """Check one row, clean its documents, and keep it or count why not."""
+        """Clean one row's documents, and keep the row or say why not."""
         self.num_read += 1
-        texts = row.positives + row.negatives
-        if row.scores and len(row.scores) != len(texts):
-            raise record.fail(
-                f"{len(row.scores)} scores",
-                allowed=f"{len(texts)}, one per positive and negative",
-            )
-        for text in (row.query, row.instruction, row.document_instruction, row.concept, *texts):
-            _require_unicode(record, text)
-        scores = dict(zip(range(len(texts)), row.scores, strict=False))
+        _check(record, row)
         prefix = self.template.document_prefix(row.document_instruction)
-        positives: dict[bytes, int] = {}
-        negatives: dict[bytes, int] = {}
-        num_first = 0
-        for place, text in enumerate(texts):
-            is_positive = place < len(row.positives)
-            if not text.strip():
-                self.dropped["empty positive" if is_positive else "empty negative"] += 1
-                continue
-            key = hash_text(prefix + text)
-            if is_positive:
-                positives.setdefault(key, place)
-            elif key in positives:
-                self.dropped["negative equals positive"] += 1
-                continue
-            elif key not in negatives and self._room_for(negatives):
-                negatives[key] = place
-                num_first += place - len(row.positives) < row.num_first_negatives
-            else:
-                continue
-            self.documents.setdefault(key, prefix + text)
+        positives = self._clean(record, "positive", row.positives, prefix, ())
+        negatives = self._clean(record, "negative", row.negatives, prefix, positives)
+        if self.source.max_negatives is not None:
+            negatives = dict(list(negatives.items())[: self.source.max_negatives])
+        match = None
+        if self.contamination is not None:
+            match = self.contamination.find(row.query, is_query=True)
         if not row.query.strip():
-            self.dropped["empty query"] += 1
+            self._drop(record, "query", "empty", row.query)
+        elif match is not None:
+            self._drop(record, "query", "in an evaluation set", row.query, match)
         elif not positives:
-            self.dropped["no positive left"] += 1
+            self._drop(record, "query", "no positive left", row.query)
         elif self.source.require_negatives and not negatives:
-            self.dropped["no hard negative"] += 1
+            self._drop(record, "query", "no hard negative", row.query)
         else:
-            places = [*positives.values(), *negatives.values()]
-            self.rows.append(
-                {
-                    "query": self.template.format_query(row.query, row.instruction),
-                    "query_key": stable_hash(row.query),
-                    "instruction": row.instruction,
-                    "concept": stable_hash(self.source.name, row.concept) if row.concept else -1,
-                    "positives": list(positives),
-                    "negatives": list(negatives),
-                    "num_first_negatives": num_first,
-                    "scores": [scores[place] for place in places] if scores else [],
-                }
-            )
+            self._keep(row, prefix, positives, negatives)
 
-    def _room_for(self, negatives: dict[bytes, int]) -> bool:
-        limit = self.source.max_negatives
-        return limit is None or len(negatives) < limit
+    def _clean(
+        self,
+        record: Record,
+        kind: str,
+        texts: tuple[str, ...],
+        prefix: str,
+        taken: dict[bytes, int] | tuple[()],
+    ) -> dict[bytes, int]:
+        """Hash and place of each text worth keeping; a repeated text is kept once."""
+        kept: dict[bytes, int] = {}
+        for place, text in enumerate(texts):
+            key = hash_text(prefix + text)
+            if not text.strip():
+                self._drop(record, kind, "empty", text)
+            elif key in taken:
+                self._drop(record, kind, "equals a positive", text)
+            elif (match := self._match(key, text)) is not None:
+                self._drop(record, kind, "in an evaluation set", text, match)
+            else:
+                kept.setdefault(key, place)
+        return kept
+
+    def _match(self, key: bytes, text: str) -> Match | None:
+        if self.contamination is None:
+            return None
+        if key not in self.matches:
+            self.matches[key] = self.contamination.find(text, is_query=False)
+        return self.matches[key]
+
+    def _drop(
+        self, record: Record, kind: str, reason: str, text: str, match: Match | None = None
+    ) -> None:
+        entry = {
+            "source": self.source.name,
+            "where": record.where,
+            "dropped": kind,
+            "reason": reason,
+            "text": text[:EXCERPT],
+        }
+        if match is not None:
+            entry |= {"detail": match.reason, "found in": match.where}
+        self.dropped.append(entry)
+
+    def _keep(
+        self, row: Row, prefix: str, positives: dict[bytes, int], negatives: dict[bytes, int]
+    ) -> None:
+        for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
+            for key, place in keys.items():
+                self.documents.setdefault(key, prefix + texts[place])
+        places = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
+        first = sum(place < row.num_first_negatives for place in negatives.values())
+        self.rows.append(
+            {
+                "query": self.template.format_query(row.query, row.instruction),
+                "query_key": stable_hash(row.query),
+                "instruction": row.instruction,
+                "concept": stable_hash(self.source.name, row.concept) if row.concept else -1,
+                "positives": list(positives),
+                "negatives": list(negatives),
+                "num_first_negatives": first,
+                "scores": [row.scores[place] for place in places] if row.scores else [],
+            }
+        )
 
 
-def _require_unicode(record: Record, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+def _check(record: Record, row: Row) -> None:
+    texts = row.positives + row.negatives
+    if row.scores and len(row.scores) != len(texts):
         raise record.fail(
-            f"a text with half a surrogate pair ({text[error.start]!r})",
-            fix="repair the character in the source",
-        ) from error
+            f"{len(row.scores)} scores", allowed=f"{len(texts)}, one per positive and negative"
+        )
+    for text in (row.query, row.instruction, row.document_instruction, row.concept, *texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise record.fail(
+                f"a text with half a surrogate pair ({text[error.start]!r})",
+                fix="repair the character in the source",
+            ) from error
 
 
 def collect_block(build: Build, task: int) -> None:
     """Read one block; write its rows, and its distinct documents sorted into slices."""
     planned = build.plan.blocks[task]
     source = build.plan.sources[planned.source]
-    collector = _Collector(source, build.config.template)
-    for record, row in read_rows(source, planned.block, None):
+    contamination = None
+    if build.config.decontaminate is not None:
+        contamination = ContaminationIndex(
+            build.config.decontaminate, build.folder / "contamination"
+        )
+    collector = _Collector(source, build.config.template, contamination)
+    for record, row in read_rows(source, planned.block, open_shelf(build, planned.source)):
         collector.add(record, row)
-    write_table(
-        build.beside("collect", task, "rows"),
-        pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA),
-    )
+    rows = pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA)
+    write_table(build.beside("collect", task, "rows"), rows)
     _write_documents(build, task, collector.documents)
-    instructions = collections.Counter(str(row["instruction"]) for row in collector.rows)
+    write_dropped(build, "collect", task, collector.dropped)
+    summary = collections.Counter(f"{e['dropped']}: {e['reason']}" for e in collector.dropped)
+    instructions = {str(row["instruction"]) for row in collector.rows}
     write_json(
         build.output("collect", task),
         {
             "read": collector.num_read,
-            "dropped": dict(sorted(collector.dropped.items())),
+            "dropped": dict(sorted(summary.items())),
             "has_scores": any(row["scores"] for row in collector.rows),
-            "instructions": sorted(instructions)[: _MAX_INSTRUCTIONS + 1],
+            "instructions": sorted(instructions)[: MAX_INSTRUCTIONS + 1],
         },
     )
+
+
+def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, str]]) -> None:
+    """One JSON line per dropped text."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    write_text(build.beside(step, task, "dropped"), "".join(lines))
 
 
 def _write_documents(build: Build, task: int, documents: dict[bytes, str]) -> None:
@@ -175,7 +230,7 @@ def binary_to_numpy(array: pa.Array) -> Hashes:
     return raw[array.offset : array.offset + len(array)]
 
 
-def read_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
+def _read_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
     """The documents of one slice that one block brought."""
     with pa.memory_map(str(build.beside("collect", block, "documents"))) as source:
         return pa.ipc.open_file(source).get_batch(number)
@@ -184,18 +239,32 @@ def read_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
 def dedup_slice(build: Build, task: int) -> None:
     """Find the distinct documents of a slice: sorted hashes, and the block each is taken from."""
     parts = [
-        binary_to_numpy(read_slice(build, block, task).column("hash"))
+        binary_to_numpy(_read_slice(build, block, task).column("hash"))
         for block in range(len(build.plan.blocks))
     ]
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype="S16")
     blocks = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
-    # Stable, so the first block that has a text gives it.
     unique, first = np.unique(hashes, return_index=True)
-    write_table(
-        build.beside("dedup", task, "documents"),
-        pa.table(
-            {"hash": fixed_binary(unique), "block": blocks[first], "row": rows[first]},
-        ),
-    )
+    chosen = {"hash": fixed_binary(unique), "block": blocks[first], "row": rows[first]}
+    write_table(build.beside("dedup", task, "documents"), pa.table(chosen))
     write_json(build.output("dedup", task), {"found": len(hashes), "kept": len(unique)})
+
+
+def read_chosen_texts(build: Build, number: int, wanted: IntArray | None) -> list[str]:
+    """Texts of a slice's distinct documents, in the order of their hashes.
+
+    Args:
+        number: the slice.
+        wanted: places in the slice; None for all.
+    """
+    chosen = map_batch(build.beside("dedup", number, "documents"))
+    blocks, rows = chosen.column("block").to_numpy(), chosen.column("row").to_numpy()
+    if wanted is not None:
+        blocks, rows = blocks[wanted], rows[wanted]
+    texts = np.empty(len(rows), dtype=object)
+    for block in np.unique(blocks).tolist():
+        places = np.flatnonzero(blocks == block)
+        column = _read_slice(build, block, number).column("text")
+        texts[places] = column.take(pa.array(rows[places])).to_pylist()
+    return texts.tolist()

@@ -1,30 +1,20 @@
-"""From the parts of all tasks to shards of even size, and the manifest that names them."""
+"""From the parts of all tasks to shards of even size."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import TypeAdapter
 
+from pipeline.data.batch import IntArray
 from pipeline.data.building.plan import Build
-from pipeline.data.building.relate import lengths_of, read_catalogue
-from pipeline.data.manifest import (
-    FILE_NAME,
-    VERSION,
-    LengthHistogram,
-    Manifest,
-    ShardInfo,
-    SourceInfo,
-)
-from pipeline.data.order import Group
+from pipeline.data.building.relate import read_groups
+from pipeline.data.manifest import LengthHistogram, ShardInfo
 from pipeline.data.shards import hash_file, map_batch, write_table
-from pipeline.errors import UserError
-from pipeline.run_dir import write_json, write_text
+from pipeline.run_dir import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +38,7 @@ def lay_out(build: Build, task: int) -> None:
         room = _add_pieces(documents, number, 0, ends, room, limit)
     examples: list[list[_Piece]] = [[]]
     room = limit
-    counts = _group_counts(build)
+    counts = group_counts(build)
     firsts = np.cumsum(counts, axis=1) - counts
     for group in range(counts.shape[1]):
         for block in np.flatnonzero(counts[:, group]).tolist():
@@ -87,9 +77,9 @@ def _add_pieces(
     return room
 
 
-def _group_counts(build: Build) -> Any:
+def group_counts(build: Build) -> IntArray:
     """(blocks, groups) number of examples."""
-    counts = np.zeros((len(build.plan.blocks), len(read_catalogue(build)["groups"])), np.int64)
+    counts: IntArray = np.zeros((len(build.plan.blocks), len(read_groups(build))), np.int64)
     for block in range(len(counts)):
         groups = json.loads(build.output("relate", block).read_text())["groups"]
         for group, count in groups.items():
@@ -126,79 +116,8 @@ def pack_shard(build: Build, task: int) -> None:
         bytes=path.stat().st_size,
         sha256=hash_file(path),
     )
-    lengths = lengths_of(packed, list_name, limit)
+    lengths = LengthHistogram.of(np.diff(packed.column(list_name).offsets.to_numpy()), limit)
     write_json(
         build.output("pack", task),
         {"shard": dataclasses.asdict(info), "lengths": dataclasses.asdict(lengths)},
     )
-
-
-def write_manifest(build: Build, task: int) -> None:
-    """Sum up all tasks; the manifest is the last file of a dataset to appear."""
-    plan, config = build.plan, build.config
-    collected = [
-        json.loads(build.output("collect", block).read_text()) for block in range(len(plan.blocks))
-    ]
-    infos: dict[str, list[ShardInfo]] = {"documents": [], "examples": []}
-    lengths = {kind: LengthHistogram.of(np.empty(0, np.int64), 1) for kind in infos}
-    for number, (kind, _) in enumerate(read_layout(build)):
-        packed = json.loads(build.output("pack", number).read_text())
-        infos[kind].append(ShardInfo(**packed["shard"]))
-        lengths[kind] = lengths[kind].plus(
-            TypeAdapter(LengthHistogram).validate_python(packed["lengths"])
-        )
-    counts = _group_counts(build)
-    groups = _groups(build, counts.sum(axis=0))
-    if not groups:
-        raise UserError(
-            "sources: no example is left after cleaning", fix="see the files and `where` filters"
-        )
-    sources = []
-    for number, source in enumerate(plan.sources):
-        own = [k for k, planned in enumerate(plan.blocks) if planned.source == number]
-        dropped: collections.Counter[str] = collections.Counter()
-        for block in own:
-            dropped.update(collected[block]["dropped"])
-        sources.append(
-            SourceInfo(
-                name=source.name,
-                format=source.format,
-                path=source.path,
-                weight=source.weight,
-                rows=sum(collected[block]["read"] for block in own),
-                examples=int(counts[own].sum()),
-                dropped=dict(sorted(dropped.items())),
-            )
-        )
-    manifest = Manifest(
-        version=VERSION,
-        recipe=plan.recipe,
-        tokenizer=plan.tokenizer,
-        template=config.template,
-        max_query_length=config.max_query_length,
-        max_document_length=config.max_document_length,
-        num_examples=int(counts.sum()),
-        num_documents=sum(info.rows for info in infos["documents"]),
-        has_scores=any(entry["has_scores"] for entry in collected),
-        sources=tuple(sources),
-        groups=groups,
-        query_lengths=lengths["examples"],
-        document_lengths=lengths["documents"],
-        example_shards=tuple(infos["examples"]),
-        document_shards=tuple(infos["documents"]),
-    )
-    write_text(build.folder / "dataset" / FILE_NAME, manifest.to_json())
-    write_json(build.output("manifest", task), {"fingerprint": manifest.fingerprint})
-
-
-def _groups(build: Build, counts: Any) -> tuple[Group, ...]:
-    names = [source.name for source in build.plan.sources]
-    groups, start = [], 0
-    listed = read_catalogue(build)["groups"]
-    for (source, instruction), count in zip(listed, counts.tolist(), strict=True):
-        if count:
-            groups.append(
-                Group(source=names[source], instruction=instruction, start=start, count=count)
-            )
-            start += count
-    return tuple(groups)

@@ -13,8 +13,17 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.config import PrepareConfig, SourceConfig
+from pipeline.data.contamination import build_index, contamination_files
 from pipeline.data.manifest import VERSION
-from pipeline.data.sources import Block, expand_sources, file_size, plan_source, source_files
+from pipeline.data.sources import (
+    Block,
+    corpus_files,
+    expand_sources,
+    file_size,
+    plan_source,
+    refers_to_documents,
+    source_files,
+)
 from pipeline.data.tokens import TextEncoder, TokenizerInfo, load_tokenizer
 from pipeline.run_dir import write_text
 
@@ -80,13 +89,19 @@ class Build:
 
 
 def recipe_of(config: PrepareConfig) -> str:
-    """Hash of all that decides the result: the config but its output folder, and input sizes."""
+    """Hash of all that decides the result: the config but its folders, and the input sizes."""
     tree = TypeAdapter(PrepareConfig).dump_python(config, mode="json")
     del tree["output_dir"]
-    sizes = {
-        source.name: [file_size(file) for file in source_files(source)] for source in config.sources
-    }
-    text = json.dumps([VERSION, tree, sizes], sort_keys=True)
+    # Where tokens may be copied from changes the work, not the result.
+    del tree["reuse"]
+    files = []
+    for source in expand_sources(config.sources):
+        files += source_files(source)
+        if refers_to_documents(source):
+            files += corpus_files(source)
+    if config.decontaminate is not None:
+        files += contamination_files(config.decontaminate)
+    text = json.dumps([VERSION, tree, [file_size(file) for file in files]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -109,6 +124,8 @@ def make_plan(build: Build) -> None:
         num_slices=min(max(1, -(-size // _SLICE_BYTES)), _MAX_SLICES),
         tokenizer=tokenizer,
     )
+    if config.decontaminate is not None:
+        build_index(config.decontaminate, build.folder / "contamination")
     write_text(build.folder / "tokenizer.json", tokenizer_json)
     write_text(build.output("plan", 0), TypeAdapter(Plan).dump_json(plan).decode())
 

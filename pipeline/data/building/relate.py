@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.building.collect import (
-    ROW_SCHEMA,
+    EXCERPT,
+    MAX_INSTRUCTIONS,
     binary_to_numpy,
     fixed_binary,
-    read_slice,
+    read_chosen_texts,
+    write_dropped,
 )
+from pipeline.data.building.near import representatives
 from pipeline.data.building.plan import Build, Hashes
-from pipeline.data.manifest import LengthHistogram
+from pipeline.data.building.reuse import earlier_tokens
 from pipeline.data.shards import (
     DOCUMENT_SCHEMA,
     EXAMPLE_SCHEMA,
@@ -26,133 +30,177 @@ from pipeline.data.shards import (
 )
 from pipeline.run_dir import atomic_path, write_json
 
-_MAX_GROUPS = 1024
 _TEXTS_PER_CALL = 512
 
 
 def make_catalogue(build: Build, task: int) -> None:
-    """Number all documents in the order of their hashes, and name the groups of examples.
+    """Number the documents in the order of their hashes, and name the groups of examples.
 
-    A source with too many instructions has one of its own per query; it becomes one group.
+    A near-duplicate gets the number of the document that stands for it. A source with more than
+    1,024 instructions has one of its own for each query; its examples form one group.
     """
     plan = build.plan
     slices = [
         binary_to_numpy(map_batch(build.beside("dedup", number, "documents")).column("hash"))
         for number in range(plan.num_slices)
     ]
-    path = build.beside("catalogue", task, "hashes")
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        for part in slices:
-            handle.write(part.tobytes())
+    sizes = [len(part) for part in slices]
+    first = representatives(build, sum(sizes))
+    kept = first == np.arange(len(first))
+    numbers = np.cumsum(kept) - 1
+    _save(build, "hashes", np.concatenate(slices))
+    _save(build, "numbers", numbers[first])
+    _save(build, "first", first)
     instructions: list[set[str]] = [set() for _ in plan.sources]
     for number, planned in enumerate(plan.blocks):
         found = json.loads(build.output("collect", number).read_text())["instructions"]
         # One more than the limit is enough to know that the limit is passed.
-        if len(instructions[planned.source]) <= _MAX_GROUPS:
+        if len(instructions[planned.source]) <= MAX_INSTRUCTIONS:
             instructions[planned.source].update(found)
     groups = [
         [source, instruction]
         for source, names in enumerate(instructions)
-        for instruction in (sorted(names) if len(names) <= _MAX_GROUPS else [""])
+        for instruction in (sorted(names) if len(names) <= MAX_INSTRUCTIONS else [""])
     ]
-    write_json(
-        build.output("catalogue", task),
-        {"groups": groups, "slices": [len(part) for part in slices]},
-    )
+    write_json(build.output("catalogue", task), {"groups": groups, "slices": sizes})
 
 
-def read_catalogue(build: Build) -> dict[str, Any]:
-    """Groups as [source, instruction], and the number of documents of each slice."""
-    catalogue: dict[str, Any] = json.loads(build.output("catalogue", 0).read_text())
-    return catalogue
+def _save(build: Build, suffix: str, array: NDArray[Any]) -> None:
+    path = build.beside("catalogue", 0, suffix)
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, array)
 
 
-def catalogue_hashes(build: Build) -> Hashes:
-    """The sorted hashes of all documents, memory-mapped; the place of a hash is its id."""
-    path = build.beside("catalogue", 0, "hashes")
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype="S16")
-    return np.memmap(path, dtype="S16", mode="r")
+def _load(build: Build, suffix: str) -> NDArray[Any]:
+    """A column of the catalogue, memory-mapped: all documents in the order of their hashes."""
+    column: NDArray[Any] = np.load(build.beside("catalogue", 0, suffix), mmap_mode="r")
+    return column
+
+
+def read_groups(build: Build) -> list[list[Any]]:
+    """The groups of examples in their order on disk, as [number of the source, instruction]."""
+    groups: list[list[Any]] = json.loads(build.output("catalogue", 0).read_text())["groups"]
+    return groups
 
 
 def tokenise_slice(build: Build, task: int) -> None:
-    """Tokenise the documents of one slice, in the order of their hashes."""
-    chosen = map_batch(build.beside("dedup", task, "documents"))
-    blocks, rows = chosen.column("block").to_numpy(), chosen.column("row").to_numpy()
-    texts = np.empty(chosen.num_rows, dtype=object)
-    for block in np.unique(blocks).tolist():
-        places = np.flatnonzero(blocks == block)
-        column = read_slice(build, block, task).column("text")
-        texts[places] = column.take(pa.array(rows[places])).to_pylist()
+    """Tokenise the documents of one slice that are kept, in the order of their hashes."""
+    sizes = json.loads(build.output("catalogue", 0).read_text())["slices"]
+    start = sum(sizes[:task])
+    first = np.asarray(_load(build, "first")[start : start + sizes[task]])
+    kept = first == np.arange(start, start + sizes[task])
+    _report_near_duplicates(build, task, np.flatnonzero(~kept), first[~kept])
+    hashes = np.asarray(_load(build, "hashes")[start : start + sizes[task]])[kept]
+    known = earlier_tokens(build, hashes)
+    missing = np.array([tokens is None for tokens in known], dtype=bool)
+    wanted = np.flatnonzero(kept)[missing]
     limit = build.config.max_document_length
-    tokens = []
-    for start in range(0, len(texts), _TEXTS_PER_CALL):
-        tokens += build.encoder.encode(texts[start : start + _TEXTS_PER_CALL].tolist(), limit)
-    hashes = fixed_binary(binary_to_numpy(chosen.column("hash")))
-    table = pa.table([ragged_array(tokens, pa.int32()), hashes], schema=DOCUMENT_SCHEMA)
-    write_table(build.beside("tokenise", task, "documents"), table)
+    fresh = iter(_encode(build, read_chosen_texts(build, task, wanted), limit))
+    tokens = [next(fresh) if row is None else row for row in known]
+    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes)]
+    write_table(
+        build.beside("tokenise", task, "documents"), pa.table(columns, schema=DOCUMENT_SCHEMA)
+    )
     write_json(
         build.output("tokenise", task),
-        {"tokens": sum(len(row) for row in tokens), "rows": len(tokens)},
+        {"kept": len(hashes), "near_duplicates": int((~kept).sum()), "tokenised": len(wanted)},
     )
+
+
+def _report_near_duplicates(build: Build, task: int, places: IntArray, first: IntArray) -> None:
+    numbers = _load(build, "numbers")
+    entries = [
+        {
+            "source": "",
+            "where": "documents",
+            "dropped": "document",
+            "reason": "near-duplicate",
+            "text": text[:EXCERPT],
+            "detail": f"document {numbers[other]} stands for it",
+        }
+        for text, other in zip(read_chosen_texts(build, task, places), first.tolist(), strict=True)
+    ]
+    write_dropped(build, "tokenise", task, entries)
+
+
+def _encode(build: Build, texts: list[str], limit: int) -> list[NDArray[np.int32]]:
+    tokens = []
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
+        tokens += build.encoder.encode(texts[start : start + _TEXTS_PER_CALL], limit)
+    return tokens
 
 
 def relate_block(build: Build, task: int) -> None:
     """Tokenise the queries of one block, point them to documents, and sort them by group."""
     rows = map_batch(build.beside("collect", task, "rows"))
-    assert rows.schema == ROW_SCHEMA
-    catalogue = read_catalogue(build)
+    groups = read_groups(build)
     source = build.plan.blocks[task].source
-    group_of = {
-        instruction: number
-        for number, (owner, instruction) in enumerate(catalogue["groups"])
-        if owner == source
-    }
-    # A source whose instructions are too many has the single group "".
-    groups = np.array(
-        [group_of.get(name, group_of.get("", 0)) for name in rows["instruction"].to_pylist()],
+    group_of = {name: number for number, (owner, name) in enumerate(groups) if owner == source}
+    # A source with too many instructions has the single group "".
+    own = np.array(
+        [group_of.get(name, group_of.get("", -1)) for name in rows["instruction"].to_pylist()],
         dtype=np.int64,
     )
-    order = np.argsort(groups, kind="stable")
+    order = np.argsort(own, kind="stable")
     taken = pa.Table.from_batches([rows]).take(pa.array(order)).combine_chunks()
-    queries = taken["query"].to_pylist()
-    limit = build.config.max_query_length
-    tokens = []
-    for start in range(0, len(queries), _TEXTS_PER_CALL):
-        tokens += build.encoder.encode(queries[start : start + _TEXTS_PER_CALL], limit)
-    hashes = catalogue_hashes(build)
-    table = pa.table(
-        [
-            ragged_array(tokens, pa.int32()),
-            _document_ids(taken["positives"], hashes),
-            _document_ids(taken["negatives"], hashes),
-            taken["num_first_negatives"],
-            taken["concept"],
-            taken["query_key"],
-            taken["scores"],
-        ],
-        schema=EXAMPLE_SCHEMA,
+    positives, negatives = (
+        _document_numbers(build, taken[name]) for name in ("positives", "negatives")
     )
-    write_table(build.beside("relate", task, "examples"), table)
-    counts = np.bincount(groups, minlength=len(catalogue["groups"]))
-    write_json(
-        build.output("relate", task),
-        {
-            "groups": {str(k): int(counts[k]) for k in np.flatnonzero(counts)},
-            "bytes": table.nbytes,
-        },
-    )
+    scores, first = taken["scores"], taken["num_first_negatives"]
+    if build.config.near_duplicates is not None:
+        positives, negatives, scores, first = _separate(positives, negatives, scores, first)
+    tokens = _encode(build, taken["query"].to_pylist(), build.config.max_query_length)
+    columns = [
+        ragged_array(tokens, pa.int32()),
+        ragged_array(positives, pa.int64()),
+        ragged_array(negatives, pa.int64()),
+        first,
+        taken["concept"],
+        taken["query_key"],
+        scores,
+    ]
+    write_table(build.beside("relate", task, "examples"), pa.table(columns, schema=EXAMPLE_SCHEMA))
+    counts = np.bincount(own, minlength=len(groups))
+    found = {str(number): int(counts[number]) for number in np.flatnonzero(counts)}
+    write_json(build.output("relate", task), {"groups": found})
 
 
-def _document_ids(column: pa.ChunkedArray, catalogue: Hashes) -> pa.Array:
-    """A list column of hashes as one of document ids."""
+def _document_numbers(build: Build, column: pa.ChunkedArray) -> Ragged:
+    """A list column of hashes as one of document numbers."""
     lists = column.combine_chunks()
-    hashes = binary_to_numpy(lists.values)
+    wanted: Hashes = binary_to_numpy(lists.values)
     offsets: IntArray = lists.offsets.to_numpy()
-    ids = np.searchsorted(catalogue, hashes).astype(np.int64)
-    return ragged_array(Ragged(offsets=offsets, values=ids), pa.int64())
+    numbers: IntArray = _load(build, "numbers")[np.searchsorted(_load(build, "hashes"), wanted)]
+    return Ragged(offsets=offsets, values=np.asarray(numbers, dtype=np.int64))
 
 
-def lengths_of(table: pa.RecordBatch, name: str, limit: int) -> LengthHistogram:
-    """Histogram of the lengths of a list column."""
-    return LengthHistogram.of(np.diff(table.column(name).offsets.to_numpy()), limit)
+def _separate(
+    positives: Ragged, negatives: Ragged, scores: pa.ChunkedArray, first: pa.ChunkedArray
+) -> tuple[Ragged, Ragged, pa.Array, pa.Array]:
+    """Clean rows again: near-duplicates of a positive or of each other have become one number."""
+    out: tuple[list[Any], list[Any], list[Any], list[int]] = ([], [], [], [])
+    for good, bad, score, count in zip(
+        positives, negatives, scores.to_pylist(), first.to_pylist(), strict=True
+    ):
+        kept_good = dict.fromkeys(good.tolist())
+        places = {number: len(good) - 1 - k for k, number in enumerate(good.tolist()[::-1])}
+        kept_bad: dict[int, int] = {}
+        for place, number in enumerate(bad.tolist()):
+            if number not in kept_good:
+                kept_bad.setdefault(number, place)
+        out[0].append(np.array(list(kept_good), dtype=np.int64))
+        out[1].append(np.array(list(kept_bad), dtype=np.int64))
+        chosen = [places[n] for n in kept_good] + [len(good) + k for k in kept_bad.values()]
+        out[2].append([score[place] for place in chosen] if score else [])
+        out[3].append(sum(place < count for place in kept_bad.values()))
+    clean = []
+    for rows in out[:2]:
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+        clean.append(Ragged.from_lengths(lengths, values))
+    return (
+        clean[0],
+        clean[1],
+        pa.array(out[2], pa.large_list(pa.float32())),
+        pa.array(out[3], pa.int32()),
+    )

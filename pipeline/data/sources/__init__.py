@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources import formats
-from pipeline.data.sources.formats import Lookup
+from pipeline.data.sources.corpus import (
+    Shelf,
+    corpus_files,
+    corpus_records,
+    folder_part,
+    read_judgements,
+    refers_to_documents,
+)
 from pipeline.data.sources.records import (
     HUB,
     Block,
@@ -20,12 +27,13 @@ from pipeline.data.sources.records import (
 from pipeline.data.sources.row import Row
 from pipeline.errors import UserError
 
-_Reader = Callable[[Record, SourceConfig, Lookup | None], Iterable[Row]]
+_Reader = Callable[[Record, SourceConfig, Shelf | None], Iterable[Row]]
 
 FORMATS: dict[str, _Reader] = {
     "columns": formats.read_columns,
     "e5": formats.read_e5,
     "lines": formats.read_lines,
+    "mteb": formats.read_mteb,
     "msmarco_instructions": formats.read_msmarco,
     "reasonaug": formats.read_reasonaug,
     "reasonir_hq": formats.read_reasonir,
@@ -50,7 +58,7 @@ def expand_sources(sources: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
                 f"sources.{source.name}: positives of reasonir_hq are document ids",
                 fix="set `documents` to the BRIGHT documents (id, content) they refer to",
             )
-        files = list_files(source.path, f"sources.{source.name}.path")
+        files = source_files(source)
         if source.format == "e5" and len(files) > 1:
             for file in files:
                 stem = file.rsplit("/", 1)[-1].split(".")[0]
@@ -62,7 +70,9 @@ def expand_sources(sources: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
 
 
 def source_files(source: SourceConfig) -> list[str]:
-    """The files a source is read from, in order."""
+    """The files a source's examples are read from, in order."""
+    if source.format == "mteb":
+        return folder_part(source, "queries")
     return list_files(source.path, f"sources.{source.name}.path")
 
 
@@ -86,13 +96,13 @@ def _count_rows(source: SourceConfig, file: str, most: int) -> int:
 
 
 def read_rows(
-    source: SourceConfig, block: Block, lookup: Lookup | None
+    source: SourceConfig, block: Block, shelf: Shelf | None
 ) -> Iterator[tuple[Record, Row]]:
     """Rows of a block with the record each came from, filtered by `where`."""
     reader = FORMATS[source.format]
     for record in read_records(block, split=source.split):
         if all(str(record.value.get(key)) == value for key, value in source.where.items()):
-            for row in reader(record, source, lookup):
+            for row in reader(record, source, shelf):
                 yield record, row
 
 
@@ -100,12 +110,16 @@ __all__ = [
     "FORMATS",
     "HUB",
     "Block",
-    "Lookup",
     "Record",
     "Row",
+    "Shelf",
+    "corpus_files",
+    "corpus_records",
     "expand_sources",
     "file_size",
     "plan_source",
+    "read_judgements",
     "read_rows",
+    "refers_to_documents",
     "source_files",
 ]

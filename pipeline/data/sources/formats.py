@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.config import SourceConfig
+from pipeline.data.sources.corpus import Shelf, identifier
 from pipeline.data.sources.records import Record
 from pipeline.data.sources.row import Row, sample_texts, stable_hash
-
-# Finds a document by its id; formats whose records hold ids get one.
-Lookup = Callable[[str], str | None]
 
 _MSMARCO_INSTRUCTION = "Retrieve text based on user query"
 _MSMARCO_NEGATIVES = 15
@@ -107,7 +105,7 @@ def _kind_of(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def read_columns(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_columns(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """Any record with a query and texts, its fields named by `columns`."""
     names = source.columns
     negatives = names.get("negatives", "negatives")
@@ -129,7 +127,7 @@ def read_columns(record: Record, source: SourceConfig, lookup: Lookup | None) ->
     )
 
 
-def read_reasonaug(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_reasonaug(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """ReasonAug triplets; `instance` is the concept, `task` the instruction."""
     negative = _optional(record, "hard_negative_document")
     yield Row(
@@ -141,7 +139,7 @@ def read_reasonaug(record: Record, source: SourceConfig, lookup: Lookup | None) 
     )
 
 
-def read_e5(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_e5(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """Public E5 sets: `query, positive, negative`; the file's name says which set it is."""
     stem = record.file.rsplit("/", 1)[-1].split(".")[0]
     name = next((known for known in _E5_INSTRUCTIONS if stem.startswith(known)), "")
@@ -165,7 +163,7 @@ def read_e5(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iter
     )
 
 
-def read_msmarco(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_msmarco(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """MS MARCO with instructions: one positive; instruction negatives first, others sampled."""
     query = _text(record, "query")
     first = sample_texts(
@@ -184,17 +182,17 @@ def read_msmarco(record: Record, source: SourceConfig, lookup: Lookup | None) ->
     )
 
 
-def read_reasonir(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_reasonir(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """ReasonIR: `query` is [instruction, text], `pos` and `neg` lists of [instruction, text].
 
-    In the hq set, the texts of `pos` are ids of BRIGHT documents, found through `lookup`.
+    In the hq set, the texts of `pos` are ids of BRIGHT documents, found on the shelf.
     """
     instruction, query = _pair(record, "query", _field(record, "query"))
     positives = [_pair(record, "pos", item) for item in _list(record, "pos")]
     negatives = [_pair(record, "neg", item) for item in _list(record, "neg")]
     texts = []
     for _, text in positives:
-        found = lookup(text) if lookup else text
+        found = shelf.document(text) if shelf else text
         if found is None:
             raise record.fail(
                 f"document id {text!r} is not in {source.documents}",
@@ -227,7 +225,27 @@ def _pair(record: Record, key: str, value: Any) -> tuple[str, str]:
     return value[0], value[1]
 
 
-def read_lines(record: Record, source: SourceConfig, lookup: Lookup | None) -> Iterable[Row]:
+def read_lines(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
     """One text per line, its own positive (SimCSE: dropout makes the two views differ)."""
     text = _text(record, "text")
     yield Row(query=text, positives=(text,), instruction=source.instruction)
+
+
+def read_mteb(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
+    """A query of a folder in mteb's layout; documents judged 0 are hard negatives."""
+    assert shelf is not None
+    positives: list[str] = []
+    negatives: list[str] = []
+    for document, score in shelf.judgements.get(identifier(record), []):
+        text = shelf.document(document)
+        if text is None:
+            raise record.fail(f"judged document {document!r} is not in the corpus")
+        (positives if score > 0 else negatives).append(text)
+    if positives:
+        yield Row(
+            query=_text(record, "text"),
+            positives=tuple(positives),
+            negatives=tuple(negatives),
+            instruction=_optional(record, "instruction") or source.instruction,
+            document_instruction=source.document_instruction,
+        )

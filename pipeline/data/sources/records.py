@@ -48,15 +48,19 @@ class Record:
     @property
     def where(self) -> str:
         """`file:line`, worked out only when a message needs it."""
-        above = 0
-        if self.base:
-            with open_bytes(self.file) as handle:
-                above = handle.read(self.base).count(b"\n")
-        return f"{self.file}:{above + self.number}"
+        return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
 
     def fail(self, found: str, allowed: str = "", fix: str = "") -> UserError:
         """An error that names this record's file and line."""
         return UserError(f"{self.where}: {found}", allowed=allowed, fix=fix)
+
+
+@functools.lru_cache(maxsize=16)
+def _lines_above(file: str, base: int) -> int:
+    if not base:
+        return 0
+    with open_bytes(file) as handle:
+        return handle.read(base).count(b"\n")
 
 
 def list_files(path: str, key: str) -> list[str]:

@@ -1,0 +1,90 @@
+"""Near-duplicate documents: MinHash signatures, bands that meet, one document per group."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.batch import IntArray
+from pipeline.data.building.collect import read_chosen_texts
+from pipeline.data.building.plan import Build
+from pipeline.data.shards import map_batch
+from pipeline.data.similarity import NUM_BANDS, NUM_HASHES, band_keys, minhash
+from pipeline.run_dir import atomic_path, write_json
+
+
+def sign_slice(build: Build, task: int) -> None:
+    """Write the signatures and band keys of one slice's documents."""
+    texts = read_chosen_texts(build, task, None)
+    signatures = np.zeros((len(texts), NUM_HASHES), dtype=np.uint32)
+    for row, text in enumerate(texts):
+        signatures[row] = minhash(text)
+    for suffix, array in (("signatures", signatures), ("bands", band_keys(signatures))):
+        path = build.beside("sign", task, suffix)
+        with atomic_path(path) as temporary, temporary.open("wb") as handle:
+            np.save(handle, array)
+    write_json(build.output("sign", task), {"documents": len(texts)})
+
+
+def pair_band(build: Build, task: int) -> None:
+    """Compare documents that share one band; write pairs (document, earlier one it repeats)."""
+    num_slices = build.plan.num_slices
+    keys = np.concatenate(
+        [
+            np.load(build.beside("sign", number, "bands"), mmap_mode="r")[task]
+            for number in range(num_slices)
+        ]
+    )
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    # Each run of equal keys is compared with its first document.
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    heads = np.repeat(order[starts], np.diff(np.append(starts, len(ordered))))
+    different = order != heads
+    later, earlier = order[different], heads[different]
+    similar = _similarity(build, later, earlier) >= (build.config.near_duplicates or 1.0)
+    path = build.beside("pair", task, "pairs")
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, np.stack([later[similar], earlier[similar]]))
+    write_json(build.output("pair", task), {"pairs": int(similar.sum())})
+
+
+def _similarity(build: Build, left: IntArray, right: IntArray) -> NDArray[np.float64]:
+    """Estimated Jaccard similarity of pairs of documents, by places in the catalogue."""
+    sizes = [
+        map_batch(build.beside("dedup", number, "documents")).num_rows
+        for number in range(build.plan.num_slices)
+    ]
+    ends = np.cumsum(sizes)
+    wanted, inverse = np.unique(np.concatenate([left, right]), return_inverse=True)
+    signatures = np.empty((len(wanted), NUM_HASHES), dtype=np.uint32)
+    slices = np.searchsorted(ends, wanted, side="right")
+    for number in np.unique(slices).tolist():
+        own = slices == number
+        stored = np.load(build.beside("sign", number, "signatures"), mmap_mode="r")
+        signatures[own] = stored[wanted[own] - (ends[number] - sizes[number])]
+    equal = signatures[inverse[: len(left)]] == signatures[inverse[len(left) :]]
+    similarity: NDArray[np.float64] = equal.mean(axis=1, dtype=np.float64)
+    return similarity
+
+
+def representatives(build: Build, num_documents: int) -> IntArray:
+    """(D,) for each document the first of those it is a near-duplicate of, itself if none."""
+    first = np.arange(num_documents, dtype=np.int64)
+    if build.config.near_duplicates is None:
+        return first
+    pairs = [np.load(build.beside("pair", band, "pairs")) for band in range(NUM_BANDS)]
+    for later, earlier in np.concatenate(pairs, axis=1).T.tolist():
+        left, right = _root(first, later), _root(first, earlier)
+        first[max(left, right)] = min(left, right)
+    while not np.array_equal(first, first[first]):
+        first = first[first]
+    return first
+
+
+def _root(first: IntArray, document: int) -> int:
+    """The end of a chain of representatives; the chain is halved on the way."""
+    while first[document] != document:
+        first[document] = first[first[document]]
+        document = int(first[document])
+    return document

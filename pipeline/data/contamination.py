@@ -1,0 +1,145 @@
+"""Training texts that occur in an evaluation set, found before they can be trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import DecontaminateConfig
+from pipeline.data.similarity import Words, hash_ngrams, hash_words, matching_ratio
+from pipeline.data.sources.records import list_files, plan_blocks, read_records
+from pipeline.errors import UserError
+from pipeline.run_dir import atomic_path, write_text
+
+# An evaluation query is compared character by character where it shares runs of so many words ...
+_CANDIDATE_WORDS = 3
+# ... and is among the so many that share most.
+_CANDIDATES = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Why a training text was found in an evaluation set."""
+
+    reason: str
+    where: str  # name of the evaluation set, and the text found
+
+
+def contamination_files(config: DecontaminateConfig) -> list[str]:
+    """All files of the evaluation sets."""
+    return [
+        file
+        for evaluation in config.sets
+        for file in list_files(evaluation.path, f"decontaminate.{evaluation.name}.path")
+    ]
+
+
+def build_index(config: DecontaminateConfig, folder: Path) -> None:
+    """Hash the n-grams of all evaluation texts into `folder`; keep the queries' text."""
+    ngrams: list[Words] = []
+    owners: list[NDArray[np.int32]] = []
+    names: list[str] = []
+    queries: list[tuple[int, str]] = []
+    for number, evaluation in enumerate(config.sets):
+        found = 0
+        for text in _texts(config, number):
+            found += 1
+            own = np.unique(hash_ngrams(hash_words(text), config.ngram))
+            ngrams.append(own)
+            owners.append(np.full(len(own), number, dtype=np.int32))
+            if evaluation.queries:
+                queries.append((number, text))
+        if not found:
+            raise UserError(f"decontaminate.{evaluation.name}: no text in {evaluation.path}")
+        names.append(evaluation.name)
+    keys, first = np.unique(np.concatenate(ngrams), return_index=True)
+    _save(folder / "ngrams.npy", keys)
+    _save(folder / "owners.npy", np.concatenate(owners)[first])
+    short = [hash_ngrams(hash_words(text), _CANDIDATE_WORDS) for _, text in queries]
+    of_query = np.repeat(np.arange(len(short)), [len(part) for part in short])
+    runs = np.concatenate(short) if short else np.empty(0, dtype=np.uint64)
+    order = np.argsort(runs, kind="stable")
+    _save(folder / "runs.npy", runs[order])
+    _save(folder / "run_queries.npy", of_query[order])
+    write_text(folder / "index.json", json.dumps({"names": names, "queries": queries}))
+
+
+def _texts(config: DecontaminateConfig, number: int) -> Iterator[str]:
+    evaluation = config.sets[number]
+    for file in list_files(evaluation.path, f"decontaminate.{evaluation.name}.path"):
+        for block in plan_blocks(file, split=evaluation.split, block_bytes=2**62, max_rows=None):
+            for record in read_records(block, split=evaluation.split):
+                for field in evaluation.fields:
+                    text = record.value.get(field)
+                    if not isinstance(text, str):
+                        raise record.fail(
+                            f"field {field!r} is missing or no text",
+                            allowed=f"fields found: {', '.join(map(str, record.value))}",
+                            fix=f"set decontaminate.{evaluation.name}.fields",
+                        )
+                    yield text
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, array)
+
+
+class ContaminationIndex:
+    """The n-grams and queries of the evaluation sets, memory-mapped."""
+
+    def __init__(self, config: DecontaminateConfig, folder: Path) -> None:
+        self._config = config
+        self._ngrams = np.load(folder / "ngrams.npy", mmap_mode="r")
+        self._owners = np.load(folder / "owners.npy", mmap_mode="r")
+        self._runs = np.load(folder / "runs.npy", mmap_mode="r")
+        self._run_queries = np.load(folder / "run_queries.npy", mmap_mode="r")
+        index = json.loads((folder / "index.json").read_text())
+        self._names, self._queries = index["names"], index["queries"]
+
+    def find(self, text: str, *, is_query: bool) -> Match | None:
+        """The evaluation set a text is in, if any.
+
+        Either more than `max_overlap` of its word n-grams are there (Brown et al., arXiv
+        2005.14165, appendix C, use 13), or, for a query, its matching ratio with an evaluation
+        query is above `max_ratio`.
+        """
+        words = hash_words(text)
+        ngrams = hash_ngrams(words, self._config.ngram)
+        places = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
+        hits = self._ngrams[places] == ngrams
+        if hits.any() and hits.mean() > self._config.max_overlap:
+            owner = np.bincount(self._owners[places[hits]]).argmax()
+            return Match(
+                reason=f"shares {hits.mean():.0%} of its {self._config.ngram}-grams",
+                where=self._names[owner],
+            )
+        return self._find_query(text, words) if is_query else None
+
+    def _find_query(self, text: str, words: Words) -> Match | None:
+        runs = np.unique(hash_ngrams(words, _CANDIDATE_WORDS))
+        starts = np.searchsorted(self._runs, runs, side="left")
+        stops = np.searchsorted(self._runs, runs, side="right")
+        candidates = [
+            self._run_queries[start:stop]
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+            if stop > start
+        ]
+        if not candidates:
+            return None
+        shared = np.bincount(np.concatenate(candidates))
+        for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
+            owner, query = self._queries[number]
+            ratio = matching_ratio(text, query) if shared[number] else 0.0
+            if ratio > self._config.max_ratio:
+                return Match(
+                    reason=f"matching ratio {ratio:.2f} with an evaluation query",
+                    where=f"{self._names[owner]}: {query[:120]}",
+                )
+        return None
