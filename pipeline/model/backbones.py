@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.families import FAMILIES, Family
+from pipeline.model.native import NATIVE_FORMS
 from pipeline.model.packing import PACKED
 
 # Weights of heads that an embedder does not use; anything else that does not fit is an error.
-_HEADS = ("lm_head", "cls.", "pooler", "head.", "decoder.", "score", "classifier", "lm_transform")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class NativeForm:
-    """How a model that ships remote code is read as a model of the transformers library.
-
-    Attributes:
-        config: the published config.json -> the native config.
-        keys: regular expressions over weight names -> their native names.
-    """
-
-    config: Callable[[dict[str, Any]], PretrainedConfig]
-    keys: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
-    """Dream (arXiv 2508.15487) computes what Qwen2 computes, under the same weight names."""
-    dropped = ("architectures", "auto_map", "model_type", "transformers_version")
-    return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
-
-
-# By the `model_type` of the published config.json.
-_NATIVE_FORMS = {"Dream": NativeForm(config=_dream_config)}
+_HEADS = ("lm_head.", "cls.", "pooler.", "head.", "decoder.", "score.", "classifier.")
 
 
 def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family]:
@@ -52,13 +29,19 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
             what the config asks for, or weights are missing.
     """
     published = _read_config(config)
-    native = _NATIVE_FORMS.get(published["model_type"])
+    native = NATIVE_FORMS.get(published["model_type"])
     hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise UserError(
             f"model.path: {config.path} has model_type {published['model_type']!r}",
-            allowed=", ".join([*_NATIVE_FORMS, *FAMILIES]),
+            allowed=", ".join([*NATIVE_FORMS, *FAMILIES]),
+        )
+    if getattr(hf_config, "use_bidirectional_attention", None):
+        # Gemma 3 halves its window each time such a config is read, so a copy is another model.
+        raise UserError(
+            f"model.path: the config.json of {config.path} has use_bidirectional_attention",
+            fix="remove that key; model.attention decides how the model attends",
         )
     if family.decoder:
         hf_config.is_causal = config.attention == "causal"
@@ -71,7 +54,7 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
     if config.attention_dropout is not None:
         setattr(hf_config, family.attention_dropout, config.attention_dropout)
     keys = native.keys if native else {}
-    return _load_weights(config, hf_config, keys, meta=meta), family
+    return _load_weights(config, hf_config, family, keys, meta=meta), family
 
 
 def _read_config(config: ModelConfig) -> dict[str, Any]:
@@ -111,24 +94,30 @@ def _quiet() -> Iterator[None]:
 
 
 def _load_weights(
-    config: ModelConfig, hf_config: PretrainedConfig, keys: dict[str, str], *, meta: bool
+    config: ModelConfig,
+    hf_config: PretrainedConfig,
+    family: Family,
+    keys: dict[str, str],
+    *,
+    meta: bool,
 ) -> nn.Module:
-    dtype = getattr(torch, config.dtype)
+    arguments = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": PACKED,
+        **family.arguments,
+    }
     if meta:
         with torch.device("meta"):
-            shapes: nn.Module = AutoModel.from_config(
-                hf_config, dtype=dtype, attn_implementation=PACKED
-            )
+            shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
         return shapes
     with _quiet():
         model, info = AutoModel.from_pretrained(
             config.path,
             revision=config.revision,
             config=hf_config,
-            dtype=dtype,
-            attn_implementation=PACKED,
             key_mapping=keys or None,
             output_loading_info=True,
+            **arguments,
         )
     missing = [key for key in info["missing_keys"] if not key.startswith(_HEADS)]
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(_HEADS)]

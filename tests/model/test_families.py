@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.encoder import build_encoder
+from pipeline.model.families import FAMILIES
+
+SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {**SIZES, **IDS, "num_key_value_heads": 2}
+# Name -> config, and the attention of transformers that computes it. Windows are shorter than the
+# longest row, so that they matter.
+CASES: dict[str, tuple[hf.PretrainedConfig, str]] = {
+    "llama": (hf.LlamaConfig(**GROUPED), "sdpa"),
+    "mistral": (hf.MistralConfig(**GROUPED, sliding_window=6), "sdpa"),
+    "qwen2": (hf.Qwen2Config(**GROUPED), "sdpa"),
+    "qwen2-window": (
+        hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "sdpa",
+    ),
+    "qwen3": (hf.Qwen3Config(**GROUPED, head_dim=8), "sdpa"),
+    "gemma": (hf.GemmaConfig(**GROUPED, head_dim=8), "sdpa"),
+    "gemma2": (hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6), "eager"),
+    "gemma3_text": (
+        hf.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=6, sliding_window_pattern=2),
+        "sdpa",
+    ),
+    "olmo2": (hf.Olmo2Config(**GROUPED), "sdpa"),
+    "phi3": (hf.Phi3Config(**GROUPED), "sdpa"),
+    "smollm3": (hf.SmolLM3Config(**GROUPED), "sdpa"),
+    "gpt2": (hf.GPT2Config(vocab_size=200, n_embd=32, n_layer=3, n_head=4, n_positions=64), "sdpa"),
+    "bert": (hf.BertConfig(**SIZES, pad_token_id=0), "sdpa"),
+    "roberta": (hf.RobertaConfig(**SIZES, pad_token_id=1), "sdpa"),
+    "xlm-roberta": (hf.XLMRobertaConfig(**SIZES, pad_token_id=1), "sdpa"),
+    "eurobert": (hf.EuroBertConfig(**GROUPED), "sdpa"),
+    "modernbert": (
+        hf.ModernBertConfig(
+            **{**SIZES, **IDS}, local_attention=12, global_attn_every_n_layers=2, cls_token_id=1
+        ),
+        "sdpa",
+    ),
+}
+DECODERS = [name for name in CASES if FAMILIES[name.removesuffix("-window")].decoder]
+LENGTHS = torch.tensor([3, 17, 1, 9])
+
+
+def save_model(config: hf.PretrainedConfig, folder: Path) -> Path:
+    """Random weights, large enough that attention and position matter."""
+    torch.manual_seed(0)
+    model = hf.AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def padded_means(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Mean of the last hidden states by transformers alone, from a padded batch."""
+    mask = torch.arange(int(LENGTHS.max())) < LENGTHS[:, None]
+    padded = torch.full(mask.shape, model.config.pad_token_id or 0)
+    padded[mask] = ids
+    hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state
+    return (hidden * mask[..., None]).sum(1) / LENGTHS[:, None]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {name.removesuffix("-window") for name in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "bidirectional") for name in CASES] + [(name, "causal") for name in DECODERS],
+)
+def test_packed_rows_equal_transformers_padded_batch(
+    name: str, attention: Any, tmp_path: Path
+) -> None:
+    config, implementation = CASES[name]
+    folder = save_model(config, tmp_path / "published")
+    encoder = build_encoder(
+        ModelConfig(path=str(folder), dtype="float32", attention=attention, normalize=False)
+    )
+    # What we save must mean the same to transformers alone, also without a causal mask.
+    encoder.model.save_pretrained(tmp_path / "saved")
+    reference = hf.AutoModel.from_pretrained(
+        tmp_path / "saved", attn_implementation=implementation, dtype=torch.float32
+    ).eval()
+    ids = torch.randint(3, 200, (int(LENGTHS.sum()),), generator=torch.Generator().manual_seed(1))
+    ours, theirs = encoder(ids, LENGTHS), padded_means(reference, ids)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * direction).sum().backward()
+    (theirs * direction).sum().backward()
+    wanted = dict(reference.named_parameters())
+    for key, parameter in encoder.model.named_parameters():
+        scale = wanted[key].grad.abs().max()
+        error = (parameter.grad - wanted[key].grad).abs().max()
+        assert error <= 1e-5 * scale + 1e-6, key  # a key bias has no gradient but rounding
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in DECODERS])
+def test_a_causal_mask_on_an_encoder_is_refused(name: str, tmp_path: Path) -> None:
+    folder = save_model(CASES[name][0], tmp_path)
+    with pytest.raises(UserError, match="is an encoder"):
+        build_encoder(ModelConfig(path=str(folder), attention="causal"))
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    hf.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'t5'.*Dream.*qwen2"):
+        build_encoder(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"cannot read a config\.json"):
+        build_encoder(ModelConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_a_gemma_config_whose_copies_would_differ_is_refused(tmp_path: Path) -> None:
+    config = hf.Gemma3TextConfig(**GROUPED, head_dim=8, use_bidirectional_attention=True)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="use_bidirectional_attention"):
+        build_encoder(ModelConfig(path=str(tmp_path)))

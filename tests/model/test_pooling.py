@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import torch
+
+from pipeline.model.packing import Rows
+from pipeline.model.pooling import pool
+
+LENGTHS = [3, 1, 5]
+
+
+def test_every_pooling_equals_a_loop_over_rows() -> None:
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    rows = Rows.of(torch.tensor(LENGTHS), causal=False)
+    for how, of_row in {
+        "mean": lambda row: row.sum(0) / len(row),
+        "weighted_mean": lambda row: (
+            sum((i + 1) * vector for i, vector in enumerate(row)) / sum(range(1, len(row) + 1))
+        ),
+        "last_token": lambda row: row[-1],
+        "first_token": lambda row: row[0],
+    }.items():
+        wanted = torch.stack([of_row(row) for row in hidden.split(LENGTHS)])
+        torch.testing.assert_close(pool(hidden, rows, how), wanted)
+
+
+def test_pooling_of_bf16_states_is_summed_in_fp32() -> None:
+    hidden = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)
+    rows = Rows.of(torch.tensor([4096]), causal=False)
+    assert pool(hidden, rows, "mean").item() == 1.0  # a bf16 sum would stop at 256
+
+
+def test_positions_restart_in_every_row() -> None:
+    rows = Rows.of(torch.tensor(LENGTHS), causal=True)
+    assert rows.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert rows.boundaries.tolist() == [0, 3, 4, 9]
+    assert rows.longest == 5
