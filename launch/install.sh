@@ -33,12 +33,15 @@ install_project() {
     return
   fi
   echo "installing this project and what it needs (a few minutes the first time)"
+  # --no-compile: Python compiles what it imports, which is a small part of what is installed; that
+  # makes the installation three times as fast.
+  local install=(python -m pip install --quiet --no-compile --disable-pip-version-check)
   # Before the rest, or pip would take the newest torch, whatever this machine can use.
   if ! python -c 'import torch' 2>/dev/null; then
     # shellcheck disable=SC2086 # several arguments
-    python -m pip install --quiet ${DIFFEMBED_TORCH:-torch==2.13.0}
+    "${install[@]}" ${DIFFEMBED_TORCH:-torch==2.13.0}
   fi
-  python -m pip install --quiet --editable "$root[dev]"
+  "${install[@]}" --editable "$root[dev]"
   printf '%s' "$wanted" >"$stamp"
 }
 

@@ -18,6 +18,8 @@ from pathlib import Path
 _PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scancel", "sinfo")
 _ADDRESS = "127.0.0.1"
+_NODES = ("node1", "node2")
+_CPUS, _GPUS = 16, 8
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 _ALL_JOBS = ("squeue", "-r", "-t", "all")
 _ALL_NODES = ("sinfo", "-N", "-l")
@@ -69,20 +71,13 @@ def why_unavailable() -> str:
 
 
 class Cluster:
-    """Munge, one controller and `num_nodes` node daemons, all of them children of this process.
+    """Munge, one controller and a daemon for each of two nodes, all children of this process.
 
-    Everything lives in one temporary folder. Nodes are called node1, node2, …; none of the names
-    need to resolve, because Slurm is told their address.
-
-    Args:
-        num_nodes: virtual nodes to start.
-        cpus: processors that each node claims to have.
-        gpus: GPUs that each node claims to have; device files that compute nothing.
+    Everything lives in one temporary folder. The nodes are called node1 and node2; the names need
+    not resolve, because Slurm is told their address. Each claims 16 processors and 8 GPUs.
     """
 
-    def __init__(self, *, num_nodes: int = 2, cpus: int = 16, gpus: int = 8) -> None:
-        self._nodes = [f"node{i + 1}" for i in range(num_nodes)]
-        self._cpus, self._gpus = cpus, gpus
+    def __init__(self) -> None:
         # Not below pytest's folder: a Unix socket's path holds about 100 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -139,7 +134,7 @@ class Cluster:
         job: str,
         until: Callable[[set[str]], bool] = _ENDED.issuperset,
         *,
-        seconds: float = 60,
+        seconds: float = 120,
     ) -> dict[str, str]:
         """Poll until the set of a job's states satisfies `until`; by default until it has ended.
 
@@ -151,13 +146,14 @@ class Cluster:
         found: dict[str, str] = {}
 
         def satisfied() -> bool:
-            found.update(self.states(job))
+            nonlocal found
+            found = self.states(job)
             return bool(found) and until(set(found.values()))
 
         self.poll(satisfied, seconds=seconds)
         return found
 
-    def poll(self, ready: Callable[[], bool], *, seconds: float = 60) -> None:
+    def poll(self, ready: Callable[[], bool], *, seconds: float = 120) -> None:
         """Ask until the answer is yes.
 
         Raises:
@@ -167,7 +163,7 @@ class Cluster:
         while not ready():
             if time.monotonic() > deadline:
                 views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
-                logs = [f"{p.name}:\n{p.read_text()[-2000:]}" for p in self._folder.glob("*.log")]
+                logs = [f"{p.name}:\n{p.read_text()[-1000:]}" for p in self._folder.glob("*.log")]
                 raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
             time.sleep(0.1)
 
@@ -184,16 +180,16 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         (folder / "state").mkdir()
-        controller_port, *ports = _free_ports(1 + len(self._nodes))
+        controller_port, *ports = _free_ports(1 + len(_NODES))
         host = socket.gethostname().split(".")[0]
         lines = []
-        for node, port in zip(self._nodes, ports, strict=True):
+        for node, port in zip(_NODES, ports, strict=True):
             # Slurm needs both folders of every node to differ.
             (folder / "spool" / node).mkdir(parents=True)
             (folder / "tmp" / node).mkdir(parents=True)
             lines.append(
                 f"NodeName={node} NodeHostname={host} NodeAddr={_ADDRESS} Port={port} "
-                f"CPUs={self._cpus} RealMemory=256000 Gres=gpu:{self._gpus} State=UNKNOWN\n"
+                f"CPUs={_CPUS} RealMemory=256000 Gres=gpu:{_GPUS} State=UNKNOWN\n"
             )
         conf = _SLURM_CONF.format(
             host=host,
@@ -204,27 +200,27 @@ class Cluster:
         )
         (folder / "slurm.conf").write_text("".join(lines) + conf)
         # Slurm only counts GPUs that have a character device; any such device will do.
-        for i in range(self._gpus):
+        for i in range(_GPUS):
             (folder / f"gpu{i}").symlink_to("/dev/null")
         (folder / "gres.conf").write_text(
-            f"NodeName={','.join(self._nodes)} Name=gpu File={folder}/gpu[0-{self._gpus - 1}]\n"
+            f"NodeName={','.join(_NODES)} Name=gpu File={folder}/gpu[0-{_GPUS - 1}]\n"
         )
 
     def _start_daemons(self) -> None:
         folder = self._folder
         self._start(
             "munged",
-            "--foreground",
+            *("munged", "--foreground"),
             "--force",  # it would refuse a key below a world-writable folder
             *(f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"),
             *(f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"),
             f"--log-file={folder}/munge.log",
         )
         self.poll((folder / "munge.socket").exists)
-        self._start("slurmctld", "-D", "-c")
-        for node in self._nodes:
-            self._start("slurmd", "-D", "-N", node)
-        count = len(self._nodes)
+        self._start("slurmctld", "slurmctld", "-D", "-c")
+        for node in _NODES:
+            self._start(node, "slurmd", "-D", "-N", node)
+        count = len(_NODES)
 
         def idle() -> bool:
             return self.attempt("sinfo", "-h", "-N", "-o", "%T").stdout.split() == ["idle"] * count
@@ -234,13 +230,12 @@ class Cluster:
         self.command("srun", f"--nodes={count}", "--ntasks-per-node=1", "true", timeout=30)
         self.poll(idle)
 
-    def _start(self, *words: str) -> None:
-        with (self._folder / f"{words[0]}-{words[-1]}.log".replace("/", "_")).open("wb") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    words, env=self.environment, cwd=self._folder, stdout=log, stderr=log
-                )
+    def _start(self, name: str, *words: str) -> None:
+        with (self._folder / f"{name}.log").open("wb") as log:
+            daemon = subprocess.Popen(
+                words, env=self.environment, cwd=self._folder, stdout=log, stderr=log
             )
+        self._daemons.append(daemon)
 
     def _stop(self) -> None:
         # A cluster that never came up has no jobs, and nobody to ask about them.
