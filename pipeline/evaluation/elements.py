@@ -52,7 +52,7 @@ def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
             model=model,
             task=task,
             max_length=length,
-            folder=config.output_dir / "elements" / model.name / task / str(length),
+            folder=config.output_dir / "results" / model.name / task / str(length),
         )
         for index, (model, task, length) in enumerate(triples)
     )

@@ -19,7 +19,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Role
 from pipeline.evaluation.texts import document_texts, query_texts
 
-_PREFETCH = "fetch the snapshot again, complete, on a machine with network"
+# Written beside a fetched data set when it is whole; holds its revision.
+REVISION_FILE = ".revision"
+_PREFETCH = "run `diffembed evaluate prefetch` on a machine with network"
 
 
 def get_task(name: str) -> Any:
@@ -46,7 +48,7 @@ def localise(task: Any, snapshots: Path | None) -> Any:
     Only this object changes: mteb keeps metadata on the class, so it is copied first.
 
     Raises:
-        UserError: the data set is not among the snapshots.
+        UserError: the data set is not among the snapshots, or was fetched at another revision.
     """
     if snapshots is None:
         return task
@@ -56,7 +58,14 @@ def localise(task: Any, snapshots: Path | None) -> Any:
         raise UserError(
             f"{task.metadata.name}: no folder {folder}",
             allowed=f"the hub's {source['path']} below snapshots ({snapshots})",
-            fix="correct snapshots, or fetch this data set into it",
+            fix=f"correct snapshots, or {_PREFETCH}",
+        )
+    marker = folder / REVISION_FILE
+    if marker.is_file() and marker.read_text().strip() != source["revision"]:
+        raise UserError(
+            f"{folder}: revision {marker.read_text().strip()[:12]}",
+            allowed=f"{source['revision'][:12]}, which this mteb pins for {task.metadata.name}",
+            fix=_PREFETCH,
         )
     update = {"dataset": {**source, "path": str(folder.resolve())}}
     task.metadata = task.metadata.model_copy(update=update)
@@ -72,13 +81,20 @@ def load_and_prove(task: Any) -> None:
     """
     task.load_data()
     task.convert_v1_dataset_format_to_v2(num_proc=None)
+    for subset, split, data in evaluated_splits(task):
+        where = f"{task.metadata.name} {subset}/{split}"
+        _prove_split(where, data)
+        if task.metadata.type == "InstructionReranking":
+            _prove_instructions(where, data)
+            _prove_changed_judgements(where, task, set(data["queries"]["id"][:]))
+
+
+def evaluated_splits(task: Any) -> Iterator[tuple[str, str, Any]]:
+    """(subset, split, data) of what a loaded task scores; it may have loaded more."""
     for subset, splits in task.dataset.items():
         for split, data in splits.items():
-            where = f"{task.metadata.name} {subset}/{split}"
-            _prove_split(where, data)
-            if task.metadata.type == "InstructionReranking":
-                _prove_instructions(where, data)
-                _prove_changed_judgements(where, task, set(data["queries"]["id"][:]))
+            if split in task.eval_splits:
+                yield subset, split, data
 
 
 def _require(condition: bool, where: str, missing: str) -> None:
@@ -130,10 +146,9 @@ def task_texts(name: str, snapshots: Path | None) -> Iterator[tuple[Role, str]]:
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
         task = localise(get_task(name), snapshots)
         load_and_prove(task)
-        for splits in task.dataset.values():
-            for data in splits.values():
-                yield from (("document", text) for text in document_texts(data["corpus"]))
-                yield from (("query", text) for text in query_texts(data["queries"]))
+        for _, _, data in evaluated_splits(task):
+            yield from (("document", text) for text in document_texts(data["corpus"]))
+            yield from (("query", text) for text in query_texts(data["queries"]))
 
 
 @contextlib.contextmanager

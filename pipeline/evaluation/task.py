@@ -16,6 +16,7 @@ from pipeline.evaluation.scoring import chance_level, p_mrr_per_query, per_query
 from pipeline.evaluation.search import ExactSearch
 from pipeline.evaluation.snapshots import (
     changed_judgements,
+    evaluated_splits,
     get_task,
     load_and_prove,
     localise,
@@ -105,14 +106,13 @@ def _per_query(task: Any, metric: str, search: ExactSearch) -> dict[str, dict[st
 def _chance(task: Any, metric: str) -> float | None:
     """Mean over splits of the score that a random order would get."""
     levels = []
-    for splits in task.dataset.values():
-        for data in splits.values():
-            candidates = data["top_ranked"]
-            num_candidates = {
-                query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
-                for query in data["relevant_docs"]
-            }
-            levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
+    for _, _, data in evaluated_splits(task):
+        candidates = data["top_ranked"]
+        num_candidates = {
+            query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
+            for query in data["relevant_docs"]
+        }
+        levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
     known = [level for level in levels if level is not None]
     return sum(known) / len(known) if len(known) == len(levels) else None
 

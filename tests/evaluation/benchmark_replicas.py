@@ -41,9 +41,11 @@ def write_dataset(root: Path, repository: str, configs: dict[str, dict[str, Rows
 
 
 def write_all(root: Path) -> Path:
-    write_follow_ir(root)
-    write_needle_and_passkey(root)
-    write_bright(root)
+    for name in ("Core17", "News21", "Robust04"):
+        write_follow_ir(root, name=f"{name}InstructionRetrieval")
+    write_long_embed(root)
+    write_bright(root, "mteb/BRIGHT")
+    write_bright(root, "xlangai/BRIGHT")
     return root
 
 
@@ -56,7 +58,9 @@ def _documents(prefix: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def write_follow_ir(root: Path, *, without: tuple[str, ...] = ()) -> None:
+def write_follow_ir(
+    root: Path, *, name: str = "Core17InstructionRetrieval", without: tuple[str, ...] = ()
+) -> None:
     generator = random.Random(0)
     documents = _documents("d/")
     queries, instructions, judgements, candidates, changed = [], [], [], [], []
@@ -90,10 +94,10 @@ def write_follow_ir(root: Path, *, without: tuple[str, ...] = ()) -> None:
         "qrel_diff": {"qrel_diff": changed},
     }
     kept = {name: splits for name, splits in configs.items() if name not in without}
-    write_dataset(root, "mteb/Core17InstructionRetrieval", kept)
+    write_dataset(root, f"mteb/{name}", kept)
 
 
-def write_needle_and_passkey(root: Path, *, num_documents: int = 6, num_queries: int = 4) -> None:
+def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4) -> None:
     generator = random.Random(1)
     names = ["Ada", "Boris", "Chidi", "Dana", "Emeka", "Freya"][:num_documents]
     needle: dict[str, Rows] = {"queries": [], "corpus": [], "qrels": []}
@@ -121,13 +125,33 @@ def write_needle_and_passkey(root: Path, *, num_documents: int = 6, num_queries:
             rows["default"].append({"query-id": query, "corpus-id": f"p{length}_{i}", "score": 1})
         for config in passkey:
             passkey[config][f"test_{length}"] = rows[config]
-    write_dataset(root, "dwzhu/LongEmbed", {"needle": needle})
+    real = {
+        name: _long_rows(name) for name in ("narrativeqa", "qmsum", "summ_screen_fd", "2wikimqa")
+    }
+    write_dataset(root, "dwzhu/LongEmbed", {"needle": needle, **real})
     write_dataset(root, "mteb/LEMBPasskeyRetrieval", passkey)
 
 
-def write_bright(root: Path) -> None:
+def _long_rows(name: str) -> dict[str, Rows]:
+    """One long document per topic, one query about each."""
+    long = {topic: " ".join(t for _, o, t in _documents("") if o == topic) for topic in TOPICS}
+    return {
+        "queries": [{"qid": t, "doc_id": "", "text": f"{name}: {t}?"} for t in TOPICS],
+        "corpus": [{"qid": "", "doc_id": f"{name}/{t}", "text": long[t]} for t in TOPICS],
+        "qrels": [{"qid": t, "doc_id": f"{name}/{t}", "text": ""} for t in TOPICS],
+    }
+
+
+SUBSETS = (
+    "biology", "earth_science", "economics", "psychology", "robotics", "stackoverflow",
+    "sustainable_living", "pony", "leetcode", "aops", "theoremqa_theorems", "theoremqa_questions",
+)  # fmt: skip
+
+
+def write_bright(root: Path, repository: str) -> None:
     configs: dict[str, dict[str, Rows]] = {"documents": {}, "examples": {}, "long_documents": {}}
-    for split, excludes in (("biology", False), ("aops", True)):
+    for split in SUBSETS:
+        excludes = split in ("leetcode", "aops", "theoremqa_questions")
         documents = _documents(f"{split}/")
         configs["documents"][split] = [{"id": name, "content": t} for name, _, t in documents]
         configs["examples"][split] = []
@@ -149,4 +173,4 @@ def write_bright(root: Path) -> None:
             }
             for topic in TOPICS
         ]
-    write_dataset(root, "mteb/BRIGHT", configs)
+    write_dataset(root, repository, configs)

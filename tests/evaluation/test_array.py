@@ -15,6 +15,7 @@ from evaluation_support import TASKS, wrap
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
 from pipeline.evaluation.array import num_elements, run_all, run_element
+from pipeline.evaluation.benchmarks import expand
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.encoder import MtebEncoder
 from pipeline.evaluation.merge import merge_results
@@ -51,6 +52,26 @@ def test_every_task_scores_what_mteb_scores_with_its_own_search(
     assert ours["by_split"] == pytest.approx(
         {split: rows[0]["main_score"] for split, rows in theirs.scores.items()}, abs=1e-6
     )
+
+
+OTHERS = [
+    task for task in expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")) if task not in TASKS
+] + ["BrightRetrieval", "BrightLongRetrieval"]
+
+
+@pytest.mark.parametrize("task", OTHERS)
+def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, load):
+    element = next(e for e in list_elements(only(config, task)) if e.model.name == "weak")
+    ours = run_element(only(config, task), element.index, load=load)
+    theirs = mteb.evaluate(
+        MtebEncoder(load(config, element), {}),
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    assert ours["metric"] in ("p-MRR", "ndcg_at_10", "recall_at_1")
 
 
 def test_a_finished_element_is_skipped_and_an_unfinished_one_runs(config, load):

@@ -141,6 +141,8 @@ def test_our_benchmarks_are_mtebs():
     assert set(BENCHMARKS["LongEmbed"]) == names("LongEmbed")
     assert {*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]} == names("BRIGHT(v1.1)")
     assert set(INSTRUCTIONS) == names("BRIGHT(v1.1)")
+    assert set(BENCHMARKS["BRIGHT-v1"]) == names("BRIGHT")
+    assert set(BENCHMARKS["BRIGHT-v1-long"]) == names("BRIGHT (long)")
 
 
 def test_a_benchmark_expands_to_its_tasks_once():

