@@ -80,8 +80,8 @@ def _native_config(config: ModelConfig) -> PretrainedConfig:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports of transformers: every rank loads, and what they say is checked here."""
+def quiet() -> Iterator[None]:
+    """No bars and reports of transformers: every rank loads, and what they would say is checked."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -110,7 +110,7 @@ def _load_weights(
         with torch.device("meta"):
             shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
         return shapes
-    with _quiet():
+    with quiet():
         model, info = AutoModel.from_pretrained(
             config.path,
             revision=config.revision,

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.model.adapters import add_lora
-from pipeline.model.backbones import load_backbone
+from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
 from pipeline.model.packing import Rows, check_lengths
 from pipeline.model.pooling import pool
@@ -92,12 +93,14 @@ class Encoder(nn.Module):
         vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
-    def merged(self) -> Any:
-        """The Hugging Face model with any adapters merged into its weights, for good."""
+    def save_backbone(self, folder: Path) -> None:
+        """Write weights and config.json for transformers; adapters are merged, for good."""
         merge = getattr(self.backbone, "merge_and_unload", None)
         if merge is not None:
             self.backbone = merge()
-        return self.backbone
+        with quiet():
+            # Under native names, not under those of a published diffusion checkpoint.
+            self.model.save_pretrained(folder, save_original_format=False)
 
 
 def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:

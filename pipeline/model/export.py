@@ -73,12 +73,13 @@ def export_encoder(
         append_eos(loaded)
     loaded.padding_side = "right"
     loaded.model_max_length = max_length
-    model = encoder.merged()
     work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(work)
+        encoder.save_backbone(work)
         loaded.save_pretrained(work)
-        _write_sentence_transformers(work, model.config.hidden_size, config, template, max_length)
+        _write_sentence_transformers(
+            work, encoder.model.config.hidden_size, config, template, max_length
+        )
         write_json(work / SETTINGS, {"version": 1, "template": as_tree(template)})
         write_card(work, config=config, template=template, max_length=max_length, facts=card)
         if output_dir.exists():

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from pipeline.errors import UserError
 
@@ -77,21 +77,41 @@ def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
     )
 
 
+_LLADA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
 _LLADA_KEYS = {
     r"^model\.transformer\.wte\.": "embed_tokens.",
     r"^model\.transformer\.ln_f\.": "norm.",
     r"^model\.transformer\.ff_out\.": "lm_head.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"layers.\1.input_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"layers.\1.post_attention_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.([qkv]_proj)\.": r"layers.\1.self_attn.\2.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"layers.\1.self_attn.o_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"layers.\1.mlp.gate_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"layers.\1.mlp.up_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_out\.": r"layers.\1.mlp.down_proj.",
+    **{
+        rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{native}."
+        for theirs, native in _LLADA_BLOCK.items()
+    },
 }
+
+
+def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], PretrainedConfig]:
+    return lambda published: kind.from_dict(published)
+
+
+# DiffuGPT and DiffuLLaMA (arXiv 2410.17891) keep the embedding apart from the blocks. Their configs
+# are those of plain GPT-2 and Llama, whose own weight names these rules leave alone.
+_DIFFUGPT_KEYS = {r"^embed_tokens\.": "wte.", r"^denoise_model\.": ""}
+_DIFFULLAMA_KEYS = {r"^denoise_model\.": ""}
 
 # By the `model_type` of the published config.json.
 NATIVE_FORMS = {
+    "gpt2": NativeForm(config=_plain(GPT2Config), keys=_DIFFUGPT_KEYS),
+    "llama": NativeForm(config=_plain(LlamaConfig), keys=_DIFFULLAMA_KEYS),
     "Dream": NativeForm(config=_dream_config),
     "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS),
 }

@@ -95,7 +95,7 @@ def test_packed_rows_equal_transformers_padded_batch(
         ModelConfig(path=str(folder), dtype="float32", attention=attention, normalize=False)
     )
     # What we save must mean the same to transformers alone, also without a causal mask.
-    encoder.model.save_pretrained(tmp_path / "saved")
+    encoder.save_backbone(tmp_path / "saved")
     reference = hf.AutoModel.from_pretrained(
         tmp_path / "saved", attn_implementation=implementation, dtype=torch.float32
     ).eval()
