@@ -98,7 +98,7 @@ def replay_chunks(
         RuntimeError: `check` found an embedding that differs: `embed` is not a function of the
             chunk, the parameters and the generators, and the gradients would be wrong.
     """
-    graphs = list(cached.graphs)
+    graphs, after = list(cached.graphs), RandomState.capture()
     # Last chunk first: kept graphs are used up before new ones are made.
     for number in reversed(range(len(chunks))):
         first, gradient = cached.embeddings[number], gradients[number]
@@ -114,3 +114,5 @@ def replay_chunks(
                 )
             surrogate = (embedding * gradient).sum()
         backward(surrogate)
+    # Whatever draws next sees the generators as if there had been no second pass.
+    after.restore()

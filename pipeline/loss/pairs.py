@@ -1,6 +1,7 @@
 """Scores of single (query, document) pairs and what is computed from them, in float64.
 
-P pairs of a block of R queries, `row_P` the query's place in the block (ascending).
+P pairs of a block of R queries, `row_P` the query's place in the block (ascending); K documents of
+this rank, `local_P` the document's place among them, -1 where it is on another rank.
 """
 
 from __future__ import annotations
@@ -9,29 +10,24 @@ import torch
 from torch import Tensor
 
 # Bytes of the rows gathered for pairs at one time.
-_SLICE_BYTES = 16 * 2**20
+_SLICE_BYTES = 8 * 2**20
+_BYTES_PER_NUMBER = 16  # two gathered rows and their float64 product
 
 
-def _slices(num_pairs: int, width: int) -> list[slice]:
-    step = max(_SLICE_BYTES // (16 * width), 1)
-    return [slice(start, start + step) for start in range(0, num_pairs, step)]
+def dot_pairs(left_RE: Tensor, row_P: Tensor, right_KE: Tensor, column_P: Tensor) -> Tensor:
+    """(P,) float64 dot products of chosen rows of two float32 matrices."""
+    dot_P = torch.empty(row_P.shape[0], dtype=torch.float64, device=row_P.device)
+    for part in _slices(row_P.shape[0], left_RE.shape[1]):
+        left_PE = left_RE[row_P[part]].double()
+        dot_P[part] = left_PE.mul_(right_KE[column_P[part]]).sum(1)
+    return dot_P
 
 
 def pair_scores(query_RE: Tensor, row_P: Tensor, document_KE: Tensor, local_P: Tensor) -> Tensor:
-    """The score of each pair whose document is on this rank, zero for the others.
-
-    Args:
-        query_RE: the block's queries.
-        row_P: the pair's query.
-        document_KE: this rank's documents.
-        local_P: the pair's document on this rank, -1 where it is on another.
-    """
+    """(P,) the score of each pair whose document is on this rank, zero for the others."""
     score_P = torch.zeros(row_P.shape[0], dtype=torch.float64, device=row_P.device)
     here = torch.nonzero(local_P >= 0)[:, 0]
-    for part in _slices(here.shape[0], query_RE.shape[1]):
-        pair = here[part]
-        query_PE = query_RE[row_P[pair]].double()
-        score_P[pair] = (query_PE * document_KE[local_P[pair]]).sum(1)
+    score_P[here] = dot_pairs(query_RE, row_P[here], document_KE, local_P[here])
     return score_P
 
 
@@ -66,9 +62,13 @@ def segment_sum(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
     return empty.index_add(0, row_P, value_P)
 
 
-def segment_log_softmax(score_P: Tensor, row_P: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Log-softmax within each row (P,), and each row's log-sum-exp (R,)."""
+def segment_log_sum_exp(score_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
+    """(R,) log of the sum of exponentials of each row's scores, -inf where it has none."""
     peak_R = segment_max(score_P, row_P, num_rows)
     mass_R = segment_sum((score_P - peak_R[row_P]).exp(), row_P, num_rows)
-    log_mass_R = peak_R + mass_R.log()
-    return score_P - log_mass_R[row_P], log_mass_R
+    return peak_R + mass_R.log()
+
+
+def _slices(num_pairs: int, width: int) -> list[slice]:
+    step = max(_SLICE_BYTES // (_BYTES_PER_NUMBER * width), 1)
+    return [slice(start, start + step) for start in range(0, num_pairs, step)]

@@ -5,49 +5,16 @@
     the same tile again, kept or recomputed -> gradient of both sides     (accumulate_gradients)
 
 R queries of the block, K documents of this rank, T of them in a tile, E embedding width.
-No more than a block's scores exist at any time. Nothing is ever subtracted from a sum of
-exponentials: a document that must not count has score -inf.
+No more than a block's scores exist at any time.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from pipeline import comm
+from pipeline.loss.log_mass import LogMass, Refined, absorb_
 from pipeline.loss.tiles import TilePlan
-
-# Stands for "no score yet"; -inf would make exp(score - peak) a nan in an empty row.
-LOWEST = torch.finfo(torch.float32).min
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LogMass:
-    """log of a sum of exponentials, in two parts: sum = mass * exp(peak)."""
-
-    peak: Tensor  # float32, the highest score
-    mass: Tensor  # float64
-
-    @classmethod
-    def empty(cls, size: int, device: torch.device) -> LogMass:
-        """The sum over nothing."""
-        return cls(
-            peak=torch.full((size,), LOWEST, device=device),
-            mass=torch.zeros(size, dtype=torch.float64, device=device),
-        )
-
-    def log(self) -> Tensor:
-        """The logarithm, float64; about the lowest float32 where nothing was summed."""
-        return (self.peak.double() + self.mass.log()).clamp_min(LOWEST)
-
-    def over_ranks(self) -> LogMass:
-        """The sum over all ranks' terms."""
-        parts = comm.all_gather_stack(torch.stack([self.peak.double(), self.mass]))  # (W, 2, R)
-        peak = parts[:, 0].amax(0)
-        mass = (parts[:, 1] * (parts[:, 0] - peak).exp()).sum(0)
-        return LogMass(peak=peak.float(), mass=mass)
 
 
 class Sweep:
@@ -80,22 +47,49 @@ class Sweep:
         bounds = torch.searchsorted(column, edges).tolist()
         self._tiles = list(zip(starts, bounds[:-1], bounds[1:], strict=True))
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._refined: list[list[Refined]] = []
+        self._peak_R = torch.empty(0)
 
-    def statistics(self) -> LogMass:
-        """Peak and mass of each query over this rank's negatives."""
+    def statistics(self, columns: LogMass | None = None) -> LogMass:
+        """Peak and mass of each query over this rank's negatives.
+
+        Args:
+            columns: sums of each document of this rank over the queries that have it as a
+                negative; the block is added to them.
+        """
         total = LogMass.empty(self._query_RE.shape[0], self._query_RE.device)
         for tile in self._tiles:
+            here = self._columns(tile[0])
             score_RT = self._scores(*tile)
-            peak_R = torch.maximum(total.peak, score_RT.amax(1))
-            weight_RT = score_RT.sub_(peak_R[:, None]).exp_()
-            faded_R = total.mass * (total.peak - peak_R).double().exp()
-            total = LogMass(peak=peak_R, mass=faded_R + weight_RT.sum(1).double())
+            refined: list[Refined] = []
+            if columns is not None:
+                refined.append(self._absorb_columns_(columns.part(here), score_RT, here))
+            total, refined_rows = absorb_(
+                total, score_RT, left_RE=self._query_RE, right_TE=self._document_KE[here]
+            )
+            self._refined.append([*refined, refined_rows])
             if self._plan.keep_scores:
-                self._kept.append((weight_RT, peak_R))
+                self._kept.append((score_RT, total.peak))
+        self._peak_R = total.peak
         return total
 
+    def _absorb_columns_(self, columns: LogMass, score_RT: Tensor, here: slice) -> Refined:
+        new, refined = absorb_(
+            columns,
+            score_RT.T.clone(memory_format=torch.contiguous_format),
+            left_RE=self._document_KE[here],
+            right_TE=self._query_RE,
+        )
+        columns.peak.copy_(new.peak)
+        columns.mass.copy_(new.mass)
+        return Refined(row=refined.column, column=refined.row, score=refined.score)
+
     def accumulate_gradients(
-        self, log_mass_R: Tensor, weight_R: Tensor, document_grad_KE: Tensor
+        self,
+        log_mass_R: Tensor,
+        weight_R: Tensor,
+        document_grad_KE: Tensor,
+        columns: tuple[LogMass, Tensor] | None = None,
     ) -> Tensor:
         """Gradients of `sum_i weight_i * log sum_j exp(score_ij)`, j over this rank's negatives.
 
@@ -103,30 +97,50 @@ class Sweep:
             log_mass_R: (R,) float64, log of the sum over the negatives of *all* ranks.
             weight_R: (R,) float64.
             document_grad_KE: this rank's part is added to it.
+            columns: the documents' complete sums and their weights (K,), whose gradient is added.
 
         Returns:
             (R, E) gradient by the queries, this rank's documents only.
         """
         query_grad_RE = torch.zeros_like(self._query_RE)
-        for number, tile in enumerate(self._tiles):
+        for number, (start, _, _) in enumerate(self._tiles):
+            here = self._columns(start)
+            document_TE, document_grad_TE = self._document_KE[here], document_grad_KE[here]
             weight_RT, peak_R = self._weights(number)
             factor_R1 = (weight_R * (peak_R.double() - log_mass_R).exp()).float()[:, None]
-            here = slice(tile[0], tile[0] + self._plan.columns)
-            query_grad_RE.addcmul_(weight_RT @ self._document_KE[here], factor_R1)
-            document_grad_KE[here].addmm_(weight_RT.T, self._query_RE * factor_R1)
+            if columns is None:
+                query_grad_RE.addcmul_(weight_RT @ document_TE, factor_R1)
+                document_grad_TE.addmm_(weight_RT.T, self._query_RE * factor_R1)
+                continue
+            mass, weight_K = columns[0].part(here), columns[1][here]
+            factor_T = (weight_K * (mass.peak.double() - mass.log()).exp()).float()
+            weight_RT.mul_(factor_R1)
+            weight_RT.addcmul_(self._column_weights(number, mass.peak), factor_T)
+            query_grad_RE.addmm_(weight_RT, document_TE)
+            document_grad_TE.addmm_(weight_RT.T, self._query_RE)
         return query_grad_RE
 
     def _weights(self, number: int) -> tuple[Tensor, Tensor]:
-        """exp(score - peak) of a tile, and the peak."""
+        """exp(score - peak) of a tile, and the peak of its rows."""
         if self._plan.keep_scores:
             return self._kept[number]
-        score_RT = self._scores(*self._tiles[number])
-        peak_R = score_RT.amax(1).clamp_min(LOWEST)
-        return score_RT.sub_(peak_R[:, None]).exp_(), peak_R
+        weight_RT = self._scores(*self._tiles[number]).sub_(self._peak_R[:, None]).exp_()
+        for refined in self._refined[number]:
+            refined.write_weights_(weight_RT, self._peak_R[refined.row])
+        return weight_RT, self._peak_R
+
+    def _column_weights(self, number: int, peak_T: Tensor) -> Tensor:
+        """exp(score - peak), with the peak of its columns."""
+        weight_RT = self._scores(*self._tiles[number]).sub_(peak_T).exp_()
+        for refined in self._refined[number]:
+            refined.write_weights_(weight_RT, peak_T[refined.column])
+        return weight_RT
+
+    def _columns(self, start: int) -> slice:
+        return slice(start, start + self._plan.columns)
 
     def _scores(self, start: int, first: int, last: int) -> Tensor:
-        document_TE = self._document_KE[start : start + self._plan.columns]
-        score_RT = self._query_RE @ document_TE.T
+        score_RT = self._query_RE @ self._document_KE[self._columns(start)].T
         if self._ceiling_R is not None:
             score_RT.masked_fill_(score_RT > self._ceiling_R[:, None], -torch.inf)
         row, column = (index[first:last] for index in self._excluded)

@@ -10,6 +10,8 @@ FLOAT_BYTES = 4
 _MIN_KEPT_ROWS = 64
 # A tile of this many columns keeps element-wise work in a CPU's cache and a GPU's cores busy.
 _TILE_COLUMNS = 1024
+# Memory for scores per kind of device: a CPU's cache likes few, a GPU needs many to stay busy.
+DEFAULT_SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,7 @@ def plan_tiles(
     *,
     num_queries: int,
     num_rank_documents: int,
-    budget_bytes: int,
+    score_bytes: int,
     symmetric: bool = False,
 ) -> TilePlan:
     """Choose blocks and tiles whose scores fit in the budget.
@@ -33,10 +35,10 @@ def plan_tiles(
     Args:
         num_queries: most queries of one rank; a block never spans two ranks.
         num_rank_documents: most documents of one rank.
-        budget_bytes: for the scores held at one time.
+        score_bytes: for the scores held at one time.
         symmetric: the column sums need every block first, so no block's scores can be kept.
     """
-    budget = max(budget_bytes // FLOAT_BYTES, 1)
+    budget = max(score_bytes // FLOAT_BYTES, 1)
     rows = min(budget // max(num_rank_documents, 1), num_queries)
     keep = not symmetric and rows >= min(_MIN_KEPT_ROWS, num_queries)
     columns = max(min(_TILE_COLUMNS, num_rank_documents), 1)

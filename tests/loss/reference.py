@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ class Case:
     positives: list[list[int]]
     negatives: list[list[int]]
     masked: list[list[int]]
+    teacher: Tensor | None = None  # (N, M) a teacher's score of any pair
 
     def targets(self, queries: Tensor, documents: Tensor) -> Targets:
         """As a rank that holds these rows is told."""
@@ -41,11 +41,23 @@ class Case:
             positives=ragged(self.positives),
             negatives=ragged(self.negatives),
             masked=ragged(self.masked),
+            teacher_positives=self._teacher_scores(self.positives),
+            teacher_negatives=self._teacher_scores(self.negatives),
         )
+
+    def _teacher_scores(self, table: list[list[int]]) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        return torch.stack([self.teacher[i, j] for i, row in enumerate(table) for j in row])
 
 
 def make_case(
-    *, num_queries: int = 37, num_documents: int = 101, width: int = 24, seed: int = 0
+    *,
+    num_queries: int = 37,
+    num_documents: int = 101,
+    width: int = 24,
+    seed: int = 0,
+    teacher: bool = False,
 ) -> Case:
     """Ragged everything: 1 to 3 positives, 0 to 4 negatives, 0 to 3 masked documents per query."""
     g = torch.Generator().manual_seed(seed)
@@ -60,26 +72,66 @@ def make_case(
         negatives.append(order[p : p + n])
         masked.append(order[p + n : p + n + m])
         document[order[0]] += 0.7 * query[row]
-    return Case(query, document, positives, negatives, masked)
+    masked[4].append(negatives[4][0])  # an own negative found to be a false one
+    masked[5].append(positives[5][0])  # a positive stays a positive
+    scores = torch.randn(num_queries, num_documents, generator=g) if teacher else None
+    return Case(query, document, positives, negatives, masked, scores)
 
 
-def naive_loss(case: Case, config: LossConfig) -> dict[str, Any]:
-    """Loss and gradients by autograd over the whole score matrix, float64."""
+@dataclasses.dataclass
+class Expected:
+    """Loss and gradients by autograd over the whole score matrix."""
+
+    loss: float
+    query: Tensor
+    document: Tensor
+    temperature: float
+
+
+def naive_loss(case: Case, config: LossConfig) -> Expected:
+    """Everything the config may ask for, one query and one positive at a time."""
     query = case.query.double().requires_grad_()
     document = case.document.double().requires_grad_()
-    q, d = query, document
+    temperature = torch.tensor(config.temperature, dtype=torch.float64, requires_grad=True)
+    dims = (*config.matryoshka_dims, query.shape[1])
+    losses = [_at_width(query[:, :e], document[:, :e], temperature, case, config) for e in dims]
+    loss = torch.stack(losses).mean()
+    grads = torch.autograd.grad(loss, (query, document, temperature))
+    return Expected(loss.item(), grads[0], grads[1], grads[2].item())
+
+
+def _at_width(q: Tensor, d: Tensor, temperature: Tensor, case: Case, config: LossConfig) -> Tensor:
     if config.similarity == "cosine":
         q, d = F.normalize(q, dim=1), F.normalize(d, dim=1)
-    score = q @ d.T / config.temperature
-    loss = torch.zeros((), dtype=torch.float64)
-    for row, positives in enumerate(case.positives):
-        excluded = {*positives, *case.masked[row]}
-        negatives = [j for j in range(len(document)) if j not in excluded]
+    similarity = q @ d.T / (q.shape[1] if config.similarity == "scaled_dot" else 1)
+    score = similarity / temperature
+    allowed = torch.zeros(score.shape, dtype=torch.bool)
+    for i, positives in enumerate(case.positives):
+        own = case.negatives[i] if config.negatives == "own" else range(len(d))
+        allowed[i, [j for j in own if j not in {*positives, *case.masked[i]}]] = True
+        if config.false_negative_margin is not None:
+            ceiling = similarity[i, positives].max() + config.false_negative_margin
+            allowed[i] &= similarity[i] <= ceiling
+    total = torch.zeros((), dtype=torch.float64)
+    for i, positives in enumerate(case.positives):
         for p in positives:
-            logits = torch.cat([score[row, p][None], score[row, negatives]])
-            loss = loss - logits.log_softmax(0)[0] / len(positives) / len(query)
-    query_grad, document_grad = torch.autograd.grad(loss, (query, document))
-    return {"loss": loss.detach(), "query": query_grad, "document": document_grad}
+            row = _cross_entropy(score[i, p], score[i, allowed[i]])
+            column = _cross_entropy(score[i, p], score[allowed[:, p], p])
+            term = (row + column) / 2 if config.symmetric else row
+            total = total + term / len(positives) / len(q)
+    if config.distillation is not None:
+        total = (1 - config.distillation.weight) * total
+        assert case.teacher is not None
+        for i, positives in enumerate(case.positives):
+            listed = [*positives, *case.negatives[i]]
+            target = (case.teacher[i, listed].double() / config.distillation.temperature).softmax(0)
+            kl = F.kl_div(score[i, listed].log_softmax(0), target, reduction="sum")
+            total = total + config.distillation.weight * kl / len(q)
+    return total
+
+
+def _cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
+    return -torch.cat([positive[None], negatives]).log_softmax(0)[0]
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

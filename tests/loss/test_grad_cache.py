@@ -20,18 +20,21 @@ def batch_loss(embeddings: Tensor) -> Tensor:
     return (embeddings @ embeddings.T).logsumexp(1).mean()
 
 
-def cached_gradients(model: nn.Module, chunks: list[Tensor], *, check: bool = True) -> list[Tensor]:
+def cached_gradients(model: nn.Module, chunks: list[Tensor], keep_graphs: int) -> list[Tensor]:
     model.zero_grad()
-    cached = embed_chunks(chunks, model)
+    cached = embed_chunks(chunks, model, keep_graphs=keep_graphs)
     leaf = torch.cat(cached.embeddings).requires_grad_()
     (gradient,) = torch.autograd.grad(batch_loss(leaf), leaf)
     parts = gradient.split([len(chunk) for chunk in chunks])
-    replay_chunks(chunks, cached, parts, model, lambda surrogate: surrogate.backward(), check=check)
+    replay_chunks(chunks, cached, parts, model, lambda surrogate: surrogate.backward(), check=True)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize("keep_graphs", [0, 1, 12])
 @pytest.mark.parametrize("sizes", [[12], [5, 7], [1, 4, 2, 5], [1] * 12])
-def test_cached_gradients_with_dropout_equal_plain_gradients(sizes: list[int]) -> None:
+def test_cached_gradients_with_dropout_equal_plain_gradients(
+    sizes: list[int], keep_graphs: int
+) -> None:
     model = make_model()
     chunks = list(torch.randn(12, 8, dtype=torch.float64).split(sizes))
     torch.manual_seed(5)
@@ -39,7 +42,7 @@ def test_cached_gradients_with_dropout_equal_plain_gradients(sizes: list[int]) -
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     after_plain = torch.get_rng_state()
     torch.manual_seed(5)
-    for got, want in zip(cached_gradients(model, chunks), expected, strict=True):
+    for got, want in zip(cached_gradients(model, chunks, keep_graphs), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     assert torch.equal(torch.get_rng_state(), after_plain)
 
@@ -48,6 +51,20 @@ def test_pass_one_keeps_no_graph() -> None:
     model = make_model()
     cached = embed_chunks([torch.randn(3, 8, dtype=torch.float64)], model)
     assert not cached.embeddings[0].requires_grad
+
+
+def test_chunk_with_kept_graph_is_not_embedded_again() -> None:
+    model, calls = make_model(), []
+
+    def embed(chunk: Tensor) -> Tensor:
+        calls.append(len(chunk))
+        return model(chunk)
+
+    chunks = list(torch.randn(6, 8, dtype=torch.float64).split([1, 2, 3]))
+    cached = embed_chunks(chunks, embed, keep_graphs=1)
+    gradients = [torch.ones(len(chunk), 4) for chunk in chunks]
+    replay_chunks(chunks, cached, gradients, embed, lambda surrogate: surrogate.backward())
+    assert calls == [1, 2, 3, 2, 1]
 
 
 def test_check_finds_an_embedding_that_is_not_reproducible() -> None:
