@@ -1,11 +1,13 @@
-"""Who does the tasks of a build: this process, a pool of its children, or the ranks of MPI."""
+"""Who does the tasks of a build: this process and its children, ranks of MPI, or tasks of srun."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
+import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import DiffembedError
+from pipeline.run_dir import write_text
 
 Task = Callable[[int], None]
 
-# Set for the ranks of a job by the launchers that bring an MPI with them.
+# Set for its ranks by every launcher that brings an MPI with it.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+_POLL_SECONDS = 0.05
 
 
 class Crew(Protocol):
@@ -75,12 +79,8 @@ class Alone:
             self._pool.shutdown(cancel_futures=True)
 
 
-class Ranks:
-    """The ranks of an MPI job, who claim tasks by creating files: a quick one does more."""
-
-    def __init__(self, communicator: Any) -> None:
-        self._communicator = communicator
-        self.is_main = communicator.Get_rank() == 0
+class _Claiming:
+    """Ranks who claim tasks by creating files: a quick one does more."""
 
     def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
         """See `Crew.run`."""
@@ -91,7 +91,49 @@ class Ranks:
 
     def wait(self) -> None:
         """See `Crew.wait`."""
+        raise NotImplementedError
+
+
+class MpiRanks(_Claiming):
+    """The ranks of an MPI job."""
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+        self.is_main = communicator.Get_rank() == 0
+
+    def wait(self) -> None:
+        """See `Crew.wait`."""
         self._communicator.Barrier()
+
+
+class StepTasks(_Claiming):
+    """The tasks of an `srun` step without MPI, who meet through files in a shared folder."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path) -> None:
+        self.is_main = rank == 0
+        self._rank, self._world_size, self._folder = rank, world_size, folder
+        self._meetings = 0
+
+    def wait(self) -> None:
+        """See `Crew.wait`."""
+        meeting = self._folder / f"{self._meetings:06d}"
+        self._meetings += 1
+        write_text(meeting / str(self._rank), "")
+        while sum(path.name.isdigit() for path in meeting.glob("*")) < self._world_size:
+            if (self._folder / "failed").exists():
+                raise DiffembedError("another task of this step failed; see its message")
+            if not self._folder.exists():
+                return  # the main task saw all of the last meeting and has left
+            time.sleep(_POLL_SECONDS)
+
+    def close(self) -> None:
+        """After the last meeting: remove its traces."""
+        if self.is_main:
+            shutil.rmtree(self._folder)
+
+    def fail(self) -> None:
+        """Tell the others that they wait in vain."""
+        write_text(self._folder / "failed", str(self._rank))
 
 
 def _claim(path: Path) -> bool:
@@ -105,28 +147,46 @@ def _claim(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def gather_crew(num_workers: int | None) -> Iterator[Crew]:
-    """The crew this process was started with.
+def gather_crew(num_workers: int | None, *, meeting_folder: Path) -> Iterator[Crew]:
+    """The crew this process was started with; an error of one of its ranks ends all of them.
 
-    Inside MPI an error of one rank ends all of them with its exit code: the others would otherwise
-    wait for it until the job's time is over.
+    Args:
+        num_workers: processes of a crew that no launcher started; all cores by default.
+        meeting_folder: where tasks of `srun` meet; the folder's parent must be shared.
     """
     # Parallel over processes; each tokenizer must not take all cores again.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if not any(name in os.environ for name in _MPI_VARIABLES):
-        alone = Alone(num_workers or _num_cores())
+    if any(name in os.environ for name in _MPI_VARIABLES):
+        with _mpi_ranks() as ranks:
+            yield ranks
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        step = f"{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
+        tasks = StepTasks(
+            int(os.environ["SLURM_PROCID"]),
+            int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            meeting_folder.with_name(f"{meeting_folder.name}-{step}"),
+        )
         try:
+            yield tasks
+        except BaseException:
+            tasks.fail()
+            raise
+        tasks.close()
+    else:
+        with contextlib.closing(Alone(num_workers or _num_cores())) as alone:
             yield alone
-        finally:
-            alone.close()
-        return
+
+
+@contextlib.contextmanager
+def _mpi_ranks() -> Iterator[MpiRanks]:
     from mpi4py import MPI
 
     try:
-        yield Ranks(MPI.COMM_WORLD)
+        yield MpiRanks(MPI.COMM_WORLD)
     except Exception as error:
         if MPI.COMM_WORLD.Get_size() == 1:
             raise
+        # The others would wait for this rank until the job's time is over.
         if isinstance(error, DiffembedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -87,6 +87,7 @@ class Loader:
         examples, documents = self.dataset.examples, self.dataset.documents
         ids = self.order.batch(step)
         listed = {name: examples.ragged(name, ids) for name in ("positives", "negatives")}
+        self._check(listed)
         chosen = self._choose(step, ids, listed)
         positives, negatives = (
             _select(listed[name], chosen[name]) for name in ("positives", "negatives")
@@ -129,6 +130,19 @@ class Loader:
             negative_scores=scores[1],
         )
 
+    def _check(self, listed: dict[str, Ragged]) -> None:
+        """Refuse what a damaged shard would otherwise turn into an obscure failure."""
+        found = np.concatenate([lists.values for lists in listed.values()])
+        num_documents = len(self.dataset.documents)
+        if listed["positives"].lengths.min() < 1 or found.min() < 0 or found.max() >= num_documents:
+            raise self._damaged(f"an example refers to documents outside 0..{num_documents - 1}")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.dataset.folder}: {what}",
+            fix="run `diffembed data verify` on the folder to find the damaged shard",
+        )
+
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
         """Places of the documents taken this step; another epoch takes others."""
         key = make_key(self._seed, 3, step)
@@ -154,6 +168,8 @@ class Loader:
         for row, view in enumerate(self.dataset.examples.views("scores", ids)):
             split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
             full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
+            if len(full) != total:
+                raise self._damaged(f"example {ids[row]} has {len(full)} scores for {total} texts")
             by_list["positives"].append(full[:split])
             by_list["negatives"].append(full[split:])
         picked = (
@@ -183,10 +199,7 @@ class Loader:
         input_ids = np.concatenate(views).astype(np.int64)
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise UserError(
-                f"{self.dataset.folder}: a token id outside the vocabulary of {vocab_size}",
-                fix="run `diffembed data verify` on the folder to find the damaged shard",
-            )
+            raise self._damaged(f"a token id outside the vocabulary of {vocab_size}")
         return Chunk(input_ids=input_ids, lengths=lengths[texts], texts=texts)
 
     def __iter__(self) -> Iterator[GlobalBatch]:

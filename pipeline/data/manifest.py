@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,35 @@ def read_manifest(folder: Path) -> Manifest:
             fix="update diffembed, or prepare the dataset again with this version",
         )
     try:
-        return TypeAdapter(Manifest).validate_python(tree)
+        manifest = TypeAdapter(Manifest).validate_python(tree)
     except (ValidationError, UserError) as error:
         detail = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
         raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again") from error
+    for reason in _contradictions(manifest):
+        raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again")
+    return manifest
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Counts and names that do not fit together."""
+    counted = (
+        ("examples", manifest.num_examples, manifest.example_shards),
+        ("documents", manifest.num_documents, manifest.document_shards),
+    )
+    for name, total, shards in counted:
+        if total < 1 or sum(shard.rows for shard in shards) != total:
+            yield f"the shards do not hold {total} {name}"
+    for shard in (*manifest.example_shards, *manifest.document_shards):
+        if Path(shard.file).name != shard.file or shard.rows < 1:
+            yield f"shard {shard.file!r} with {shard.rows} rows"
+    end = 0
+    for group in manifest.groups:
+        if group.start != end or group.count < 1:
+            yield f"group {group.instruction!r} of {group.source} does not start at {end}"
+        end += group.count
+    if end != manifest.num_examples:
+        yield f"the groups end at {end}, not at {manifest.num_examples}"
+    missing = {group.source for group in manifest.groups} - {s.name for s in manifest.sources}
+    if missing:
+        yield f"groups of unknown sources {sorted(missing)}"

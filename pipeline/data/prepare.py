@@ -97,7 +97,7 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
     """
     target = config.output_dir
     build = Build(config, target.with_name(f".{target.name}.building"))
-    with gather_crew(num_workers) as crew:
+    with gather_crew(num_workers, meeting_folder=target.with_name(f".{target.name}.step")) as crew:
         if not _is_done(config):
             # Everybody looks at the target before anybody can have finished it.
             crew.wait()

@@ -74,5 +74,13 @@ def band_keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
 
 
 def matching_ratio(left: str, right: str) -> float:
-    """Share of characters in matching blocks, 0 to 1 (difflib's, after Ratcliff and Metzener)."""
-    return difflib.SequenceMatcher(None, left, right).ratio()
+    """Share of two texts in matching blocks, 0 to 1 (Ratcliff and Metzener, 1988).
+
+    The larger of difflib's ratio over characters, as published decontamination uses it, and over
+    words: beyond 200 characters the former disregards every frequent letter, and so finds little.
+    """
+    characters = difflib.SequenceMatcher(None, left, right).ratio()
+    words = difflib.SequenceMatcher(
+        None, _WORD.findall(left.lower()), _WORD.findall(right.lower()), autojunk=False
+    )
+    return max(characters, words.ratio())

@@ -28,7 +28,10 @@ _PROBES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerInfo:
-    """What a dataset records about its tokenizer; compared by fingerprint only."""
+    """What a dataset records about its tokenizer; compared by fingerprint only.
+
+    All its ids are below `vocab_size`.
+    """
 
     path: str
     fingerprint: str
@@ -85,7 +88,7 @@ def load_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
     info = TokenizerInfo(
         path=path,
         fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_id=tokenizer.eos_token_id,
         append_eos=append_eos,
     )
@@ -97,18 +100,18 @@ class TextEncoder:
 
     Args:
         tokenizer_json: from `load_tokenizer`.
-        eos_id: appended where it is missing; None appends nothing.
+        eos_id: the tokenizer's EOS, if it has one.
+        append_eos: end every text with EOS, also where the tokenizer's own rule does not.
     """
 
-    def __init__(self, tokenizer_json: str, *, eos_id: int | None) -> None:
+    def __init__(self, tokenizer_json: str, *, eos_id: int | None, append_eos: bool) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._eos_id = eos_id
+        self._append = eos_id if append_eos else None
+        # Stands for a text of which the tokenizer's normaliser leaves nothing.
+        self._nothing = [eos_id or 0]
         # Without room for the appended EOS, truncation would drop it from exactly the long texts.
-        self._missing = int(eos_id is not None and self._ends("a") != eos_id)
-
-    def _ends(self, text: str) -> int:
-        ids = self._tokenizer.encode(text).ids
-        return int(ids[-1]) if ids else -1
+        ids = self._tokenizer.encode("a").ids
+        self._missing = int(append_eos and (not ids or ids[-1] != eos_id))
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[NDArray[np.int32]]:
         """Token ids of each text, at most `max_length` long, at least one.
@@ -119,8 +122,7 @@ class TextEncoder:
         rows = []
         for encoding in self._tokenizer.encode_batch_fast(list(texts)):
             ids = encoding.ids
-            row = np.array(ids, dtype=np.int32)
-            if self._eos_id is not None and (not ids or ids[-1] != self._eos_id):
-                row = np.append(row, np.int32(self._eos_id))
-            rows.append(row)
+            if self._append is not None and (not ids or ids[-1] != self._append):
+                ids = [*ids, self._append]
+            rows.append(np.array(ids or self._nothing, dtype=np.int32))
         return rows

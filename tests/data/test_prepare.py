@@ -42,9 +42,7 @@ def run_prepare(script: Path, config: Path, ranks: int) -> subprocess.CompletedP
         command = [str(mpirun), *options, *command]
     # The checkout under test, wherever the package is installed from.
     environment = {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -71,7 +71,8 @@ class Build:
         info = self.plan.tokenizer
         return TextEncoder(
             (self.folder / "tokenizer.json").read_text(),
-            eos_id=info.eos_id if info.append_eos else None,
+            eos_id=info.eos_id,
+            append_eos=info.append_eos,
         )
 
     def output(self, step: str, task: int) -> Path:

@@ -1,0 +1,241 @@
+"""What prepare drops, merges and keeps, checked on texts whose fate is known."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_support import ConfigMaker, words, write_jsonl
+
+from pipeline.config import (
+    DecontaminateConfig,
+    EvaluationSetConfig,
+    SourceConfig,
+    Template,
+)
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import Dataset
+from pipeline.data.similarity import hash_ngrams, hash_words, minhash
+from pipeline.data.tokens import TextEncoder, load_tokenizer
+
+
+@pytest.fixture
+def build(make_config: ConfigMaker, tmp_path: Path) -> Any:
+    """Prepare records given as dicts, each list a source of its own."""
+
+    def run(*sources: list[dict[str, Any]], name: str = "dataset", **options: Any) -> Dataset:
+        configs = []
+        per_source = options.pop("source_options", {})
+        for number, records in enumerate(sources):
+            path = write_jsonl(tmp_path / f"source{number}.jsonl", records)
+            configs.append(
+                SourceConfig(name=f"s{number}", format="columns", path=str(path), **per_source)
+            )
+        config = make_config(*configs, name=name, **options)
+        return Dataset.open(prepare(config, num_workers=1), verify=True)
+
+    return run
+
+
+def documents(dataset: Dataset, tokenizer_path: Path) -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    ids = np.arange(len(dataset.documents))
+    return [tokenizer.decode(view) for view in dataset.documents.views("tokens", ids)]
+
+
+def dropped(dataset: Dataset) -> list[tuple[str, str, str]]:
+    lines = (dataset.folder / "dropped.jsonl").read_text().splitlines()
+    return [(e["dropped"], e["reason"], e["text"]) for e in map(json.loads, lines)]
+
+
+def test_a_text_is_stored_once_over_all_sources(build: Any, tokenizer_path: Path) -> None:
+    first = [{"query": "a", "positives": ["one", "two"], "negatives": ["three"]}]
+    second = [{"query": "b", "positives": ["three"], "negatives": ["one", "one"]}]
+    dataset = build(first, second)
+    assert sorted(documents(dataset, tokenizer_path)) == ["one", "three", "two"]
+    positives = dataset.examples.ragged("positives", np.arange(2))
+    negatives = dataset.examples.ragged("negatives", np.arange(2))
+    assert positives[1].tolist() == negatives[0].tolist()
+    assert negatives[1].tolist() == positives[0].tolist()[:1]
+
+
+def test_a_positive_is_not_also_a_negative(build: Any) -> None:
+    dataset = build([{"query": "a", "positives": ["yes"], "negatives": ["yes", "no"]}])
+    assert dataset.examples.lengths("negatives", np.array([0])).tolist() == [1]
+    assert dropped(dataset) == [("negative", "equals a positive", "yes")]
+    assert dataset.manifest.sources[0].dropped == {"negative: equals a positive": 1}
+
+
+def test_rows_without_query_or_positive_are_dropped_and_reported(build: Any) -> None:
+    dataset = build(
+        [
+            {"query": " ", "positives": ["a"]},
+            {"query": "lost", "positives": ["", " \n"]},
+            {"query": "kept", "positives": ["b", ""]},
+        ]
+    )
+    assert dataset.num_examples == 1
+    assert ("query", "no positive left", "lost") in dropped(dataset)
+    assert ("query", "empty", " ") in dropped(dataset)
+    report = (dataset.folder / "report.md").read_text()
+    assert "query: no positive left 1" in report and "'lost'" in report
+
+
+def test_scores_stay_beside_their_documents(build: Any, tokenizer_path: Path) -> None:
+    record = {
+        "query": "a",
+        "positives": ["good", "", "fine"],
+        "negatives": ["fine", "bad", "worse"],
+        "s": [5, 4, 3, 2, 1, 0],
+    }
+    dataset = build([record], source_options={"columns": {"scores": "s"}})
+    texts = documents(dataset, tokenizer_path)
+    lists = [dataset.examples.ragged(name, np.array([0])) for name in ("positives", "negatives")]
+    ids = np.concatenate([found.values for found in lists])
+    scores = dataset.examples.ragged("scores", np.array([0])).values
+    assert dict(zip([texts[k] for k in ids], scores.tolist(), strict=True)) == {
+        "good": 5.0,
+        "fine": 3.0,
+        "bad": 1.0,
+        "worse": 0.0,
+    }
+    assert dataset.manifest.has_scores
+
+
+def test_near_duplicates_become_one_document_and_never_a_negative(
+    build: Any, tokenizer_path: Path
+) -> None:
+    rng = random.Random(0)
+    text = words(rng, 200)
+    near = text.replace(text.split()[100], "changed", 1).upper()
+    other = words(rng, 200)
+    records = [
+        {"query": "a", "positives": [text], "negatives": [near, other]},
+        {"query": "b", "positives": [near], "negatives": [other]},
+    ]
+    dataset = build(records, near_duplicates=0.9)
+    assert len(dataset.documents) == 2
+    assert dataset.manifest.num_near_duplicates == 1
+    positives = dataset.examples.ragged("positives", np.arange(2))
+    assert positives[0].tolist() == positives[1].tolist()
+    assert dataset.examples.lengths("negatives", np.arange(2)).tolist() == [1, 1]
+    assert [reason for _, reason, _ in dropped(dataset)] == ["near-duplicate"]
+    assert len(build(records, name="plain").documents) == 3
+
+
+def test_minhash_estimates_the_jaccard_similarity() -> None:
+    rng = random.Random(1)
+    base = words(rng, 400).split()
+    for cut in (40, 120, 240):
+        other = base[:-cut] + words(rng, cut).split()
+        left, right = (
+            set(hash_ngrams(hash_words(" ".join(text)), 5).tolist()) for text in (base, other)
+        )
+        exact = len(left & right) / len(left | right)
+        estimate = (minhash(" ".join(base)) == minhash(" ".join(other))).mean()
+        assert estimate == pytest.approx(exact, abs=0.14)
+
+
+def test_texts_of_an_evaluation_set_are_dropped_with_the_place_they_were_found(
+    build: Any, tmp_path: Path
+) -> None:
+    rng = random.Random(2)
+    problem, passage = words(rng, 60), words(rng, 120)
+    write_jsonl(tmp_path / "queries.jsonl", [{"text": problem}])
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage}])
+    shuffled = problem.split()
+    shuffled[::10] = ["other"] * len(shuffled[::10])  # no 13-gram survives, most characters do
+    records = [
+        {"query": problem, "positives": ["copied query"]},
+        {"query": " ".join(shuffled), "positives": ["edited query"]},
+        {"query": "fine", "positives": ["intro " + passage]},
+        {"query": words(rng, 40), "positives": [words(rng, 80)], "negatives": [passage]},
+    ]
+    rule = DecontaminateConfig(
+        sets=(
+            EvaluationSetConfig(name="bench", path=str(tmp_path / "queries.jsonl")),
+            EvaluationSetConfig(
+                name="bench-corpus", path=str(tmp_path / "corpus.jsonl"), queries=False
+            ),
+        )
+    )
+    dataset = build(records, decontaminate=rule)
+    assert dataset.num_examples == 1
+    lines = (dataset.folder / "dropped.jsonl").read_text().splitlines()
+    found = {(e["dropped"], e.get("found in", "").split(":")[0]) for e in map(json.loads, lines)}
+    assert ("query", "bench") in found
+    assert ("positive", "bench-corpus") in found
+    assert ("negative", "bench-corpus") in found
+    reasons = [json.loads(line).get("detail", "") for line in lines]
+    assert any("matching ratio" in reason for reason in reasons)
+    assert any("13-grams" in reason for reason in reasons)
+    assert build(records, name="plain").num_examples == 4
+
+
+def test_documents_that_were_not_cut_are_not_tokenised_again(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(3)
+    records = [
+        {"query": words(rng, 5), "positives": [words(rng, 3 if k % 4 else 100)]} for k in range(40)
+    ]
+    short = build(records, name="short", max_document_length=32)
+    fresh = build(records, name="fresh", max_document_length=60)
+    counted: list[int] = []
+    encode = TextEncoder.encode
+
+    def counting(self: TextEncoder, texts: Any, max_length: int) -> Any:
+        if max_length == 60:
+            counted.append(len(texts))
+        return encode(self, texts, max_length)
+
+    monkeypatch.setattr(TextEncoder, "encode", counting)
+    reused = build(records, name="reused", max_document_length=60, reuse=short.folder)
+    assert sum(counted) == short.manifest.document_lengths.cut == 10
+    assert reused.manifest == fresh.manifest
+
+
+def test_a_truncated_text_keeps_its_eos(build: Any, tokenizer_path: Path) -> None:
+    rng = random.Random(4)
+    records = [{"query": words(rng, 60), "positives": [words(rng, 200), "short"]}]
+    dataset = build(records, append_eos=True, max_query_length=16, max_document_length=20)
+    eos = dataset.tokenizer.eos_id
+    query = dataset.examples.views("query", np.array([0]))[0]
+    assert len(query) == 16 and query[-1] == eos and (query == eos).sum() == 1
+    for view in dataset.documents.views("tokens", np.arange(2)):
+        assert view[-1] == eos and (view == eos).sum() == 1
+    assert sorted(dataset.documents.lengths("tokens", np.arange(2)).tolist())[1] == 20
+
+
+def test_prepared_strings_are_those_that_evaluation_will_format(
+    make_config: ConfigMaker, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    template = Template(query="Task: {instruction} | {text}", document="Passage: {text}")
+    record = {"query": "who", "positive": "he", "negative": "she"}
+    path = write_jsonl(tmp_path / "allnli.jsonl", [record])
+    source = SourceConfig(name="e5", format="e5", path=str(path), instruction="Pair up")
+    dataset = Dataset.open(prepare(make_config(source, template=template), num_workers=1))
+    tokenizer_json, _ = load_tokenizer(str(tokenizer_path), append_eos=False)
+    encoder = TextEncoder(tokenizer_json, eos_id=None, append_eos=False)
+    assert dataset.template == template
+    stored = dataset.template
+    query = encoder.encode([stored.format_query("who", "Pair up")], 48)[0]
+    assert dataset.examples.views("query", np.array([0]))[0].tolist() == query.tolist()
+    # Documents of a symmetric set carry the instruction as well.
+    pair = encoder.encode([stored.format_document(text, "Pair up") for text in ("he", "she")], 64)
+    views = dataset.documents.views("tokens", np.arange(2))
+    assert sorted(view.tolist() for view in views) == sorted(row.tolist() for row in pair)
+
+
+def test_too_many_instructions_make_one_group(build: Any) -> None:
+    records = [
+        {"query": f"q{k}", "positives": [f"p{k}"], "how": f"instruction {k}"} for k in range(1100)
+    ]
+    dataset = build(records, source_options={"columns": {"instruction": "how"}})
+    assert [(group.instruction, group.count) for group in dataset.manifest.groups] == [("", 1100)]

@@ -1,0 +1,266 @@
+"""Every published format, from small files in its own layout to rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_support import write_jsonl
+
+from pipeline.config import SourceConfig
+from pipeline.data.sources import (
+    FORMATS,
+    Row,
+    Shelf,
+    expand_sources,
+    plan_source,
+    read_judgements,
+    read_rows,
+)
+from pipeline.errors import UserError
+
+
+def rows_of(
+    source: SourceConfig, *, block_bytes: int = 10**9, shelf: Shelf | None = None
+) -> list[Row]:
+    return [
+        row
+        for expanded in expand_sources([source])
+        for block in plan_source(expanded, block_bytes=block_bytes)
+        for _, row in read_rows(expanded, block, shelf)
+    ]
+
+
+def make_source(path: Path, format: str, **options: Any) -> SourceConfig:
+    return SourceConfig(name="set", format=format, path=str(path), **options)
+
+
+PAIRS = [{"query": f"question {k}", "positives": [f"answer {k}", f"reply {k}"]} for k in range(50)]
+
+
+@pytest.mark.parametrize("block_bytes", [7, 64, 100, 1000, 10**6])
+def test_blocks_of_any_size_give_every_line_once(tmp_path: Path, block_bytes: int) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    rows = rows_of(make_source(path, "columns"), block_bytes=block_bytes)
+    assert [row.query for row in rows] == [pair["query"] for pair in PAIRS]
+
+
+def test_every_container_gives_the_same_rows(tmp_path: Path) -> None:
+    plain = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(PAIRS), table, row_group_size=8)
+    split = tmp_path / "parts"
+    split.mkdir()
+    write_jsonl(split / "1.jsonl", PAIRS[:20])
+    write_jsonl(split / "2.jsonl", PAIRS[20:])
+    (split / "README.md").write_text("not data")
+    expected = rows_of(make_source(plain, "columns"))
+    for path in (packed, table, split, tmp_path / "parts" / "*.jsonl"):
+        assert rows_of(make_source(path, "columns"), block_bytes=300) == expected
+
+
+def test_a_saved_hub_dataset_is_read_without_a_network(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(PAIRS).save_to_disk(str(tmp_path / "saved"))
+    source = SourceConfig(name="set", format="columns", path=f"hub:{tmp_path / 'saved'}")
+    assert [row.query for row in rows_of(source)] == [pair["query"] for pair in PAIRS]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("max_rows", [1, 9, 49, 80])
+def test_a_cap_takes_the_first_rows(tmp_path: Path, suffix: str, max_rows: int) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    text = "".join(json.dumps(pair) + "\n\n" for pair in PAIRS)
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(PAIRS), path, row_group_size=8)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    rows = rows_of(make_source(path, "columns", max_rows=max_rows), block_bytes=200)
+    assert [row.query for row in rows] == [pair["query"] for pair in PAIRS[:max_rows]]
+
+
+def test_a_cap_counts_over_the_files_of_a_folder(tmp_path: Path) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", PAIRS[number * 10 : number * 10 + 10])
+    rows = rows_of(make_source(tmp_path, "columns", max_rows=15))
+    assert [row.query for row in rows] == [pair["query"] for pair in PAIRS[:15]]
+
+
+def test_columns_are_mapped_also_inside_fields(tmp_path: Path) -> None:
+    record = {
+        "q": {"text": "what"},
+        "pos": {"title": "T", "text": "yes"},
+        "neg": ["no", {"text": "never"}],
+        "how": "Answer",
+        "topic": "c1",
+        "s": [0.9, 0.1, 0],
+    }
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    columns = {
+        "query": "q.text",
+        "positives": "pos",
+        "negatives": "neg",
+        "instruction": "how",
+        "concept": "topic",
+        "scores": "s",
+    }
+    (row,) = rows_of(make_source(path, "columns", columns=columns))
+    assert row == Row(
+        query="what",
+        positives=("T yes",),
+        negatives=("no", "never"),
+        instruction="Answer",
+        concept="c1",
+        scores=(0.9, 0.1, 0.0),
+    )
+
+
+def test_where_keeps_records_with_equal_fields(tmp_path: Path) -> None:
+    records = [{**pair, "domain": "even" if k % 2 == 0 else "odd"} for k, pair in enumerate(PAIRS)]
+    path = write_jsonl(tmp_path / "rows.jsonl", records)
+    rows = rows_of(make_source(path, "columns", where={"domain": "odd"}))
+    assert [row.query for row in rows] == [pair["query"] for pair in PAIRS[1::2]]
+
+
+def test_reasonaug_rows_carry_task_as_instruction_and_instance_as_concept(tmp_path: Path) -> None:
+    record = {
+        "id": 1,
+        "domain": "algorithm",
+        "instance": "Heap",
+        "task_type": "p2i",
+        "task": "Find the concept",
+        "user_query": "problem",
+        "positive_document": "heap",
+        "hard_negative_document": None,
+        "negative_instance": None,
+    }
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    (row,) = rows_of(make_source(path, "reasonaug"))
+    assert row == Row(
+        query="problem", positives=("heap",), instruction="Find the concept", concept="Heap"
+    )
+
+
+def test_an_e5_folder_is_one_source_per_set_with_its_own_instruction(tmp_path: Path) -> None:
+    record = {"query": "who", "positive": "p", "negative": "n"}
+    for name in ("nq", "allnli_split1", "quora_duplicates"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [record] * 5)
+    source = make_source(tmp_path, "e5", max_rows=3)
+    expanded = expand_sources([source])
+    assert [own.name for own in expanded] == ["set.allnli_split1", "set.nq", "set.quora_duplicates"]
+    rows = rows_of(source)
+    assert len(rows) == 9
+    assert "Wikipedia" in rows[3].instruction and rows[3].document_instruction == ""
+    # A split of a symmetric set is still symmetric.
+    assert rows[0].document_instruction == rows[0].instruction != ""
+
+
+def test_symmetric_sets_use_each_of_their_instructions(tmp_path: Path) -> None:
+    records = [{"query": f"q{k}", "positive": "p", "negative": "n"} for k in range(200)]
+    path = write_jsonl(tmp_path / "quora_duplicates.jsonl", records)
+    instructions = [row.instruction for row in rows_of(make_source(path, "e5"))]
+    assert len(set(instructions)) == 2
+    assert 60 < instructions.count(instructions[0]) < 140
+
+
+def test_msmarco_takes_instruction_negatives_first_and_samples_the_others(tmp_path: Path) -> None:
+    def passages(kind: str, count: int) -> list[dict[str, str]]:
+        return [{"docid": f"{k}", "title": kind, "text": f"{k}"} for k in range(count)]
+
+    record = {
+        "query": "q",
+        "positive_passages": passages("good", 2),
+        "negative_passages": passages("bad", 40),
+        "new_negatives": passages("new", 5),
+    }
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    (row,) = rows_of(make_source(path, "msmarco_instructions"))
+    assert row.positives == ("good 0",)
+    assert len(row.negatives) == len(set(row.negatives)) == 15
+    assert row.num_first_negatives == 3
+    assert [text.split()[0] for text in row.negatives] == ["new"] * 3 + ["bad"] * 12
+    assert rows_of(make_source(path, "msmarco_instructions")) == [row]
+
+
+def test_reasonir_hq_finds_its_positives_by_id(tmp_path: Path) -> None:
+    record = {
+        "query": ["Given a post", "why"],
+        "pos": [["", "docs/1.txt"]],
+        "neg": [["", "wrong"], ["", "false"]],
+    }
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    source = make_source(path, "reasonir_hq", documents=str(path))
+    texts = {"docs/1.txt": "because"}
+    shelf = Shelf(document=texts.get, judgements={})
+    (row,) = rows_of(source, shelf=shelf)
+    assert row.query == "why" and row.instruction == "Given a post"
+    assert row.positives == ("because",) and row.negatives == ("wrong", "false")
+    empty = Shelf(document={}.get, judgements={})
+    with pytest.raises(UserError, match="rows.jsonl:1: document id 'docs/1.txt' is not in"):
+        rows_of(source, shelf=empty)
+    (plain,) = rows_of(make_source(path, "reasonir_vl"))
+    assert plain.positives == ("docs/1.txt",)
+
+
+def test_lines_are_their_own_positives(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_text("A first line.\n\nAnother one.\r\n")
+    rows = rows_of(make_source(path, "lines"))
+    assert [(row.query, row.positives) for row in rows] == [
+        ("A first line.", ("A first line.",)),
+        ("Another one.", ("Another one.",)),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["jsonl and tsv", "folders of parquet"])
+def test_a_folder_in_mteb_layout_joins_queries_to_judged_documents(
+    tmp_path: Path, layout: str
+) -> None:
+    corpus = [{"_id": f"d{k}", "title": "T", "text": f"text {k}"} for k in range(4)]
+    queries = [{"_id": "q0", "text": "zero"}, {"_id": "q1", "text": "not judged"}]
+    judged = [("q0", "d1", 1), ("q0", "d3", 2), ("q0", "d0", 0)]
+    if layout == "jsonl and tsv":
+        write_jsonl(tmp_path / "corpus.jsonl", corpus)
+        write_jsonl(tmp_path / "queries.jsonl", queries)
+        (tmp_path / "qrels").mkdir()
+        lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, line)) for line in judged)]
+        (tmp_path / "qrels" / "train.tsv").write_text("\n".join(lines))
+    else:
+        qrels = [
+            dict(zip(("query-id", "corpus-id", "score"), line, strict=True)) for line in judged
+        ]
+        for part, rows in (("corpus", corpus), ("queries", queries), ("qrels", qrels)):
+            (tmp_path / part).mkdir()
+            name = "train.parquet" if part == "qrels" else "part-0.parquet"
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / part / name)
+    source = make_source(tmp_path, "mteb", instruction="Find")
+    texts = {row["_id"]: row["text"] for row in corpus}
+    shelf = Shelf(document=texts.get, judgements=read_judgements(source))
+    assert rows_of(source, shelf=shelf) == [
+        Row(
+            query="zero",
+            positives=("text 1", "text 3"),
+            negatives=("text 0",),
+            instruction="Find",
+        )
+    ]
+
+
+def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        expand_sources([make_source(tmp_path, "json")])
+    assert all(name in str(caught.value) for name in FORMATS)
+
+
+def test_errors_name_the_line_of_the_file_also_in_a_later_block(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*PAIRS, {"query": 3, "positives": "p"}])
+    with pytest.raises(UserError, match=r"rows.jsonl:51: 'query' is a int"):
+        rows_of(make_source(path, "columns"), block_bytes=100)
