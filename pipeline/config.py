@@ -99,9 +99,19 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_dropout: float | None = None
     gradient_checkpointing: bool = False
+    # A peft adapter to start from: merged into the weights, or trained further.
+    adapter: str | None = None
+    adapter_use: Literal["merge", "continue"] = "merge"
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.adapter_use == "merge" or (self.adapter is not None and self.lora is None),
+            "model.adapter_use",
+            self.adapter_use,
+            "continue only with model.adapter and without model.lora",
+            "the adapter to continue brings its own rank and targets",
+        )
         _require(
             not self.trust_remote_code or self.revision is not None,
             "model.trust_remote_code",
@@ -468,7 +478,10 @@ class EvaluatedModel:
         )
 
 
-_REPORT_KEYS = ("name", "metric", "benchmark", "chance", "difference", "ci_low", "ci_high")
+_REPORT_KEYS = (
+    "name", "task", "benchmark", "metric", "chance", "intervals", "by_split", "other_scores",
+    "num_queries", "max_length", "difference", "ci_low", "ci_high", "significant", "published",
+)  # fmt: skip
 
 
 @_strict
@@ -485,6 +498,8 @@ class EvaluateConfig:
     training_run: Path | None = None
     # Instructions by task name; they replace those of pipeline/evaluation/instructions.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Memory of one GPU, so that planning can refuse texts that would not fit it.
+    gpu_memory_gib: float | None = None
     # Several maximum lengths by task or benchmark name; max_length holds for all others.
     lengths: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 

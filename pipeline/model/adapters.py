@@ -1,11 +1,12 @@
-"""Low-rank adapters on a backbone, by peft."""
+"""Low-rank adapters on a backbone, fresh or from an earlier run, by peft."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any, Literal
 
 import peft
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import LoraConfig
 from pipeline.errors import UserError
@@ -15,8 +16,16 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
     """Freeze the backbone and add fresh adapters to the linear layers named in the config.
 
     Raises:
-        UserError: none of the named layers exists.
+        UserError: one of the named layers does not exist.
     """
+    # peft ignores a name that matches nothing as long as another one matches.
+    names = _linear_names(backbone)
+    unknown = [target for target in config.targets if target not in names]
+    if unknown:
+        raise UserError(
+            f"model.lora.targets: no layer is called {', '.join(unknown)}",
+            allowed=", ".join(sorted(names)),
+        )
     adapter = peft.LoraConfig(
         task_type=peft.TaskType.FEATURE_EXTRACTION,
         r=config.rank,
@@ -26,19 +35,68 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
         use_rslora=config.rslora,
         bias="none",
     )
-    # peft ignores a name that matches nothing as long as another one matches.
-    names = _linear_names(backbone)
-    unknown = [target for target in config.targets if target not in names]
-    if unknown:
+    return _attach(backbone, adapter)
+
+
+def load_adapter(
+    backbone: nn.Module, path: str, *, use: Literal["merge", "continue"], meta: bool
+) -> nn.Module:
+    """Put an adapter folder on the backbone.
+
+    Args:
+        backbone: the model the adapter was trained on.
+        path: a folder or hub name with adapter_config.json.
+        use: merge it into the weights and forget it, or keep it trainable.
+        meta: shapes only; read no weights.
+
+    Raises:
+        UserError: no adapter is there, or it belongs to another model.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(path)
+        weights = {} if meta else peft.load_peft_weights(path, device="cpu")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"model.lora.targets: no layer is called {', '.join(unknown)}",
-            allowed=", ".join(sorted(names)),
-        )
+            f"model.adapter: cannot read an adapter from {path!r}",
+            allowed="a folder with adapter_config.json and adapter_model.safetensors",
+        ) from error
+    config.inference_mode = False
+    adapted: Any = _attach(backbone, config)
+    if not meta:
+        _set_weights(adapted, weights, path)
+    if use == "continue":
+        return adapted  # type: ignore[no-any-return]
+    merged: nn.Module = adapted.merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze it
+
+
+def _attach(backbone: nn.Module, config: peft.PeftConfig) -> nn.Module:
     with warnings.catch_warnings():
-        # peft still asks for a property that transformers renames.
+        # peft asks for a property that transformers renames, and notes where an adapter came from.
         warnings.simplefilter("ignore", FutureWarning)
-        adapted: nn.Module = peft.get_peft_model(backbone, adapter)
+        warnings.simplefilter("ignore", UserWarning)
+        adapted: nn.Module = peft.get_peft_model(backbone, config)
     return adapted
+
+
+def _set_weights(adapted: Any, weights: dict[str, Tensor], path: str) -> None:
+    """Load all of an adapter or refuse it: peft leaves what does not fit at its fresh value."""
+    # Adapters of a language model name its backbone, which here stands alone.
+    stem = "base_model.model."
+    outer = f"{stem}{adapted.get_base_model().base_model_prefix}."
+    if all(name.startswith(outer) for name in weights):
+        weights = {stem + name.removeprefix(outer): value for name, value in weights.items()}
+    try:
+        loaded = peft.set_peft_model_state_dict(adapted, weights)
+    except RuntimeError as error:
+        raise UserError(f"model.adapter: {path}: {str(error).splitlines()[-1].strip()}") from error
+    missing = [name for name in loaded.missing_keys if "lora_" in name]
+    if missing or loaded.unexpected_keys:
+        raise UserError(
+            f"model.adapter: {path} does not fit the model: missing {missing[:2]}, "
+            f"unexpected {list(loaded.unexpected_keys)[:2]}",
+            fix="give the adapter of this backbone",
+        )
 
 
 def _linear_names(backbone: nn.Module) -> set[str]:

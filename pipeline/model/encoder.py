@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
-from pipeline.model.adapters import add_lora
+from pipeline.model.adapters import add_lora, load_adapter
 from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
 from pipeline.model.packing import Rows, check_lengths
@@ -116,6 +116,8 @@ def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
     backbone, family = load_backbone(config, meta=meta)
     if config.gradient_checkpointing:
         _checkpoint_activations(backbone)
+    if config.adapter is not None:
+        backbone = load_adapter(backbone, config.adapter, use=config.adapter_use, meta=meta)
     if config.lora is not None:
         backbone = add_lora(backbone, config.lora)
     return Encoder(backbone, family, config).eval()

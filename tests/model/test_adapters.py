@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+
+from pipeline.config import LoraConfig, ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.encoder import build_encoder
+
+IDS, LENGTHS = torch.arange(3, 20), torch.tensor([12, 5])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model's folder."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    path = tmp_path_factory.mktemp("base")
+    hf.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def save_adapter(model: Any, folder: Path) -> Any:
+    """A peft adapter with weights that matter, trained elsewhere on `model`."""
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, adapter)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def reference(adapted: Any) -> torch.Tensor:
+    """Causal mean vectors by peft and transformers alone."""
+    rows = [adapted(row[None], output_hidden_states=True) for row in IDS.split([12, 5])]
+    return torch.cat([row.hidden_states[-1].mean(1) for row in rows])
+
+
+@pytest.mark.parametrize("use", ["merge", "continue"])
+def test_an_adapter_of_a_language_model_starts_an_encoder(
+    base: Path, tmp_path: Path, use: Any
+) -> None:
+    adapted = save_adapter(hf.AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
+    config = ModelConfig(
+        path=str(base), dtype="float32", attention="causal", normalize=False,
+        adapter=str(tmp_path), adapter_use=use,
+    )  # fmt: skip
+    encoder = build_encoder(config)
+    torch.testing.assert_close(encoder(IDS, LENGTHS), reference(adapted), atol=1e-5, rtol=0)
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    # Merged: everything trains, no adapter is left. Continued: the adapter alone trains.
+    assert all(("lora_" in name) == (use == "continue") for name in trained)
+    assert len(trained) == (8 if use == "continue" else len(list(encoder.parameters())))
+    names = [name for name, _ in encoder.named_parameters()]
+    assert [name for name, _ in build_encoder(config, meta=True).named_parameters()] == names
+
+
+def test_a_merged_adapter_can_carry_a_fresh_one(base: Path, tmp_path: Path) -> None:
+    save_adapter(hf.AutoModelForCausalLM.from_pretrained(base), tmp_path)
+    merged = ModelConfig(path=str(base), dtype="float32", adapter=str(tmp_path))
+    encoder = build_encoder(dataclasses.replace(merged, lora=LoraConfig(rank=2)))
+    # A fresh adapter changes nothing yet.
+    torch.testing.assert_close(
+        encoder(IDS, LENGTHS), build_encoder(merged)(IDS, LENGTHS), atol=1e-6, rtol=0
+    )
+    assert all(
+        ("lora_" in name) == parameter.requires_grad
+        for name, parameter in encoder.named_parameters()
+    )
+
+
+def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    deeper = hf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    save_adapter(hf.LlamaModel(deeper), tmp_path / "deeper")
+    wider = hf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    save_adapter(hf.LlamaModel(wider), tmp_path / "wider")
+    for name, words in (("deeper", "does not fit"), ("wider", "wider"), ("none", "cannot read")):
+        with pytest.raises(UserError, match=words):
+            build_encoder(ModelConfig(path=str(base), adapter=str(tmp_path / name)))
+
+
+def test_continuing_without_an_adapter_or_with_a_second_one_is_refused() -> None:
+    with pytest.raises(UserError, match="adapter_use"):
+        ModelConfig(path="x", adapter_use="continue")
+    with pytest.raises(UserError, match="adapter_use"):
+        ModelConfig(path="x", adapter="y", adapter_use="continue", lora=LoraConfig())
