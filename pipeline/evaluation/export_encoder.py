@@ -9,8 +9,10 @@ import torch
 
 from pipeline.comm import discover_world
 from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
 from pipeline.evaluation.elements import Element, export_fingerprint
 from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder
+from pipeline.evaluation.guard import tokens_that_fit
 from pipeline.model.load import LoadedExport, load_export
 
 # The export loaded last, so that an element's next task or length does not load it again.
@@ -25,8 +27,18 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     if key not in _loaded:
         # First out, then in: two models may not fit side by side.
         _loaded.clear()
+        budget = config.max_tokens
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            budget = min(budget, tokens_that_fit(element.model.path, free, bytes_per_value=2))
         _loaded[key] = load_export(
-            element.model.path, device=device, dtype=precision, max_tokens=config.max_tokens
+            element.model.path, device=device, dtype=precision, max_tokens=budget
+        )
+    if element.max_length > _loaded[key].max_tokens:
+        raise UserError(
+            f"{element.model.name}: a text of {element.max_length} tokens",
+            allowed=f"at most {_loaded[key].max_tokens} in the free memory of this GPU",
+            fix="shorten max_length or lengths, or use a larger GPU",
         )
     export = dataclasses.replace(_loaded[key], max_length=element.max_length)
     return EvaluatedEncoder(

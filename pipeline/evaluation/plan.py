@@ -24,6 +24,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.encoder import Role
+from pipeline.evaluation.guard import check_fit
 from pipeline.evaluation.instructions import instruction_for
 from pipeline.run_dir import atomic_path, write_json
 
@@ -86,8 +87,9 @@ def write_plan(config: EvaluateConfig) -> Plan:
     """List, cut and write what the config's tasks need; loads every task's data once.
 
     Raises:
-        UserError: a task's data are missing or incomplete.
+        UserError: a task's data are missing or incomplete, or a text cannot fit the GPU.
     """
+    check_fit(config)
     keys: dict[bytes, TextKey] = {}
     num_occurrences = 0
     for key in _all_texts(config):

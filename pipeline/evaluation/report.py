@@ -10,8 +10,17 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.bootstrap import interval, paired_difference
 from pipeline.evaluation.elements import lengths_of, list_elements, read_result
+from pipeline.evaluation.examples import examples_markdown
 from pipeline.evaluation.merge import merge_results
-from pipeline.evaluation.tables import aligned_table, markdown_table, score_rows, split_rows
+from pipeline.evaluation.references import references_for
+from pipeline.evaluation.tables import (
+    aligned_table,
+    latex_table,
+    markdown_table,
+    published_rows,
+    score_rows,
+    split_rows,
+)
 from pipeline.run_dir import write_json, write_text
 
 # Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
@@ -47,6 +56,8 @@ def write_report(config: EvaluateConfig) -> Path:
         {"models": models, "tasks": tasks, "training": _training_summary(curve)},
     )
     write_text(folder / "report.md", _markdown(config, results, tasks, curve, figures))
+    write_text(folder / "report.tex", latex_table(*score_rows(models, tasks)) + "\n")
+    write_text(folder / "examples.md", _examples(results, models[-1]))
     merge_results(config)
     header, rows = score_rows(models, tasks)
     print(aligned_table(header, rows))
@@ -82,9 +93,12 @@ def collect(config: EvaluateConfig) -> Results:
 def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One task's entry of report.json."""
     first, last = by_model[models[0]], by_model[models[-1]]
+    task = first["task"]
+    # A replica's score must not stand beside a published one.
+    local = any(result["dataset_revision"] == "local" for result in by_model.values())
     entry: dict[str, Any] = {
         "name": name,
-        "task": first["task"],
+        "task": task,
         "benchmark": first["benchmark"],
         "metric": first["metric"],
         **{model: by_model[model]["score"] for model in models},
@@ -92,6 +106,7 @@ def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]])
         "intervals": {model: interval(by_model[model]["per_query"]) for model in models},
         "by_split": {model: by_model[model]["by_split"] for model in models},
         "other_scores": {model: by_model[model]["other_scores"] for model in models},
+        "published": {} if local else {m: s[task] for m, s in references_for([task]).items()},
         "num_queries": sum(len(scores) for scores in first["per_query"].values()),
         "max_length": first["max_length"],
     }
@@ -139,6 +154,13 @@ def _markdown(
             "score of a random order of the documents that a query may find.",
             "",
         ]
+    published = published_rows(models, tasks)
+    if published is not None:
+        parts += ["## Beside published scores, in percent", "", markdown_table(*published), ""]
+        parts += [
+            "Published scores differ in protocol; see `pipeline/evaluation/references.py`.",
+            "",
+        ]
     per_split = split_rows(models, tasks)
     if per_split is not None:
         parts += ["## By length", "", markdown_table(*per_split), ""]
@@ -151,9 +173,19 @@ def _markdown(
             f"{summary['last_loss']:.4f}.",
             "",
         ]
-    parts += ["## How each number was made", ""]
-    parts.append(markdown_table(*_provenance(results)))
+    parts += ["## How each number was made", "", markdown_table(*_provenance(results)), ""]
+    parts.append(f"The worst queries of {models[-1]} are in [examples.md](examples.md).")
     return "\n".join(parts) + "\n"
+
+
+def _examples(results: Results, model: str) -> str:
+    sections = [
+        examples_markdown(f"{name} {split}", model, examples)
+        for name, by_model in results.items()
+        for split, examples in by_model[model]["worst_queries"].items()
+    ]
+    title = f"# What went wrong: the ten worst queries of {model} per task and split"
+    return "\n".join([title, "", *sections])
 
 
 def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -72,6 +72,18 @@ def localise(task: Any, snapshots: Path | None) -> Any:
     return task
 
 
+def data_revision(task: Any, snapshots: Path | None) -> str:
+    """The revision of a localised task's data; `local` for a folder that nobody fetched.
+
+    mteb's own result files carry its pinned revision even where the data are a replica.
+    """
+    if snapshots is not None:
+        marker = Path(task.metadata.dataset["path"]) / REVISION_FILE
+        if not marker.is_file():
+            return "local"
+    return str(task.metadata.dataset["revision"])
+
+
 def load_and_prove(task: Any) -> None:
     """Load a task's data and check that everything its score needs is there.
 

@@ -38,6 +38,35 @@ def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table 
     return (["task", "split", *models], rows) if rows else None
 
 
+def published_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
+    """Our scores and published ones in percent, one row per model; None where none is published."""
+    compared = [task for task in tasks if task["published"]]
+    if not compared:
+        return None
+    names = dict.fromkeys(name for task in compared for name in task["published"])
+    rows = [[model, *(f"{100 * task[model]:.1f}" for task in compared)] for model in models]
+    for name in names:
+        scores = [task["published"].get(name) for task in compared]
+        rows.append([name, *("" if score is None else f"{score:.1f}" for score in scores)])
+    return ["model", *(task["name"] for task in compared)], rows
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a LaTeX tabular of the booktabs package."""
+    lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [header, *rows]]
+    columns = "l" + "r" * (len(header) - 1)
+    body = [lines[0], r"\midrule", *lines[1:]]
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+def _latex(cell: str) -> str:
+    for symbol in "&%$#_{}":
+        cell = cell.replace(symbol, "\\" + symbol)
+    return cell
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column left, the others right."""
     rule = ["---", *("---:" for _ in header[1:])]

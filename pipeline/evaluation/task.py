@@ -11,11 +11,13 @@ from mteb.cache import ResultCache
 
 from pipeline.evaluation.benchmarks import benchmark_of
 from pipeline.evaluation.encoder import EvaluatedEncoder, MtebEncoder
+from pipeline.evaluation.examples import worst_queries
 from pipeline.evaluation.instructions import instruction_for
 from pipeline.evaluation.scoring import chance_level, p_mrr_per_query, per_query_scores
 from pipeline.evaluation.search import ExactSearch
 from pipeline.evaluation.snapshots import (
     changed_judgements,
+    data_revision,
     evaluated_splits,
     get_task,
     load_and_prove,
@@ -79,13 +81,19 @@ def score_task(
         },
         "other_scores": _other_scores(splits),
         "per_query": per_query,
+        "worst_queries": {
+            name: worst_queries(scores, task.dataset[subset][split], search.rankings[subset, split])
+            for (subset, split), (name, scores) in zip(
+                search.rankings, per_query.items(), strict=True
+            )
+        },
         "instruction": instruction_for(task_name, instructions),
         "query_template": model.template.query,
         "document_template": model.template.document,
         "max_length": model.max_length,
         "precision": model.precision,
         "revision": model.revision,
-        "dataset_revision": outcome.dataset_revision,
+        "dataset_revision": data_revision(task, snapshots),
         "mteb_version": outcome.mteb_version,
     }
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import benchmark_replicas
 import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
 from pipeline.evaluation.array import run_all, run_element
 from pipeline.evaluation.report import write_report
-from pipeline.evaluation.tables import aligned_table, markdown_table
+from pipeline.evaluation.snapshots import REVISION_FILE, get_task
+from pipeline.evaluation.tables import aligned_table, latex_table, markdown_table
 
 
 @pytest.fixture
@@ -23,7 +25,8 @@ def reported(config, load, tmp_path):
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
     )
-    config = dataclasses.replace(config, training_run=run)
+    tasks = ("Core17InstructionRetrieval", "LEMBPasskeyRetrieval", "BrightBiologyRetrieval")
+    config = dataclasses.replace(config, training_run=run, tasks=tasks)
     results = run_all(config, load=load)
     return config, results, write_report(config)
 
@@ -45,7 +48,7 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
     assert by_name["LEMBPasskeyRetrieval"]["chance"] == pytest.approx(1 / 6)
     assert by_name["Core17InstructionRetrieval"]["metric"] == "p-MRR"
     assert by_name["Core17InstructionRetrieval"]["chance"] == 0
-    assert len(by_name["LEMBNeedleRetrieval"]["by_split"]["strong"]) == 8
+    assert len(by_name["LEMBPasskeyRetrieval"]["by_split"]["strong"]) == 8
     assert report["training"] == {"num_steps": 4, "first_loss": 3.0, "last_loss": 1.5}
     for name in ("scores.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -53,14 +56,14 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
 
 
 def test_the_report_prints_its_table_and_says_what_chance_would_score(config, load, capsys):
-    config = dataclasses.replace(config, tasks=("LEMBPasskeyRetrieval",))
+    config = dataclasses.replace(config, tasks=("BrightBiologyLongRetrieval",))
     run_all(config, load=load)
     capsys.readouterr()
     write_report(config)
     header, row, where = capsys.readouterr().out.splitlines()
     assert header.split()[:5] == ["task", "metric", "weak", "strong", "chance"]
-    assert row.split()[:2] == ["LEMBPasskeyRetrieval", "ndcg_at_1"]
-    assert row.split()[4] == "0.1667"
+    assert row.split()[:2] == ["BrightBiologyLongRetrieval", "recall_at_1"]
+    assert row.split()[4] == "0.1250"
     assert where.endswith("report.md")
 
 
@@ -69,6 +72,40 @@ def test_a_report_of_unfinished_elements_names_the_ones_to_run(config, load):
     run_element(config, 1, load=load)
     with pytest.raises(UserError, match=r"3 of 4 .* fix: run elements 0,2,3"):
         write_report(config)
+
+
+def test_published_scores_stand_only_beside_scores_on_fetched_data(config, load, tmp_path):
+    hub = tmp_path / "hub"
+    config = dataclasses.replace(
+        config, snapshots=hub, tasks=("Core17InstructionRetrieval", "BrightAopsRetrieval")
+    )
+    benchmark_replicas.write_follow_ir(hub)
+    benchmark_replicas.write_bright(hub, "mteb/BRIGHT")
+    revision = get_task("BrightAopsRetrieval").metadata.dataset["revision"]
+    (hub / "mteb/BRIGHT" / REVISION_FILE).write_text(revision)
+    run_all(config, load=load)
+    folder = write_report(config)
+    replica, fetched = json.loads((folder / "report.json").read_text())["tasks"]
+    assert replica["published"] == {}
+    assert fetched["published"]["DiffEmbed (paper)"] == 15.4
+    assert "| DiffEmbed (paper) | 15.4 |" in (folder / "report.md").read_text()
+    assert "| local |" in (folder / "report.md").read_text()
+
+
+def test_the_worst_queries_are_shown_with_what_was_found_instead(config, load):
+    config = dataclasses.replace(config, tasks=("BrightAopsRetrieval",))
+    weak, strong = run_all(config, load=load)
+    (examples,) = weak["worst_queries"].values()
+    scores = [example["score"] for example in examples]
+    assert scores == sorted(weak["per_query"]["default/standard"].values())
+    for example in examples:
+        ranks = [document["rank"] for document in example["documents"]]
+        assert ranks[:3] == [1, 2, 3]
+        assert any(document["relevant"] for document in example["documents"])
+    text = (write_report(config) / "examples.md").read_text()
+    (shown,) = strong["worst_queries"].values()
+    assert shown[0]["text"] in text
+    assert shown[0]["documents"][0]["id"] in text
 
 
 def test_one_model_alone_is_reported_without_a_difference(config, load):
@@ -114,6 +151,11 @@ def test_models_with_one_name_are_refused(tmp_path):
 
 
 def test_tables_keep_columns_apart():
+    assert latex_table(["a_b", "n"], [["x & y", "1"]]).splitlines()[2:5] == [
+        r"a\_b & n \\",
+        r"\midrule",
+        r"x \& y & 1 \\",
+    ]
     assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines() == [
         "| a | b |",
         "| --- | ---: |",
