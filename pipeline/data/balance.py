@@ -45,30 +45,35 @@ def assign_ranks(cost: NDArray[np.float64], world_size: int) -> IntArray:
 def first_fit_decreasing(lengths: IntArray, max_tokens: int) -> tuple[IntArray, int]:
     """Pack rows into chunks of at most `max_tokens`: longest first, each into the first with room.
 
-    Equal lengths are placed together, so the work is distinct lengths times chunks.
+    Equal lengths are placed together, so the work is distinct lengths times chunks with room.
 
     Returns:
         (S,) chunk of each row, and the number of chunks.
     """
     order = np.argsort(-lengths, kind="stable")
-    chunk_of = np.empty(len(lengths), dtype=np.int64)
-    room = np.empty(0, dtype=np.int64)
     distinct, counts = np.unique(lengths, return_counts=True)
-    place = 0
+    shortest = int(lengths.min(initial=max_tokens))
+    room: list[list[int]] = []  # [chunk, tokens left] of the chunks that can still take a row
+    num_chunks = 0
+    placed: list[tuple[int, int]] = []  # (chunk, rows), in the order of the rows
     for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        fits = room // length
-        taken = np.diff(np.minimum(np.cumsum(fits), count), prepend=0)
-        rest = count - int(taken.sum())
-        per_chunk = max_tokens // length
-        extra = -(-rest // per_chunk)
-        new = np.full(extra, per_chunk, dtype=np.int64)
-        if extra:
-            new[-1] = rest - per_chunk * (extra - 1)
-        taken = np.concatenate([taken, new])
-        room = np.concatenate([room, np.full(extra, max_tokens, dtype=np.int64)]) - taken * length
-        chunk_of[order[place : place + count]] = np.repeat(np.arange(len(room)), taken)
-        place += count
-    return chunk_of, len(room)
+        for entry in room:
+            taken = min(entry[1] // length, count)
+            if taken:
+                placed.append((entry[0], taken))
+                entry[1] -= taken * length
+                count -= taken
+        while count:
+            taken = min(max_tokens // length, count)
+            placed.append((num_chunks, taken))
+            room.append([num_chunks, max_tokens - taken * length])
+            num_chunks += 1
+            count -= taken
+        room = [entry for entry in room if entry[1] >= shortest]
+    chunks, rows = np.array(placed, dtype=np.int64).reshape(-1, 2).T
+    chunk_of = np.empty(len(lengths), dtype=np.int64)
+    chunk_of[order] = np.repeat(chunks, rows)
+    return chunk_of, num_chunks
 
 
 def _spread(lengths: IntArray, num_chunks: int, max_tokens: int) -> IntArray | None:

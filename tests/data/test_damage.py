@@ -419,9 +419,11 @@ def rewrite(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> 
     path = folder / name
     with pa.memory_map(str(path)) as source:
         table = change(pa.ipc.open_file(source).read_all())
-        with pa.OSFile(str(path) + ".new", "wb") as sink:
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+        with (
+            pa.OSFile(str(path) + ".new", "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
     Path(str(path) + ".new").replace(path)
     info = ShardInfo(
         file=name, rows=table.num_rows, bytes=path.stat().st_size, sha256=hash_file(path)

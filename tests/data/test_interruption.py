@@ -63,6 +63,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def crash(build: object) -> None:
+    raise CrashError
+
+
 class CrashError(Exception):
     """Stands for the end of the process at a rename."""
 
@@ -118,9 +122,7 @@ def test_a_build_of_another_config_is_not_continued(
 ) -> None:
     first = make_config(*config.sources, max_document_length=32)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "pipeline.data.prepare._finish", lambda build: (_ for _ in ()).throw(CrashError())
-        )
+        patch.setattr("pipeline.data.prepare._finish", crash)
         with pytest.raises(CrashError):
             prepare(first, num_workers=1)
     dataset = Dataset.open(prepare(config, num_workers=1))
