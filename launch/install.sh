@@ -28,7 +28,9 @@ install_project() {
     source "$root/.venv/bin/activate"
   fi
   stamp=$(python -c 'import sys; print(sys.prefix)')/.diffembed-installed
-  wanted="$root $(sha256sum <"$root/pyproject.toml")"
+  wanted=$(sha256sum <"$root/pyproject.toml")
+  # The code of this checkout runs, also where the environment was made for another one.
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     return
   fi
