@@ -23,6 +23,7 @@ def write_card(
     config: ModelConfig,
     template: Template,
     max_length: int,
+    adapter_only: bool,
     facts: Mapping[str, Any],
 ) -> None:
     """Write README.md.
@@ -32,9 +33,17 @@ def write_card(
         config: attention, pooling and base model.
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
+        adapter_only: the folder lacks the weights its adapter belongs to.
         facts: `recipe` (YAML of the training run), `step`, `evaluation` (a Markdown table).
     """
-    parts = [_header(), _summary(config, max_length), _usage(config, template)]
+    parts = [_header(adapter_only), _summary(config, max_length)]
+    if adapter_only:
+        parts.append(f"## Use\n\n{_transformers_usage(config, _ADAPTER_LOADING)}")
+    else:
+        parts += [
+            f"## Use\n\n{_sentence_transformers_usage(template)}",
+            f"With transformers alone:\n\n{_transformers_usage(config, _LOADING)}",
+        ]
     if "evaluation" in facts:
         parts.append(f"## Evaluation\n\n{facts['evaluation']}")
     if "recipe" in facts:
@@ -45,10 +54,11 @@ def write_card(
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _header() -> str:
+def _header(adapter_only: bool) -> str:
+    library = "peft" if adapter_only else "sentence-transformers"
     return (
-        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-        "tags:\n- sentence-transformers\n- feature-extraction\n- diffembed\n---"
+        f"---\nlibrary_name: {library}\npipeline_tag: sentence-similarity\n"
+        f"tags:\n- {library}\n- feature-extraction\n- diffembed\n---"
     )
 
 
@@ -64,30 +74,38 @@ def _summary(config: ModelConfig, max_length: int) -> str:
     )
 
 
-def _usage(config: ModelConfig, template: Template) -> str:
+def _sentence_transformers_usage(template: Template) -> str:
     query = template.query_prefix("Retrieve text that answers the question")
-    document = template.document_prefix()
-    normalise = "\nvectors = torch.nn.functional.normalize(vectors)" if config.normalize else ""
-    return f"""## Use
-
-```python
+    return f"""```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("PATH")
 queries = model.encode(["..."], prompt={query!r})
-documents = model.encode(["..."], prompt={document!r})
+documents = model.encode(["..."], prompt={template.document_prefix()!r})
 scores = model.similarity(queries, documents)
-```
+```"""
 
-With transformers alone:
 
-```python
+_LOADING = """from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("PATH")"""
+_ADAPTER_LOADING = """from peft import PeftModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+config = AutoConfig.from_pretrained("{base}")
+config.is_causal = {causal}
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=config), "PATH")"""
+
+
+def _transformers_usage(config: ModelConfig, loading: str) -> str:
+    loading = loading.format(base=config.path, causal=config.attention == "causal")
+    normalise = "\nvectors = torch.nn.functional.normalize(vectors)" if config.normalize else ""
+    return f"""```python
 import torch
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("PATH"), AutoModel.from_pretrained("PATH")
+{loading}
+tokenizer = AutoTokenizer.from_pretrained("PATH")
 batch = tokenizer(["..."], padding=True, truncation=True, return_tensors="pt")
-hidden = model(**batch).last_hidden_state.float()
+hidden = model.eval()(**batch).last_hidden_state.float()
 mask = batch.attention_mask[..., None]
 vectors = {_POOLING_CODE[config.pooling]}{normalise}
 ```"""

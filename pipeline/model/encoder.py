@@ -102,6 +102,12 @@ class Encoder(nn.Module):
             # Under native names, not under those of a published diffusion checkpoint.
             self.model.save_pretrained(folder, save_original_format=False)
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter without the weights it belongs to, for peft."""
+        backbone: Any = self.backbone
+        backbone.peft_config["default"].base_model_name_or_path = self.config.path
+        backbone.save_pretrained(folder)
+
 
 def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
     """Load a backbone and make it an embedder, in evaluation mode.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,49 +47,88 @@ def export_encoder(
     max_length: int,
     output_dir: Path,
     card: Mapping[str, Any],
+    adapter_only: bool = False,
 ) -> Path:
-    """Write weights, tokenizer, pooling, prompts and model card; adapters are merged.
+    """Write weights, tokenizer, pooling, prompts and model card.
 
     The attention is written as `is_causal` into config.json, which decoders of transformers honour,
-    so a bidirectional model needs no remote code.
+    so a bidirectional model needs no remote code. An adapter alone has no config.json to say so:
+    its folder is for peft and for `load_export`, and its card shows how to take the mask off.
 
     Args:
-        encoder: whole weights on one process; its adapters are merged in place.
+        encoder: whole weights on one process; unless `adapter_only`, adapters are merged in place.
         config: the model section that the encoder was built from.
         tokenizer: the tokenizer of the training data.
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
         output_dir: the folder to write; an earlier export there is replaced.
         card: facts for the model card: `recipe` (YAML), `step`, `evaluation` (a table).
+        adapter_only: write the adapter without the weights it belongs to.
 
     Raises:
-        UserError: `output_dir` holds something that is not an export, or the tokenizer is gone.
+        UserError: `output_dir` holds something that is not an export, the tokenizer is gone, or
+            there is no adapter that the base model's weights would complete.
     """
-    if output_dir.exists() and any(output_dir.iterdir()) and not is_export(output_dir):
-        raise UserError(
-            f"{output_dir}: not empty and not an export", fix="choose another output folder"
-        )
+    if adapter_only:
+        _check_adapter(config)
     loaded = load_tokenizer(tokenizer.path)
     if tokenizer.append_eos:
         append_eos(loaded)
     loaded.padding_side = "right"
     loaded.model_max_length = max_length
-    work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    try:
-        encoder.save_backbone(work)
-        loaded.save_pretrained(work)
-        _write_sentence_transformers(
-            work, encoder.model.config.hidden_size, config, template, max_length
+    settings = {
+        "version": 1,
+        "template": as_tree(template),
+        "max_length": max_length,
+        "model": as_tree(config),
+    }
+    with _replaced(output_dir) as folder:
+        if adapter_only:
+            encoder.save_adapter(folder)
+        else:
+            encoder.save_backbone(folder)
+            width = encoder.model.config.hidden_size
+            _write_sentence_transformers(folder, width, config, template, max_length)
+        loaded.save_pretrained(folder)
+        write_json(folder / SETTINGS, settings)
+        write_card(
+            folder,
+            config=config,
+            template=template,
+            max_length=max_length,
+            adapter_only=adapter_only,
+            facts=card,
         )
-        write_json(work / SETTINGS, {"version": 1, "template": as_tree(template)})
-        write_card(work, config=config, template=template, max_length=max_length, facts=card)
+    return output_dir
+
+
+def _check_adapter(config: ModelConfig) -> None:
+    if config.lora is None and config.adapter_use != "continue":
+        raise UserError("adapter-only export of a run without adapter", fix="export it merged")
+    if config.adapter is not None and config.adapter_use == "merge":
+        raise UserError(
+            f"adapter-only export, but {config.adapter} was merged into the weights first",
+            fix="export it merged: the adapter alone would not complete the base model",
+        )
+
+
+@contextmanager
+def _replaced(output_dir: Path) -> Iterator[Path]:
+    """A folder to write that takes the place of `output_dir` at the end, or leaves no trace."""
+    if output_dir.exists() and any(output_dir.iterdir()) and not is_export(output_dir):
+        raise UserError(
+            f"{output_dir}: not empty and not an export", fix="choose another output folder"
+        )
+    work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    work.mkdir(parents=True)
+    try:
+        yield work
         if output_dir.exists():
             shutil.rmtree(output_dir)
         work.rename(output_dir)
         sync_dir(output_dir.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return output_dir
 
 
 def is_export(path: Path) -> bool:

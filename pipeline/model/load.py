@@ -99,31 +99,44 @@ def load_export(
         UserError: a file is missing, or asks for something this package does not compute.
     """
     folder = Path(path)
-    modules = _read(folder, "modules.json")
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
-        raise UserError(
-            f"{folder}/modules.json: {kinds}", allowed="Transformer, Pooling, Normalize"
-        )
-    settings = _read(folder, "sentence_bert_config.json")
-    hf_config = _read(folder, "config.json")
-    config = ModelConfig(
-        path=str(folder),
-        attention="bidirectional" if _is_bidirectional(hf_config) else "causal",
-        pooling=_pooling(folder, modules[1]["path"]),
-        normalize="Normalize" in kinds,
-        dtype=dtype,
-    )
-    encoder = build_encoder(config).to(device)
+    if (folder / "adapter_config.json").is_file():
+        config, max_length = _adapter_settings(folder)
+    else:
+        config, max_length = _sentence_transformers_settings(folder)
+    encoder = build_encoder(dataclasses.replace(config, dtype=dtype)).to(device)
     tokenizer = load_tokenizer(str(folder))
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
         template=_template(folder),
-        max_length=settings.get("max_seq_length") or tokenizer.model_max_length,
+        max_length=max_length or tokenizer.model_max_length,
         num_dimensions=encoder.model.config.hidden_size,
         max_tokens=max_tokens,
     )
+
+
+def _adapter_settings(folder: Path) -> tuple[ModelConfig, int | None]:
+    """What our adapter-only export says about its base model and its vectors."""
+    settings = _read(folder, SETTINGS)
+    origin = str(folder / SETTINGS)
+    changes = {"lora": None, "adapter": str(folder), "adapter_use": "merge"}
+    config = build_config(ModelConfig, {**settings["model"], **changes}, origin=origin)
+    return config, settings["max_length"]
+
+
+def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
+    modules = _read(folder, "modules.json")
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (_MODULES, _MODULES[:2]):
+        raise UserError(f"{folder}/modules.json: {kinds}", allowed=f"{_MODULES}, the last optional")
+    settings = _read(folder, "sentence_bert_config.json")
+    config = ModelConfig(
+        path=str(folder),
+        attention="bidirectional" if _is_bidirectional(_read(folder, "config.json")) else "causal",
+        pooling=_pooling(folder, modules[1]["path"]),
+        normalize="Normalize" in kinds,
+    )
+    return config, settings.get("max_seq_length")
 
 
 def _read(folder: Path, name: str) -> Any:

@@ -149,13 +149,54 @@ def test_card_code_for_transformers_alone_gives_the_same_vectors(
         encoder, config = make(starter, pooling=pooling)
         folder = export(encoder, config, starter, tmp_path / pooling)
         card = (folder / "README.md").read_text()
-        code = card.split("With transformers alone:")[1].split("```python\n")[1].split("```")[0]
-        code = code.replace('"PATH"', repr(str(folder))).replace('["..."]', repr(CORPUS))
-        scope: dict[str, Any] = {}
-        exec(code, scope)
         ours = load_export(folder).encode_texts(CORPUS)
-        np.testing.assert_allclose(scope["vectors"].detach().numpy(), ours, atol=1e-5)
+        np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
         assert "num_steps: 3" in card and "| task | score |" in card
+
+
+def run_card(folder: Path, texts: list[str]) -> np.ndarray:
+    """Run the code of the model card that uses transformers, on `texts`."""
+    code = (folder / "README.md").read_text().split("```python\nimport torch")[1].split("```")[0]
+    code = code.replace('"PATH"', repr(str(folder))).replace('["..."]', repr(texts))
+    scope: dict[str, Any] = {}
+    exec("import torch" + code, scope)
+    return scope["vectors"].detach().numpy()
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
+    starter: Path, tmp_path: Path, attention: Any
+) -> None:
+    # The base must be one that transformers knows, for the card's own code.
+    plain, _ = make(starter)
+    plain.save_backbone(tmp_path / "base")
+    encoder, config = make(tmp_path / "base", attention=attention, lora=LoraConfig(rank=4))
+    with torch.no_grad():  # the base as it is on disk, the adapter alone trained
+        disk = dict(plain.model.named_parameters())
+        for name, parameter in encoder.model.named_parameters():
+            if "lora_" not in name:
+                parameter.copy_(disk[name.replace(".base_layer", "")])
+    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    assert not (folder / "model.safetensors").exists()
+    loaded = load_export(folder)
+    assert loaded.max_length == 64
+    tokenizer = AutoTokenizer.from_pretrained(starter)
+    ids = [tokenizer(text)["input_ids"] for text in CORPUS]
+    lengths = torch.tensor([len(row) for row in ids])
+    with torch.no_grad():
+        ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
+    np.testing.assert_allclose(loaded.encode_texts(CORPUS), ours, atol=1e-5)
+    np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
+
+
+def test_an_adapter_that_the_base_would_not_complete_is_refused(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter)
+    for broken in (config, dataclasses.replace(config, adapter="a", lora=LoraConfig())):
+        with pytest.raises(UserError, match="adapter-only export"):
+            export(encoder, broken, starter, tmp_path / "export", adapter_only=True)
+    assert not (tmp_path / "export").exists()
 
 
 def test_appended_eos_survives_export_and_truncation(
