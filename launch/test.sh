@@ -6,8 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 
 # Some tests bring up a real Slurm of their own. Without its programs they skip and say so.
-if ! PATH=$PATH:/usr/sbin command -v slurmctld munged >/dev/null && [[ $EUID == 0 ]] &&
-  command -v apt-get >/dev/null; then
+lacks() {
+  ! PATH=$PATH:/usr/sbin command -v "$1" >/dev/null
+}
+if { lacks slurmctld || lacks munged; } && [[ $EUID == 0 ]] && ! lacks apt-get; then
   echo "installing Slurm for the tests"
   if ! (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes \
     --no-install-recommends slurm-wlm munge) >/dev/null 2>&1; then
