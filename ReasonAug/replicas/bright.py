@@ -17,12 +17,13 @@ UNSEEN_SUBSET = "aops"
 ABOUT = (
     "Schema of BRIGHT v1.1; the texts are generated here, none is from BRIGHT. Split "
     "theoremqa_questions (task BrightTheoremQAQuestionsRetrieval): unseen problems of the concepts "
-    "that are trained on. Split aops (task BrightAopsRetrieval): problems of concepts that are "
-    "not. Gold documents rely on the same concept and are worded differently; documents worded "
-    "like the query are excluded."
+    "that are trained on, half of them in a wording that is not. Split aops (task "
+    "BrightAopsRetrieval): problems of concepts that are not trained on. Gold documents rely on "
+    "the same concept and are worded differently; documents worded like the query are excluded."
 )
-_SEEN_QUERIES = 4  # per concept
-_UNSEEN_QUERIES = 3  # per concept and wording
+_SEEN_QUERIES = 4  # per concept, half of them in the wording that training never shows
+_UNSEEN_QUERIES = 6  # per concept and wording
+_UNSEEN_DOCUMENTS = 3  # per concept and wording
 _DISTRACTORS = 6  # per seen concept, among the documents of the unseen concepts
 
 
@@ -32,10 +33,9 @@ def bright_configs(entries: Sequence[Entry]) -> Configs:
     seen_documents: list[Entry] = []
     distractors: list[Entry] = []
     for group in by_concept(entries, UNSEEN_PROBLEMS).values():
-        new_form = max(entry.problem.form for entry in group)
-        reworded = [entry for entry in group if entry.problem.form == new_form]
-        asked = reworded[: min(_SEEN_QUERIES, len(reworded) // 2)]
-        rest = [entry for entry in group if entry not in asked]
+        # Entries alternate between known wordings and the new one, so both kinds ask.
+        asked = group[: min(_SEEN_QUERIES, len(group) // 3)]
+        rest = group[len(asked) :]
         seen_queries += asked
         seen_documents += rest
         distractors += rest[:_DISTRACTORS]
@@ -44,9 +44,8 @@ def bright_configs(entries: Sequence[Entry]) -> Configs:
     for group in by_concept(entries, UNSEEN_CONCEPTS).values():
         for form in sorted({entry.problem.form for entry in group}):
             same = [entry for entry in group if entry.problem.form == form]
-            count = min(_UNSEEN_QUERIES, len(same) // 2)
-            unseen_queries += same[:count]
-            unseen_documents += same[count : 2 * count]
+            unseen_queries += same[: min(_UNSEEN_QUERIES, len(same) // 2)]
+            unseen_documents += same[-min(_UNSEEN_DOCUMENTS, len(same) // 2) :]
     corpora = {SEEN_SUBSET: seen_documents, UNSEEN_SUBSET: unseen_documents + distractors}
     queries = {SEEN_SUBSET: seen_queries, UNSEEN_SUBSET: unseen_queries}
     return {

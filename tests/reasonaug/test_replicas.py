@@ -78,7 +78,7 @@ def score(name: str, hub: Path, cache: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "fewest_queries", "fewest_documents"),
-    [("BrightTheoremQAQuestionsRetrieval", 100, 300), ("BrightAopsRetrieval", 100, 300)],
+    [("BrightTheoremQAQuestionsRetrieval", 100, 300), ("BrightAopsRetrieval", 200, 300)],
 )
 def test_bright_tasks_are_hard_for_words_alone(
     name: str, fewest_queries: int, fewest_documents: int, hub: Path, tmp_path: Path
@@ -105,6 +105,26 @@ def test_bright_replicas_hold_nothing_that_is_trained_on(hub: Path, generated: P
         if path.parent.name == "examples":
             unseen = "unseen_concepts" if path.stem == "aops" else "unseen_problems"
             assert kinds == {unseen}
+
+
+def test_bright_queries_are_not_among_their_documents_and_half_are_newly_worded(
+    hub: Path, generated: Path
+) -> None:
+    lines = (generated / "problems.jsonl").read_text().splitlines()
+    form = {row["id"]: row["form"] for row in map(json.loads, lines)}
+    ids = {
+        kind: {
+            subset: [json.loads(line)["id"] for line in path.read_text().splitlines()]
+            for subset in ("theoremqa_questions", "aops")
+            for path in [hub / "mteb" / "BRIGHT" / kind / f"{subset}.jsonl"]
+        }
+        for kind in ("documents", "examples")
+    }
+    for subset, queries in ids["examples"].items():
+        assert len(set(queries)) == len(queries)
+        assert not set(queries) & set(ids["documents"][subset])
+    asked = [form[query] for query in ids["examples"]["theoremqa_questions"]]
+    assert asked.count(3) * 2 == len(asked)
 
 
 def test_followir_keeps_instructions_and_candidates_and_its_p_mrr_is_not_zero(
