@@ -144,6 +144,20 @@ def test_training_out_of_time_is_requeued_and_goes_on(
     assert (job.count("rank .* restart 0$"), job.count("rank .* restart 1$")) == (2, 2)
 
 
+def test_the_last_element_of_an_array_is_requeued_without_the_others(
+    cluster: Cluster, checkout: Path, tmp_path: Path
+) -> None:
+    job = TrainJob(cluster, checkout, tmp_path, "--array=0-1", "out-of-time")
+    cluster.poll(lambda: job.count("ready") == 2)
+    first, last = f"{job.id}_0", f"{job.id}_1"
+
+    # Its plain job id is that of the array.
+    cluster.command("scancel", "--batch", "--signal=USR1", last)
+    cluster.poll(lambda: job.count("rank .* restart 1$") == 1)
+
+    assert cluster.states(job.id)[first] == "RUNNING"
+
+
 def test_training_with_a_faulty_config_fails_with_its_code_and_stays_down(
     cluster: Cluster, checkout: Path, tmp_path: Path
 ) -> None:
