@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.native import NATIVE_FORMS
 from pipeline.model.packing import PACKED
+from pipeline.model.remote import REMOTE, PaddedModel, check_behaviour
 
 # Weights of heads that an embedder does not use; anything else that does not fit is an error.
 _HEADS = ("lm_head.", "cls.", "pooler.", "head.", "decoder.", "score.", "classifier.")
@@ -29,13 +30,16 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
             what the config asks for, or weights are missing.
     """
     published = _read_config(config)
+    if config.trust_remote_code:
+        return _load_remote(config, meta=meta), REMOTE
     native = NATIVE_FORMS.get(published["model_type"])
     hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise UserError(
             f"model.path: {config.path} has model_type {published['model_type']!r}",
-            allowed=", ".join([*NATIVE_FORMS, *FAMILIES]),
+            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+            fix="a model's own code runs only with model.trust_remote_code and model.revision",
         )
     if getattr(hf_config, "use_bidirectional_attention", None):
         # Gemma 3 halves its window each time such a config is read, so a copy is another model.
@@ -55,6 +59,23 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
         setattr(hf_config, family.attention_dropout, config.attention_dropout)
     keys = native.keys if native else {}
     return _load_weights(config, hf_config, family, keys, meta=meta), family
+
+
+def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
+    """Load a model by its own code, at the revision that the config pins."""
+    pinned = {"revision": config.revision, "trust_remote_code": True}
+    dtype = getattr(torch, config.dtype)
+    with quiet():
+        if meta:
+            hf_config = AutoConfig.from_pretrained(config.path, **pinned)
+            with torch.device("meta"):
+                inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
+            return PaddedModel(inner)
+        arguments = {"attention_dropout": config.attention_dropout}
+        given = {key: value for key, value in arguments.items() if value is not None}
+        model = PaddedModel(AutoModel.from_pretrained(config.path, dtype=dtype, **given, **pinned))
+    check_behaviour(model, config)
+    return model
 
 
 def _read_config(config: ModelConfig) -> dict[str, Any]:

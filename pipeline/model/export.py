@@ -66,11 +66,16 @@ def export_encoder(
         adapter_only: write the adapter without the weights it belongs to.
 
     Raises:
-        UserError: `output_dir` holds something that is not an export, the tokenizer is gone, or
-            there is no adapter that the base model's weights would complete.
+        UserError: `output_dir` holds something that is not an export, the tokenizer is gone, the
+            model needs code of its own, or no adapter that the base model's weights would complete.
     """
     if adapter_only:
         _check_adapter(config)
+    elif config.trust_remote_code:
+        raise UserError(
+            f"merged export of {config.path}, whose code is not part of transformers",
+            fix="train with model.lora and export the adapter alone",
+        )
     loaded = load_tokenizer(tokenizer.path)
     if tokenizer.append_eos:
         append_eos(loaded)
