@@ -153,7 +153,7 @@ def test_the_last_element_of_an_array_is_requeued_without_the_others(
 
     # Its plain job id is that of the array.
     cluster.command("scancel", "--batch", "--signal=USR1", last)
-    cluster.poll(lambda: job.count("rank .* restart 1$") == 1)
+    cluster.poll(lambda: cluster.states(job.id)[last] == "COMPLETED")
 
     assert cluster.states(job.id)[first] == "RUNNING"
 
