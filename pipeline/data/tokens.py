@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from pipeline import tokenizer as tokenizer_files
 from pipeline.errors import UserError
 
 # Texts on which tokenizers that share a vocabulary still differ: case, spaces, digits, scripts.
@@ -62,16 +63,7 @@ def load_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
     Raises:
         UserError: nothing is there, it has no fast form, or it has no EOS to append.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"tokenizer: cannot load {path!r} ({reason})",
-            allowed="a folder with tokenizer.json, or a model name in the local cache",
-        ) from error
+    tokenizer = tokenizer_files.load_tokenizer(path)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"tokenizer: {path!r} has no fast form",

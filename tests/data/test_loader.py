@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import reasonaug_rows
+from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 from transformers import AutoTokenizer
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, SourceConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
+from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
@@ -121,3 +123,48 @@ def test_a_state_of_another_seed_is_refused(dataset: Dataset) -> None:
 def test_a_chunk_smaller_than_a_text_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match="chunks.max_tokens: 20"):
         make_loader(dataset, max_chunk_tokens=20)
+
+
+def test_teacher_scores_stay_beside_the_chosen_documents(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "query": f"query {k}",
+            "positives": [f"good {k} {j}" for j in range(3)],
+            "negatives": [f"bad {k} {j}" for j in range(4)],
+            "s": [10 * k + j for j in range(7)],
+        }
+        for k in range(8)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="scored", format="columns", path=str(path), columns={"scores": "s"})
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    batch = make_loader(opened, batch=8, num_positives=2, num_hard_negatives=3).batch(0)
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
+    texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
+    assert batch.positive_scores is not None and batch.negative_scores is not None
+    for lists, scores, first, each in (
+        (batch.positives, batch.positive_scores, 0, 2),
+        (batch.negatives, batch.negative_scores, 3, 3),
+    ):
+        assert lists.lengths.tolist() == scores.lengths.tolist() == [each] * 8
+        for document, score in zip(lists.values.tolist(), scores.values.tolist(), strict=True):
+            _, k, j = texts[batch.num_queries + document].split()
+            assert score == 10 * int(k) + first + int(j)
+
+
+def test_positives_not_chosen_are_masked_when_another_query_brings_them(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {"query": "a", "positives": ["x", "y"]},
+        {"query": "b", "positives": ["z"], "negatives": ["x", "y"]},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="pairs", format="columns", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    batch = make_loader(opened, batch=2, num_hard_negatives=2).batch(0)
+    first = batch.example_ids.tolist().index(0)
+    assert len(batch.positives[first]) == len(batch.masked[first]) == 1
+    assert len(batch.masked[1 - first]) == 0

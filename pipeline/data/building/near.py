@@ -74,17 +74,23 @@ def representatives(build: Build, num_documents: int) -> IntArray:
     if build.config.near_duplicates is None:
         return first
     pairs = [np.load(build.beside("pair", band, "pairs")) for band in range(NUM_BANDS)]
-    for later, earlier in np.concatenate(pairs, axis=1).T.tolist():
-        left, right = _root(first, later), _root(first, earlier)
-        first[max(left, right)] = min(left, right)
-    while not np.array_equal(first, first[first]):
-        first = first[first]
-    return first
+    return join_pairs(first, np.unique(np.concatenate(pairs, axis=1), axis=1))
 
 
-def _root(first: IntArray, document: int) -> int:
-    """The end of a chain of representatives; the chain is halved on the way."""
-    while first[document] != document:
-        first[document] = first[first[document]]
-        document = int(first[document])
-    return document
+def join_pairs(first: IntArray, pairs: IntArray) -> IntArray:
+    """Give all members of a connected group its smallest number.
+
+    Args:
+        first: (D,) numbers 0..D-1.
+        pairs: (2, P) connected numbers.
+    """
+    while True:
+        left, right = first[pairs[0]], first[pairs[1]]
+        if np.array_equal(left, right):
+            return first
+        smaller = np.minimum(left, right)
+        np.minimum.at(first, left, smaller)
+        np.minimum.at(first, right, smaller)
+        # Chains of representatives are cut short before the next round.
+        while not np.array_equal(first, shorter := first[first]):
+            first = shorter

@@ -103,7 +103,12 @@ def tokenise_slice(build: Build, task: int) -> None:
     )
     write_json(
         build.output("tokenise", task),
-        {"kept": len(hashes), "near_duplicates": int((~kept).sum()), "tokenised": len(wanted)},
+        {
+            "kept": len(hashes),
+            "near_duplicates": int((~kept).sum()),
+            "tokenised": len(wanted),
+            "tokens": sum(len(row) for row in tokens),
+        },
     )
 
 

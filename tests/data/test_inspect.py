@@ -1,0 +1,54 @@
+"""What a person is shown of a dataset."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from data_support import reasonaug_rows
+
+from pipeline.data.inspect import inspect, verify
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def copied(dataset: Dataset, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset.folder, tmp_path / "copied"))
+
+
+def test_inspect_shows_counts_lengths_and_decoded_samples(copied: Path) -> None:
+    text = inspect(copied, num_samples=3)
+    assert "600 examples" in text
+    assert "200 x 'Find a solution of kind 1'" in text
+    assert f"limit 64, {Dataset.open(copied).manifest.document_lengths.cut} at the limit" in text
+    shown = [line for line in text.splitlines() if line.startswith("example ")]
+    queries = [row["user_query"] for row in reasonaug_rows(600)]
+    assert len(shown) == 3
+    for line in shown:
+        query = line.split("Query: ")[1].rstrip("'")
+        assert any(full.startswith(query) for full in queries)
+
+
+def test_inspect_draws_the_length_histogram(copied: Path) -> None:
+    inspect(copied, num_samples=0)
+    assert (copied / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_works_where_the_tokenizer_is_gone(copied: Path) -> None:
+    manifest = copied / "manifest.json"
+    path = Dataset.open(copied).tokenizer.path
+    manifest.write_text(manifest.read_text().replace(path, str(copied / "gone")))
+    assert "no samples: the tokenizer" in inspect(copied, plot=False)
+
+
+def test_verify_counts_the_bytes_and_finds_damage(copied: Path) -> None:
+    shards = sorted(copied.glob("*.arrow"))
+    total = sum(shard.stat().st_size for shard in shards)
+    assert f"{len(shards)} shards, {total} bytes" in verify(copied)
+    data = bytearray(shards[0].read_bytes())
+    data[len(data) // 3] ^= 4
+    shards[0].write_bytes(data)
+    with pytest.raises(UserError, match=shards[0].name):
+        verify(copied)
