@@ -26,7 +26,7 @@ TOP_LEVEL = {
 FLOORS = (
     {"errors"},
     {"config"},
-    {"comm", "run_dir"},
+    {"comm", "run_dir", "tokenizer"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
     {"cli", "train"},
