@@ -73,7 +73,6 @@ class OneWidth:
             scale /= query_BE.shape[1]
         self._query = ScoreRows.build(query_BE, scale=scale, cosine=cosine)
         self._document = ScoreRows.build(document_KE, scale=length, cosine=cosine)
-        self._query_grad_BE = torch.zeros_like(self._query.rows_BE)
         self._document_grad_KE = torch.zeros_like(self._document.rows_BE)
         self._columns = (
             LogMass.empty(document_KE.shape[0], document_KE.device) if config.symmetric else None
@@ -84,10 +83,15 @@ class OneWidth:
             score_bytes=score_bytes,
             symmetric=config.symmetric,
         )
+        # One allocation for all blocks: fresh ones each time leave a CPU's heap in holes.
+        self._scratch = self._document.rows_BE.new_empty(
+            0 if config.negatives == "own" else self._plan.num_slots,
+            self._plan.rows * self._plan.columns,
+        )
         distillation = config.distillation
         self._contrast_share = 1.0 if distillation is None else 1 - distillation.weight
         zero = torch.zeros((), dtype=torch.float64, device=query_BE.device)
-        self._loss, self._num_correct, self._best_score = zero, zero, zero
+        self._loss, self._num_correct, self._best_score, self._pull = zero, zero, zero, zero
 
     def run(self) -> LossOutput:
         """All blocks of all ranks, in rank order."""
@@ -100,11 +104,13 @@ class OneWidth:
                 waiting.append(scored)
         if self._columns is not None:
             self._add_document_direction(waiting, self._columns)
+        num_documents = self._document_grad_KE.shape[0]
+        self._document.become_gradient_(self._document_grad_KE, slice(0, num_documents))
         return LossOutput(
             loss=self._loss.float(),
             temperature_grad=self._temperature_grad() if self._config.learn_temperature else None,
-            query_grad=self._query.gradient_(self._query_grad_BE),
-            document_grad=self._document.gradient_(self._document_grad_KE),
+            query_grad=self._query.rows_BE,
+            document_grad=self._document.rows_BE,
             metrics={
                 "accuracy@1": float(self._num_correct) / self._num_queries,
                 "positive_similarity": float(self._best_score)
@@ -164,6 +170,7 @@ class OneWidth:
             excluded=self._layout.excluded(block),
             ceiling_R=None if ceiling_R is None else ceiling_R.float(),
             plan=self._plan,
+            scratch=self._scratch,
         )
         total = sweep.statistics(self._columns).over_ranks()
         return _Negatives(log_mass_R=total.log(), best_R=total.peak, sweep=sweep)
@@ -240,12 +247,12 @@ class OneWidth:
         )
         comm.reduce_(query_grad_RE, scored.block.owner)
         if comm.rank() == scored.block.owner:
-            self._query_grad_BE[scored.block.rows] = query_grad_RE
+            self._pull = self._pull + (query_grad_RE * scored.query_RE).sum(dtype=torch.float64)
+            self._query.become_gradient_(query_grad_RE, scored.block.rows)
 
     def _temperature_grad(self) -> float:
         """d(loss) / d(temperature): scores depend on it only through the query rows, r / t."""
-        dot = (self._query_grad_BE * self._query.rows_BE).sum(dtype=torch.float64)
-        return float(-comm.all_reduce_(dot) / self._temperature)
+        return float(-comm.all_reduce_(self._pull) / self._temperature)
 
 
 def _own_negatives(

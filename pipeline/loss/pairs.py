@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Bytes of the rows gathered for pairs at one time.
-_SLICE_BYTES = 8 * 2**20
+_SLICE_BYTES = 4 * 2**20
 _BYTES_PER_NUMBER = 16  # two gathered rows and their float64 product
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 # As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
 _SMALLEST_NORM = 1e-12
 # Rows whose float64 copies exist at one time.
-_SLICE_ROWS = 1024
+_SLICE_ROWS = 512
 # Length of a document row under cosine. Any length that is no power of two would do: rounding must
 # act afresh on every number, or a document that is already of unit length within float32 keeps its
 # last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
@@ -40,16 +40,15 @@ class ScoreRows:
             rows_BE[here] = wide * factor_B[here, None]
         return cls(rows_BE=rows_BE, factor_B=factor_B, scale=scale, cosine=cosine)
 
-    def gradient_(self, grad_BE: Tensor) -> Tensor:
-        """d(loss) / d(rows) to d(loss) / d(embeddings), in place.
+    def become_gradient_(self, grad_RE: Tensor, rows: slice) -> None:
+        """Overwrite rows that are done with: d(loss) / d(rows) in, d(loss) / d(embeddings) kept.
 
         With r = scale * x / |x|: g_x = factor * (g_r - r (r . g_r) / scale^2).
         """
-        for start in range(0, grad_BE.shape[0], _SLICE_ROWS):
-            here = slice(start, start + _SLICE_ROWS)
-            grad = grad_BE[here].double()
+        for start in range(0, grad_RE.shape[0], _SLICE_ROWS):
+            grad = grad_RE[start : start + _SLICE_ROWS].double()
+            here = slice(rows.start + start, rows.start + start + grad.shape[0])
             if self.cosine:
-                rows = self.rows_BE[here].double()
-                grad -= rows * ((rows * grad).sum(1, keepdim=True) / self.scale**2)
-            grad_BE[here] = grad * self.factor_B[here, None]
-        return grad_BE
+                wide = self.rows_BE[here].double()
+                grad -= wide * ((wide * grad).sum(1, keepdim=True) / self.scale**2)
+            self.rows_BE[here] = grad * self.factor_B[here, None]

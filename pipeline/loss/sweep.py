@@ -28,6 +28,7 @@ class Sweep:
         excluded: tuple[Tensor, Tensor],
         ceiling_R: Tensor | None,
         plan: TilePlan,
+        scratch: Tensor,
     ) -> None:
         """Prepare the block.
 
@@ -37,16 +38,17 @@ class Sweep:
             excluded: row and column of each pair that is no negative.
             ceiling_R: a higher score than this is no negative either.
             plan: tile width, and whether to keep scores between the two uses.
+            scratch: (plan.num_slots, plan.rows * plan.columns) float32 that the scores live in.
         """
         self._query_RE, self._document_KE = query_RE, document_KE
-        self._ceiling_R, self._plan = ceiling_R, plan
+        self._ceiling_R, self._plan, self._scratch = ceiling_R, plan, scratch
         starts = range(0, document_KE.shape[0], plan.columns)
         column, order = excluded[1].sort()
         self._excluded = (excluded[0][order], column)
         edges = torch.tensor([*starts, document_KE.shape[0]], device=column.device)
         bounds = torch.searchsorted(column, edges).tolist()
         self._tiles = list(zip(starts, bounds[:-1], bounds[1:], strict=True))
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._peaks: list[Tensor] = []  # (R,) of each tile, if its scores are kept
         self._refined: list[list[Refined]] = []
         self._peak_R = torch.empty(0)
 
@@ -58,26 +60,26 @@ class Sweep:
                 negative; the block is added to them.
         """
         total = LogMass.empty(self._query_RE.shape[0], self._query_RE.device)
-        for tile in self._tiles:
-            here = self._columns(tile[0])
-            score_RT = self._scores(*tile)
+        for number, (start, _, _) in enumerate(self._tiles):
+            here = self._columns(start)
+            score_RT = self._scores(number, slot=number if self._plan.keep_scores else 0)
             refined: list[Refined] = []
             if columns is not None:
-                refined.append(self._absorb_columns_(columns.part(here), score_RT, here))
+                refined.append(self._absorb_columns_(columns.part(here), score_RT, number))
             total, refined_rows = absorb_(
                 total, score_RT, left_RE=self._query_RE, right_TE=self._document_KE[here]
             )
             self._refined.append([*refined, refined_rows])
             if self._plan.keep_scores:
-                self._kept.append((score_RT, total.peak))
+                self._peaks.append(total.peak)
         self._peak_R = total.peak
         return total
 
-    def _absorb_columns_(self, columns: LogMass, score_RT: Tensor, here: slice) -> Refined:
+    def _absorb_columns_(self, columns: LogMass, score_RT: Tensor, number: int) -> Refined:
         new, refined = absorb_(
             columns,
-            score_RT.T.clone(memory_format=torch.contiguous_format),
-            left_RE=self._document_KE[here],
+            self._slot(number, 1).view(score_RT.T.shape).copy_(score_RT.T),
+            left_RE=self._document_KE[self._columns(self._tiles[number][0])],
             right_TE=self._query_RE,
         )
         columns.peak.copy_(new.peak)
@@ -123,15 +125,15 @@ class Sweep:
     def _weights(self, number: int) -> tuple[Tensor, Tensor]:
         """exp(score - peak) of a tile, and the peak of its rows."""
         if self._plan.keep_scores:
-            return self._kept[number]
-        weight_RT = self._scores(*self._tiles[number]).sub_(self._peak_R[:, None]).exp_()
+            return self._slot(number, number), self._peaks[number]
+        weight_RT = self._scores(number, slot=0).sub_(self._peak_R[:, None]).exp_()
         for refined in self._refined[number]:
             refined.write_weights_(weight_RT, self._peak_R[refined.row])
         return weight_RT, self._peak_R
 
     def _column_weights(self, number: int, peak_T: Tensor) -> Tensor:
         """exp(score - peak), with the peak of its columns."""
-        weight_RT = self._scores(*self._tiles[number]).sub_(peak_T).exp_()
+        weight_RT = self._scores(number, slot=1).sub_(peak_T).exp_()
         for refined in self._refined[number]:
             refined.write_weights_(weight_RT, peak_T[refined.column])
         return weight_RT
@@ -139,8 +141,16 @@ class Sweep:
     def _columns(self, start: int) -> slice:
         return slice(start, start + self._plan.columns)
 
-    def _scores(self, start: int, first: int, last: int) -> Tensor:
-        score_RT = self._query_RE @ self._document_KE[self._columns(start)].T
+    def _slot(self, number: int, slot: int) -> Tensor:
+        """The place of a tile's scores (R, T)."""
+        num_rows, num_documents = self._query_RE.shape[0], self._document_KE.shape[0]
+        width = min(self._plan.columns, num_documents - self._tiles[number][0])
+        return self._scratch[slot, : num_rows * width].view(num_rows, width)
+
+    def _scores(self, number: int, slot: int) -> Tensor:
+        start, first, last = self._tiles[number]
+        score_RT = self._slot(number, slot)
+        torch.mm(self._query_RE, self._document_KE[self._columns(start)].T, out=score_RT)
         if self._ceiling_R is not None:
             score_RT.masked_fill_(score_RT > self._ceiling_R[:, None], -torch.inf)
         row, column = (index[first:last] for index in self._excluded)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-FLOAT_BYTES = 4
+_FLOAT_BYTES = 4
 # Fewer rows than this make the matrix products so thin that scoring twice is cheaper.
 _MIN_KEPT_ROWS = 64
+# More rows than this gain nothing, and a block of them travels between ranks.
+_MAX_ROWS = 4096
 # A tile of this many columns keeps element-wise work in a CPU's cache and a GPU's cores busy.
 _TILE_COLUMNS = 1024
 # Memory for scores per kind of device: a CPU's cache likes few, a GPU needs many to stay busy.
-DEFAULT_SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+DEFAULT_SCORE_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +22,13 @@ class TilePlan:
 
     rows: int
     columns: int
+    num_slots: int  # tiles whose scores exist at one time
     keep_scores: bool  # keep a block's scores for the gradient instead of computing them again
+
+    @property
+    def score_bytes(self) -> int:
+        """Memory of the scores."""
+        return self.num_slots * self.rows * self.columns * _FLOAT_BYTES
 
 
 def plan_tiles(
@@ -35,14 +43,89 @@ def plan_tiles(
     Args:
         num_queries: most queries of one rank; a block never spans two ranks.
         num_rank_documents: most documents of one rank.
-        score_bytes: for the scores held at one time.
-        symmetric: the column sums need every block first, so no block's scores can be kept.
+        score_bytes: memory for scores.
+        symmetric: the document's sums need every block first, so no block's scores can be kept.
     """
-    budget = max(score_bytes // FLOAT_BYTES, 1)
-    rows = min(budget // max(num_rank_documents, 1), num_queries)
-    keep = not symmetric and rows >= min(_MIN_KEPT_ROWS, num_queries)
-    columns = max(min(_TILE_COLUMNS, num_rank_documents), 1)
-    if not keep:
-        columns = min(columns, math.isqrt(budget) or 1)
-        rows = min(budget // columns, num_queries)
-    return TilePlan(rows=max(rows, 1), columns=columns, keep_scores=keep)
+    budget = score_bytes // _FLOAT_BYTES
+    num_queries, num_documents = max(num_queries, 1), max(num_rank_documents, 1)
+    columns = min(_TILE_COLUMNS, num_documents)
+    num_tiles = -(-num_documents // columns)
+    rows = min(budget // (num_tiles * columns), num_queries, _MAX_ROWS)
+    if not symmetric and rows >= min(_MIN_KEPT_ROWS, num_queries):
+        return TilePlan(rows=rows, columns=columns, num_slots=num_tiles, keep_scores=True)
+    num_slots = 2 if symmetric else 1
+    columns = min(columns, max(math.isqrt(budget // num_slots), 1))
+    rows = max(min(budget // (num_slots * columns), num_queries, _MAX_ROWS), 1)
+    return TilePlan(rows=rows, columns=columns, num_slots=num_slots, keep_scores=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossCost:
+    """What the loss of one global batch costs the rank that holds most, beside the embeddings."""
+
+    tiles: TilePlan
+    num_blocks: int  # of queries, over all ranks; as many rounds of collectives
+    num_tiles: int  # scored by one rank
+    score_bytes: int
+    row_bytes: int  # its rows made ready for scoring; those of its queries become their gradients
+    gradient_bytes: int  # of its documents
+    block_bytes: int  # queries of a block and their gradient; all queries where symmetric
+    index_bytes: int  # where each query and document is, and the targets' block
+    received_bytes: int  # per step: queries, and partial gradients of its own
+    matmul_flops: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All memory at once."""
+        return (
+            self.score_bytes
+            + self.row_bytes
+            + self.gradient_bytes
+            + self.block_bytes
+            + self.index_bytes
+        )
+
+
+def loss_cost(
+    *,
+    num_queries: int,
+    num_documents: int,
+    width: int,
+    world_size: int,
+    score_bytes: int,
+    symmetric: bool = False,
+) -> LossCost:
+    """Memory, traffic and work of the loss with in-batch negatives, rows spread evenly over ranks.
+
+    Args:
+        num_queries: of the global batch.
+        num_documents: of the global batch, hard negatives included.
+        width: of the embeddings.
+        world_size: ranks that share both.
+        score_bytes: memory for scores on each rank.
+        symmetric: both directions.
+    """
+    queries, documents = -(-num_queries // world_size), -(-num_documents // world_size)
+    tiles = plan_tiles(
+        num_queries=queries,
+        num_rank_documents=documents,
+        score_bytes=score_bytes,
+        symmetric=symmetric,
+    )
+    num_blocks = world_size * -(-queries // tiles.rows)
+    row = width * _FLOAT_BYTES
+    held = world_size * queries if symmetric else tiles.rows
+    products = 3 if tiles.keep_scores else 5 if symmetric else 4
+    foreign = (world_size - 1) * queries if world_size > 1 else 0
+    return LossCost(
+        tiles=tiles,
+        num_blocks=num_blocks,
+        num_tiles=num_blocks * -(-documents // tiles.columns),
+        score_bytes=tiles.score_bytes,
+        row_bytes=(queries + documents) * row,
+        gradient_bytes=documents * row,
+        block_bytes=(held + tiles.rows) * row,
+        index_bytes=8 * (num_queries + num_documents + queries + documents),
+        received_bytes=2 * foreign * row,
+        matmul_flops=products * 2 * num_queries * documents * width,
+    )

@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
+from pipeline.errors import UserError
 from pipeline.loss.contrastive import LossOutput, contrastive_loss
 from tests.loss.reference import Case, make_case, naive_loss, relative_error
 from tests.support import run_ranks
@@ -101,21 +103,22 @@ def test_tiled_loss_equals_naive_loss(recipe: str, score_bytes: int) -> None:
     assert_equal_to_naive(case, config, [share])
 
 
+def everything_on_ranks(case: Case) -> tuple[list[Share], list[Share]]:
+    """One start of ranks for all recipes: starting them is what takes the time."""
+    return loss_of_rank(case, list(RECIPES.values()), THREE_ROWS), loss_with_idle_rank(case)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_distributed_loss_equals_naive_loss(world_size: int) -> None:
-    case, configs = make_case(teacher=True), list(RECIPES.values())
-    by_rank = run_ranks(world_size, loss_of_rank, case, configs, THREE_ROWS)
-    for number, config in enumerate(configs):
-        assert_equal_to_naive(case, config, [shares[number] for shares in by_rank])
+    case = make_case(teacher=True)
+    results = run_ranks(world_size, everything_on_ranks, case)
+    for number, config in enumerate(RECIPES.values()):
+        assert_equal_to_naive(case, config, [spread[number] for spread, _ in results])
+    for number in range(2):
+        assert_equal_to_naive(case, LossConfig(), [idle[number] for _, idle in results])
 
 
-def test_rank_without_documents_or_queries_takes_part() -> None:
-    case, config = make_case(num_queries=9, num_documents=20), LossConfig()
-    for shares in zip(*run_ranks(2, loss_with_idle_rank, case, config), strict=True):
-        assert_equal_to_naive(case, config, list(shares))
-
-
-def loss_with_idle_rank(case: Case, config: LossConfig) -> list[Share]:
+def loss_with_idle_rank(case: Case) -> list[Share]:
     """Once all rows on rank 0; once queries on rank 0 and documents on rank 1."""
     everything = torch.arange(len(case.query)), torch.arange(len(case.document))
     nothing = torch.arange(0)
@@ -127,7 +130,137 @@ def loss_with_idle_rank(case: Case, config: LossConfig) -> list[Share]:
             case.query[queries],
             case.document[documents],
             case.targets(queries, documents),
-            config=config,
+            config=LossConfig(),
         )
         results.append(Share(output, queries, documents))
     return results
+
+
+def whole_loss(case: Case, config: LossConfig) -> LossOutput:
+    queries, documents = torch.arange(len(case.query)), torch.arange(len(case.document))
+    targets = case.targets(queries, documents)
+    return contrastive_loss(case.query, case.document, targets, config=config)
+
+
+def one_positive_case(num_queries: int, num_negatives: int, width: int = 32) -> Case:
+    """Documents as the published losses lay them out: all positives, then the negatives."""
+    g = torch.Generator().manual_seed(3)
+    num_documents = num_queries * (1 + num_negatives)
+    return Case(
+        torch.randn(num_queries, width, generator=g),
+        torch.randn(num_documents, width, generator=g),
+        [[i] for i in range(num_queries)],
+        [
+            [num_queries + i * num_negatives + n for n in range(num_negatives)]
+            for i in range(num_queries)
+        ],
+        [[] for _ in range(num_queries)],
+    )
+
+
+def test_hard_negative_nll_as_published() -> None:
+    """Cross-entropy of 50 cos(Q, [P; N]), label i in row i."""
+    case = one_positive_case(24, 1)
+    q, d = case.query.double().requires_grad_(), case.document.double().requires_grad_()
+    score = 50 * F.normalize(q, dim=1) @ F.normalize(d, dim=1).T
+    loss = F.cross_entropy(score, torch.arange(24))
+    assert_matches(whole_loss(case, LossConfig(temperature=1 / 50)), loss, q, d)
+
+
+def test_repllama_as_published() -> None:
+    """Cross-entropy over [positive, its 15 negatives] of the raw dot product over the width."""
+    case = one_positive_case(6, 15)
+    q, d = case.query.double().requires_grad_(), case.document.double().requires_grad_()
+    listed = torch.tensor([p + n for p, n in zip(case.positives, case.negatives, strict=True)])
+    score = (d[listed] @ q[:, :, None])[:, :, 0] / q.shape[1]
+    loss = F.cross_entropy(score, torch.zeros(6, dtype=torch.int64))
+    config = LossConfig(similarity="scaled_dot", temperature=1, negatives="own")
+    assert_matches(whole_loss(case, config), loss, q, d)
+
+
+def assert_matches(output: LossOutput, loss: Tensor, query: Tensor, document: Tensor) -> None:
+    query_grad, document_grad = torch.autograd.grad(loss, (query, document))
+    assert float(output.loss) == pytest.approx(loss.item(), rel=1e-6)
+    assert relative_error(output.query_grad, query_grad) < 1e-6
+    assert relative_error(output.document_grad, document_grad) < 1e-6
+
+
+def clustered(kind: str, num_rows: int, width: int = 384) -> tuple[Tensor, Tensor]:
+    """Unit queries and documents whose similarities are like an untrained or a trained model's."""
+    g = torch.Generator().manual_seed(0)
+
+    def noise(rows: int) -> Tensor:
+        return torch.randn(rows, width, generator=g) / width**0.5
+
+    shared = noise(1)
+    if kind == "isotropic":
+        query = noise(num_rows)
+        document = noise(num_rows) + 0.3 * query
+    elif kind == "narrow cone":
+        query = noise(num_rows) + 3 * shared
+        document = noise(num_rows) + 0.3 * query + 2 * shared
+    else:
+        topic = noise(num_rows // 32).repeat_interleave(32, 0)
+        query = topic + 0.5 * noise(num_rows) + 0.5 * shared
+        document = topic + 0.5 * noise(num_rows) + 0.8 * query
+    return F.normalize(query, dim=1), F.normalize(document, dim=1)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02])
+@pytest.mark.parametrize("kind", ["isotropic", "narrow cone", "topics"])
+def test_embedding_gradients_are_within_1e_6_of_float64(kind: str, temperature: float) -> None:
+    rows = list(range(1024))
+    case = Case(*clustered(kind, 1024), [[i] for i in rows], [[] for _ in rows], [[] for _ in rows])
+    q, d = case.query.double().requires_grad_(), case.document.double().requires_grad_()
+    score = F.normalize(q, dim=1) @ F.normalize(d, dim=1).T / temperature
+    loss = F.cross_entropy(score, torch.arange(1024))
+    assert_matches(whole_loss(case, LossConfig(temperature=temperature)), loss, q, d)
+
+
+def test_query_without_any_negative_costs_nothing() -> None:
+    case = Case(torch.randn(1, 4), torch.randn(1, 4), [[0]], [[]], [[]])
+    for config in (LossConfig(), LossConfig(negatives="own"), LossConfig(symmetric=True)):
+        output = whole_loss(case, config)
+        assert float(output.loss) == 0
+        assert not output.query_grad.any()
+        assert not output.document_grad.any()
+
+
+def test_accuracy_counts_queries_whose_best_positive_beats_every_negative() -> None:
+    query = torch.eye(3)
+    document = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0.1]])
+    case = Case(query, document, [[0], [1], [2]], [[], [], []], [[], [], []])
+    metrics = whole_loss(case, LossConfig()).metrics
+    assert metrics["accuracy@1"] == pytest.approx(1.0)
+    case.positives[2] = [1]
+    assert whole_loss(case, LossConfig()).metrics["accuracy@1"] == pytest.approx(2 / 3)
+
+
+def test_loss_does_not_depend_on_the_callers_matmul_precision_or_autocast() -> None:
+    case = make_case()
+    expected = whole_loss(case, LossConfig())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(whole_loss(case, LossConfig()).query_grad, expected.query_grad)
+
+
+def test_matryoshka_width_that_is_no_prefix_is_refused() -> None:
+    with pytest.raises(UserError, match=r"loss\.matryoshka_dims: 24 .*below .*24"):
+        whole_loss(make_case(), LossConfig(matryoshka_dims=(8, 24)))
+
+
+def test_distillation_without_teacher_scores_is_refused() -> None:
+    with pytest.raises(UserError, match="no teacher scores"):
+        whole_loss(make_case(), LossConfig(distillation=DistillationConfig()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"symmetric": True, "negatives": "own"}, "loss.symmetric"),
+        ({"matryoshka_dims": (64, 32)}, "loss.matryoshka_dims"),
+        ({"temperature": 0.0}, "loss.temperature"),
+    ],
+)
+def test_impossible_recipe_is_refused_when_it_is_built(keys: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        LossConfig(**keys)

@@ -1,0 +1,91 @@
+"""The plan of the loss keeps its promises, and its bytes are those a real loss takes."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import comm
+from pipeline.config import LossConfig
+from pipeline.loss.contrastive import RaggedIndex, Targets, contrastive_loss
+from pipeline.loss.tiles import loss_cost, plan_tiles
+from tests.support import run_ranks
+
+
+@given(
+    num_queries=st.integers(0, 10**7),
+    num_rank_documents=st.integers(0, 10**7),
+    score_bytes=st.integers(64, 2**34),
+    symmetric=st.booleans(),
+)
+def test_scores_stay_within_their_budget(
+    num_queries: int, num_rank_documents: int, score_bytes: int, symmetric: bool
+) -> None:
+    plan = plan_tiles(
+        num_queries=num_queries,
+        num_rank_documents=num_rank_documents,
+        score_bytes=score_bytes,
+        symmetric=symmetric,
+    )
+    assert plan.rows >= 1 and plan.columns >= 1
+    assert plan.score_bytes <= score_bytes
+    assert not (plan.keep_scores and symmetric)
+    if plan.keep_scores:
+        assert plan.num_slots * plan.columns >= num_rank_documents
+
+
+def test_a_million_queries_fit_on_8_and_on_128_ranks() -> None:
+    for world_size, gigabytes in ((8, 14), (128, 2)):
+        cost = loss_cost(
+            num_queries=2**20,
+            num_documents=2**21,
+            width=3584,
+            world_size=world_size,
+            score_bytes=512 * 2**20,
+        )
+        assert cost.tiles.keep_scores
+        assert cost.num_blocks * cost.tiles.rows >= 2**20
+        assert cost.score_bytes <= 512 * 2**20
+        assert cost.peak_bytes < gigabytes * 2**30
+        # Every query comes once, and its gradient goes back once: nothing else grows.
+        assert cost.received_bytes <= 2 * 2**20 * 3584 * 4
+
+
+def measured_peak(num_queries: int, num_documents: int, width: int, score_bytes: int) -> int:
+    """Most bytes that the loss held on this rank beside its arguments, by PyTorch's own account."""
+    world_size, rank = comm.world_size(), comm.rank()
+    queries = torch.arange(rank, num_queries, world_size)
+    documents = torch.arange(rank, num_documents, world_size)
+    none = RaggedIndex(
+        offsets=torch.zeros(num_queries + 1, dtype=torch.int64), values=torch.arange(0)
+    )
+    targets = Targets(
+        num_queries=num_queries,
+        num_documents=num_documents,
+        query_index=queries,
+        document_index=documents,
+        positives=RaggedIndex(
+            offsets=torch.arange(num_queries + 1), values=torch.arange(num_queries)
+        ),
+        negatives=none,
+        masked=none,
+    )
+    rows = torch.randn(len(queries), width), torch.randn(len(documents), width)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        contrastive_loss(*rows, targets, config=LossConfig(), score_bytes=score_bytes)
+    changes = [event for event in profile.events() if event.name == "[memory]"]
+    ordered = sorted(changes, key=lambda event: event.time_range.start)
+    return max(itertools.accumulate(event.cpu_memory_usage for event in ordered))
+
+
+def test_planned_bytes_are_those_of_a_scaled_down_loss() -> None:
+    shape = {"num_queries": 4096, "num_documents": 8192, "width": 192}
+    planned = loss_cost(**shape, world_size=2, score_bytes=4 * 2**20).peak_bytes
+    measured = run_ranks(2, measured_peak, *shape.values(), 4 * 2**20)
+    for peak in measured:
+        assert 0.85 * planned < peak < 1.1 * planned
