@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -19,6 +20,10 @@ from pipeline.run_dir import write_json
 
 if TYPE_CHECKING:
     from pipeline.evaluation.encoder import LoadEncoder
+    from pipeline.evaluation.plan import Plan
+
+# Tasks loaded side by side; each may take a few GiB.
+_MAX_WORKERS = 8
 
 
 def num_elements(config: EvaluateConfig) -> int:
@@ -71,6 +76,24 @@ def run_element(
 def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
     """Score every element, one after another; run again, it continues where it was stopped."""
     return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def plan(config: EvaluateConfig) -> Plan:
+    """List every distinct text of all tasks once, in blocks that `embed` shares out.
+
+    Raises:
+        UserError: a task's data are incomplete, or a text cannot fit the GPU.
+    """
+    from pipeline.evaluation.plan import write_plan
+
+    written = write_plan(config, num_workers=min(os.cpu_count() or 1, _MAX_WORKERS))
+    print(
+        f"{written.num_texts} distinct texts of {written.num_occurrences} in "
+        f"{len(written.block_costs)} blocks, about {sum(written.block_costs) / 1e6:.1f} M tokens "
+        f"per model: {written.folder}",
+        flush=True,
+    )
+    return written
 
 
 def embed(config: EvaluateConfig, index: int, num: int, *, load: LoadEncoder | None = None) -> int:

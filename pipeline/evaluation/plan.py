@@ -9,10 +9,13 @@ Texts are sharded, not tasks: BRIGHT's Leetcode alone holds 41 % of that benchma
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,15 @@ from pipeline.evaluation.instructions import instruction_for
 from pipeline.run_dir import atomic_path, write_json
 
 _VERSION = 1
+_TEXTS = "texts.arrow"
+_SCHEMA = pa.schema(
+    [
+        ("role", pa.string()),
+        ("instruction", pa.string()),
+        ("max_length", pa.int32()),
+        ("text", pa.large_string()),
+    ]
+)
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048
 _MIN_BLOCK_COST = 32_768.0
@@ -72,19 +84,18 @@ class Plan:
     lengths: tuple[int, ...]
     block_costs: tuple[float, ...]
 
-    def block_path(self, block: int) -> Path:
-        """Texts of a block."""
-        return self.folder / f"block-{block:05d}.arrow"
-
     def read_block(self, block: int) -> list[TextKey]:
-        """The texts of a block, longest first."""
-        with pa.OSFile(str(self.block_path(block))) as file:
-            rows = pyarrow.ipc.open_file(file).read_all().to_pylist()
+        """The texts of a block, longest first; reads no other block."""
+        with pa.memory_map(str(self.folder / _TEXTS)) as file:
+            rows = pyarrow.ipc.open_file(file).get_batch(block).to_pylist()
         return [TextKey(**row) for row in rows]
 
 
-def write_plan(config: EvaluateConfig) -> Plan:
+def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
     """List, cut and write what the config's tasks need; loads every task's data once.
+
+    Args:
+        num_workers: processes that load tasks side by side; the plan does not depend on it.
 
     Raises:
         UserError: a task's data are missing or incomplete, or a text cannot fit the GPU.
@@ -92,30 +103,29 @@ def write_plan(config: EvaluateConfig) -> Plan:
     check_fit(config)
     keys: dict[bytes, TextKey] = {}
     num_occurrences = 0
-    for key in _all_texts(config):
+    for key in _all_texts(config, num_workers):
         num_occurrences += 1
         keys.setdefault(key.digest(), key)
     # Ties by digest: the same texts give the same blocks, whatever the order of tasks.
-    ordered = sorted(keys.items(), key=lambda item: (-item[1].cost(), item[0]))
-    blocks = cut_blocks([key.cost() for _, key in ordered])
-    folder = plan_folder(config)
+    ordered = sorted((-key.cost(), digest) for digest, key in keys.items())
+    blocks = cut_blocks([-cost for cost, _ in ordered])
     plan = Plan(
-        folder=folder,
+        folder=plan_folder(config),
         num_texts=len(ordered),
         num_occurrences=num_occurrences,
         lengths=_all_lengths(config),
-        block_costs=tuple(sum(ordered[i][1].cost() for i in rows) for rows in blocks),
+        block_costs=tuple(-sum(ordered[row][0] for row in rows) for rows in blocks),
     )
-    for block, rows in enumerate(blocks):
-        _write_block(plan.block_path(block), [ordered[i][1] for i in rows])
+    in_blocks = ([keys[ordered[row][1]] for row in rows] for rows in blocks)
+    _write_texts(plan.folder / _TEXTS, in_blocks)
     places = np.array([(b, r) for b, rows in enumerate(blocks) for r in range(len(rows))], np.int32)
-    digests = np.frombuffer(b"".join(digest for digest, _ in ordered), np.uint64).reshape(-1, 2)
+    digests = np.frombuffer(b"".join(digest for _, digest in ordered), np.uint64).reshape(-1, 2)
     if len(np.unique(digests[:, 0])) < len(digests):
         raise RuntimeError("two texts share the first 8 bytes of their digest")
-    with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
+    with atomic_path(plan.folder / "index.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, digests=digests, places=places)
     # Last: its presence means that the plan is whole.
-    write_json(folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
+    write_json(plan.folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
     return plan
 
 
@@ -194,21 +204,18 @@ def _all_lengths(config: EvaluateConfig) -> tuple[int, ...]:
     return tuple(sorted({element.max_length for element in list_elements(config)}))
 
 
-def _all_texts(config: EvaluateConfig) -> Iterator[TextKey]:
+def _all_texts(config: EvaluateConfig, num_workers: int) -> Iterator[TextKey]:
     """Every text of every task at every length, with repetitions."""
-    # Here, not at the top: reading a plan must not load mteb.
-    from pipeline.evaluation.snapshots import task_texts
-
     lengths = _all_lengths(config)
     wanted: dict[str, list[int]] = {}
     for element in list_elements(config):
         if element.model == config.models[0]:
             wanted.setdefault(element.task, []).append(element.max_length)
-    for task, task_lengths in wanted.items():
+    for task, texts in zip(wanted, _load_tasks(config, list(wanted), num_workers), strict=True):
         instruction = instruction_for(task, config.instructions)
-        for role, text in task_texts(task, config.snapshots):
+        for role, text in texts:
             own = instruction if role == "query" else ""
-            for length in task_lengths:
+            for length in wanted[task]:
                 yield TextKey(
                     role=role,
                     instruction=own,
@@ -217,14 +224,33 @@ def _all_texts(config: EvaluateConfig) -> Iterator[TextKey]:
                 )
 
 
-def _write_block(path: Path, keys: Sequence[TextKey]) -> None:
-    table = pa.Table.from_pylist([dataclasses.asdict(key) for key in keys])
+def _load_tasks(
+    config: EvaluateConfig, tasks: Sequence[str], num_workers: int
+) -> Iterator[list[tuple[Role, str]]]:
+    """Texts of each task, in the order of tasks."""
+    # Here, not at the top: reading a plan must not load mteb.
+    from pipeline.evaluation.snapshots import task_texts
+
+    load = functools.partial(task_texts, snapshots=config.snapshots)
+    if num_workers == 1:
+        yield from map(load, tasks)
+        return
+    # Spawned, because forking a process that has loaded torch may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
+        yield from pool.map(load, tasks)
+
+
+def _write_texts(path: Path, blocks: Iterable[Sequence[TextKey]]) -> None:
+    """One Arrow file, one record batch per block."""
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
-        pyarrow.ipc.new_file(file, table.schema) as writer,
+        pyarrow.ipc.new_file(file, _SCHEMA) as writer,
     ):
-        writer.write_table(table)
+        for keys in blocks:
+            columns = {name: [getattr(key, name) for key in keys] for name in _SCHEMA.names}
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

@@ -153,14 +153,16 @@ def changed_judgements(task: Any) -> dict[str, list[str]]:
     return {row["query-id"]: list(row["corpus-ids"]) for row in rows}
 
 
-def task_texts(name: str, snapshots: Path | None) -> Iterator[tuple[Role, str]]:
+def task_texts(name: str, *, snapshots: Path | None) -> list[tuple[Role, str]]:
     """Every document and query of a task, as mteb will ask for them, after the proof."""
+    texts: list[tuple[Role, str]] = []
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
         task = localise(get_task(name), snapshots)
         load_and_prove(task)
         for _, _, data in evaluated_splits(task):
-            yield from (("document", text) for text in document_texts(data["corpus"]))
-            yield from (("query", text) for text in query_texts(data["queries"]))
+            texts += [("document", text) for text in document_texts(data["corpus"])]
+            texts += [("query", text) for text in query_texts(data["queries"])]
+    return texts
 
 
 @contextlib.contextmanager

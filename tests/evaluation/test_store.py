@@ -97,6 +97,14 @@ def test_killed_elements_redo_only_their_missing_blocks_and_scores_are_bit_ident
     assert {block: block_path(folder, block).read_bytes() for block in whole} == whole
 
 
+def test_loading_side_by_side_writes_the_same_plan(strong, small_blocks):
+    alone = write_plan(strong)
+    names = ("texts.arrow", "index.npz", "plan.json")
+    written = [(alone.folder / name).read_bytes() for name in names]
+    assert write_plan(strong, num_workers=2) == alone
+    assert [(alone.folder / name).read_bytes() for name in names] == written
+
+
 def test_ranks_of_one_element_share_its_blocks(strong, load, small_blocks):
     strong = dataclasses.replace(strong, tasks=(AOPS,))
     plan = write_plan(strong)
