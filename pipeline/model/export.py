@@ -13,8 +13,9 @@ from pipeline.config import ModelConfig, Pooling, Template, as_tree
 from pipeline.errors import UserError
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
-from pipeline.model.tokenizer import append_eos, load_tokenizer
+from pipeline.model.eos import append_eos
 from pipeline.run_dir import sync_dir, write_json
+from pipeline.tokenizer import load_tokenizer
 
 # sentence-transformers' names of our poolings.
 POOLING_NAMES: dict[Pooling, str] = {

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import POOLING_NAMES, SETTINGS
 from pipeline.model.families import FAMILIES
-from pipeline.model.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 
 # sentence-transformers before version 5 kept one boolean per pooling.
 _OLD_POOLING_KEYS = {

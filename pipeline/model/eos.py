@@ -1,28 +1,12 @@
-"""Tokenizers as an encoder needs them: loaded without remote code, ending in EOS if trained so."""
+"""The end-of-sequence token of an exported tokenizer, where training appended one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tokenizers import processors
-from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
-
-
-def load_tokenizer(path: str) -> Any:
-    """Load a tokenizer folder or hub name.
-
-    Raises:
-        UserError: nothing there that transformers can read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer: cannot load {path!r} ({str(error).splitlines()[0]})",
-            fix="give a folder with tokenizer.json, or a model name in the local cache",
-        ) from error
 
 
 def append_eos(tokenizer: Any) -> None:

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pipeline.config import StarterConfig
+from pipeline.data.tokens import tokenizer_fingerprint
+from pipeline.errors import UserError
+from pipeline.model.starter import build_starter
+from pipeline.tokenizer import load_tokenizer
+
+TEXT = "Hello wörld,  3.14 <|mask|> don't\n"
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("starter")
+    (folder / "corpus.txt").write_text("Hello world, 3.14 and don't say hello again.\n" * 9)
+    return build_starter(
+        StarterConfig(output_dir=folder / "m", corpus=(folder / "corpus.txt",), vocab_size=300)
+    )
+
+
+def test_dreams_published_files_tokenise_without_their_code(starter: Path, tmp_path: Path) -> None:
+    """Dream publishes vocab.json, merges.txt and added tokens around a class of its own."""
+    ours = AutoTokenizer.from_pretrained(starter)
+    model = json.loads(ours.backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    added = {
+        str(number): {"content": token, "special": True}
+        for token, number in (
+            ("<|endoftext|>", ours.eos_token_id),
+            ("<|mask|>", ours.mask_token_id),
+        )
+    }
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "DreamTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+                "added_tokens_decoder": added,
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "mask_token": "<|mask|>",
+            }
+        )
+    )
+    (tmp_path / "tokenization_dream.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "config.json").write_text((starter / "config.json").read_text())
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(TEXT)["input_ids"] == ours(TEXT)["input_ids"]
+    assert loaded.mask_token_id == ours.mask_token_id
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(ours)
+
+
+def test_a_starter_a_bare_tokenizer_and_an_unknown_model_type_load(
+    starter: Path, tmp_path: Path
+) -> None:
+    wanted = AutoTokenizer.from_pretrained(starter)
+    wanted.save_pretrained(tmp_path)
+    assert load_tokenizer(str(starter))(TEXT) == wanted(TEXT)
+    assert load_tokenizer(str(tmp_path))(TEXT) == wanted(TEXT)
+    (tmp_path / "config.json").write_text('{"model_type": "llada"}')
+    assert load_tokenizer(str(tmp_path))(TEXT) == wanted(TEXT)
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
+    )
+    (tmp_path / "tokenization_x.py").write_text("raise SystemExit('it ran')")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="tokenizer: cannot load"):
+            load_tokenizer(str(folder))
