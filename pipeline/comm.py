@@ -7,6 +7,7 @@ import datetime
 import os
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 import torch
@@ -73,13 +74,23 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     os.environ.setdefault("MASTER_ADDR", _first_host())
-    # Two jobs on one node must not meet at one port.
-    job = int(os.environ.get("SLURM_JOB_ID", "9500"))
-    os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    os.environ.setdefault("MASTER_PORT", str(_port_of_job()))
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world.world_size == 1:
+        # No port to take, hence none that could be taken.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _port_of_job() -> int:
+    """A port that the ranks of a job agree on and two jobs on one node hardly share."""
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PMIX_NAMESPACE") or ""
+    return 20000 + zlib.crc32(job.encode()) % 10000
 
 
 def _first_host() -> str:

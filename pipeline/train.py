@@ -37,7 +37,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     # The deepspeed launcher adds this to every command line; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    # Overrides may stand before and after the options.
+    return parser.parse_intermixed_args(arguments)
 
 
 def run(arguments: list[str]) -> None:

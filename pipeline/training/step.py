@@ -69,7 +69,12 @@ def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
 
 
 def accumulate_gradients(
-    engine: Engine, batch: GlobalBatch, config: TrainConfig, *, device: torch.device
+    engine: Engine,
+    batch: GlobalBatch,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    temperature: float | None = None,
 ) -> LossOutput:
     """Both passes and the loss; afterwards the engine holds the reduced gradients.
 
@@ -78,6 +83,7 @@ def accumulate_gradients(
         batch: this rank's part of the global batch; all ranks have the same number of chunks.
         config: schedule, loss and seed.
         device: where the chunks go.
+        temperature: the present value of a learned temperature.
     """
     chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
 
@@ -91,7 +97,7 @@ def accumulate_gradients(
             seed=seed,
             on_host=config.chunks.boundaries == "host",
         )
-        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config)
+        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
         with engine.accumulation():
             sweep.backward(chunks, gradients, engine.backward)
         return output
@@ -102,7 +108,7 @@ def accumulate_gradients(
 
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
     cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
-    output, gradients = _loss(cached.embeddings, chunks, batch, config)
+    output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
     with engine.accumulation():
         grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
     return output
@@ -140,6 +146,7 @@ def _loss(
     chunks: list[TensorChunk],
     batch: GlobalBatch,
     config: TrainConfig,
+    temperature: float | None,
 ) -> tuple[LossOutput, tuple[torch.Tensor, ...]]:
     """The global loss, and the gradient that each chunk's embeddings begin their backward with."""
     rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
@@ -147,7 +154,9 @@ def _loss(
     is_query = (texts >= 0) & (texts < batch.num_queries)
     is_document = texts >= batch.num_queries
     targets = _targets(batch, texts[is_query], texts[is_document] - batch.num_queries)
-    output = contrastive_loss(rows[is_query], rows[is_document], targets, config=config.loss)
+    output = contrastive_loss(
+        rows[is_query], rows[is_document], targets, config=config.loss, temperature=temperature
+    )
     gradients = torch.zeros_like(rows)  # stays zero in dummy rows
     # The engine averages over ranks, each of which holds only its own rows' share of the sum.
     gradients[is_query] = output.query_grad * comm.world_size()

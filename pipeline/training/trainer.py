@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -45,66 +44,139 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request)
     dataset = Dataset.open(config.data.path)
-    loader = build_loader(dataset, config, rank=world.rank, world_size=world.world_size)
-    identity = run_identity(config, dataset)
-    newest = checkpoint.latest(run.checkpoints)
-    comm.start(world)
-    if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
-        _say(f"{run.root}: finished, step {config.num_steps} is saved in {newest}")
-        return
-    _write_description(run, config, ds_config)
-    seed_random(config.seed)  # a fresh adapter starts alike on every rank
-    encoder = build_encoder(config.model).to(comm.device())
-    engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
-    temperature = Temperature(config.loss, config.optimizer)
-    step = 0
-    if newest:
-        step, extra = checkpoint.load(newest, engine, identity)
-        temperature.load_state_dict(extra["temperature"])
-        _say(f"resuming {run.root} at step {step} of {config.num_steps}")
-    loader.load_state_dict({**loader.state_dict(), "step": step})
-    trackers = _trackers(run, config, first_step=step)
-    saved = step
-    for batch in loader:
-        if step == config.num_steps:
-            break
-        values = _one_step(engine, temperature, batch, config)
-        step += 1
-        if step % config.log_every == 0 or step == config.num_steps:
-            for tracker in trackers:
-                tracker.log(step - 1, values)
-        reason = stop.agreed()
-        if step % config.checkpoint.every == 0 or step == config.num_steps or reason:
-            checkpoint.save(
-                run.checkpoints,
-                engine,
-                step=step,
-                identity=identity,
-                extra={"temperature": temperature.state_dict()},
-            )
-            saved = step
-            if world.is_main:
-                checkpoint.prune(run.checkpoints, config.checkpoint.keep_last)
-        if reason and step < config.num_steps:
-            stop.clear()
-            raise Stopped(
-                f"{reason} after step {step} of {config.num_steps}; "
-                f"saved {run.checkpoints}/step-{saved:06d}, run the same command to resume"
-            )
-    _say(f"done: {run.checkpoints}/step-{saved:06d}")
-
-
-def build_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
-    """The loader of one rank."""
-    return Loader(
+    loader = Loader(
         dataset,
         config.data,
         seed=config.seed,
-        rank=rank,
-        world_size=world_size,
+        rank=world.rank,
+        world_size=world.world_size,
         max_chunk_tokens=config.chunks.max_tokens,
         min_chunks=config.chunks.min_chunks,
     )
+    newest = checkpoint.latest(run.checkpoints)
+    comm.start(world)
+    if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
+        _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
+        return
+    training = Training(config, ds_config, run, identity=run_identity(config, dataset))
+    step = training.resume(newest) if newest else 0
+    # After the checks of resuming: a refused run leaves the folder as it was.
+    training.describe(ds_config)
+    loader.load_state_dict({**loader.state_dict(), "step": step})
+    training.loop(loader, stop, first_step=step)
+
+
+class Training:
+    """What lives as long as the run: model, engine, temperature, and where they are saved."""
+
+    def __init__(
+        self, config: TrainConfig, ds_config: dict[str, Any], run: RunDir, identity: dict[str, Any]
+    ) -> None:
+        self.config, self.run, self._identity = config, run, identity
+        seed_random(config.seed)  # a fresh adapter starts alike on every rank
+        encoder = build_encoder(config.model).to(comm.device())
+        self.engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
+        self.temperature = Temperature(config.loss, config.optimizer)
+
+    def resume(self, path: Path) -> int:
+        """Load a checkpoint; returns the next step."""
+        step, extra = checkpoint.load(path, self.engine, self._identity)
+        self.temperature.load_state_dict(extra["temperature"])
+        _say(f"resuming {self.run.root} at step {step} of {self.config.num_steps}")
+        return step
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint and delete those past their time."""
+        path = checkpoint.save(
+            self.run.checkpoints,
+            self.engine,
+            step=step,
+            identity=self._identity,
+            extra={"temperature": self.temperature.state_dict()},
+        )
+        if comm.rank() == 0:
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+        return path
+
+    def describe(self, ds_config: dict[str, Any]) -> None:
+        """Write what the run is into its folder."""
+        if comm.rank() == 0:
+            write_text(self.run.config, dump_config(self.config))
+            write_json(self.run.ds_config, ds_config)
+            environment = {**describe_environment(), "world_size": comm.world_size()}
+            write_json(self.run.environment, environment)
+
+    def loop(self, loader: Loader, stop: StopRequest, *, first_step: int) -> None:
+        """Run the steps that are left.
+
+        Raises:
+            Stopped: asked to stop; a checkpoint was written.
+        """
+        config, trackers = self.config, self._trackers(first_step)
+        for batch in loader:
+            values = self.step(batch)
+            done = batch.step + 1
+            last = done == config.num_steps
+            if done % config.log_every == 0 or last:
+                for tracker in trackers:
+                    tracker.log(batch.step, values)
+            reason = stop.agreed()
+            if done % config.checkpoint.every == 0 or last or reason:
+                path = self.save(done)
+            if last:
+                _say(f"done: {path}")
+                return
+            if reason:
+                stop.clear()
+                raise Stopped(
+                    f"{reason} after step {done} of {config.num_steps}; saved {path}, "
+                    f"run the same command to resume"
+                )
+
+    def step(self, batch: GlobalBatch) -> dict[str, float]:
+        """One optimizer step; returns its numbers, the same on every rank but for times."""
+        began = time.perf_counter()
+        config, temperature = self.config, self.temperature.value
+        output = accumulate_gradients(
+            self.engine,
+            batch,
+            config,
+            device=comm.device(),
+            temperature=temperature if config.loss.learn_temperature else None,
+        )
+        loss = float(output.loss)
+        # The loss is the same number on every rank, so all of them stop here together.
+        if not abs(loss) < float("inf"):
+            raise DiffembedError(
+                f"loss is {loss} at step {batch.step}: nothing was updated; lower optimizer.lr, "
+                f"raise loss.temperature, or resume from an earlier checkpoint"
+            )
+        lr = learning_rate(batch.step, config.optimizer, config.num_steps)
+        grad_norm = self.engine.step(lr)
+        self.temperature.step(output.temperature_grad, lr)
+        seconds = time.perf_counter() - began
+        return {
+            "loss": loss,
+            **output.metrics,
+            "lr": lr,
+            "temperature": temperature,
+            "grad_norm": grad_norm,
+            "chunks": len(batch.chunks),
+            "documents": batch.num_documents,
+            "tokens": batch.tokens,
+            "seconds": seconds,
+            "tokens_per_second": batch.tokens / seconds,
+        }
+
+    def _trackers(self, first_step: int) -> list[Tracker]:
+        if comm.rank() != 0:
+            return []
+        run, config = self.run, self.config
+        return [
+            JsonLines(run.metrics, first_step),
+            Progress(first_step, config.num_steps),
+            *open_trackers(config.trackers, run_dir=run.root, config=as_tree(config)),
+        ]
 
 
 def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
@@ -117,56 +189,6 @@ def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     # The same shards in another folder are the same data.
     tree["data"]["fingerprint"] = dataset.fingerprint
     return _flatten(tree)
-
-
-def _one_step(
-    engine: ZeroEngine, temperature: Temperature, batch: GlobalBatch, config: TrainConfig
-) -> dict[str, float]:
-    began = time.perf_counter()
-    loss_config = dataclasses.replace(config.loss, temperature=temperature.value)
-    config = dataclasses.replace(config, loss=loss_config)
-    output = accumulate_gradients(engine, batch, config, device=comm.device())
-    loss = float(output.loss)
-    # The loss is the same number on every rank, so all of them stop here together.
-    if not abs(loss) < float("inf"):
-        raise DiffembedError(
-            f"loss is {loss} at step {batch.step}: nothing was updated; lower optimizer.lr, raise "
-            f"loss.temperature, or resume from an earlier checkpoint"
-        )
-    lr = learning_rate(batch.step, config.optimizer, config.num_steps)
-    grad_norm = engine.step(lr)
-    temperature.step(output.temperature_grad, lr)
-    seconds = time.perf_counter() - began
-    return {
-        "loss": loss,
-        **output.metrics,
-        "lr": lr,
-        "temperature": loss_config.temperature,
-        "grad_norm": grad_norm,
-        "chunks": len(batch.chunks),
-        "documents": batch.num_documents,
-        "tokens": batch.tokens,
-        "seconds": seconds,
-        "tokens_per_second": batch.tokens / seconds,
-    }
-
-
-def _write_description(run: RunDir, config: TrainConfig, ds_config: dict[str, Any]) -> None:
-    if comm.rank() != 0:
-        return
-    write_text(run.config, dump_config(config))
-    write_json(run.ds_config, ds_config)
-    write_json(run.environment, {**describe_environment(), "world_size": comm.world_size()})
-
-
-def _trackers(run: RunDir, config: TrainConfig, *, first_step: int) -> list[Tracker]:
-    if comm.rank() != 0:
-        return []
-    return [
-        JsonLines(run.metrics, first_step),
-        Progress(first_step, config.num_steps),
-        *open_trackers(config.trackers, run_dir=Path(run.root), config=as_tree(config)),
-    ]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -85,7 +85,7 @@ def main() -> None:
                 engine = start_engine(new_stage, dtype)
                 path = checkpoint.latest(folder)
                 assert path is not None
-                                assert checkpoint.load(path, engine, IDENTITY) == (3, {})
+                assert checkpoint.load(path, engine, IDENTITY) == (3, {})
                 _report(dtype, stage, new_stage, "resumed", train(engine, range(3, 6)))
                 engine.close()
     comm.leave(0, gracefully=True)

@@ -1,0 +1,175 @@
+"""The trainer as its users start it: launchers, exit codes, stop and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
+from pipeline.data.prepare import prepare
+from pipeline.model.starter import build_starter
+from tests.support import free_port
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow", "reed", "bay")
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def deepspeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    port = f"--master_port={free_port()}"
+    return run(launcher, "--num_accelerators", "2", port, "pipeline/train.py", *arguments)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's lines without what a clock measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"], line["tokens_per_second"]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of 6 steps over 24 examples, with dropout and a learned temperature."""
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = []
+    for i in range(24):
+        first, second = WORDS[i % 10], WORDS[(3 * i + 1) % 10]
+        rows.append(
+            {
+                "query": f"where is the {first} {second} number {i}",
+                "positive": f"the {first} {second} lies at place {i} " * (1 + i % 4),
+                "negative": f"the {second} {first} lies elsewhere",
+            }
+        )
+    raw = folder / "rows.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_starter(
+        StarterConfig(
+            output_dir=folder / "model",
+            corpus=(raw,),
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=2,
+        )
+    )
+    prepare(
+        PrepareConfig(
+            output_dir=folder / "shards",
+            tokenizer=str(folder / "model"),
+            sources=(
+                SourceConfig(name="rows", format="e5", path=str(raw), instruction="Find the place"),
+            ),
+        )
+    )
+    config = folder / "train.yaml"
+    config.write_text(
+        f"""
+num_steps: 6
+output_dir: {folder / "run"}
+model: {{path: {folder / "model"}, dtype: float32, attention_dropout: 0.1}}
+data: {{path: {folder / "shards"}, global_batch_size: 8, homogeneous: none}}
+chunks: {{max_tokens: 200, min_chunks: 2}}
+loss: {{temperature: 0.1, learn_temperature: true}}
+optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
+checkpoint: {{every: 2, keep_last: 2}}
+"""
+    )
+    return config
+
+
+def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    recipe: Path, tmp_path: Path
+) -> None:
+    arguments = [recipe, "--deepspeed", "ds_configs/zero3.json"]
+    whole = deepspeed(*arguments, f"output_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    halves = tmp_path / "halves"
+    halves.mkdir()
+    (halves / "stop").touch()  # as `diffembed stop` does; it ends the run after its first step
+    first = deepspeed(*arguments, f"output_dir={halves}")
+    assert first.returncode == 75, first.stderr
+    assert "run the same command to resume" in first.stderr
+    assert not (halves / "stop").exists()
+    assert [line["step"] for line in metrics(halves)] == [0]
+    second = deepspeed(*arguments, f"output_dir={halves}")
+    assert second.returncode == 0, second.stderr
+    assert "at step 1 of 6" in second.stdout
+    wanted = metrics(tmp_path / "whole")
+    assert [line["step"] for line in wanted] == list(range(6))
+    assert wanted[-1]["temperature"] != 0.1
+    assert metrics(halves) == wanted
+    names = sorted(path.name for path in (halves / "checkpoints").iterdir())
+    assert names == ["latest", "step-000004", "step-000006"]
+    for name in ("config.yaml", "ds_config.json", "environment.json"):
+        assert (halves / name).is_file()
+
+
+def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+    arguments = [recipe, "--deepspeed", "ds_configs/zero2.json", f"output_dir={tmp_path / 'run'}"]
+    command = (sys.executable, "pipeline/train.py", *arguments, "num_steps=3")
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    before = metrics(tmp_path / "run")
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert "finished" in again.stdout
+    assert metrics(tmp_path / "run") == before
+    other = run(*command[:-1], "num_steps=6", "optimizer.lr=0.5")
+    assert other.returncode == 2
+    assert "optimizer.lr is 0.5, but the run in" in other.stderr
+
+
+def test_dry_run_prints_the_batch_arithmetic_and_trains_nothing(recipe: Path) -> None:
+    result = run(
+        sys.executable, "pipeline/train.py", recipe, "--deepspeed", "ds_configs/zero3.json",
+        "--dry-run", "--world-size", "4",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "8 queries, 16 distinct documents" in result.stdout
+    assert "x 4 ranks" in result.stdout
+    assert "6 x 8 = 48 queries = 2.00 epochs of 24 examples" in result.stdout
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.poolin=mean"], "unknown key 'model.poolin'"),
+        (["data.path=nowhere"], "nowhere"),
+        (["data.global_batch_size=1000"], "1000"),
+        (["chunks.max_tokens=5"], "chunks.max_tokens: 5"),
+        (["model.path=nowhere"], "nowhere"),
+        (["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    recipe: Path, arguments: list[str], message: str
+) -> None:
+    result = run(
+        sys.executable, "pipeline/train.py", recipe, "--deepspeed", "ds_configs/zero3.json",
+        *arguments, "--dry-run",
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("UserError")]
+    assert message in line
+    assert "Traceback" not in result.stderr
