@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes of the rows gathered for pairs at one time.
-_SLICE_BYTES = 4 * 2**20
+from pipeline.loss.tiles import SLICE_BYTES
+
 _BYTES_PER_NUMBER = 16  # two gathered rows and their float64 product
 
 
@@ -70,5 +70,5 @@ def segment_log_sum_exp(score_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor
 
 
 def _slices(num_pairs: int, width: int) -> list[slice]:
-    step = max(_SLICE_BYTES // (_BYTES_PER_NUMBER * width), 1)
+    step = max(SLICE_BYTES // (_BYTES_PER_NUMBER * width), 1)
     return [slice(start, start + step) for start in range(0, num_pairs, step)]

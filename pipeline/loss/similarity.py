@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from pipeline.loss.tiles import SLICE_ROWS
+
 # As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
 _SMALLEST_NORM = 1e-12
-# Rows whose float64 copies exist at one time.
-_SLICE_ROWS = 512
 # Length of a document row under cosine. Any length that is no power of two would do: rounding must
 # act afresh on every number, or a document that is already of unit length within float32 keeps its
 # last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
@@ -32,8 +32,8 @@ class ScoreRows:
         """Prepare the embeddings of one side."""
         rows_BE = torch.empty(x_BE.shape, dtype=torch.float32, device=x_BE.device)
         factor_B = torch.full((x_BE.shape[0],), scale, dtype=torch.float64, device=x_BE.device)
-        for start in range(0, x_BE.shape[0], _SLICE_ROWS):
-            here = slice(start, start + _SLICE_ROWS)
+        for start in range(0, x_BE.shape[0], SLICE_ROWS):
+            here = slice(start, start + SLICE_ROWS)
             wide = x_BE[here].double()
             if cosine:
                 factor_B[here] /= wide.norm(dim=1).clamp_min(_SMALLEST_NORM)
@@ -45,8 +45,8 @@ class ScoreRows:
 
         With r = scale * x / |x|: g_x = factor * (g_r - r (r . g_r) / scale^2).
         """
-        for start in range(0, grad_RE.shape[0], _SLICE_ROWS):
-            grad = grad_RE[start : start + _SLICE_ROWS].double()
+        for start in range(0, grad_RE.shape[0], SLICE_ROWS):
+            grad = grad_RE[start : start + SLICE_ROWS].double()
             here = slice(rows.start + start, rows.start + start + grad.shape[0])
             if self.cosine:
                 wide = self.rows_BE[here].double()

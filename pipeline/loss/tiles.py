@@ -15,6 +15,11 @@ _TILE_COLUMNS = 1024
 # Memory for scores per kind of device: a CPU's cache likes few, a GPU needs many to stay busy.
 DEFAULT_SCORE_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 
+# float64 work is done on so many rows, or so many bytes of gathered rows, at one time.
+SLICE_ROWS = 512
+SLICE_BYTES = 4 * 2**20
+_SLICE_COPIES = 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TilePlan:
@@ -70,7 +75,8 @@ class LossCost:
     row_bytes: int  # its rows made ready for scoring; those of its queries become their gradients
     gradient_bytes: int  # of its documents
     block_bytes: int  # queries of a block and their gradient; all queries where symmetric
-    index_bytes: int  # where each query and document is, and the targets' block
+    index_bytes: int  # where each query and document is
+    work_bytes: int  # float64 slices
     received_bytes: int  # per step: queries, and partial gradients of its own
     matmul_flops: int
 
@@ -83,6 +89,7 @@ class LossCost:
             + self.gradient_bytes
             + self.block_bytes
             + self.index_bytes
+            + self.work_bytes
         )
 
 
@@ -126,6 +133,7 @@ def loss_cost(
         gradient_bytes=documents * row,
         block_bytes=(held + tiles.rows) * row,
         index_bytes=8 * (num_queries + num_documents + queries + documents),
+        work_bytes=max(_SLICE_COPIES * 2 * SLICE_ROWS * row, SLICE_BYTES),
         received_bytes=2 * foreign * row,
         matmul_flops=products * 2 * num_queries * documents * width,
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hypothesis import given
@@ -78,9 +81,12 @@ def measured_peak(num_queries: int, num_documents: int, width: int, score_bytes:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         contrastive_loss(*rows, targets, config=LossConfig(), score_bytes=score_bytes)
-    changes = [event for event in profile.events() if event.name == "[memory]"]
-    ordered = sorted(changes, key=lambda event: event.time_range.start)
-    return max(itertools.accumulate(event.cpu_memory_usage for event in ordered))
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
 
 
 def test_planned_bytes_are_those_of_a_scaled_down_loss() -> None:
