@@ -39,14 +39,13 @@ def test_a_query_carries_its_own_instruction_exactly_once(snapshots, tmp_path, m
         assert all(query.count(DEFAULT_INSTRUCTION) == 1 for query in about)
 
 
-@pytest.mark.parametrize("task", [FOLLOW_IR, "LEMBPasskeyRetrieval", "BrightAopsRetrieval"])
+@pytest.mark.parametrize("task", [FOLLOW_IR, "LEMBQMSumRetrieval", "BrightAopsRetrieval"])
 def test_no_document_carries_an_instruction(task, snapshots, tmp_path, minilm):
     seen = texts_seen_by_the_model(task, snapshots, tmp_path, minilm)
     documents = [text for text in seen if not text.startswith("Instruct: ")]
-    known = (*replicas.TOPICS.values(), "The road went on")
-    assert len(documents) >= 48
+    assert len(documents) >= len(replicas.TOPICS)
     for text in documents:
-        assert any(sentence in text for sentence in known), text
+        assert any(sentence in text for sentence in replicas.TOPICS.values()), text
         assert DEFAULT_INSTRUCTION not in text
         assert "Given a" not in text
 

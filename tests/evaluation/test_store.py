@@ -40,9 +40,9 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def strong(config):
-    """One model on one task of each kind: candidates, several splits, excluded documents."""
+    """One model on one task of each kind: candidates, all documents, excluded documents."""
     return dataclasses.replace(
-        config, models=config.models[1:], tasks=(TASKS[0], "LEMBPasskeyRetrieval", AOPS)
+        config, models=config.models[1:], tasks=(TASKS[0], "BrightBiologyLongRetrieval", AOPS)
     )
 
 
@@ -120,7 +120,7 @@ def test_ranks_of_one_element_share_its_blocks(strong, load, small_blocks):
 
 
 def test_a_long_run_of_lengths_shares_the_vectors_of_texts_that_fit(strong, load, small_blocks):
-    one = dataclasses.replace(strong, tasks=("LEMBNeedleRetrieval",))
+    one = dataclasses.replace(strong, tasks=("LEMBQMSumRetrieval",))
     three = dataclasses.replace(one, lengths={"LongEmbed": (16, 256, 4096)}, max_tokens=4096)
     single = write_plan(dataclasses.replace(one, max_length=4096)).num_texts
     plan = write_plan(three)
