@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.keyed import permute
 from pipeline.data.manifest import LengthHistogram, Manifest
-from pipeline.data.order import permute
 from pipeline.data.shards import Dataset
 from pipeline.run_dir import atomic_path
 

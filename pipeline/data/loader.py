@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
-from pipeline.data.order import Order, make_key, source_shares
+from pipeline.data.keyed import make_key
+from pipeline.data.order import Order, source_shares
 from pipeline.data.relevance import choose, relate
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from pipeline.data.batch import IntArray, Ragged
-from pipeline.data.order import make_key, mix
+from pipeline.data.keyed import make_key, mix
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

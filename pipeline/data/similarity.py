@@ -9,7 +9,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.order import mix
+from pipeline.data.keyed import mix
 from pipeline.data.sources.row import stable_hash
 
 Words = NDArray[np.uint64]

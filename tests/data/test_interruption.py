@@ -99,7 +99,7 @@ def test_stopping_at_any_rename_and_going_on_gives_the_same_bytes(
     assert contents(interrupted.output_dir) == reference
 
 
-@pytest.mark.parametrize("renames", [0, 9, 40])
+@pytest.mark.parametrize("renames", [9, 40])
 def test_a_killed_process_leaves_nothing_readable_and_is_continued(
     config: PrepareConfig, make_config: ConfigMaker, tmp_path: Path, renames: int
 ) -> None:
@@ -134,7 +134,7 @@ def test_tasks_of_srun_without_mpi_share_the_work(
 ) -> None:
     reference = contents(prepare(config, num_workers=1))
     shared = make_config(*config.sources, name="shared", near_duplicates=0.9)
-    assert run_step(shared, tmp_path) == [0, 0, 0]
+    assert run_step(shared, tmp_path) == [0, 0]
     assert contents(shared.output_dir) == reference
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -144,23 +144,23 @@ def test_a_failing_task_of_srun_ends_the_others(make_config: ConfigMaker, tmp_pa
     rows[140]["user_query"] = 5
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     source = SourceConfig(name="broken", format="reasonaug", path=str(path))
-    assert run_step(make_config(source), tmp_path) == [1, 1, 1]
+    assert run_step(make_config(source), tmp_path) == [1, 1]
     assert not (tmp_path / "dataset").exists()
 
 
 def run_step(config: PrepareConfig, folder: Path) -> list[int]:
-    """Exit codes of three processes with the variables that srun gives its tasks."""
+    """Exit codes of two processes with the variables that srun gives its tasks."""
     path, script = folder / "config.yaml", folder / "step.py"
     path.write_text(dump_config(config))
     script.write_text(STEP)
-    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     tasks = [
         subprocess.Popen(
             [sys.executable, str(script), str(path)],
             env=environment(**step, SLURM_PROCID=str(rank)),
             stderr=subprocess.DEVNULL,
         )
-        for rank in range(3)
+        for rank in range(2)
     ]
     try:
         return [task.wait(timeout=120) for task in tasks]

@@ -115,9 +115,9 @@ def open_bytes(file: str) -> IO[bytes]:
 
 
 def file_size(file: str) -> int:
-    """Bytes of a file, as stored; the number of rows of a hub dataset."""
+    """Bytes of a file, as stored; 0 for a hub dataset, which its name and revision identify."""
     if file.startswith(HUB):
-        return len(_hub_dataset(file, "train"))
+        return 0
     filesystem, inner = fsspec.core.url_to_fs(file)
     return int(filesystem.size(inner))
 
