@@ -295,6 +295,8 @@ class TrainConfig:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    # A loss or gradient that is not finite: end the run with a dump, or leave the step out.
+    non_finite: Literal["stop", "skip"] = "stop"
     log_every: int = 1
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ class JsonLines:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN; a reader of another language would stop at it.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:

@@ -12,6 +12,7 @@ After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Lim
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -22,9 +23,23 @@ import torch
 from pipeline import comm
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
+from pipeline.errors import DiffembedError
 from pipeline.loss import grad_cache
 from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
 from pipeline.training.layer_sweep import LayerSweep
+
+
+class NonFiniteLossError(DiffembedError):
+    """The global loss is infinite or not a number; raised on all ranks alike, before pass 2.
+
+    Args:
+        loss: what it is.
+        texts: indices of this rank's texts whose embedding is not finite.
+    """
+
+    def __init__(self, loss: float, texts: list[int]) -> None:
+        super().__init__(f"loss is {loss}")
+        self.texts = texts
 
 
 class Engine(Protocol):
@@ -84,6 +99,9 @@ def accumulate_gradients(
         config: schedule, loss and seed.
         device: where the chunks go.
         temperature: the present value of a learned temperature.
+
+    Raises:
+        NonFiniteLossError: on all ranks; no gradient was accumulated.
     """
     chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
 
@@ -107,10 +125,12 @@ def accumulate_gradients(
         return engine.embed(chunk.input_ids, chunk.lengths)
 
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
-    cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
-    output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
-    with engine.accumulation():
-        grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
+    # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
+    with engine.hold(list(engine.encoder.parameters())):
+        cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
+        output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
+        with engine.accumulation():
+            grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
     return output
 
 
@@ -157,6 +177,9 @@ def _loss(
     output = contrastive_loss(
         rows[is_query], rows[is_document], targets, config=config.loss, temperature=temperature
     )
+    if not math.isfinite(output.loss.item()):
+        broken = ~torch.isfinite(rows).all(dim=1)
+        raise NonFiniteLossError(output.loss.item(), texts[broken].tolist())
     gradients = torch.zeros_like(rows)  # stays zero in dummy rows
     # The engine averages over ranks, each of which holds only its own rows' share of the sum.
     gradients[is_query] = output.query_grad * comm.world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.training import checkpoint
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.signals import StopRequest
-from pipeline.training.step import accumulate_gradients, seed_random
+from pipeline.training.step import NonFiniteLossError, accumulate_gradients, seed_random
 from pipeline.training.temperature import Temperature
 from pipeline.training.zero import ZeroEngine
 
@@ -30,6 +31,7 @@ _FREE_KEYS = (
     "chunks",
     "schedule",
     "log_every",
+    "non_finite",
     "trackers",
 )
 
@@ -137,26 +139,24 @@ class Training:
         """One optimizer step; returns its numbers, the same on every rank but for times."""
         began = time.perf_counter()
         config, temperature = self.config, self.temperature.value
-        output = accumulate_gradients(
-            self.engine,
-            batch,
-            config,
-            device=comm.device(),
-            temperature=temperature if config.loss.learn_temperature else None,
-        )
-        loss = float(output.loss)
-        # The loss is the same number on every rank, so all of them stop here together.
-        if not abs(loss) < float("inf"):
-            raise DiffembedError(
-                f"loss is {loss} at step {batch.step}: nothing was updated; lower optimizer.lr, "
-                f"raise loss.temperature, or resume from an earlier checkpoint"
+        try:
+            output = accumulate_gradients(
+                self.engine,
+                batch,
+                config,
+                device=comm.device(),
+                temperature=temperature if config.loss.learn_temperature else None,
             )
+        except NonFiniteLossError as error:
+            return self._non_finite(batch, str(error), {"texts": error.texts})
         lr = learning_rate(batch.step, config.optimizer, config.num_steps)
         grad_norm = self.engine.step(lr)
+        if not math.isfinite(grad_norm):
+            return self._non_finite(batch, f"gradient norm is {grad_norm}", {})
         self.temperature.step(output.temperature_grad, lr)
         seconds = time.perf_counter() - began
         return {
-            "loss": loss,
+            "loss": float(output.loss),
             **output.metrics,
             "lr": lr,
             "temperature": temperature,
@@ -167,6 +167,25 @@ class Training:
             "seconds": seconds,
             "tokens_per_second": batch.tokens / seconds,
         }
+
+    def _non_finite(
+        self, batch: GlobalBatch, what: str, details: dict[str, Any]
+    ) -> dict[str, float]:
+        """Leave the step out, or end the run; loss and norm are global, so all ranks do the same.
+
+        Raises:
+            DiffembedError: the policy is to stop; a dump names the batch and the broken texts.
+        """
+        if self.config.non_finite == "skip":
+            _say(f"step {batch.step}: {what}; left out")
+            return {"loss": math.nan, "lr": 0.0, "skipped": 1, "tokens_per_second": 0.0}
+        dump = self.run.root / f"non-finite-step-{batch.step}-rank-{comm.rank()}.json"
+        examples = batch.example_ids.tolist()
+        write_json(dump, {"what": what, **details, "example_ids": examples})
+        raise DiffembedError(
+            f"{what} at step {batch.step}; the weights are as before it, the batch is in {dump}; "
+            f"lower optimizer.lr, raise loss.temperature, or set non_finite: skip"
+        )
 
     def _trackers(self, first_step: int) -> list[Tracker]:
         if comm.rank() != 0:

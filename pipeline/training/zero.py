@@ -117,7 +117,10 @@ class ZeroEngine:
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """Clip, update, and clear the gradients; returns their global norm before clipping."""
+        """Clip, update, and clear the gradients; returns their global norm before clipping.
+
+        Where the norm is not finite, nothing is updated.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -151,7 +154,20 @@ class ZeroEngine:
     @property
     def optimizer_steps(self) -> int:
         """How many updates the optimizer has made."""
-        return int(self._engine.global_steps)
+        zero = self._engine.optimizer
+        state = zero.optimizer.state.get(self._flat_partitions()[0], {})
+        # Not DeepSpeed's own count, which also counts updates that it skipped.
+        return int(state["step"]) if "step" in state else 0
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        """This rank's fp32 master partitions, the keys of the optimizer's state."""
+        zero = self._engine.optimizer
+        partitions: list[torch.Tensor] = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return partitions
 
     def gather_state(self, name: str) -> dict[str, torch.Tensor]:
         """The whole fp32 weight of a parameter and its AdamW moments; a collective call."""
@@ -166,18 +182,12 @@ class ZeroEngine:
     def prepare_restore(self, optimizer_steps: int) -> None:
         """Create the optimizer's state, empty, as after `optimizer_steps` updates."""
         zero = self._engine.optimizer
-        flat = (
-            zero.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
-        for partition in flat:
+        for partition in self._flat_partitions():
             state = zero.optimizer.state[partition]
             state["step"] = torch.tensor(float(optimizer_steps))
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(partition)
         self._link_moments()
-        self._engine.global_steps = optimizer_steps
 
     def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """Set a parameter and its moments from whole tensors; all ranks call it with the same."""

@@ -57,7 +57,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "query": f"where is the {first} {second} number {i}",
                 "positive": f"the {first} {second} lies at place {i} " * (1 + i % 4),
-                "negative": f"the {second} {first} lies elsewhere",
+                "negative": f"the {second} {first} of number {i} lies elsewhere",
             }
         )
     raw = folder / "rows.jsonl"
