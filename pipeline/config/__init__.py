@@ -1,0 +1,63 @@
+"""The whole configuration as frozen dataclasses, read strictly from YAML."""
+
+from pipeline.config.border import (
+    as_tree,
+    build_config,
+    dump_config,
+    load_config,
+)
+from pipeline.config.data import (
+    DataConfig,
+    DecontaminateConfig,
+    EvaluationSetConfig,
+    PrepareConfig,
+    SourceConfig,
+)
+from pipeline.config.evaluation import (
+    EvaluateConfig,
+    EvaluatedModel,
+)
+from pipeline.config.model import (
+    Attention,
+    LoraConfig,
+    ModelConfig,
+    Pooling,
+    StarterConfig,
+)
+from pipeline.config.text import (
+    Template,
+)
+from pipeline.config.training import (
+    CheckpointConfig,
+    ChunkConfig,
+    DistillationConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Attention",
+    "CheckpointConfig",
+    "ChunkConfig",
+    "DataConfig",
+    "DecontaminateConfig",
+    "DistillationConfig",
+    "EvaluateConfig",
+    "EvaluatedModel",
+    "EvaluationSetConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Pooling",
+    "PrepareConfig",
+    "SourceConfig",
+    "StarterConfig",
+    "Template",
+    "TrainConfig",
+    "as_tree",
+    "build_config",
+    "dump_config",
+    "load_config",
+]

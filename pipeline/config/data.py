@@ -1,0 +1,194 @@
+"""Where data comes from, how it is cleaned, and what a batch is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.rules import require, strict
+from pipeline.config.text import Template
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which shards, and what one global batch is made of.
+
+    Args:
+        global_batch_size: queries contrasted per optimizer step, over all ranks.
+        num_positives: documents taken per query, from those its example lists.
+        num_hard_negatives: hard negatives taken per query, where its example lists as many.
+        homogeneous: whether a batch holds one instruction, one source, or a mixture.
+        weights: share of a source relative to its size; sources not named keep the weight they
+            were prepared with.
+        mixture_temperature: sources are drawn by weight * size ** (1 / mixture_temperature).
+        mixture_cap: examples beyond this many do not add to a source's share.
+    """
+
+    path: Path
+    global_batch_size: int = 1024
+    num_positives: int = 1
+    num_hard_negatives: int = 1
+    homogeneous: Literal["none", "source", "instruction"] = "instruction"
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    mixture_temperature: float = 1.0
+    mixture_cap: int | None = None
+    prefetch: bool = True
+
+    def __post_init__(self) -> None:
+        size = self.global_batch_size
+        require(size >= 2, "data.global_batch_size", size, "an integer >= 2 (queries)")
+        positives = self.num_positives
+        require(positives >= 1, "data.num_positives", positives, "an integer >= 1")
+        negatives = self.num_hard_negatives
+        require(negatives >= 0, "data.num_hard_negatives", negatives, "an integer >= 0")
+        for source, weight in self.weights.items():
+            require(
+                math.isfinite(weight) and weight >= 0,
+                f"data.weights.{source}",
+                weight,
+                "a number >= 0",
+            )
+        temperature = self.mixture_temperature
+        require(temperature > 0, "data.mixture_temperature", temperature, "a number > 0")
+        cap = self.mixture_cap
+        require(cap is None or cap >= 1, "data.mixture_cap", cap, "an integer >= 1")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One data set: where it is, how to read it, how much of it to take.
+
+    Args:
+        path: a file, a folder of files, a glob, an fsspec URL, or `hub:OWNER/NAME[:CONFIG]`.
+        columns: for the format `columns`, which field holds query, positives, negatives,
+            instruction, concept and scores; a dotted path reaches inside a field.
+        documents: for `reasonir_hq`, the BRIGHT documents its positives are ids of.
+        where: keep only records whose fields equal these values.
+        max_rows: take only the first so many records (of each file that is a source of its own).
+        max_negatives: keep at most so many hard negatives per query.
+        weight: share of this source in the mixture, relative to its size.
+    """
+
+    name: str
+    format: str
+    path: str
+    split: str = "train"
+    instruction: str = ""
+    document_instruction: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    documents: str | None = None
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_rows: int | None = None
+    max_negatives: int | None = None
+    require_negatives: bool = False
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        key = f"sources.{self.name}"
+        known = ("query", "positives", "negatives", "instruction", "concept", "scores")
+        require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
+        for column in self.columns:
+            require(column in known, f"{key}.columns", column, ", ".join(known))
+        require(
+            self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1"
+        )
+        require(
+            self.max_negatives is None or self.max_negatives >= 0,
+            f"{key}.max_negatives",
+            self.max_negatives,
+            ">= 0",
+        )
+        require(
+            math.isfinite(self.weight) and self.weight >= 0,
+            f"{key}.weight",
+            self.weight,
+            "a number >= 0",
+        )
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSetConfig:
+    """Texts of an evaluation set that must not be trained on.
+
+    Args:
+        path: like a source's.
+        fields: which fields of a record hold its texts.
+        queries: whether they are queries, with which training queries are compared in full.
+    """
+
+    name: str
+    path: str
+    split: str = "test"
+    fields: tuple[str, ...] = ("text",)
+    queries: bool = True
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecontaminateConfig:
+    """When a training text counts as part of an evaluation set.
+
+    Args:
+        ngram: words in a run.
+        max_overlap: share of a text's runs that may occur in the evaluation sets.
+        max_ratio: matching ratio (difflib's) that a training query may have with an evaluation
+            query.
+    """
+
+    sets: tuple[EvaluationSetConfig, ...]
+    ngram: int = 13
+    max_overlap: float = 0.1
+    max_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        names = [evaluation.name for evaluation in self.sets]
+        require(len(names) > 0, "decontaminate.sets", "an empty list", "at least one set")
+        require(len(set(names)) == len(names), "decontaminate.sets", names, "names that differ")
+        require(self.ngram >= 1, "decontaminate.ngram", self.ngram, "an integer >= 1 (words)")
+        for key in ("max_overlap", "max_ratio"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"decontaminate.{key}", value, "0 to 1")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Raw data to shards: `diffembed prepare CONFIG`.
+
+    Args:
+        append_eos: end every text with EOS, also where the tokenizer would not.
+        decontaminate: evaluation sets whose texts are dropped.
+        near_duplicates: documents of at least this Jaccard similarity become one; None keeps all.
+        reuse: an earlier dataset; its documents that were not cut are not tokenised again.
+        shard_bytes: size of a shard file.
+        block_bytes: input that one task reads at a time.
+    """
+
+    output_dir: Path
+    tokenizer: str
+    sources: tuple[SourceConfig, ...]
+    template: Template = dataclasses.field(default_factory=Template)
+    max_query_length: int = 512
+    max_document_length: int = 4096
+    append_eos: bool = False
+    decontaminate: DecontaminateConfig | None = None
+    near_duplicates: float | None = None
+    reuse: Path | None = None
+    shard_bytes: int = 256 * 2**20
+    block_bytes: int = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        require(len(names) > 0, "sources", "an empty list", "at least one source")
+        require(len(set(names)) == len(names), "sources", names, "names that differ")
+        for key in ("max_query_length", "max_document_length"):
+            require(getattr(self, key) >= 4, key, getattr(self, key), "an integer >= 4 (tokens)")
+        near = self.near_duplicates
+        require(near is None or 0.5 <= near <= 1, "near_duplicates", near, "0.5 to 1, or null")
+        for key in ("shard_bytes", "block_bytes"):
+            require(getattr(self, key) >= 1024, key, getattr(self, key), "an integer >= 1024")

@@ -1,0 +1,83 @@
+"""The model section, and the starter that quick trials begin from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.rules import require, strict
+
+Attention = Literal["bidirectional", "causal"]
+Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "model.lora.rank", self.rank, "an integer >= 1")
+        require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The backbone, how it attends, and how its hidden states become one vector."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attention: Attention = "bidirectional"
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention_dropout: float | None = None
+    gradient_checkpointing: bool = False
+    # A peft adapter to start from: merged into the weights, or trained further.
+    adapter: str | None = None
+    adapter_use: Literal["merge", "continue"] = "merge"
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.adapter_use == "merge" or (self.adapter is not None and self.lora is None),
+            "model.adapter_use",
+            self.adapter_use,
+            "continue only with model.adapter and without model.lora",
+            "the adapter to continue brings its own rank and targets",
+        )
+        require(
+            not self.trust_remote_code or self.revision is not None,
+            "model.trust_remote_code",
+            True,
+            "true only together with model.revision (a pinned commit)",
+            "set model.revision, so that the code you reviewed is the code that runs",
+        )
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StarterConfig:
+    """A small model to begin from, and its tokenizer: `diffembed starter CONFIG`."""
+
+    output_dir: Path
+    corpus: tuple[Path, ...]
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    max_position_embeddings: int = 4096
+    seed: int = 0

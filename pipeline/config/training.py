@@ -1,0 +1,168 @@
+"""One training run: loss, optimizer, chunks, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.rules import require, strict
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Learning a teacher's scores of a query's positives and own negatives.
+
+    KL(teacher || model) over that list (Hinton et al., arXiv 1503.02531, with the list of one query
+    in the place of the classes). Its share of the loss is `weight`, the contrastive term keeps the
+    rest. `temperature` divides the teacher's scores.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        key = "loss.distillation"
+        require(0 < self.weight <= 1, f"{key}.weight", self.weight, "0 < weight <= 1")
+        require(self.temperature > 0, f"{key}.temperature", self.temperature, "a number > 0")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748, eq. 4).
+
+    The defaults are cosine / 0.02 against every document of the batch. RepLLaMA's loss is
+    `{similarity: scaled_dot, temperature: 1, negatives: own}`.
+    """
+
+    temperature: float = 0.02
+    learn_temperature: bool = False
+    # cosine normalises inside the loss; scaled_dot divides the dot product by the width.
+    similarity: Literal["cosine", "dot", "scaled_dot"] = "cosine"
+    negatives: Literal["batch", "own"] = "batch"
+    symmetric: bool = False
+    # Widths trained beside the full one; the loss is the mean over all of them.
+    matryoshka_dims: tuple[int, ...] = ()
+    # A negative more similar than the query's best positive by more than this does not count.
+    false_negative_margin: float | None = None
+    distillation: DistillationConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "loss.temperature", self.temperature, "a number > 0")
+        require(
+            not (self.symmetric and self.negatives == "own"),
+            "loss.symmetric",
+            True,
+            "true only with loss.negatives: batch",
+            "a document has no negatives of its own; set loss.symmetric: false",
+        )
+        dims = self.matryoshka_dims
+        require(
+            all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims)),
+            "loss.matryoshka_dims",
+            list(dims),
+            "ascending integers >= 1, each once",
+        )
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), warm-up and decay."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", self.lr, "a number > 0")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0")
+        require(
+            self.max_grad_norm >= 0,
+            "optimizer.max_grad_norm",
+            self.max_grad_norm,
+            "a number > 0, or 0 for no clipping",
+        )
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkConfig:
+    """How a rank's share of the global batch is cut into cached forwards."""
+
+    max_tokens: int = 8192
+    min_chunks: int = 1
+    # schedule cache: this many chunks keep their graph and are spared the second forward.
+    keep_graphs: int = 0
+    # schedule sweep: where the inputs of all layers wait for the backward.
+    boundaries: Literal["device", "host"] = "device"
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 1, "chunks.max_tokens", self.max_tokens, "an integer >= 1")
+        require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
+        require(self.keep_graphs >= 0, "chunks.keep_graphs", self.keep_graphs, "an integer >= 0")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run saves itself and how many saves are kept."""
+
+    every: int = 100
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "checkpoint.every", self.every, "an integer >= 1 (steps)")
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "an integer >= 1")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run: `pipeline/train.py CONFIG`."""
+
+    output_dir: Path
+    num_steps: int
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 42
+    schedule: Literal["plain", "cache", "sweep"] = "cache"
+    chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    # A loss or gradient that is not finite: end the run with a dump, or leave the step out.
+    non_finite: Literal["stop", "skip"] = "stop"
+    log_every: int = 1
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer >= 1")
+        require(
+            self.optimizer.warmup_steps < self.num_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"less than num_steps ({self.num_steps})",
+        )
+        require(
+            self.schedule == "cache" or self.chunks.keep_graphs == 0,
+            "chunks.keep_graphs",
+            self.chunks.keep_graphs,
+            "0 unless schedule is cache",
+            "schedule plain keeps all graphs, sweep keeps none",
+        )
+        require(
+            self.schedule != "sweep" or not self.model.gradient_checkpointing,
+            "model.gradient_checkpointing",
+            True,
+            "false with schedule sweep",
+            "a sweep already computes one layer at a time again",
+        )
