@@ -114,6 +114,43 @@ def run_evaluation(
         run_element(tree, index)
 
 
+@evaluate_app.command()
+def prefetch(config: Config, overrides: Overrides = None) -> None:
+    """Download the tasks' data at pinned revisions, on a node that has a network."""
+    from pipeline.evaluation.prefetch import prefetch as fetch_snapshots
+
+    fetch_snapshots(load_config(EvaluateConfig, config, tuple(overrides or ())))
+
+
+@evaluate_app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """List every distinct text of all tasks once, in blocks of equal cost."""
+    from pipeline.evaluation.array import plan as plan_texts
+
+    plan_texts(load_config(EvaluateConfig, config, tuple(overrides or ())))
+
+
+@evaluate_app.command()
+def embed(
+    config: Config,
+    overrides: Overrides = None,
+    index: Annotated[int, typer.Option(help="this element of the array")] = 0,
+    of: Annotated[int, typer.Option(help="how many elements the array has")] = 1,
+) -> None:
+    """Embed one element's share of the planned texts; blocks already there are skipped."""
+    from pipeline.evaluation.array import embed as embed_share
+
+    embed_share(load_config(EvaluateConfig, config, tuple(overrides or ())), index, of)
+
+
+@evaluate_app.command()
+def score(config: Config, overrides: Overrides = None) -> None:
+    """Score all tasks from the embedded texts."""
+    from pipeline.evaluation.array import score_all
+
+    score_all(load_config(EvaluateConfig, config, tuple(overrides or ())))
+
+
 @app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
     """Gather the scores of an evaluation into tables and plots."""

@@ -11,10 +11,12 @@ from pipeline import comm
 from pipeline.config import TrainConfig, as_tree, dump_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
+from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, Stopped
 from pipeline.model.encoder import build_encoder
 from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
+from pipeline.tokenizer import load_tokenizer
 from pipeline.training import checkpoint
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.optim import build_optimizer, learning_rate
@@ -45,7 +47,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     """
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request)
-    dataset = Dataset.open(config.data.path)
+    dataset = open_dataset(config, verify=world.is_main)
     loader = Loader(
         dataset,
         config.data,
@@ -66,6 +68,22 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     training.describe(ds_config)
     loader.load_state_dict({**loader.state_dict(), "step": step})
     training.loop(loader, stop, first_step=step)
+
+
+def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
+    """Open the shards and make sure that they are the model's.
+
+    Args:
+        config: where the shards and the model are.
+        verify: read every shard again and compare its hash; a flipped bit may still be a token.
+
+    Raises:
+        UserError: a shard is damaged, or was made with another tokenizer than the model's.
+    """
+    dataset = Dataset.open(config.data.path, verify=verify)
+    path = config.model.path
+    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(path)), path)
+    return dataset
 
 
 class Training:
