@@ -93,6 +93,7 @@ def save(
             "optimizer_steps": engine.optimizer_steps,
             "world_size": world_size,
             "identity": identity,
+            "parameters": engine.parameter_names,
             "extra": extra or {},
             "files": dict(files),
         }
@@ -200,17 +201,14 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
     if isinstance(outcome, UserError):
         raise outcome
     assert outcome is not None
-    engine.prepare_restore(outcome["optimizer_steps"])
-    restored = []
-    for name, state in iterate_tensors(path):
-        engine.restore_state(name, state)
-        restored.append(name)
-    if set(restored) != set(engine.parameter_names):
-        odd = sorted(set(restored) ^ set(engine.parameter_names))
+    if odd := sorted(set(outcome["parameters"]) ^ set(engine.parameter_names)):
         raise UserError(
             f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
             fix="resume with the model section that the run began with",
         )
+    engine.prepare_restore(outcome["optimizer_steps"])
+    for name, state in iterate_tensors(path):
+        engine.restore_state(name, state)
     return int(outcome["step"]), outcome["extra"]
 
 
