@@ -21,7 +21,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at prepared shards.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Score exports with mteb.", no_args_is_help=True)
+plan_app = typer.Typer(help="What a run costs, before it starts.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(plan_app, name="plan")
 app.add_typer(evaluate_app, name="evaluate")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see launch/recipes/")]
@@ -88,6 +90,45 @@ def export(
 
     tree = load_config(TrainConfig, config, tuple(overrides or ()))
     print(export_run(tree, which=checkpoint, output=output))
+
+
+@plan_app.command("run")
+def plan_run(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = Path(
+        "ds_configs/zero3.json"
+    ),
+    world_size: Annotated[int, typer.Option(help="ranks to plan for")] = 1,
+    memory_gib: Annotated[float, typer.Option(help="device memory of a rank")] = 80.0,
+) -> None:
+    """Print batch arithmetic, schedule and memory of a training run."""
+    from pipeline.planning.plan import describe
+    from pipeline.planning.plan import plan_run as make_plan
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    tree = load_config(TrainConfig, config, tuple(overrides or ()))
+    resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=world_size)
+    available = memory_gib * 2**30
+    print(describe(make_plan(tree, resolved, world_size=world_size, available=available), tree))
+
+
+@plan_app.command("loss")
+def plan_loss(
+    queries: Annotated[int, typer.Option(help="of the global batch")],
+    documents: Annotated[int, typer.Option(help="of the global batch, with hard negatives")],
+    width: Annotated[int, typer.Option(help="of the embeddings")] = 3584,
+    ranks: Annotated[list[int] | None, typer.Option(help="world size; may be repeated")] = None,
+) -> None:
+    """Print what the loss costs each rank at a size that need not exist yet."""
+    from pipeline.planning.plan import describe_loss
+
+    for world_size in ranks or [1]:
+        print(
+            describe_loss(
+                num_queries=queries, num_documents=documents, width=width, world_size=world_size
+            )
+        )
 
 
 @evaluate_app.command()

@@ -109,6 +109,21 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def least_memory(world: World) -> float:
+    """Bytes that every rank may plan with: nine tenths of the smallest GPU, or of a rank's RAM.
+
+    A collective call once the group is joined: ranks that planned with different numbers would
+    choose different schedules and wait for each other.
+    """
+    if torch.cuda.is_available():
+        total = float(torch.cuda.get_device_properties(device()).total_memory)
+    else:
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = ram / int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    least = torch.tensor([0.9 * total], dtype=torch.float64, device=device())
+    return float(all_reduce_(least, "min"))
+
+
 def rank() -> int:
     """This process's rank; 0 with one process."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -6,6 +6,7 @@ Starts the same way under deepspeed, torchrun, mpirun, srun and plain python.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import traceback
 from pathlib import Path
@@ -52,11 +53,21 @@ def run(arguments: list[str]) -> None:
     world = comm.discover_world()
     world_size = options.world_size or world.world_size
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
-    if options.dry_run:
-        from pipeline.planning.plan import describe_run
+    if options.dry_run or config.schedule == "auto":
+        from pipeline.planning.plan import describe, plan_run
 
-        print(describe_run(config, ds_config, world_size=world_size))
-        return
+        if not options.dry_run:
+            comm.start(world)
+        plan = plan_run(
+            config, ds_config, world_size=world_size, available=comm.least_memory(world)
+        )
+        if options.dry_run:
+            print(describe(plan, config))
+            return
+        chunks = config.chunks
+        if plan.schedule != "cache":
+            chunks = dataclasses.replace(chunks, keep_graphs=0)
+        config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
     from pipeline.training.trainer import train
 
     train(config, ds_config, world)

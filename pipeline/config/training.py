@@ -134,7 +134,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     seed: int = 42
-    schedule: Literal["plain", "cache", "sweep"] = "cache"
+    schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -153,10 +153,10 @@ class TrainConfig:
             f"less than num_steps ({self.num_steps})",
         )
         require(
-            self.schedule == "cache" or self.chunks.keep_graphs == 0,
+            self.schedule in ("auto", "cache") or self.chunks.keep_graphs == 0,
             "chunks.keep_graphs",
             self.chunks.keep_graphs,
-            "0 unless schedule is cache",
+            "0 unless schedule is cache or auto",
             "schedule plain keeps all graphs, sweep keeps none",
         )
         require(

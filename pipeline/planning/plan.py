@@ -1,4 +1,4 @@
-"""Batch arithmetic and memory of a run, printed by `--dry-run` before anything is trained."""
+"""Batch arithmetic, schedule and memory of a run, printed before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,29 +7,41 @@ import math
 from typing import Any
 
 from pipeline.config import TrainConfig
+from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.model.encoder import build_encoder
-from pipeline.planning.memory import ModelShape, memory_per_rank
+from pipeline.planning.memory import Layout, ModelShape, Schedule, choose_schedule, memory_per_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class BatchPlan:
-    """The numbers of one global batch, from the real data of step 0."""
+class RunPlan:
+    """A run's first global batch, laid out as every rank would, and the schedule for it."""
 
-    world_size: int
-    num_queries: int
-    num_documents: int
+    batches: tuple[GlobalBatch, ...]  # one per rank
     num_examples: int
-    tokens: int
-    chunks: int
-    largest_chunk: int
-    max_chunk_tokens: int
+    shape: ModelShape
+    layout: Layout
+    schedule: Schedule
 
 
-def plan_batch(config: TrainConfig, dataset: Dataset, *, world_size: int) -> BatchPlan:
-    """Plan the first global batch as every rank would."""
-    batches = [
+def plan_run(
+    config: TrainConfig, ds_config: dict[str, Any], *, world_size: int, available: float
+) -> RunPlan:
+    """Lay out the first batch and choose the schedule where the config says `auto`.
+
+    Args:
+        config: the run.
+        ds_config: the resolved DeepSpeed config.
+        world_size: ranks to plan for.
+        available: bytes of device memory of the rank that has least.
+
+    Raises:
+        UserError: the data cannot be read, the batch is impossible, or no schedule fits.
+    """
+    dataset = Dataset.open(config.data.path)
+    batches = tuple(
         Loader(
             dataset,
             config.data,
@@ -40,70 +52,94 @@ def plan_batch(config: TrainConfig, dataset: Dataset, *, world_size: int) -> Bat
             min_chunks=config.chunks.min_chunks,
         ).batch(0)
         for rank in range(world_size)
-    ]
-    return BatchPlan(
-        world_size=world_size,
-        num_queries=batches[0].num_queries,
-        num_documents=batches[0].num_documents,
-        num_examples=dataset.num_examples,
-        tokens=batches[0].tokens,
-        chunks=len(batches[0].chunks),
-        largest_chunk=max(len(c.input_ids) for batch in batches for c in batch.chunks),
-        max_chunk_tokens=config.chunks.max_tokens,
     )
-
-
-def describe_run(config: TrainConfig, ds_config: dict[str, Any], *, world_size: int) -> str:
-    """The whole dry run as text: batch arithmetic, schedule, memory per rank.
-
-    Raises:
-        UserError: the data cannot be read, or the batch is impossible.
-    """
-    batch = plan_batch(config, Dataset.open(config.data.path), world_size=world_size)
-    stage = ds_config["zero_optimization"]["stage"]
-    encoder = build_encoder(config.model, meta=True)
-    shape = ModelShape.of(encoder)
-    memory = memory_per_rank(
-        shape,
+    zero = ds_config["zero_optimization"]
+    tokens = [[len(chunk.input_ids) for chunk in batch.chunks] for batch in batches]
+    layout = Layout(
         world_size=world_size,
-        stage=stage,
+        stage=zero["stage"],
         dtype=config.model.dtype,
-        chunk_tokens=batch.largest_chunk,
+        rank_tokens=max(map(sum, tokens)),
+        chunk_tokens=max(map(max, tokens)),
         gradient_checkpointing=config.model.gradient_checkpointing,
+        boundaries_on_host=config.chunks.boundaries == "host",
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
     )
+    shape = ModelShape.of(build_encoder(config.model, meta=True))
+    schedule = config.schedule
+    if schedule == "auto":
+        schedule = choose_schedule(shape, layout, available)
+    return RunPlan(
+        batches=batches,
+        num_examples=dataset.num_examples,
+        shape=shape,
+        layout=layout,
+        schedule=schedule,
+    )
+
+
+def describe(plan: RunPlan, config: TrainConfig) -> str:
+    """A plan as aligned lines of text."""
+    batch, layout, shape = plan.batches[0], plan.layout, plan.shape
+    memory = memory_per_rank(shape, layout, plan.schedule)
+    queries = config.num_steps * batch.num_queries
+    optimizer = config.optimizer
     lines = [
         ("global batch", f"{batch.num_queries} queries, {batch.num_documents} distinct documents"),
         (
             "tokens",
-            f"{batch.tokens:,} = {batch.chunks} chunks x <= {batch.largest_chunk:,} tokens x "
-            f"{world_size} ranks (budget {batch.max_chunk_tokens:,} a chunk)",
+            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {layout.chunk_tokens:,} tokens x "
+            f"{layout.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
         ),
-        ("steps", _steps(config, batch)),
-        ("learning rate", _learning_rate(config)),
+        (
+            "steps",
+            f"{config.num_steps} x {batch.num_queries} = {queries:,} queries = "
+            f"{queries / plan.num_examples:.2f} epochs of {plan.num_examples:,} examples",
+        ),
+        (
+            "learning rate",
+            f"{optimizer.lr:g} after {optimizer.warmup_steps} warm-up steps, "
+            f"then {optimizer.decay}",
+        ),
         (
             "model",
             f"{shape.parameters:,} parameters, {shape.trainable:,} trained, "
             f"{config.model.dtype}, {config.model.attention}, {config.model.pooling} pooling",
         ),
-        ("ZeRO", f"stage {stage} on {world_size} ranks, schedule {config.schedule}"),
-        *((f"memory: {name}", _bytes(size)) for name, size in memory.items()),
+        (
+            "schedule",
+            f"{plan.schedule}{' (auto)' if config.schedule == 'auto' else ''}, "
+            f"ZeRO stage {layout.stage} on {layout.world_size} ranks",
+        ),
+        *((f"memory: {name}", _bytes(size)) for name, size in memory.items() if size),
         ("memory: sum per rank", _bytes(sum(memory.values()))),
     ]
+    return _align(lines)
+
+
+def describe_loss(*, num_queries: int, num_documents: int, width: int, world_size: int) -> str:
+    """What the loss alone costs each rank at a size that need not exist yet."""
+    cost = loss_cost(
+        num_queries=num_queries,
+        num_documents=num_documents,
+        width=width,
+        world_size=world_size,
+        score_bytes=DEFAULT_SCORE_BYTES["cuda"],
+    )
+    naive = 4.0 * num_queries * num_documents
+    lines = [
+        ("loss", f"{num_queries:,} queries x {num_documents:,} documents, {world_size} ranks"),
+        ("query blocks", f"{cost.num_blocks:,}, {cost.num_tiles:,} tiles scored by each rank"),
+        ("peak memory", f"{_bytes(cost.peak_bytes)} per rank (all scores: {_bytes(naive)})"),
+        ("received per step", f"{_bytes(cost.received_bytes)} per rank"),
+        ("matrix products", f"{cost.matmul_flops:.3g} FLOP per rank"),
+    ]
+    return _align(lines)
+
+
+def _align(lines: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
-
-
-def _steps(config: TrainConfig, batch: BatchPlan) -> str:
-    queries = config.num_steps * batch.num_queries
-    return (
-        f"{config.num_steps} x {batch.num_queries} = {queries:,} queries = "
-        f"{queries / batch.num_examples:.2f} epochs of {batch.num_examples:,} examples"
-    )
-
-
-def _learning_rate(config: TrainConfig) -> str:
-    optimizer = config.optimizer
-    return f"{optimizer.lr:g} after {optimizer.warmup_steps} warm-up steps, then {optimizer.decay}"
 
 
 def _bytes(size: float) -> str:

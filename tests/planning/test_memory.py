@@ -1,0 +1,76 @@
+"""The memory plan and the schedule that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.planning.memory import Layout, ModelShape, choose_schedule, memory_per_rank
+
+# Qwen2.5-7B without lm_head.
+SEVEN_B = ModelShape(
+    parameters=7_070_619_136,
+    trainable=7_070_619_136,
+    layer_parameters=233_057_792,
+    num_layers=28,
+    hidden_size=3584,
+    intermediate_size=18944,
+)
+LAYOUT = Layout(
+    world_size=128,
+    stage=3,
+    dtype="bfloat16",
+    rank_tokens=147_000,
+    chunk_tokens=8192,
+    gradient_checkpointing=False,
+)
+GIB = 2**30
+
+
+def test_known_sizes_of_a_7b_model_come_out() -> None:
+    """Against the figures of a hand calculation: 14.1 GB of weights, 7-8 MB of graph a token."""
+    memory = memory_per_rank(SEVEN_B, LAYOUT, "cache")
+    assert memory["weights gathered for the step"] == pytest.approx(14.1e9, rel=0.01)
+    assert memory["gradients"] == pytest.approx(14.1e9, rel=0.01)
+    assert memory["fp32 master and AdamW moments"] == pytest.approx(0.66e9, rel=0.01)
+    assert 7e6 < memory["activations of one chunk"] / 8192 < 8e6
+    sweep = memory_per_rank(SEVEN_B, LAYOUT, "sweep")
+    assert sweep["inputs of all layers, all chunks"] == pytest.approx(30e9, rel=0.05)
+    assert sweep["weights gathered for the step"] < 0.5e9
+
+
+def test_schedules_are_taken_in_the_order_of_their_flops() -> None:
+    few = dataclasses.replace(LAYOUT, rank_tokens=8192)
+    assert choose_schedule(SEVEN_B, few, 130 * GIB) == "plain"
+    assert choose_schedule(SEVEN_B, LAYOUT, 130 * GIB) == "cache"
+    assert choose_schedule(SEVEN_B, LAYOUT, 60 * GIB) == "sweep"
+
+
+def test_boundaries_on_the_host_make_room_on_the_device() -> None:
+    on_host = dataclasses.replace(LAYOUT, boundaries_on_host=True)
+    assert choose_schedule(SEVEN_B, on_host, 20 * GIB) == "sweep"
+    with pytest.raises(UserError, match=r"found none that fits into 20.0 GiB per rank"):
+        choose_schedule(SEVEN_B, LAYOUT, 20 * GIB)
+
+
+def test_stage_2_holds_all_weights_and_stage_3_its_share() -> None:
+    two = memory_per_rank(SEVEN_B, dataclasses.replace(LAYOUT, stage=2), "cache")
+    assert two["weights"] == pytest.approx(14.1e9, rel=0.01)
+    assert two["weights gathered for the step"] == 0
+    three = memory_per_rank(SEVEN_B, LAYOUT, "cache")
+    assert three["weights"] == pytest.approx(14.1e9 / 128, rel=0.01)
+
+
+def test_lora_keeps_optimizer_state_for_its_adapters_only() -> None:
+    lora = dataclasses.replace(SEVEN_B, trainable=40_000_000)
+    memory = memory_per_rank(lora, LAYOUT, "cache")
+    assert memory["gradients"] == 80e6
+    assert memory["fp32 master and AdamW moments"] == pytest.approx(12 * 40e6 / 128)
+
+
+def test_no_schedule_combines_sweep_with_activation_checkpointing() -> None:
+    checkpointed = dataclasses.replace(LAYOUT, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="found none"):
+        choose_schedule(SEVEN_B, checkpointed, 25 * GIB)
