@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline import comm
+from pipeline.training.gradient_sums import GradientSums
 
 _HOLDER = "diffembed"
 # AdamW's moments, by torch's names.
@@ -51,6 +52,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self._engine.train()
         self.stage: int = self._engine.zero_optimization_stage()
+        self._sums = GradientSums(self._parameters.values())
         self._abandoned: list[Any] = []
         self._moments_linked = False
 
@@ -94,10 +96,12 @@ class ZeroEngine:
     def accumulation(self) -> Iterator[None]:
         """Every backward of one optimizer step goes inside; gradients are reduced once, on exit.
 
-        Without it ZeRO-1 and 2 keep only the last chunk's gradient, without a word.
+        Without it ZeRO-1 and 2 keep only the last chunk's gradient, without a word. DeepSpeed's
+        `grad_accum_dtype` only begins at the reduction: until then we add up, in fp32.
         """
         coalesce = self._engine.coalesce_grad_reduction()
         coalesce.__enter__()
+        self._sums.open()
         try:
             yield
         except BaseException:
@@ -106,7 +110,16 @@ class ZeroEngine:
             # is kept because dropping the context would leave it.
             self._abandoned.append(coalesce)
             raise
+        self._sums.hand_back()
         coalesce.__exit__(None, None, None)
+
+    def discard(self) -> None:
+        """Forget what an accumulation gathered before an exception ended it; on all ranks alike."""
+        zero = self._engine.optimizer
+        # What leaving DeepSpeed's context would have undone, but for the reduction.
+        self._engine.inside_no_sync_ctxt = False
+        zero._coalesce_grad_reduction = False
+        zero.zero_grad(set_to_none=True)
 
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate the gradients of a scalar.
