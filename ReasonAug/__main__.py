@@ -1,4 +1,4 @@
-"""`python -m ReasonAug`: generate training data and evaluation replicas, offline."""
+"""`python -m ReasonAug`: training data, generated or out of generations, and replicas."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import UserError
+from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
 
@@ -35,6 +36,19 @@ def templates(
     write_templates(
         out, seed=seed, problems_per_concept=problems_per_concept, max_tokens=max_tokens
     )
+
+
+@app.command()
+def rows(
+    generations: Annotated[
+        Path, typer.Option(help="JSONL of n, domain, concept, generation, check")
+    ],
+    definitions: Annotated[Path, typer.Option(help="JSONL of domain, concept, definition")],
+    out: Annotated[Path, typer.Option(help="the JSONL of training rows; its summary lies beside")],
+    seed: Seed = 0,
+) -> None:
+    """Turn what a language model generated into training rows."""
+    write_generation_rows(generations, definitions, out, seed=seed)
 
 
 @app.command()

@@ -40,24 +40,51 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ) from error
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_jsonl` wrote.
+def read_jsonl(path: Path, *, fix: str) -> list[dict[str, Any]]:
+    """Read one JSON object per line; empty lines do not count.
+
+    Args:
+        fix: What to do when the file is missing.
 
     Raises:
         UserError: The file is missing or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            found=f"{path}: {error.strerror}", fix="run `python -m ReasonAug templates` first"
-        ) from error
+        raise UserError(found=f"{path}: {error.strerror}", fix=fix) from error
+    except UnicodeDecodeError as error:
+        raise UserError(found=f"{path}: {error.reason}", allowed="UTF-8 text") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    # Not `splitlines`: a line separator of Unicode may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 found=f"{path}:{number}: {error.msg}", allowed="one JSON object per line"
             ) from error
+        if not isinstance(row, dict):
+            raise UserError(found=f"{path}:{number}: no object", allowed="one JSON object per line")
+        rows.append(row)
     return rows
+
+
+def require_texts(
+    path: Path, rows: Iterable[Mapping[str, Any]], fields: Iterable[str], *, optional: str = ""
+) -> None:
+    """Refuse rows that lack one of the text `fields`; `optional` may also be null or missing.
+
+    Raises:
+        UserError: names the row by its number among the objects of the file.
+    """
+    for number, row in enumerate(rows, 1):
+        for field in (*fields, *((optional,) if optional else ())):
+            value = row.get(field)
+            if not isinstance(value, str) and not (field == optional and value is None):
+                raise UserError(
+                    found=f"{path}: object {number}: {field!r} is {type(value).__name__}",
+                    allowed=f"a text in each of: {', '.join(fields)}",
+                )

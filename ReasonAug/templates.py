@@ -12,7 +12,7 @@ from pipeline.run_dir import write_json, write_text
 from ReasonAug.concepts import CONCEPTS
 from ReasonAug.files import make_folder, write_jsonl
 from ReasonAug.problem import DOMAINS, num_tokens
-from ReasonAug.rows import Row, training_rows
+from ReasonAug.rows import training_rows
 from ReasonAug.splits import (
     MAX_OVERLAP,
     TRAIN,
@@ -21,6 +21,7 @@ from ReasonAug.splits import (
     Entry,
     make_entries,
 )
+from ReasonAug.triplets import Row
 
 MIN_PROBLEMS = 8  # enough for every form in training and in the unseen problems
 MIN_TOKENS = 300  # below, coding problems have no room for a story that tells them apart

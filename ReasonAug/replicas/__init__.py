@@ -60,7 +60,9 @@ def read_entries(path: Path) -> list[Entry]:
     """
     fields = Problem.__dataclass_fields__
     entries = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(
+        read_jsonl(path, fix="run `python -m ReasonAug templates` first"), 1
+    ):
         missing = {"id", "split", *fields} - set(row)
         if missing:
             raise UserError(
