@@ -54,9 +54,8 @@ def throughput(quick: bool) -> list[Figure]:
         "random padding": functools.partial(_padded, padded, texts, np.arange(count), weights),
         "length-sorted padding": functools.partial(_padded, padded, texts, by_length, weights),
     }
-    results = {name: work() for name, work in works.items()}
+    costs, results = interleave(works, 2 if quick else 3)
     error = max(gradient_error(result, results["random padding"]) for result in results.values())
-    costs = interleave(works, 2 if quick else 5)
     rates = ", ".join(f"{name} {batch.tokens / cost.cpu:,.0f}" for name, cost in costs.items())
     return [
         same_gradients("the three layouts", error, 1e-5),

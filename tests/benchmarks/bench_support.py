@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.model.encoder import Encoder, build_encoder
 
 TEMPERATURE = 0.02
+T = TypeVar("T")
 Lengths = NDArray[np.int64]
 Gradients = dict[str, torch.Tensor]
 
@@ -69,18 +70,26 @@ class Cost:
     wall: float
 
 
-def interleave(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Cost]:
-    """The least cost of each work, run in turn so that all meet the same disturbances."""
+def interleave(
+    works: Mapping[str, Callable[[], T]], repeats: int
+) -> tuple[dict[str, Cost], dict[str, T]]:
+    """The least cost of each work, and what each returned the first time.
+
+    Run in turn, so that all meet the same disturbances.
+    """
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    results: dict[str, T] = {}
     for _ in range(repeats):
         for name, work in works.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            work()
+            result = work()
             seen[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return {
-        name: Cost(cpu=min(cpu for cpu, _ in costs), wall=min(wall for _, wall in costs))
-        for name, costs in seen.items()
+            results.setdefault(name, result)
+    costs = {
+        name: Cost(cpu=min(cpu for cpu, _ in times), wall=min(wall for _, wall in times))
+        for name, times in seen.items()
     }
+    return costs, results
 
 
 def ratio(above: Cost, below: Cost, name: str, limit: float, *, at_least: bool = False) -> Figure:

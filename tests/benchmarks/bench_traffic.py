@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +34,12 @@ from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
 from tests.support import launch_ranks
+from tests.traffic import Traffic
 
 WORLD_SIZE = 2
 PAIRS = 32
 # The embedding is 8 % of the parameters, as in a 7B model.
 SHAPE = {"hidden_size": 64, "num_layers": 8, "vocab_size": 700}
-GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced")
-REDUCTIONS = ("reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce")
 STEPS = 3
 
 
@@ -83,39 +80,6 @@ def _figures(result: dict[str, Any]) -> list[Figure]:
     ]
 
 
-class Counted:
-    """Bytes of whole tensors that DeepSpeed's collectives move, by phase and kind."""
-
-    def __init__(self, backend: Any) -> None:
-        self.phase = ""
-        self.bytes: Counter[tuple[str, str]] = Counter()
-        self._inside = False
-        for kind, names in (("gathered", GATHERS), ("reduced", REDUCTIONS)):
-            for name in names:
-                setattr(backend, name, self._wrap(getattr(backend, name), kind))
-
-    def _wrap(self, collective: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # some are made of others
-                return collective(*args, **kwargs)
-            # Of input and output the larger is the whole.
-            sizes = [_num_bytes(value) for value in (*args, *kwargs.values())]
-            self.bytes[self.phase, kind] += max(sizes)
-            self._inside = True
-            try:
-                return collective(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        return counted
-
-
-def _num_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
-
-
 def measure(path: Path, schedule: str, chunks: int) -> dict[str, Any]:
     """One engine, three steps, the last of them counted."""
     rng = np.random.default_rng(0)
@@ -134,7 +98,7 @@ def measure(path: Path, schedule: str, chunks: int) -> dict[str, Any]:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=WORLD_SIZE)
     engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
-    counted = Counted(sys.modules["deepspeed.comm.comm"].cdb)
+    counted = Traffic()
     _mark_second_pass(engine, counted)
     for step in range(STEPS):
         counted.bytes.clear()
@@ -161,7 +125,7 @@ def _step(engine: ZeroEngine, batch: GlobalBatch, schedule: str) -> None:
     accumulate_gradients(engine, batch, step_config(schedule), device=torch.device("cpu"))
 
 
-def _mark_second_pass(engine: ZeroEngine, counted: Counted) -> None:
+def _mark_second_pass(engine: ZeroEngine, counted: Traffic) -> None:
     """The second pass begins where the step opens the engine's accumulation."""
     accumulation = engine.accumulation
 

@@ -1,0 +1,306 @@
+"""Speed and memory of the cached step of a 7B model on one GPU: python -m tests.gpu.bench_gpu.
+
+Random weights in Dream's shape, bf16. Full fine-tuning runs without an optimizer, whose state would
+not fit beside one GPU's activations. `--tiny` runs the same on the CPU in seconds.
+
+    HFU  FLOPs done, second forwards included, over the GPU's peak
+    MFU  FLOPs that training without any caching would need, over the peak
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config import LoraConfig, ModelConfig
+from pipeline.data.batch import GlobalBatch
+from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.training.step import accumulate_gradients
+from tests.benchmarks.bench_support import PlainEngine, draw_texts, make_batch, step_config
+
+# Dream-v0-Base-7B's config.json, as far as it sets a shape.
+DREAM_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+}
+TINY = {
+    **DREAM_7B,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+}
+# By name: the schedule, and whether activations are checkpointed.
+SCHEDULES = {"cache": ("cache", False), "sweep": ("sweep", False), "checkpointing": ("cache", True)}
+STEP_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Where and on what everything is measured.
+
+    Args:
+        chunk_tokens: budget of a chunk; a longer text is a chunk of its own.
+        step_tokens: tokens of a step, at least two texts.
+        peak: dense bf16 FLOP/s of the device.
+    """
+
+    device: torch.device
+    dtype: str
+    shape: dict[str, Any]
+    lengths: tuple[int, ...]
+    chunk_tokens: int
+    step_tokens: int
+    peak: float
+    repeats: int = 3
+
+
+def forward_flops(shape: dict[str, Any], length: int) -> float:
+    """FLOPs of one token's forward: 2 a weight of the linear layers, 4 S h L of the attention.
+
+    The embedding is a look-up; attention is bidirectional, so no half of it is spared.
+    """
+    width, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    shared = shape["num_key_value_heads"] / shape["num_attention_heads"]
+    weights = layers * (width**2 * (2 + 2 * shared) + 3 * width * shape["intermediate_size"])
+    return 2 * weights + 4 * length * width * layers
+
+
+def flop_factors(
+    shape: dict[str, Any], length: int, *, lora: bool, checkpointing: bool
+) -> tuple[float, float, float]:
+    """Forwards' worth of a cached step, of plain forward and backward, and of useful work.
+
+    A backward costs two forwards, one where the weights are frozen. Checkpointing adds one; torch
+    stops it at the last tensor that the backward needs, which a full layer has before its last
+    projection.
+    """
+    useful = 2.0 if lora else 3.0
+    weights = shape["num_hidden_layers"] * shape["hidden_size"] * shape["intermediate_size"]
+    spared = 0.0 if lora else 2 * weights / forward_flops(shape, length)
+    plain = useful + (1 - spared if checkpointing else 0)
+    return plain + 1, plain, useful
+
+
+def build(setting: Setting, *, lora: bool, checkpointing: bool) -> Encoder:
+    """The encoder with random weights, made on the device itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        published = {"model_type": "Dream", **setting.shape}
+        (Path(folder) / "config.json").write_text(json.dumps(published))
+        model = ModelConfig(
+            path=folder,
+            dtype=setting.dtype,
+            gradient_checkpointing=checkpointing,
+            lora=LoraConfig(rank=16, dropout=0.0) if lora else None,
+        )
+        encoder = build_encoder(model, meta=True)
+    encoder.to_empty(device=setting.device)
+    for name, parameter in encoder.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(std=0.02)
+    # Its frequencies are a buffer that is computed, not drawn.
+    rotary = encoder.model.rotary_emb
+    encoder.model.rotary_emb = type(rotary)(encoder.model.config).to(setting.device)
+    if checkpointing:  # transformers checkpoints only while training
+        encoder.train()
+    return encoder
+
+
+def batch_of(setting: Setting, length: int, tokens: int) -> GlobalBatch:
+    """Pairs of texts of one length, together about `tokens`."""
+    pairs = max(1, tokens // (2 * length))
+    texts = draw_texts(np.full(2 * pairs, length), setting.shape["vocab_size"])
+    return make_batch(texts, pairs, max_tokens=max(setting.chunk_tokens, length))
+
+
+def timed(work: Callable[[], Any], setting: Setting) -> tuple[float, int]:
+    """Least seconds of a call, and the peak bytes it allocated on top; the first call is not it."""
+    on_gpu = setting.device.type == "cuda"
+    work()
+    seconds, extra = [], 0
+    for _ in range(setting.repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+            extra = max(extra, torch.cuda.max_memory_allocated() - before)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds), extra
+
+
+def plain(encoder: Encoder, batch: GlobalBatch, device: torch.device) -> None:
+    """Forward and backward of every chunk with some gradient: what the GC factor is measured by."""
+    for chunk in batch.chunks:
+        ids, lengths = (torch.from_numpy(x).to(device) for x in (chunk.input_ids, chunk.lengths))
+        encoder(ids, lengths).sum().backward()
+
+
+def step(encoder: Encoder, batch: GlobalBatch, schedule: str, device: torch.device) -> None:
+    """The trainer's step without the update; gradients stay where they are and add up."""
+    accumulate_gradients(PlainEngine(encoder), batch, step_config(schedule), device=device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One line of the table; no numbers where it did not fit into memory."""
+
+    train: str
+    schedule: str
+    length: int
+    tokens_per_second: float = 0.0
+    hfu: float = 0.0
+    mfu: float = 0.0
+    factor: float = 0.0  # cached step / plain forward and backward, measured
+    theory: float = 0.0
+    extra_gib: float = 0.0  # on top of weights and gradients
+    chunk_tokens: int = 0
+
+    @property
+    def line(self) -> str:
+        """A line of Markdown."""
+        name = f"| {self.train} | {self.schedule} | {self.length:,} |"
+        if not self.tokens_per_second:
+            return f"{name} out of memory | | | | | | |"
+        return (
+            f"{name} {self.tokens_per_second:,.0f} | {self.hfu:.1%} | {self.mfu:.1%} | "
+            f"{self.factor:.3f} / {self.theory:.3f} | {self.extra_gib:.1f} | "
+            f"{self.extra_gib * 1024 / self.chunk_tokens:.2f} | "
+            f"{self.tokens_per_second * STEP_SECONDS / (2 * self.length):,.0f} |"
+        )
+
+
+HEAD = """
+| trained | schedule | tokens a text | tokens/s | HFU | MFU | factor, measured / theory | \
+extra memory GiB | MiB a chunk token | pairs in 60 s |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def measure(setting: Setting, *, lora: bool, name: str, length: int) -> Cell:
+    """One cell, on an encoder of its own."""
+    schedule, checkpointing = SCHEDULES[name]
+    empty = Cell(train="LoRA" if lora else "full", schedule=name, length=length)
+    encoder = build(setting, lora=lora, checkpointing=checkpointing)
+    batch = batch_of(setting, length, setting.step_tokens)
+    try:
+        seconds, extra = timed(
+            functools.partial(step, encoder, batch, schedule, setting.device), setting
+        )
+        base, _ = timed(functools.partial(plain, encoder, batch, setting.device), setting)
+    except torch.OutOfMemoryError:
+        return empty
+    done, needed, useful = flop_factors(
+        setting.shape, length, lora=lora, checkpointing=checkpointing
+    )
+    forwards_per_second = batch.tokens * forward_flops(setting.shape, length) / seconds
+    return dataclasses.replace(
+        empty,
+        tokens_per_second=batch.tokens / seconds,
+        hfu=done * forwards_per_second / setting.peak,
+        mfu=useful * forwards_per_second / setting.peak,
+        factor=seconds / base,
+        theory=done / needed,
+        extra_gib=extra / 2**30,
+        chunk_tokens=max(len(chunk.input_ids) for chunk in batch.chunks),
+    )
+
+
+def release(setting: Setting) -> None:
+    """Give the memory of the last cell back."""
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def confirm(setting: Setting, best: Cell) -> str:
+    """One real step of the size that the rate promises for 60 seconds."""
+    schedule, checkpointing = SCHEDULES[best.schedule]
+    encoder = build(setting, lora=best.train == "LoRA", checkpointing=checkpointing)
+    tokens = int(best.tokens_per_second * STEP_SECONDS)
+    batch = batch_of(setting, best.length, tokens)
+    once = dataclasses.replace(setting, repeats=1)
+    seconds, extra = timed(functools.partial(step, encoder, batch, schedule, setting.device), once)
+    return (
+        f"one step of {batch.num_queries:,} pairs of {best.length}-token texts ({best.train}, "
+        f"{best.schedule}): {seconds:.1f} s, {extra / 2**30:.1f} GiB extra"
+    )
+
+
+def settings(*, tiny: bool, peak_tflops: float) -> Setting:
+    """A 7B model on the GPU, or something that a CPU runs in seconds."""
+    if tiny:
+        return Setting(
+            device=torch.device("cpu"),
+            dtype="float32",
+            shape=TINY,
+            lengths=(16, 64, 256),
+            chunk_tokens=128,
+            step_tokens=512,
+            peak=peak_tflops * 1e12,
+            repeats=1,
+        )
+    return Setting(
+        device=torch.device("cuda"),
+        dtype="bfloat16",
+        shape=DREAM_7B,
+        lengths=(512, 4096, 32768),
+        chunk_tokens=8192,
+        step_tokens=65536,
+        peak=peak_tflops * 1e12,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole table, then one step of the largest batch."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="H100 and H200: 989")
+    arguments = parser.parse_args(argv)
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("no CUDA device; --tiny runs the same on the CPU")
+    setting = settings(tiny=arguments.tiny, peak_tflops=arguments.peak_tflops)
+    print(HEAD)
+    cells = []
+    for lora, name, length in itertools.product((True, False), SCHEDULES, setting.lengths):
+        cells.append(measure(setting, lora=lora, name=name, length=length))
+        print(cells[-1].line, flush=True)
+        release(setting)
+    shortest = [cell for cell in cells if cell.length == setting.lengths[0]]
+    fastest = max(shortest, key=lambda cell: cell.tokens_per_second)
+    print(f"\nHFU where linear layers dominate: {max(c.hfu for c in shortest):.1%} (asked >= 55 %)")
+    measured = [cell for cell in cells if cell.tokens_per_second]
+    worst = max(measured, key=lambda cell: abs(cell.factor / cell.theory - 1))
+    print(f"factor furthest from theory: {worst.factor / worst.theory:.3f} (asked within 3 %)")
+    if not arguments.tiny:
+        print(confirm(setting, fastest))
+
+
+if __name__ == "__main__":
+    main()

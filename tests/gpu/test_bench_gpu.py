@@ -1,0 +1,57 @@
+"""The GPU benchmark counts its FLOPs right and builds the model it says; checked on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.benchmarks.bench_support import load
+from tests.gpu import bench_gpu
+
+LENGTH = 64
+
+
+def count(work: Callable[[], Any]) -> int:
+    """FLOPs by torch's own counter, which knows attention only as matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return int(counter.get_total_flops())
+
+
+def test_flops_of_a_forward_are_those_that_torch_counts() -> None:
+    setting = bench_gpu.settings(tiny=True, peak_tflops=1)
+    encoder = bench_gpu.build(setting, lora=False, checkpointing=False)
+
+    counted = count(lambda: encoder(torch.arange(LENGTH), torch.tensor([LENGTH])))
+    assert counted == LENGTH * bench_gpu.forward_flops(setting.shape, LENGTH)
+
+
+@pytest.mark.parametrize("name", ["cache", "sweep", "checkpointing"])
+def test_flops_of_a_step_follow_the_stated_factor(name: str) -> None:
+    setting = bench_gpu.settings(tiny=True, peak_tflops=1)
+    schedule, checkpointing = bench_gpu.SCHEDULES[name]
+    encoder = bench_gpu.build(setting, lora=False, checkpointing=checkpointing)
+    batch = bench_gpu.batch_of(setting, LENGTH, 4 * LENGTH)
+    counted = count(lambda: bench_gpu.step(encoder, batch, schedule, setting.device))
+
+    done, _, _ = bench_gpu.flop_factors(
+        setting.shape, LENGTH, lora=False, checkpointing=checkpointing
+    )
+    wanted = done * batch.tokens * bench_gpu.forward_flops(setting.shape, LENGTH)
+    assert counted == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_model_made_on_the_device_computes_like_a_loaded_one(tmp_path: Path) -> None:
+    setting = bench_gpu.settings(tiny=True, peak_tflops=1)
+    made = bench_gpu.build(setting, lora=False, checkpointing=False)
+    made.save_backbone(tmp_path)
+
+    ids, lengths = torch.arange(20), torch.tensor([12, 8])
+    with torch.no_grad():
+        assert torch.allclose(made(ids, lengths), load(tmp_path)(ids, lengths), atol=1e-6)
