@@ -115,9 +115,11 @@ def accumulate_gradients(
             seed=seed,
             on_host=config.chunks.boundaries == "host",
         )
-        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
-        with engine.accumulation():
-            sweep.backward(chunks, gradients, engine.backward)
+        # Few but for the table, which DeepSpeed would gather again for every chunk.
+        with engine.hold(_outside_of_layers(engine.encoder)):
+            output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
+            with engine.accumulation():
+                sweep.backward(chunks, gradients, engine.backward)
         return output
 
     def embed(chunk: TensorChunk) -> torch.Tensor:
@@ -151,14 +153,15 @@ def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tens
 
 
 def _stage_holder(engine: Engine) -> Callable[[int], AbstractContextManager[None]]:
-    """Which parameters a stage needs gathered; those outside the layers are few but for the table.
-
-    Embedding and final norm cannot be told apart from outside: they share the first and last
-    stage, where DeepSpeed's own hooks gather what is used.
-    """
-    layers = engine.encoder.layers
-    owned = [[], *([*layer.parameters()] for layer in layers), []]
+    """Which parameters a stage gathers: those of its layer; the others are held throughout."""
+    owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
     return lambda stage: engine.hold(owned[stage])
+
+
+def _outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
+    """Token embedding and final norm."""
+    inside = {id(parameter) for parameter in encoder.layers.parameters()}
+    return [parameter for parameter in encoder.parameters() if id(parameter) not in inside]
 
 
 def _loss(
