@@ -25,12 +25,11 @@ class GradientSums:
         self._is_open = False
         for parameter in parameters:
             if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(self._take)
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
 
     def open(self) -> None:
-        """Begin with empty sums."""
+        """Begin; every gradient is taken from now on."""
         self._is_open = True
-        self._sums.clear()
 
     def _take(self, parameter: torch.Tensor) -> None:
         if not self._is_open or parameter.grad is None:
@@ -41,6 +40,11 @@ class GradientSums:
         else:
             self._sums[parameter] = parameter.grad.float()
         parameter.grad = None
+
+    def discard(self) -> None:
+        """Forget the sums."""
+        self._is_open = False
+        self._sums.clear()
 
     def hand_back(self) -> None:
         """Put each sum, rounded once, where autograd would have left it."""

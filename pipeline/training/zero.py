@@ -120,6 +120,7 @@ class ZeroEngine:
         self._engine.inside_no_sync_ctxt = False
         zero._coalesce_grad_reduction = False
         zero.zero_grad(set_to_none=True)
+        self._sums.discard()
 
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate the gradients of a scalar.
