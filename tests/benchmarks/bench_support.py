@@ -126,6 +126,10 @@ class PlainEngine:
         """Accumulate gradients."""
         surrogate.backward()
 
+    def discard(self) -> None:
+        """Forget all gradients."""
+        self.encoder.zero_grad(set_to_none=True)
+
 
 def take_gradients(model: torch.nn.Module) -> Gradients:
     """A model's gradients, which it then has no longer."""
