@@ -35,7 +35,8 @@ class Loader:
         dataset: an opened dataset folder.
         config: what a batch is made of.
         rank: this process among `world_size`; decides only whose chunks are read.
-        max_chunk_tokens: token budget of a chunk; no text may be longer.
+        max_chunk_tokens: token budget of a chunk; a longer text gets a chunk of its own.
+        max_chunk_cost: cost budget of a chunk, as `balance.text_cost` counts it.
         min_chunks: at least so many chunks per rank.
         seed: decides the order and the choice of documents.
         attention_length: length at which attention costs as much as the linear layers.
@@ -52,22 +53,17 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         max_chunk_tokens: int,
+        max_chunk_cost: float | None = None,
         min_chunks: int = 1,
         seed: int = 0,
         attention_length: float = ATTENTION_LENGTH,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         manifest = dataset.manifest
-        longest = max(manifest.query_lengths.longest, manifest.document_lengths.longest)
-        if longest > max_chunk_tokens:
-            raise UserError(
-                f"chunks.max_tokens: {max_chunk_tokens}, but a text of the dataset has {longest}",
-                allowed=f"an integer >= {longest}",
-                fix="raise chunks.max_tokens, or prepare with a smaller max_document_length",
-            )
         self.dataset, self.config = dataset, config
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._max_tokens, self._min_chunks = max_chunk_tokens, min_chunks
+        self._max_tokens, self._max_cost = max_chunk_tokens, max_chunk_cost
+        self._min_chunks = min_chunks
         self._attention_length = attention_length
         self.order = Order(
             manifest.groups,
@@ -110,6 +106,7 @@ class Loader:
             lengths,
             world_size=self._world_size,
             max_tokens=self._max_tokens,
+            max_cost=self._max_cost,
             min_chunks=self._min_chunks,
             attention_length=self._attention_length,
         )
@@ -217,6 +214,15 @@ class Loader:
                 self._step = batch.step + 1
                 ahead = thread.submit(self.batch, self._step)
                 yield batch
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Token budget of a chunk; set it on all ranks alike, for batches planned from then on."""
+        return self._max_tokens
+
+    @max_chunk_tokens.setter
+    def max_chunk_tokens(self, tokens: int) -> None:
+        self._max_tokens = tokens
 
     def state_dict(self) -> dict[str, int]:
         """What resuming needs: the next step, and numbers that must not have changed."""

@@ -11,6 +11,7 @@ from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 from transformers import AutoTokenizer
 
 from pipeline.config import DataConfig, SourceConfig
+from pipeline.data.balance import text_cost
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.prepare import prepare
@@ -120,9 +121,33 @@ def test_a_state_of_another_seed_is_refused(dataset: Dataset) -> None:
         make_loader(dataset, seed=2).load_state_dict(state)
 
 
-def test_a_chunk_smaller_than_a_text_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(UserError, match="chunks.max_tokens: 20"):
-        make_loader(dataset, max_chunk_tokens=20)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_texts_beyond_the_budget_get_chunks_of_their_own(dataset: Dataset, world_size: int) -> None:
+    batches = all_ranks(dataset, 4, world_size, max_chunk_tokens=60)
+    assert len({len(batch.chunks) for batch in batches}) == 1
+    chunks = [chunk for batch in batches for chunk in batch.chunks]
+    assert any(len(chunk.input_ids) > 60 for chunk in chunks)
+    assert any(len(chunk.lengths) > 1 for chunk in chunks)
+    assert all(len(chunk.lengths) == 1 for chunk in chunks if len(chunk.input_ids) > 60)
+    assert texts_of(batches) == texts_of(all_ranks(dataset, 4, 1))
+
+
+def test_a_cost_budget_bounds_every_chunk_of_several_texts(dataset: Dataset) -> None:
+    batch = make_loader(
+        dataset, max_chunk_tokens=400, max_chunk_cost=300.0, attention_length=50.0
+    ).batch(4)
+    several = [chunk.lengths for chunk in batch.chunks if len(chunk.lengths) > 1]
+    assert several and all(text_cost(own, 50.0).sum() <= 300.001 for own in several)
+    assert texts_of([batch]) == texts_of(all_ranks(dataset, 4, 1))
+
+
+def test_a_smaller_budget_holds_from_the_next_batch_on(dataset: Dataset) -> None:
+    loader = make_loader(dataset)
+    before = loader.batch(4)
+    loader.max_chunk_tokens = before.tokens // 20
+    after = loader.batch(4)
+    assert len(after.chunks) > len(before.chunks)
+    assert texts_of([after]) == texts_of([before])
 
 
 def test_teacher_scores_stay_beside_the_chosen_documents(

@@ -157,7 +157,7 @@ def test_dry_run_prints_the_batch_arithmetic_and_trains_nothing(recipe: Path) ->
         (["model.poolin=mean"], "unknown key 'model.poolin'"),
         (["data.path=nowhere"], "nowhere"),
         (["data.global_batch_size=1000"], "1000"),
-        (["chunks.max_tokens=5"], "chunks.max_tokens: 5"),
+        (["chunks.max_tokens=0"], "chunks.max_tokens: 0"),
         (["model.path=nowhere"], "nowhere"),
         (["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
     ],
