@@ -18,6 +18,34 @@ _OWNED_BY_CONFIG = {
     "scheduler": "optimizer.warmup_steps and optimizer.decay of the training config",
 }
 
+# Everything else is refused: DeepSpeed takes unknown keys without a word, and what it does know
+# has not been shown to give exact gradients together with one reduction per step.
+_KNOWN = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("gradient_clipping", "bf16", "fp16", "zero_optimization", "data_types"),
+    *("communication_data_type", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("steps_per_print", "wall_clock_breakdown", "comms_logger"),
+}
+_KNOWN_ZERO = {
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
+    *("allgather_partitions", "allgather_bucket_size", "round_robin_gradients"),
+    *("offload_optimizer", "sub_group_size", "zero_hpz_partition_size"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+}
+_KNOWN_OFFLOAD = {"device", "pin_memory", "buffer_count", "fast_init"}
+_ROUNDS = "it rounds what ranks exchange, and gradients would not be exact"
+_WHY = {
+    "zero_quantized_weights": _ROUNDS,
+    "zero_quantized_gradients": _ROUNDS,
+    "zero_quantized_nontrainable_weights": _ROUNDS,
+    "offload_param": "schedule sweep already holds one layer at a time",
+    "mics_shard_size": "use zero_hpz_partition_size to keep gathers inside a node",
+    "amp": "set model.dtype to bfloat16",
+    "pipeline": "chunks of a batch already follow one another",
+    "compression_training": _ROUNDS,
+}
+
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
@@ -49,17 +77,8 @@ def resolve_ds_config(
     for key, owner in _OWNED_BY_CONFIG.items():
         if key in tree:
             raise UserError(f"DeepSpeed config sets {key!r}", fix=f"remove it; use {owner}")
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"zero_optimization.stage: {stage}",
-            allowed="1, 2 or 3",
-            fix="stage 1 is plain data parallelism with a sharded optimizer",
-        )
-    if tree.get("fp16", {}).get("enabled"):
-        raise UserError(
-            "fp16.enabled: true", allowed="bf16 or fp32", fix="set model.dtype to bfloat16"
-        )
+    _check_zero(tree, world_size)
+    _check_types(tree)
     bf16 = config.model.dtype == "bfloat16"
     # DeepSpeed's micro-batch and accumulation know nothing of cached chunks: one optimizer step
     # is one accumulation boundary, whatever the number of chunks.
@@ -78,6 +97,70 @@ def resolve_ds_config(
         _fill(tree, "zero_force_ds_cpu_optimizer", False)
     _refuse_auto(tree)
     return tree
+
+
+def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None:
+    """Raise on the first key that the trainer does not know, unless it only says `off`."""
+    for key, value in tree.items():
+        off = key in _WHY and value in (False, None)
+        if key not in known and not off:
+            raise UserError(
+                f"DeepSpeed config sets {prefix}{key}",
+                allowed=", ".join(sorted(known)),
+                fix="remove it" + (f"; {_WHY[key]}" if key in _WHY else ""),
+            )
+
+
+def _check_zero(tree: dict[str, Any], world_size: int) -> None:
+    """Raise on what cannot be combined with one exact reduction per step."""
+    _check_keys(tree, _KNOWN)
+    zero = tree.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"zero_optimization.stage: {stage}",
+            allowed="1, 2 or 3",
+            fix="stage 1 is plain data parallelism with a sharded optimizer",
+        )
+    _check_keys(zero, _KNOWN_ZERO, "zero_optimization.")
+    offload = zero.get("offload_optimizer") or {}
+    _check_keys(offload, _KNOWN_OFFLOAD, "zero_optimization.offload_optimizer.")
+    if offload.get("device", "cpu") not in ("cpu", "none"):
+        raise UserError(
+            f"zero_optimization.offload_optimizer.device: {offload['device']}",
+            allowed="cpu or none",
+            fix="disks hold checkpoints only; use more ranks, or LoRA",
+        )
+    replica = zero.get("zero_hpz_partition_size", 1)
+    if replica > 1 and stage != 3:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size: {replica} at stage {stage}",
+            allowed="stage 3",
+            fix="remove it, or set stage to 3",
+        )
+    # DeepSpeed takes the world size where that is smaller.
+    if replica > 1 and world_size > replica and world_size % replica:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size: {replica} with {world_size} ranks",
+            allowed="a divisor of the number of ranks",
+            fix="set it to the number of GPUs of a node",
+        )
+
+
+def _check_types(tree: dict[str, Any]) -> None:
+    """Raise on number formats that DeepSpeed or exactness does not allow."""
+    if tree.get("fp16", {}).get("enabled"):
+        raise UserError(
+            "fp16.enabled: true", allowed="bf16 or fp32", fix="set model.dtype to bfloat16"
+        )
+    types = tree.get("data_types", {})
+    if types.get("grad_accum_dtype") and tree["zero_optimization"]["stage"] == 1:
+        # DeepSpeed would take another optimizer, which cannot reduce once per step.
+        raise UserError(
+            f"data_types.grad_accum_dtype: {types['grad_accum_dtype']} at stage 1",
+            allowed="stage 2 or 3",
+            fix="remove it; chunks add up in fp32 at every stage",
+        )
 
 
 def _fill(

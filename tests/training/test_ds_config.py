@@ -57,13 +57,42 @@ def test_resolving_leaves_the_input_alone() -> None:
         ({"optimizer": {"type": "AdamW"}}, "optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"zero_optimization": {"stage": 0}}, "stage: 0"),
+        ({"amp": {"enabled": True}}, "amp"),
+        ({"pipeline": {"stages": 2}}, "pipeline"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "quantized_weights"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "exact"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "with 6 ranks"),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "at stage 2"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "device: nvme",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
+            "offload_optimizer.ratio",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "grad_accum_dtype",
+        ),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
     ],
 )
 def test_a_disagreement_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     tree = {"zero_optimization": {"stage": 2}, **changes}
     with pytest.raises(UserError, match=message):
-        resolve_ds_config(tree, make_config(), world_size=1)
+        resolve_ds_config(tree, make_config(), world_size=6)
+
+
+def test_a_refused_option_that_is_off_may_stay() -> None:
+    zero = {"stage": 3, "zero_quantized_weights": False}
+    tree = {"zero_optimization": zero, "fp16": {"enabled": False}, "amp": None}
+    resolved = resolve_ds_config(tree, make_config(), world_size=1)
+    assert resolved["gradient_clipping"] == 0.5
 
 
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
