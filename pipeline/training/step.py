@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +42,10 @@ class NonFiniteLossError(DiffembedError):
         self.texts = texts
 
 
+class ChunkOutOfMemoryError(DiffembedError):
+    """A chunk did not fit on some rank; raised on all ranks alike, the gradients are discarded."""
+
+
 class Engine(Protocol):
     """What a step needs of an engine."""
 
@@ -60,6 +64,9 @@ class Engine(Protocol):
 
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate gradients, to be averaged over ranks."""
+
+    def discard(self) -> None:
+        """Forget what an accumulation gathered before an exception ended it."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -102,6 +109,7 @@ def accumulate_gradients(
 
     Raises:
         NonFiniteLossError: on all ranks; no gradient was accumulated.
+        ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
     """
     chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
 
@@ -129,11 +137,36 @@ def accumulate_gradients(
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
     # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
     with engine.hold(list(engine.encoder.parameters())):
-        cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
+        with _out_of_memory_on_all_ranks():
+            cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
         output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
-        with engine.accumulation():
-            grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
+        try:
+            with engine.accumulation(), _out_of_memory_on_all_ranks():
+                grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
+        except ChunkOutOfMemoryError:
+            engine.discard()
+            raise
     return output
+
+
+@contextmanager
+def _out_of_memory_on_all_ranks() -> Iterator[None]:
+    """Turn one rank's lack of memory into the same error on all, at the end of the block.
+
+    Works because the block holds no collective: the parameters are gathered before it, and the
+    gradients are reduced after it. A rank that fails waits here for the others.
+
+    Raises:
+        ChunkOutOfMemoryError: some rank ran out of memory.
+    """
+    failed = False
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        failed = True
+        torch.cuda.empty_cache()
+    if comm.any_rank(failed):
+        raise ChunkOutOfMemoryError("a chunk does not fit into memory")
 
 
 def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:

@@ -21,7 +21,12 @@ from pipeline.training import checkpoint
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.signals import StopRequest
-from pipeline.training.step import NonFiniteLossError, accumulate_gradients, seed_random
+from pipeline.training.step import (
+    ChunkOutOfMemoryError,
+    NonFiniteLossError,
+    accumulate_gradients,
+    seed_random,
+)
 from pipeline.training.temperature import Temperature
 from pipeline.training.zero import ZeroEngine
 
@@ -134,7 +139,7 @@ class Training:
         """
         config, trackers = self.config, self._trackers(first_step)
         for batch in loader:
-            values = self.step(batch)
+            values = self._fitting_step(batch, loader)
             done = batch.step + 1
             last = done == config.num_steps
             if done % config.log_every == 0 or last:
@@ -152,6 +157,29 @@ class Training:
                     f"{reason} after step {done} of {config.num_steps}; saved {path}, "
                     f"run the same command to resume"
                 )
+
+    def _fitting_step(self, batch: GlobalBatch, loader: Loader) -> dict[str, float]:
+        """One step, cut into smaller chunks on all ranks as often as one rank lacks memory.
+
+        Raises:
+            DiffembedError: a single text does not fit, or the schedule keeps all graphs.
+        """
+        while True:
+            try:
+                return self.step(batch)
+            except ChunkOutOfMemoryError as error:
+                largest = max(batch.chunks, key=lambda chunk: len(chunk.input_ids))
+                sizes = comm.all_gather_object((len(largest.input_ids), len(largest.lengths)))
+                tokens, rows = max(sizes)
+                if rows == 1 or self.config.schedule == "plain":
+                    raise DiffembedError(
+                        f"{error}: {tokens} tokens in {rows} texts; set schedule to cache or "
+                        f"sweep, gradient_checkpointing, or a smaller max_document_length"
+                    ) from error
+                # A batch that was planned ahead may still have the size that failed before.
+                loader.max_chunk_tokens = min(loader.max_chunk_tokens, tokens // 2)
+                _say(f"{error}: {tokens} tokens; going on with {loader.max_chunk_tokens} a chunk")
+                batch = loader.batch(batch.step)
 
     def step(self, batch: GlobalBatch) -> dict[str, float]:
         """One optimizer step; returns its numbers, the same on every rank but for times."""

@@ -15,6 +15,8 @@ from pipeline import comm
 from pipeline.training.gradient_sums import GradientSums
 
 _HOLDER = "diffembed"
+# Contexts that must never be left, not even by the garbage collector after their engine is gone.
+_ABANDONED: list[Any] = []
 # AdamW's moments, by torch's names.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,16 +55,17 @@ class ZeroEngine:
         self._engine.train()
         self.stage: int = self._engine.zero_optimization_stage()
         self._sums = GradientSums(self._parameters.values())
-        self._abandoned: list[Any] = []
         self._moments_linked = False
 
     def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embed one packed chunk: (T,) token ids and (C,) row lengths to (C, E) vectors.
 
-        Goes through the engine, never through the inner module: ZeRO-3 counts forwards to decide
-        whether a gradient accumulates or overwrites.
+        Skips the engine's and the outermost module's own hooks. At ZeRO-3 those record the order of
+        modules and compare it between ranks, in collectives that a rank which fails in a chunk
+        would leave the others waiting in; caching changes the order twice a step anyway. What they
+        are for (accumulate or overwrite, gather, prefetch) `accumulation` and `hold` decide here.
         """
-        out: torch.Tensor = self._engine(input_ids, lengths)
+        out: torch.Tensor = self._engine.module.forward(input_ids, lengths)
         return out
 
     @property
@@ -108,7 +111,7 @@ class ZeroEngine:
             # Leaving DeepSpeed's context starts a reduction, also on an error. The other ranks are
             # elsewhere and would never join it: this rank must fail now, not hang. The reference
             # is kept because dropping the context would leave it.
-            self._abandoned.append(coalesce)
+            _ABANDONED.append(coalesce)
             raise
         self._sums.hand_back()
         coalesce.__exit__(None, None, None)
@@ -119,7 +122,10 @@ class ZeroEngine:
         # What leaving DeepSpeed's context would have undone, but for the reduction.
         self._engine.inside_no_sync_ctxt = False
         zero._coalesce_grad_reduction = False
-        zero.zero_grad(set_to_none=True)
+        parameter: Any
+        for parameter in self._parameters.values():
+            parameter.grad = None
+            parameter.grad_accum = None  # where ZeRO-1 and 2 move it
         self._sums.discard()
 
     def backward(self, surrogate: torch.Tensor) -> None:

@@ -11,13 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
-from pipeline.data.prepare import prepare
-from pipeline.model.starter import build_starter
 from tests.support import free_port
 
 ROOT = Path(__file__).parents[2]
-WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow", "reed", "bay")
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,57 +40,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         del line["seconds"], line["tokens_per_second"]
     return lines
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config of 6 steps over 24 examples, with dropout and a learned temperature."""
-    folder = tmp_path_factory.mktemp("recipe")
-    rows = []
-    for i in range(24):
-        first, second = WORDS[i % 10], WORDS[(3 * i + 1) % 10]
-        rows.append(
-            {
-                "query": f"where is the {first} {second} number {i}",
-                "positive": f"the {first} {second} lies at place {i} " * (1 + i % 4),
-                "negative": f"the {second} {first} of number {i} lies elsewhere",
-            }
-        )
-    raw = folder / "rows.jsonl"
-    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_starter(
-        StarterConfig(
-            output_dir=folder / "model",
-            corpus=(raw,),
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_layers=2,
-        )
-    )
-    prepare(
-        PrepareConfig(
-            output_dir=folder / "shards",
-            tokenizer=str(folder / "model"),
-            sources=(
-                SourceConfig(name="rows", format="e5", path=str(raw), instruction="Find the place"),
-            ),
-        )
-    )
-    config = folder / "train.yaml"
-    config.write_text(
-        f"""
-num_steps: 6
-output_dir: {folder / "run"}
-model: {{path: {folder / "model"}, dtype: float32, attention_dropout: 0.1}}
-data: {{path: {folder / "shards"}, global_batch_size: 8, homogeneous: none}}
-chunks: {{max_tokens: 200, min_chunks: 2}}
-loss: {{temperature: 0.1, learn_temperature: true}}
-optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
-checkpoint: {{every: 2, keep_last: 2}}
-"""
-    )
-    return config
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(

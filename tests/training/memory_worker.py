@@ -1,0 +1,83 @@
+"""One rank of the out-of-memory test: rank 1's encoder refuses long chunks, as a full GPU would.
+
+A stand-in for a device this machine does not have: `torch.OutOfMemoryError` is raised by the test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
+
+from pipeline import comm
+from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from pipeline.model.encoder import build_encoder
+from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import ChunkOutOfMemoryError, accumulate_gradients
+from pipeline.training.zero import ZeroEngine
+
+
+def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str, float]:
+    """Fail once with two chunks a rank, then go on with five."""
+    model = ModelConfig(path=model_path, dtype="float32")
+    config = TrainConfig(
+        output_dir=Path("unused"),
+        num_steps=1,
+        seed=SEED,
+        schedule="cache",
+        model=model,
+        data=DataConfig(path=Path("unused")),
+        loss=LossConfig(temperature=TEMPERATURE),
+    )
+    rank = comm.rank()
+    encoder = build_encoder(model).train()
+    reference = build_encoder(model).train()
+    _, wanted = reference_gradients(reference, [make_batch(r, 2, [5, 5]) for r in range(2)])
+    real_embed = encoder.embed
+    failures = 0
+
+    def embed(input_ids: torch.Tensor, lengths: torch.Tensor) -> object:
+        nonlocal failures
+        if rank == 1 and len(input_ids) > 50 and torch.is_grad_enabled() == in_backward_pass:
+            failures += 1
+            raise torch.OutOfMemoryError("the test's stand-in for a full device")
+        return real_embed(input_ids, lengths)
+
+    encoder.embed = embed
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=2)
+    engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
+    raised = 0
+    try:
+        accumulate_gradients(engine, make_batch(rank, 2, [2, 2]), config, device=comm.device())
+    except ChunkOutOfMemoryError:
+        raised = 1
+    assert failures == rank, "only rank 1 fails, and once"
+    accumulate_gradients(engine, make_batch(rank, 2, [5, 5]), config, device=comm.device())
+    errors = []
+    for name in engine.parameter_names:
+        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
+        errors.append(float(difference / wanted[name].abs().max()))
+    engine.step(1e-4)
+    engine.close()
+    return {"raised": sum(comm.all_gather_object(raised)), "error": max(errors)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm.start(comm.discover_world(), timeout_seconds=60)
+    for stage in (1, 2, 3):
+        for in_backward_pass in (False, True):
+            result = run_case(sys.argv[1], stage=stage, in_backward_pass=in_backward_pass)
+            if comm.rank() == 0:
+                line = {"stage": stage, "in_backward_pass": in_backward_pass, **result}
+                print(json.dumps(line), flush=True)
+    comm.leave(0, gracefully=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A rank that runs out of memory makes all ranks go on with smaller chunks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import TrainConfig, load_config
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.loader import Loader
+from pipeline.data.shards import Dataset
+from pipeline.errors import DiffembedError
+from pipeline.training.step import ChunkOutOfMemoryError
+from pipeline.training.trainer import Training
+from tests.support import launch_ranks
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+
+
+def test_one_rank_without_memory_stops_all_and_leaves_no_gradient_behind(model_path: Path) -> None:
+    output = launch_ranks(2, WORKER, str(model_path), timeout=200)
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert len(results) == 6
+    for result in results:
+        assert result["raised"] == 2, result
+        assert result["error"] <= 1e-5, result
+
+
+class SmallDevice(Training):
+    """A training whose steps only record their chunks, and fail above a number of tokens."""
+
+    def __init__(self, config: TrainConfig, limit: int) -> None:
+        self.config, self.limit = config, limit
+        self.sizes: list[int] = []
+
+    def step(self, batch: GlobalBatch) -> dict[str, float]:
+        self.sizes.append(max(len(chunk.input_ids) for chunk in batch.chunks))
+        if self.sizes[-1] > self.limit:
+            raise ChunkOutOfMemoryError("a chunk does not fit into memory")
+        return {"texts": sum(int((chunk.texts >= 0).sum()) for chunk in batch.chunks)}
+
+
+def make_loader(config: TrainConfig) -> Loader:
+    return Loader(
+        Dataset.open(config.data.path),
+        config.data,
+        max_chunk_tokens=config.chunks.max_tokens,
+        seed=config.seed,
+    )
+
+
+@pytest.fixture
+def config(recipe: Path) -> TrainConfig:
+    return load_config(TrainConfig, recipe, ("schedule=cache", "chunks.min_chunks=1"))
+
+
+def test_the_token_budget_is_halved_until_a_chunk_fits_and_stays(config: TrainConfig) -> None:
+    training, loader = SmallDevice(config, limit=90), make_loader(config)
+    values: dict[str, Any] = training._fitting_step(loader.batch(0), loader)
+    assert values["texts"] == 8 + 16  # the same queries and documents, in more chunks
+    assert training.sizes[0] > 90 >= training.sizes[-1]
+    assert loader.max_chunk_tokens <= 100
+    training._fitting_step(loader.batch(1), loader)
+    assert len(training.sizes) == 4  # the next step fits at once
+
+
+def test_a_text_that_alone_does_not_fit_ends_the_run_with_a_reason(config: TrainConfig) -> None:
+    training, loader = SmallDevice(config, limit=2), make_loader(config)
+    with pytest.raises(DiffembedError, match="set schedule to cache or sweep"):
+        training._fitting_step(loader.batch(0), loader)
