@@ -1,0 +1,101 @@
+"""Training and evaluation feed a model the same tokens for the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_support import write_jsonl
+
+from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, StarterConfig, Template
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import Dataset
+from pipeline.evaluation.encoder import TemplatedEmbedder
+from pipeline.model.encoder import build_encoder
+from pipeline.model.export import export_encoder
+from pipeline.model.load import load_export
+from pipeline.model.starter import build_starter
+
+INSTRUCTION = "Find the place"
+ROWS = [
+    {
+        "query": f"where is stone {k}" * (1 + 9 * k),
+        "positives": [f"stone {k} lies " * (1 + 30 * k)],
+    }
+    for k in range(3)
+]
+
+
+class Recorder(torch.nn.Module):
+    """Stands for the encoder and keeps what it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(width))
+        self.rows: list[list[int]] = []
+
+    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        self.rows += [piece.tolist() for piece in torch.split(input_ids, lengths.tolist())]
+        return self.scale.expand(len(lengths), -1)
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("starter")
+    config = StarterConfig(
+        output_dir=folder / "model",
+        corpus=(write_jsonl(folder / "rows.jsonl", ROWS),),
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+    )
+    return build_starter(config)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize(
+    "template",
+    [Template(), Template(query="Task: {instruction}; {text}", document="Passage: {text}")],
+)
+def test_an_export_tokenises_texts_as_the_shards_hold_them(
+    starter: Path, template: Template, append_eos: bool, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    source = SourceConfig(name="s", format="columns", path=str(path), instruction=INSTRUCTION)
+    prepared = PrepareConfig(
+        output_dir=tmp_path / "shards",
+        tokenizer=str(starter),
+        sources=(source,),
+        template=template,
+        max_query_length=48,
+        max_document_length=48,
+        append_eos=append_eos,
+    )
+    dataset = Dataset.open(prepare(prepared, num_workers=1))
+    config = ModelConfig(path=str(starter), dtype="float32")
+    exported = export_encoder(
+        build_encoder(config),
+        config=config,
+        tokenizer=dataset.tokenizer,
+        template=dataset.template,
+        max_length=48,
+        output_dir=tmp_path / "export",
+        card={"step": 0, "recipe": "", "evaluation": ""},
+    )
+    loaded = load_export(exported, max_tokens=1)
+    recorder = Recorder(loaded.num_dimensions)
+    model = dataclasses.replace(loaded, encoder=recorder)  # type: ignore[arg-type]
+    embedder = TemplatedEmbedder(encoder=model, template=loaded.template)
+    every = np.arange(len(ROWS))
+    queries = dataset.examples.views("query", every)
+    documents = dataset.documents.views("tokens", every)
+    embedder.embed("query", INSTRUCTION, [row["query"] for row in ROWS])  # type: ignore[misc]
+    assert sorted(recorder.rows) == sorted(view.tolist() for view in queries)
+    assert max(map(len, recorder.rows)) == 48  # one is cut
+    recorder.rows.clear()
+    embedder.embed("document", "", [row["positives"][0] for row in ROWS])
+    assert sorted(recorder.rows) == sorted(view.tolist() for view in documents)
