@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_support import write_jsonl
 
+import pipeline
 from pipeline.config import SourceConfig
 from pipeline.data.sources import (
     FORMATS,
@@ -72,6 +77,66 @@ def test_a_saved_hub_dataset_is_read_without_a_network(tmp_path: Path) -> None:
     datasets.Dataset.from_list(PAIRS).save_to_disk(str(tmp_path / "saved"))
     source = SourceConfig(name="set", format="columns", path=f"hub:{tmp_path / 'saved'}")
     assert [row.query for row in rows_of(source)] == [pair["query"] for pair in PAIRS]
+
+
+READ = """
+import sys
+from pipeline.config import SourceConfig
+from pipeline.data.sources import plan_source, read_rows
+source = SourceConfig(name="set", format="columns", path=sys.argv[1])
+for block in plan_source(source, block_bytes=300):
+    print(*(row.query for _, row in read_rows(source, block, None)), sep="\\n")
+"""
+
+
+def test_a_hub_dataset_is_read_from_its_cache_when_offline(tmp_path: Path) -> None:
+    """The cache as `datasets` leaves it after a download; its switches are read at import."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = tmp_path / "cache" / "owner___pairs" / "default" / "0.0.0" / ("a" * 40)
+    folder.mkdir(parents=True)
+    features = datasets.Dataset.from_list(PAIRS).features
+    with ArrowWriter(path=str(folder / "pairs-train.arrow"), features=features) as writer:
+        for pair in PAIRS:
+            writer.write(pair)
+        rows, size = writer.finalize()
+    split = {"name": "train", "num_bytes": size, "num_examples": rows, "dataset_name": "pairs"}
+    datasets.DatasetInfo(
+        features=features,
+        builder_name="json",
+        dataset_name="pairs",
+        config_name="default",
+        version="0.0.0",
+        splits=[split],
+    ).write_to_directory(str(folder))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, "hub:owner/pairs"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **offline, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [pair["query"] for pair in PAIRS]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_any_fsspec_address_is_read_like_a_file(tmp_path: Path, suffix: str) -> None:
+    local = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    if suffix == "jsonl.gz":
+        content = gzip.compress(local.read_bytes())
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "rows.parquet")
+        content = (tmp_path / "rows.parquet").read_bytes()
+    else:
+        content = local.read_bytes()
+    address = f"memory://{tmp_path.name}/rows.{suffix}"
+    with fsspec.open(address, "wb") as handle:
+        handle.write(content)
+    source = SourceConfig(name="set", format="columns", path=address)
+    assert rows_of(source, block_bytes=300) == rows_of(make_source(local, "columns"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
