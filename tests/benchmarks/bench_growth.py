@@ -159,8 +159,8 @@ def measure(folder: Path, schedule: str, size: int) -> dict[str, float]:
     # Rows, their gradients, and the loss's copies of both are 2 N x D each.
     embeddings = 2 * size * HIDDEN_SIZE * 4 * 4
     # A sweep keeps every chunk's layer inputs and its rotary tables (cosine and sine, a head wide).
-    head = engine.encoder.model.config.head_dim
-    kept = (NUM_LAYERS + 1) * HIDDEN_SIZE + 2 * head
+    heads = engine.encoder.model.config.num_attention_heads
+    kept = (NUM_LAYERS + 1) * HIDDEN_SIZE + 2 * HIDDEN_SIZE // heads
     boundaries = batch.tokens * kept * 4 if schedule == "sweep" else 0
     return {
         "tokens": batch.tokens,
