@@ -1,0 +1,257 @@
+"""One rank of the trap tests: the trainer's step on engines where DeepSpeed has a trap.
+
+Prints one JSON line per case on rank 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_worker import TwoGroups
+from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
+
+from pipeline import comm
+from pipeline.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import accumulate_gradients
+from pipeline.training.zero import ZeroEngine
+from tests.traffic import Traffic
+
+CPU = torch.device("cpu")
+NUM_CHUNKS = 128
+# Well above rounding, or AdamW would amplify it where gradients are nearly zero.
+EPS = 1e-3
+LR = 1e-2
+# DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ZEROS = {
+    "3": ZERO3,
+    "3 hpz": {**ZERO3, "zero_hpz_partition_size": 2},
+    **{f"{stage} offload": {**ZERO3, "stage": stage, **OFFLOAD} for stage in (1, 2, 3)},
+}
+
+
+def make_config(path: str, *, schedule: str = "cache", dtype: str = "float32") -> TrainConfig:
+    return TrainConfig(
+        output_dir=Path("unused"),
+        seed=SEED,
+        schedule=schedule,
+        num_steps=10,
+        model=ModelConfig(path=path, dtype=dtype),
+        data=DataConfig(path=Path("unused")),
+        loss=LossConfig(temperature=TEMPERATURE),
+        optimizer=OptimizerConfig(eps=EPS, max_grad_norm=0.0),
+    )
+
+
+def make_engine(model: torch.nn.Module, zero: dict[str, Any], config: TrainConfig) -> ZeroEngine:
+    tree = {"zero_optimization": copy.deepcopy(zero)}
+    ds_config = resolve_ds_config(tree, config, world_size=comm.world_size())
+    return ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
+
+
+def updates(
+    path: str, zero: dict[str, Any], schedule: str, *, padded: bool = True
+) -> dict[str, float]:
+    """Three steps without clipping, beside the same in plain torch; 3 and 5 chunks.
+
+    Gradients of the third step tell whether the updates reached every copy of the weights.
+
+    Args:
+        padded: give the rank with 3 chunks two dummies, as the loader does.
+    """
+    config = make_config(path, schedule=schedule)
+    oracle, encoder = build_encoder(config.model).train(), build_encoder(config.model).train()
+    batches = [make_batch(rank, 2, [3, 5]) for rank in range(2)]
+    if not padded:
+        batches[0] = dataclasses.replace(batches[0], chunks=batches[0].chunks[:3])
+    optimizer = build_optimizer(oracle, config.optimizer)
+    engine = make_engine(encoder, zero, config)
+    for step in range(3):
+        optimizer.zero_grad()
+        _, wanted = reference_gradients(oracle, batches)
+        accumulate_gradients(engine, batches[comm.rank()], config, device=CPU)
+        if step == 2:
+            ours = {name: engine.full_gradient(name) for name in engine.parameter_names}
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        optimizer.step()
+        norm = engine.step(LR)
+    # The whole gradient as one vector: single parameters may have next to none.
+    difference = torch.cat([(ours[name] - wanted[name]).flatten() for name in wanted]).norm()
+    length = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+    weights = {
+        name: engine.gather_state(name)["weight"] - parameter.detach()
+        for name, parameter in oracle.named_parameters()
+    }
+    engine.close()
+    return {
+        "gradient_error": float(difference / length),
+        "weight_error": max(float(error.abs().max()) for error in weights.values()),
+        "norm_error": abs(norm / float(length) - 1),
+        "norm": norm,
+    }
+
+
+def moments(stage: int) -> dict[str, float]:
+    """Worst first moment after one update, beside (1 - beta1) times the gradient."""
+    model = TwoGroups()
+    config = make_config("unused")
+    engine = make_engine(model, {**ZERO3, "stage": stage}, config)
+    ids = torch.arange(8)
+    with engine.accumulation():
+        engine.backward((engine.embed(ids, torch.ones_like(ids)) ** 3).sum())
+    gradients = {name: engine.full_gradient(name) for name in engine.parameter_names}
+    engine.step(LR)
+    errors = []
+    for name, gradient in gradients.items():
+        moment = engine.gather_state(name)["exp_avg"]
+        errors.append(float((moment - 0.1 * gradient).abs().max() / gradient.abs().max()))
+    engine.close()
+    return {"error": max(errors)}
+
+
+def drift(stage: int) -> dict[str, float]:
+    """Error of bfloat16 gradients summed over many chunks, ours and autograd's own.
+
+    The reference adds the same bfloat16 gradients of single chunks, in fp64.
+    """
+    config = make_config("unused", dtype="bfloat16")
+    engine = make_engine(TwoGroups().bfloat16(), {**ZERO3, "stage": stage}, config)
+    with engine.accumulation():
+        for chunk in range(NUM_CHUNKS):
+            engine.backward(2 * _chunk_loss(engine.embed, chunk, comm.rank()))
+    ours = {name: engine.full_gradient(name).double() for name in engine.parameter_names}
+    engine.close()
+    plain, wanted = TwoGroups().bfloat16(), TwoGroups().double()
+    for rank in range(2):
+        for chunk in range(NUM_CHUNKS):
+            _chunk_loss(plain, chunk, rank).backward()
+            single = TwoGroups().bfloat16()
+            _chunk_loss(single, chunk, rank).backward()
+            for total, part in zip(wanted.parameters(), single.parameters(), strict=True):
+                assert part.grad is not None
+                total.grad = part.grad.double() + (0 if total.grad is None else total.grad)
+    errors: dict[str, list[float]] = {"ours": [], "autograd": []}
+    for name, parameter in wanted.named_parameters():
+        assert parameter.grad is not None
+        bf16 = plain.get_parameter(name).grad
+        assert bf16 is not None
+        for kind, gradient in (("ours", ours[name]), ("autograd", bf16.double())):
+            error = (gradient - parameter.grad).norm() / parameter.grad.norm()
+            errors[kind].append(float(error))
+    return {kind: max(values) for kind, values in errors.items()}
+
+
+def _chunk_loss(embed: Any, chunk: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + chunk)
+    ids = torch.randint(0, 50, (8,), generator=generator)
+    target = torch.randn(8, 16, generator=generator) + 1
+    loss: torch.Tensor = ((embed(ids, torch.ones_like(ids)).float() - target) ** 2).mean()
+    return loss / NUM_CHUNKS
+
+
+def traffic(path: str, schedule: str, num_chunks: int) -> dict[str, float]:
+    """What the third step moves, and the most it holds, in units of the model and of a layer."""
+    config = make_config(path, schedule=schedule)
+    encoder = build_encoder(config.model).train()
+    whole = sum(p.numel() for p in encoder.parameters())
+    layer = sum(p.numel() for p in encoder.layers[0].parameters())
+    batch = make_batch(comm.rank(), 2, [num_chunks, num_chunks])
+    engine = make_engine(encoder, ZERO3, config)
+    counted, live = Traffic(), _watch(encoder)
+    for _ in range(3):
+        counted.bytes.clear()
+        live.clear()
+        accumulate_gradients(engine, batch, config, device=CPU)
+        moved: Counter[str] = Counter()
+        for (_, kind), value in counted.bytes.items():
+            moved[kind] += value
+        engine.step(LR)
+    engine.close()
+    return {
+        "gathered": moved["gathered"] / (4 * whole),
+        "reduced": moved["reduced"] / (4 * whole),
+        # Beside the embedding and the final norm.
+        "live_layers": (max(live) - (whole - len(encoder.layers) * layer)) / layer,
+    }
+
+
+def _watch(encoder: Encoder) -> list[int]:
+    """Elements of gathered parameters, noted whenever a layer or the pooling has run."""
+    live: list[int] = []
+
+    def note(*_: Any) -> None:
+        live.append(sum(p.numel() for p in encoder.parameters()))
+
+    for layer in encoder.layers:
+        layer.register_forward_hook(note)
+    return live
+
+
+def fail_in_accumulation() -> None:
+    """Rank 1 fails while rank 0 is in another collective, as it is in the next chunk's gather."""
+    engine = make_engine(TwoGroups(), ZERO3, make_config("unused"))
+    ids = torch.arange(8)
+    with engine.accumulation():
+        engine.backward(engine.embed(ids, torch.ones_like(ids)).sum())
+        if comm.rank() == 1:
+            raise RuntimeError("rank 1 ran out of luck")
+        comm.barrier()
+
+
+def run_cases(mode: str, path: str) -> Iterator[dict[str, Any]]:
+    """Named results of all cases of a mode."""
+    schedules = ("cache", "sweep")
+    if mode == "traffic":
+        for schedule, chunks in itertools.product(schedules, (2, 5)):
+            yield {"case": f"{schedule} {chunks}", **traffic(path, schedule, chunks)}
+        return
+    for stage in (1, 2, 3):
+        yield {"case": f"moments {stage}", **moments(stage)}
+        yield {"case": f"drift {stage}", **drift(stage)}
+    for schedule in schedules:
+        for name, zero in ZEROS.items():
+            yield {"case": f"updates {name} {schedule}", **updates(path, zero, schedule)}
+        result = updates(path, ZERO3, schedule, padded=False)
+        yield {"case": f"updates 3 unpadded {schedule}", **result}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm.start(comm.discover_world(), timeout_seconds=60)
+    mode, path = sys.argv[1:]
+    if mode == "fail":
+        with _leaving_at_once():
+            fail_in_accumulation()
+    for result in run_cases(mode, path):
+        if comm.rank() == 0:
+            print(json.dumps(result), flush=True)
+    comm.leave(0, gracefully=True)
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """What pipeline/train.py does with an error."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(error, flush=True)
+        comm.leave(1, gracefully=False)
+
+
+if __name__ == "__main__":
+    main()
