@@ -99,6 +99,8 @@ class ChunkConfig:
     """How a rank's share of the global batch is cut into cached forwards."""
 
     max_tokens: int = 8192
+    # Sum over a chunk's texts of L * (1 + L / 32500), L in tokens; null: tokens alone decide.
+    max_cost: float | None = None
     min_chunks: int = 1
     # schedule cache: this many chunks keep their graph and are spared the second forward.
     keep_graphs: int = 0
@@ -107,6 +109,8 @@ class ChunkConfig:
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, "chunks.max_tokens", self.max_tokens, "an integer >= 1")
+        cost = self.max_cost
+        require(cost is None or cost > 0, "chunks.max_cost", cost, "a number > 0, or null")
         require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
         require(self.keep_graphs >= 0, "chunks.keep_graphs", self.keep_graphs, "an integer >= 0")
 

@@ -49,6 +49,7 @@ def plan_run(
             rank=rank,
             world_size=world_size,
             max_chunk_tokens=config.chunks.max_tokens,
+            max_chunk_cost=config.chunks.max_cost,
             min_chunks=config.chunks.min_chunks,
         ).batch(0)
         for rank in range(world_size)

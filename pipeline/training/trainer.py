@@ -60,6 +60,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         rank=world.rank,
         world_size=world.world_size,
         max_chunk_tokens=config.chunks.max_tokens,
+        max_chunk_cost=config.chunks.max_cost,
         min_chunks=config.chunks.min_chunks,
     )
     newest = checkpoint.latest(run.checkpoints)
