@@ -7,35 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2Model
 
 from tests.support import launch_ranks
 
 WORKER = Path(__file__).with_name("trap_worker.py")
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = Qwen2Model(
-        Qwen2Config(
-            vocab_size=500,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
-    with torch.no_grad():  # lifts gradients far above rounding
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    model.save_pretrained(path)
-    return path
 
 
 def results(mode: str, model_path: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,130 @@
+"""A rank that fails ends all ranks, soon and with its reason, whatever launched them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import free_port
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("failure_worker.py")
+BIN = Path(sys.executable).parent
+# From the fault to the end; a rank that waits for one that is gone would wait half an hour.
+MOST_SECONDS = 60
+
+
+def launch(launcher: str, fault: str, *arguments: str | Path) -> tuple[int, str]:
+    """Exit code and stderr of a run on two ranks with a fault; no rank is left behind.
+
+    Every process of the run carries a mark in its environment, by which it is found.
+    """
+    port = free_port()
+    commands = {
+        "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2", f"--master_port={port}"],
+        "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", str(port)],
+        "mpirun": [
+            BIN / "mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable,
+        ],
+    }  # fmt: skip
+    arguments = (*arguments, "--deepspeed", "ds_configs/zero3.json")
+    mark = f"MARK_OF_RUN={port}"
+    result = subprocess.run(
+        [str(part) for part in (*commands[launcher], WORKER, *arguments)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "MASTER_PORT": str(port),
+            "FAULT": fault,
+            "MARK_OF_RUN": str(port),
+        },
+        text=True,
+        capture_output=True,
+        # Time to start is not the fault's; on a busy machine it is the longer part.
+        timeout=90 + MOST_SECONDS,
+        check=False,
+    )
+    assert not _processes(mark), "a rank was left behind"
+    return result.returncode, result.stderr
+
+
+def _processes(mark: str) -> list[int]:
+    """Processes with the mark in their environment that are there for more than a moment."""
+    for _ in range(100):
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:  # ended meanwhile, or not ours
+                continue
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fault", "reason"),
+    [
+        ("deepspeed", "raises", "RuntimeError: this rank broke"),
+        ("torchrun", "killed", "SIGKILL"),
+    ],
+)
+def test_a_broken_rank_ends_all_with_its_reason(
+    recipe: Path, tmp_path: Path, launcher: str, fault: str, reason: str
+) -> None:
+    code, stderr = launch(launcher, fault, recipe, f"output_dir={tmp_path}")
+    assert code != 0
+    assert reason in stderr
+
+
+def test_a_damaged_shard_ends_all_ranks_and_is_named(recipe: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(recipe.parent / "shards", shards)
+    (shard, *_) = sorted(shards.rglob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, stderr = launch(
+        "mpirun", "none", recipe, f"output_dir={tmp_path / 'run'}", f"data.path={shards}"
+    )
+    assert code != 0
+    assert "UserError" in stderr
+    assert shard.name in stderr
+
+
+def test_a_loss_that_is_not_a_number_stops_all_ranks_with_a_dump(
+    recipe: Path, tmp_path: Path
+) -> None:
+    code, stderr = launch("torchrun", "nan", recipe, f"output_dir={tmp_path}", "schedule=cache")
+    assert code != 0
+    assert "loss is nan at step 1; the weights are as before it" in stderr
+    dumps = sorted(tmp_path.glob("non-finite-step-1-rank-*.json"))
+    assert dumps  # the launcher may end a rank before it has written its own
+    for dump in dumps:
+        content = json.loads(dump.read_text())
+        assert content["what"] == "loss is nan"
+        assert len(content["example_ids"]) == 8
+        # Only the rank at fault has broken texts.
+        assert bool(content["texts"]) == dump.name.endswith("rank-1.json")
+
+
+def test_a_step_that_is_not_finite_can_be_left_out_by_all_ranks(
+    recipe: Path, tmp_path: Path
+) -> None:
+    arguments = [f"output_dir={tmp_path}", "schedule=cache", "non_finite=skip", "num_steps=4"]
+    code, stderr = launch("torchrun", "nan", recipe, *arguments)
+    assert code == 0, stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped", 0) for line in lines] == [0, 1, 0, 0]
+    assert all(line["grad_norm"] > 0 for line in lines if not line.get("skipped"))
