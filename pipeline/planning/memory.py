@@ -73,11 +73,15 @@ def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> di
     share = shape.parameters * width / (layout.world_size if layout.stage == 3 else 1)
     gathered = 0.0
     if layout.stage == 3:
-        gathered = (shape.layer_parameters if schedule == "sweep" else shape.parameters) * width
+        held = shape.parameters
+        if schedule == "sweep":  # one layer, and what lies outside of the layers
+            held -= (shape.num_layers - 1) * shape.layer_parameters
+        gathered = float(held * width)
     memory = {
         "weights": share,
         "weights gathered for the step": gathered,
-        "gradients": float(shape.trainable * width),
+        # In fp32 whatever the weights are in: sums over many chunks would lose bits.
+        "gradients": 4.0 * shape.trainable,
         "fp32 master and AdamW moments": (
             0.0 if layout.offload_optimizer else 12 * shape.trainable / layout.world_size
         ),

@@ -229,6 +229,7 @@ class Training:
         dump = self.run.root / f"non-finite-step-{batch.step}-rank-{comm.rank()}.json"
         examples = batch.example_ids.tolist()
         write_json(dump, {"what": what, **details, "example_ids": examples})
+        comm.barrier()  # the first rank to leave ends the others; all dumps come before
         raise DiffembedError(
             f"{what} at step {batch.step}; the weights are as before it, the batch is in {dump}; "
             f"lower optimizer.lr, raise loss.temperature, or set non_finite: skip"

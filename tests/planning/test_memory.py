@@ -33,26 +33,27 @@ def test_known_sizes_of_a_7b_model_come_out() -> None:
     """Against the figures of a hand calculation: 14.1 GB of weights, 7-8 MB of graph a token."""
     memory = memory_per_rank(SEVEN_B, LAYOUT, "cache")
     assert memory["weights gathered for the step"] == pytest.approx(14.1e9, rel=0.01)
-    assert memory["gradients"] == pytest.approx(14.1e9, rel=0.01)
+    assert memory["gradients"] == pytest.approx(28.3e9, rel=0.01)
     assert memory["fp32 master and AdamW moments"] == pytest.approx(0.66e9, rel=0.01)
     assert 7e6 < memory["activations of one chunk"] / 8192 < 8e6
     sweep = memory_per_rank(SEVEN_B, LAYOUT, "sweep")
     assert sweep["inputs of all layers, all chunks"] == pytest.approx(30e9, rel=0.05)
-    assert sweep["weights gathered for the step"] < 0.5e9
+    # One layer and the token embedding: 0.47 + 1.09 GB.
+    assert sweep["weights gathered for the step"] == pytest.approx(1.56e9, rel=0.01)
 
 
 def test_schedules_are_taken_in_the_order_of_their_flops() -> None:
     few = dataclasses.replace(LAYOUT, rank_tokens=8192)
     assert choose_schedule(SEVEN_B, few, 130 * GIB) == "plain"
     assert choose_schedule(SEVEN_B, LAYOUT, 130 * GIB) == "cache"
-    assert choose_schedule(SEVEN_B, LAYOUT, 60 * GIB) == "sweep"
+    assert choose_schedule(SEVEN_B, LAYOUT, 80 * GIB) == "sweep"
 
 
 def test_boundaries_on_the_host_make_room_on_the_device() -> None:
     on_host = dataclasses.replace(LAYOUT, boundaries_on_host=True)
-    assert choose_schedule(SEVEN_B, on_host, 20 * GIB) == "sweep"
-    with pytest.raises(UserError, match=r"found none that fits into 20.0 GiB per rank"):
-        choose_schedule(SEVEN_B, LAYOUT, 20 * GIB)
+    assert choose_schedule(SEVEN_B, on_host, 40 * GIB) == "sweep"
+    with pytest.raises(UserError, match=r"found none that fits into 40.0 GiB per rank"):
+        choose_schedule(SEVEN_B, LAYOUT, 40 * GIB)
 
 
 def test_stage_2_holds_all_weights_and_stage_3_its_share() -> None:
@@ -66,11 +67,11 @@ def test_stage_2_holds_all_weights_and_stage_3_its_share() -> None:
 def test_lora_keeps_optimizer_state_for_its_adapters_only() -> None:
     lora = dataclasses.replace(SEVEN_B, trainable=40_000_000)
     memory = memory_per_rank(lora, LAYOUT, "cache")
-    assert memory["gradients"] == 80e6
+    assert memory["gradients"] == 160e6
     assert memory["fp32 master and AdamW moments"] == pytest.approx(12 * 40e6 / 128)
 
 
 def test_no_schedule_combines_sweep_with_activation_checkpointing() -> None:
     checkpointed = dataclasses.replace(LAYOUT, gradient_checkpointing=True)
     with pytest.raises(UserError, match="found none"):
-        choose_schedule(SEVEN_B, checkpointed, 25 * GIB)
+        choose_schedule(SEVEN_B, checkpointed, 40 * GIB)
