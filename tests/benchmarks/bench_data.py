@@ -154,6 +154,8 @@ def make_config(folder: Path, source: Path, tokenizer: Path, name: str) -> Prepa
         sources=(SourceConfig(name="s", format="columns", path=str(source)),),
         max_document_length=512,
         block_bytes=4 * 2**20,
+        # One shard is held while it is packed: small ones show what grows with the documents.
+        shard_bytes=8 * 2**20,
     )
 
 
