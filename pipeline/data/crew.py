@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -79,7 +80,7 @@ class Alone:
             self._pool.shutdown(cancel_futures=True)
 
 
-class _Claiming:
+class _Claiming(ABC):
     """Ranks who claim tasks by creating files: a quick one does more."""
 
     def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
@@ -89,9 +90,9 @@ class _Claiming:
                 work(task)
         self.wait()
 
+    @abstractmethod
     def wait(self) -> None:
         """See `Crew.wait`."""
-        raise NotImplementedError
 
 
 class MpiRanks(_Claiming):
