@@ -53,20 +53,17 @@ def run(arguments: list[str]) -> None:
     world = comm.discover_world()
     world_size = options.world_size or world.world_size
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
-    if options.dry_run or config.schedule == "auto":
+    if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
         from pipeline.planning.plan import describe, plan_run
 
         if not options.dry_run:
-            comm.start(world)
-        plan = plan_run(
-            config, ds_config, world_size=world_size, available=comm.least_memory(world)
-        )
+            comm.start(world)  # to agree on the memory that every rank has
+        available = comm.least_memory(world)
+        plan = plan_run(config, ds_config, world_size=world_size, available=available)
         if options.dry_run:
             print(describe(plan, config))
             return
-        chunks = config.chunks
-        if plan.schedule != "cache":
-            chunks = dataclasses.replace(chunks, keep_graphs=0)
+        chunks = dataclasses.replace(config.chunks, keep_graphs=plan.keep_graphs)
         config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
     from pipeline.training.trainer import train
 

@@ -103,7 +103,8 @@ class ChunkConfig:
     max_cost: float | None = None
     min_chunks: int = 1
     # schedule cache: this many chunks keep their graph and are spared the second forward.
-    keep_graphs: int = 0
+    # `auto`: as many as the planner finds room for.
+    keep_graphs: int | Literal["auto"] = 0
     # schedule sweep: where the inputs of all layers wait for the backward.
     boundaries: Literal["device", "host"] = "device"
 
@@ -112,7 +113,8 @@ class ChunkConfig:
         cost = self.max_cost
         require(cost is None or cost > 0, "chunks.max_cost", cost, "a number > 0, or null")
         require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
-        require(self.keep_graphs >= 0, "chunks.keep_graphs", self.keep_graphs, "an integer >= 0")
+        kept = self.keep_graphs
+        require(kept == "auto" or kept >= 0, "chunks.keep_graphs", kept, "auto, or an integer >= 0")
 
 
 @strict

@@ -99,6 +99,16 @@ def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> di
     return memory
 
 
+def graphs_that_fit(shape: ModelShape, layout: Layout, available: float, num_chunks: int) -> int:
+    """How many chunks of a cached step may keep their graph for pass 2.
+
+    One chunk's graph is always there while its backward runs; each kept one adds as much.
+    """
+    memory = memory_per_rank(shape, layout, "cache")
+    room = available - sum(memory.values())
+    return min(num_chunks, max(0, int(room // memory["activations of one chunk"])))
+
+
 def choose_schedule(shape: ModelShape, layout: Layout, available: float) -> Schedule:
     """The first schedule, fewest FLOPs first, whose estimate fits into `available` bytes.
 

@@ -12,7 +12,14 @@ from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.model.encoder import build_encoder
-from pipeline.planning.memory import Layout, ModelShape, Schedule, choose_schedule, memory_per_rank
+from pipeline.planning.memory import (
+    Layout,
+    ModelShape,
+    Schedule,
+    choose_schedule,
+    graphs_that_fit,
+    memory_per_rank,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +31,7 @@ class RunPlan:
     shape: ModelShape
     layout: Layout
     schedule: Schedule
+    keep_graphs: int
 
 
 def plan_run(
@@ -76,7 +84,22 @@ def plan_run(
         shape=shape,
         layout=layout,
         schedule=schedule,
+        keep_graphs=_keep_graphs(config, shape, layout, schedule, available, len(tokens[0])),
     )
+
+
+def _keep_graphs(
+    config: TrainConfig,
+    shape: ModelShape,
+    layout: Layout,
+    schedule: Schedule,
+    available: float,
+    num_chunks: int,
+) -> int:
+    kept = config.chunks.keep_graphs
+    if schedule != "cache":
+        return 0
+    return graphs_that_fit(shape, layout, available, num_chunks) if kept == "auto" else kept
 
 
 def describe(plan: RunPlan, config: TrainConfig) -> str:
@@ -110,7 +133,8 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         (
             "schedule",
             f"{plan.schedule}{' (auto)' if config.schedule == 'auto' else ''}, "
-            f"ZeRO stage {layout.stage} on {layout.world_size} ranks",
+            f"{plan.keep_graphs} graphs kept, ZeRO stage {layout.stage} "
+            f"on {layout.world_size} ranks",
         ),
         *((f"memory: {name}", _bytes(size)) for name, size in memory.items() if size),
         ("memory: sum per rank", _bytes(sum(memory.values()))),

@@ -135,6 +135,7 @@ def accumulate_gradients(
         return engine.embed(chunk.input_ids, chunk.lengths)
 
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
+    assert isinstance(keep, int), "auto is resolved before training"
     # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
     with engine.hold(list(engine.encoder.parameters())):
         with _out_of_memory_on_all_ranks():

@@ -7,7 +7,13 @@ import dataclasses
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.planning.memory import Layout, ModelShape, choose_schedule, memory_per_rank
+from pipeline.planning.memory import (
+    Layout,
+    ModelShape,
+    choose_schedule,
+    graphs_that_fit,
+    memory_per_rank,
+)
 
 # Qwen2.5-7B without lm_head.
 SEVEN_B = ModelShape(
@@ -54,6 +60,14 @@ def test_boundaries_on_the_host_make_room_on_the_device() -> None:
     assert choose_schedule(SEVEN_B, on_host, 40 * GIB) == "sweep"
     with pytest.raises(UserError, match=r"found none that fits into 40.0 GiB per rank"):
         choose_schedule(SEVEN_B, LAYOUT, 40 * GIB)
+
+
+def test_graphs_are_kept_where_there_is_room() -> None:
+    one = memory_per_rank(SEVEN_B, LAYOUT, "cache")["activations of one chunk"]
+    base = sum(memory_per_rank(SEVEN_B, LAYOUT, "cache").values())
+    assert graphs_that_fit(SEVEN_B, LAYOUT, base - 1, 18) == 0
+    assert graphs_that_fit(SEVEN_B, LAYOUT, base + 2.5 * one, 18) == 2
+    assert graphs_that_fit(SEVEN_B, LAYOUT, base + 99 * one, 18) == 18
 
 
 def test_stage_2_holds_all_weights_and_stage_3_its_share() -> None:
