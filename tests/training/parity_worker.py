@@ -189,17 +189,21 @@ def main() -> None:
         )
     ]
     # One document of 8,192 tokens among short ones, in every schedule; seconds each, so once.
-    cases += [] if world_size > 1 else [
-        {
-            "schedule": schedule,
-            "keep_graphs": 0,
-            "stage": 3,
-            "counts": [3],
-            "lora": False,
-            "longest": 8192,
-        }
-        for schedule in ("cache", "plain", "sweep")
-    ]
+    cases += (
+        []
+        if world_size > 1
+        else [
+            {
+                "schedule": schedule,
+                "keep_graphs": 0,
+                "stage": 3,
+                "counts": [3],
+                "lora": False,
+                "longest": 8192,
+            }
+            for schedule in ("cache", "plain", "sweep")
+        ]
+    )
     for case in cases:
         # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
         causal = case["lora"] and case["counts"][0] in (2, 3)
