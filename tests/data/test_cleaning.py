@@ -17,6 +17,7 @@ from pipeline.config import (
     SourceConfig,
     Template,
 )
+from pipeline.data.inspect import inspect
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.similarity import hash_ngrams, hash_words, minhash
@@ -239,3 +240,20 @@ def test_too_many_instructions_make_one_group(build: Any) -> None:
     ]
     dataset = build(records, source_options={"columns": {"instruction": "how"}})
     assert [(group.instruction, group.count) for group in dataset.manifest.groups] == [("", 1100)]
+
+
+def test_a_source_made_of_evaluation_documents_is_marked_for_whoever_reads_the_scores(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """ReasonIR's hq positives are documents of BRIGHT."""
+    rows = [{"query": ["find", "why"], "pos": [["", "d1"]], "neg": [["", "wrong"]]}]
+    source = SourceConfig(
+        name="hq",
+        format="reasonir_hq",
+        path=str(write_jsonl(tmp_path / "hq.jsonl", rows)),
+        documents=str(write_jsonl(tmp_path / "bright.jsonl", [{"id": "d1", "content": "because"}])),
+    )
+    dataset = Dataset.open(prepare(make_config(source), num_workers=1))
+    (info,) = dataset.manifest.sources
+    assert any("not zero-shot" in warning for warning in info.warnings)
+    assert "not zero-shot" in inspect(dataset.folder, plot=False)
