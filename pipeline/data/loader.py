@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.keyed import make_key
@@ -78,6 +78,20 @@ class Loader:
             ),
         )
         self._step = 0
+
+    @classmethod
+    def of_run(cls, dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
+        """The loader of one rank of a training run, for those who train and those who plan."""
+        return cls(
+            dataset,
+            config.data,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            max_chunk_tokens=config.chunks.max_tokens,
+            max_chunk_cost=config.chunks.max_cost,
+            min_chunks=config.chunks.min_chunks,
+        )
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch of a step; depends on nothing that happened before."""

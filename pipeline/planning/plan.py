@@ -50,16 +50,7 @@ def plan_run(
     """
     dataset = Dataset.open(config.data.path)
     batches = tuple(
-        Loader(
-            dataset,
-            config.data,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            max_chunk_tokens=config.chunks.max_tokens,
-            max_chunk_cost=config.chunks.max_cost,
-            min_chunks=config.chunks.min_chunks,
-        ).batch(0)
+        Loader.of_run(dataset, config, rank=rank, world_size=world_size).batch(0)
         for rank in range(world_size)
     )
     zero = ds_config["zero_optimization"]

@@ -53,16 +53,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request)
     dataset = open_dataset(config, verify=world.is_main)
-    loader = Loader(
-        dataset,
-        config.data,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        max_chunk_tokens=config.chunks.max_tokens,
-        max_chunk_cost=config.chunks.max_cost,
-        min_chunks=config.chunks.min_chunks,
-    )
+    loader = Loader.of_run(dataset, config, rank=world.rank, world_size=world.world_size)
     newest = checkpoint.latest(run.checkpoints)
     comm.start(world)
     if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
