@@ -103,7 +103,7 @@ class Training:
         return step
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint and delete those past their time."""
+        """Write a checkpoint, and see to what follows from it."""
         path = checkpoint.save(
             self.run.checkpoints,
             self.engine,
@@ -112,8 +112,20 @@ class Training:
             extra={"temperature": self.temperature.state_dict()},
         )
         if comm.rank() == 0:
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+            self._after_checkpoint(path, step)
         return path
+
+    def _after_checkpoint(self, path: Path, step: int) -> None:
+        """What follows once a checkpoint is whole and `latest` names it; rank 0 only.
+
+        Training waits for it: long work belongs in the background. Those who need the files of
+        `path` for longer come before the pruning and keep links to them.
+
+        Args:
+            path: the checkpoint.
+            step: finished optimizer steps.
+        """
+        checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
 
     def describe(self, ds_config: dict[str, Any]) -> None:
         """Write what the run is into its folder."""
