@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline import comm
-from pipeline.config import TrainConfig, load_config
+from pipeline.config import TrainConfig, dump_config, load_config
 from pipeline.errors import DiffembedError
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
@@ -31,7 +31,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to CONFIG")
     parser.add_argument("--deepspeed", required=True, metavar="JSON", help="see ds_configs/")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print batch arithmetic and memory plan, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print the whole config, batch arithmetic and memory plan, and stop",
     )
     parser.add_argument(
         "--world-size", type=int, help="ranks to plan for (only with --dry-run)", default=None
@@ -61,6 +63,7 @@ def run(arguments: list[str]) -> None:
         available = comm.least_memory(world)
         plan = plan_run(config, ds_config, world_size=world_size, available=available)
         if options.dry_run:
+            print(dump_config(config))
             print(describe(plan, config))
             return
         chunks = dataclasses.replace(config.chunks, keep_graphs=plan.keep_graphs)

@@ -37,6 +37,7 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
         ("model.pooling=men", r"model.pooling = 'men'.*'mean'"),
         ("data.global_batch_size=1", "data.global_batch_size: 1.*>= 2"),
         ("optimizer.warmup_steps=10", r"optimizer.warmup_steps: 10.*less than num_steps \(10\)"),
+        ("optimizer.decay_steps=9", r"optimizer.decay_steps: 9.*at least num_steps \(10\)"),
         ("loss.temperature=0", "loss.temperature"),
         ("model.trust_remote_code=true", "model.revision"),
         ("nonsense", "key.sub=value"),
@@ -69,6 +70,46 @@ def test_a_wrong_file_is_named(path: Path, content: str, message: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         load_config(TrainConfig, tmp_path / "nowhere.yaml")
+
+
+def test_a_config_states_only_what_differs_from_those_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "model.yaml").write_text("model: {path: m, pooling: last_token}\n")
+    (tmp_path / "parts" / "task.yaml").write_text(
+        "extends: [shared.yaml]\nnum_steps: 10\ndata: {path: d, weights: {a: 1, b: 2}}\n"
+    )
+    (tmp_path / "parts" / "shared.yaml").write_text(
+        "num_steps: 7\nseed: 3\nmodel: {path: shared, normalize: false}\n"
+    )
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "extends: [parts/model.yaml, parts/task.yaml]\n"
+        "output_dir: run\nmodel: {lora: {rank: 4}}\ndata: {weights: {b: 5}}\n"
+    )
+    config = load_config(TrainConfig, path, ("optimizer.lr=1",))
+    assert (config.num_steps, config.seed, config.optimizer.lr) == (10, 3, 1.0)
+    assert config.model.path == "shared"  # task.yaml comes after model.yaml, with all it extends
+    assert (config.model.pooling, config.model.normalize) == ("last_token", False)
+    assert config.model.lora is not None and config.model.lora.rank == 4
+    assert config.data.weights == {"a": 1, "b": 5}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("extends: nowhere.yaml\n", r"base.yaml: extends = 'nowhere.yaml' \| allowed: a list"),
+        ("extends: [nowhere.yaml]\n", r"base.yaml: extends: .*nowhere.yaml: no such file"),
+        ("extends: [train.yaml]\n", r"base.yaml: extends: .*circle.*train.yaml -> base.yaml"),
+        ("- a\n", "base.yaml: list at the top"),
+        ("modle: {}\n", "train.yaml: unknown key 'modle'"),
+    ],
+)
+def test_a_wrong_base_is_named(path: Path, base: str, message: str) -> None:
+    path.write_text("extends: [base.yaml]\n" + MINIMAL)
+    (path.parent / "base.yaml").write_text(base)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(TrainConfig, path)
+    assert "\n" not in str(error.value)
 
 
 def test_template_puts_the_instruction_once_and_only_where_there_is_one() -> None:

@@ -14,21 +14,18 @@ T = TypeVar("T")
 
 
 def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
-    """Read a YAML file, apply `key.sub=value` overrides, and build `kind` from it.
+    """Read a YAML file with those it extends, apply overrides, and build `kind` from it.
+
+    `extends: [a.yaml, ../b.yaml]`, relative to the file that says so, reads those files first. A
+    later one wins, the file itself over all of them; sections are merged key by key, lists and
+    values replaced, and `key.sub=value` overrides come last.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, a value has a wrong type or
-            breaks a rule; the message names the file and the whole key path.
+        UserError: a file is missing or no YAML, a file extends itself, a key is unknown, a value
+            has a wrong type or breaks a rule; the message names the file and the whole key path.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", fix="give the path of a YAML config")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({error})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: {type(tree).__name__} at the top", allowed="a mapping of keys")
+    tree = _read_tree(path, extended_by=())
     for override in overrides:
         _apply_override(tree, override)
     return build_config(kind, tree, origin=str(path))
@@ -53,6 +50,43 @@ def as_tree(config: Any) -> dict[str, Any]:
 def dump_config(config: Any) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's keys over those of the files that it extends; `extended_by` led to this one."""
+    place = path.resolve()
+    above = f"{extended_by[-1]}: extends: " if extended_by else ""
+    if place in extended_by:
+        raise UserError(
+            f"{above}{path} is extended in a circle",
+            fix=f"take one of these out: {' -> '.join(file.name for file in extended_by)}",
+        )
+    if not path.is_file():
+        raise UserError(f"{above}{path}: no such file", fix="give the path of a YAML config")
+    try:
+        own = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: {type(own).__name__} at the top", allowed="a mapping of keys")
+    bases = own.pop("extends", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: extends = {bases!r}", allowed="a list of paths of YAML files")
+    tree: dict[str, Any] = {}
+    for base in bases:
+        _merge(tree, _read_tree(path.parent / base, extended_by=(*extended_by, place)))
+    _merge(tree, own)
+    return tree
+
+
+def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
+    """Put the keys of `over` into `tree`; a section that both have is merged key by key."""
+    for key, value in over.items():
+        below = tree.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _merge(below, value)
+        else:
+            tree[key] = value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

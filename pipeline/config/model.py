@@ -47,6 +47,8 @@ class ModelConfig:
     # A peft adapter to start from: merged into the weights, or trained further.
     adapter: str | None = None
     adapter_use: Literal["merge", "continue"] = "merge"
+    # Adapters that are merged into the weights before that one, in this order.
+    merged_adapters: tuple[str, ...] = ()
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:

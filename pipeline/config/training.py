@@ -81,6 +81,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
     decay: Literal["linear", "cosine", "constant"] = "linear"
+    # The step at which the decay would reach 0; num_steps by default, more for a run that ends
+    # before its learning rate does.
+    decay_steps: int | None = None
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", self.lr, "a number > 0")
@@ -157,6 +160,13 @@ class TrainConfig:
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"less than num_steps ({self.num_steps})",
+        )
+        end = self.optimizer.decay_steps
+        require(
+            end is None or end >= self.num_steps,
+            "optimizer.decay_steps",
+            end,
+            f"at least num_steps ({self.num_steps})",
         )
         require(
             self.schedule in ("auto", "cache") or self.chunks.keep_graphs == 0,

@@ -122,6 +122,8 @@ def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
     backbone, family = load_backbone(config, meta=meta)
     if config.gradient_checkpointing:
         _checkpoint_activations(backbone)
+    for adapter in config.merged_adapters:
+        backbone = load_adapter(backbone, adapter, use="merge", meta=meta)
     if config.adapter is not None:
         backbone = load_adapter(backbone, config.adapter, use=config.adapter_use, meta=meta)
     if config.lora is not None:

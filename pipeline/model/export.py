@@ -111,9 +111,12 @@ def export_encoder(
 def _check_adapter(config: ModelConfig) -> None:
     if config.lora is None and config.adapter_use != "continue":
         raise UserError("adapter-only export of a run without adapter", fix="export it merged")
+    merged = list(config.merged_adapters)
     if config.adapter is not None and config.adapter_use == "merge":
+        merged.append(config.adapter)
+    if merged:
         raise UserError(
-            f"adapter-only export, but {config.adapter} was merged into the weights first",
+            f"adapter-only export, but {' and '.join(merged)} went into the weights first",
             fix="export it merged: the adapter alone would not complete the base model",
         )
 

@@ -46,11 +46,12 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based), nothing to save or restore.
 
     Linear warm-up over `warmup_steps` from lr/warmup_steps to lr, then the chosen decay, which
-    would reach 0 at `num_steps`.
+    would reach 0 at `decay_steps`, or `num_steps` without it.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (num_steps - config.warmup_steps)
+    end = config.decay_steps or num_steps
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
     if config.decay == "linear":
         return config.lr * (1 - progress)
     if config.decay == "cosine":

@@ -33,11 +33,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def save_adapter(model: Any, folder: Path) -> Any:
+def save_adapter(model: Any, folder: Path, seed: int = 1) -> Any:
     """A peft adapter with weights that matter, trained elsewhere on `model`."""
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     adapted = peft.get_peft_model(model, adapter)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
@@ -83,6 +83,21 @@ def test_a_merged_adapter_can_carry_a_fresh_one(base: Path, tmp_path: Path) -> N
         ("lora_" in name) == parameter.requires_grad
         for name, parameter in encoder.named_parameters()
     )
+
+
+def test_an_adapter_is_continued_on_another_one_that_is_merged(base: Path, tmp_path: Path) -> None:
+    """SimCSE on MNTP: the second adapter was trained on the weights that the first went into."""
+    first = save_adapter(hf.AutoModelForCausalLM.from_pretrained(base), tmp_path / "first", seed=1)
+    second = save_adapter(first.merge_and_unload(), tmp_path / "second", seed=2).eval()
+    config = ModelConfig(
+        path=str(base), dtype="float32", attention="causal", normalize=False,
+        merged_adapters=(str(tmp_path / "first"),),
+        adapter=str(tmp_path / "second"), adapter_use="continue",
+    )  # fmt: skip
+    encoder = build_encoder(config)
+    torch.testing.assert_close(encoder(IDS, LENGTHS), reference(second), atol=1e-5, rtol=0)
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 8 and all("lora_" in name for name in trained)
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -22,9 +24,11 @@ def test_learning_rate_equals_torch_schedulers(decay: str) -> None:
     else:
         rest = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, rest], [4])
+    stopped_early = dataclasses.replace(config, decay_steps=20)
     for step in range(20):
         wanted = optimizer.param_groups[0]["lr"]
         assert learning_rate(step, config, 20) == pytest.approx(wanted, abs=1e-12)
+        assert learning_rate(step, stopped_early, 9) == learning_rate(step, config, 20)
         optimizer.step()
         both.step()
 
