@@ -5,11 +5,18 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from pipeline.config import EvaluateConfig, PrepareConfig, StarterConfig, TrainConfig, load_config
+from pipeline.config import (
+    EvaluateConfig,
+    ExportStep,
+    PrepareConfig,
+    StarterConfig,
+    TrainConfig,
+    load_config,
+)
 from pipeline.errors import DiffembedError, UserError
 
 # Heavy packages are imported inside the commands: `diffembed --help` answers at once.
@@ -90,6 +97,42 @@ def export(
 
     tree = load_config(TrainConfig, config, tuple(overrides or ()))
     print(export_run(tree, which=checkpoint, output=output))
+
+
+@app.command()
+def submit(
+    what: Annotated[
+        Literal["prepare", "train", "export", "evaluate", "report", "all"],
+        typer.Argument(metavar="JOB", help="prepare, train, export, evaluate, report or all"),
+    ],
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: Annotated[Path, typer.Option(help="train: see ds_configs/")] = Path(
+        "ds_configs/zero3.json"
+    ),
+    checkpoint: Annotated[str, typer.Option(help="export: which one")] = "latest",
+    output: Annotated[Path | None, typer.Option(help="export: its folder")] = None,
+    texts: Annotated[
+        int | None, typer.Option(help="evaluate: array elements that share all tasks' texts")
+    ] = None,
+    sbatch: Annotated[str, typer.Option(help="flags of sbatch for this job only")] = "",
+    after: Annotated[list[str] | None, typer.Option(help="id of a job to wait for")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch scripts")] = False,
+) -> None:
+    """Submit a job, or a whole chain, to Slurm; submitted again, it does nothing twice."""
+    from pipeline.submission.command import submit_command
+
+    submit_command(
+        what,
+        config,
+        tuple(overrides or ()),
+        deepspeed=deepspeed,
+        exports=ExportStep(checkpoint=checkpoint, output=output),
+        text_elements=texts,
+        flags=sbatch,
+        after=tuple(after or ()),
+        dry_run=dry_run,
+    )
 
 
 @plan_app.command("run")

@@ -29,6 +29,7 @@ FLOORS = (
     {"comm", "run_dir", "tokenizer"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
+    {"submission"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -24,6 +24,10 @@ from pipeline.config.model import (
     Pooling,
     StarterConfig,
 )
+from pipeline.config.submission import (
+    ChainConfig,
+    ExportStep,
+)
 from pipeline.config.text import (
     Template,
 )
@@ -38,6 +42,7 @@ from pipeline.config.training import (
 
 __all__ = [
     "Attention",
+    "ChainConfig",
     "CheckpointConfig",
     "ChunkConfig",
     "DataConfig",
@@ -46,6 +51,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationSetConfig",
+    "ExportStep",
     "LoraConfig",
     "LossConfig",
     "ModelConfig",

@@ -10,8 +10,6 @@ from cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
-JOBS = ("prepare", "train", "evaluate", "report")
-
 # Says who it is; then ends as its last argument asks.
 STAND_IN = """\
 import os, signal, sys, time
@@ -62,60 +60,6 @@ class TrainJob:
     def end(self) -> str:
         """Wait until the job has ended and return its state."""
         return self._cluster.wait(self.id)[self.id]
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_slurm_accepts_the_script_with_the_flags_of_the_shipped_cluster_file(
-    job: str, cluster: Cluster, checkout: Path, tmp_path: Path, fake_diffembed: dict[str, str]
-) -> None:
-    config = tmp_path / "config.yaml"
-    config.touch()
-
-    done = cluster.attempt(
-        *(checkout / "slurm/submit", "--test-only", job, config), environment=fake_diffembed
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "to start at" in done.stderr
-
-
-def test_submit_makes_the_evaluation_array_as_long_as_its_list_of_elements(
-    cluster: Cluster, checkout: Path, tmp_path: Path, fake_diffembed: dict[str, str]
-) -> None:
-    config = tmp_path / "config.yaml"
-    config.touch()
-
-    job = cluster.attempt(
-        *(checkout / "slurm/submit", "--hold", "evaluate", config),
-        environment=fake_diffembed,
-        check=True,
-    ).stdout.strip()
-
-    assert cluster.states(job) == {f"{job}_{i}": "PENDING" for i in range(3)}
-
-
-@pytest.fixture
-def fake_diffembed(cluster: Cluster, tmp_path: Path) -> dict[str, str]:
-    """A PATH whose `diffembed` counts three elements, whatever the config."""
-    command = tmp_path / "bin/diffembed"
-    command.parent.mkdir()
-    command.write_text('#!/bin/sh\n[ "$1 $2" = "evaluate count" ] && echo 3\n')
-    command.chmod(0o755)
-    # An active environment is left alone by the cluster file.
-    path = f"{command.parent}:{cluster.environment['PATH']}"
-    return {"PATH": path, "VIRTUAL_ENV": str(tmp_path)}
-
-
-@pytest.mark.parametrize(
-    "words", [("train",), ("fly", "CONFIG"), ("train", "no-such-file.yaml")], ids=" ".join
-)
-def test_submit_refuses_a_wrong_command_before_slurm_sees_it(
-    words: tuple[str, ...], cluster: Cluster, checkout: Path
-) -> None:
-    done = cluster.attempt(checkout / "slurm/submit", *words)
-
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_training_starts_one_rank_per_gpu_of_every_node(
@@ -189,10 +133,10 @@ def test_evaluation_outside_an_array_says_how_to_submit_it(
 ) -> None:
     log = tmp_path / "log"
     job = cluster.attempt(
-        *("sbatch", "--parsable", f"--output={log}", "slurm/evaluate.sbatch", "CONFIG"),
+        *("sbatch", "--parsable", f"--output={log}", "slurm/evaluate.sbatch", "run", "CONFIG"),
         cwd=checkout,
         check=True,
     ).stdout.strip()
 
     assert cluster.wait(job) == {job: "FAILED"}
-    assert "fix: slurm/submit evaluate CONFIG" in log.read_text()
+    assert "fix: diffembed submit evaluate CONFIG" in log.read_text()

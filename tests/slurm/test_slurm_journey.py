@@ -127,7 +127,7 @@ def test_each_element_of_the_array_scores_one_task_and_a_report_follows(
     (material / "evaluate.yaml").write_text(yaml.safe_dump(config))
 
     logs, log = material / "evaluate-%a.log", material / "report.log"
-    array = submit(logs, "--array=0-1", "slurm/evaluate.sbatch", material / "evaluate.yaml")
+    array = submit(logs, "--array=0-1", "slurm/evaluate.sbatch", "run", material / "evaluate.yaml")
     report = submit(
         *(log, f"--dependency=afterok:{array}", "slurm/report.sbatch", material / "evaluate.yaml")
     )

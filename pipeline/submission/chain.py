@@ -1,0 +1,248 @@
+"""Which jobs a config stands for, which of them are left to do, and what each waits for.
+
+    prepare ──> train ──> export ──> evaluate (array) ──────────────────────> report
+                                └──> evaluate-plan ──> -embed (array) ──> -score ──┘
+
+Reads configs and what is finished; asks nothing of Slurm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import (
+    ChainConfig,
+    EvaluateConfig,
+    ExportStep,
+    PrepareConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
+from pipeline.errors import UserError
+from pipeline.evaluation.elements import element_key, list_elements, read_result
+from pipeline.run_dir import RunDir
+from pipeline.submission.job import Job, digest
+from pipeline.submission.progress import last_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Chain:
+    """Jobs in the order of their submission, and a line for each that is finished already."""
+
+    jobs: tuple[Job, ...] = ()
+    finished: tuple[str, ...] = ()
+
+    def then(self, other: Chain) -> Chain:
+        """Both, with the first jobs of `other` waiting for the last of this one."""
+        waited_for = {name for job in self.jobs for name in job.after}
+        last = tuple(job.name for job in self.jobs if job.name not in waited_for)
+        later = tuple(
+            job if job.after else dataclasses.replace(job, after=last) for job in other.jobs
+        )
+        return Chain(jobs=self.jobs + later, finished=self.finished + other.finished)
+
+
+def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
+    """The job that builds the shards.
+
+    Raises:
+        UserError: the config is wrong; so for all functions here.
+    """
+    tree = load_config(PrepareConfig, config, overrides)
+    # Beside the shards: preparing refuses a folder that holds anything else.
+    folder = tree.output_dir.with_name(f"{tree.output_dir.name}-jobs")
+    path, files = _frozen(folder, "prepare", tree)
+    job = Job(
+        name="prepare",
+        script="prepare.sbatch",
+        flags="PREPARE_FLAGS",
+        folder=folder,
+        arguments=(str(path),),
+        files=files,
+        exclusive=True,
+    )
+    # Shards that nobody submitted with this very config may be of another one; the job finds out.
+    if job.text_path.exists() and (tree.output_dir / "manifest.json").exists():
+        return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
+    return Chain(jobs=(job,))
+
+
+def train_chain(config: Path, overrides: tuple[str, ...], deepspeed: Path) -> Chain:
+    """The job that trains, through as many restarts as it takes."""
+    tree = load_config(TrainConfig, config, overrides)
+    done = last_step(tree.output_dir)
+    if done >= tree.num_steps:
+        return Chain(finished=(f"train: {tree.output_dir} has all of its {done} steps",))
+    folder = _run_folder(tree.output_dir)
+    path, files = _frozen(folder, "train", tree)
+    engine = _read(deepspeed)
+    engine_path = folder / f"deepspeed-{digest(engine)}.json"
+    job = Job(
+        name="train",
+        script="train.sbatch",
+        flags="TRAIN_FLAGS",
+        folder=folder,
+        arguments=(str(path), "--deepspeed", str(engine_path)),
+        files={**files, engine_path: engine},
+        exclusive=True,
+    )
+    return Chain(jobs=(job,))
+
+
+def export_chain(
+    config: Path, overrides: tuple[str, ...], steps: tuple[ExportStep, ...], *, ready: bool = True
+) -> Chain:
+    """The jobs that make exports of a run.
+
+    Args:
+        config: of the training run.
+        overrides: changes to it.
+        steps: what is exported, and where to.
+        ready: whether training is finished; if not, exports that are there will be stale.
+    """
+    tree = load_config(TrainConfig, config, overrides)
+    path, files = _frozen(_run_folder(tree.output_dir), "train", tree)
+    jobs, finished = [], []
+    for step in steps:
+        name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
+        output = step.output or run.export
+        if (ready or step.checkpoint == "init") and _is_exported(run, step.checkpoint, output):
+            finished.append(f"{name}: {output} is there")
+            continue
+        jobs.append(
+            Job(
+                name=name,
+                script="export.sbatch",
+                flags="CPU_FLAGS",
+                folder=path.parent,
+                arguments=(str(path), "--checkpoint", step.checkpoint, "--output", str(output)),
+                files=files,
+            )
+        )
+    return Chain(jobs=tuple(jobs), finished=tuple(finished))
+
+
+def evaluate_chain(
+    config: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    text_elements: int | None = None,
+    ready: bool = True,
+) -> Chain:
+    """The jobs that score exports and report.
+
+    Args:
+        config: of the evaluation.
+        overrides: changes to it.
+        text_elements: share the texts of all tasks among so many elements of an array; None: one
+            element for each model, task and length.
+        ready: whether the exports are there; if not, scores that are there may be stale.
+
+    Raises:
+        UserError: the config is wrong, or `ready` and an export is missing.
+    """
+    tree = load_config(EvaluateConfig, config, overrides)
+    folder = _run_folder(tree.output_dir)
+    path, files = _frozen(folder, "evaluate", tree)
+    left = _unfinished(tree) if ready else tuple(range(len(list_elements(tree))))
+    report = _report(tree)
+    if not left:
+        line = f"evaluate: all {len(list_elements(tree))} elements of {tree.output_dir} are scored"
+        return Chain(jobs=() if _is_reported(tree) else (report,), finished=(line,))
+    common: dict[str, Any] = {"script": "evaluate.sbatch", "folder": folder, "files": files}
+    gpu = {**common, "flags": "EVALUATE_FLAGS"}
+    if text_elements is None:
+        run = Job(name="evaluate", arguments=("run", str(path)), array=left, **gpu)
+        return Chain(jobs=(run, dataclasses.replace(report, after=(run.name,))))
+    cpu = {**common, "flags": "CPU_FLAGS"}
+    plan = Job(name="evaluate-plan", arguments=("plan", str(path)), **cpu)
+    embed = Job(
+        name="evaluate-embed",
+        arguments=("embed", str(path), "--of", str(text_elements)),
+        array=tuple(range(text_elements)),
+        after=(plan.name,),
+        **gpu,
+    )
+    score = Job(name="evaluate-score", arguments=("score", str(path)), after=(embed.name,), **cpu)
+    return Chain(jobs=(plan, embed, score, dataclasses.replace(report, after=(score.name,))))
+
+
+def report_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
+    """The job that writes the report of scores that are there."""
+    return Chain(jobs=(_report(load_config(EvaluateConfig, config, overrides)),))
+
+
+def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
+    """All jobs of an experiment."""
+    tree = load_config(ChainConfig, config, overrides)
+    training = train_chain(tree.train, (), tree.deepspeed)
+    # A run that is finished needs its shards no more.
+    chain = prepare_chain(tree.prepare) if tree.prepare and training.jobs else Chain()
+    exports = export_chain(tree.train, (), tree.exports, ready=not training.jobs)
+    chain = chain.then(training).then(exports)
+    if tree.evaluate:
+        scores = evaluate_chain(
+            tree.evaluate, text_elements=tree.text_elements, ready=not exports.jobs
+        )
+        chain = chain.then(scores)
+    return chain
+
+
+def _run_folder(output_dir: Path) -> Path:
+    return output_dir / "jobs"
+
+
+def _frozen(folder: Path, stem: str, config: Any) -> tuple[Path, dict[Path, str]]:
+    """Where the resolved config will be, named by its content, and that content."""
+    text = dump_config(config)
+    path = folder / f"{stem}-{digest(text)}.yaml"
+    return path, {path: text}
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", fix="give the path of a DeepSpeed JSON")
+    return path.read_text()
+
+
+def _report(config: EvaluateConfig) -> Job:
+    folder = _run_folder(config.output_dir)
+    path, files = _frozen(folder, "evaluate", config)
+    return Job(
+        name="report",
+        script="report.sbatch",
+        flags="CPU_FLAGS",
+        folder=folder,
+        arguments=(str(path),),
+        files=files,
+    )
+
+
+def _is_exported(run: RunDir, checkpoint: str, output: Path) -> bool:
+    """Whether an export is there and younger than the checkpoint it is made of."""
+    weights = [path.stat().st_mtime for path in output.glob("*.safetensors")]
+    if not weights or checkpoint == "init":
+        return bool(weights)
+    name = f"step-{last_step(run.root):06d}" if checkpoint == "latest" else checkpoint
+    state = run.checkpoints / name / "state.json"
+    return not state.exists() or min(weights) > state.stat().st_mtime
+
+
+def _unfinished(config: EvaluateConfig) -> tuple[int, ...]:
+    """Numbers of the elements without valid scores."""
+    results = ((element, read_result(element)) for element in list_elements(config))
+    return tuple(
+        element.index
+        for element, result in results
+        if element_key(config, element) != (result or {}).get("key")
+    )
+
+
+def _is_reported(config: EvaluateConfig) -> bool:
+    """Whether the report is younger than all scores."""
+    report = RunDir(config.output_dir).report / "report.json"
+    newest = max(element.result_path.stat().st_mtime for element in list_elements(config))
+    return report.exists() and report.stat().st_mtime >= newest

@@ -1,0 +1,131 @@
+"""One Slurm job as values, and its batch script as one string; nothing is asked or written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_DIRECTIVE = "#SBATCH "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is asked of Slurm, before its flags and the ids of other jobs are known.
+
+    Args:
+        name: what it does, such as `train`; also the job's name in Slurm, after `diffembed-`.
+        script: the file in `slurm/` that it runs.
+        flags: the array in `slurm/cluster.env` with this kind of job's flags.
+        folder: where its batch script, its configs and its log are kept.
+        arguments: of the script.
+        files: what the arguments name below `folder`, as they are now: a job that waits in the
+            queue for days must not see later edits.
+        array: numbers of the array's elements; empty for a job that is no array.
+        after: names of the jobs of the same chain that must have succeeded.
+        exclusive: whether `folder` may have one job of this name at a time.
+    """
+
+    name: str
+    script: str
+    flags: str
+    folder: Path
+    arguments: tuple[str, ...]
+    files: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    array: tuple[int, ...] = ()
+    after: tuple[str, ...] = ()
+    exclusive: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for jobs that do the same: name and arguments, whose file names hold hashes."""
+        return f"{self.name}-{digest(self.name, *self.arguments)}"
+
+    @property
+    def text_path(self) -> Path:
+        """Where the batch script is kept."""
+        return self.folder / f"{self.key}.sbatch"
+
+    @property
+    def log(self) -> Path:
+        """Where the job writes, in Slurm's notation."""
+        return self.folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
+
+
+def digest(*parts: str) -> str:
+    """A short hash of some strings."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def batch_text(
+    job: Job,
+    body: str,
+    *,
+    site_flags: Sequence[str],
+    own_flags: Sequence[str] = (),
+    after: Sequence[str] = (),
+    array_limit: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """The whole batch script of a job, for `sbatch FILE` without a flag.
+
+    Args:
+        job: what is submitted.
+        body: text of its file in `slurm/`; its own `#SBATCH` lines come first, so that all others
+            win over them.
+        site_flags: flags from `slurm/cluster.env`.
+        own_flags: flags of this submission; they win over the site's.
+        after: ids of jobs that must have succeeded; when one cannot any more, Slurm cancels this
+            job instead of keeping it for ever.
+        array_limit: how many elements of an array may run at a time.
+        environment: variables for the job, beside those that Slurm hands on.
+    """
+    header, commands = _split(body)
+    submission = [f"--job-name=diffembed-{job.name}", f"--output={job.log}"]
+    if job.array:
+        limit = f"%{array_limit}" if array_limit else ""
+        submission.append(f"--array={array_ranges(job.array)}{limit}")
+    if after:
+        submission += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# slurm/{job.script}, as `diffembed submit` asks for it",
+            *header,
+            f"# slurm/cluster.env: SITE_FLAGS and {job.flags}",
+            *map(_directive, site_flags),
+            "# this submission",
+            *map(_directive, [*submission, *own_flags]),
+            *exports,
+            f"set -- {shlex.join(job.arguments)}",
+            commands,
+        ]
+    )
+
+
+def array_ranges(indices: Sequence[int]) -> str:
+    """Ascending numbers in Slurm's notation: `0-2,5`."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][-1] == index - 1:
+            ranges[-1][1:] = [index]
+        else:
+            ranges.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def _directive(flag: str) -> str:
+    # Slurm reads quotes in these lines as a shell does.
+    return _DIRECTIVE + shlex.quote(flag)
+
+
+def _split(body: str) -> tuple[list[str], str]:
+    """The `#SBATCH` lines of a script, and its text without them and without `#!`."""
+    lines = body.splitlines()
+    if lines and lines[0].startswith("#!"):
+        del lines[0]
+    header = [line for line in lines if line.startswith(_DIRECTIVE)]
+    return header, "\n".join(line for line in lines if not line.startswith(_DIRECTIVE)) + "\n"

@@ -1,0 +1,58 @@
+"""`jobs.json`: which jobs were submitted for a folder; one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.run_dir import write_json
+from pipeline.submission.job import Job
+
+
+class Record:
+    """Ids of the jobs of one folder, by key; as many keys as configs were submitted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "jobs.json"
+        self._jobs: dict[str, dict[str, str]] = {}
+        if self._path.exists():
+            self._jobs = json.loads(self._path.read_text())
+
+    def ids(self) -> list[str]:
+        """All of them, ended ones too."""
+        return [entry["id"] for entry in self._jobs.values()]
+
+    def id_of(self, job: Job) -> str:
+        """The job that does the same; empty when none was submitted."""
+        return self._jobs.get(job.key, {}).get("id", "")
+
+    def others(self, job: Job) -> list[str]:
+        """Jobs of the same name that do something else."""
+        return [
+            entry["id"]
+            for key, entry in self._jobs.items()
+            if entry["name"] == job.name and key != job.key
+        ]
+
+    def add(self, job: Job, job_id: str) -> None:
+        """Note a submitted job; it is on disk when this returns."""
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._jobs[job.key] = {"name": job.name, "id": job_id, "submitted": now}
+        write_json(self._path, self._jobs)
+
+
+@contextlib.contextmanager
+def locked_records(folders: set[Path]) -> Iterator[dict[Path, Record]]:
+    """The records of some folders while nobody else submits to them; waits for who does."""
+    with contextlib.ExitStack() as stack:
+        # Sorted: two who lock the same folders in another order would wait for each other.
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            # Released by the kernel, also when this process is killed.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield {folder: Record(folder) for folder in folders}

@@ -1,0 +1,173 @@
+"""`diffembed submit` on a real Slurm: what it refuses, and what it does not do twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import Cluster
+
+from pipeline.errors import UserError
+
+pytestmark = pytest.mark.slurm
+
+RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/quickstart"
+Submit = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def submit(
+    cluster: Cluster, checkout: Path, capsys: pytest.CaptureFixture[str], held: None
+) -> Submit:
+    """Run the command in this process; returns the ids that it printed, by job."""
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    def submit(*words: object) -> dict[str, str]:
+        result = CliRunner().invoke(app, ["submit", *map(str, words)], catch_exceptions=True)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        print(result.output)
+        return dict(re.findall(r"^([\w-]+) (\d+) ", result.output, re.MULTILINE))
+
+    return submit
+
+
+@pytest.fixture
+def held(cluster: Cluster, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process talks to the test cluster; its jobs wait for ever."""
+    site = tmp_path / "cluster.env"
+    site.write_text(f"source {checkout}/slurm/cluster.env\nSITE_FLAGS=(--hold)\n")
+    monkeypatch.chdir(checkout)
+    for key in list(os.environ):
+        if key.startswith(("SLURM", "SBATCH")):
+            monkeypatch.delenv(key)
+    for key in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(key, cluster.environment[key])
+    monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """An evaluation of two exports on two tasks; the exports hold a file in place of weights."""
+    config = yaml.safe_load((RECIPE / "evaluate.yaml").read_text())
+    config |= {"output_dir": f"{tmp_path}/scores", "tasks": config["tasks"][:2]}
+    for model in config["models"]:
+        model["path"] = f"{tmp_path}/{model['name']}"
+        Path(model["path"]).mkdir()
+        (Path(model["path"]) / "model.safetensors").touch()
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def names_in_queue(cluster: Cluster) -> list[str]:
+    return sorted(cluster.command("squeue", "-h", "-o", "%j").split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prepare", RECIPE / "data.yaml"),
+        ("train", RECIPE / "train.yaml"),
+        ("export", RECIPE / "train.yaml"),
+        ("evaluate", RECIPE / "evaluate.yaml", "--after", "1"),
+        ("evaluate", RECIPE / "evaluate.yaml", "--after", "1", "--texts", "64"),
+        ("report", RECIPE / "evaluate.yaml"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_slurm_accepts_every_job_with_the_flags_of_the_shipped_cluster_file(
+    words: tuple[object, ...], submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    ids = submit(*words, f"output_dir={tmp_path}/out")
+
+    assert ids
+    assert len(names_in_queue(cluster)) == len(ids)
+
+
+def test_an_evaluation_is_an_array_as_long_as_its_list_and_a_report_behind_it(
+    submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    ids = submit("evaluate", evaluation)
+
+    array = ids["evaluate"]
+    assert cluster.states(array) == {f"{array}_{i}": "PENDING" for i in range(4)}
+    shown = cluster.command("scontrol", "show", "job", ids["report"])
+    assert f"Dependency=afterok:{array}_*(unfulfilled)" in shown
+
+
+def test_what_waits_or_runs_is_not_submitted_again(
+    submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    first = submit("evaluate", evaluation)
+    cluster.command("scancel", first["report"])
+    cluster.poll(lambda: len(names_in_queue(cluster)) == 1)
+
+    second = submit("evaluate", evaluation)
+    other = submit("evaluate", evaluation, "max_length=64")
+
+    assert second["evaluate"] == first["evaluate"]
+    assert second["report"] != first["report"]
+    # Other scores are other jobs, side by side with the first.
+    assert other["evaluate"] != first["evaluate"]
+
+
+def test_two_people_who_submit_at_once_submit_once(
+    cluster: Cluster, evaluation: Path, checkout: Path, held: None
+) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "submit", "evaluate", str(evaluation)]
+    both = [
+        subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("submitted" in output for output in outputs) == 1
+    assert names_in_queue(cluster) == ["diffembed-evaluate", "diffembed-report"]
+
+
+def test_a_run_that_waits_or_trains_refuses_another_config(submit: Submit, tmp_path: Path) -> None:
+    train = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run")
+    submit(*train)
+
+    with pytest.raises(UserError, match=r"is pending there with another config \| fix: wait"):
+        submit(*train, "seed=7")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--sbatch", "--partition=nowhere"), "invalid partition"),
+        (("--sbatch", "--gpus-per-node=99"), "--sbatch"),
+        (("--texts", "1002"), "up to 1000"),
+    ],
+    ids=["partition", "gpus", "array"],
+)
+def test_a_chain_that_slurm_refuses_leaves_nothing_in_the_queue(
+    words: tuple[str, ...], said: str, submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        submit("evaluate", evaluation, *words)
+
+    assert names_in_queue(cluster) == []
+
+
+def test_a_job_that_waits_does_not_see_later_edits_of_its_config(
+    submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    job = submit("evaluate", evaluation, "max_length=77")["evaluate"]
+    evaluation.unlink()
+
+    script = cluster.command("scontrol", "write", "batch_script", job, "-")
+    config = re.search(r"^set -- run (\S+)$", script, re.MULTILINE)
+    assert config
+    assert yaml.safe_load(Path(config.group(1)).read_text())["max_length"] == 77
