@@ -46,7 +46,8 @@ class TrainJob:
             *(checkout / "slurm/train.sbatch", ending),
             check=True,
             cwd=folder,
-            environment={"DIFFEMBED_CLUSTER_ENV": str(site)},
+            # The threads of a rank are for the script to choose.
+            environment={"DIFFEMBED_CLUSTER_ENV": str(site), "OMP_NUM_THREADS": ""},
         ).stdout.strip()
 
     def count(self, pattern: str) -> int:
