@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from pipeline.errors import UserError
@@ -31,3 +33,24 @@ def load_tokenizer(path: str) -> Any:
             f"tokenizer: cannot load {path!r} ({reason})",
             allowed="a folder with tokenizer.json, or a model name in the local cache",
         ) from error
+
+
+def instruction_characters(prefix: str) -> int:
+    """Length of what stands before a text, without the space that joins the two.
+
+    Most tokenizers make the space of `Query: ` and the word behind it one token, which is the
+    text's; so is the space where they do not.
+    """
+    return len(prefix.rstrip())
+
+
+def tokens_within(offsets: Iterable[tuple[int, int]], num_characters: int) -> int:
+    """How many tokens at the front of a row hold nothing but the row's first characters.
+
+    Args:
+        offsets: where each token begins and ends in the string; special tokens are (0, 0).
+        num_characters: from `instruction_characters`; 0 leaves every token to the text.
+    """
+    if not num_characters:
+        return 0
+    return sum(1 for _ in takewhile(lambda offset: offset[1] <= num_characters, offsets))

@@ -10,7 +10,7 @@ from pipeline.config import StarterConfig
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
 from pipeline.model.starter import build_starter
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_tokenizer, tokens_within
 
 TEXT = "Hello wörld,  3.14 <|mask|> don't\n"
 
@@ -76,3 +76,19 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="tokenizer: cannot load"):
             load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "wanted"),
+    [
+        # Offsets of `Query`, `:`, ` word`: the space belongs to the word.
+        (7, [(0, 5), (5, 6), (6, 11)], 2),
+        (6, [(0, 0), (0, 5), (5, 6), (6, 11), (0, 0)], 3),  # BOS stands with the instruction
+        (0, [(0, 0), (0, 4), (0, 0)], 0),  # no instruction: BOS is pooled
+        (9, [(0, 5), (5, 12), (12, 13)], 1),  # a token across the border is the text's
+    ],
+)
+def test_a_token_that_reaches_into_the_text_is_no_instruction(
+    prefix: int, text: list[tuple[int, int]], wanted: int
+) -> None:
+    assert tokens_within(text, prefix) == wanted

@@ -40,6 +40,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     attention: Attention = "bidirectional"
     pooling: Pooling = "mean"
+    # Whether the tokens of an instruction are pooled; they are attended to in any case.
+    pool_instruction: bool = True
     normalize: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_dropout: float | None = None

@@ -204,15 +204,27 @@ class Loader:
         # Queries first: each side is then one read.
         texts = np.sort(texts)
         num_queries = int(np.searchsorted(texts, len(ids)))
-        views = self.dataset.examples.views("query", ids[texts[:num_queries]])
-        views += self.dataset.documents.views(
-            "tokens", document_ids[texts[num_queries:] - len(ids)]
-        )
+        queries, documents = ids[texts[:num_queries]], document_ids[texts[num_queries:] - len(ids)]
+        views = self.dataset.examples.views("query", queries)
+        views += self.dataset.documents.views("tokens", documents)
         input_ids = np.concatenate(views).astype(np.int64)
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
             raise self._damaged(f"a token id outside the vocabulary of {vocab_size}")
-        return Chunk(input_ids=input_ids, lengths=lengths[texts], texts=texts)
+        skipped = np.concatenate(
+            [
+                self.dataset.examples.scalars("instruction_tokens", queries),
+                self.dataset.documents.scalars("instruction_tokens", documents),
+            ]
+        )
+        if skipped.min() < 0 or (skipped >= lengths[texts]).any():
+            raise self._damaged("an instruction longer than its text")
+        return Chunk(
+            input_ids=input_ids,
+            lengths=lengths[texts],
+            texts=texts,
+            instruction_tokens=skipped if skipped.any() else None,
+        )
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         """Batches from the current step on, for ever; the next one is prepared in a thread."""

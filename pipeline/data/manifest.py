@@ -18,7 +18,7 @@ from pipeline.data.order import Group
 from pipeline.data.tokens import TokenizerInfo
 from pipeline.errors import UserError
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "manifest.json"
 REPORT_NAME = "report.md"
 DROPPED_NAME = "dropped.jsonl"

@@ -18,11 +18,17 @@ from pipeline.errors import UserError
 from pipeline.run_dir import atomic_path
 
 DOCUMENT_SCHEMA = pa.schema(
-    [("tokens", pa.large_list(pa.int32())), ("hash", pa.binary(16))],
+    [
+        ("tokens", pa.large_list(pa.int32())),
+        ("hash", pa.binary(16)),
+        # Tokens at the front that are the instruction's; a pooling may leave them out.
+        ("instruction_tokens", pa.int32()),
+    ],
 )
 EXAMPLE_SCHEMA = pa.schema(
     [
         ("query", pa.large_list(pa.int32())),
+        ("instruction_tokens", pa.int32()),
         ("positives", pa.large_list(pa.int64())),
         ("negatives", pa.large_list(pa.int64())),
         # The first so many negatives always come before the others.

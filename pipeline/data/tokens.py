@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from pipeline import tokenizer as tokenizer_files
 from pipeline.errors import UserError
+from pipeline.tokenizer import tokens_within
 
 # Texts on which tokenizers that share a vocabulary still differ: case, spaces, digits, scripts.
 _PROBES = (
@@ -110,11 +111,32 @@ class TextEncoder:
 
         A text that yields `max_length` tokens may have been cut; a shorter one was not.
         """
+        return self.encode_prefixed(texts, max_length, [0] * len(texts))[0]
+
+    def encode_prefixed(
+        self, texts: Sequence[str], max_length: int, prefixes: Sequence[int]
+    ) -> tuple[list[NDArray[np.int32]], NDArray[np.int32]]:
+        """`encode`, and how many tokens at the front of each row are its instruction's.
+
+        Args:
+            texts: whole strings, instructions included.
+            max_length: tokens after which a text is cut.
+            prefixes: characters of each text's instruction.
+
+        Returns:
+            (R,) rows of ids, and (R,) tokens of each row's instruction, fewer than the row has.
+        """
         self._tokenizer.enable_truncation(max_length - self._missing)
-        rows = []
-        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
+        # The fast form knows no offsets.
+        backend = self._tokenizer
+        encode = backend.encode_batch if any(prefixes) else backend.encode_batch_fast
+        rows, skipped = [], np.zeros(len(texts), dtype=np.int32)
+        encodings = zip(encode(list(texts)), prefixes, strict=True)
+        for number, (encoding, prefix) in enumerate(encodings):
             ids = encoding.ids
             if self._append is not None and (not ids or ids[-1] != self._append):
                 ids = [*ids, self._append]
             rows.append(np.array(ids or self._nothing, dtype=np.int32))
-        return rows
+            if prefix:
+                skipped[number] = min(tokens_within(encoding.offsets, prefix), len(rows[-1]) - 1)
+        return rows, skipped

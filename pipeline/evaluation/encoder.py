@@ -20,8 +20,8 @@ Role = Literal["query", "document"]
 class TextEncoder(Protocol):
     """Anything that turns texts into vectors, similar where their dot product is large."""
 
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(N,) texts, cut to the model's maximum length -> (N, D) float32."""
+    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        """(N,) texts, each behind the prefix and cut to the maximum length -> (N, D) float32."""
 
 
 class Embedder(Protocol):
@@ -44,7 +44,7 @@ class TemplatedEmbedder:
             prefix = self.template.query_prefix(instruction)
         else:
             prefix = self.template.document_prefix(instruction)
-        return self.encoder.encode_texts([prefix + text for text in texts])
+        return self.encoder.encode_texts(texts, prefix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,17 +45,21 @@ class Encoder(nn.Module):
         self.config = config
         self._family = family
 
-    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
+    ) -> Tensor:
         """Embed rows of packed tokens.
 
         Args:
             input_ids: (T,) tokens of all rows, one row after another.
             lengths: (C,) tokens of each row; they sum to T.
+            instruction_tokens: (C,) tokens at the front of each row that are the instruction's,
+                fewer than the row has; None where no row has any.
 
         Returns:
             (C, D) float32, unit rows if the config normalises.
         """
-        hidden, packed = self.embed(input_ids, lengths)
+        hidden, packed = self.embed(input_ids, lengths, instruction_tokens)
         for index in range(len(self.layers)):
             hidden = self.run_layer(index, hidden, packed)
         return self.finish(hidden, packed)
@@ -71,9 +75,15 @@ class Encoder(nn.Module):
         """The blocks, in order."""
         return self._family.layers(self.model)
 
-    def embed(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, PackedRows]:
+    def embed(
+        self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
+    ) -> tuple[Tensor, PackedRows]:
         """Token ids to the hidden states before the first layer, (1, T, D)."""
-        rows = Rows.of(lengths, causal=self.config.attention == "causal")
+        rows = Rows.of(
+            lengths,
+            causal=self.config.attention == "causal",
+            skipped=None if self.config.pool_instruction else instruction_tokens,
+        )
         check_lengths(input_ids, rows)
         hidden, inputs = self._family.embed(
             self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)

@@ -171,7 +171,7 @@ def _write_sentence_transformers(
         {
             "word_embedding_dimension": width,
             "pooling_mode": POOLING_NAMES[config.pooling],
-            "include_prompt": True,
+            "include_prompt": config.pool_instruction,
         },
     )
     write_json(

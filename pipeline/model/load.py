@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import POOLING_NAMES, SETTINGS
 from pipeline.model.families import FAMILIES
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
 
 # sentence-transformers before version 5 kept one boolean per pooling.
 _OLD_POOLING_KEYS = {
@@ -51,25 +51,47 @@ class LoadedExport:
     num_dimensions: int
     max_tokens: int
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(N,) whole strings, prefixes included -> (N, D) float32 in the order given."""
+    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]:
+        """Embed texts that share an instruction.
+
+        Args:
+            texts: (N,) strings.
+            prefix: what stands before each of them, from the template.
+
+        Returns:
+            (N, D) float32 in the order given.
+        """
         out = np.zeros((len(texts), self.num_dimensions), dtype=np.float32)
         device = next(self.encoder.parameters()).device
-        ids = self._tokenize(texts)
+        ids, skipped = self.tokenize(texts, prefix)
         with torch.inference_mode():
             for chosen in _chunks([len(row) for row in ids], self.max_tokens):
                 packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
                 lengths = torch.tensor([len(ids[i]) for i in chosen], device=device)
-                out[chosen] = self.encoder(packed, lengths).cpu().numpy()
+                left_out = torch.tensor([skipped[i] for i in chosen], device=device)
+                out[chosen] = self.encoder(packed, lengths, left_out).cpu().numpy()
         return out
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], prefix: str = "") -> tuple[list[list[int]], list[int]]:
+        """Token ids of each text behind its prefix, and how many of them are the prefix's."""
         if not texts:
-            return []
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            return [], []
+        count_prefix = bool(prefix) and not self.encoder.config.pool_instruction
+        batch = self.tokenizer(
+            [prefix + text for text in texts],
+            truncation=True,
+            max_length=self.max_length,
+            return_offsets_mapping=count_prefix,
+        )
         # An empty string of a tokenizer without special tokens has no token to pool.
         filler = [self.tokenizer.pad_token_id or 0]
-        return [row or filler for row in rows]
+        rows = [row or filler for row in batch["input_ids"]]
+        if not count_prefix:
+            return rows, [0] * len(rows)
+        return rows, [
+            min(tokens_within(offsets, instruction_characters(prefix)), len(row) - 1)
+            for row, offsets in zip(rows, batch["offset_mapping"], strict=True)
+        ]
 
 
 def _chunks(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
@@ -134,6 +156,7 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
         path=str(folder),
         attention="bidirectional" if _is_bidirectional(_read(folder, "config.json")) else "causal",
         pooling=_pooling(folder, modules[1]["path"]),
+        pool_instruction=_pools_prompt(folder, modules[1]["path"]),
         normalize="Normalize" in kinds,
     )
     return config, settings.get("max_seq_length")
@@ -169,6 +192,10 @@ def _pooling(folder: Path, name: str) -> Pooling:
     if mode not in names:
         raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(names))
     return names[mode]
+
+
+def _pools_prompt(folder: Path, name: str) -> bool:
+    return bool(_read(folder / name, "config.json").get("include_prompt", True))
 
 
 def _template(folder: Path) -> Template:

@@ -31,10 +31,11 @@ class Rows:
     boundaries: Tensor  # (C + 1,) int32 cumulative lengths
     longest: int
     causal: bool
+    skipped: Tensor | None = None  # (C,) tokens at the front of each row that pooling leaves out
 
     @classmethod
-    def of(cls, lengths: Tensor, *, causal: bool) -> Rows:
-        """Describe rows of the given (C,) lengths."""
+    def of(cls, lengths: Tensor, *, causal: bool, skipped: Tensor | None = None) -> Rows:
+        """Describe rows of the given (C,) lengths, of which pooling leaves out the first tokens."""
         sizes = lengths.tolist()
         return cls(
             sizes=sizes,
@@ -42,6 +43,7 @@ class Rows:
             boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             longest=max(sizes),
             causal=causal,
+            skipped=skipped,
         )
 
     @property

@@ -16,26 +16,35 @@ def pool(hidden_TD: Tensor, rows: Rows, how: Pooling) -> Tensor:
     """One vector per row.
 
     `weighted_mean` gives the i-th token of L the weight i / (1 + ... + L)
-    (Muennighoff, "SGPT", arXiv 2202.08904).
+    (Muennighoff, "SGPT", arXiv 2202.08904). Tokens that are left out count as places but not in
+    any sum, as in sentence-transformers.
 
     Args:
         hidden_TD: (T, D) of any floating type.
-        rows: how T is cut into rows.
+        rows: how T is cut into rows, and how many tokens at the front of each are left out.
         how: the pooling of the model's config.
 
     Returns:
         (C, D) float32.
     """
-    lengths = rows.lengths
+    lengths, skipped = rows.lengths, rows.skipped
     if how == "first_token":
-        return hidden_TD[rows.boundaries[:-1].long()].float()
+        first = rows.boundaries[:-1].long()
+        return hidden_TD[first if skipped is None else first + skipped].float()
     if how == "last_token":
         return hidden_TD[rows.boundaries[1:].long() - 1].float()
     hidden_TD = hidden_TD.float()
+    places = rows.positions + 1
+    if skipped is not None:
+        kept = places > skipped.repeat_interleave(lengths)
+        hidden_TD = hidden_TD.masked_fill(~kept[:, None], 0)
     if how == "mean":
-        return _sum_rows(hidden_TD, lengths) / lengths[:, None]
-    weights = (rows.positions + 1).to(hidden_TD.dtype)
+        total = lengths if skipped is None else lengths - skipped
+        return _sum_rows(hidden_TD, lengths) / total[:, None]
     total = lengths * (lengths + 1) / 2
+    if skipped is not None:
+        total = total - skipped * (skipped + 1) / 2
+    weights = places.to(hidden_TD.dtype)
     return _sum_rows(hidden_TD * weights[:, None], lengths) / total[:, None]
 
 

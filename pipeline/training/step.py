@@ -53,7 +53,12 @@ class Engine(Protocol):
     def encoder(self) -> Any:
         """The encoder itself."""
 
-    def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        instruction_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Embed one packed chunk: (T,) ids and (C,) lengths to (C, E)."""
 
     def hold(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[None]:
@@ -77,16 +82,21 @@ class TensorChunk:
     input_ids: torch.Tensor  # (T,)
     lengths: torch.Tensor  # (C,)
     texts: torch.Tensor  # (C,) global text index; -1 in a dummy row
+    instruction_tokens: torch.Tensor | None  # (C,) at the front of each row; None: no row has any
     packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
 
 
 def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
     """Move one chunk to the device."""
+    skipped = chunk.instruction_tokens
     return TensorChunk(
         number=number,
         input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
         lengths=torch.from_numpy(chunk.lengths).to(device, non_blocking=True),
         texts=torch.from_numpy(chunk.texts).to(device, non_blocking=True),
+        instruction_tokens=None
+        if skipped is None
+        else torch.from_numpy(skipped).to(device, non_blocking=True),
     )
 
 
@@ -132,7 +142,7 @@ def accumulate_gradients(
 
     def embed(chunk: TensorChunk) -> torch.Tensor:
         seed(chunk.number)
-        return engine.embed(chunk.input_ids, chunk.lengths)
+        return engine.embed(chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
 
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
     assert isinstance(keep, int), "auto is resolved before training"
@@ -174,7 +184,9 @@ def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tens
     """An encoder cut into the stages of a sweep: embedding, each layer, pooling."""
 
     def embed(chunk: TensorChunk, _: None) -> torch.Tensor:
-        hidden, chunk.packed = encoder.embed(chunk.input_ids, chunk.lengths)
+        hidden, chunk.packed = encoder.embed(
+            chunk.input_ids, chunk.lengths, chunk.instruction_tokens
+        )
         return hidden  # type: ignore[no-any-return]
 
     def layer(index: int) -> Callable[[TensorChunk, torch.Tensor], torch.Tensor]:

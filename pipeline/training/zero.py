@@ -57,7 +57,12 @@ class ZeroEngine:
         self._sums = GradientSums(self._parameters.values())
         self._moments_linked = False
 
-    def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        instruction_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embed one packed chunk: (T,) token ids and (C,) row lengths to (C, E) vectors.
 
         Skips the engine's and the outermost module's own hooks. At ZeRO-3 those record the order of
@@ -65,7 +70,7 @@ class ZeroEngine:
         would leave the others waiting in; caching changes the order twice a step anyway. What they
         are for (accumulate or overwrite, gather, prefetch) `accumulation` and `hold` decide here.
         """
-        out: torch.Tensor = self._engine.module.forward(input_ids, lengths)
+        out: torch.Tensor = self._engine.module.forward(input_ids, lengths, instruction_tokens)
         return out
 
     @property

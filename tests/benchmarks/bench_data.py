@@ -66,7 +66,8 @@ def bench_random_reads(folder: Path) -> None:
     tokens = Ragged.from_lengths(lengths, values)
     hashes = np.array([f"{k:016d}" for k in range(len(lengths))], dtype="S16")
     path = folder / "documents-00000.arrow"
-    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes)]
+    none = pa.array(np.zeros(len(lengths), np.int32))
+    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes), none]
     write_table(path, pa.table(columns, schema=DOCUMENT_SCHEMA))
     info = ShardInfo(file=path.name, rows=len(lengths), bytes=path.stat().st_size, sha256="")
     ours = Table(folder, [info], DOCUMENT_SCHEMA)

@@ -109,9 +109,14 @@ class PlainEngine:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def embed(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        instruction_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Embed one packed chunk."""
-        out: torch.Tensor = self.encoder(input_ids, lengths)
+        out: torch.Tensor = self.encoder(input_ids, lengths, instruction_tokens)
         return out
 
     def hold(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:

@@ -32,14 +32,24 @@ ROWS = [
 class Recorder(torch.nn.Module):
     """Stands for the encoder and keeps what it is given."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.scale = torch.nn.Parameter(torch.ones(width))
         self.rows: list[list[int]] = []
 
-    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        self.skipped: list[int] = []
+
+    def forward(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, skipped: torch.Tensor
+    ) -> torch.Tensor:
         self.rows += [piece.tolist() for piece in torch.split(input_ids, lengths.tolist())]
+        self.skipped += skipped.tolist()
         return self.scale.expand(len(lengths), -1)
+
+    def shown(self) -> list[tuple[list[int], int]]:
+        """Rows and their instruction tokens, sorted."""
+        return sorted(zip(self.rows, self.skipped, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +86,7 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
         append_eos=append_eos,
     )
     dataset = Dataset.open(prepare(prepared, num_workers=1))
-    config = ModelConfig(path=str(starter), dtype="float32")
+    config = ModelConfig(path=str(starter), dtype="float32", pool_instruction=False)
     exported = export_encoder(
         build_encoder(config),
         config=config,
@@ -87,15 +97,20 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
         card={"step": 0, "recipe": "", "evaluation": ""},
     )
     loaded = load_export(exported, max_tokens=1)
-    recorder = Recorder(loaded.num_dimensions)
+    recorder = Recorder(loaded.num_dimensions, loaded.encoder.config)
     model = dataclasses.replace(loaded, encoder=recorder)  # type: ignore[arg-type]
     embedder = TemplatedEmbedder(encoder=model, template=loaded.template)
     every = np.arange(len(ROWS))
     queries = dataset.examples.views("query", every)
     documents = dataset.documents.views("tokens", every)
     embedder.embed("query", INSTRUCTION, [row["query"] for row in ROWS])  # type: ignore[misc]
-    assert sorted(recorder.rows) == sorted(view.tolist() for view in queries)
+    counts = dataset.examples.scalars("instruction_tokens", every).tolist()
+    assert recorder.shown() == sorted(zip(map(list, queries), counts, strict=True))
+    assert min(counts) > 0
     assert max(map(len, recorder.rows)) == 48  # one is cut
     recorder.rows.clear()
+    recorder.skipped.clear()
     embedder.embed("document", "", [row["positives"][0] for row in ROWS])
-    assert sorted(recorder.rows) == sorted(view.tolist() for view in documents)
+    counts = dataset.documents.scalars("instruction_tokens", every).tolist()
+    assert recorder.shown() == sorted(zip(map(list, documents), counts, strict=True))
+    assert (min(counts) > 0) == (template.document != "{text}")

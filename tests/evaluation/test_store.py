@@ -140,8 +140,8 @@ def cutting(config, element):
     """A model that cuts texts at the element's length, in bytes."""
 
     class Cut(BagOfLetters):
-        def encode_texts(self, texts):
-            return super().encode_texts([text[: element.max_length] for text in texts])
+        def encode_texts(self, texts, prefix=""):
+            return super().encode_texts([(prefix + text)[: element.max_length] for text in texts])
 
     return dataclasses.replace(wrap(Cut()), max_length=element.max_length)
 

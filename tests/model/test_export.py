@@ -30,8 +30,9 @@ import json, sys
 import numpy as np
 from sentence_transformers import SentenceTransformer
 for line in sys.stdin:
-    folder, texts, out = json.loads(line)
-    np.save(out, SentenceTransformer(folder, device="cpu").encode(texts, batch_size=3))
+    folder, texts, prompt, out = json.loads(line)
+    model = SentenceTransformer(folder, device="cpu")
+    np.save(out, model.encode(texts, batch_size=3, prompt=prompt))
     assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
     print(json.dumps("done"), flush=True)
 """
@@ -66,7 +67,7 @@ def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **ch
     return export_encoder(encoder, **{**arguments, **changes})
 
 
-Stranger = Callable[[Path, list[str]], np.ndarray]
+Stranger = Callable[..., np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +85,9 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
     ) as process:
         assert process.stdin is not None and process.stdout is not None
 
-        def encode(folder: Path, texts: list[str]) -> np.ndarray:
+        def encode(folder: Path, texts: list[str], prompt: str | None = None) -> np.ndarray:
             out = elsewhere / "vectors.npy"
-            process.stdin.write(json.dumps([str(folder), texts, str(out)]) + "\n")
+            process.stdin.write(json.dumps([str(folder), texts, prompt, str(out)]) + "\n")
             process.stdin.flush()
             # Libraries may print too; an empty line means that the process died.
             while (line := process.stdout.readline()) != '"done"\n':
@@ -125,6 +126,24 @@ def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     theirs = stranger(folder, texts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_allclose(load_export(folder).encode_texts(texts), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "first_token"])
+def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
+    starter: Path, tmp_path: Path, stranger: Stranger, pooling: Any
+) -> None:
+    encoder, config = make(starter, pooling=pooling, pool_instruction=False)
+    folder = export(encoder, config, starter, tmp_path / "export")
+    texts = [text for text in TEXTS if text]
+    prefix = TEMPLATE.query_prefix("Find the law")
+    ours = load_export(folder).encode_texts(texts, prefix)
+    assert prefix.endswith(" ")  # which is the text's, in ours and in theirs
+    theirs = stranger(folder, [" " + text for text in texts], prefix.rstrip())
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    pooled = dataclasses.replace(config, pool_instruction=True)
+    other = export(encoder, pooled, starter, tmp_path / "other")
+    moved = np.abs(load_export(other).encode_texts(texts, prefix) - ours).max()
+    assert (moved > 0.01) == (pooling != "last_token")
 
 
 def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(

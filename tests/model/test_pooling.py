@@ -1,7 +1,12 @@
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import pytest
+import torch
+from sentence_transformers.models import Pooling
+
+from pipeline.model.export import POOLING_NAMES
 from pipeline.model.packing import Rows
 from pipeline.model.pooling import pool
 
@@ -21,6 +26,25 @@ def test_every_pooling_equals_a_loop_over_rows() -> None:
     }.items():
         wanted = torch.stack([of_row(row) for row in hidden.split(LENGTHS)])
         torch.testing.assert_close(pool(hidden, rows, how), wanted)
+
+
+@pytest.mark.parametrize("how", ["mean", "weighted_mean", "last_token", "first_token"])
+def test_a_pooling_without_instructions_equals_sentence_transformers(how: Any) -> None:
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    skipped = [2, 0, 3]
+    rows = Rows.of(torch.tensor(LENGTHS), causal=False, skipped=torch.tensor(skipped))
+    theirs = Pooling(4, POOLING_NAMES[how], include_prompt=False)
+    wanted = [
+        theirs(
+            {
+                "token_embeddings": row[None],
+                "attention_mask": torch.ones(1, len(row), dtype=torch.int64),
+                "prompt_length": count,
+            }
+        )["sentence_embedding"]
+        for row, count in zip(hidden.split(LENGTHS), skipped, strict=True)
+    ]
+    torch.testing.assert_close(pool(hidden, rows, how), torch.cat(wanted))
 
 
 def test_pooling_of_bf16_states_is_summed_in_fp32() -> None:

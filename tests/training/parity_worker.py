@@ -58,6 +58,8 @@ def make_batch(
                 input_ids=np.concatenate([texts[i] for i in part]).astype(np.int64),
                 lengths=np.array([len(texts[i]) for i in part], dtype=np.int64),
                 texts=part.astype(np.int64),
+                # Queries begin with an instruction of two tokens.
+                instruction_tokens=np.where(part < NUM_QUERIES, 2, 0).astype(np.int64),
             )
         )
     dummy = Chunk(
@@ -95,7 +97,8 @@ def reference_gradients(
     for rank, batch in enumerate(batches):
         for number, chunk in enumerate(batch.chunks):
             seed_random(SEED, STEP, rank, number)
-            rows = encoder(torch.from_numpy(chunk.input_ids), torch.from_numpy(chunk.lengths))
+            columns = (chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
+            rows = encoder(*(None if x is None else torch.from_numpy(x) for x in columns))
             for text, row in zip(chunk.texts, rows, strict=True):
                 if text >= 0:
                     embeddings[text] = row
@@ -120,6 +123,7 @@ def run_case(
     lora: bool,
     longest: int | None = None,
     causal: bool,
+    pool_instruction: bool,
 ) -> dict[str, float]:
     """Worst relative error over all parameters, and the loss beside the reference's."""
     model = ModelConfig(
@@ -127,6 +131,7 @@ def run_case(
         dtype="float32",
         attention="causal" if causal else "bidirectional",
         pooling="last_token" if causal else "mean",
+        pool_instruction=pool_instruction,
         attention_dropout=DROPOUT if longest is None else 0.0,
         gradient_checkpointing=causal and schedule != "sweep",
         lora=LoraConfig(rank=4, alpha=8, dropout=DROPOUT) if lora else None,
@@ -207,9 +212,11 @@ def main() -> None:
     for case in cases:
         # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
         causal = case["lora"] and case["counts"][0] in (2, 3)
-        result = run_case(model_path, causal=causal, **case)
+        # Every schedule once without the instruction's tokens.
+        pooled = case["lora"] or case["counts"][0] != 3
+        result = run_case(model_path, causal=causal, pool_instruction=pooled, **case)
         if comm.rank() == 0:
-            print(json.dumps({**case, "causal": causal, **result}), flush=True)
+            print(json.dumps({**case, "causal": causal, "pooled": pooled, **result}), flush=True)
     comm.leave(0, gracefully=True)
 
 

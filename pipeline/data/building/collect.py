@@ -20,10 +20,12 @@ from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import Record, Row, read_rows
 from pipeline.data.sources.row import stable_hash
 from pipeline.run_dir import atomic_path, write_json, write_text
+from pipeline.tokenizer import instruction_characters
 
 ROW_SCHEMA = pa.schema(
     [
         ("query", pa.large_string()),  # instruction and text, as they will be tokenised
+        ("prefix", pa.int32()),  # characters of the instruction
         ("query_key", pa.int64()),
         ("instruction", pa.large_string()),
         ("concept", pa.int64()),
@@ -33,7 +35,9 @@ ROW_SCHEMA = pa.schema(
         ("scores", pa.large_list(pa.float32())),
     ]
 )
-_DOCUMENT_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.large_string())])
+_DOCUMENT_SCHEMA = pa.schema(
+    [("hash", pa.binary(16)), ("text", pa.large_string()), ("prefix", pa.int32())]
+)
 # Beyond this many, instructions belong to queries and cannot name groups.
 MAX_INSTRUCTIONS = 1024
 # A dropped text is shown by its beginning.
@@ -53,7 +57,8 @@ class _Collector:
     template: Template
     contamination: ContaminationIndex | None
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    documents: dict[bytes, str] = dataclasses.field(default_factory=dict)
+    # Text, instruction included, and characters of the instruction.
+    documents: dict[bytes, tuple[str, int]] = dataclasses.field(default_factory=dict)
     matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
@@ -129,12 +134,15 @@ class _Collector:
     ) -> None:
         for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
             for key, place in keys.items():
-                self.documents.setdefault(key, prefix + texts[place])
+                self.documents.setdefault(
+                    key, (prefix + texts[place], instruction_characters(prefix))
+                )
         places = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
         first = sum(place < row.num_first_negatives for place in negatives.values())
         self.rows.append(
             {
                 "query": self.template.format_query(row.query, row.instruction),
+                "prefix": instruction_characters(self.template.query_prefix(row.instruction)),
                 "query_key": stable_hash(row.query),
                 "instruction": row.instruction,
                 "concept": stable_hash(self.source.name, row.concept) if row.concept else -1,
@@ -197,7 +205,7 @@ def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, st
     write_text(build.beside(step, task, "dropped"), "".join(lines))
 
 
-def _write_documents(build: Build, task: int, documents: dict[bytes, str]) -> None:
+def _write_documents(build: Build, task: int, documents: dict[bytes, tuple[str, int]]) -> None:
     """One record batch per slice, so that a slice's task reads only its own part."""
     hashes = np.array(list(documents), dtype="S16")
     texts = list(documents.values())
@@ -212,9 +220,13 @@ def _write_documents(build: Build, task: int, documents: dict[bytes, str]) -> No
     ):
         for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
             places = order[start:end]
-            column = pa.array([texts[place] for place in places.tolist()], pa.large_string())
-            batch = pa.record_batch([fixed_binary(hashes[places]), column], schema=_DOCUMENT_SCHEMA)
-            writer.write_batch(batch)
+            chosen = [texts[place] for place in places.tolist()]
+            columns = [
+                fixed_binary(hashes[places]),
+                pa.array([text for text, _ in chosen], pa.large_string()),
+                pa.array([prefix for _, prefix in chosen], pa.int32()),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=_DOCUMENT_SCHEMA))
 
 
 def fixed_binary(hashes: Hashes) -> pa.Array:
@@ -251,20 +263,26 @@ def dedup_slice(build: Build, task: int) -> None:
     write_json(build.output("dedup", task), {"found": len(hashes), "kept": len(unique)})
 
 
-def read_chosen_texts(build: Build, number: int, wanted: IntArray | None) -> list[str]:
+def read_chosen_texts(
+    build: Build, number: int, wanted: IntArray | None
+) -> tuple[list[str], list[int]]:
     """Texts of a slice's distinct documents, in the order of their hashes.
 
     Args:
         number: the slice.
         wanted: places in the slice; None for all.
+
+    Returns:
+        (R,) texts and (R,) characters of the instruction that each begins with.
     """
     chosen = map_batch(build.beside("dedup", number, "documents"))
     blocks, rows = chosen.column("block").to_numpy(), chosen.column("row").to_numpy()
     if wanted is not None:
         blocks, rows = blocks[wanted], rows[wanted]
-    texts = np.empty(len(rows), dtype=object)
+    texts, prefixes = np.empty(len(rows), dtype=object), np.empty(len(rows), dtype=np.int32)
     for block in np.unique(blocks).tolist():
         places = np.flatnonzero(blocks == block)
-        column = _read_slice(build, block, number).column("text")
-        texts[places] = column.take(pa.array(rows[places])).to_pylist()
-    return texts.tolist()
+        batch = _read_slice(build, block, number).take(pa.array(rows[places]))
+        texts[places] = batch.column("text").to_pylist()
+        prefixes[places] = batch.column("prefix").to_numpy()
+    return texts.tolist(), prefixes.tolist()

@@ -15,7 +15,7 @@ from pipeline.run_dir import atomic_path, write_json
 
 def sign_slice(build: Build, task: int) -> None:
     """Write the signatures and band keys of one slice's documents."""
-    texts = read_chosen_texts(build, task, None)
+    texts, _ = read_chosen_texts(build, task, None)
     signatures = np.zeros((len(texts), NUM_HASHES), dtype=np.uint32)
     for row, text in enumerate(texts):
         signatures[row] = minhash(text)

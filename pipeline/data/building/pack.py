@@ -34,7 +34,7 @@ def lay_out(build: Build, task: int) -> None:
     for number in range(plan.num_slices):
         batch = map_batch(build.beside("tokenise", number, "documents"))
         ends = batch.column("tokens").offsets.to_numpy() * 4
-        ends = ends + np.arange(len(ends)) * 24
+        ends = ends + np.arange(len(ends)) * 28
         room = _add_pieces(documents, number, 0, ends, room, limit)
     examples: list[list[_Piece]] = [[]]
     room = limit
@@ -49,7 +49,7 @@ def lay_out(build: Build, task: int) -> None:
             for name, width in (("positives", 8), ("negatives", 8), ("scores", 4)):
                 offsets = batch.column(name).offsets.to_numpy()[first : first + count + 1]
                 ends = ends + (offsets - offsets[0]) * width
-            ends = ends + np.arange(len(ends)) * 52
+            ends = ends + np.arange(len(ends)) * 56
             room = _add_pieces(examples, block, first, ends, room, limit)
     shards = [("documents", pieces) for pieces in documents if pieces]
     shards += [("examples", pieces) for pieces in examples if pieces]

@@ -95,9 +95,12 @@ def tokenise_slice(build: Build, task: int) -> None:
     missing = np.array([tokens is None for tokens in known], dtype=bool)
     wanted = np.flatnonzero(kept)[missing]
     limit = build.config.max_document_length
-    fresh = iter(_encode(build, read_chosen_texts(build, task, wanted), limit))
-    tokens = [next(fresh) if row is None else row for row in known]
-    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes)]
+    texts, prefixes = read_chosen_texts(build, task, wanted)
+    fresh = zip(*_encode(build, texts, limit, prefixes), strict=True)
+    rows = [next(fresh) if row is None else row for row in known]
+    tokens = [ids for ids, _ in rows]
+    skipped = pa.array([count for _, count in rows], pa.int32())
+    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes), skipped]
     write_table(
         build.beside("tokenise", task, "documents"), pa.table(columns, schema=DOCUMENT_SCHEMA)
     )
@@ -114,6 +117,7 @@ def tokenise_slice(build: Build, task: int) -> None:
 
 def _report_near_duplicates(build: Build, task: int, places: IntArray, first: IntArray) -> None:
     numbers = _load(build, "numbers")
+    texts, _ = read_chosen_texts(build, task, places)
     entries = [
         {
             "source": "",
@@ -123,16 +127,23 @@ def _report_near_duplicates(build: Build, task: int, places: IntArray, first: In
             "text": text[:EXCERPT],
             "detail": f"document {numbers[other]} stands for it",
         }
-        for text, other in zip(read_chosen_texts(build, task, places), first.tolist(), strict=True)
+        for text, other in zip(texts, first.tolist(), strict=True)
     ]
     write_dropped(build, "tokenise", task, entries)
 
 
-def _encode(build: Build, texts: list[str], limit: int) -> list[NDArray[np.int32]]:
-    tokens = []
+def _encode(
+    build: Build, texts: list[str], limit: int, prefixes: list[int]
+) -> tuple[list[NDArray[np.int32]], list[int]]:
+    """Token ids of each text, and how many of them are its instruction's."""
+    tokens: list[NDArray[np.int32]] = []
+    skipped: list[int] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
-        tokens += build.encoder.encode(texts[start : start + _TEXTS_PER_CALL], limit)
-    return tokens
+        part = slice(start, start + _TEXTS_PER_CALL)
+        rows, counts = build.encoder.encode_prefixed(texts[part], limit, prefixes[part])
+        tokens += rows
+        skipped += counts.tolist()
+    return tokens, skipped
 
 
 def relate_block(build: Build, task: int) -> None:
@@ -154,9 +165,11 @@ def relate_block(build: Build, task: int) -> None:
     scores, first = taken["scores"], taken["num_first_negatives"]
     if build.config.near_duplicates is not None:
         positives, negatives, scores, first = _separate(positives, negatives, scores, first)
-    tokens = _encode(build, taken["query"].to_pylist(), build.config.max_query_length)
+    queries, prefixes = taken["query"].to_pylist(), taken["prefix"].to_pylist()
+    tokens, skipped = _encode(build, queries, build.config.max_query_length, prefixes)
     columns = [
         ragged_array(tokens, pa.int32()),
+        pa.array(skipped, pa.int32()),
         ragged_array(positives, pa.int64()),
         ragged_array(negatives, pa.int64()),
         first,

@@ -13,9 +13,9 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
 
-def earlier_tokens(build: Build, hashes: Hashes) -> list[NDArray[np.int32] | None]:
-    """For each document its tokens, where `reuse` has them whole, else None."""
-    found: list[NDArray[np.int32] | None] = [None] * len(hashes)
+def earlier_tokens(build: Build, hashes: Hashes) -> list[tuple[NDArray[np.int32], int] | None]:
+    """For each document its tokens, and how many are its instruction's; None where not whole."""
+    found: list[tuple[NDArray[np.int32], int] | None] = [None] * len(hashes)
     if build.config.reuse is None:
         return found
     dataset = open_earlier(build)
@@ -28,8 +28,9 @@ def earlier_tokens(build: Build, hashes: Hashes) -> list[NDArray[np.int32] | Non
     whole &= lengths <= build.config.max_document_length
     rows = rows[whole]
     views = dataset.documents.views("tokens", places[rows])
-    for row, view in zip(rows.tolist(), views, strict=True):
-        found[row] = view.astype(np.int32)
+    skipped = dataset.documents.scalars("instruction_tokens", places[rows])
+    for row, view, count in zip(rows.tolist(), views, skipped.tolist(), strict=True):
+        found[row] = view.astype(np.int32), count
     return found
 
 
