@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config.rules import require, strict
+from pipeline.config.text import Template
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedModel:
-    """An export folder and the name it has in the report."""
+    """An export folder, the name it has in the report, and how its queries are worded."""
 
     name: str
     path: Path
+    # Replaces the template that the export was trained with; a folder of others may have none.
+    template: Template | None = None
+    # `paper`: the sentences of arXiv 2505.15045, for comparison with its tables.
+    instruction_set: Literal["diffembed", "paper"] = "diffembed"
+    # Instructions by task name for this model alone.
+    instructions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The name is a folder of the results and a key of report.json.

@@ -16,6 +16,7 @@ from pipeline.evaluation.elements import (
     list_elements,
     read_result,
 )
+from pipeline.evaluation.instructions import instruction_for
 from pipeline.run_dir import write_json
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run_element(
         result = score_task(
             encoder,
             task_name=element.task,
-            instructions=config.instructions,
+            instruction=instruction_for(element.task, element.model, config),
             snapshots=config.snapshots,
             scratch=Path(scratch),
         )

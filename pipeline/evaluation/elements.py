@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.config import EvaluateConfig, EvaluatedModel, as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation.benchmarks import benchmark_of, expand
 from pipeline.evaluation.instructions import instruction_for
@@ -98,12 +98,30 @@ def export_fingerprint(path: Path) -> str:
 _EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 
 
+def model_fingerprint(model: EvaluatedModel) -> str:
+    """A short hash of the export and of what the config changes about it.
+
+    Instructions are no part of it: vectors are stored by instruction already.
+    """
+    export = export_fingerprint(model.path)
+    tree, plain = (
+        {key: value for key, value in as_tree(each).items() if key not in _NOT_THE_MODEL}
+        for each in (model, EvaluatedModel(name=model.name, path=model.path))
+    )
+    if tree == plain:
+        return export
+    return hashlib.sha256(json.dumps([export, tree], sort_keys=True).encode()).hexdigest()[:12]
+
+
+_NOT_THE_MODEL = {"name", "path", "instruction_set", "instructions"}
+
+
 def element_key(config: EvaluateConfig, element: Element) -> str:
     """A hash of everything an element's scores depend on; a finished element with another key is
     stale and runs again."""
     inputs = {
-        "export": export_fingerprint(element.model.path),
-        "instruction": instruction_for(element.task, config.instructions),
+        "model": model_fingerprint(element.model),
+        "instruction": instruction_for(element.task, element.model, config),
         "max_length": element.max_length,
         "snapshots": str(config.snapshots),
     }

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from mteb.models import ModelMeta
 from mteb.models.model_meta import ScoringFunction
 
 from pipeline.config import EvaluateConfig, Template
-from pipeline.evaluation.elements import Element
-from pipeline.evaluation.instructions import instruction_for
-
-Role = Literal["query", "document"]
+from pipeline.evaluation.elements import Element, model_fingerprint
+from pipeline.evaluation.texts import Role
+from pipeline.model.export import SETTINGS
 
 
 class TextEncoder(Protocol):
@@ -83,6 +83,18 @@ class EvaluatedEncoder:
         )
 
 
+def revision(element: Element) -> str:
+    """What tells a result from those of other steps, exports, templates and lengths.
+
+    mteb finds result files by model name and revision alone.
+    """
+    settings = element.model.path / SETTINGS
+    step = json.loads(settings.read_text()).get("step") if settings.is_file() else None
+    parts = [] if step is None else [f"step-{step:06d}"]
+    parts += [model_fingerprint(element.model), f"length-{element.max_length}"]
+    return "-".join(parts)
+
+
 LoadEncoder = Callable[[EvaluateConfig, Element], EvaluatedEncoder]
 
 
@@ -91,18 +103,17 @@ class MtebEncoder:
 
     Args:
         model: the loaded export.
-        instructions: instructions by task name that replace those of `instructions.py`.
+        instruction: what the queries ask of the model; documents never get it.
     """
 
-    def __init__(self, model: EvaluatedEncoder, instructions: Mapping[str, str]) -> None:
+    def __init__(self, model: EvaluatedEncoder, instruction: str) -> None:
         self.model = model
-        self.instructions = instructions
+        self.instruction = instruction
         self.mteb_model_meta = model.meta()
 
-    def embed_queries(self, task: str, texts: Sequence[str]) -> np.ndarray:
-        """(N,) query texts as mteb gives them -> (N, D), with the task's instruction."""
-        instruction = instruction_for(task, self.instructions)
-        return self.model.embedder.embed("query", instruction, texts)
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """(N,) query texts as mteb gives them -> (N, D), with the instruction."""
+        return self.model.embedder.embed("query", self.instruction, texts)
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
         """(N,) document texts -> (N, D); never with an instruction."""
@@ -128,7 +139,7 @@ class MtebEncoder:
         texts = [text for batch in inputs for text in batch["text"]]
         if prompt_type is not None and prompt_type.value == "document":
             return self.embed_documents(texts)
-        return self.embed_queries(task_metadata.name, texts)
+        return self.embed_queries(texts)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
         """(N, D), (M, D) vectors -> (N, M) dot products."""

@@ -11,7 +11,7 @@ from pipeline.comm import discover_world
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import Element, export_fingerprint
-from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder
+from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder, revision
 from pipeline.evaluation.guard import tokens_that_fit
 from pipeline.model.load import LoadedExport, load_export
 
@@ -41,11 +41,12 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             fix="shorten max_length or lengths, or use a larger GPU",
         )
     export = dataclasses.replace(_loaded[key], max_length=element.max_length)
+    template = element.model.template or export.template
     return EvaluatedEncoder(
-        embedder=TemplatedEmbedder(encoder=export, template=export.template),
-        template=export.template,
+        embedder=TemplatedEmbedder(encoder=export, template=template),
+        template=template,
         name=element.model.name,
-        revision=f"{fingerprint}-length-{element.max_length}",
+        revision=revision(element),
         max_length=element.max_length,
         num_dimensions=export.num_dimensions,
         precision=precision,

@@ -14,7 +14,8 @@ import hashlib
 import heapq
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,53 +26,19 @@ import pyarrow.ipc
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
+from pipeline.evaluation.distinct import SCHEMA, DistinctTexts
 from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.encoder import Role
 from pipeline.evaluation.guard import check_fit
 from pipeline.evaluation.instructions import instruction_for
+from pipeline.evaluation.keys import TextKey
+from pipeline.evaluation.listing import Listing, Request, list_task
 from pipeline.run_dir import atomic_path, write_json
 
-_VERSION = 1
+_VERSION = 2
 _TEXTS = "texts.arrow"
-_SCHEMA = pa.schema(
-    [
-        ("role", pa.string()),
-        ("instruction", pa.string()),
-        ("max_length", pa.int32()),
-        ("text", pa.large_string()),
-    ]
-)
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048
 _MIN_BLOCK_COST = 32_768.0
-# Characters of a token, at the dense end of what the benchmarks hold (mathematics 3.0, prose 4.3).
-_BYTES_PER_TOKEN = 3.5
-# Length at which attention costs as much as all else in a 7 B model with 28 layers of width 3584:
-# 2 x parameters / (4 x layers x width).
-_ATTENTION_TOKENS = 35_000
-# What a template may add to a text, in bytes; tokens never outnumber bytes.
-_TEMPLATE_BYTES = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TextKey:
-    """What a vector depends on, beside the model."""
-
-    role: Role
-    instruction: str
-    max_length: int
-    text: str
-
-    def digest(self) -> bytes:
-        """16 bytes that stand for all four."""
-        joined = f"{self.role}\0{self.instruction}\0{self.max_length}\0{self.text}"
-        return hashlib.sha256(joined.encode()).digest()[:16]
-
-    def cost(self) -> float:
-        """Work to embed the text, in tokens of a short text."""
-        size = len(self.instruction.encode()) + len(self.text.encode())
-        tokens = min(size / _BYTES_PER_TOKEN + 1, self.max_length)
-        return tokens * (1 + tokens / _ATTENTION_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,31 +68,34 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         UserError: a task's data are missing or incomplete, or a text cannot fit the GPU.
     """
     check_fit(config)
-    keys: dict[bytes, TextKey] = {}
-    num_occurrences = 0
-    for key in _all_texts(config, num_workers):
-        num_occurrences += 1
-        keys.setdefault(key.digest(), key)
-    # Ties by digest: the same texts give the same blocks, whatever the order of tasks.
-    ordered = sorted((-key.cost(), digest) for digest, key in keys.items())
-    blocks = cut_blocks([-cost for cost, _ in ordered])
+    folder = plan_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside the plan, not in /tmp: the texts of all tasks may be larger than a node's memory.
+    with tempfile.TemporaryDirectory(prefix=".texts-", dir=folder) as scratch:
+        listings = _list_tasks(config, Path(scratch), num_workers)
+        distinct = DistinctTexts.of(listings)
+        blocks = cut_blocks(distinct.costs.tolist())
+        _write_texts(folder / _TEXTS, (distinct.block(rows) for rows in blocks))
+    sizes = np.array([len(rows) for rows in blocks])
+    places = np.stack(
+        [
+            np.repeat(np.arange(len(blocks)), sizes),
+            np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes),
+        ],
+        axis=1,
+    ).astype(np.int32)
+    with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, digests=distinct.digests, places=places)
+    sums = np.add.reduceat(distinct.costs, np.cumsum(sizes) - sizes)
     plan = Plan(
-        folder=plan_folder(config),
-        num_texts=len(ordered),
-        num_occurrences=num_occurrences,
+        folder=folder,
+        num_texts=len(distinct.costs),
+        num_occurrences=sum(len(listing.rows) for listing in listings),
         lengths=_all_lengths(config),
-        block_costs=tuple(-sum(ordered[row][0] for row in rows) for rows in blocks),
+        block_costs=tuple(sums.tolist()),
     )
-    in_blocks = ([keys[ordered[row][1]] for row in rows] for rows in blocks)
-    _write_texts(plan.folder / _TEXTS, in_blocks)
-    places = np.array([(b, r) for b, rows in enumerate(blocks) for r in range(len(rows))], np.int32)
-    digests = np.frombuffer(b"".join(digest for _, digest in ordered), np.uint64).reshape(-1, 2)
-    if len(np.unique(digests[:, 0])) < len(digests):
-        raise RuntimeError("two texts share the first 8 bytes of their digest")
-    with atomic_path(plan.folder / "index.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, digests=digests, places=places)
     # Last: its presence means that the plan is whole.
-    write_json(plan.folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
+    write_json(folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
     return plan
 
 
@@ -149,15 +119,8 @@ def read_plan(config: EvaluateConfig) -> Plan:
 
 def plan_folder(config: EvaluateConfig) -> Path:
     """Where the plan of these tasks, lengths, instructions and snapshots is."""
-    inputs = [
-        _VERSION,
-        str(config.snapshots),
-        [
-            (element.task, element.max_length, instruction_for(element.task, config.instructions))
-            for element in list_elements(config)
-            if element.model == config.models[0]
-        ],
-    ]
+    requests = [dataclasses.astuple(request) for request in _requests(config)]
+    inputs = [_VERSION, str(config.snapshots), requests]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     return config.output_dir / "plan" / digest
 
@@ -190,67 +153,46 @@ def assign(costs: Sequence[float], num_elements: int) -> list[list[int]]:
     return shares
 
 
-def effective_length(instruction: str, text: str, wanted: int, lengths: Sequence[int]) -> int:
-    """The smallest length at which a text that is not cut at `wanted` is not cut either.
-
-    A text that fits 512 tokens has the same vector at 32768, so both lengths share it. Tokens are
-    bounded by bytes: no tokenizer is asked.
-    """
-    size = len(instruction.encode()) + len(text.encode()) + _TEMPLATE_BYTES
-    return min((length for length in lengths if size <= length < wanted), default=wanted)
-
-
 def _all_lengths(config: EvaluateConfig) -> tuple[int, ...]:
     return tuple(sorted({element.max_length for element in list_elements(config)}))
 
 
-def _all_texts(config: EvaluateConfig, num_workers: int) -> Iterator[TextKey]:
-    """Every text of every task at every length, with repetitions."""
-    lengths = _all_lengths(config)
-    wanted: dict[str, list[int]] = {}
+def _requests(config: EvaluateConfig) -> list[Request]:
+    """What to list of each task; models that word a task differently share its documents."""
+    instructions: dict[str, dict[str, None]] = {}
+    lengths: dict[str, dict[int, None]] = {}
     for element in list_elements(config):
-        if element.model == config.models[0]:
-            wanted.setdefault(element.task, []).append(element.max_length)
-    for task, texts in zip(wanted, _load_tasks(config, list(wanted), num_workers), strict=True):
-        instruction = instruction_for(task, config.instructions)
-        for role, text in texts:
-            own = instruction if role == "query" else ""
-            for length in wanted[task]:
-                yield TextKey(
-                    role=role,
-                    instruction=own,
-                    max_length=effective_length(own, text, length, lengths),
-                    text=text,
-                )
+        wording = instruction_for(element.task, element.model, config)
+        instructions.setdefault(element.task, {})[wording] = None
+        lengths.setdefault(element.task, {})[element.max_length] = None
+    return [
+        Request(task=task, instructions=tuple(sorted(own)), lengths=tuple(sorted(lengths[task])))
+        for task, own in sorted(instructions.items())
+    ]
 
 
-def _load_tasks(
-    config: EvaluateConfig, tasks: Sequence[str], num_workers: int
-) -> Iterator[list[tuple[Role, str]]]:
-    """Texts of each task, in the order of tasks."""
-    # Here, not at the top: reading a plan must not load mteb.
-    from pipeline.evaluation.snapshots import task_texts
-
-    load = functools.partial(task_texts, snapshots=config.snapshots)
+def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[Listing]:
+    requests = _requests(config)
+    work = functools.partial(
+        list_task, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
+    )
     if num_workers == 1:
-        yield from map(load, tasks)
-        return
+        return [work(request) for request in requests]
     # Spawned, because forking a process that has loaded torch may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
-        yield from pool.map(load, tasks)
+    with ProcessPoolExecutor(min(num_workers, len(requests)), mp_context=context) as pool:
+        return list(pool.map(work, requests))
 
 
-def _write_texts(path: Path, blocks: Iterable[Sequence[TextKey]]) -> None:
+def _write_texts(path: Path, blocks: Iterable[pa.RecordBatch]) -> None:
     """One Arrow file, one record batch per block."""
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
-        pyarrow.ipc.new_file(file, _SCHEMA) as writer,
+        pyarrow.ipc.new_file(file, SCHEMA) as writer,
     ):
-        for keys in blocks:
-            columns = {name: [getattr(key, name) for key in keys] for name in _SCHEMA.names}
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
+        for block in blocks:
+            writer.write_batch(block)
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

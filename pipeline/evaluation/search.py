@@ -60,7 +60,7 @@ class ExactSearch:
         query_ids = list(queries["id"])
         document_ids = list(self._corpus["id"])
         candidates = _candidate_rows(query_ids, document_ids, top_ranked)
-        query_QD = self._encoder.embed_queries(task_metadata.name, query_texts(queries))
+        query_QD = self._encoder.embed_queries(query_texts(queries))
         best = TopK(num_queries=len(query_ids), k=top_k)
         for start in range(0, len(document_ids), self._block_documents):
             rows = range(start, min(start + self._block_documents, len(document_ids)))

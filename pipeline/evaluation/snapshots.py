@@ -16,7 +16,7 @@ import datasets
 import mteb
 
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Role
+from pipeline.evaluation.bright import is_bright, load_columns
 from pipeline.evaluation.texts import document_texts, query_texts
 
 # Written beside a fetched data set when it is whole; holds its revision.
@@ -153,16 +153,22 @@ def changed_judgements(task: Any) -> dict[str, list[str]]:
     return {row["query-id"]: list(row["corpus-ids"]) for row in rows}
 
 
-def task_texts(name: str, *, snapshots: Path | None) -> list[tuple[Role, str]]:
-    """Every document and query of a task, as mteb will ask for them, after the proof."""
-    texts: list[tuple[Role, str]] = []
+def task_texts(name: str, *, snapshots: Path | None) -> tuple[list[str], list[str]]:
+    """Every document and every query of a task, as mteb will ask for them, after the proof."""
+    documents: list[str] = []
+    queries: list[str] = []
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
         task = localise(get_task(name), snapshots)
-        load_and_prove(task)
-        for _, _, data in evaluated_splits(task):
-            texts += [("document", text) for text in document_texts(data["corpus"])]
-            texts += [("query", text) for text in query_texts(data["queries"])]
-    return texts
+        if is_bright(name):
+            splits = [load_columns(task)]
+            _prove_split(name, splits[0])
+        else:
+            load_and_prove(task)
+            splits = [data for _, _, data in evaluated_splits(task)]
+        for data in splits:
+            documents += document_texts(data["corpus"])
+            queries += query_texts(data["queries"])
+    return documents, queries
 
 
 @contextlib.contextmanager

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.comm import World
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template
 from pipeline.errors import UserError
-from pipeline.evaluation.elements import Element, export_fingerprint, list_elements
-from pipeline.evaluation.encoder import EvaluatedEncoder, LoadEncoder, Role
-from pipeline.evaluation.plan import Plan, TextKey, assign, effective_length, read_plan
+from pipeline.evaluation.elements import Element, list_elements, model_fingerprint
+from pipeline.evaluation.encoder import EvaluatedEncoder, LoadEncoder, revision
+from pipeline.evaluation.keys import TextKey, byte_sizes, digests, effective_lengths
+from pipeline.evaluation.plan import Plan, assign, read_plan
+from pipeline.evaluation.texts import Role
 from pipeline.run_dir import atomic_path, write_json
 
 _FORMAT = "float16"
@@ -23,7 +26,7 @@ _FORMAT = "float16"
 
 def store_folder(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> Path:
     """Where a model's vectors of a plan are; another export has another folder."""
-    name = f"{model.name}-{export_fingerprint(model.path)}"
+    name = f"{model.name}-{model_fingerprint(model)}"
     return config.output_dir / "store" / name / plan.folder.name
 
 
@@ -145,9 +148,9 @@ class StoredEmbedder:
         self._folder = folder
         self._max_length = max_length
         with np.load(plan.folder / "index.npz") as index:
-            digests, places = index["digests"], index["places"]
-        order = np.argsort(digests[:, 0], kind="stable")
-        self._first, self._second = digests[order, 0], digests[order, 1]
+            words, places = index["digests"], index["places"]
+        order = np.argsort(words[:, 0], kind="stable")
+        self._first, self._second = words[order, 0], words[order, 1]
         self._places = places[order]
         self._blocks: dict[int, np.ndarray] = {}
 
@@ -165,17 +168,11 @@ class StoredEmbedder:
         return rows_ND
 
     def _find(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
-        lengths = self._plan.lengths
-        digests = b"".join(
-            TextKey(
-                role=role,
-                instruction=instruction,
-                max_length=effective_length(instruction, text, self._max_length, lengths),
-                text=text,
-            ).digest()
-            for text in texts
+        column = pa.array(texts, type=pa.large_string())
+        lengths_N = effective_lengths(
+            instruction, byte_sizes(column), self._max_length, self._plan.lengths
         )
-        words_N2 = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+        words_N2 = digests(role, instruction, column, lengths_N)
         found = np.searchsorted(self._first, words_N2[:, 0]).clip(max=len(self._first) - 1)
         known = (self._first[found] == words_N2[:, 0]) & (self._second[found] == words_N2[:, 1])
         if not known.all():
@@ -213,7 +210,7 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
         embedder=StoredEmbedder(plan, folder, element.max_length),
         template=Template(query=description["query"], document=description["document"]),
         name=element.model.name,
-        revision=f"{export_fingerprint(element.model.path)}-length-{element.max_length}",
+        revision=revision(element),
         max_length=element.max_length,
         num_dimensions=description["num_dimensions"],
         precision=description["precision"],

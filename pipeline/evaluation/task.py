@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from mteb.cache import ResultCache
 from pipeline.evaluation.benchmarks import benchmark_of
 from pipeline.evaluation.encoder import EvaluatedEncoder, MtebEncoder
 from pipeline.evaluation.examples import worst_queries
-from pipeline.evaluation.instructions import instruction_for
 from pipeline.evaluation.scoring import chance_level, p_mrr_per_query, per_query_scores
 from pipeline.evaluation.search import ExactSearch
 from pipeline.evaluation.snapshots import (
@@ -35,13 +33,14 @@ def score_task(
     model: EvaluatedEncoder,
     *,
     task_name: str,
-    instructions: Mapping[str, str],
+    instruction: str,
     snapshots: Path | None,
     scratch: Path,
 ) -> dict[str, Any]:
     """Evaluate, and check that our per-query scores add up to mteb's number.
 
     Args:
+        instruction: what the task's queries ask of the model.
         snapshots: folder of data set snapshots in the hub's layout; None reads from the hub.
         scratch: an empty folder; mteb's own result files are left in `scratch/mteb`.
 
@@ -51,7 +50,7 @@ def score_task(
     with private_cache(scratch / "datasets"):
         task = localise(get_task(task_name), snapshots)
         load_and_prove(task)
-        search = ExactSearch(MtebEncoder(model, instructions))
+        search = ExactSearch(MtebEncoder(model, instruction))
         outcome = mteb.evaluate(
             search,
             task,
@@ -87,7 +86,7 @@ def score_task(
                 search.rankings, per_query.items(), strict=True
             )
         },
-        "instruction": instruction_for(task_name, instructions),
+        "instruction": instruction,
         "query_template": model.template.query,
         "document_template": model.template.document,
         "max_length": model.max_length,

@@ -6,7 +6,9 @@ happens here once; nothing downstream may add either again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+Role = Literal["query", "document"]
 
 
 def document_texts(table: Any) -> list[str]:

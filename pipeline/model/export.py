@@ -86,6 +86,7 @@ def export_encoder(
         "version": 1,
         "template": as_tree(template),
         "max_length": max_length,
+        "step": card.get("step"),
         "model": as_tree(config),
     }
     with _replaced(output_dir) as folder:

@@ -18,6 +18,7 @@ from pipeline.evaluation.array import num_elements, run_all, run_element
 from pipeline.evaluation.benchmarks import expand
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.encoder import MtebEncoder
+from pipeline.evaluation.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from pipeline.evaluation.merge import merge_results
 from pipeline.evaluation.snapshots import get_task, localise
 
@@ -41,7 +42,7 @@ def test_every_task_scores_what_mteb_scores_with_its_own_search(
     )
     ours = run_element(config, index, load=load)
     theirs = mteb.evaluate(
-        MtebEncoder(wrap(minilm), {}),
+        MtebEncoder(wrap(minilm), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
         localise(get_task(task), config.snapshots),
         cache=None,
         co2_tracker=False,
@@ -64,7 +65,7 @@ def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, 
     element = next(e for e in list_elements(only(config, task)) if e.model.name == "weak")
     ours = run_element(only(config, task), element.index, load=load)
     theirs = mteb.evaluate(
-        MtebEncoder(load(config, element), {}),
+        MtebEncoder(load(config, element), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
         localise(get_task(task), config.snapshots),
         cache=None,
         co2_tracker=False,

@@ -24,7 +24,13 @@ FOLLOW_IR = "Core17InstructionRetrieval"
 def texts_seen_by_the_model(task: str, snapshots, tmp_path, minilm: MiniLM) -> list[str]:
     model = wrap(minilm)
     minilm.seen.clear()
-    score_task(model, task_name=task, instructions={}, snapshots=snapshots, scratch=tmp_path)
+    score_task(
+        model,
+        task_name=task,
+        instruction=INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION),
+        snapshots=snapshots,
+        scratch=tmp_path,
+    )
     return minilm.seen.copy()
 
 
@@ -80,7 +86,7 @@ def test_a_snapshot_without_what_follow_ir_needs_is_refused_before_encoding(
         score_task(
             wrap(Untouched()),
             task_name=FOLLOW_IR,
-            instructions={},
+            instruction="",
             snapshots=tmp_path / "hub",
             scratch=tmp_path / "scratch",
         )
@@ -91,7 +97,7 @@ def test_excluded_documents_are_never_found(snapshots, tmp_path, minilm):
         task = localise(get_task("BrightAopsRetrieval"), snapshots)
         load_and_prove(task)
     data = task.dataset["default"]["standard"]
-    search = ExactSearch(MtebEncoder(wrap(minilm), {}), block_documents=7)
+    search = ExactSearch(MtebEncoder(wrap(minilm), ""), block_documents=7)
     search.index(data["corpus"])
     rankings = search.search(
         data["queries"],
@@ -125,7 +131,7 @@ def test_a_missing_snapshot_and_an_unknown_task_are_the_users_errors(tmp_path):
 
 
 def test_our_encoder_and_search_satisfy_mtebs_protocols_and_inherit_nothing(minilm):
-    encoder = MtebEncoder(wrap(minilm), {})
+    encoder = MtebEncoder(wrap(minilm), "")
     assert isinstance(encoder, EncoderProtocol)
     assert isinstance(ExactSearch(encoder), SearchProtocol)
     assert MtebEncoder.__mro__ == (MtebEncoder, object)
@@ -156,11 +162,8 @@ def test_a_benchmark_expands_to_its_tasks_once():
 
 
 def test_an_empty_instruction_leaves_the_bare_query(minilm):
-    encoder = MtebEncoder(wrap(minilm), {"BrightPonyRetrieval": ""})
+    bare, asked = MtebEncoder(wrap(minilm), ""), MtebEncoder(wrap(minilm), "Find it")
     minilm.seen.clear()
-    encoder.embed_queries("BrightPonyRetrieval", ["how to loop"])
-    encoder.embed_queries("BrightAopsRetrieval", ["how to loop"])
-    assert minilm.seen == [
-        "how to loop",
-        Template().format_query("how to loop", INSTRUCTIONS["BrightAopsRetrieval"]),
-    ]
+    bare.embed_queries(["how to loop"])
+    asked.embed_queries(["how to loop"])
+    assert minilm.seen == ["how to loop", Template().format_query("how to loop", "Find it")]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from benchmark_replicas import TOPICS
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
@@ -15,9 +17,20 @@ from pipeline.comm import World
 from pipeline.errors import UserError
 from pipeline.evaluation import plan as planning
 from pipeline.evaluation.array import run_all, score_all
+from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.plan import assign, cut_blocks, effective_length, read_plan, write_plan
+from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
+from pipeline.evaluation.plan import assign, cut_blocks, read_plan, write_plan
+from pipeline.evaluation.snapshots import (
+    evaluated_splits,
+    get_task,
+    load_and_prove,
+    localise,
+    private_cache,
+    task_texts,
+)
 from pipeline.evaluation.store import block_path, embed_element, missing_blocks, store_folder
+from pipeline.evaluation.texts import document_texts, query_texts
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.
 AOPS = "BrightAopsRetrieval"
@@ -147,13 +160,40 @@ def cutting(config, element):
 
 
 def test_a_text_shares_the_shortest_length_at_which_it_surely_is_not_cut():
-    lengths = (512, 4096, 32768)
-    assert effective_length("", "x" * 300, 32768, lengths) == 512
-    assert effective_length("", "x" * 600, 32768, lengths) == 4096
-    assert effective_length("", "x" * 600, 512, lengths) == 512
-    assert effective_length("", "x" * 9000, 4096, lengths) == 4096
+    def found(size: int, wanted: int) -> int:
+        return int(effective_lengths("", np.array([size]), wanted, (512, 4096, 32768))[0])
+
+    assert found(300, 32768) == 512
+    assert found(600, 32768) == 4096
+    assert found(600, 512) == 512
+    assert found(9000, 4096) == 4096
+    assert found(90_000, 32768) == 32768
     # Three bytes each: bytes bound tokens, characters do not.
-    assert effective_length("", "語" * 300, 4096, lengths) == 4096
+    assert byte_sizes(pa.array(["x", "語" * 300], type=pa.large_string())).tolist() == [1, 900]
+
+
+def test_a_digest_tells_role_instruction_length_and_text_apart():
+    def digest(role: str, instruction: str, text: str, length: int) -> tuple[int, int]:
+        texts = pa.array(["other", text], type=pa.large_string()).slice(1)
+        first, second = digests(role, instruction, texts, np.array([length], np.int32))[0]
+        return int(first), int(second)
+
+    keys = [(r, i, t, n) for r in ("query", "document") for i in ("", "ask") for t in ("a", "")
+            for n in (512, 4096)]  # fmt: skip
+    assert len({digest(*key) for key in keys}) == len(keys)
+    wanted = hashlib.sha256(b"query\0ask\x004096\0text").digest()[:16]
+    assert np.array(digest("query", "ask", "text", 4096), np.uint64).tobytes() == wanted
+
+
+@pytest.mark.parametrize("task", [*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]])
+def test_bright_is_listed_by_column_as_mteb_loads_it(task, snapshots, tmp_path):
+    with private_cache(tmp_path):
+        loaded = localise(get_task(task), snapshots)
+        load_and_prove(loaded)
+    ((_, _, data),) = evaluated_splits(loaded)
+    documents, queries = task_texts(task, snapshots=snapshots)
+    assert documents == document_texts(data["corpus"])
+    assert queries == query_texts(data["queries"])
 
 
 def test_64_elements_are_balanced_to_5_percent_on_the_real_sizes():
