@@ -84,6 +84,18 @@ def stop(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder
 
 
 @app.command()
+def rewind(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    checkpoint: Annotated[str, typer.Argument(help="a name like step-000100")],
+) -> None:
+    """Let a run go on from an older checkpoint; it is checked first, and none is deleted."""
+    from pipeline.run_dir import RunDir
+    from pipeline.training.checkpoint import rewind as rewind_to
+
+    print(f"{run}: its next start goes on from {rewind_to(RunDir(run).checkpoints, checkpoint)}")
+
+
+@app.command()
 def export(
     config: Config,
     overrides: Overrides = None,

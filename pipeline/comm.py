@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.errors import DiffembedError, UserError
+
+T = TypeVar("T")
 
 # Per launcher: the variables that hold rank, world size and local rank.
 _LAUNCHERS = {
@@ -34,6 +37,7 @@ class World:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    launched: bool = False  # by a launcher, as one of its ranks
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +60,10 @@ def discover_world(environ: dict[str, str] | None = None) -> World:
         if local_rank not in present:
             raise UserError(f"{launcher} set {rank} and {size} but not {local_rank}")
         world = World(
-            rank=int(env[rank]), world_size=int(env[size]), local_rank=int(env[local_rank])
+            rank=int(env[rank]),
+            world_size=int(env[size]),
+            local_rank=int(env[local_rank]),
+            launched=True,
         )
         if not 0 <= world.rank < world.world_size:
             raise UserError(
@@ -150,7 +157,13 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 
 def any_rank(flag: bool) -> bool:
     """True on all ranks if it is true on one: the only safe way to decide on a rank's own view."""
-    return bool(all_reduce_(torch.tensor(int(flag), device=device()), "max").item())
+    return bool(max_over_ranks(flag)[0])
+
+
+def max_over_ranks(*values: float) -> list[float]:
+    """The largest of every rank's first value, of its second, ..., in one collective call."""
+    own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
+    return [float(value) for value in all_reduce_(own, "max").tolist()]
 
 
 def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -206,6 +219,24 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What the call returns on rank 0, on all ranks; they raise alike what it raises there.
+
+    Raises:
+        DiffembedError: any error of this package; another one ends rank 0 alone.
+    """
+    outcome: T | DiffembedError | None = None
+    if rank() == 0:
+        try:
+            outcome = function()
+        except DiffembedError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, DiffembedError):
+        raise outcome
+    return outcome
 
 
 def all_gather_object(value: Any) -> list[Any]:

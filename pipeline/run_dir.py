@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from pipeline.errors import UserError
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
 
@@ -35,6 +39,44 @@ class RunDir:
         self.report = self.root / "report"
         # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
         self.stop_request = self.root / "stop"
+        self._lock: TextIO | None = None
+
+    def claim(self, *, patience_seconds: float = 60) -> None:
+        """Make sure that no other training works on this run, until this process ends.
+
+        The system takes the lock back however the process ends.
+
+        Args:
+            patience_seconds: how long to wait for another one that may be about to end.
+
+        Raises:
+            UserError: it is still there.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = (self.root / "lock").open("a+")
+        deadline = time.monotonic() + patience_seconds
+        while not _lock_now(lock):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise UserError(
+                    f"{self.root}: another training works on this run ({lock.read().strip()})",
+                    fix=f"wait for it, `diffembed stop {self.root}`, or choose another output_dir",
+                )
+            time.sleep(0.5)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        self._lock = lock
+
+
+def _lock_now(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network disks have no locks: nothing to go by
+    return True
 
 
 @contextmanager

@@ -123,14 +123,25 @@ class ChunkConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When the run saves itself and how many saves are kept."""
+    """When the run saves itself, and which saves are kept."""
 
     every: int = 100
     keep_last: int = 2
+    # Checkpoints whose step is a multiple of this stay for good.
+    keep_every: int | None = None
+    # A folder on slower, safer storage that every checkpoint is copied to, in the background.
+    mirror: Path | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "an integer >= 1 (steps)")
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "an integer >= 1")
+        kept = self.keep_every
+        require(
+            kept is None or (kept >= 1 and kept % self.every == 0),
+            "checkpoint.keep_every",
+            kept,
+            f"a multiple of checkpoint.every ({self.every}), or null",
+        )
 
 
 @strict

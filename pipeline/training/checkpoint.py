@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.errors import UserError
-from pipeline.run_dir import sync_dir, sync_file, write_json, write_text
+from pipeline.run_dir import write_text
 
 FORMAT_VERSION = 1
 
@@ -42,70 +40,13 @@ class Stateful(Protocol):
         """How many updates the optimizer has made."""
 
     def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole state of a parameter; a collective call."""
+        """The whole state of a parameter in tensors of its own; a collective call."""
 
     def prepare_restore(self, optimizer_steps: int) -> None:
         """Make room for state to restore."""
 
     def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """Take the whole state of a parameter; a collective call."""
-
-
-def save(
-    folder: Path,
-    engine: Stateful,
-    *,
-    step: int,
-    identity: dict[str, Any],
-    extra: dict[str, Any] | None = None,
-) -> Path:
-    """Write the checkpoint after `step` optimizer steps; a collective call.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        engine: what to save.
-        step: finished optimizer steps; the next one to run.
-        identity: what a resuming run must have in common (see `load`).
-        extra: plain values that `load` hands back.
-    """
-    target = folder / f"step-{step:06d}"
-    partial = folder / f".{target.name}.partial"
-    rank, world_size = comm.rank(), comm.world_size()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier()
-    share = {}
-    for index, name in enumerate(engine.parameter_names):
-        state = engine.gather_state(name)
-        # Every rank takes part in the gather, one keeps the result: writing is shared out.
-        if index % world_size == rank:
-            for key, tensor in state.items():
-                share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
-    path = partial / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
-    save_file(share, path)
-    sync_file(path)
-    files = comm.all_gather_object((path.name, _describe(path)))
-    if rank == 0:
-        description = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "optimizer_steps": engine.optimizer_steps,
-            "world_size": world_size,
-            "identity": identity,
-            "parameters": engine.parameter_names,
-            "extra": extra or {},
-            "files": dict(files),
-        }
-        write_json(partial / "state.json", description)
-        sync_dir(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        sync_dir(folder)
-        # Last: `latest` must never name a checkpoint that is not whole.
-        write_text(folder / "latest", target.name + "\n")
-    comm.barrier()
-    return target
 
 
 def latest(folder: Path) -> Path | None:
@@ -122,9 +63,14 @@ def latest(folder: Path) -> Path | None:
         raise UserError(
             f"{pointer} names {path.name}, which does not exist",
             allowed=", ".join(names(folder)) or "no checkpoint is left",
-            fix=f"write one of these names into {pointer}, or delete it to start anew",
+            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {pointer} to start anew",
         )
     return path
+
+
+def name_of(step: int) -> str:
+    """Name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:06d}"
 
 
 def names(folder: Path) -> list[str]:
@@ -132,13 +78,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step-*"))
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; rank 0 only."""
-    for name in names(folder)[:-keep_last]:
-        # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
-        doomed = folder / f".{name}.deleted"
-        (folder / name).rename(doomed)
-        shutil.rmtree(doomed)
+def rewind(folder: Path, name: str) -> Path:
+    """Let the run go on from an older checkpoint than its newest; nothing is deleted.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    if name not in names(folder):
+        raise UserError(
+            f"{folder}: no checkpoint {name!r}",
+            allowed=", ".join(names(folder)) or "no checkpoint is left",
+        )
+    verify(folder / name)
+    write_text(folder / "latest", name + "\n")
+    return folder / name
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -171,16 +124,16 @@ def verify(path: Path) -> dict[str, Any]:
     for name, expected in state["files"].items():
         if not (path / name).is_file():
             raise _damaged(path, f"{name} is missing")
-        if _describe(path / name) != expected:
+        if describe_file(path / name) != expected:
             raise _damaged(path, f"{name} differs from its recorded size or SHA-256")
     return state
 
 
 def _damaged(path: Path, what: str) -> UserError:
     older = [name for name in names(path.parent) if name < path.name]
-    fix = f"delete {path.name}"
+    fix = "train anew in another output_dir"
     if older:
-        fix += f" and write {older[-1]} into {path.parent / 'latest'} to go on from there"
+        fix = f"`diffembed rewind {path.parent.parent} {older[-1]}` to go on from the one before"
     return UserError(f"checkpoint {path}: {what}", fix=fix)
 
 
@@ -190,26 +143,22 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
     Raises:
         UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
     """
-    outcome: dict[str, Any] | UserError | None = None
-    if comm.rank() == 0:
-        try:
-            outcome = verify(path)
-            _check_identity(path, outcome["identity"], identity)
-        except UserError as error:
-            outcome = error
-    outcome = comm.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    assert outcome is not None
-    if odd := sorted(set(outcome["parameters"]) ^ set(engine.parameter_names)):
+
+    def check() -> dict[str, Any]:
+        state = verify(path)
+        _check_identity(path, state["identity"], identity)
+        return state
+
+    state = comm.on_main(check)
+    if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
         raise UserError(
             f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
             fix="resume with the model section that the run began with",
         )
-    engine.prepare_restore(outcome["optimizer_steps"])
-    for name, state in iterate_tensors(path):
-        engine.restore_state(name, state)
-    return int(outcome["step"]), outcome["extra"]
+    engine.prepare_restore(state["optimizer_steps"])
+    for name, tensors in iterate_tensors(path):
+        engine.restore_state(name, tensors)
+    return int(state["step"]), state["extra"]
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -240,7 +189,8 @@ def _check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -
             )
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

@@ -1,48 +1,79 @@
-"""A request to stop, from a signal or a file, turned into one decision of all ranks."""
+"""A request to stop: from a signal, a file, or the end of the launcher."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
 from pipeline import comm
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Launchers hand on a signal that the ranks have got as well: both are one request.
+_ONE_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
-    """Remembers the first signal; a second one ends the process at once.
+    """Remembers the first signal; a second one, a second later or more, ends the process at once.
 
     Args:
         file: a path that, once it exists, asks for a stop as a signal would.
+        launched: whether the process that started this one is a launcher. Without it nobody would
+            end the ranks, and a run that is started again would meet them in its folder.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, launched: bool) -> None:
         self._file = file
         self._reason = ""
+        self._first_signal = 0.0
+        self._launchers = _launchers() if launched else []
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._reason:
+        now = time.monotonic()
+        if not self._first_signal:
+            self._first_signal = now
+            self._reason = signal.Signals(number).name
+        elif now - self._first_signal > _ONE_REQUEST_SECONDS:
             os._exit(128 + number)
-        self._reason = signal.Signals(number).name
 
-    def agreed(self) -> str:
-        """The reason to stop on all ranks, empty when there is none; a collective call.
+    def reason(self) -> str:
+        """Why this rank wants to stop, empty when it does not."""
+        if not self._reason:
+            if comm.rank() == 0 and self._file.exists():
+                return f"{self._file.name} file"
+            if self._launchers and _launchers(len(self._launchers)) != self._launchers:
+                self._reason = "the launcher's end"
+        return self._reason
 
-        One rank alone must not decide: the others would wait for it in the next collective.
-        """
-        reason = self._reason
-        if not reason and comm.rank() == 0 and self._file.exists():
-            reason = f"{self._file.name} file"
-        if not comm.any_rank(bool(reason)):
-            return ""
-        return str(next(r for r in comm.all_gather_object(reason) if r))
+    def agreed_reason(self) -> str:
+        """The reason of the first rank that has one; a collective call."""
+        return str(next(reason for reason in comm.all_gather_object(self.reason()) if reason))
 
     def clear(self) -> None:
         """Forget an earlier request by file, so that the next start does not stop again."""
         if comm.rank() == 0:
             self._file.unlink(missing_ok=True)
+
+
+def _launchers(count: int | None = None) -> list[int]:
+    """Process ids of the `count` nearest ancestors; by default of those that are launchers.
+
+    Just the parent, and behind deepspeed's own launcher of a node the command that a user started:
+    when that is killed, the one in between goes on without it.
+    """
+    parent = os.getppid()
+    try:
+        if count is None:
+            words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+            count = 2 if b"deepspeed.launcher.launch" in words else 1
+        if count == 1:
+            return [parent]
+        # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
+        status = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+        return [parent, int(status[1])]
+    except OSError:  # the parent has just ended, or a system without /proc
+        return [parent]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,11 @@ from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.errors import DiffembedError
 from pipeline.loss import grad_cache
 from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
+from pipeline.training.agreement import (
+    Agreement,
+    ChunkOutOfMemoryError,
+    StepGivenUpError,
+)
 from pipeline.training.layer_sweep import LayerSweep
 
 
@@ -40,10 +45,6 @@ class NonFiniteLossError(DiffembedError):
     def __init__(self, loss: float, texts: list[int]) -> None:
         super().__init__(f"loss is {loss}")
         self.texts = texts
-
-
-class ChunkOutOfMemoryError(DiffembedError):
-    """A chunk did not fit on some rank; raised on all ranks alike, the gradients are discarded."""
 
 
 class Engine(Protocol):
@@ -107,6 +108,7 @@ def accumulate_gradients(
     *,
     device: torch.device,
     temperature: float | None = None,
+    agreement: Agreement | None = None,
 ) -> LossOutput:
     """Both passes and the loss; afterwards the engine holds the reduced gradients.
 
@@ -116,68 +118,89 @@ def accumulate_gradients(
         config: schedule, loss and seed.
         device: where the chunks go.
         temperature: the present value of a learned temperature.
+        agreement: whether the step is to be given up.
 
     Raises:
         NonFiniteLossError: on all ranks; no gradient was accumulated.
         ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
+        StepGivenUpError: on all ranks; no gradient was accumulated.
     """
+    agreement = agreement or Agreement()
+    agreement.begin_step()
     chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
 
     def seed(number: int) -> None:
         seed_random(config.seed, batch.step, comm.rank(), number)
 
-    if config.schedule == "sweep":
-        sweep = LayerSweep(
-            encoder_stages(engine.encoder),
-            hold=_stage_holder(engine),
-            seed=seed,
-            on_host=config.chunks.boundaries == "host",
-        )
-        # Few but for the table, which DeepSpeed would gather again for every chunk.
-        with engine.hold(_outside_of_layers(engine.encoder)):
-            output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
-            with engine.accumulation():
-                sweep.backward(chunks, gradients, engine.backward)
-        return output
+    run = _sweep if config.schedule == "sweep" else _cache
+    try:
+        return run(engine, chunks, batch, config, seed, temperature, agreement)
+    except (ChunkOutOfMemoryError, StepGivenUpError):
+        engine.discard()
+        raise
+
+
+def _sweep(
+    engine: Engine,
+    chunks: list[TensorChunk],
+    batch: GlobalBatch,
+    config: TrainConfig,
+    seed: Callable[[int], None],
+    temperature: float | None,
+    agreement: Agreement,
+) -> LossOutput:
+    """Layer by layer."""
+    # Which parameters a stage gathers: those of its layer; the others are held throughout.
+    owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
+
+    def hold(stage: int) -> AbstractContextManager[None]:
+        agreement.point()
+        return engine.hold(owned[stage])
+
+    sweep = LayerSweep(
+        encoder_stages(engine.encoder),
+        hold=hold,
+        seed=seed,
+        on_host=config.chunks.boundaries == "host",
+    )
+    # Few but for the table, which DeepSpeed would gather again for every chunk.
+    with engine.hold(_outside_of_layers(engine.encoder)):
+        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
+        with engine.accumulation():
+            sweep.backward(chunks, gradients, engine.backward)
+    return output
+
+
+def _cache(
+    engine: Engine,
+    chunks: list[TensorChunk],
+    batch: GlobalBatch,
+    config: TrainConfig,
+    seed: Callable[[int], None],
+    temperature: float | None,
+    agreement: Agreement,
+) -> LossOutput:
+    """Chunk by chunk; `plain` is the case that all graphs are kept."""
 
     def embed(chunk: TensorChunk) -> torch.Tensor:
+        agreement.point()
         seed(chunk.number)
         return engine.embed(chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
+
+    def backward(surrogate: torch.Tensor) -> None:
+        agreement.point()
+        engine.backward(surrogate)
 
     keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
     assert isinstance(keep, int), "auto is resolved before training"
     # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
     with engine.hold(list(engine.encoder.parameters())):
-        with _out_of_memory_on_all_ranks():
+        with agreement.out_of_memory_on_all_ranks():
             cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
         output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
-        try:
-            with engine.accumulation(), _out_of_memory_on_all_ranks():
-                grad_cache.replay_chunks(chunks, cached, gradients, embed, engine.backward)
-        except ChunkOutOfMemoryError:
-            engine.discard()
-            raise
+        with engine.accumulation(), agreement.out_of_memory_on_all_ranks():
+            grad_cache.replay_chunks(chunks, cached, gradients, embed, backward)
     return output
-
-
-@contextmanager
-def _out_of_memory_on_all_ranks() -> Iterator[None]:
-    """Turn one rank's lack of memory into the same error on all, at the end of the block.
-
-    Works because the block holds no collective: the parameters are gathered before it, and the
-    gradients are reduced after it. A rank that fails waits here for the others.
-
-    Raises:
-        ChunkOutOfMemoryError: some rank ran out of memory.
-    """
-    failed = False
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        failed = True
-        torch.cuda.empty_cache()
-    if comm.any_rank(failed):
-        raise ChunkOutOfMemoryError("a chunk does not fit into memory")
 
 
 def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:
@@ -196,12 +219,6 @@ def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tens
         return encoder.finish(hidden, chunk.packed)  # type: ignore[no-any-return]
 
     return [embed, *(layer(index) for index in range(len(encoder.layers))), finish]
-
-
-def _stage_holder(engine: Engine) -> Callable[[int], AbstractContextManager[None]]:
-    """Which parameters a stage gathers: those of its layer; the others are held throughout."""
-    owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
-    return lambda stage: engine.hold(owned[stage])
 
 
 def _outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import comm
 from pipeline.config import TrainConfig, as_tree, dump_config
@@ -13,16 +13,22 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
-from pipeline.errors import DiffembedError, Stopped
+from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import checkpoint
+from pipeline.training.agreement import (
+    Agreement,
+    ChunkOutOfMemoryError,
+    StepGivenUpError,
+)
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.retention import Keeper
+from pipeline.training.saving import Saver, remove_leftovers
 from pipeline.training.signals import StopRequest
 from pipeline.training.step import (
-    ChunkOutOfMemoryError,
     NonFiniteLossError,
     accumulate_gradients,
     seed_random,
@@ -51,20 +57,42 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         Stopped: asked to stop; a checkpoint was written.
     """
     run = RunDir(config.output_dir)
-    stop = StopRequest(run.stop_request)
+    stop = StopRequest(run.stop_request, launched=world.launched)
     dataset = open_dataset(config, verify=world.is_main)
     loader = Loader.of_run(dataset, config, rank=world.rank, world_size=world.world_size)
-    newest = checkpoint.latest(run.checkpoints)
     comm.start(world)
+    comm.on_main(lambda: _prepare(run, config.checkpoint.mirror))
+    newest = _newest_checkpoint(run, config.checkpoint.mirror)
     if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
         _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
         return
-    training = Training(config, ds_config, run, identity=run_identity(config, dataset))
+    training = Training(config, ds_config, run, stop, identity=run_identity(config, dataset))
     step = training.resume(newest) if newest else 0
     # After the checks of resuming: a refused run leaves the folder as it was.
     training.describe(ds_config)
     loader.load_state_dict({**loader.state_dict(), "step": step})
-    training.loop(loader, stop, first_step=step)
+    training.loop(loader, first_step=step)
+
+
+def _prepare(run: RunDir, mirror: Path | None) -> None:
+    """Take the run's folder over from whoever worked in it before; rank 0 only."""
+    run.claim()
+    remove_leftovers(run.checkpoints)
+    if mirror is None:
+        return
+    try:
+        mirror.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(mirror)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint.mirror: {error}", allowed="a folder that this machine can write to"
+        ) from error
+
+
+def _newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
+    """The run's own, or where its folder holds none the one on slower storage."""
+    newest = checkpoint.latest(run.checkpoints)
+    return newest or (checkpoint.latest(mirror) if mirror else None)
 
 
 def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
@@ -87,45 +115,73 @@ class Training:
     """What lives as long as the run: model, engine, temperature, and where they are saved."""
 
     def __init__(
-        self, config: TrainConfig, ds_config: dict[str, Any], run: RunDir, identity: dict[str, Any]
+        self,
+        config: TrainConfig,
+        ds_config: dict[str, Any],
+        run: RunDir,
+        stop: StopRequest,
+        *,
+        identity: dict[str, Any],
     ) -> None:
         self.config, self.run, self._identity = config, run, identity
+        self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
         encoder = build_encoder(config.model).to(comm.device())
         self.engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
         self.temperature = Temperature(config.loss, config.optimizer)
+        self._saver = Saver(run.checkpoints)
+        self._keeper = Keeper(run.checkpoints, config.checkpoint)
+        self._saved_step = 0  # of the newest checkpoint, whole or on its way
 
     def resume(self, path: Path) -> int:
         """Load a checkpoint; returns the next step."""
         step, extra = checkpoint.load(path, self.engine, self._identity)
         self.temperature.load_state_dict(extra["temperature"])
-        _say(f"resuming {self.run.root} at step {step} of {self.config.num_steps}")
+        self._saved_step = step
+        if comm.rank() == 0 and path.parent == self.run.checkpoints:
+            self._keeper.keep(path, step)  # the copy may be what was interrupted
+        _say(f"resuming {self.run.root} at step {step} of {self.config.num_steps}, from {path}")
         return step
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint, and see to what follows from it."""
-        path = checkpoint.save(
-            self.run.checkpoints,
+        """Make sure that the state after `step` steps is on disk, the mirror's included."""
+        if self._saved_step != step:
+            self._begin_save(step)
+        if self._saver.is_pending:
+            self._finish_save()
+        if comm.rank() == 0:
+            self._keeper.wait()
+        return self.run.checkpoints / checkpoint.name_of(step)
+
+    def _begin_save(self, step: int) -> None:
+        """Start a checkpoint; training goes on while it is written."""
+        if self._saver.is_pending:  # one at a time, or host memory would hold several
+            self._finish_save()
+        self._saver.begin(
             self.engine,
             step=step,
             identity=self._identity,
             extra={"temperature": self.temperature.state_dict()},
         )
+        self._saved_step = step
+
+    def _finish_save(self) -> None:
+        """Let the checkpoint on its way appear, and see to what follows from it."""
+        path = self._saver.finish()
         if comm.rank() == 0:
-            self._after_checkpoint(path, step)
-        return path
+            self._after_checkpoint(path, self._saved_step)
 
     def _after_checkpoint(self, path: Path, step: int) -> None:
         """What follows once a checkpoint is whole and `latest` names it; rank 0 only.
 
         Training waits for it: long work belongs in the background. Those who need the files of
-        `path` for longer come before the pruning and keep links to them.
+        `path` for longer come first and keep links to them, because the keeper deletes.
 
         Args:
             path: the checkpoint.
             step: finished optimizer steps.
         """
-        checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+        self._keeper.keep(path, step)
 
     def describe(self, ds_config: dict[str, Any]) -> None:
         """Write what the run is into its folder."""
@@ -135,7 +191,7 @@ class Training:
             environment = {**describe_environment(), "world_size": comm.world_size()}
             write_json(self.run.environment, environment)
 
-    def loop(self, loader: Loader, stop: StopRequest, *, first_step: int) -> None:
+    def loop(self, loader: Loader, *, first_step: int) -> None:
         """Run the steps that are left.
 
         Raises:
@@ -143,24 +199,42 @@ class Training:
         """
         config, trackers = self.config, self._trackers(first_step)
         for batch in loader:
-            values = self._fitting_step(batch, loader)
+            began = time.perf_counter()
+            try:
+                values = self._fitting_step(batch, loader)
+            except StepGivenUpError:
+                self._stop(batch.step)
             done = batch.step + 1
             last = done == config.num_steps
             if done % config.log_every == 0 or last:
                 for tracker in trackers:
                     tracker.log(batch.step, values)
-            reason = stop.agreed()
-            if done % config.checkpoint.every == 0 or last or reason:
-                path = self.save(done)
             if last:
-                _say(f"done: {path}")
+                _say(f"done: {self.save(done)}")
                 return
-            if reason:
-                stop.clear()
-                raise Stopped(
-                    f"{reason} after step {done} of {config.num_steps}; saved {path}, "
-                    f"run the same command to resume"
-                )
+            # One collective call for all that a step's end decides.
+            wanted, writing, seconds = comm.max_over_ranks(
+                bool(self._stop_request.reason()),
+                self._saver.is_writing,
+                time.perf_counter() - began,
+            )
+            if wanted:
+                self._stop(done)
+            if self._saver.is_pending and not writing:
+                self._finish_save()
+            if done % config.checkpoint.every == 0:
+                self._begin_save(done)
+            self._agreement.end_step(seconds)
+
+    def _stop(self, done: int) -> NoReturn:
+        """Save and leave, after `done` finished steps; on all ranks alike."""
+        reason = self._stop_request.agreed_reason()
+        path = self.save(done)
+        self._stop_request.clear()
+        raise Stopped(
+            f"{reason} after step {done} of {self.config.num_steps}; saved {path}, "
+            f"run the same command to resume"
+        )
 
     def _fitting_step(self, batch: GlobalBatch, loader: Loader) -> dict[str, float]:
         """One step, cut into smaller chunks on all ranks as often as one rank lacks memory.
@@ -196,6 +270,7 @@ class Training:
                 config,
                 device=comm.device(),
                 temperature=temperature if config.loss.learn_temperature else None,
+                agreement=self._agreement,
             )
         except NonFiniteLossError as error:
             return self._non_finite(batch, str(error), {"texts": error.texts})

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import comm
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, saving
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.zero import ZeroEngine
@@ -78,8 +78,11 @@ def main() -> None:
             if arguments.mode == "save":
                 engine = start_engine(stage, dtype)
                 train(engine, range(3))
-                checkpoint.save(folder, engine, step=3, identity=IDENTITY)
+                saver = saving.Saver(folder)
+                saver.begin(engine, step=3, identity=IDENTITY)
+                # While it is written the weights change.
                 _report(dtype, stage, stage, "uninterrupted", train(engine, range(3, 6)))
+                saver.finish()
                 engine.close()
             for new_stage in (1, 2, 3):
                 engine = start_engine(new_stage, dtype)

@@ -15,9 +15,10 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from pipeline.model.encoder import build_encoder
+from pipeline.training.agreement import ChunkOutOfMemoryError
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
-from pipeline.training.step import ChunkOutOfMemoryError, accumulate_gradients
+from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
 
 

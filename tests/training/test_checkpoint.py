@@ -7,38 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.run_dir import write_text
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, saving
 from tests.support import launch_ranks
+from tests.training.memory_engine import Memory
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-
-
-class Memory:
-    """An engine that keeps its state in a dict, for what needs no real one."""
-
-    def __init__(self, **values: float) -> None:
-        self.state = {
-            name: {key: torch.full((2,), value) for key in ("weight", "exp_avg", "exp_avg_sq")}
-            for name, value in values.items()
-        }
-        self.optimizer_steps = 0
-
-    @property
-    def parameter_names(self) -> list[str]:
-        return list(self.state)
-
-    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        return self.state[name]
-
-    def prepare_restore(self, optimizer_steps: int) -> None:
-        self.optimizer_steps = optimizer_steps
-
-    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        self.state[name] = state
 
 
 def _lines(output: str) -> list[dict[str, Any]]:
@@ -78,24 +56,10 @@ def test_resuming_at_another_stage_or_world_size_keeps_the_optimizer(
         assert result["norms"] == pytest.approx(expected, rel=tolerance), result
 
 
-def test_latest_never_names_a_partial_checkpoint(tmp_path: Path) -> None:
-    class FailsWhileGathering(Memory):
-        def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-            if name == "b":
-                raise OSError("disk full")
-            return super().gather_state(name)
-
-    first = checkpoint.save(tmp_path, Memory(a=1.0, b=2.0), step=1, identity={})
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, FailsWhileGathering(a=1.0, b=2.0), step=2, identity={})
-    assert checkpoint.latest(tmp_path) == first
-    assert checkpoint.names(tmp_path) == [first.name]
-
-
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "half a state", "shortened"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
-    checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
-    path = checkpoint.save(tmp_path, Memory(a=1.0), step=2, identity={})
+    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    path = saving.save(tmp_path, Memory(a=1.0), step=2, identity={})
     (file,) = path.glob("*.safetensors")
     if damage == "flipped byte":
         content = bytearray(file.read_bytes())
@@ -110,11 +74,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="step-000002") as error:
         checkpoint.load(path, Memory(a=0.0), {})
-    assert "write step-000001 into" in str(error.value)
+    assert f"diffembed rewind {tmp_path.parent} step-000001" in str(error.value)
 
 
 def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
-    path = checkpoint.save(
+    path = saving.save(
         tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1}
     )
     with pytest.raises(UserError, match="seed is 2, but the run in .* began with 1"):
@@ -122,28 +86,53 @@ def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_model_with_other_parameters_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
+    path = saving.save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
     with pytest.raises(UserError, match="differ in 1 parameters, first b"):
         checkpoint.load(path, Memory(a=0.0), {})
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    path = saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
     text = (path / "state.json").read_text()
     write_text(path / "state.json", text.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(UserError, match="format 9"):
         checkpoint.load(path, Memory(a=0.0), {})
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 10):
-        checkpoint.save(tmp_path, Memory(a=1.0), step=step, identity={})
-    checkpoint.prune(tmp_path, keep_last=2)
-    assert checkpoint.names(tmp_path) == ["step-000003", "step-000010"]
-
-
 def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
         checkpoint.latest(tmp_path)
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        saving.save(folder, Memory(a=float(step)), step=step, identity={})
+    (folder / "step-000003" / "state.json").unlink()
+    newest = checkpoint.latest(folder)
+    assert newest is not None
+    with pytest.raises(UserError, match=r"step-000003.*diffembed rewind .* step-000002"):
+        checkpoint.load(newest, Memory(a=0.0), {})
+    done = CliRunner().invoke(app, ["rewind", str(tmp_path), "step-000002"])
+    assert done.exit_code == 0, done.output
+    older, engine = checkpoint.latest(folder), Memory(a=0.0)
+    assert older == folder / "step-000002"
+    assert checkpoint.load(older, engine, {}) == (2, {})
+    assert engine.state["a"]["weight"].tolist() == [2.0, 2.0]
+    assert checkpoint.names(folder) == ["step-000001", "step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("step-000003", "state.json"), ("step-9", "allowed: step-000001")]
+)
+def test_a_run_is_not_taken_back_to_what_is_not_whole(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    for step in (1, 3, 4):
+        saving.save(tmp_path, Memory(a=1.0), step=step, identity={})
+    (tmp_path / "step-000003" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=reason):
+        checkpoint.rewind(tmp_path, name)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000004"

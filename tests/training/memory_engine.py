@@ -1,0 +1,29 @@
+"""An engine without a model: state in a dict, for tests of what needs no real one."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Memory:
+    """Named parameters of two elements each, all of one value."""
+
+    def __init__(self, **values: float) -> None:
+        self.state = {
+            name: {key: torch.full((2,), value) for key in ("weight", "exp_avg", "exp_avg_sq")}
+            for name, value in values.items()
+        }
+        self.optimizer_steps = 0
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.state)
+
+    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+        return {key: tensor.clone() for key, tensor in self.state[name].items()}
+
+    def prepare_restore(self, optimizer_steps: int) -> None:
+        self.optimizer_steps = optimizer_steps
+
+    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        self.state[name] = state

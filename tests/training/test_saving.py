@@ -1,0 +1,174 @@
+"""A save that is whole, late or failed, never half; and what is kept of many."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import comm
+from pipeline.config import CheckpointConfig
+from pipeline.errors import DiffembedError, UserError
+from pipeline.run_dir import RunDir
+from pipeline.training import checkpoint, retention, saving
+from tests.support import run_ranks
+from tests.training.memory_engine import Memory
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_is_ready, really_save = threading.Event(), saving.save_file
+
+    def slow_save_file(*args: Any) -> None:  # stands in for a slow disk
+        assert disk_is_ready.wait(60)
+        really_save(*args)
+
+    monkeypatch.setattr(saving, "save_file", slow_save_file)
+    engine, saver = Memory(a=1.0), saving.Saver(tmp_path)
+    saver.begin(engine, step=1, identity={})
+    assert saver.is_pending
+    assert saver.is_writing
+    engine.state["a"]["weight"].fill_(9.0)  # the next step goes on meanwhile
+    assert checkpoint.latest(tmp_path) is None
+    disk_is_ready.set()
+    path = saver.finish()
+    assert not saver.is_pending
+    assert checkpoint.latest(tmp_path) == path
+    loaded = Memory(a=0.0)
+    checkpoint.load(path, loaded, {})
+    assert loaded.state["a"]["weight"].tolist() == [1.0, 1.0]
+
+
+def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
+    path = Path(folder)
+    names = {name: float(index) for index, name in enumerate("abcd")}
+    saving.save(path, Memory(**names), step=1, identity={})
+    before = tree(path)
+    if comm.rank() == 1:
+        # The kernel refuses every byte beyond it, as a full disk does.
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        saving.save(path, Memory(**names), step=2, identity={})
+    except DiffembedError as error:
+        said = str(error)
+    if comm.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    comm.barrier()
+    if comm.rank() == 0:
+        saving.remove_leftovers(path)
+        assert tree(path) == before
+    return said
+
+
+def test_a_disk_full_for_one_rank_fails_the_save_of_all_and_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
+    first, second = run_ranks(2, save_on_a_disk_that_is_full_for_rank_1, str(tmp_path))
+    assert first == second
+    assert "step-000002 could not be written (rank 1: " in first
+    assert "large" in first
+    assert "rank 0" not in first
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(DiffembedError, match=r"checkpoints/step-000001 could not be written"):
+        saving.save(tmp_path / "checkpoints", Memory(a=1.0), step=1, identity={})
+
+
+def test_what_is_read_back_is_compared_with_what_was_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_save = saving.save_file
+
+    def forgetful_save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        really_save({**tensors, "a/exp_avg": torch.zeros(2)}, path)  # a disk that loses bytes
+
+    monkeypatch.setattr(saving, "save_file", forgetful_save_file)
+    with pytest.raises(DiffembedError, match="a/exp_avg was read back with other values"):
+        saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10, 12):
+        saving.save(tmp_path, Memory(a=1.0), step=step, identity={})
+    retention.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
+    # Of what the run was taken back from nothing is deleted.
+    kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
+    assert checkpoint.names(tmp_path) == kept
+
+
+def keep(run: Path, config: CheckpointConfig, steps: range) -> None:
+    keeper = retention.Keeper(run, config)
+    for step in steps:
+        path = saving.save(run, Memory(a=float(step)), step=step, identity={})
+        keeper.keep(path, step)
+        keeper.wait()
+
+
+def test_a_mirror_holds_the_same_checkpoints_and_is_pruned_by_the_same_rules(
+    tmp_path: Path,
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    mirror.mkdir()
+    config = CheckpointConfig(every=1, keep_last=2, keep_every=3, mirror=mirror)
+    keep(run, config, range(1, 8))
+    assert checkpoint.names(run) == ["step-000003", "step-000006", "step-000007"]
+    assert tree(mirror) == tree(run)
+
+
+def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    config = CheckpointConfig(every=1, keep_last=1, mirror=mirror)
+    mirror.write_text("a file where a disk was mounted")
+    keep(run, config, range(1, 3))
+    assert "step-000002 could not be copied to" in capsys.readouterr().out
+    assert checkpoint.names(run) == ["step-000002"]
+    mirror.unlink()
+    mirror.mkdir()
+    keep(run, config, range(3, 4))
+    assert tree(mirror) == tree(run)
+
+
+def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    before = tree(tmp_path)
+    for name in (".step-000002.partial", ".step-000001.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors").write_text("half")
+    saving.remove_leftovers(tmp_path)
+    assert tree(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pipeline.run_dir import RunDir\n"
+        "run = RunDir(sys.argv[1]); run.claim(); print('claimed', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        try:
+            with pytest.raises(UserError, match=rf"another training .*process {other.pid} on"):
+                RunDir(tmp_path).claim(patience_seconds=0)
+        finally:
+            other.kill()
+    RunDir(tmp_path).claim(patience_seconds=0)
