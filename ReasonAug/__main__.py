@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
+from ReasonAug.texts import write_texts
 
 app = typer.Typer(
     help="Synthesis of reasoning-intensive retrieval data, without a network.",
@@ -46,9 +47,16 @@ def rows(
     definitions: Annotated[Path, typer.Option(help="JSONL of domain, concept, definition")],
     out: Annotated[Path, typer.Option(help="the JSONL of training rows; its summary lies beside")],
     seed: Seed = 0,
+    held_out: Annotated[
+        float, typer.Option(help="share of the concepts that no row may hold anything of")
+    ] = 0.0,
+    hub: Annotated[
+        Path | None,
+        typer.Option(help="folder for a BRIGHT replica that asks with the concepts held out"),
+    ] = None,
 ) -> None:
     """Turn what a language model generated into training rows."""
-    write_generation_rows(generations, definitions, out, seed=seed)
+    write_generation_rows(generations, definitions, out, seed=seed, held_out=held_out, hub=hub)
 
 
 @app.command()
@@ -57,9 +65,35 @@ def replicas(
     out: Annotated[Path, typer.Option(help="folder that stands for the hub")],
     seed: Seed = 0,
     max_tokens: Annotated[int, typer.Option(help="cap of the LongEmbed documents")] = 1024,
+    divide_lengths: Annotated[
+        int,
+        typer.Option(
+            help="LongEmbed split test_N holds documents of N / this many tokens; above 1 they "
+            "hold what is sought once, at 1 once in every 256 tokens"
+        ),
+    ] = 1,
+    long_queries: Annotated[int, typer.Option(help="LongEmbed queries of each length")] = 10,
 ) -> None:
     """Write small replicas of FollowIR, LongEmbed and BRIGHT from the evaluation splits."""
-    write_replicas(data, out, seed=seed, max_tokens=max_tokens)
+    write_replicas(
+        data,
+        out,
+        seed=seed,
+        max_tokens=max_tokens,
+        divide_lengths=divide_lengths,
+        long_queries=long_queries,
+    )
+
+
+@app.command()
+def texts(
+    data: Annotated[Path, typer.Option(help="folder written by `templates`")],
+    seed: Seed = 0,
+    num_long: Annotated[int, typer.Option(help="long texts beside the problems")] = 1024,
+    max_tokens: Annotated[int, typer.Option(help="length of the longest of them")] = 1024,
+) -> None:
+    """Write plain texts to pre-train on, and rows that ask for what a short text hides."""
+    write_texts(data, seed=seed, num_long=num_long, max_tokens=max_tokens)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.run_dir import write_json
 from ReasonAug.files import make_folder, write_jsonl
 from ReasonAug.generations import GeneratedProblem, by_domain, read_definitions, read_generations
+from ReasonAug.replicas.generated import write_generated_bright
+from ReasonAug.splits import is_held_out
 from ReasonAug.triplets import Draft, Row, answer, complete, with_concept
 
 _MAX_PAIRS = 20  # ordered pairs of problems per concept
@@ -24,25 +26,42 @@ Problems = Sequence[GeneratedProblem]
 
 
 def write_generation_rows(
-    generations: Path, definitions: Path, out: Path, *, seed: int
+    generations: Path,
+    definitions: Path,
+    out: Path,
+    *,
+    seed: int,
+    held_out: float = 0.0,
+    hub: Path | None = None,
 ) -> dict[str, Any]:
     """Write the rows to `out` and what became of the generations to `<out>.summary.json`.
+
+    Args:
+        held_out: Share of the concepts of which nothing becomes a row.
+        hub: Where a BRIGHT replica is written that asks with the problems of these concepts.
 
     Returns:
         The content of the summary.
 
     Raises:
-        UserError: A file is missing or damaged, a definition is missing, or too little passed.
+        UserError: A file is missing or damaged, a definition is missing, too little passed, or an
+            argument is out of range.
     """
-    problems, fates = read_generations(generations)
+    _check_held_out(held_out, hub)
+    everything, fates = read_generations(generations)
+    problems = [p for p in everything if not is_held_out(p.concept, share=held_out, seed=seed)]
+    kept_out = sorted({p.concept for p in everything} - {p.concept for p in problems})
     bodies = read_definitions(definitions)
     _require_definitions(problems, bodies, definitions)
     rows = generation_rows(problems, bodies, seed=seed)
+    if hub is not None:
+        write_generated_bright(hub, everything, held_out=set(kept_out))
     summary = {
-        "arguments": {"seed": seed},
+        "arguments": {"seed": seed, "held_out": held_out},
         "generations": {"total": fates.total(), **dict(sorted(fates.items()))},
-        "repeated_problems": fates["accepted"] - len(problems),
+        "repeated_problems": fates["accepted"] - len(everything),
         "concepts": {domain: len(group) for domain, group in by_domain(problems).items()},
+        "held_out_concepts": kept_out,
         "rows": dict(sorted(Counter(row["task_type"] for row in rows).items())),
         "left_out": _MISSING_KIND,
     }
@@ -109,6 +128,17 @@ def _drafts(concept: str, definition: str, problems: Problems, rng: Random) -> I
             yield draft("ps2ps", query, found.document())
 
 
+def _check_held_out(share: float, hub: Path | None) -> None:
+    if not 0 <= share < 1:
+        raise UserError(found=f"--held-out {share:g}", allowed="0 <= share < 1")
+    if hub is not None and share == 0:
+        raise UserError(
+            found=f"--hub {hub} without --held-out",
+            allowed="a replica of concepts that are not trained on",
+            fix="add --held-out 0.25",
+        )
+
+
 def _require_definitions(
     problems: Problems, definitions: Mapping[tuple[str, str], str], path: Path
 ) -> None:
@@ -125,6 +155,8 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
     kinds = ", ".join(f"{kind} {count}" for kind, count in summary["rows"].items())
     print(f"generations: {counts}")
     print(f"concepts: {sum(summary['concepts'].values())}")
+    if summary["held_out_concepts"]:
+        print(f"held out: {len(summary['held_out_concepts'])} more concepts")
     print(f"training rows: {sum(summary['rows'].values())} ({kinds})")
     print(f"left out: {summary['left_out']}")
     print(f"written: {out}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,16 @@ class Entry:
 def slug(name: str) -> str:
     """`name` as a part of an identifier."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("'", "")).strip("-")
+
+
+def is_held_out(concept: str, *, share: float, seed: int) -> bool:
+    """Whether a concept of given generations is kept out of training, by the hash of its name.
+
+    The name alone decides, so a concept stays where it is when others come or go, and one that two
+    domains know goes the same way in both.
+    """
+    digest = hashlib.sha256(f"{seed}/{slug(concept)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def by_concept(entries: Sequence[Entry], split: str) -> dict[str, list[Entry]]:

@@ -7,6 +7,7 @@ concept. Passkey: the number of the drawer on a concept, sought by the name of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -16,20 +17,43 @@ from ReasonAug.scenes import background, draw_scene
 from ReasonAug.splits import UNSEEN_CONCEPTS, Entry, by_concept
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_COPY_EVERY = 256  # tokens: a long document repeats what it hides once in every such block
-_DOCUMENTS = 10
+_BLOCK = 256  # tokens about one scene
+_DOCUMENTS = 10  # per length, as many as there are concepts that training never met
 
 
-def about(cap: int) -> str:
-    """The README text of both data sets."""
-    return (
-        f"Splits are named as in LongEmbed, but no document is longer than about {cap} tokens, so "
-        "that a laptop can score them: test_N holds documents of min(N, "
-        f"{cap}) tokens. What is sought is repeated once in every {_COPY_EVERY} tokens."
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How long the documents are and how much is asked.
+
+    Attributes:
+        cap: Tokens of the longest document.
+        divisor: A document of split test_N has N / divisor tokens. At 1 a document repeats what it
+            hides in every block of 256 tokens; otherwise it holds it once.
+        num_queries: Of each length.
+    """
+
+    cap: int
+    divisor: int = 1
+    num_queries: int = _DOCUMENTS
+
+    def length(self, nominal: int) -> int:
+        """Tokens of a document of split test_`nominal`."""
+        return min(nominal // self.divisor, self.cap)
+
+    def about(self) -> str:
+        """The README text of both data sets."""
+        shown = "N" if self.divisor == 1 else f"N / {self.divisor}"
+        copies = (
+            f"is repeated once in every {_BLOCK} tokens" if self.divisor == 1 else "stands once"
+        )
+        return (
+            f"Splits are named as in LongEmbed, but no document is longer than about {self.cap} "
+            "tokens, so that a laptop can score them: test_N holds documents of "
+            f"min({shown}, {self.cap}) tokens. What is sought {copies}."
+        )
 
 
-def needle_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Configs:
+def needle_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Configs:
     """Config `needle` of LongEmbed: queries, corpus and qrels, told apart by split."""
     groups = [
         sorted(group, key=lambda entry: (num_tokens(entry.problem.document()), entry.id))
@@ -40,13 +64,15 @@ def needle_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Config
         for group in groups[:_DOCUMENTS]:
             hidden = group[number % (len(group) - 1)]
             other = [entry for entry in group if entry.problem.form != hidden.problem.form]
-            asked = other[number % len(other)]
-            text = _hide(hidden.problem.document(), min(length, cap), rng)
-            document, query = f"{length}-{hidden.id}", f"{length}-{asked.id}"
+            text = hide(hidden.problem.document(), size, length, rng)
+            document = f"{length}-{hidden.id}"
             shared = {"context_length": length}
             tables["corpus"].append({"doc_id": document, "text": text, **shared})
-            tables["queries"].append({"qid": query, "text": asked.problem.statement, **shared})
-            tables["qrels"].append({"qid": query, "doc_id": document, **shared})
+            for turn in range(min(size.num_queries // _DOCUMENTS, len(other))):
+                asked = other[(number + turn) % len(other)]
+                query = f"{length}-{asked.id}"
+                tables["queries"].append({"qid": query, "text": asked.problem.statement, **shared})
+                tables["qrels"].append({"qid": query, "doc_id": document, **shared})
     # One config has one schema, and an all-null column would get no type: fill up with "".
     columns = ("qid", "doc_id", "text", "context_length")
     return {
@@ -57,7 +83,7 @@ def needle_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Config
     }
 
 
-def passkey_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Configs:
+def passkey_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Configs:
     """Configs `corpus`, `queries` and `default` (relevance) with one split per length."""
     configs: dict[str, dict[str, list[dict[str, Any]]]] = {
         "corpus": {},
@@ -68,35 +94,48 @@ def passkey_configs(entries: Sequence[Entry], rng: Random, *, cap: int) -> Confi
     for length in LENGTHS:
         split = f"test_{length}"
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
-        for index, concept in enumerate(rng.sample(concepts, min(_DOCUMENTS, len(concepts)))):
-            key = rng.randint(10000, 99999)
-            hidden = (
-                f"The passkey of the drawer on {concept} is {key}. Remember it: {key} is the "
-                f"passkey that opens the drawer on {concept}."
-            )
+        for index, concept in enumerate(rng.sample(concepts, min(size.num_queries, len(concepts)))):
+            hidden = drawer(concept, rng)
             document, query = f"{length}-document-{index}", f"{length}-query-{index}"
-            text = _hide(hidden, min(length, cap), rng)
-            question = f"What is the passkey of the drawer on {concept}?"
+            text = hide(hidden, size, length, rng)
             rows["corpus"].append({"_id": document, "title": "", "text": text})
-            rows["queries"].append({"_id": query, "text": question})
+            rows["queries"].append({"_id": query, "text": drawer_question(concept)})
             rows["default"].append({"query-id": query, "corpus-id": document, "score": 1})
         for name in configs:
             configs[name][split] = rows[name]
     return configs
 
 
-def _hide(hidden: str, length: int, rng: Random) -> str:
-    """Background of about `length` tokens with `hidden` at a random place of every block."""
+def drawer(concept: str, rng: Random) -> str:
+    """What the passkey documents hide."""
+    key = rng.randint(10000, 99999)
+    return (
+        f"The passkey of the drawer on {concept} is {key}. Remember it: {key} is the "
+        f"passkey that opens the drawer on {concept}."
+    )
+
+
+def drawer_question(concept: str) -> str:
+    """What is asked about it."""
+    return f"What is the passkey of the drawer on {concept}?"
+
+
+def hide(hidden: str, size: Size, nominal: int, rng: Random) -> str:
+    """Background of a document's length, in blocks, with `hidden` at a random place."""
+    length = size.length(nominal)
+    count = max(1, length // _BLOCK)
+    holding = range(count) if size.divisor == 1 else (rng.randrange(count),)
     blocks = []
-    for _ in range(max(1, length // _COPY_EVERY)):
+    for block in range(count):
         scene = draw_scene(rng)
-        room = min(length, _COPY_EVERY) - num_tokens(hidden)
+        room = min(length, _BLOCK) - (num_tokens(hidden) if block in holding else 0)
         sentences: list[str] = []
-        for sentence in background(scene, rng, _COPY_EVERY):
+        for sentence in background(scene, rng, _BLOCK):
             room -= num_tokens(sentence)
             if room < 0:
                 break
             sentences.append(sentence)
-        sentences.insert(rng.randint(0, len(sentences)), hidden)
+        if block in holding:
+            sentences.insert(rng.randint(0, len(sentences)), hidden)
         blocks.append(" ".join(sentences))
     return " ".join(blocks)

