@@ -128,9 +128,10 @@ def hide(hidden: str, size: Size, nominal: int, rng: Random) -> str:
     blocks = []
     for block in range(count):
         scene = draw_scene(rng)
-        room = min(length, _BLOCK) - (num_tokens(hidden) if block in holding else 0)
+        tokens = min(length, _BLOCK)
+        room = tokens - (num_tokens(hidden) if block in holding else 0)
         sentences: list[str] = []
-        for sentence in background(scene, rng, _BLOCK):
+        for sentence in background(scene, rng, tokens):
             room -= num_tokens(sentence)
             if room < 0:
                 break

@@ -1,4 +1,4 @@
-"""The report's pictures: the loss curve, and every model's scores with their intervals."""
+"""The report's pictures: loss curve, scores with their intervals, scores by document length."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
     axes.set_xticks(places, labels, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel("score (dashes: chance)")
     axes.legend()
+    return _save(figure, path)
+
+
+def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
+    """A panel per task: every model's score by split, that is by document length."""
+    figure = Figure(figsize=(5.5 * len(tasks), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for model in models:
+            scores = task["by_split"][model]
+            names = [split.removeprefix("test_") for split in scores]
+            axes.plot(names, list(scores.values()), marker="o", markersize=3, label=model)
+        axes.set_title(task["name"].removesuffix("Retrieval"), fontsize=10)
+        axes.set_xlabel("split")
+        axes.set_ylabel(task["metric"])
+        axes.set_ylim(bottom=0)
+        axes.tick_params(axis="x", rotation=45)
+    panels[0].legend(fontsize=8)
     return _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from pipeline.evaluation.tables import (
     aligned_table,
     latex_table,
     markdown_table,
+    pair_rows,
     published_rows,
     score_rows,
     split_rows,
+    with_splits,
 )
 from pipeline.run_dir import write_json, write_text
 
@@ -46,9 +49,11 @@ def write_report(config: EvaluateConfig) -> Path:
     tasks = [summarise(name, models, by_model) for name, by_model in results.items()]
     curve = read_curve(config.training_run)
     # matplotlib is slow to import and only this function draws.
-    from pipeline.evaluation.plots import plot_loss, plot_scores
+    from pipeline.evaluation.plots import plot_loss, plot_scores, plot_splits
 
     figures = [plot_scores(folder / "scores.png", models, tasks)]
+    if with_splits(tasks):
+        figures.append(plot_splits(folder / "splits.png", models, with_splits(tasks)))
     if curve:
         figures.append(plot_loss(folder / "loss.png", curve))
     write_json(
@@ -111,10 +116,23 @@ def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]])
         "max_length": first["max_length"],
     }
     if len(models) > 1:
-        difference, low, high = paired_difference(last["per_query"], first["per_query"])
-        entry |= {"difference": difference, "ci_low": low, "ci_high": high}
-        entry["significant"] = low > 0 or high < 0
+        entry |= _difference(last, first)
+    if len(models) > 2:
+        entry["pairs"] = [
+            {"model": over, "minus": under, **_difference(by_model[over], by_model[under])}
+            for under, over in itertools.combinations(models, 2)
+        ]
     return entry
+
+
+def _difference(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+    difference, low, high = paired_difference(over["per_query"], under["per_query"])
+    return {
+        "difference": difference,
+        "ci_low": low,
+        "ci_high": high,
+        "significant": low > 0 or high < 0,
+    }
 
 
 def read_curve(training_run: Path | None) -> list[dict[str, float]]:
@@ -161,6 +179,9 @@ def _markdown(
             "Published scores differ in protocol; see `pipeline/evaluation/references.py`.",
             "",
         ]
+    pairs = pair_rows(tasks)
+    if pairs is not None:
+        parts += ["## Every model minus those before it", "", markdown_table(*pairs), ""]
     per_split = split_rows(models, tasks)
     if per_split is not None:
         parts += ["## By length", "", markdown_table(*per_split), ""]

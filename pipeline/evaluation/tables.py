@@ -18,21 +18,38 @@ def score_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table:
         row = [task["name"], task["metric"], *(f"{task[model]:.4f}" for model in models)]
         row.append("" if task["chance"] is None else f"{task['chance']:.4f}")
         if len(models) > 1:
-            mark = "" if task["significant"] else " ns"
-            row += [
-                f"{task['difference']:+.4f}",
-                f"[{task['ci_low']:+.4f}, {task['ci_high']:+.4f}]{mark}",
-            ]
+            row += [f"{task['difference']:+.4f}", _interval(task)]
         rows.append(row)
     return header, rows
 
 
+def pair_rows(tasks: Sequence[dict[str, Any]]) -> Table | None:
+    """One row per pair of models: their difference on every task; None for less than three."""
+    if "pairs" not in tasks[0]:
+        return None
+    rows = []
+    for number, pair in enumerate(tasks[0]["pairs"]):
+        found = [task["pairs"][number] for task in tasks]
+        cells = [f"{entry['difference']:+.4f} {_interval(entry)}" for entry in found]
+        rows.append([f"{pair['model']} - {pair['minus']}", *cells])
+    return ["models", *(task["name"] for task in tasks)], rows
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    mark = "" if entry["significant"] else " ns"
+    return f"[{entry['ci_low']:+.4f}, {entry['ci_high']:+.4f}]{mark}"
+
+
+def with_splits(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks that have several splits, one per document length."""
+    return [task for task in tasks if len(next(iter(task["by_split"].values()))) > 1]
+
+
 def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
-    """Scores by split for the tasks that have several (one per document length), or None."""
+    """Scores by split for the tasks that have several, or None."""
     rows = [
         [task["name"], split, *(f"{task['by_split'][model][split]:.4f}" for model in models)]
-        for task in tasks
-        if len(task["by_split"][models[0]]) > 1
+        for task in with_splits(tasks)
         for split in task["by_split"][models[0]]
     ]
     return (["task", "split", *models], rows) if rows else None

@@ -50,7 +50,7 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
     assert by_name["Core17InstructionRetrieval"]["chance"] == 0
     assert len(by_name["LEMBPasskeyRetrieval"]["by_split"]["strong"]) == 8
     assert report["training"] == {"num_steps": 4, "first_loss": 3.0, "last_loss": 1.5}
-    for name in ("scores.png", "loss.png"):
+    for name in ("scores.png", "splits.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in (folder / "report.md").read_text()
 
@@ -126,9 +126,18 @@ def test_three_models_compare_the_last_with_the_first(config, load, tmp_path):
         models=(config.models[0], middle, config.models[1]),
     )
     run_all(config, load=load)
-    (task,) = json.loads((write_report(config) / "report.json").read_text())["tasks"]
+    folder = write_report(config)
+    (task,) = json.loads((folder / "report.json").read_text())["tasks"]
     assert task["middle"] == task["weak"]
     assert task["difference"] == pytest.approx(task["strong"] - task["weak"], abs=4e-5)
+    found = [(pair["model"], pair["minus"], pair["significant"]) for pair in task["pairs"]]
+    assert found == [
+        ("middle", "weak", False), ("strong", "weak", True), ("strong", "middle", True)
+    ]  # fmt: skip
+    same, *others = task["pairs"]
+    assert same["difference"] == same["ci_low"] == same["ci_high"] == 0
+    assert {pair["difference"] for pair in others} == {task["difference"]}
+    assert "| middle - weak | +0.0000 [+0.0000, +0.0000] ns |" in (folder / "report.md").read_text()
 
 
 def test_a_training_run_without_metrics_is_the_users_error(config, load, tmp_path):
