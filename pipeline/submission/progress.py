@@ -1,11 +1,16 @@
-"""How far a training run has got, from the names of its checkpoints alone."""
+"""How far a training run has got, and how often a job has tried to get further."""
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, write_json
+
+_UNKNOWN = "no word: a node failed, or the job was killed"
 
 
 def last_step(output_dir: Path) -> int:
@@ -22,3 +27,47 @@ def last_step(output_dir: Path) -> int:
     if not number.isdecimal():
         raise UserError(f"{pointer}: {name!r}", allowed="the name of a checkpoint beside it")
     return int(number)
+
+
+class History:
+    """Every start of one job: where it began, on which nodes, and how it ended.
+
+    One file for each job in the run's folder, so that a job submitted anew begins to count anew.
+    """
+
+    def __init__(self, output_dir: Path, job: str) -> None:
+        self._path = output_dir / "jobs" / f"starts-{job}.json"
+        self._starts: list[dict[str, Any]] = []
+        if self._path.exists():
+            self._starts = json.loads(self._path.read_text())
+
+    def start(self, step: int, nodes: str) -> None:
+        """Note a start; it is on disk when this returns."""
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        entry = {"time": now, "step": step, "nodes": nodes, "end": _UNKNOWN, "unfit": False}
+        self._starts.append(entry)
+        write_json(self._path, self._starts)
+
+    def end(self, how: str, *, unfit: bool = False) -> None:
+        """Note how the newest start ended; `unfit` when it never came to training."""
+        self._starts[-1] |= {"end": how, "unfit": unfit}
+        write_json(self._path, self._starts)
+
+    @property
+    def num_starts(self) -> int:
+        """All of them."""
+        return len(self._starts)
+
+    @property
+    def num_unfit(self) -> int:
+        """Starts that never came to training."""
+        return sum(entry["unfit"] for entry in self._starts)
+
+    def idle_starts(self, step: int) -> int:
+        """Starts to train that began at `step`."""
+        return len(self.endings(step))
+
+    def endings(self, step: int) -> list[str]:
+        """How the starts that began at `step` ended."""
+        starts = [entry for entry in self._starts if not entry["unfit"]]
+        return [entry["end"] for entry in starts if entry["step"] == step]

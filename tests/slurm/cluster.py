@@ -58,7 +58,12 @@ MessageTimeout=10
 # Finished jobs stay listed, so that a test can still ask how they ended.
 MinJobAge=3600
 GresTypes=gpu
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+# Jobs of the second partition take nodes from those of the first, which get GraceTime to save.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
+PartitionName=test Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent PriorityTier=2
 """
 
 
@@ -223,7 +228,10 @@ class Cluster:
         count = len(_NODES)
 
         def idle() -> bool:
-            return self.attempt("sinfo", "-h", "-N", "-o", "%T").stdout.split() == ["idle"] * count
+            return (
+                self.attempt("sinfo", "-h", "-N", "-p", "test", "-o", "%T").stdout.split()
+                == ["idle"] * count
+            )
 
         self.poll(idle)
         # Idle proves that nodes reach the controller; only a step proves the way back.

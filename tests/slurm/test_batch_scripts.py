@@ -3,130 +3,226 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
-# Says who it is; then ends as its last argument asks.
-STAND_IN = """\
+ROOT = Path(__file__).resolve().parents[2]
+# Says who it is; then ends as $ENDING asks.
+TRAINER = """\
 import os, signal, sys, time
 env = os.environ
 rank, restarts = int(env["SLURM_PROCID"]), int(env.get("SLURM_RESTART_COUNT", "0"))
 print("rank", rank, "of", env["SLURM_STEP_NUM_TASKS"], "local", env["SLURM_LOCALID"],
       "on", env["SLURMD_NODENAME"], "threads", env["OMP_NUM_THREADS"],
       "master", env["MASTER_ADDR"], "restart", restarts, flush=True)
-ending = sys.argv[-1]
+ending = env["ENDING"]
 if ending == "fault":
     sys.exit(2)
-if ending == "crash" and rank == 1:
+if ending == "stop":
+    sys.exit(75)
+if rank == 1 and (ending == "crash-always" or ending == "crash" and restarts == 0):
     sys.exit(1)
-if ending in ("crash", "out-of-time") and restarts == 0:
+if ending in ("crash", "crash-always", "wait") and restarts == 0 or ending == "crash-always":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     print("ready", flush=True)
     time.sleep(300)
+"""
+# Eight GPUs that answer, on a machine with or without any.
+NVIDIA_SMI = """\
+#!/bin/sh
+if [ "$ENDING" = unfit ] && [ -z "$SLURM_RESTART_COUNT" ]; then
+  echo "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error" >&2
+  exit 255
+fi
+for i in 0 1 2 3 4 5 6 7; do echo "$i, 0"; done
 """
 
 
 class TrainJob:
     """`slurm/train.sbatch`, submitted from a folder whose trainer is the stand-in."""
 
-    def __init__(self, cluster: Cluster, checkout: Path, folder: Path, *words: str) -> None:
-        (folder / "pipeline").mkdir()
-        (folder / "pipeline/train.py").write_text(STAND_IN)
+    def __init__(self, cluster: Cluster, folder: Path, ending: str, *flags: str) -> None:
+        (folder / "pipeline").mkdir(parents=True)
+        (folder / "pipeline/train.py").write_text(TRAINER)
+        (folder / "bin").mkdir()
+        (folder / "bin/nvidia-smi").write_text(NVIDIA_SMI)
+        (folder / "bin/nvidia-smi").chmod(0o755)
+        config = yaml.safe_load((ROOT / "launch/recipes/quickstart/train.yaml").read_text())
+        (folder / "train.yaml").write_text(yaml.safe_dump({**config, "output_dir": "run"}))
         # Slurm's patience with the peers of a crashed rank, shortened.
         site = folder / "cluster.env"
-        site.write_text(f"source {checkout}/slurm/cluster.env; SRUN_FLAGS=(--wait=2)\n")
+        site.write_text(f"source {ROOT}/slurm/cluster.env; SRUN_FLAGS=(--wait=2)\n")
         self._cluster, self._log = cluster, folder / "log"
-        *flags, ending = words
         self.id = cluster.attempt(
             *("sbatch", "--parsable", f"--output={self._log}", *flags),
-            *(checkout / "slurm/train.sbatch", ending),
+            *(ROOT / "slurm/train.sbatch", "train.yaml"),
             check=True,
             cwd=folder,
-            # The threads of a rank are for the script to choose.
-            environment={"DIFFEMBED_CLUSTER_ENV": str(site), "OMP_NUM_THREADS": ""},
+            environment={
+                "DIFFEMBED_CLUSTER_ENV": str(site),
+                "ENDING": ending,
+                "PATH": f"{folder}/bin:{cluster.environment['PATH']}",
+                "PYTHONPATH": str(ROOT),
+                # The threads of a rank are for the script to choose.
+                "OMP_NUM_THREADS": "",
+            },
         ).stdout.strip()
 
-    def count(self, pattern: str) -> int:
-        """How many lines of the log hold the pattern."""
-        return (
-            len(re.findall(pattern, self._log.read_text(), re.MULTILINE))
-            if self._log.exists()
-            else 0
-        )
+    def find(self, pattern: str) -> list[str]:
+        """What the pattern's group, or the pattern, matches in the lines of the log."""
+        text = self._log.read_text() if self._log.exists() else ""
+        return re.findall(pattern, text, re.MULTILINE)
 
     def end(self) -> str:
         """Wait until the job has ended and return its state."""
         return self._cluster.wait(self.id)[self.id]
 
 
-def test_training_starts_one_rank_per_gpu_of_every_node(
-    cluster: Cluster, checkout: Path, tmp_path: Path
-) -> None:
-    flags = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4")
-    job = TrainJob(cluster, checkout, tmp_path, *flags, "finish")
+@pytest.fixture(scope="module")
+def jobs(
+    session_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, TrainJob]]:
+    """All jobs at once: most of their time they wait for Slurm to start them again."""
+    two = "--nodes=2"
+    wanted = {
+        "gpus": ("finish", two, "--gpus-per-node=2", "--cpus-per-task=4"),
+        "no CPU per GPU": ("finish", "--gpus-per-node=2", "--cpus-per-task=1"),
+        "out of time": ("wait", two),
+        "array": ("wait", "--array=0-1"),
+        "cancelled": ("wait", two),
+        "crash": ("crash", two),
+        "crash-always": ("crash-always", two),
+        "fault": ("fault", two),
+        "stop": ("stop", two),
+        "unfit": ("unfit", "--gpus-per-node=1"),
+    }
+    folder = tmp_path_factory.mktemp("jobs")
+    started = {
+        name: TrainJob(session_cluster, folder / name.replace(" ", "-"), *words)
+        for name, words in wanted.items()
+    }
+    yield started
+    session_cluster.cancel_all()
+
+
+def test_training_starts_one_rank_per_gpu_of_every_node(jobs: dict[str, TrainJob]) -> None:
+    job = jobs["gpus"]
 
     assert job.end() == "COMPLETED"
     for rank in range(4):
         local, node = rank % 2, 1 + rank // 2
         line = f"rank {rank} of 4 local {local} on node{node} threads 2 master 127.0.0.1 restart 0"
-        assert job.count(line) == 1
-
-
-def test_training_out_of_time_is_requeued_and_goes_on(
-    cluster: Cluster, checkout: Path, tmp_path: Path
-) -> None:
-    job = TrainJob(cluster, checkout, tmp_path, "--nodes=2", "out-of-time")
-    cluster.poll(lambda: job.count("ready") == 2)
-
-    # What `--signal=B:USR1@120` does two minutes before the time limit.
-    cluster.command("scancel", "--batch", "--signal=USR1", job.id)
-
-    assert job.end() == "COMPLETED"
-    assert (job.count("rank .* restart 0$"), job.count("rank .* restart 1$")) == (2, 2)
-
-
-def test_the_last_element_of_an_array_is_requeued_without_the_others(
-    cluster: Cluster, checkout: Path, tmp_path: Path
-) -> None:
-    job = TrainJob(cluster, checkout, tmp_path, "--array=0-1", "out-of-time")
-    cluster.poll(lambda: job.count("ready") == 2)
-    first, last = f"{job.id}_0", f"{job.id}_1"
-
-    # Its plain job id is that of the array.
-    cluster.command("scancel", "--batch", "--signal=USR1", last)
-    cluster.poll(lambda: cluster.states(job.id)[last] == "COMPLETED")
-
-    assert cluster.states(job.id)[first] == "RUNNING"
-
-
-def test_training_with_a_faulty_config_fails_with_its_code_and_stays_down(
-    cluster: Cluster, checkout: Path, tmp_path: Path
-) -> None:
-    job = TrainJob(cluster, checkout, tmp_path, "--nodes=2", "fault")
-
-    assert job.end() == "FAILED"
-    assert "ExitCode=2:0" in cluster.command("scontrol", "show", "job", job.id)
-
-
-def test_training_ends_when_one_rank_dies(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    job = TrainJob(cluster, checkout, tmp_path, "--nodes=2", "crash")
-
-    # Its peer would sleep for minutes.
-    assert job.end() == "FAILED"
+        assert len(job.find(line)) == 1
 
 
 def test_training_without_a_processor_per_gpu_says_what_to_change(
-    cluster: Cluster, checkout: Path, tmp_path: Path
+    jobs: dict[str, TrainJob],
 ) -> None:
-    flags = ("--gpus-per-node=2", "--cpus-per-task=1")
-    job = TrainJob(cluster, checkout, tmp_path, *flags, "finish")
+    job = jobs["no CPU per GPU"]
 
     assert job.end() == "FAILED"
-    assert job.count("1 CPUs for 2 GPUs .* fix: --exclusive") == 1
+    assert job.find("1 CPUs for 2 GPUs .* fix: --exclusive")
+
+
+def test_training_out_of_time_is_requeued_and_goes_on(
+    jobs: dict[str, TrainJob], session_cluster: Cluster
+) -> None:
+    job = jobs["out of time"]
+    session_cluster.poll(lambda: len(job.find("ready")) == 2)
+
+    # What `--signal=B:USR1@120` does two minutes before the time limit.
+    session_cluster.command("scancel", "--batch", "--signal=USR1", job.id)
+
+    assert job.end() == "COMPLETED"
+    assert job.find(r"rank (\d) .* restart 0$") != []
+    assert sorted(job.find(r"rank (\d) .* restart 1$")) == ["0", "1"]
+
+
+def test_the_last_element_of_an_array_is_requeued_without_the_others(
+    jobs: dict[str, TrainJob], session_cluster: Cluster
+) -> None:
+    job = jobs["array"]
+    session_cluster.poll(lambda: len(job.find("ready")) == 2)
+    first, last = f"{job.id}_0", f"{job.id}_1"
+
+    # Its plain job id is that of the array.
+    session_cluster.command("scancel", "--batch", "--signal=USR1", last)
+    session_cluster.poll(lambda: session_cluster.states(job.id)[last] == "COMPLETED")
+
+    assert session_cluster.states(job.id)[first] == "RUNNING"
+
+
+def test_training_that_somebody_cancels_stays_cancelled(
+    jobs: dict[str, TrainJob], session_cluster: Cluster
+) -> None:
+    job = jobs["cancelled"]
+    session_cluster.poll(lambda: len(job.find("ready")) == 2)
+
+    session_cluster.command("scancel", job.id)
+    # Its ranks saved and left with 75; asking for a requeue now would bring the job back.
+    session_cluster.poll(lambda: job.find("not queued again: Slurm is ending the job") != [])
+
+    assert job.end() == "CANCELLED"
+
+
+def test_training_with_a_faulty_config_fails_with_its_code_and_stays_down(
+    jobs: dict[str, TrainJob], session_cluster: Cluster
+) -> None:
+    job = jobs["fault"]
+
+    assert job.end() == "FAILED"
+    assert "ExitCode=2:0" in session_cluster.command("scontrol", "show", "job", job.id)
+    assert job.find("not queued again: exit code 2")
+
+
+def test_training_that_is_asked_to_stop_stays_down(jobs: dict[str, TrainJob]) -> None:
+    job = jobs["stop"]
+
+    assert job.end() == "FAILED"
+    assert job.find("not queued again: stopped on request; submit again to go on")
+
+
+def test_training_goes_on_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -> None:
+    job = jobs["crash"]
+
+    # Its peer would sleep for minutes.
+    assert job.end() == "COMPLETED"
+    # 1 of the crashed rank, 137 of the peer that Slurm killed; srun hands on the higher one.
+    assert job.find("^queued again: the ranks ended with exit code 137")
+
+
+def test_training_without_progress_across_three_requeues_stops_and_says_why(
+    jobs: dict[str, TrainJob],
+) -> None:
+    job = jobs["crash-always"]
+
+    assert job.end() == "FAILED"
+    assert job.find(r"rank 0 .* restart (\d)$") == ["0", "1", "2", "3"]
+    assert job.find(
+        r"made no progress across 3 requeues: each start began at step 0 of run and ended before "
+        r"the next checkpoint \(4 x exit code 137\) \| fix: read the log above"
+    )
+
+
+def test_an_unfit_node_is_named_and_the_job_goes_on_without_it(jobs: dict[str, TrainJob]) -> None:
+    job = jobs["unfit"]
+
+    assert job.end() == "COMPLETED"
+    (unfit,) = job.find(
+        r"queued again without unfit nodes: (node\d): nvidia-smi: Unable to determine the device"
+    )
+    assert job.find(r"rank 0 of 1 .* on (node\d) .* restart 1") == [
+        {"node1": "node2", "node2": "node1"}[unfit]
+    ]
+    # No rank ever started on it.
+    assert not job.find("rank .* restart 0$")
 
 
 def test_evaluation_outside_an_array_says_how_to_submit_it(

@@ -1,0 +1,98 @@
+"""The job that this process runs in, as Slurm sees it from inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.errors import DiffembedError
+from pipeline.submission.health import FIT, MARK
+
+_HEALTH_SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Whether Slurm still runs a job, and whether it takes its nodes away."""
+
+    running: bool
+    preempted: bool
+
+
+def own_id() -> str:
+    """The id by which this job alone can be queued again."""
+    # The plain id of an array's last element means the whole array.
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def read_state(job: str) -> State:
+    """Ask Slurm for the state of a job."""
+    fields = _fields(job)
+    return State(
+        running=fields.get("JobState") == "RUNNING",
+        preempted=fields.get("PreemptTime", "None") != "None",
+    )
+
+
+def requeue(job: str, *, without: tuple[str, ...] = ()) -> None:
+    """Queue this job again; it ends soon after.
+
+    Args:
+        job: its id.
+        without: nodes that it must not get any more, beside those that it does not want already.
+
+    Raises:
+        DiffembedError: Slurm refuses, for instance because the site forbids it.
+    """
+    excluded = _fields(job).get("ExcNodeList", "(null)")
+    done = _scontrol("requeue", job)
+    if done.returncode:
+        raise DiffembedError(
+            f"not queued again ({done.stderr.strip()}); submit again to go on from the checkpoint"
+        )
+    if without:
+        names = ",".join((*without, *([] if excluded == "(null)" else [excluded])))
+        # Only now: the nodes of a job that runs cannot be changed.
+        _scontrol("update", f"JobId={job}", f"ExcNodeList={names}")
+
+
+def find_faults(run_folder: Path) -> dict[str, str]:
+    """What is wrong with which node of this job; nodes that are fit are left out.
+
+    Raises:
+        DiffembedError: the check could not be started at all.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    nodes = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
+    scratch = os.environ.get("NODE_SCRATCH", "/tmp")
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
+    words += [sys.executable, "-m", "pipeline.submission.health"]
+    words += [str(run_folder), scratch, gpus]
+    late = False
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_HEALTH_SECONDS)
+        output, complaint = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        late, output, complaint = True, (error.stdout or b"").decode(), ""
+    answers = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
+    if not answers and not late:
+        raise DiffembedError(f"the nodes could not be checked: {complaint.strip()}")
+    silent = f"no answer within {_HEALTH_SECONDS} s" if late else "its check died"
+    said = {node: answers.get(node, silent) for node in nodes}
+    return {node: fault for node, fault in said.items() if fault != FIT}
+
+
+def _fields(job: str) -> dict[str, str]:
+    shown = _scontrol("show", "job", job, "--oneliner").stdout
+    return dict(re.findall(r"(\w+)=(\S+)", shown))
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
