@@ -103,12 +103,15 @@ def export(
         str, typer.Option(help="latest, a name like step-000100, or init (the untrained model)")
     ] = "latest",
     output: Annotated[Path | None, typer.Option(help="default: the run's export folder")] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="leave out the weights the adapter belongs to")
+    ] = False,
 ) -> None:
     """Write a folder that sentence-transformers and transformers load without this package."""
     from pipeline.training.export import export_run
 
     tree = load_config(TrainConfig, config, tuple(overrides or ()))
-    print(export_run(tree, which=checkpoint, output=output))
+    print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only))
 
 
 @app.command()

@@ -33,6 +33,8 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
     [
         ("modle.path=x", "unknown key 'modle'.*allowed: .*model"),
         ("model.lora.rnk=3", r"unknown key 'model.lora.rnk'.*allowed: rank, alpha"),
+        ("model.load_in_4bit=true", r"unknown key 'model.load_in_4bit'.*fix: .*4-bit.*ZeRO-3"),
+        ("model.lora.adapter_dtype=float32", "adapters in model.dtype.*fp32 copy"),
         ("num_steps=many", "num_steps = 'many'"),
         ("model.pooling=men", r"model.pooling = 'men'.*'mean'"),
         ("data.global_batch_size=1", "data.global_batch_size: 1.*>= 2"),

@@ -22,6 +22,7 @@ from pipeline.config.model import (
     LoraConfig,
     ModelConfig,
     Pooling,
+    RopeScaling,
     StarterConfig,
 )
 from pipeline.config.submission import (
@@ -58,6 +59,7 @@ __all__ = [
     "OptimizerConfig",
     "Pooling",
     "PrepareConfig",
+    "RopeScaling",
     "SourceConfig",
     "StarterConfig",
     "Template",

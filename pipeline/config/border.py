@@ -12,6 +12,17 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 
+# Keys that people bring from elsewhere, and why there is no such key here.
+_NO_QLORA = (
+    "leave it out: adapters trained on 4-bit weights give other vectors once they are merged into "
+    "the 16-bit ones; ZeRO-3 shards the frozen weights over the ranks instead"
+)
+_NOT_OFFERED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantize", "quantization"), _NO_QLORA),
+    "adapter_dtype": "leave it out: DeepSpeed computes adapters in model.dtype and keeps an fp32 "
+    "copy of them, which is what is updated and saved",
+}
+
 
 def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
     """Read a YAML file with those it extends, apply overrides, and build `kind` from it.
@@ -111,7 +122,9 @@ def _explain(kind: type, error: ValidationError, origin: str) -> UserError:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
         return UserError(
-            f"{origin}: unknown key {key!r}", allowed=", ".join(_keys_beside(kind, first["loc"]))
+            f"{origin}: unknown key {key!r}",
+            allowed=", ".join(_keys_beside(kind, first["loc"])),
+            fix=_NOT_OFFERED.get(str(first["loc"][-1]), ""),
         )
     if first["type"] in ("missing", "missing_keyword_only_argument"):
         return UserError(f"{origin}: key {key!r} is missing", fix=f"add {key} to the file")

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config.model import RopeScaling
 from pipeline.config.rules import require, strict
 from pipeline.config.text import Template
 
@@ -23,6 +24,8 @@ class EvaluatedModel:
     instruction_set: Literal["diffembed", "paper"] = "diffembed"
     # Instructions by task name for this model alone.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # For texts longer than the export was trained on.
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         # The name is a folder of the results and a key of report.json.

@@ -32,6 +32,23 @@ class LoraConfig:
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Rotary positions for texts longer than the model was trained on, by transformers' own rules.
+
+    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows
+    to theta * factor ** (d / (d - 2)), d the width of a head (Peng et al., arXiv 2309.00071,
+    section 3.1). yarn: by wavelength, with a temperature (the same, section 3.4).
+    """
+
+    kind: Literal["linear", "ntk", "yarn"]
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.factor > 1, "rope_scaling.factor", self.factor, "a number > 1")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The backbone, how it attends, and how its hidden states become one vector."""
 
@@ -43,6 +60,9 @@ class ModelConfig:
     # Whether the tokens of an instruction are pooled; they are attended to in any case.
     pool_instruction: bool = True
     normalize: bool = True
+    # Vectors keep so many of their first numbers (arXiv 2205.13147); null keeps all.
+    dimensions: int | None = None
+    rope_scaling: RopeScaling | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_dropout: float | None = None
     gradient_checkpointing: bool = False
@@ -54,6 +74,10 @@ class ModelConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        dimensions = self.dimensions
+        require(
+            dimensions is None or dimensions >= 1, "model.dimensions", dimensions, "an integer >= 1"
+        )
         require(
             self.adapter_use == "merge" or (self.adapter is not None and self.lora is None),
             "model.adapter_use",

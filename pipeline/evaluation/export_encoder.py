@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from pipeline.comm import discover_world
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import Element, export_fingerprint
 from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder, revision
@@ -16,14 +16,14 @@ from pipeline.evaluation.guard import tokens_that_fit
 from pipeline.model.load import LoadedExport, load_export
 
 # The export loaded last, so that an element's next task or length does not load it again.
-_loaded: dict[tuple[str, int], LoadedExport] = {}
+_loaded: dict[tuple[str, RopeScaling | None, int], LoadedExport] = {}
 
 
 def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     """An element's export at its length: bfloat16 on a GPU, float32 elsewhere."""
     device, precision = _place()
     fingerprint = export_fingerprint(element.model.path)
-    key = (fingerprint, config.max_tokens)
+    key = (fingerprint, element.model.rope_scaling, config.max_tokens)
     if key not in _loaded:
         # First out, then in: two models may not fit side by side.
         _loaded.clear()
@@ -32,7 +32,11 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             free, _ = torch.cuda.mem_get_info(device)
             budget = min(budget, tokens_that_fit(element.model.path, free, bytes_per_value=2))
         _loaded[key] = load_export(
-            element.model.path, device=device, dtype=precision, max_tokens=budget
+            element.model.path,
+            device=device,
+            dtype=precision,
+            max_tokens=budget,
+            rope_scaling=element.model.rope_scaling,
         )
     if element.max_length > _loaded[key].max_tokens:
         raise UserError(

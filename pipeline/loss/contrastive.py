@@ -26,7 +26,7 @@ from pipeline.loss.one_width import OneWidth
 from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES
 
-__all__ = ["LossOutput", "RaggedIndex", "Targets", "contrastive_loss"]
+__all__ = ["LossOutput", "RaggedIndex", "Targets", "check_loss", "contrastive_loss"]
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def contrastive_loss(
     """
     assert (temperature is not None) == config.learn_temperature, "temperature: learned, or fixed"
     width = query_BE.shape[1]
-    _refuse_impossible(config, targets, width)
+    check_loss(config, width=width, has_scores=targets.teacher_positives is not None)
     layout = Layout(targets)
     outputs = []
     with _float32_products(query_BE.device):
@@ -73,14 +73,24 @@ def contrastive_loss(
     return outputs[0] if len(outputs) == 1 else _mean(outputs)
 
 
-def _refuse_impossible(config: LossConfig, targets: Targets, width: int) -> None:
+def check_loss(config: LossConfig, *, width: int, has_scores: bool) -> None:
+    """Refuse a loss that the model or the data cannot have; asked before a run starts.
+
+    Args:
+        config: the loss section.
+        width: of the embeddings.
+        has_scores: whether the data hold a teacher's scores.
+
+    Raises:
+        UserError: see `contrastive_loss`.
+    """
     for dim in config.matryoshka_dims:
         if dim >= width:
             raise UserError(
                 f"loss.matryoshka_dims: {dim}",
                 allowed=f"widths below that of the embeddings ({width}), which is always trained",
             )
-    if config.distillation is not None and targets.teacher_positives is None:
+    if config.distillation is not None and not has_scores:
         raise UserError(
             "loss.distillation is set but the data set holds no teacher scores",
             fix="prepare the data with scores, or remove loss.distillation",

@@ -17,6 +17,7 @@ from pipeline.model.families import FAMILIES, Family
 from pipeline.model.native import NATIVE_FORMS
 from pipeline.model.packing import PACKED
 from pipeline.model.remote import REMOTE, PaddedModel, check_behaviour
+from pipeline.model.rope import scale_rope
 
 # Weights of heads that an embedder does not use; anything else that does not fit is an error.
 _HEADS = ("lm_head.", "cls.", "pooler.", "head.", "decoder.", "score.", "classifier.")
@@ -54,6 +55,8 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
             f"model.attention: causal, but {config.path} is an encoder ({hf_config.model_type})",
             allowed="bidirectional",
         )
+    if config.rope_scaling is not None:
+        scale_rope(hf_config, config.rope_scaling)
     hf_config.use_cache = False
     if config.attention_dropout is not None:
         setattr(hf_config, family.attention_dropout, config.attention_dropout)
@@ -63,6 +66,11 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
 
 def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
     """Load a model by its own code, at the revision that the config pins."""
+    if config.rope_scaling is not None:
+        raise UserError(
+            f"model.rope_scaling: the code of {config.path} decides about its positions",
+            fix="remove model.rope_scaling",
+        )
     pinned = {"revision": config.revision, "trust_remote_code": True}
     dtype = getattr(torch, config.dtype)
     with quiet():

@@ -99,6 +99,7 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=con
 
 def _transformers_usage(config: ModelConfig, loading: str) -> str:
     loading = loading.format(base=config.path, causal=config.attention == "causal")
+    cut = f"\nvectors = vectors[:, :{config.dimensions}]" if config.dimensions else ""
     normalise = "\nvectors = torch.nn.functional.normalize(vectors)" if config.normalize else ""
     return f"""```python
 import torch
@@ -107,5 +108,5 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 batch = tokenizer(["..."], padding=True, truncation=True, return_tensors="pt")
 hidden = model.eval()(**batch).last_hidden_state.float()
 mask = batch.attention_mask[..., None]
-vectors = {_POOLING_CODE[config.pooling]}{normalise}
+vectors = {_POOLING_CODE[config.pooling]}{cut}{normalise}
 ```"""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
+from pipeline.errors import UserError
 from pipeline.model.adapters import add_lora, load_adapter
 from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
@@ -65,6 +66,11 @@ class Encoder(nn.Module):
         return self.finish(hidden, packed)
 
     @property
+    def num_dimensions(self) -> int:
+        """Width of a vector."""
+        return self.config.dimensions or int(self.model.config.hidden_size)
+
+    @property
     def model(self) -> Any:
         """The Hugging Face model itself, inside any adapters."""
         inner = getattr(self.backbone, "get_base_model", None)
@@ -101,6 +107,7 @@ class Encoder(nn.Module):
         """Final norm, pooling and normalisation: (1, T, D) to (C, D) float32."""
         hidden = self._family.finish(self.model, hidden)
         vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
+        vectors = vectors[:, : self.config.dimensions]
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def save_backbone(self, folder: Path) -> None:
@@ -130,6 +137,7 @@ def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
         UserError: the model cannot be loaded, or cannot be what the config asks for.
     """
     backbone, family = load_backbone(config, meta=meta)
+    _check_dimensions(backbone, config)
     if config.gradient_checkpointing:
         _checkpoint_activations(backbone)
     for adapter in config.merged_adapters:
@@ -139,6 +147,12 @@ def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
     if config.lora is not None:
         backbone = add_lora(backbone, config.lora)
     return Encoder(backbone, family, config).eval()
+
+
+def _check_dimensions(backbone: Any, config: ModelConfig) -> None:
+    width = int(backbone.config.hidden_size)
+    if config.dimensions is not None and config.dimensions > width:
+        raise UserError(f"model.dimensions: {config.dimensions}", allowed=f"1 to {width}")
 
 
 def _checkpoint_activations(backbone: Any) -> None:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from safetensors.torch import save_file
+
 from pipeline.config import ModelConfig, Pooling, Template, as_tree
 from pipeline.errors import UserError
 from pipeline.model.card import write_card
@@ -25,6 +28,7 @@ POOLING_NAMES: dict[Pooling, str] = {
     "first_token": "cls",
 }
 SETTINGS = "diffembed.json"
+_TRUNCATION = "2_Truncation"
 
 
 class TokenizerSource(Protocol):
@@ -146,13 +150,32 @@ def is_export(path: Path) -> bool:
     return (path / SETTINGS).is_file()
 
 
+def _write_truncation(folder: Path, width: int, dimensions: int) -> None:
+    """A linear layer that keeps the first numbers of a vector.
+
+    Their `truncate_dim` comes after normalising and leaves vectors shorter than 1.
+    """
+    write_json(
+        folder / "config.json",
+        {
+            "in_features": width,
+            "out_features": dimensions,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+    save_file({"linear.weight": torch.eye(dimensions, width)}, folder / "model.safetensors")
+
+
 def _write_sentence_transformers(
     folder: Path, width: int, config: ModelConfig, template: Template, max_length: int
 ) -> None:
     """The files by which sentence-transformers finds pooling, normalisation and prompts."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if config.dimensions is not None:
+        modules.append((_TRUNCATION, "Dense"))
     if config.normalize:
-        modules.append(("2_Normalize", "Normalize"))
+        modules.append(("3_Normalize", "Normalize"))
     write_json(
         folder / "modules.json",
         [
@@ -167,6 +190,8 @@ def _write_sentence_transformers(
     )
     for path, _ in modules[1:]:
         (folder / path).mkdir()
+    if config.dimensions is not None:
+        _write_truncation(folder / _TRUNCATION, width, config.dimensions)
     write_json(
         folder / "1_Pooling" / "config.json",
         {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import ModelConfig, Pooling, Template, build_config
+from pipeline.config import ModelConfig, Pooling, RopeScaling, Template, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import POOLING_NAMES, SETTINGS
@@ -28,7 +28,8 @@ _OLD_POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_MODULES = ["Transformer", "Pooling", "Normalize"]
+# `Dense` keeps a vector's first numbers; see `export`.
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +115,18 @@ def load_export(
     device: torch.device | str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_tokens: int = 16384,
+    dimensions: int | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> LoadedExport:
     """Load a folder in sentence-transformers layout.
+
+    Args:
+        path: an export, or a folder of a supported family in that layout.
+        device: where the encoder goes.
+        dtype: of the weights.
+        max_tokens: packed tokens of one forward.
+        dimensions: keep only so many of a vector's first numbers.
+        rope_scaling: for texts longer than the export was trained on.
 
     Raises:
         UserError: a file is missing, or asks for something this package does not compute.
@@ -125,14 +136,18 @@ def load_export(
         config, max_length = _adapter_settings(folder)
     else:
         config, max_length = _sentence_transformers_settings(folder)
-    encoder = build_encoder(dataclasses.replace(config, dtype=dtype)).to(device)
+    asked = {"dimensions": dimensions, "rope_scaling": rope_scaling}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if dimensions and config.dimensions and dimensions > config.dimensions:
+        raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
+    encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
     tokenizer = load_tokenizer(str(folder))
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
         template=_template(folder),
         max_length=max_length or tokenizer.model_max_length,
-        num_dimensions=encoder.model.config.hidden_size,
+        num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
 
@@ -149,8 +164,19 @@ def _adapter_settings(folder: Path) -> tuple[ModelConfig, int | None]:
 def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
     modules = _read(folder, "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds not in (_MODULES, _MODULES[:2]):
-        raise UserError(f"{folder}/modules.json: {kinds}", allowed=f"{_MODULES}, the last optional")
+    ours = (folder / SETTINGS).is_file()
+    optional = [kind for kind in _MODULES[2:] if kind in kinds]
+    if kinds != [*_MODULES[:2], *optional] or ("Dense" in kinds and not ours):
+        raise UserError(
+            f"{folder}/modules.json: {kinds}",
+            allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
+        )
+    prompts = folder / "config_sentence_transformers.json"
+    if prompts.is_file() and _read(folder, prompts.name).get("truncate_dim") is not None:
+        raise UserError(
+            f"{prompts}: truncate_dim, which cuts vectors without normalising them again",
+            fix="remove that key, and ask for the number of dimensions where vectors are made",
+        )
     settings = _read(folder, "sentence_bert_config.json")
     config = ModelConfig(
         path=str(folder),
@@ -158,6 +184,7 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
         pooling=_pooling(folder, modules[1]["path"]),
         pool_instruction=_pools_prompt(folder, modules[1]["path"]),
         normalize="Normalize" in kinds,
+        dimensions=_read(folder, SETTINGS)["model"]["dimensions"] if "Dense" in kinds else None,
     )
     return config, settings.get("max_seq_length")
 

@@ -10,6 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
+from pipeline.loss.contrastive import check_loss
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.model.encoder import build_encoder
 from pipeline.planning.memory import (
@@ -65,7 +66,9 @@ def plan_run(
         boundaries_on_host=config.chunks.boundaries == "host",
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
     )
-    shape = ModelShape.of(build_encoder(config.model, meta=True))
+    encoder = build_encoder(config.model, meta=True)
+    check_loss(config.loss, width=encoder.num_dimensions, has_scores=dataset.manifest.has_scores)
+    shape = ModelShape.of(encoder)
     schedule = config.schedule
     if schedule == "auto":
         schedule = choose_schedule(shape, layout, available)

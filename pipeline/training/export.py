@@ -16,13 +16,16 @@ from pipeline.training import checkpoint
 from pipeline.training.step import seed_random
 
 
-def export_run(config: TrainConfig, *, which: str, output: Path | None) -> Path:
+def export_run(
+    config: TrainConfig, *, which: str, output: Path | None, adapter_only: bool = False
+) -> Path:
     """Write a run's model as a Hugging Face and sentence-transformers folder.
 
     Args:
         config: the run's config.
         which: `latest`, a checkpoint's name, or `init` for the model the run starts from.
         output: the folder to write; the run's `export` by default.
+        adapter_only: write the adapter without the weights it belongs to.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
@@ -43,6 +46,7 @@ def export_run(config: TrainConfig, *, which: str, output: Path | None) -> Path:
         max_length=max(manifest.max_query_length, manifest.max_document_length),
         output_dir=output or run.export,
         card={"step": step, "recipe": dump_config(config)},
+        adapter_only=adapter_only,
     )
 
 

@@ -14,6 +14,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, Stopped, UserError
+from pipeline.loss.contrastive import check_loss
 from pipeline.model.encoder import build_encoder
 from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
 from pipeline.tokenizer import load_tokenizer
@@ -67,6 +68,11 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
         return
     training = Training(config, ds_config, run, stop, identity=run_identity(config, dataset))
+    check_loss(
+        config.loss,
+        width=training.engine.encoder.num_dimensions,
+        has_scores=dataset.manifest.has_scores,
+    )
     step = training.resume(newest) if newest else 0
     # After the checks of resuming: a refused run leaves the folder as it was.
     training.describe(ds_config)

