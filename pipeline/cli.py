@@ -235,11 +235,13 @@ def embed(
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(help="this element of the array")] = 0,
     of: Annotated[int, typer.Option(help="how many elements the array has")] = 1,
+    processes: Annotated[int | None, typer.Option(help="default: one per visible GPU")] = None,
 ) -> None:
     """Embed one element's share of the planned texts; blocks already there are skipped."""
     from pipeline.evaluation.array import embed as embed_share
 
-    embed_share(load_config(EvaluateConfig, config, tuple(overrides or ())), index, of)
+    tree = load_config(EvaluateConfig, config, tuple(overrides or ()))
+    embed_share(tree, index, of, num_processes=processes)
 
 
 @evaluate_app.command()

@@ -97,17 +97,39 @@ def plan(config: EvaluateConfig) -> Plan:
     return written
 
 
-def embed(config: EvaluateConfig, index: int, num: int, *, load: LoadEncoder | None = None) -> int:
+def embed(
+    config: EvaluateConfig,
+    index: int,
+    num: int,
+    *,
+    num_processes: int | None = None,
+    load: LoadEncoder | None = None,
+) -> int:
     """Embed element `index` of `num` of the config's plan; several ranks of one step share it.
 
+    Args:
+        num_processes: processes to share the element's blocks; by default one per visible GPU,
+            and one where a launcher started several ranks already or there is no GPU.
+
     Returns:
-        How many blocks this process embedded; those already on disk are not done again.
+        How many blocks were embedded; those already on disk are not done again.
     """
+    import torch
+
     from pipeline.comm import discover_world
-    from pipeline.evaluation.store import embed_element
+    from pipeline.evaluation.embed import embed_element
 
     world = discover_world()
-    return embed_element(config, index, num, load=load or _export_loader(), world=world)
+    if num_processes is None:
+        num_processes = max(1, torch.cuda.device_count()) if world.world_size == 1 else 1
+    return embed_element(
+        config,
+        index,
+        num,
+        load=load or _export_loader(),
+        world=world,
+        num_processes=num_processes,
+    )
 
 
 def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:

@@ -1,27 +1,23 @@
-"""Vectors of a plan's texts: written block by block by an array, read by the scoring job."""
+"""Vectors of a plan's texts: where their blocks are, and how the scoring job reads them."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.comm import World
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template
 from pipeline.errors import UserError
-from pipeline.evaluation.elements import Element, list_elements, model_fingerprint
-from pipeline.evaluation.encoder import EvaluatedEncoder, LoadEncoder, revision
-from pipeline.evaluation.keys import TextKey, byte_sizes, digests, effective_lengths
-from pipeline.evaluation.plan import Plan, assign, read_plan
+from pipeline.evaluation.elements import Element, model_fingerprint
+from pipeline.evaluation.encoder import EvaluatedEncoder, revision
+from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
+from pipeline.evaluation.plan import Plan, read_plan
 from pipeline.evaluation.texts import Role
-from pipeline.run_dir import atomic_path, write_json
 
-_FORMAT = "float16"
+FORMAT = "float16"
 
 
 def store_folder(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> Path:
@@ -39,99 +35,6 @@ def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) ->
     """Blocks of a model that nobody has embedded yet."""
     folder = store_folder(config, model, plan)
     return [b for b in range(len(plan.block_costs)) if not block_path(folder, b).is_file()]
-
-
-def embed_element(
-    config: EvaluateConfig,
-    index: int,
-    num_elements: int,
-    *,
-    load: LoadEncoder,
-    world: World | None = None,
-) -> int:
-    """Embed one array element's share of all models' blocks; blocks on disk are left alone.
-
-    Args:
-        index: the array's task number, from 0.
-        num_elements: length of the array; it may differ from one submission to the next.
-        load: how to load a model at a length.
-        world: this process among those of the element (one per GPU); the share is cut further.
-
-    Returns:
-        How many blocks were embedded.
-    """
-    if not 0 <= index < num_elements:
-        raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
-    world = world or World()
-    plan = read_plan(config)
-    units = [(model, block) for model in config.models for block in range(len(plan.block_costs))]
-    shares = assign(
-        [plan.block_costs[block] for _, block in units], num_elements * world.world_size
-    )
-    share = [units[unit] for unit in shares[index * world.world_size + world.rank]]
-    written = 0
-    for model in config.models:
-        blocks = [block for owner, block in share if owner == model]
-        written += _embed_blocks(config, model, plan, blocks, load)
-    return written
-
-
-def _embed_blocks(
-    config: EvaluateConfig,
-    model: EvaluatedModel,
-    plan: Plan,
-    blocks: Sequence[int],
-    load: LoadEncoder,
-) -> int:
-    folder = store_folder(config, model, plan)
-    todo = [block for block in blocks if not block_path(folder, block).is_file()]
-    if not todo:
-        return 0
-    # Any element of the model will do: the length is set per text.
-    first = next(element for element in list_elements(config) if element.model == model)
-    encoders = {first.max_length: load(config, first)}
-    _write_description(folder, encoders[first.max_length])
-    started = time.monotonic()
-    for done, block in enumerate(todo, start=1):
-        keys = plan.read_block(block)
-        for length in {key.max_length for key in keys} - encoders.keys():
-            encoders[length] = load(config, dataclasses.replace(first, max_length=length))
-        vectors = embed_keys(keys, encoders)
-        with atomic_path(block_path(folder, block)) as temporary, temporary.open("wb") as file:
-            np.save(file, vectors)
-        pace = (time.monotonic() - started) / done
-        print(
-            f"{model.name}: block {done}/{len(todo)}, {len(keys)} texts, "
-            f"{pace * (len(todo) - done):.0f} s left",
-            flush=True,
-        )
-    return len(todo)
-
-
-def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -> np.ndarray:
-    """(N,) texts -> (N, D) float16, each at its own length and with its own instruction."""
-    groups: dict[tuple[Role, str, int], list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault((key.role, key.instruction, key.max_length), []).append(row)
-    width = next(iter(encoders.values())).num_dimensions
-    vectors_ND = np.empty((len(keys), width), dtype=_FORMAT)
-    for (role, instruction, length), rows in groups.items():
-        texts = [keys[row].text for row in rows]
-        vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, texts)
-    return vectors_ND
-
-
-def _write_description(folder: Path, encoder: EvaluatedEncoder) -> None:
-    """What the scoring job reports; the same from every element."""
-    write_json(
-        folder / "model.json",
-        {
-            "query": encoder.template.query,
-            "document": encoder.template.document,
-            "num_dimensions": encoder.num_dimensions,
-            "precision": f"{encoder.precision}, stored as {_FORMAT}",
-        },
-    )
 
 
 class StoredEmbedder:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config import Template
+from pipeline.config import EvaluateConfig, Template
+from pipeline.evaluation.elements import Element
 from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder
 
 TASKS = (
@@ -56,3 +59,15 @@ def wrap(encoder: object, name: str = "strong", revision: str = "1") -> Evaluate
         num_dimensions=encoder.encode_texts(["."]).shape[1],  # type: ignore[attr-defined]
         precision="float32",
     )
+
+
+def load_letters(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
+    """A model that another process can load too."""
+    return wrap(BagOfLetters(), element.model.name)
+
+
+def load_endless(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
+    """A model that says which process it is in and never gives a vector."""
+    (config.output_dir / f"{os.getpid()}.process").touch()
+    time.sleep(600)
+    raise AssertionError("nobody ended this process")

@@ -19,6 +19,7 @@ from pipeline.evaluation import plan as planning
 from pipeline.evaluation.array import run_all, score_all
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.plan import assign, cut_blocks, read_plan, write_plan
 from pipeline.evaluation.snapshots import (
@@ -29,7 +30,7 @@ from pipeline.evaluation.snapshots import (
     private_cache,
     task_texts,
 )
-from pipeline.evaluation.store import block_path, embed_element, missing_blocks, store_folder
+from pipeline.evaluation.store import block_path, missing_blocks, store_folder
 from pipeline.evaluation.texts import document_texts, query_texts
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.

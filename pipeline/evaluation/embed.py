@@ -1,0 +1,184 @@
+"""Embeds a plan's blocks: an array's share, by one process or by one per GPU of the node.
+
+share of element i --> processes take block after block --> store/, each block by rename
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from pipeline.comm import World
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.errors import UserError
+from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.encoder import EvaluatedEncoder, LoadEncoder
+from pipeline.evaluation.keys import TextKey
+from pipeline.evaluation.plan import Plan, assign, read_plan
+from pipeline.evaluation.store import FORMAT, block_path, store_folder
+from pipeline.evaluation.texts import Role
+from pipeline.run_dir import atomic_path, write_json
+
+
+def embed_element(
+    config: EvaluateConfig,
+    index: int,
+    num_elements: int,
+    *,
+    load: LoadEncoder,
+    world: World | None = None,
+    num_processes: int = 1,
+) -> int:
+    """Embed one array element's share of all models' blocks; blocks on disk are left alone.
+
+    Args:
+        index: the array's task number, from 0.
+        num_elements: length of the array; it may differ from one submission to the next.
+        load: how to load a model at a length; for several processes a function of a module.
+        world: this process among those of the element (one per GPU); the share is cut further.
+        num_processes: processes that this one starts, which take its blocks in turn.
+
+    Returns:
+        How many blocks were embedded.
+    """
+    if not 0 <= index < num_elements:
+        raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
+    world = world or World()
+    plan = read_plan(config)
+    units = [(model, block) for model in config.models for block in range(len(plan.block_costs))]
+    shares = assign(
+        [plan.block_costs[block] for _, block in units], num_elements * world.world_size
+    )
+    share = [units[unit] for unit in shares[index * world.world_size + world.rank]]
+    written = 0
+    for model in config.models:
+        folder = store_folder(config, model, plan)
+        todo = [b for owner, b in share if owner == model and not block_path(folder, b).is_file()]
+        if todo:
+            _embed_blocks(BlockWriter(config, model, plan, load), todo, num_processes)
+        written += len(todo)
+    return written
+
+
+def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
+    started = time.monotonic()
+    for done, num_texts in enumerate(_write_all(writer, todo, num_processes), start=1):
+        pace = (time.monotonic() - started) / done
+        print(
+            f"{writer.model.name}: block {done}/{len(todo)}, {num_texts} texts, "
+            f"{pace * (len(todo) - done):.0f} s left",
+            flush=True,
+        )
+
+
+def _write_all(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> Iterator[int]:
+    if num_processes == 1:
+        yield from map(writer.write, todo)
+        return
+    # Spawned, because a forked process cannot use CUDA.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        num_processes,
+        mp_context=context,
+        initializer=_begin_process,
+        initargs=(context.Value("i", 0), num_processes, writer),
+    ) as pool:
+        # One block at a time: the dearest come first, and whoever is free takes the next.
+        yield from pool.map(_write_in_process, todo)
+
+
+class BlockWriter:
+    """Embeds blocks of one model; loads it at the first block.
+
+    Args:
+        load: how to load the model at a length.
+    """
+
+    def __init__(
+        self, config: EvaluateConfig, model: EvaluatedModel, plan: Plan, load: LoadEncoder
+    ) -> None:
+        self.config, self.model, self._plan, self._load = config, model, plan, load
+        self._folder = store_folder(config, model, plan)
+        # Any element of the model will do: the length is set per text.
+        self._element = next(each for each in list_elements(config) if each.model == model)
+        self._encoders: dict[int, EvaluatedEncoder] = {}
+
+    def write(self, block: int) -> int:
+        """Embed a block and put it into the store; returns its number of texts."""
+        keys = self._plan.read_block(block)
+        for length in {key.max_length for key in keys} - self._encoders.keys():
+            element = dataclasses.replace(self._element, max_length=length)
+            self._encoders[length] = self._load(self.config, element)
+            _write_description(self._folder, self._encoders[length])
+        with (
+            atomic_path(block_path(self._folder, block)) as temporary,
+            temporary.open("wb") as file,
+        ):
+            np.save(file, embed_keys(keys, self._encoders))
+        return len(keys)
+
+
+def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -> np.ndarray:
+    """(N,) texts -> (N, D) float16, each at its own length and with its own instruction."""
+    groups: dict[tuple[Role, str, int], list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault((key.role, key.instruction, key.max_length), []).append(row)
+    width = next(iter(encoders.values())).num_dimensions
+    vectors_ND = np.empty((len(keys), width), dtype=FORMAT)
+    for (role, instruction, length), rows in groups.items():
+        texts = [keys[row].text for row in rows]
+        vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, texts)
+    return vectors_ND
+
+
+def _write_description(folder: Any, encoder: EvaluatedEncoder) -> None:
+    """What the scoring job reports; the same from every element and at every length."""
+    write_json(
+        folder / "model.json",
+        {
+            "query": encoder.template.query,
+            "document": encoder.template.document,
+            "num_dimensions": encoder.num_dimensions,
+            "precision": f"{encoder.precision}, stored as {FORMAT}",
+        },
+    )
+
+
+# The writer of this process, where it is one of several.
+_write: functools.partial[int] | None = None
+
+
+def _begin_process(counter: Any, num_processes: int, writer: BlockWriter) -> None:
+    """Take a number, and with it a GPU or a share of the cores."""
+    import torch
+
+    global _write
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_processes}
+    os.environ |= {name: str(value) for name, value in world.items()}
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+    # A killed parent cannot end its children; without this they would hold their GPUs for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _write = functools.partial(writer.write)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_in_process(block: int) -> int:
+    assert _write is not None
+    return _write(block)
