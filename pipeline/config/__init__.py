@@ -25,6 +25,12 @@ from pipeline.config.model import (
     RopeScaling,
     StarterConfig,
 )
+from pipeline.config.objective import (
+    MaskedDiffusionConfig,
+    MntpConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+)
 from pipeline.config.submission import (
     ChainConfig,
     ExportStep,
@@ -55,7 +61,11 @@ __all__ = [
     "ExportStep",
     "LoraConfig",
     "LossConfig",
+    "MaskedDiffusionConfig",
+    "MntpConfig",
     "ModelConfig",
+    "NextTokenConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "Pooling",
     "PrepareConfig",

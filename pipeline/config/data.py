@@ -17,7 +17,8 @@ class DataConfig:
     """Which shards, and what one global batch is made of.
 
     Args:
-        global_batch_size: queries contrasted per optimizer step, over all ranks.
+        global_batch_size: queries contrasted, or texts whose tokens are predicted, per optimizer
+            step over all ranks.
         num_positives: documents taken per query, from those its example lists.
         num_hard_negatives: hard negatives taken per query, where its example lists as many.
         homogeneous: whether a batch holds one instruction, one source, or a mixture.
@@ -25,6 +26,8 @@ class DataConfig:
             were prepared with.
         mixture_temperature: sources are drawn by weight * size ** (1 / mixture_temperature).
         mixture_cap: examples beyond this many do not add to a source's share.
+        block_length: with an objective, join a source's texts in their order and cut the result
+            into texts of so many tokens; by default a text is what the source gave.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class DataConfig:
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     mixture_temperature: float = 1.0
     mixture_cap: int | None = None
+    block_length: int | None = None
     prefetch: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +59,8 @@ class DataConfig:
         require(temperature > 0, "data.mixture_temperature", temperature, "a number > 0")
         cap = self.mixture_cap
         require(cap is None or cap >= 1, "data.mixture_cap", cap, "an integer >= 1")
+        block = self.block_length
+        require(block is None or block >= 2, "data.block_length", block, "an integer >= 2 (tokens)")
 
 
 @strict

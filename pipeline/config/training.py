@@ -1,4 +1,4 @@
-"""One training run: loss, optimizer, chunks, checkpoints."""
+"""One training run: objective, loss, optimizer, chunks, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.rules import require, strict
 
 
@@ -156,6 +157,8 @@ class TrainConfig:
     seed: int = 42
     schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
+    # Token prediction instead of the contrastive loss; what `loss` says then means nothing.
+    objective: ObjectiveConfig | None = None
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -192,4 +195,38 @@ class TrainConfig:
             True,
             "false with schedule sweep",
             "a sweep already computes one layer at a time again",
+        )
+        if self.objective is None:
+            require(
+                self.data.block_length is None,
+                "data.block_length",
+                self.data.block_length,
+                "null without an objective",
+                "the contrastive loss compares whole texts",
+            )
+        else:
+            self._check_token_prediction(self.objective)
+
+    def _check_token_prediction(self, objective: ObjectiveConfig) -> None:
+        """Refuse what the prediction of tokens would silently ignore."""
+        require(
+            self.loss == LossConfig(),
+            "loss",
+            "given beside objective",
+            "one of the two",
+            "remove loss, or remove objective to train contrastively",
+        )
+        require(
+            self.schedule in ("auto", "cache") and self.chunks.keep_graphs == 0,
+            "schedule, chunks.keep_graphs",
+            (self.schedule, self.chunks.keep_graphs),
+            "auto or cache, and 0, beside objective",
+            "tokens are predicted chunk by chunk: there is nothing to keep",
+        )
+        require(
+            objective.next_token is None or self.model.attention == "causal",
+            "model.attention",
+            self.model.attention,
+            "causal with objective.next_token",
+            "a model that sees the next token has nothing to predict",
         )

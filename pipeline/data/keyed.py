@@ -15,12 +15,31 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
 def make_key(*parts: int) -> int:
     """One 64-bit key from several integers; every part and its place matter."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        key = mix(key * np.uint64(0x9E3779B97F4A7C15) + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
+        key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
     return int(key[0])
+
+
+def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
+    """Numbers from 0 up to 1, each a function of the key and of its own integers in `parts`.
+
+    Args:
+        key: from `make_key`.
+        parts: arrays of one shape (N,), values 0 and above.
+
+    Returns:
+        (N,) multiples of 2**-53.
+    """
+    word = np.full(parts[0].shape, key, dtype=np.uint64)
+    for part in parts:
+        word = mix(word * _STEP + part.astype(np.uint64) + np.uint64(1))
+    return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(index: IntArray, size: int, key: int) -> IntArray:

@@ -5,23 +5,23 @@ order (ids of the step) -> relevance (documents, masks) -> balance (rank, chunk)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from pipeline.config import DataConfig, TrainConfig
+from pipeline.config import DataConfig
 from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.keyed import make_key
-from pipeline.data.order import Order, source_shares
+from pipeline.data.order import Group, Order, source_shares
 from pipeline.data.relevance import choose, relate
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
 _STATE_VERSION = 1
-_DUMMY = Chunk(
+DUMMY = Chunk(
     input_ids=np.zeros(1, dtype=np.int64),
     lengths=np.ones(1, dtype=np.int64),
     texts=np.full(1, -1, dtype=np.int64),
@@ -40,6 +40,7 @@ class Loader:
         min_chunks: at least so many chunks per rank.
         seed: decides the order and the choice of documents.
         attention_length: length at which attention costs as much as the linear layers.
+        groups: what the order draws from; by default the dataset's groups of examples.
 
     Raises:
         UserError: the batch cannot be formed from this dataset.
@@ -57,41 +58,29 @@ class Loader:
         min_chunks: int = 1,
         seed: int = 0,
         attention_length: float = ATTENTION_LENGTH,
+        groups: Sequence[Group] | None = None,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         manifest = dataset.manifest
+        groups = manifest.groups if groups is None else groups
         self.dataset, self.config = dataset, config
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._max_tokens, self._max_cost = max_chunk_tokens, max_chunk_cost
         self._min_chunks = min_chunks
         self._attention_length = attention_length
         self.order = Order(
-            manifest.groups,
+            groups,
             global_batch_size=config.global_batch_size,
             homogeneous=config.homogeneous,
             seed=seed,
             shares=source_shares(
-                manifest.groups,
+                groups,
                 weights={**manifest.weights, **config.weights},
                 temperature=config.mixture_temperature,
                 cap=config.mixture_cap,
             ),
         )
         self._step = 0
-
-    @classmethod
-    def of_run(cls, dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
-        """The loader of one rank of a training run, for those who train and those who plan."""
-        return cls(
-            dataset,
-            config.data,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            max_chunk_tokens=config.chunks.max_tokens,
-            max_chunk_cost=config.chunks.max_cost,
-            min_chunks=config.chunks.min_chunks,
-        )
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch of a step; depends on nothing that happened before."""
@@ -116,14 +105,6 @@ class Loader:
                 documents.lengths("tokens", relevance.document_ids),
             ]
         )
-        plan = plan_chunks(
-            lengths,
-            world_size=self._world_size,
-            max_tokens=self._max_tokens,
-            max_cost=self._max_cost,
-            min_chunks=self._min_chunks,
-            attention_length=self._attention_length,
-        )
         scores = self._scores(ids, listed, chosen)
         return GlobalBatch(
             step=step,
@@ -131,7 +112,7 @@ class Loader:
             num_documents=len(relevance.document_ids),
             chunks=tuple(
                 self._read_chunk(texts, lengths, ids, relevance.document_ids)
-                for texts in plan[self._rank]
+                for texts in self._plan(lengths)
             ),
             positives=relevance.positives,
             negatives=relevance.negatives,
@@ -141,6 +122,17 @@ class Loader:
             positive_scores=scores[0],
             negative_scores=scores[1],
         )
+
+    def _plan(self, lengths: IntArray) -> list[IntArray]:
+        """This rank's chunks of texts with the given (S,) lengths, as arrays of text indices."""
+        return plan_chunks(
+            lengths,
+            world_size=self._world_size,
+            max_tokens=self._max_tokens,
+            max_cost=self._max_cost,
+            min_chunks=self._min_chunks,
+            attention_length=self._attention_length,
+        )[self._rank]
 
     def _check(self, listed: dict[str, Ragged]) -> None:
         """Refuse what a damaged shard would otherwise turn into an obscure failure."""
@@ -200,17 +192,14 @@ class Loader:
         self, texts: IntArray, lengths: IntArray, ids: IntArray, document_ids: IntArray
     ) -> Chunk:
         if not len(texts):
-            return _DUMMY
+            return DUMMY
         # Queries first: each side is then one read.
         texts = np.sort(texts)
         num_queries = int(np.searchsorted(texts, len(ids)))
         queries, documents = ids[texts[:num_queries]], document_ids[texts[num_queries:] - len(ids)]
         views = self.dataset.examples.views("query", queries)
         views += self.dataset.documents.views("tokens", documents)
-        input_ids = np.concatenate(views).astype(np.int64)
-        vocab_size = self.dataset.tokenizer.vocab_size
-        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise self._damaged(f"a token id outside the vocabulary of {vocab_size}")
+        input_ids = self._join(views)
         skipped = np.concatenate(
             [
                 self.dataset.examples.scalars("instruction_tokens", queries),
@@ -225,6 +214,14 @@ class Loader:
             texts=texts,
             instruction_tokens=skipped if skipped.any() else None,
         )
+
+    def _join(self, views: list[IntArray]) -> IntArray:
+        """(T,) tokens of some texts, one after another."""
+        input_ids: IntArray = np.concatenate(views).astype(np.int64)
+        vocab_size = self.dataset.tokenizer.vocab_size
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise self._damaged(f"a token id outside the vocabulary of {vocab_size}")
+        return input_ids
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         """Batches from the current step on, for ever; the next one is prepared in a thread."""

@@ -183,6 +183,13 @@ class Table:
             out[places] = shard.offsets[name][rows + 1] - shard.offsets[name][rows]
         return out
 
+    def first(self, name: str, ids: IntArray) -> IntArray:
+        """(R,) first values of a list column at rows `ids`, none of which may be empty."""
+        out = np.empty(len(ids), dtype=np.int64)
+        for shard, places, rows in self._split(ids):
+            out[places] = shard.columns[name][shard.offsets[name][rows]]
+        return out
+
     def views(self, name: str, ids: IntArray) -> list[NDArray[np.int64]]:
         """The values of a list column at rows `ids`, as views of the mapped file."""
         out: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(ids)

@@ -30,7 +30,7 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
         UserError: nothing is there, the architecture is not supported, the attention cannot be
             what the config asks for, or weights are missing.
     """
-    published = _read_config(config)
+    published = read_config(config)
     if config.trust_remote_code:
         return _load_remote(config, meta=meta), REMOTE
     native = NATIVE_FORMS.get(published["model_type"])
@@ -86,7 +86,12 @@ def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
     return model
 
 
-def _read_config(config: ModelConfig) -> dict[str, Any]:
+def read_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json as it was published.
+
+    Raises:
+        UserError: there is none, or it names no kind of model.
+    """
     try:
         published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
     except OSError as error:

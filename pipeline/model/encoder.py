@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self._family = family
+        self.family = family
 
     def forward(
         self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The blocks, in order."""
-        return self._family.layers(self.model)
+        return self.family.layers(self.model)
 
     def embed(
         self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             skipped=None if self.config.pool_instruction else instruction_tokens,
         )
         check_lengths(input_ids, rows)
-        hidden, inputs = self._family.embed(
+        hidden, inputs = self.family.embed(
             self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)
         )
         return hidden, PackedRows(rows=rows, layer_inputs=inputs)
@@ -105,19 +105,23 @@ class Encoder(nn.Module):
 
     def finish(self, hidden: Tensor, packed: PackedRows) -> Tensor:
         """Final norm, pooling and normalisation: (1, T, D) to (C, D) float32."""
-        hidden = self._family.finish(self.model, hidden)
+        hidden = self.family.finish(self.model, hidden)
         vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
         vectors = vectors[:, : self.config.dimensions]
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def save_backbone(self, folder: Path) -> None:
         """Write weights and config.json for transformers; adapters are merged, for good."""
-        merge = getattr(self.backbone, "merge_and_unload", None)
-        if merge is not None:
-            self.backbone = merge()
+        self.merge_adapters()
         with quiet():
             # Under native names, not under those of a published diffusion checkpoint.
             self.model.save_pretrained(folder, save_original_format=False)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights they belong to; they cannot be trained after."""
+        merge = getattr(self.backbone, "merge_and_unload", None)
+        if merge is not None:
+            self.backbone = merge()
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter without the weights it belongs to, for peft."""

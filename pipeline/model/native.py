@@ -18,10 +18,12 @@ class NativeForm:
     Attributes:
         config: the published config.json -> the native config.
         keys: regular expressions over weight names -> their native names.
+        shifted: whether a token is predicted from the hidden state before it, not from its own.
     """
 
     config: Callable[[dict[str, Any]], PretrainedConfig]
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    shifted: bool = True
 
 
 def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
@@ -113,5 +115,5 @@ NATIVE_FORMS = {
     "gpt2": NativeForm(config=_plain(GPT2Config), keys=_DIFFUGPT_KEYS),
     "llama": NativeForm(config=_plain(LlamaConfig), keys=_DIFFULLAMA_KEYS),
     "Dream": NativeForm(config=_dream_config),
-    "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS),
+    "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS, shifted=False),
 }

@@ -52,6 +52,7 @@ class Layout:
     gradient_checkpointing: bool
     boundaries_on_host: bool = False
     offload_optimizer: bool = False
+    score_bytes: int = 0  # for a tile of scores of the vocabulary; 0 where no tokens are predicted
 
 
 def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> dict[str, float]:
@@ -86,6 +87,8 @@ def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> di
             0.0 if layout.offload_optimizer else 12 * shape.trainable / layout.world_size
         ),
     }
+    if layout.score_bytes:
+        memory["scores of one tile"] = float(layout.score_bytes)
     if schedule == "plain":
         memory["activations of all chunks"] = float(per_token * layout.rank_tokens)
     elif schedule == "cache":
@@ -109,14 +112,19 @@ def graphs_that_fit(shape: ModelShape, layout: Layout, available: float, num_chu
     return min(num_chunks, max(0, int(room // memory["activations of one chunk"])))
 
 
-def choose_schedule(shape: ModelShape, layout: Layout, available: float) -> Schedule:
-    """The first schedule, fewest FLOPs first, whose estimate fits into `available` bytes.
+def choose_schedule(
+    shape: ModelShape,
+    layout: Layout,
+    available: float,
+    schedules: tuple[Schedule, ...] = SCHEDULES,
+) -> Schedule:
+    """The first of the schedules, fewest FLOPs first, whose estimate fits into `available` bytes.
 
     Raises:
         UserError: none fits.
     """
-    needs = {s: sum(memory_per_rank(shape, layout, s).values()) for s in SCHEDULES}
-    for schedule in SCHEDULES:
+    needs = {s: sum(memory_per_rank(shape, layout, s).values()) for s in schedules}
+    for schedule in schedules:
         if needs[schedule] <= available and not (
             schedule == "sweep" and layout.gradient_checkpointing
         ):

@@ -6,14 +6,16 @@ import dataclasses
 import math
 from typing import Any
 
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, as_tree
 from pipeline.data.batch import GlobalBatch
-from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import make_loader
 from pipeline.loss.contrastive import check_loss
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
-from pipeline.model.encoder import build_encoder
+from pipeline.loss.tokens import TILE_BYTES
+from pipeline.model.language import build_model
 from pipeline.planning.memory import (
+    SCHEDULES,
     Layout,
     ModelShape,
     Schedule,
@@ -50,10 +52,10 @@ def plan_run(
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
     dataset = Dataset.open(config.data.path)
-    batches = tuple(
-        Loader.of_run(dataset, config, rank=rank, world_size=world_size).batch(0)
-        for rank in range(world_size)
-    )
+    loaders = [
+        make_loader(dataset, config, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    batches = tuple(loader.batch(0) for loader in loaders)
     zero = ds_config["zero_optimization"]
     tokens = [[len(chunk.input_ids) for chunk in batch.chunks] for batch in batches]
     layout = Layout(
@@ -65,16 +67,19 @@ def plan_run(
         gradient_checkpointing=config.model.gradient_checkpointing,
         boundaries_on_host=config.chunks.boundaries == "host",
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        score_bytes=0 if config.objective is None else TILE_BYTES["cuda"],
     )
-    encoder = build_encoder(config.model, meta=True)
+    encoder = build_model(config, meta=True)
     check_loss(config.loss, width=encoder.num_dimensions, has_scores=dataset.manifest.has_scores)
     shape = ModelShape.of(encoder)
     schedule = config.schedule
     if schedule == "auto":
-        schedule = choose_schedule(shape, layout, available)
+        # Tokens are predicted chunk by chunk, which in memory is what `cache` needs.
+        allowed = SCHEDULES if config.objective is None else ("cache",)
+        schedule = choose_schedule(shape, layout, available, allowed)
     return RunPlan(
         batches=batches,
-        num_examples=dataset.num_examples,
+        num_examples=sum(unit.size for unit in loaders[0].order.units),
         shape=shape,
         layout=layout,
         schedule=schedule,
@@ -91,7 +96,7 @@ def _keep_graphs(
     num_chunks: int,
 ) -> int:
     kept = config.chunks.keep_graphs
-    if schedule != "cache":
+    if schedule != "cache" or config.objective is not None:
         return 0
     return graphs_that_fit(shape, layout, available, num_chunks) if kept == "auto" else kept
 
@@ -100,20 +105,15 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
     """A plan as aligned lines of text."""
     batch, layout, shape = plan.batches[0], plan.layout, plan.shape
     memory = memory_per_rank(shape, layout, plan.schedule)
-    queries = config.num_steps * batch.num_queries
     optimizer = config.optimizer
     lines = [
-        ("global batch", f"{batch.num_queries} queries, {batch.num_documents} distinct documents"),
+        *_objective(batch, config),
         (
             "tokens",
             f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {layout.chunk_tokens:,} tokens x "
             f"{layout.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
         ),
-        (
-            "steps",
-            f"{config.num_steps} x {batch.num_queries} = {queries:,} queries = "
-            f"{queries / plan.num_examples:.2f} epochs of {plan.num_examples:,} examples",
-        ),
+        ("steps", _steps(plan, config)),
         (
             "learning rate",
             f"{optimizer.lr:g} after {optimizer.warmup_steps} warm-up steps, "
@@ -134,6 +134,25 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         ("memory: sum per rank", _bytes(sum(memory.values()))),
     ]
     return _align(lines)
+
+
+def _objective(batch: GlobalBatch, config: TrainConfig) -> list[tuple[str, str]]:
+    if config.objective is None:
+        text = f"{batch.num_queries} queries, {batch.num_documents} distinct documents"
+        return [("global batch", text)]
+    sections = {key: value for key, value in as_tree(config.objective).items() if value is not None}
+    return [("objective", str(sections)), ("global batch", f"{batch.num_documents} texts")]
+
+
+def _steps(plan: RunPlan, config: TrainConfig) -> str:
+    """Steps x batch = examples, in epochs."""
+    unit = "queries" if config.objective is None else "texts"
+    size = config.data.global_batch_size
+    total = config.num_steps * size
+    return (
+        f"{config.num_steps} x {size} = {total:,} {unit} = "
+        f"{total / plan.num_examples:.2f} epochs of {plan.num_examples:,} examples"
+    )
 
 
 def describe_loss(*, num_queries: int, num_documents: int, width: int, world_size: int) -> str:

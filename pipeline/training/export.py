@@ -9,8 +9,9 @@ import torch
 from pipeline.config import TrainConfig, dump_config
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.model.encoder import Encoder
 from pipeline.model.export import export_encoder
+from pipeline.model.language import build_model
 from pipeline.run_dir import RunDir
 from pipeline.training import checkpoint
 from pipeline.training.step import seed_random
@@ -33,7 +34,7 @@ def export_run(
     run = RunDir(config.output_dir)
     dataset = Dataset.open(config.data.path)
     seed_random(config.seed)  # the adapter that training began with
-    encoder = build_encoder(config.model)
+    encoder = build_model(config)
     step = 0
     if which != "init":
         step = _load_weights(encoder, _find(run, which))

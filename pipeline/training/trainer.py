@@ -13,9 +13,10 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import make_loader
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.loss.contrastive import check_loss
-from pipeline.model.encoder import build_encoder
+from pipeline.model.language import build_model
 from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import checkpoint
@@ -25,16 +26,15 @@ from pipeline.training.agreement import (
     StepGivenUpError,
 )
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
+from pipeline.training.objective import Objective, make_objective
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.retention import Keeper
 from pipeline.training.saving import Saver, remove_leftovers
 from pipeline.training.signals import StopRequest
 from pipeline.training.step import (
     NonFiniteLossError,
-    accumulate_gradients,
     seed_random,
 )
-from pipeline.training.temperature import Temperature
 from pipeline.training.zero import ZeroEngine
 
 # What may change when a run is resumed; everything else would make it another run.
@@ -60,14 +60,16 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request, launched=world.launched)
     dataset = open_dataset(config, verify=world.is_main)
-    loader = Loader.of_run(dataset, config, rank=world.rank, world_size=world.world_size)
+    loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
+    objective = make_objective(config, dataset)
     comm.start(world)
     comm.on_main(lambda: _prepare(run, config.checkpoint.mirror))
     newest = _newest_checkpoint(run, config.checkpoint.mirror)
     if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
         _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
         return
-    training = Training(config, ds_config, run, stop, identity=run_identity(config, dataset))
+    identity = run_identity(config, dataset)
+    training = Training(config, ds_config, run, stop, objective=objective, identity=identity)
     check_loss(
         config.loss,
         width=training.engine.encoder.num_dimensions,
@@ -118,7 +120,7 @@ def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
 
 
 class Training:
-    """What lives as long as the run: model, engine, temperature, and where they are saved."""
+    """What lives as long as the run: model, engine, objective, and where they are saved."""
 
     def __init__(
         self,
@@ -127,14 +129,15 @@ class Training:
         run: RunDir,
         stop: StopRequest,
         *,
+        objective: Objective,
         identity: dict[str, Any],
     ) -> None:
         self.config, self.run, self._identity = config, run, identity
+        self.objective = objective
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
-        encoder = build_encoder(config.model).to(comm.device())
-        self.engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
-        self.temperature = Temperature(config.loss, config.optimizer)
+        model = build_model(config).to(comm.device())
+        self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
         self._saver = Saver(run.checkpoints)
         self._keeper = Keeper(run.checkpoints, config.checkpoint)
         self._saved_step = 0  # of the newest checkpoint, whole or on its way
@@ -142,7 +145,7 @@ class Training:
     def resume(self, path: Path) -> int:
         """Load a checkpoint; returns the next step."""
         step, extra = checkpoint.load(path, self.engine, self._identity)
-        self.temperature.load_state_dict(extra["temperature"])
+        self.objective.load_state_dict(extra)
         self._saved_step = step
         if comm.rank() == 0 and path.parent == self.run.checkpoints:
             self._keeper.keep(path, step)  # the copy may be what was interrupted
@@ -167,7 +170,7 @@ class Training:
             self.engine,
             step=step,
             identity=self._identity,
-            extra={"temperature": self.temperature.state_dict()},
+            extra=self.objective.state_dict(),
         )
         self._saved_step = step
 
@@ -268,29 +271,20 @@ class Training:
     def step(self, batch: GlobalBatch) -> dict[str, float]:
         """One optimizer step; returns its numbers, the same on every rank but for times."""
         began = time.perf_counter()
-        config, temperature = self.config, self.temperature.value
+        config = self.config
         try:
-            output = accumulate_gradients(
-                self.engine,
-                batch,
-                config,
-                device=comm.device(),
-                temperature=temperature if config.loss.learn_temperature else None,
-                agreement=self._agreement,
-            )
+            values = self.objective.accumulate(self.engine, batch, self._agreement)
         except NonFiniteLossError as error:
             return self._non_finite(batch, str(error), {"texts": error.texts})
         lr = learning_rate(batch.step, config.optimizer, config.num_steps)
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
             return self._non_finite(batch, f"gradient norm is {grad_norm}", {})
-        self.temperature.step(output.temperature_grad, lr)
+        self.objective.update(lr)
         seconds = time.perf_counter() - began
         return {
-            "loss": float(output.loss),
-            **output.metrics,
+            **values,
             "lr": lr,
-            "temperature": temperature,
             "grad_norm": grad_norm,
             "chunks": len(batch.chunks),
             "documents": batch.num_documents,

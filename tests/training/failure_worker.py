@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from pipeline import comm, train
-from pipeline.training import trainer
+from pipeline.training import objective
 from pipeline.training.zero import ZeroEngine
 
 STEP = 1
@@ -15,7 +15,7 @@ STEP = 1
 
 def put_in(fault: str) -> None:
     """Let rank 1 fail, by signal or exception, or embed to NaN, in one step."""
-    accumulate = trainer.accumulate_gradients
+    accumulate = objective.accumulate_gradients
     embed = ZeroEngine.embed
     present = 0
 
@@ -33,7 +33,7 @@ def put_in(fault: str) -> None:
         out = embed(self, *args)
         return out * float("nan") if present == STEP and comm.rank() == 1 else out
 
-    trainer.accumulate_gradients = faulty_accumulate
+    objective.accumulate_gradients = faulty_accumulate
     if fault == "nan":
         ZeroEngine.embed = faulty_embed  # type: ignore[method-assign]
 

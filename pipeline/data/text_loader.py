@@ -1,0 +1,144 @@
+"""Global batches of plain texts, whole or joined and cut to one length, in the order of examples.
+
+order (ids of the step) -> lengths -> balance (rank, chunk) -> tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
+from pipeline.data.loader import DUMMY, Loader
+from pipeline.data.order import Group
+from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+
+
+def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
+    """The loader of one rank of a training run, for those who train and those who plan."""
+    kind = Loader if config.objective is None else TextLoader
+    return kind(
+        dataset,
+        config.data,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        max_chunk_tokens=config.chunks.max_tokens,
+        max_chunk_cost=config.chunks.max_cost,
+        min_chunks=config.chunks.min_chunks,
+    )
+
+
+NOTHING = Ragged.from_lengths(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+class TextLoader(Loader):
+    """Batches of documents without queries: the text of an example is its first positive.
+
+    Takes the arguments of `Loader`. With `data.block_length` a text is a block of that many tokens
+    of one group's texts in their order; what is left at a group's end is dropped.
+
+    Raises:
+        UserError: the batch cannot be formed from this dataset.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, **settings: Any) -> None:
+        length = config.block_length
+        self._blocks = None if length is None else Blocks(dataset, length)
+        groups = None if self._blocks is None else self._blocks.groups
+        super().__init__(dataset, config, groups=groups, **settings)
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The batch of a step; depends on nothing that happened before."""
+        ids = self.order.batch(step)
+        if self._blocks is None:
+            documents = self.dataset.examples.first("positives", ids)
+            lengths = self.dataset.documents.lengths("tokens", documents)
+        else:
+            documents = ids
+            lengths = np.full(len(ids), self._blocks.length, dtype=np.int64)
+        return GlobalBatch(
+            step=step,
+            num_queries=0,
+            num_documents=len(ids),
+            chunks=tuple(
+                self._read_texts(texts, lengths, documents) for texts in self._plan(lengths)
+            ),
+            positives=NOTHING,
+            negatives=NOTHING,
+            masked=NOTHING,
+            example_ids=ids,
+            tokens=int(lengths.sum()),
+        )
+
+    def _read_texts(self, texts: IntArray, lengths: IntArray, documents: IntArray) -> Chunk:
+        if not len(texts):
+            return DUMMY
+        texts = np.sort(texts)
+        if self._blocks is None:
+            views = self.dataset.documents.views("tokens", documents[texts])
+        else:
+            views = [self._blocks.read(int(block)) for block in documents[texts]]
+        return Chunk(input_ids=self._join(views), lengths=lengths[texts], texts=texts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Stream:
+    """The texts of a group one after another: where each one ends, and its document."""
+
+    documents: IntArray  # (N,)
+    ends: IntArray  # (N,) tokens up to and with each document
+
+
+class Blocks:
+    """Each group's texts joined in the order of their examples and cut into equal blocks.
+
+    Args:
+        dataset: an opened dataset folder.
+        length: tokens of a block.
+
+    Attributes:
+        groups: the groups again, counting blocks in the place of examples.
+
+    Raises:
+        UserError: no group has a whole block.
+    """
+
+    def __init__(self, dataset: Dataset, length: int) -> None:
+        self.length = length
+        self._dataset = dataset
+        self._streams: list[_Stream] = []
+        groups: list[Group] = []
+        start = 0
+        for group in dataset.manifest.groups:
+            ids = np.arange(group.start, group.start + group.count, dtype=np.int64)
+            documents = dataset.examples.first("positives", ids)
+            ends = np.cumsum(dataset.documents.lengths("tokens", documents))
+            count = int(ends[-1]) // length
+            if count:
+                self._streams.append(_Stream(documents=documents, ends=ends))
+                groups.append(dataclasses.replace(group, start=start, count=count))
+                start += count
+        if not groups:
+            raise UserError(
+                f"data.block_length: {length}, more tokens than any source of {dataset.folder} has",
+                fix="lower data.block_length, or prepare more text",
+            )
+        self.groups = tuple(groups)
+        self._starts = np.array([group.start for group in groups], dtype=np.int64)
+
+    def read(self, block: int) -> IntArray:
+        """(length,) tokens of a block."""
+        number = int(np.searchsorted(self._starts, block, side="right")) - 1
+        stream = self._streams[number]
+        begin = (block - int(self._starts[number])) * self.length
+        first = int(np.searchsorted(stream.ends, begin, side="right"))
+        last = int(np.searchsorted(stream.ends, begin + self.length, side="left"))
+        views = self._dataset.documents.views("tokens", stream.documents[first : last + 1])
+        offset = begin - (int(stream.ends[first - 1]) if first else 0)
+        joined: IntArray = np.concatenate(views)[offset : offset + self.length]
+        return joined

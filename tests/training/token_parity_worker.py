@@ -1,0 +1,212 @@
+"""One rank of the token-prediction matrix: the real engine against transformers in one process.
+
+Started by test_token_gradients.py through a launcher; prints one JSON line per case on rank 0.
+The reference knows no packing, chunks, tiles or ranks: `*ForCausalLM` on one row after another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from pipeline import comm
+from pipeline.config import (
+    DataConfig,
+    LoraConfig,
+    MaskedDiffusionConfig,
+    MntpConfig,
+    ModelConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
+from pipeline.data.batch import Chunk, GlobalBatch
+from pipeline.data.loader import DUMMY
+from pipeline.data.masking import Prediction, Vocabulary, predict
+from pipeline.data.text_loader import NOTHING
+from pipeline.loss import tokens
+from pipeline.model.language import build_language_model
+from pipeline.training import token_prediction
+from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
+
+NUM_TEXTS, VOCABULARY, MASK = 14, 500, 499
+SEED, STEP = 7, 3
+OBJECTIVES = {
+    "mntp": (ObjectiveConfig(mntp=MntpConfig()), "bidirectional", True),
+    "mntp, causal": (ObjectiveConfig(mntp=MntpConfig(replace="all")), "causal", True),
+    "diffusion": (
+        ObjectiveConfig(masked_diffusion=MaskedDiffusionConfig(shift=False)),
+        "bidirectional",
+        False,
+    ),
+    "diffusion, shifted": (
+        ObjectiveConfig(masked_diffusion=MaskedDiffusionConfig()),
+        "bidirectional",
+        True,
+    ),
+    "next token": (ObjectiveConfig(next_token=NextTokenConfig()), "causal", True),
+}
+
+
+def make_texts() -> list[Any]:
+    """Texts of 1 to 24 tokens; the first has a single one, which nothing precedes."""
+    rng = np.random.default_rng(0)
+    lengths = [1, *rng.integers(2, 25, size=NUM_TEXTS - 1)]
+    return [rng.integers(2, VOCABULARY - 1, size=length) for length in lengths]
+
+
+def make_chunk(texts: list[Any], chosen: Any) -> Chunk:
+    return Chunk(
+        input_ids=np.concatenate([texts[i] for i in chosen]).astype(np.int64),
+        lengths=np.array([len(texts[i]) for i in chosen], dtype=np.int64),
+        texts=np.array(chosen, dtype=np.int64),
+    )
+
+
+def make_batch(rank: int, counts: list[int]) -> GlobalBatch:
+    """Texts dealt to ranks; rank r cuts its own into counts[r] chunks, dummies fill up."""
+    texts = make_texts()
+    mine = np.random.default_rng(1).permutation(NUM_TEXTS)[rank :: len(counts)]
+    chunks = [make_chunk(texts, part) for part in np.array_split(mine, counts[rank])]
+    return GlobalBatch(
+        step=STEP,
+        num_queries=0,
+        num_documents=NUM_TEXTS,
+        chunks=(*chunks, *[DUMMY] * (max(counts) - counts[rank])),
+        positives=NOTHING,
+        negatives=NOTHING,
+        masked=NOTHING,
+        example_ids=100 + np.arange(NUM_TEXTS),
+        tokens=sum(map(len, texts)),
+    )
+
+
+def reference_loss(model: Any, objective: ObjectiveConfig, prediction: Prediction) -> torch.Tensor:
+    """The loss by its definition, from whole rows of logits."""
+    lengths = [len(text) for text in make_texts()]
+    rows = torch.from_numpy(prediction.input_ids).split(lengths)
+    logits = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
+    asked, labels = logits[prediction.states], torch.from_numpy(prediction.labels)
+    if objective.masked_diffusion is None:
+        return F.cross_entropy(asked, labels)
+    losses = F.cross_entropy(asked, labels, reduction="none")
+    num_rows = NUM_TEXTS - 1 if prediction.total == NUM_TEXTS - 1 else NUM_TEXTS
+    return (losses * torch.from_numpy(prediction.weights)).sum() / num_rows
+
+
+def reference_gradients(
+    path: str, objective: ObjectiveConfig, prediction: Prediction, ours: Any, model: ModelConfig
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the plain model, under our names."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    plain.config.is_causal = model.attention == "causal"
+    if model.lora is not None:
+        targets = list(model.lora.targets)
+        plain = peft.get_peft_model(
+            plain, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+        )
+        fresh = {our_name(name): parameter for name, parameter in plain.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in ours.named_parameters():
+                if "lora_" in name:
+                    fresh[name].copy_(parameter)
+    loss = reference_loss(plain, objective, prediction)
+    loss.backward()
+    return loss.item(), {
+        our_name(n): p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None
+    }
+
+
+def our_name(name: str) -> str:
+    """`model.layers...` of the plain model, possibly in peft's wrapper, in our names."""
+    if name.startswith("base_model.model."):
+        return "backbone.base_model.model." + name.removeprefix("base_model.model.model.")
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def run_case(path: str, *, kind: str, stage: int, counts: list[int], lora: bool) -> dict[str, Any]:
+    """Worst relative error over all parameters, and the loss beside the reference's."""
+    objective, attention, shift = OBJECTIVES[kind]
+    model = ModelConfig(
+        path=path,
+        dtype="float32",
+        attention=attention,  # type: ignore[arg-type]
+        gradient_checkpointing=counts[0] == 3,
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.0) if lora else None,
+    )
+    config = TrainConfig(
+        output_dir=Path("unused"),
+        seed=SEED,
+        num_steps=1,
+        model=model,
+        objective=objective,
+        data=DataConfig(path=Path("unused")),
+    )
+    torch.manual_seed(0)
+    ours = build_language_model(model).train()
+    with torch.no_grad():  # a fresh adapter's B is zero, and so would be A's gradient
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    whole = predict(
+        make_chunk(make_texts(), range(NUM_TEXTS)),
+        objective,
+        Vocabulary(size=VOCABULARY, mask=MASK),
+        text_ids=100 + np.arange(NUM_TEXTS),
+        shift=shift,
+        seed=SEED,
+        step=STEP,
+    )
+    loss, wanted = reference_gradients(path, objective, whole, ours, model)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=comm.world_size())
+    engine = ZeroEngine(ours, build_optimizer(ours, config.optimizer), ds_config)
+    vocabulary = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=VOCABULARY))
+    step = token_prediction.TokenPrediction(config, vocabulary)  # type: ignore[arg-type]
+    values = step.accumulate(engine, make_batch(comm.rank(), counts))
+    assert set(engine.parameter_names) == set(wanted), set(engine.parameter_names) ^ set(wanted)
+    errors = {}
+    for name in engine.parameter_names:
+        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
+        errors[name] = float(difference / wanted[name].abs().max())
+    engine.step(1e-4)
+    engine.close()
+    worst = max(errors, key=lambda name: errors[name])
+    return {"error": errors[worst], "worst": worst, **values, "reference_loss": loss}
+
+
+def main() -> None:
+    untied, tied = sys.argv[1:]
+    torch.set_num_threads(1)
+    comm.start(comm.discover_world(), timeout_seconds=60)
+    # A tile of three predictions: every chunk needs several.
+    tokens.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
+    token_prediction.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
+    token_prediction.load_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
+    layouts = [("mntp", [1, 1], False), ("mntp, causal", [3, 5], True)]
+    layouts += [("diffusion", [3, 5], False), ("diffusion, shifted", [2, 2], True)]
+    layouts += [("next token", [3, 5], False)]
+    for stage, (kind, counts, lora), path in itertools.product((1, 2, 3), layouts, (untied, tied)):
+        if path == tied and kind not in ("diffusion", "mntp, causal"):
+            continue
+        case = {"kind": kind, "stage": stage, "counts": counts, "lora": lora}
+        result = run_case(path, **case)
+        if comm.rank() == 0:
+            print(json.dumps({**case, "tied": path == tied, **result}), flush=True)
+    comm.leave(0, gracefully=True)
+
+
+if __name__ == "__main__":
+    main()
