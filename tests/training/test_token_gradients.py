@@ -39,7 +39,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
                     parameter.mul_(3)
         model.save_pretrained(path)
         paths.append(str(path))
-    printed = launch_ranks(2, WORKER, *paths, timeout=120)
+    printed = launch_ranks(2, WORKER, *paths, timeout=280)
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
