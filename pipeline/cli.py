@@ -150,6 +150,49 @@ def submit(
     )
 
 
+@app.command()
+def encode(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="an export")],
+    source: Annotated[
+        str, typer.Option("--input", help="JSON lines, Parquet or text; file, folder, glob or URL")
+    ],
+    output: Annotated[Path, typer.Option(help="an Arrow file: id, vector")],
+    field: Annotated[str, typer.Option(help="the field that holds the text")] = "text",
+    id_field: Annotated[
+        str, typer.Option(help="the field that names a record; without it, row numbers do")
+    ] = "id",
+    role: Annotated[Literal["query", "document"], typer.Option()] = "document",
+    instruction: Annotated[str, typer.Option(help="of all texts")] = "",
+    max_length: Annotated[int | None, typer.Option(help="tokens; default: the model's")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="of the vectors in the file")
+    ] = "float32",
+    dim: Annotated[int | None, typer.Option(help="keep the first so many numbers")] = None,
+    max_tokens: Annotated[int, typer.Option(help="packed tokens of one forward")] = 16384,
+    processes: Annotated[
+        int | None, typer.Option(help="default: one per GPU; under mpirun or srun, its ranks")
+    ] = None,
+) -> None:
+    """Turn texts into vectors; a killed run is continued by the same command."""
+    from pipeline.evaluation.encode import encode_file
+    from pipeline.evaluation.encode_job import EncodeJob
+
+    job = EncodeJob(
+        model=model,
+        input=source,
+        output=output,
+        field=field,
+        id_field=id_field,
+        role=role,
+        instruction=instruction,
+        max_length=max_length,
+        dtype=dtype,
+        dimensions=dim,
+        max_tokens=max_tokens,
+    )
+    print(encode_file(job, num_processes=processes))
+
+
 @plan_app.command("run")
 def plan_run(
     config: Config,

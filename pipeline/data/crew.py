@@ -26,6 +26,22 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _POLL_SECONDS = 0.05
 
 
+# Number of this process among the children of one `Alone`.
+_number = 0
+
+
+def _take_number(counter: Any) -> None:
+    global _number
+    with counter.get_lock():
+        _number = counter.value
+        counter.value += 1
+
+
+def child_number() -> int:
+    """Number of this process among the children that share its work; 0 where there are none."""
+    return _number
+
+
 class Crew(Protocol):
     """Runs tasks that need not know who else runs any."""
 
@@ -57,7 +73,12 @@ class Alone:
         if self._pool is None:
             # A forked child would inherit the locks of the tokenizer's and Arrow's threads.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._num_workers, mp_context=context)
+            self._pool = ProcessPoolExecutor(
+                self._num_workers,
+                mp_context=context,
+                initializer=_take_number,
+                initargs=(context.Value("i", 0),),
+            )
         futures = [self._pool.submit(work, task) for task in missing]
         try:
             for future in as_completed(futures):

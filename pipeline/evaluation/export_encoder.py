@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
-import torch
-
-from pipeline.comm import discover_world
 from pipeline.config import EvaluateConfig, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import Element, export_fingerprint
 from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder, revision
-from pipeline.evaluation.guard import tokens_that_fit
-from pipeline.model.load import LoadedExport, load_export
+from pipeline.evaluation.place import load_here
+from pipeline.model.load import LoadedExport
 
 # The export loaded last, so that an element's next task or length does not load it again.
 _loaded: dict[tuple[str, RopeScaling | None, int], LoadedExport] = {}
@@ -21,21 +17,14 @@ _loaded: dict[tuple[str, RopeScaling | None, int], LoadedExport] = {}
 
 def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     """An element's export at its length: bfloat16 on a GPU, float32 elsewhere."""
-    device, precision = _place()
     fingerprint = export_fingerprint(element.model.path)
     key = (fingerprint, element.model.rope_scaling, config.max_tokens)
     if key not in _loaded:
         # First out, then in: two models may not fit side by side.
         _loaded.clear()
-        budget = config.max_tokens
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            budget = min(budget, tokens_that_fit(element.model.path, free, bytes_per_value=2))
-        _loaded[key] = load_export(
+        _loaded[key] = load_here(
             element.model.path,
-            device=device,
-            dtype=precision,
-            max_tokens=budget,
+            max_tokens=config.max_tokens,
             rope_scaling=element.model.rope_scaling,
         )
     if element.max_length > _loaded[key].max_tokens:
@@ -53,13 +42,5 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
         revision=revision(element),
         max_length=element.max_length,
         num_dimensions=export.num_dimensions,
-        precision=precision,
+        precision=export.encoder.config.dtype,
     )
-
-
-def _place() -> tuple[torch.device, Literal["float32", "bfloat16"]]:
-    if torch.cuda.is_available():
-        # One process per GPU where a step has several; Slurm may show each process only its own.
-        number = discover_world().local_rank % torch.cuda.device_count()
-        return torch.device("cuda", number), "bfloat16"
-    return torch.device("cpu"), "float32"

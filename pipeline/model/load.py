@@ -62,9 +62,12 @@ class LoadedExport:
         Returns:
             (N, D) float32 in the order given.
         """
-        out = np.zeros((len(texts), self.num_dimensions), dtype=np.float32)
+        return self.encode_tokens(*self.tokenize(texts, prefix))
+
+    def encode_tokens(self, ids: list[list[int]], skipped: list[int]) -> NDArray[np.float32]:
+        """Embed what `tokenize` returned: (N, D) float32 in the order given."""
+        out = np.zeros((len(ids), self.num_dimensions), dtype=np.float32)
         device = next(self.encoder.parameters()).device
-        ids, skipped = self.tokenize(texts, prefix)
         with torch.inference_mode():
             for chosen in _chunks([len(row) for row in ids], self.max_tokens):
                 packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
