@@ -85,7 +85,7 @@ class Cluster:
     def __init__(self) -> None:
         # Not below pytest's folder: a Unix socket's path holds about 100 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         # A Slurm job that runs the tests must not leak its own settings into this cluster.
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
         self.environment = {**own, "PATH": _PATH, "SLURM_CONF": str(self._folder / "slurm.conf")}
@@ -177,6 +177,35 @@ class Cluster:
         self.attempt("scancel", f"--user={os.getuid()}")
         self.poll(lambda: not self.attempt("squeue", "-h").stdout, seconds=20)
 
+    def find_rank(self, program: str, rank: int) -> int:
+        """Process id of a rank of the only step that runs a program."""
+        for process in self._processes(f"SLURM_PROCID={rank}\0"):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if program.encode() in words[1:2]:
+                return int(process.name)
+        raise AssertionError(f"no rank {rank} of {program}")
+
+    def cut_power(self, node: str) -> None:
+        """End everything on a node at once, and let the controller notice.
+
+        It would notice by itself after SlurmdTimeout; being told has the same effect.
+        """
+        daemon = self._daemons[node]
+        daemon.kill()
+        daemon.wait()
+        for task in list(self._processes(f"SLURMD_NODENAME={node}\0")):
+            with contextlib.suppress(OSError):
+                parent = Path("/proc") / (task / "stat").read_text().rpartition(")")[2].split()[1]
+                if (parent / "comm").read_text().startswith("slurmstepd"):
+                    _kill(parent)
+            _kill(task)
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
+
+    def restore_power(self, node: str) -> None:
+        """Start a node's daemon again; it takes jobs at once."""
+        self._start(node, "slurmd", "-D", "-N", node)
+        self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
     def _write_files(self) -> None:
         folder = self._folder
         # Slurm's own user must reach its spool below this folder.
@@ -243,14 +272,14 @@ class Cluster:
             daemon = subprocess.Popen(
                 words, env=self.environment, cwd=self._folder, stdout=log, stderr=log
             )
-        self._daemons.append(daemon)
+        self._daemons[name] = daemon
 
     def _stop(self) -> None:
         # A cluster that never came up has no jobs, and nobody to ask about them.
         with contextlib.suppress(AssertionError):
             self.cancel_all()
         # Munge last: the others need it to say goodbye.
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
                 daemon.wait(timeout=10)
@@ -258,16 +287,27 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         # A job's own daemon outlives slurmd; it and its tasks know this cluster by its config.
-        mark = f"SLURM_CONF={self._folder}/".encode()
+        for process in self._processes():
+            _kill(process)
+
+    def _processes(self, *marks: str) -> Iterator[Path]:
+        """Processes of this cluster's jobs whose environment holds all marks."""
+        wanted = [mark.encode() for mark in (f"SLURM_CONF={self._folder}/", *marks)]
         for process in Path("/proc").glob("[0-9]*"):
             # Gone by now, or another user's.
             with contextlib.suppress(OSError):
-                if mark in (process / "environ").read_bytes():
-                    os.kill(int(process.name), signal.SIGKILL)
+                environment = (process / "environ").read_bytes()
+                if all(mark in environment for mark in wanted):
+                    yield process
 
 
 def _user_name() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
+
+
+def _kill(process: Path) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(process.name), signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,0 +1,248 @@
+"""A whole chain of `diffembed submit all` whose training is disturbed again and again.
+
+    python tests/slurm/disturbed_chain.py
+
+brings up a Slurm of two nodes, runs the chain twice, undisturbed and disturbed, and prints what
+happened: to the jobs, to the training run, and how the two ends compare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cluster import Cluster, why_unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "launch/recipes/quickstart"
+TASKS = ("LEMBPasskeyRetrieval", "BrightAopsRetrieval")
+EVERY = 5  # steps between checkpoints
+# Between two disturbances: more than a checkpoint, and no multiple of one.
+STRIDE = 8
+# The test machine has fewer cores than the virtual nodes claim, and mpirun may run as root there.
+_SITE = f"""\
+source {ROOT}/slurm/cluster.env
+PREPARE_FLAGS=(--nodes=2 --ntasks-per-node=1)
+TRAIN_FLAGS=(--nodes=2 --ntasks-per-node=1)
+EVALUATE_FLAGS=(--ntasks=1)
+CPU_FLAGS=(--ntasks=1)
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH={ROOT}
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+"""
+
+
+def run_python(module: str, *words: object) -> None:
+    command = [sys.executable, "-m", module, *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+
+
+def make_material(folder: Path) -> None:
+    """Training rows, replicas of two tasks, a very small model, and the site's file."""
+    run_python("ReasonAug", "templates", "--out", folder / "data", "--problems-per-concept", 8)
+    run_python("ReasonAug", "replicas", "--data", folder / "data", "--out", folder / "hub")
+    rows = (folder / "data/train.jsonl").read_text().splitlines()[:200]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    run_python(
+        *("pipeline.cli", "starter", RECIPE / "model.yaml", f"output_dir={folder}/model"),
+        *(f"corpus=[{folder}/rows.jsonl]", "vocab_size=400", "hidden_size=32", "num_layers=1"),
+        *("num_heads=2", "intermediate_size=64"),
+    )
+    (folder / "cluster.env").write_text(_SITE)
+
+
+def write_chain(material: Path, folder: Path, num_steps: int) -> Path:
+    """The configs of one experiment; all share the shards."""
+    prepare, train, evaluate = (
+        yaml.safe_load((RECIPE / f"{name}.yaml").read_text())
+        for name in ("data", "train", "evaluate")
+    )
+    source = {"name": "r", "format": "reasonaug", "path": f"{material}/rows.jsonl"}
+    prepare |= {"output_dir": f"{material}/shards", "tokenizer": f"{material}/model"}
+    prepare |= {"sources": [source]}
+    train |= {"output_dir": f"{folder}/run", "num_steps": num_steps}
+    train["model"]["path"] = f"{material}/model"
+    train["data"] |= {"path": f"{material}/shards", "global_batch_size": 16}
+    train["checkpoint"]["every"] = EVERY
+    evaluate |= {"output_dir": str(folder), "snapshots": f"{material}/hub", "tasks": list(TASKS)}
+    evaluate |= {"training_run": f"{folder}/run"}
+    evaluate |= {"models": [{"name": "trained", "path": f"{folder}/run/export"}]}
+    parts = {"prepare": prepare, "train": train, "evaluate": evaluate}
+    folder.mkdir()
+    for name, tree in parts.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    chain = {name: f"{folder}/{name}.yaml" for name in parts}
+    (folder / "chain.yaml").write_text(yaml.safe_dump(chain))
+    return folder / "chain.yaml"
+
+
+class ChainRun:
+    """One experiment on the cluster, from its submission to its report."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        material: Path,
+        name: str,
+        num_steps: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.cluster, self.folder, self._say = cluster, material / name, say
+        self._site = material / "cluster.env"
+        self._chain = write_chain(material, self.folder, num_steps)
+        self.ids = self.submit()
+
+    def submit(self) -> dict[str, str]:
+        """`diffembed submit all`; the ids that it printed, by job."""
+        done = self.cluster.attempt(
+            *(sys.executable, "-m", "pipeline.cli", "submit", "all", self._chain),
+            cwd=ROOT,
+            environment={"DIFFEMBED_CLUSTER_ENV": str(self._site), "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+        self._say(f"$ diffembed submit all {self._chain.name}\n{done.stdout.strip()}")
+        return dict(re.findall(r"^([\w-]+) (\d+) ", done.stdout, re.MULTILINE))
+
+    def finish(self) -> None:
+        """Wait until the last job has ended, and insist on a good end of all."""
+        try:
+            self.cluster.wait(self.ids["report"], seconds=240)
+        finally:
+            ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
+            self._say(f"ended: {ends}")
+        states = {state for end in ends.values() for state in end.values()}
+        assert states == {"COMPLETED"}, self.logs()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.folder / "run/metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def curve(self) -> list[tuple[int, float, float]]:
+        """Step, loss and gradient norm, to the last bit."""
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in self.metrics()]
+
+    def scores(self) -> dict[str, Any]:
+        """The report, without how long things took."""
+        tree = json.loads((self.folder / "report/report.json").read_text())
+        assert isinstance(tree, dict)
+        return _without_times(tree)
+
+    def logs(self) -> str:
+        logs = sorted(
+            [*self.folder.glob("**/*.out"), *self.folder.parent.glob("shards-jobs/*.out")]
+        )
+        return "\n".join(f"{path.name}\n{path.read_text()[-3000:]}" for path in logs)
+
+    def train_log(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("run/jobs/*train-*.out"))
+
+    def disturb(self, disturbance: Callable[[ChainRun], None]) -> int:
+        """Let training go on for a while, disturb it, wait until it left its nodes.
+
+        Returns:
+            Steps that were finished when the disturbance came.
+        """
+        began = len(self.metrics())
+        job = self.ids["train"]
+        self.cluster.poll(
+            lambda: len(self.metrics()) >= began + STRIDE or self._is_over(), seconds=180
+        )
+        assert not self._is_over(), self.logs()
+        reached = len(self.metrics())
+        self._say(f"-- {disturbance.__name__.replace('_', ' ')}, at step {reached}")
+        disturbance(self)
+        # Not RUNNING on the way: a job whose node died is pending at once.
+        self.cluster.wait(job, lambda states: "RUNNING" not in states, seconds=60)
+        self.cluster.wait(job, {"RUNNING"}.issuperset, seconds=120)
+        return reached
+
+    def _is_over(self) -> bool:
+        states = self.cluster.states(self.ids["train"]).values()
+        return bool({"COMPLETED", "FAILED", "CANCELLED"} & set(states))
+
+
+def preemption(run: ChainRun) -> None:
+    run.cluster.command(
+        *("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"),
+        *("--wrap", "sleep 2"),
+    )
+
+
+def scontrol_requeue(run: ChainRun) -> None:
+    run.cluster.command("scontrol", "requeue", run.ids["train"])
+
+
+def a_node_without_power(run: ChainRun) -> None:
+    run.cluster.cut_power("node2")
+    run.cluster.restore_power("node2")
+
+
+def the_time_limit(run: ChainRun) -> None:
+    # What `--signal=B:USR1@120` does two minutes before it.
+    run.cluster.command("scancel", "--batch", "--signal=USR1", run.ids["train"])
+
+
+def the_crash_of_a_rank(run: ChainRun) -> None:
+    os.kill(run.cluster.find_rank("pipeline/train.py", 1), signal.SIGKILL)
+
+
+def _without_times(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {
+            key: _without_times(value)
+            for key, value in tree.items()
+            if "second" not in key and key != "revision"
+        }
+    return [_without_times(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def main() -> None:
+    if reason := why_unavailable():
+        sys.exit(reason)
+    began = time.monotonic()
+    # Also when it is ended from outside, the cluster goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def say(text: str) -> None:
+        for line in text.splitlines():
+            print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
+
+    disturbances = [preemption, scontrol_requeue, a_node_without_power]
+    disturbances += [the_time_limit, the_crash_of_a_rank]
+    num_steps = (len(disturbances) + 2) * STRIDE
+    with tempfile.TemporaryDirectory() as folder, Cluster().running() as cluster:
+        material = Path(folder)
+        make_material(material)
+        say("== undisturbed")
+        calm = ChainRun(cluster, material, "calm", num_steps, say)
+        calm.finish()
+        say("== disturbed")
+        rough = ChainRun(cluster, material, "rough", num_steps, say)
+        for disturbance in disturbances:
+            rough.disturb(disturbance)
+        rough.finish()
+        say("== submitted once more")
+        rough.submit()
+        print(f"\nlog of the disturbed training job:\n{_essence(rough.train_log())}")
+        print(f"report of the disturbed chain:\n{(rough.folder / 'report/report.md').read_text()}")
+        same = calm.curve() == rough.curve()
+        print(f"loss and gradient norm of all {num_steps} steps bit-equal: {same}")
+        print(f"reports equal: {calm.scores() == rough.scores()}")
+
+
+def _essence(log: str) -> str:
+    pattern = r"start|resuming|Stopped|queued again|end: exit|CANCELLED|error|done:"
+    return "\n".join(line for line in log.splitlines() if re.search(pattern, line))
+
+
+if __name__ == "__main__":
+    main()
