@@ -40,26 +40,25 @@ def read_state(job: str) -> State:
     )
 
 
-def requeue(job: str, *, without: tuple[str, ...] = ()) -> None:
+def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
     """Queue this job again; it ends soon after.
 
     Args:
         job: its id.
         without: nodes that it must not get any more, beside those that it does not want already.
 
-    Raises:
-        DiffembedError: Slurm refuses, for instance because the site forbids it.
+    Returns:
+        Why Slurm refuses; empty when it does not.
     """
     excluded = _fields(job).get("ExcNodeList", "(null)")
-    done = _scontrol("requeue", job)
+    done = scontrol("requeue", job)
     if done.returncode:
-        raise DiffembedError(
-            f"not queued again ({done.stderr.strip()}); submit again to go on from the checkpoint"
-        )
+        return done.stderr.strip()
     if without:
         names = ",".join((*without, *([] if excluded == "(null)" else [excluded])))
         # Only now: the nodes of a job that runs cannot be changed.
-        _scontrol("update", f"JobId={job}", f"ExcNodeList={names}")
+        scontrol("update", f"JobId={job}", f"ExcNodeList={names}")
+    return ""
 
 
 def find_faults(run_folder: Path) -> dict[str, str]:
@@ -69,7 +68,7 @@ def find_faults(run_folder: Path) -> dict[str, str]:
         DiffembedError: the check could not be started at all.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
-    nodes = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
+    nodes = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
     scratch = os.environ.get("NODE_SCRATCH", "/tmp")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
@@ -90,9 +89,10 @@ def find_faults(run_folder: Path) -> dict[str, str]:
 
 
 def _fields(job: str) -> dict[str, str]:
-    shown = _scontrol("show", "job", job, "--oneliner").stdout
+    shown = scontrol("show", "job", job, "--oneliner").stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
-def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+def scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run `scontrol`; its refusal is in the answer."""
     return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)

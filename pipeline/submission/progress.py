@@ -53,6 +53,10 @@ class History:
         self._starts[-1] |= {"end": how, "unfit": unfit}
         write_json(self._path, self._starts)
 
+    def hand_over(self, job: str) -> None:
+        """Let another job that goes on for this one count on."""
+        write_json(self._path.with_name(f"starts-{job}.json"), self._starts)
+
     @property
     def num_starts(self) -> int:
         """All of them."""

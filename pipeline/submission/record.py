@@ -40,8 +40,17 @@ class Record:
 
     def add(self, job: Job, job_id: str) -> None:
         """Note a submitted job; it is on disk when this returns."""
+        self._note(job.key, job.name, job_id)
+
+    def replace(self, old_id: str, new_id: str) -> None:
+        """Note that a job goes on as another one; it is on disk when this returns."""
+        for key, entry in self._jobs.items():
+            if entry["id"] == old_id:
+                self._note(key, entry["name"], new_id)
+
+    def _note(self, key: str, name: str, job_id: str) -> None:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self._jobs[job.key] = {"name": job.name, "id": job_id, "submitted": now}
+        self._jobs[key] = {"name": name, "id": job_id, "submitted": now}
         write_json(self._path, self._jobs)
 
 

@@ -23,6 +23,7 @@ from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
 from pipeline.submission import allocation
 from pipeline.submission.progress import History, last_step
+from pipeline.submission.successor import submit_successor
 
 # Requeues without a new checkpoint, and starts on nodes that turn out to be unfit.
 _MAX_IDLE = 3
@@ -89,7 +90,9 @@ def begin(config: TrainConfig, job: str) -> None:
     history.end(words, unfit=True)
     if history.num_unfit > _MAX_UNFIT:
         raise DiffembedError(f"unfit nodes {history.num_unfit} times, not queued again: {words}")
-    allocation.requeue(job, without=tuple(faults))
+    refusal = allocation.requeue(job, without=tuple(faults))
+    if refusal:
+        raise DiffembedError(f"unfit nodes: {words}; Slurm does not queue it again: {refusal}")
     raise DiffembedError(f"queued again without unfit nodes: {words}")
 
 
@@ -97,7 +100,8 @@ def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
     """Queue the job again if that helps, and say what was decided.
 
     Raises:
-        DiffembedError: the job makes no progress.
+        DiffembedError: the job makes no progress, or Slurm takes it neither as this job nor as
+            another one.
     """
     history = History(config.output_dir, job)
     state = allocation.read_state(job)
@@ -113,9 +117,14 @@ def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
     )
     if verdict == "stuck":
         raise _stuck(config, job, history)
-    print(f"{'queued again' if verdict == 'requeue' else 'not queued again'}: {why}", flush=True)
-    if verdict == "requeue":
-        allocation.requeue(job)
+    if verdict == "leave":
+        print(f"not queued again: {why}", flush=True)
+    elif refusal := allocation.requeue(job):
+        successor = submit_successor(job)
+        history.hand_over(successor)
+        print(f"goes on as job {successor}: {why}; {refusal}", flush=True)
+    else:
+        print(f"queued again: {why}", flush=True)
 
 
 def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:

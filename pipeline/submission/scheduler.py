@@ -32,13 +32,13 @@ def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def submit_text(path: Path) -> str:
-    """Submit a batch script; returns the job's id.
+def submit_text(path: Path, *flags: str) -> str:
+    """Submit a batch script, with flags that win over its own; returns the job's id.
 
     Raises:
         UserError: Slurm refuses it, or cannot be asked.
     """
-    done = _run("sbatch", "--parsable", str(path))
+    done = _run("sbatch", "--parsable", *flags, str(path))
     _accept(done, path.name)
     # The id may be followed by the name of its cluster.
     return done.stdout.strip().split(";")[0]
@@ -67,9 +67,23 @@ def active_jobs(ids: Iterable[str]) -> dict[str, str]:
 
 def max_array_size() -> int:
     """The smallest number that an element of an array may not have."""
-    done = _run("scontrol", "show", "config")
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    shown = ask("scontrol", "show", "config")
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
     return int(found.group(1)) if found else 1001  # Slurm's default
+
+
+def ask(command: str, *words: str) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        UserError: it refuses, or cannot be asked.
+    """
+    done = _run(command, *words)
+    if done.returncode:
+        raise UserError(
+            f"{command}: {_first_line(done.stderr)}", fix="try again when Slurm answers"
+        )
+    return done.stdout
 
 
 def _run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

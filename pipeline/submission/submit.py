@@ -14,6 +14,7 @@ from pipeline.submission.chain import Chain
 from pipeline.submission.job import Job, batch_text
 from pipeline.submission.record import Record, locked_records
 from pipeline.submission.site import Site, read_site
+from pipeline.submission.successor import SCRIPT_VARIABLE
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
 
@@ -111,7 +112,9 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
     script = Path("slurm") / job.script
     if not script.is_file():
         raise UserError(f"{script}: no such file", fix="go to the folder that holds slurm/")
-    environment = {_SITE_FILE: str(site.path.absolute())} if _SITE_FILE in os.environ else {}
+    environment = {SCRIPT_VARIABLE: str(job.text_path.absolute())}
+    if _SITE_FILE in os.environ:
+        environment[_SITE_FILE] = str(site.path.absolute())
     return batch_text(
         job,
         script.read_text(),

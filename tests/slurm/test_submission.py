@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -67,6 +68,15 @@ def evaluation(tmp_path: Path) -> Path:
     path = tmp_path / "evaluate.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+# Crashes the first time.
+TRAINER = """\
+import pathlib, sys
+crashed = pathlib.Path("crashed").exists()
+pathlib.Path("crashed").touch()
+sys.exit(0 if crashed else 1)
+"""
 
 
 def names_in_queue(cluster: Cluster) -> list[str]:
@@ -171,3 +181,34 @@ def test_a_job_that_waits_does_not_see_later_edits_of_its_config(
     config = re.search(r"^set -- run (\S+)$", script, re.MULTILINE)
     assert config
     assert yaml.safe_load(Path(config.group(1)).read_text())["max_length"] == 77
+
+
+def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
+    submit: Submit,
+    cluster: Cluster,
+    checkout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "slurm").symlink_to(checkout / "slurm")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/train.py").write_text(TRAINER)
+    (tmp_path / "cluster.env").write_text(f"source {checkout}/slurm/cluster.env\nTRAIN_FLAGS=()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+
+    first = submit(
+        *("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run", "--sbatch", "--no-requeue"),
+        *("--deepspeed", checkout / "ds_configs/zero3.json"),
+    )["train"]
+    waiting = cluster.command(
+        *("sbatch", "--parsable", "--output=/dev/null", "--kill-on-invalid-dep=yes"),
+        *(f"--dependency=afterok:{first}", "--wrap", "true"),
+    )
+
+    assert cluster.wait(waiting, seconds=60) == {waiting: "COMPLETED"}
+    assert cluster.states(first) == {first: "FAILED"}
+    (entry,) = json.loads((tmp_path / "run/jobs/jobs.json").read_text()).values()
+    assert cluster.states(entry["id"]) == {entry["id"]: "COMPLETED"}
+    starts = json.loads((tmp_path / f"run/jobs/starts-{entry['id']}.json").read_text())
+    assert [start["end"] for start in starts] == ["exit code 1", "exit code 0"]

@@ -1,0 +1,48 @@
+"""A job that goes on as another one, for sites that forbid `scontrol requeue`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pipeline.errors import DiffembedError
+from pipeline.submission import scheduler
+from pipeline.submission.allocation import scontrol
+from pipeline.submission.record import locked_records
+
+# Set by every batch script that `diffembed submit` writes: where that script is kept.
+SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
+# It must find what this job still writes down, and not meet its last processes.
+_DELAY = "--begin=now+10"
+
+
+def submit_successor(job: str) -> str:
+    """Submit this job's own script again and let its dependents wait for the new job.
+
+    Returns:
+        The new job's id.
+
+    Raises:
+        DiffembedError: the job was not submitted by `diffembed submit`, or Slurm refuses.
+    """
+    if SCRIPT_VARIABLE not in os.environ:
+        raise DiffembedError("only `diffembed submit` leaves a script to submit again")
+    script = Path(os.environ[SCRIPT_VARIABLE])
+    # Locked: who submits the chain at this moment must find one of the two jobs, not both.
+    with locked_records({script.parent}) as records:
+        successor = scheduler.submit_text(script, _DELAY)
+        records[script.parent].replace(job, successor)
+    for dependent, dependency in _dependents(job).items():
+        moved = re.sub(rf":{job}\b", f":{successor}", dependency)
+        scontrol("update", f"JobId={dependent}", f"Dependency={moved}")
+    return successor
+
+
+def _dependents(job: str) -> dict[str, str]:
+    """What each job waits for, of those that wait for this one."""
+    listing = scheduler.ask("squeue", "--me", "--noheader", "--format=%A %E")
+    waiting = dict(line.split(maxsplit=1) for line in listing.splitlines())
+    # `afterok:8(unfulfilled),afterok:10_*(unfulfilled)` is told; `afterok:8,afterok:10` is heard.
+    plain = {own: re.sub(r"(_\*)?\(\w+\)", "", told) for own, told in waiting.items()}
+    return {own: told for own, told in plain.items() if re.search(rf":{job}\b", told)}
