@@ -54,7 +54,7 @@ SCRIPTS = sorted(
         or path.read_bytes().startswith(b"#!/usr/bin/env bash")
     )
 )
-DOCUMENTS = sorted(path for path in ROOT.glob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "launch").rglob("*.md")])
 
 
 def name(path: Path) -> str:

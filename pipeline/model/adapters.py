@@ -60,6 +60,8 @@ def load_adapter(
             f"model.adapter: cannot read an adapter from {path!r}",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
         ) from error
+    if meta and use == "merge":
+        return backbone  # merging changes no shape
     config.inference_mode = False
     adapted: Any = _attach(backbone, config)
     if not meta:
@@ -75,7 +77,9 @@ def _attach(backbone: nn.Module, config: peft.PeftConfig) -> nn.Module:
         # peft asks for a property that transformers renames, and notes where an adapter came from.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        adapted: nn.Module = peft.get_peft_model(backbone, config)
+        # Beside weights that are only shapes, adapters are only shapes as well.
+        shapes_only = next(backbone.parameters()).is_meta
+        adapted: nn.Module = peft.get_peft_model(backbone, config, low_cpu_mem_usage=shapes_only)
     return adapted
 
 

@@ -1,0 +1,145 @@
+"""Shards of any size without texts: token lengths like a published data set's, made in a moment."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Template
+from pipeline.data.batch import Ragged
+from pipeline.data.manifest import (
+    FILE_NAME,
+    VERSION,
+    LengthHistogram,
+    Manifest,
+    ShardInfo,
+    SourceInfo,
+)
+from pipeline.data.order import Group
+from pipeline.data.shards import DOCUMENT_SCHEMA, EXAMPLE_SCHEMA, hash_file, write_table
+from pipeline.data.tokens import TokenizerInfo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Mean and standard deviation of a log-normal number of tokens, cut at `limit`."""
+
+    mean: float
+    deviation: float
+    limit: int
+
+    def draw(self, count: int) -> np.ndarray:
+        """(count,) lengths, the same at every call."""
+        variance = np.log1p((self.deviation / self.mean) ** 2)
+        drawn = np.random.default_rng(0).lognormal(
+            np.log(self.mean) - variance / 2, np.sqrt(variance), count
+        )
+        return np.clip(drawn, 4, self.limit).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What the shards of one data set look like."""
+
+    groups: tuple[tuple[str, str, int], ...]  # (source, instruction, examples)
+    query: Lengths
+    document: Lengths
+    num_negatives: int
+
+
+def write_shards(folder: Path, shape: Shape) -> Path:
+    """A dataset folder whose examples have one positive and negatives of their own.
+
+    The examples of another group point to the same documents again: a batch of one group never
+    holds one twice, and the store stays small.
+    """
+    folder.mkdir(parents=True)
+    counts = [count for _, _, count in shape.groups]
+    num_examples, per_example = sum(counts), 1 + shape.num_negatives
+    num_documents = max(counts) * per_example
+    queries, documents = shape.query.draw(num_examples), shape.document.draw(num_documents)
+    first = np.concatenate([np.arange(count) for count in counts]) * per_example
+    negatives = first[:, None] + np.arange(1, per_example)
+    columns = {
+        "query": _tokens(queries),
+        "positives": Ragged.from_lengths(np.ones(num_examples, np.int64), first),
+        "negatives": Ragged.from_lengths(
+            np.full(num_examples, shape.num_negatives), negatives.reshape(-1)
+        ),
+        "concept": np.full(num_examples, -1),
+        "query_key": np.arange(num_examples),
+    }
+    ends = np.cumsum(counts).tolist()
+    manifest = Manifest(
+        version=VERSION,
+        recipe="",
+        tokenizer=TokenizerInfo(
+            path="", fingerprint="", vocab_size=10, eos_id=None, append_eos=False
+        ),
+        template=Template(),
+        max_query_length=shape.query.limit,
+        max_document_length=shape.document.limit,
+        num_examples=num_examples,
+        num_documents=num_documents,
+        num_near_duplicates=0,
+        has_scores=False,
+        sources=_sources(shape),
+        groups=tuple(
+            Group(source=source, instruction=instruction, start=end - count, count=count)
+            for (source, instruction, count), end in zip(shape.groups, ends, strict=True)
+        ),
+        query_lengths=LengthHistogram.of(queries, shape.query.limit),
+        document_lengths=LengthHistogram.of(documents, shape.document.limit),
+        example_shards=(_write(folder, "examples.arrow", EXAMPLE_SCHEMA, num_examples, columns),),
+        document_shards=(
+            _write(
+                folder, "documents.arrow", DOCUMENT_SCHEMA, num_documents,
+                {"tokens": _tokens(documents)},
+            ),
+        ),
+    )  # fmt: skip
+    (folder / FILE_NAME).write_text(manifest.to_json())
+    return folder
+
+
+def _sources(shape: Shape) -> tuple[SourceInfo, ...]:
+    counts: dict[str, int] = {}
+    for source, _, count in shape.groups:
+        counts[source] = counts.get(source, 0) + count
+    return tuple(
+        SourceInfo(
+            name=name, format="", path="", weight=1.0, rows=count, examples=count, dropped={}
+        )
+        for name, count in counts.items()
+    )
+
+
+def _tokens(lengths: np.ndarray) -> Ragged:
+    return Ragged.from_lengths(lengths, np.zeros(int(lengths.sum()), dtype=np.int32))
+
+
+def _write(
+    folder: Path, name: str, schema: pa.Schema, rows: int, columns: dict[str, Any]
+) -> ShardInfo:
+    """An Arrow file with the given columns; the others of the schema are zeros and empty lists."""
+    arrays = [_column(field, columns.get(field.name), rows) for field in schema]
+    write_table(folder / name, pa.table(arrays, schema=schema))
+    path = folder / name
+    return ShardInfo(file=name, rows=rows, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def _column(field: pa.Field, values: Any, rows: int) -> pa.Array:
+    if pa.types.is_fixed_size_binary(field.type):
+        raw = np.arange(2 * rows, dtype=np.int64).tobytes()
+        return pa.FixedSizeBinaryArray.from_buffers(field.type, rows, [None, pa.py_buffer(raw)])
+    if not pa.types.is_large_list(field.type):
+        filled = np.zeros(rows) if values is None else values
+        return pa.array(filled.astype(np.int64)).cast(field.type)
+    if values is None:
+        values = Ragged.from_lengths(np.zeros(rows, np.int64), np.empty(0, np.int64))
+    inner = pa.array(values.values, type=field.type.value_type)
+    return pa.LargeListArray.from_arrays(pa.array(values.offsets), inner)

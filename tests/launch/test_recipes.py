@@ -1,0 +1,405 @@
+"""Every recipe is read, planned on a model of its real size, and says what the paper says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+from published_data import prepare_recipe, word_tokenizer, write_raw
+from synthetic_shards import Lengths, Shape, write_shards
+
+from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
+from pipeline.data.shards import Dataset
+from pipeline.evaluation.elements import list_elements
+from pipeline.planning import plan as planning
+from pipeline.planning.memory import memory_per_rank
+from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "launch" / "recipes"
+TRAINING = sorted(
+    path.relative_to(RECIPES)
+    for folder in ("published", "baselines")
+    for path in (RECIPES / folder).rglob("*.yaml")
+)
+DATA = sorted(path for path in (RECIPES / "data").glob("*.yaml") if path.stem != "common")
+EVALUATION = sorted((RECIPES / "evaluate").glob("*.yaml"))
+GIB = 2**30
+LARGE = "-large-batch"
+
+# The config.json of each published model, as far as shapes go.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Dream-org/Dream-v0-Instruct-7B": {
+        "model_type": "Dream", "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "mistralai/Mistral-7B-Instruct-v0.2": {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "sliding_window": None,
+    },
+}  # fmt: skip
+# Published counts of whole models.
+WHOLE = {
+    "Dream-org/Dream-v0-Instruct-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+}
+# What peft counts for rank 16 on all seven linear layers.
+RANK_16 = {
+    "Dream-org/Dream-v0-Instruct-7B": 40_370_176,
+    "Qwen/Qwen2.5-7B-Instruct": 40_370_176,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 41_943_040,
+    "mistralai/Mistral-7B-Instruct-v0.2": 41_943_040,
+}
+# The published configurations: rows in all, rows a step, learning rate, decay, warm-up steps,
+# adapter rank, negatives a query, and whether the weights went through MNTP first.
+PUBLISHED: dict[str, tuple[int, int, float, str, int, int, int, bool]] = {
+    "instruction/dream": (16_000, 128, 1e-4, "linear", 20, 32, 15, False),
+    "instruction/llama3": (16_000, 128, 1e-4, "linear", 20, 32, 15, False),
+    "instruction/llama3-mntp": (16_000, 128, 1e-4, "linear", 20, 32, 15, True),
+    "instruction/mistral": (16_000, 128, 1e-4, "linear", 20, 32, 15, False),
+    "instruction/mistral-mntp": (16_000, 128, 1e-4, "linear", 20, 32, 15, True),
+    "instruction/qwen2.5": (16_000, 128, 1e-4, "linear", 20, 32, 15, False),
+    "instruction/qwen2.5-mntp": (16_000, 128, 1e-4, "linear", 20, 32, 15, True),
+    "long/dream": (16_000, 16, 5e-5, "linear", 100, 16, 31, False),
+    "long/llama3-mntp": (16_000, 16, 5e-5, "linear", 200, 16, 31, True),
+    "long/mistral": (16_000, 16, 1e-4, "linear", 100, 16, 31, False),
+    "long/qwen2.5": (16_000, 16, 1e-4, "linear", 100, 16, 31, False),
+    "theorem/dream": (10_896, 16, 1e-4, "linear", 100, 16, 31, False),
+    "theorem/qwen2.5": (10_896, 16, 1e-4, "linear", 100, 16, 31, False),
+    "theorem/llama3-simcse": (10_896, 16, 1e-4, "linear", 100, 16, 31, True),
+    "theorem/mistral-simcse": (10_896, 16, 1e-4, "linear", 100, 16, 31, True),
+    "reason/dream": (60_000, 16, 1e-5, "constant", 100, 16, 31, False),
+    "reason/llama3-mntp": (60_000, 16, 1e-5, "constant", 100, 16, 31, True),
+    "reason/qwen2.5-mntp": (60_000, 16, 1e-5, "constant", 100, 16, 31, True),
+    "simcse/dream": (64_000, 64, 3e-5, "linear", 0, 16, 63, False),
+    "simcse/llama3-mntp": (128_000, 128, 3e-5, "linear", 0, 16, 127, True),
+    "simcse/mistral-mntp": (128_000, 128, 3e-5, "linear", 0, 16, 127, True),
+    "simcse/qwen2.5-mntp": (128_000, 64, 3e-5, "linear", 0, 16, 63, True),
+}
+
+
+def read(recipe: Path | str) -> TrainConfig:
+    return load_config(TrainConfig, RECIPES / recipe)
+
+
+def head_of(name: str) -> int:
+    """Parameters of the head, which only the prediction of tokens needs."""
+    config = ARCHITECTURES[name]
+    return int(config["vocab_size"] * config["hidden_size"])
+
+
+def e5_sets(rows: int) -> tuple[tuple[str, str, int], ...]:
+    return tuple((f"e5.{name}", name, rows) for name in ("nq", "quora_duplicates"))
+
+
+# Lengths from the paper's table of data statistics.
+SHAPES = {
+    "instruction": Shape(
+        groups=(("msmarco", "Retrieve", 4096),),
+        query=Lengths(mean=83, deviation=76, limit=304),
+        document=Lengths(mean=92, deviation=41, limit=196),
+        num_negatives=15,
+    ),
+    "long": Shape(
+        groups=e5_sets(2048),
+        query=Lengths(mean=39, deviation=19, limit=4096),
+        document=Lengths(mean=366, deviation=1062, limit=4096),
+        num_negatives=1,
+    ),
+    "theorem": Shape(
+        groups=tuple(("reasonaug", f"kind {k}", 1362) for k in range(8)),
+        query=Lengths(mean=230, deviation=244, limit=4096),
+        document=Lengths(mean=508, deviation=427, limit=4096),
+        num_negatives=1,
+    ),
+    "reason": Shape(
+        groups=(("vl", "kind 0", 2048), ("vl", "kind 1", 2048), *e5_sets(4096)),
+        query=Lengths(mean=84, deviation=91, limit=4096),
+        document=Lengths(mean=281, deviation=715, limit=4096),
+        num_negatives=1,
+    ),
+    "simcse": Shape(
+        groups=(("wiki1m", "", 8192),),
+        query=Lengths(mean=25, deviation=14, limit=128),
+        document=Lengths(mean=25, deviation=14, limit=128),
+        num_negatives=0,
+    ),
+    "mntp": Shape(
+        groups=(("wikitext", "", 100),),
+        query=Lengths(mean=300, deviation=100, limit=4096),
+        document=Lengths(mean=300, deviation=100, limit=4096),
+        num_negatives=0,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recipe's config with local stand-ins of the published sizes for what lies on the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, config in ARCHITECTURES.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapter = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers)
+    adapter.save_pretrained(str(folder / "adapter"))
+    shards = {task: write_shards(folder / "shards" / task, s) for task, s in SHAPES.items()}
+
+    def localise(recipe: Path) -> TrainConfig:
+        config = read(recipe)
+        model = dataclasses.replace(
+            config.model,
+            path=str(folder / config.model.path),
+            adapter=config.model.adapter and str(folder / "adapter"),
+            merged_adapters=tuple(str(folder / "adapter") for _ in config.model.merged_adapters),
+        )
+        data = dataclasses.replace(config.data, path=shards[recipe.parts[1]])
+        return dataclasses.replace(config, model=model, data=data)
+
+    return localise
+
+
+def dry_run(config: TrainConfig) -> planning.RunPlan:
+    """As `--dry-run` does on eight ranks with 80 GiB each."""
+    ds_config = load_ds_config(ROOT / "ds_configs" / "zero2.json")
+    resolved = resolve_ds_config(ds_config, config, world_size=8)
+    return planning.plan_run(config, resolved, world_size=8, available=80 * GIB)
+
+
+def test_every_recipe_is_planned_at_its_real_size(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prints the table: `pytest -s`."""
+    share_models_and_batches(monkeypatch)
+    print("\n| recipe | trained | global batch | steps | tokens a step | schedule | GiB a rank |")
+    print("|---|---|---|---|---|---|---|")
+    for recipe in TRAINING:
+        published, config = read(recipe), local(recipe)
+        plan = dry_run(config)
+        name = published.model.path
+        trained = RANK_16[name] * (2 if config.model.lora and config.model.lora.rank == 32 else 1)
+        head = 0 if config.objective is None else head_of(name)
+        assert plan.shape.trainable == trained, recipe
+        assert plan.shape.parameters == WHOLE[name] - head_of(name) + head + trained, recipe
+        batch = plan.batches[0]
+        groups = Dataset.open(config.data.path).manifest.groups
+        if config.objective is None:
+            assert batch.num_queries == published.data.global_batch_size, recipe
+            # One task per global batch, whatever the number of ranks.
+            ends = np.cumsum([group.count for group in groups])
+            drawn = np.unique(np.searchsorted(ends, batch.example_ids, side="right"))
+            assert len({groups[number].source for number in drawn}) == 1, recipe
+        needed = sum(memory_per_rank(plan.shape, plan.layout, plan.schedule).values())
+        assert needed <= 80 * GIB, recipe
+        print(
+            f"| {recipe.with_suffix('')} | {trained:,} | {published.data.global_batch_size:,} | "
+            f"{config.num_steps:,} | {batch.tokens:,} | {plan.schedule} | {needed / GIB:.0f} |"
+        )
+
+
+def share_models_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes whose models have one shape, or whose batches are the same, build them once."""
+    build, make = planning.build_model, planning.make_loader
+    models: dict[str, Any] = {}
+    batches: dict[str, Any] = {}
+
+    def build_model(config: TrainConfig, *, meta: bool) -> Any:
+        model = config.model
+        continued = model.adapter if model.adapter_use == "continue" else None
+        key = repr((model.path, model.lora, continued, config.objective))
+        if key not in models:
+            models[key] = build(config, meta=meta)
+        return models[key]
+
+    def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Any:
+        key = repr((config.data, config.chunks, config.objective, rank))
+        if key not in batches:
+            loader = make(dataset, config, rank=rank, world_size=world_size)
+            first = loader.batch(0)
+            loader.batch = lambda step: first  # type: ignore[method-assign]
+            batches[key] = loader
+        return batches[key]
+
+    monkeypatch.setattr(planning, "build_model", build_model)
+    monkeypatch.setattr(planning, "make_loader", make_loader)
+
+
+def test_published_recipes_have_the_published_arithmetic() -> None:
+    supervised = {
+        str(path) for path in TRAINING if path.parts[0] == "published" and path.parts[1] != "mntp"
+    }
+    assert supervised == {
+        f"published/{name}{variant}.yaml" for name in PUBLISHED for variant in ("", LARGE)
+    }
+    for name, (rows, batch, lr, decay, warmup, rank, negatives, mntp) in PUBLISHED.items():
+        config = read(f"published/{name}.yaml")
+        assert config.data.global_batch_size == batch, name
+        assert config.num_steps == -(-rows // batch), name
+        found = config.optimizer
+        assert (found.lr, found.decay, found.warmup_steps) == (lr, decay, warmup), name
+        assert negatives_per_query(config) == negatives, name
+        if config.model.lora is not None:
+            assert (config.model.lora.rank, config.model.lora.alpha) == (rank, 2 * rank), name
+        adapters = (*config.model.merged_adapters, config.model.adapter or "")
+        assert any(adapter.endswith("-mntp") for adapter in adapters) == mntp, name
+        assert (config.model.attention, config.model.pooling) == ("bidirectional", "mean"), name
+        assert config.seed == 42 and config.model.dtype == "bfloat16", name
+
+
+def test_mntp_masks_as_published() -> None:
+    """Blocks a step, steps, and which share of the tokens is masked how."""
+    wanted = {
+        "llama3": (32, 1000, 0.2, "bert"),
+        "mistral": (32, 1000, 0.8, "all"),
+        "qwen2.5": (16, 4000, 0.2, "bert"),
+    }
+    assert {path.stem for path in TRAINING if path.parts[1] == "mntp"} == set(wanted)
+    for name, (batch, steps, rate, replace) in wanted.items():
+        config = read(f"published/mntp/{name}.yaml")
+        assert (config.data.global_batch_size, config.num_steps) == (batch, steps), name
+        assert config.data.block_length == 512 and config.model.lora == LoraConfig(), name
+        assert config.objective is not None and config.objective.mntp is not None
+        mntp = config.objective.mntp
+        assert (mntp.mask_rate, mntp.replace, mntp.mask_token) == (rate, replace, "_"), name
+
+
+def negatives_per_query(config: TrainConfig) -> int:
+    own = config.data.num_hard_negatives
+    return own if config.loss.negatives == "own" else config.data.global_batch_size * (1 + own) - 1
+
+
+def test_a_large_batch_variant_contrasts_thousands_of_queries_and_lets_the_planner_choose() -> None:
+    variants = [path for path in TRAINING if path.stem.endswith(LARGE)]
+    assert len(variants) == len(PUBLISHED)
+    for path in variants:
+        config = read(path)
+        assert 2048 <= config.data.global_batch_size <= 8192, path
+        assert config.loss.negatives == "batch" and config.schedule == "auto", path
+        base = read(path.with_stem(path.stem.removesuffix(LARGE)))
+        assert config.model.path == base.model.path, path
+        assert config.output_dir != base.output_dir, path
+
+
+def test_baselines_see_only_the_past_and_pool_the_eos() -> None:
+    baselines = [path for path in TRAINING if path.parts[0] == "baselines"]
+    assert len(baselines) == 9
+    for path in baselines:
+        config = read(path)
+        assert (config.model.attention, config.model.pooling) == ("causal", "last_token"), path
+        assert config.data.path.name.endswith("-eos"), path
+        assert config.model.adapter is None and not config.model.merged_adapters, path
+        # As many rows, in the same batches and with the same loss, as the bidirectional models.
+        dream = read(f"published/{path.parts[1]}/dream.yaml")
+        assert dataclasses.replace(dream.data, path=config.data.path) == config.data, path
+        assert (dream.num_steps, dream.loss) == (config.num_steps, config.loss), path
+
+
+def test_every_run_has_a_folder_of_its_own_and_shards_that_a_recipe_makes() -> None:
+    configs = {path: read(path) for path in TRAINING}
+    assert len({config.output_dir for config in configs.values()}) == len(configs)
+    made = {load_config(PrepareConfig, path).output_dir.parent for path in DATA}
+    for path, config in configs.items():
+        # Below the data set's folder, one for each tokenizer.
+        assert config.data.path.parent in made, path
+
+
+def test_data_recipes_read_the_published_layouts(tmp_path: Path) -> None:
+    raw, tokenizer = tmp_path / "raw", word_tokenizer(tmp_path / "tokenizer")
+    write_raw(raw, 12)
+    for recipe in DATA:
+        folder = prepare_recipe(
+            recipe, raw=raw, tokenizer=tokenizer, output_dir=tmp_path / recipe.stem
+        )
+        manifest = Dataset.open(folder, verify=True).manifest
+        assert all(source.examples for source in manifest.sources), recipe
+        per_example = (manifest.num_documents, manifest.num_examples)
+        if recipe.stem == "instruction":
+            assert per_example == (16 * 12, 12)
+            assert (manifest.max_query_length, manifest.max_document_length) == (304, 196)
+
+
+def test_evaluation_recipes_name_tasks_and_runs_that_exist() -> None:
+    runs = {read(path).output_dir for path in TRAINING}
+    for path in EVALUATION:
+        config = load_config(EvaluateConfig, path)
+        assert list_elements(config)
+        assert {model.path.parent for model in config.models} <= runs, path
+        assert config.training_run in runs, path
+
+
+def test_the_readme_lists_every_recipe_as_it_is() -> None:
+    text = (RECIPES / "README.md").read_text()
+    missing = [line for line in readme_table() if line not in text.splitlines()]
+    assert not missing, "launch/recipes/README.md lacks:\n" + "\n".join(missing)
+    assert text.count("\n| [") == len(TRAINING)
+
+
+def readme_table() -> list[str]:
+    """The lines of the README's table that follow from the recipes."""
+    lines = []
+    for path in TRAINING:
+        config = read(path)
+        learns = ["masked tokens", "-"]
+        if config.objective is None:
+            loss = config.loss
+            learns = [
+                f"{loss.similarity} / {loss.temperature:g}",
+                f"{negatives_per_query(config):,}",
+            ]
+        cells = [
+            f"[{path.with_suffix('')}]({path})",
+            start_of([*config.model.merged_adapters, config.model.adapter]),
+            f"{config.data.global_batch_size:,} x {config.num_steps:,}",
+            f"{config.optimizer.lr:g}",
+            *learns,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def start_of(adapters: list[str | None]) -> str:
+    kinds = [name.rsplit("-", 1)[-1] for name in adapters if name]
+    return ", ".join(kinds) or "the model itself"
+
+
+def test_the_command_prints_the_whole_config_and_the_plan(local: Any) -> None:
+    recipe = Path("published/long/dream.yaml")
+    config = local(recipe)
+    done = subprocess.run(
+        [
+            sys.executable, "pipeline/train.py", str(RECIPES / recipe),
+            "--deepspeed", "ds_configs/zero2.json", "--dry-run", "--world-size", "8",
+            f"model.path={config.model.path}", f"data.path={config.data.path}", "schedule=cache",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "  decay_steps: 6000",  # from parts/long.yaml
+        "    - gate_proj",  # a default
+        "7,110,989,312 parameters, 40,370,176 trained, bfloat16, bidirectional, mean pooling",
+        "1000 x 16 = 16,000 queries",
+        "0.0001 after 100 warm-up steps" if config.optimizer.lr == 1e-4 else "5e-05 after 100",
+    ):
+        assert line in done.stdout, done.stdout
