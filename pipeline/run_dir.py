@@ -37,6 +37,8 @@ class RunDir:
         self.export = self.root / "export"
         self.results = self.root / "results"
         self.report = self.root / "report"
+        # Scores of single checkpoints, made while training went on.
+        self.evaluations = self.root / "evaluations"
         # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
         self.stop_request = self.root / "stop"
         self._lock: TextIO | None = None

@@ -147,6 +147,25 @@ class CheckpointConfig:
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateEveryConfig:
+    """Scores of checkpoints while training goes on.
+
+    Args:
+        every: steps between two that are scored; a multiple of checkpoint.every.
+        config: an evaluation's YAML; its last model says how queries are worded.
+        where: jobs of their own, or a process of low priority on the CPU beside rank 0.
+        text_elements: slurm: array elements that share the texts of all tasks; null: one element
+            for each task and length.
+    """
+
+    every: int
+    config: Path
+    where: Literal["slurm", "local"] = "slurm"
+    text_elements: int | None = None
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run: `pipeline/train.py CONFIG`."""
 
@@ -164,11 +183,19 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     # A loss or gradient that is not finite: end the run with a dump, or leave the step out.
     non_finite: Literal["stop", "skip"] = "stop"
+    evaluate: EvaluateEveryConfig | None = None
     log_every: int = 1
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer >= 1")
+        every = self.evaluate.every if self.evaluate else self.checkpoint.every
+        require(
+            every >= 1 and every % self.checkpoint.every == 0,
+            "evaluate.every",
+            every,
+            f"a multiple of checkpoint.every ({self.checkpoint.every})",
+        )
         require(
             self.optimizer.warmup_steps < self.num_steps,
             "optimizer.warmup_steps",

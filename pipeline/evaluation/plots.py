@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ def plot_loss(path: Path, curve: Sequence[dict[str, float]]) -> Path:
         right = axes.twinx()
         right.plot(steps, [line["lr"] for line in curve], color="tab:gray", linewidth=1)
         right.set_ylabel("learning rate", color="tab:gray")
+    return _save(figure, path)
+
+
+def plot_steps(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Scores of checkpoints against their step, with 95 % intervals; one line per task."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for task, points in curves.items():
+        steps = [point["step"] for point in points]
+        (line,) = axes.plot(steps, [point["score"] for point in points], marker="o", label=task)
+        low, high = ([point[key] for point in points] for key in ("ci_low", "ci_high"))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("score")
+    axes.legend(fontsize=7)
     return _save(figure, path)
 
 

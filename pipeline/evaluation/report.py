@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.bootstrap import interval, paired_difference
+from pipeline.evaluation.by_step import read_curves, step_rows
 from pipeline.evaluation.elements import lengths_of, list_elements, read_result
 from pipeline.evaluation.examples import examples_markdown
 from pipeline.evaluation.merge import merge_results
@@ -47,18 +48,25 @@ def write_report(config: EvaluateConfig) -> Path:
     folder = config.output_dir / "report"
     models = [model.name for model in config.models]
     tasks = [summarise(name, models, by_model) for name, by_model in results.items()]
-    curve = read_curve(config.training_run)
+    curve, by_step = read_curve(config.training_run), read_curves(config.training_run)
     # matplotlib is slow to import and only this function draws.
-    from pipeline.evaluation.plots import plot_loss, plot_scores, plot_splits
+    from pipeline.evaluation.plots import plot_loss, plot_scores, plot_splits, plot_steps
 
     figures = [plot_scores(folder / "scores.png", models, tasks)]
     if with_splits(tasks):
         figures.append(plot_splits(folder / "splits.png", models, with_splits(tasks)))
     if curve:
         figures.append(plot_loss(folder / "loss.png", curve))
+    if by_step:
+        figures.append(plot_steps(folder / "steps.png", by_step))
     write_json(
         folder / "report.json",
-        {"models": models, "tasks": tasks, "training": _training_summary(curve)},
+        {
+            "models": models,
+            "tasks": tasks,
+            "training": _training_summary(curve),
+            "by_step": by_step,
+        },
     )
     write_text(folder / "report.md", _markdown(config, results, tasks, curve, figures))
     write_text(folder / "report.tex", latex_table(*score_rows(models, tasks)) + "\n")
@@ -194,6 +202,9 @@ def _markdown(
             f"{summary['last_loss']:.4f}.",
             "",
         ]
+    by_step = read_curves(config.training_run)
+    if by_step:
+        parts += ["## Score by training step", "", markdown_table(*step_rows(by_step)), ""]
     parts += ["## How each number was made", "", markdown_table(*_provenance(results)), ""]
     parts.append(f"The worst queries of {models[-1]} are in [examples.md](examples.md).")
     return "\n".join(parts) + "\n"
@@ -210,7 +221,8 @@ def _examples(results: Results, model: str) -> str:
 
 
 def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
-    header = ["task", "model", "revision", "max length", "precision", "instruction", "data set"]
+    header = ["task", "model", "revision", "max length", "precision", "query template"]
+    header += ["document template", "instruction", "data set"]
     rows = [
         [
             task,
@@ -218,6 +230,8 @@ def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
             result["revision"],
             str(result["max_length"]),
             result["precision"],
+            _code(result["query_template"]),
+            _code(result["document_template"]),
             result["instruction"] or "none",
             result["dataset_revision"][:12],
         ]
@@ -225,3 +239,8 @@ def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
         for model, result in by_model.items()
     ]
     return header, rows
+
+
+def _code(template: str) -> str:
+    """A template as it is written in a config: line breaks visible."""
+    return f"`{json.dumps(template, ensure_ascii=False)[1:-1]}`"

@@ -25,6 +25,7 @@ from pipeline.training.agreement import (
     ChunkOutOfMemoryError,
     StepGivenUpError,
 )
+from pipeline.training.evaluations import Evaluations
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.objective import Objective, make_objective
 from pipeline.training.optim import build_optimizer, learning_rate
@@ -42,6 +43,7 @@ _FREE_KEYS = (
     "output_dir",
     "num_steps",
     "checkpoint",
+    "evaluate",
     "chunks",
     "schedule",
     "log_every",
@@ -59,6 +61,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     """
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request, launched=world.launched)
+    evaluations = Evaluations(config, config.evaluate) if config.evaluate else None
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     objective = make_objective(config, dataset)
@@ -69,7 +72,15 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
         return
     identity = run_identity(config, dataset)
-    training = Training(config, ds_config, run, stop, objective=objective, identity=identity)
+    training = Training(
+        config,
+        ds_config,
+        run,
+        stop,
+        objective=objective,
+        evaluations=evaluations,
+        identity=identity,
+    )
     check_loss(
         config.loss,
         width=training.engine.encoder.num_dimensions,
@@ -130,6 +141,7 @@ class Training:
         stop: StopRequest,
         *,
         objective: Objective,
+        evaluations: Evaluations | None,
         identity: dict[str, Any],
     ) -> None:
         self.config, self.run, self._identity = config, run, identity
@@ -138,6 +150,7 @@ class Training:
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
         model = build_model(config).to(comm.device())
         self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
+        self._evaluations = evaluations
         self._saver = Saver(run.checkpoints)
         self._keeper = Keeper(run.checkpoints, config.checkpoint)
         self._saved_step = 0  # of the newest checkpoint, whole or on its way
@@ -148,7 +161,7 @@ class Training:
         self.objective.load_state_dict(extra)
         self._saved_step = step
         if comm.rank() == 0 and path.parent == self.run.checkpoints:
-            self._keeper.keep(path, step)  # the copy may be what was interrupted
+            self._after_checkpoint(path, step)  # what follows may be what was interrupted
         _say(f"resuming {self.run.root} at step {step} of {self.config.num_steps}, from {path}")
         return step
 
@@ -190,6 +203,8 @@ class Training:
             path: the checkpoint.
             step: finished optimizer steps.
         """
+        if self._evaluations:
+            self._evaluations.start(path, step)
         self._keeper.keep(path, step)
 
     def describe(self, ds_config: dict[str, Any]) -> None:

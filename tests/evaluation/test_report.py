@@ -140,6 +140,52 @@ def test_three_models_compare_the_last_with_the_first(config, load, tmp_path):
     assert "| middle - weak | +0.0000 [+0.0000, +0.0000] ns |" in (folder / "report.md").read_text()
 
 
+def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    weak, strong = config.models
+    steps = dataclasses.replace(
+        config,
+        output_dir=run / "evaluations",
+        models=(
+            dataclasses.replace(strong, name="step-000020"),
+            dataclasses.replace(weak, name="step-000003"),
+        ),
+        tasks=("BrightAopsRetrieval", "LEMBQMSumRetrieval"),
+        lengths={"LongEmbed": (16, 64)},
+        training_run=run,
+    )
+    results = run_all(steps, load=load)
+    # Still to be scored.
+    next((run / "evaluations/results/step-000020").glob("LEMB*/16/result.json")).unlink()
+    last = dataclasses.replace(
+        steps, models=steps.models[:1], tasks=("BrightAopsRetrieval",), lengths={}
+    )
+    folder = write_report(last)
+    curves = json.loads((folder / "report.json").read_text())["by_step"]
+    assert {name: [p["step"] for p in points] for name, points in curves.items()} == {
+        "BrightAopsRetrieval": [3, 20],
+        "LEMBQMSumRetrieval@16": [3],
+        "LEMBQMSumRetrieval@64": [3, 20],
+    }
+    by_model = {r["model"]: r["score"] for r in results if r["task"] == "BrightAopsRetrieval"}
+    early, late = curves["BrightAopsRetrieval"]
+    assert (early["score"], late["score"]) == (by_model["step-000003"], by_model["step-000020"])
+    assert early["ci_low"] <= early["score"] <= early["ci_high"]
+    text = (folder / "report.md").read_text()
+    row = f"| BrightAopsRetrieval | ndcg_at_10 | {early['score']:.4f} | {late['score']:.4f} |"
+    assert row in text
+    assert "| LEMBQMSumRetrieval@16 | ndcg_at_10 |" in text
+    assert (folder / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert "](steps.png)" in text
+    # How the number was made stands beside it.
+    made = next(r for r in results if r["model"] == "step-000020" and "Aops" in r["task"])
+    templates = "`Instruct: {instruction}\\nQuery: {text}` | `{text}`"
+    origin = f"{made['revision']} | 64 | float32 | {templates} | {made['instruction']} | local |"
+    assert f"| BrightAopsRetrieval | step-000020 | {origin}" in text
+
+
 def test_a_training_run_without_metrics_is_the_users_error(config, load, tmp_path):
     config = dataclasses.replace(config, tasks=("BrightBiologyRetrieval",), training_run=tmp_path)
     run_all(config, load=load)

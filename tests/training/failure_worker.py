@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from pipeline import comm, train
-from pipeline.training import objective
+from pipeline.training import agreement, objective
 from pipeline.training.zero import ZeroEngine
 
 STEP = 1
@@ -15,6 +15,9 @@ STEP = 1
 
 def put_in(fault: str) -> None:
     """Let rank 1 fail, by signal or exception, or embed to NaN, in one step."""
+    if fault == "asked to stop":
+        ask_to_stop_within_a_step()
+        return
     accumulate = objective.accumulate_gradients
     embed = ZeroEngine.embed
     present = 0
@@ -36,6 +39,21 @@ def put_in(fault: str) -> None:
     objective.accumulate_gradients = faulty_accumulate
     if fault == "nan":
         ZeroEngine.embed = faulty_embed  # type: ignore[method-assign]
+
+
+def ask_to_stop_within_a_step() -> None:
+    """Send rank 1 a signal in the second pass of the fourth step, as if steps took minutes."""
+    agreement._LONG_STEP_SECONDS = agreement._SPACING_SECONDS = 0.0
+    backward, asked = ZeroEngine.backward, False
+
+    def backward_and_signal(self: ZeroEngine, surrogate: Any) -> None:
+        nonlocal asked
+        backward(self, surrogate)
+        if comm.rank() == 1 and self.optimizer_steps == 3 and not asked:
+            asked = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    ZeroEngine.backward = backward_and_signal  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A stand-in for a device this machine does not have: `torch.OutOfMemoryError` is 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from pipeline.model.encoder import build_encoder
-from pipeline.training.agreement import ChunkOutOfMemoryError
+from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
@@ -58,6 +59,8 @@ def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str
     except ChunkOutOfMemoryError:
         raised = 1
     assert failures == rank, "only rank 1 fails, and once"
+    for schedule in ("cache", "sweep"):
+        raised += give_up(engine, dataclasses.replace(config, schedule=schedule))
     accumulate_gradients(engine, make_batch(rank, 2, [5, 5]), config, device=comm.device())
     errors = []
     for name in engine.parameter_names:
@@ -66,6 +69,25 @@ def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str
     engine.step(1e-4)
     engine.close()
     return {"raised": sum(comm.all_gather_object(raised)), "error": max(errors)}
+
+
+def give_up(engine: ZeroEngine, config: TrainConfig) -> bool:
+    """Ask rank 1 alone to stop near the end of a step; whether the step was given up."""
+    points = 0
+
+    def wants_to_stop() -> bool:
+        nonlocal points
+        points += 1
+        return comm.rank() == 1 and points == 9
+
+    agreement = Agreement(wants_to_stop)
+    agreement.end_step(seconds=1e6)  # from now on every point agrees
+    batch = make_batch(comm.rank(), 2, [5, 5])
+    try:
+        accumulate_gradients(engine, batch, config, device=comm.device(), agreement=agreement)
+    except StepGivenUpError:
+        return True
+    return False
 
 
 def main() -> None:

@@ -3,74 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import free_port
+from tests.training.launches import Launch
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("failure_worker.py")
-BIN = Path(sys.executable).parent
 # From the fault to the end; a rank that waits for one that is gone would wait half an hour.
 MOST_SECONDS = 60
 
 
 def launch(launcher: str, fault: str, *arguments: str | Path) -> tuple[int, str]:
-    """Exit code and stderr of a run on two ranks with a fault; no rank is left behind.
-
-    Every process of the run carries a mark in its environment, by which it is found.
-    """
-    port = free_port()
-    commands = {
-        "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2", f"--master_port={port}"],
-        "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", str(port)],
-        "mpirun": [
-            BIN / "mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable,
-        ],
-    }  # fmt: skip
+    """Exit code and stderr of a run on two ranks with a fault; no rank is left behind."""
     arguments = (*arguments, "--deepspeed", "ds_configs/zero3.json")
-    mark = f"MARK_OF_RUN={port}"
-    result = subprocess.run(
-        [str(part) for part in (*commands[launcher], WORKER, *arguments)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "MASTER_PORT": str(port),
-            "FAULT": fault,
-            "MARK_OF_RUN": str(port),
-        },
-        text=True,
-        capture_output=True,
+    with Launch(launcher, WORKER, *arguments, environment={"FAULT": fault}) as run:
         # Time to start is not the fault's; on a busy machine it is the longer part.
-        timeout=90 + MOST_SECONDS,
-        check=False,
-    )
-    assert not _processes(mark), "a rank was left behind"
-    return result.returncode, result.stderr
-
-
-def _processes(mark: str) -> list[int]:
-    """Processes with the mark in their environment that are there for more than a moment."""
-    for _ in range(100):
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:  # ended meanwhile, or not ours
-                continue
-        if not found:
-            break
-        time.sleep(0.1)
-    return found
+        code = run.wait(90 + MOST_SECONDS)
+        run.require_nothing_left(10)
+        return code, run.output()
 
 
 @pytest.mark.parametrize(

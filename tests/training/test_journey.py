@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from tests.support import free_port
 
 ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("failure_worker.py")
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -30,10 +31,12 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def deepspeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    *arguments: str | Path, script: str | Path = "pipeline/train.py"
+) -> subprocess.CompletedProcess[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
     port = f"--master_port={free_port()}"
-    return run(launcher, "--num_accelerators", "2", port, "pipeline/train.py", *arguments)
+    return run(launcher, "--num_accelerators", "2", port, script, *arguments)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -45,30 +48,36 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
-    recipe: Path, tmp_path: Path
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [recipe, "--deepspeed", "ds_configs/zero3.json"]
     whole = deepspeed(*arguments, f"output_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
-    halves = tmp_path / "halves"
-    halves.mkdir()
-    (halves / "stop").touch()  # as `diffembed stop` does; it ends the run after its first step
-    first = deepspeed(*arguments, f"output_dir={halves}")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "stop").touch()  # as `diffembed stop` does; it ends the run after its first step
+    first = deepspeed(*arguments, f"output_dir={parts}")
     assert first.returncode == 75, first.stderr
     assert "run the same command to resume" in first.stderr
-    assert not (halves / "stop").exists()
-    assert [line["step"] for line in metrics(halves)] == [0]
-    second = deepspeed(*arguments, f"output_dir={halves}")
-    assert second.returncode == 0, second.stderr
-    assert "at step 1 of 6" in second.stdout
+    assert not (parts / "stop").exists()
+    assert [line["step"] for line in metrics(parts)] == [0]
+    # A signal to one rank in the middle of the fourth step.
+    monkeypatch.setenv("FAULT", "asked to stop")
+    second = deepspeed(*arguments, f"output_dir={parts}", "schedule=cache", script=WORKER)
+    assert second.returncode == 75, second.stderr
+    assert "SIGUSR1 after step 3 of 6" in second.stderr
+    assert [line["step"] for line in metrics(parts)] == [0, 1, 2]
+    third = deepspeed(*arguments, f"output_dir={parts}")
+    assert third.returncode == 0, third.stderr
+    assert "at step 3 of 6" in third.stdout
     wanted = metrics(tmp_path / "whole")
     assert [line["step"] for line in wanted] == list(range(6))
     assert wanted[-1]["temperature"] != 0.1
-    assert metrics(halves) == wanted
-    names = sorted(path.name for path in (halves / "checkpoints").iterdir())
+    assert metrics(parts) == wanted
+    names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names == ["latest", "step-000004", "step-000006"]
     for name in ("config.yaml", "ds_config.json", "environment.json"):
-        assert (halves / name).is_file()
+        assert (parts / name).is_file()
 
 
 def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -20,12 +20,15 @@ from tests.support import launch_ranks
 WORKER = Path(__file__).with_name("memory_worker.py")
 
 
-def test_one_rank_without_memory_stops_all_and_leaves_no_gradient_behind(model_path: Path) -> None:
+def test_a_step_that_one_rank_ends_ends_for_all_and_leaves_no_gradient_behind(
+    model_path: Path,
+) -> None:
+    """Without memory once, and asked to stop twice: in a cached step and in a sweep."""
     output = launch_ranks(2, WORKER, str(model_path), timeout=200)
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(results) == 6
     for result in results:
-        assert result["raised"] == 2, result
+        assert result["raised"] == 2 * 3, result
         assert result["error"] <= 1e-5, result
 
 

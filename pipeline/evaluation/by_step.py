@@ -1,0 +1,65 @@
+"""Scores of a run's checkpoints, made while it was training, against their step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.bootstrap import interval
+from pipeline.evaluation.tables import Table
+from pipeline.run_dir import RunDir
+
+_NAME = re.compile(r"step-(\d+)")
+
+# Task, with @LENGTH where it ran at several -> one point per scored step, ascending.
+Curves = dict[str, list[dict[str, Any]]]
+
+
+def read_curves(training_run: Path | None) -> Curves:
+    """Every finished score of every checkpoint of a run; empty without a run or a score.
+
+    Elements may be running meanwhile: what they have not finished is not there yet.
+    """
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    if training_run is not None:
+        results = RunDir(RunDir(training_run).evaluations).results
+        for path in sorted(results.glob("*/*/*/result.json")):
+            step = _NAME.fullmatch(path.parts[-4])
+            if step:
+                key = (path.parts[-3], int(path.parts[-2]))
+                found.setdefault(key, []).append(_point(int(step[1]), path))
+    lengths: dict[str, int] = {}
+    for task, _ in found:
+        lengths[task] = lengths.get(task, 0) + 1
+    return {
+        task if lengths[task] == 1 else f"{task}@{length}": sorted(
+            points, key=lambda point: int(point["step"])
+        )
+        for (task, length), points in sorted(found.items())
+    }
+
+
+def _point(step: int, path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    low, high = interval(result["per_query"])
+    return {
+        "step": step,
+        "score": result["score"],
+        "ci_low": low,
+        "ci_high": high,
+        "metric": result["metric"],
+        "revision": result["revision"],
+    }
+
+
+def step_rows(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """One row per task, one column per step; empty where a step has no score yet."""
+    steps = sorted({point["step"] for points in curves.values() for point in points})
+    rows = []
+    for task, points in curves.items():
+        scores = {point["step"]: f"{point['score']:.4f}" for point in points}
+        rows.append([task, points[0]["metric"], *(scores.get(step, "") for step in steps)])
+    return ["task", "metric", *(f"step {step}" for step in steps)], rows

@@ -1,0 +1,173 @@
+"""Checkpoints scored while training goes on: beside it, not in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import EvaluateEveryConfig, TrainConfig, load_config
+from pipeline.errors import UserError
+from pipeline.training.evaluations import Evaluations, own_environment, script
+from tests.evaluation import benchmark_replicas
+
+ROOT = Path(__file__).parents[2]
+TASK = "BrightAopsRetrieval"
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """A config of one task on a replica."""
+    benchmark_replicas.write_bright(tmp_path / "hub", "mteb/BRIGHT")
+    tree = {
+        "output_dir": "unused",
+        "models": [{"name": "unused", "path": "unused", "instructions": {TASK: "Find it"}}],
+        "tasks": [TASK],
+        "snapshots": str(tmp_path / "hub"),
+        "max_length": 64,
+    }
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(recipe: Path, *overrides: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "pipeline/train.py", recipe),
+            *("--deepspeed", "ds_configs/zero1.json", *overrides),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_is_scored_beside_training_though_it_is_pruned_meanwhile(
+    recipe: Path, evaluation: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    every = {"every": 2, "config": str(evaluation), "where": "local"}
+    train(
+        recipe,
+        *("num_steps=3", "checkpoint.every=1", "checkpoint.keep_last=1"),
+        *(f"output_dir={run}", f"evaluate={json.dumps(every)}"),
+    )
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not (run / "checkpoints/step-000002").exists()
+
+    report = run / "evaluations/report/report.json"
+    log = run / "evaluations/step-000002/log"
+    with (run / "evaluations/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held by what scores until its end
+    assert report.exists(), log.read_text()
+    ((name, points),) = json.loads(report.read_text())["by_step"].items()
+    assert name == TASK
+    assert [point["step"] for point in points] == [2]
+    (path,) = run.glob("evaluations/results/*/*/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["score"] == points[0]["score"] > 0
+    assert result["instruction"] == "Find it"
+    assert result["revision"].startswith("step-000002-")
+    assert sorted(p.name for p in (run / "evaluations").glob("step-*")) == ["step-000002"]
+
+
+def started(recipe: Path, evaluation: Path, run: Path, monkeypatch) -> tuple[Evaluations, list]:
+    """Evaluations every second step, whose commands are only noted."""
+    every = EvaluateEveryConfig(every=2, config=evaluation, where="local")
+    config = load_config(TrainConfig, recipe, (f"output_dir={run}", "checkpoint.every=1"))
+    commands: list = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: commands.append(words))
+    return Evaluations(config, every), commands
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    path = run / f"checkpoints/step-{step:06d}"
+    path.mkdir(parents=True)
+    (path / "weights.safetensors").write_text(f"weights of {step}")
+    return path
+
+
+def test_only_its_turn_is_scored_and_only_once(recipe, evaluation, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    evaluations, commands = started(recipe, evaluation, run, monkeypatch)
+    for step in (1, 2, 3):
+        evaluations.start(checkpoint_of(run, step), step)
+    evaluations.start(run / "checkpoints/step-000002", 2)  # as after a resume
+    assert len(commands) == 1
+    kept = run / "evaluations/step-000002/checkpoints/step-000002/weights.safetensors"
+    (run / "checkpoints/step-000002/weights.safetensors").unlink()
+    assert kept.read_text() == "weights of 2"
+    assert kept.stat().st_nlink == 1
+
+
+def test_the_files_of_a_checkpoint_are_let_go_once_its_export_is_there(
+    recipe, evaluation, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    evaluations, _ = started(recipe, evaluation, run, monkeypatch)
+    for step in (2, 4, 6):
+        evaluations.start(checkpoint_of(run, step), step)
+        if step == 2:
+            (run / "evaluations/step-000002/export").mkdir()
+    held = sorted(path.parts[-2] for path in run.glob("evaluations/step-*/checkpoints"))
+    assert held == ["step-000004", "step-000006"]
+
+
+def test_a_fault_of_scoring_does_not_end_training(
+    recipe, evaluation, tmp_path, monkeypatch, capsys
+) -> None:
+    run = tmp_path / "run"
+    evaluations, commands = started(recipe, evaluation, run, monkeypatch)
+    run.mkdir()
+    (run / "evaluations").write_text("in the way")
+    evaluations.start(checkpoint_of(run, 2), 2)
+    assert commands == []
+    assert "step-000002 is not scored: " in capsys.readouterr().out
+
+
+def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
+    recipe, evaluation, tmp_path, monkeypatch
+) -> None:
+    config = load_config(TrainConfig, recipe)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch here"):
+        Evaluations(config, EvaluateEveryConfig(every=2, config=evaluation))
+    with pytest.raises(UserError, match="nowhere"):
+        Evaluations(config, EvaluateEveryConfig(every=2, config=tmp_path / "nowhere.yaml"))
+    with pytest.raises(UserError, match=r"a multiple of checkpoint\.every \(4\)"):
+        load_config(
+            TrainConfig,
+            recipe,
+            ("checkpoint.every=4", f"evaluate={{every: 6, config: {evaluation}}}"),
+        )
+
+
+def test_what_scores_is_no_rank_of_the_training_job(monkeypatch) -> None:
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SLURM_CONF"):
+        monkeypatch.setenv(name, "1")
+    found = own_environment(on_cpu=True)
+    assert found["SLURM_CONF"] == "1"
+    assert not {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} & set(found)
+    assert found["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_slurm_step_is_one_submission_of_export_scores_and_report(tmp_path) -> None:
+    every = EvaluateEveryConfig(every=2, config=tmp_path, text_elements=64)
+    words = script(Path("run/evaluations/step-000002"), every).split()
+    assert words[1:4] == ["-m", "pipeline.submission.step", words[3]]
+    assert words[3:] == [
+        "run/evaluations/step-000002/train.yaml",
+        "step-000002",
+        "run/evaluations/step-000002/evaluate.yaml",
+        "64",
+    ]
