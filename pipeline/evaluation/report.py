@@ -17,6 +17,7 @@ from pipeline.evaluation.merge import merge_results
 from pipeline.evaluation.references import references_for
 from pipeline.evaluation.tables import (
     aligned_table,
+    card_rows,
     latex_table,
     markdown_table,
     pair_rows,
@@ -25,6 +26,8 @@ from pipeline.evaluation.tables import (
     split_rows,
     with_splits,
 )
+from pipeline.model.card import add_evaluation
+from pipeline.model.export import is_export
 from pipeline.run_dir import write_json, write_text
 
 # Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
@@ -72,6 +75,10 @@ def write_report(config: EvaluateConfig) -> Path:
     write_text(folder / "report.tex", latex_table(*score_rows(models, tasks)) + "\n")
     write_text(folder / "examples.md", _examples(results, models[-1]))
     merge_results(config)
+    for model in config.models:
+        as_exported = model.template is None and model.rope_scaling is None
+        if as_exported and is_export(model.path):
+            add_evaluation(model.path, markdown_table(*card_rows(model.name, tasks)))
     header, rows = score_rows(models, tasks)
     print(aligned_table(header, rows))
     print(f"report: {folder / 'report.md'}", flush=True)

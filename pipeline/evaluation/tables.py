@@ -23,6 +23,16 @@ def score_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table:
     return header, rows
 
 
+def card_rows(model: str, tasks: Sequence[dict[str, Any]]) -> Table:
+    """One row per task for the card of a single model."""
+    rows = []
+    for task in tasks:
+        low, high = task["intervals"][model]
+        cells = [f"{task[model]:.4f}", f"[{low:.4f}, {high:.4f}]", str(task["max_length"])]
+        rows.append([task["name"], task["metric"], *cells])
+    return ["task", "metric", "score", "95 % interval", "max length"], rows
+
+
 def pair_rows(tasks: Sequence[dict[str, Any]]) -> Table | None:
     """One row per pair of models: their difference on every task; None for less than three."""
     if "pairs" not in tasks[0]:

@@ -33,6 +33,13 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
     published = read_config(config)
     if config.trust_remote_code:
         return _load_remote(config, meta=meta), REMOTE
+    if published["model_type"].startswith("diffusion_gemma"):
+        raise UserError(
+            f"model.path: {config.path} is a DiffusionGemma: a canvas that reads the key/value "
+            "cache of a causal encoder, which no class of transformers loads by itself",
+            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+            fix="take Dream or LLaDA; an export of its text stack could not be loaded by others",
+        )
     native = NATIVE_FORMS.get(published["model_type"])
     hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES.get(hf_config.model_type)

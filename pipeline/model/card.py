@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
 from pipeline.config import ModelConfig, Template
 from pipeline.run_dir import write_text
 
+_EVALUATION = "## Evaluation"
 _POOLING_CODE = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "weighted_mean": "(hidden * (w := mask * mask.cumsum(1))).sum(1) / w.sum(1)",
@@ -34,18 +39,23 @@ def write_card(
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
         adapter_only: the folder lacks the weights its adapter belongs to.
-        facts: `recipe` (YAML of the training run), `step`, `evaluation` (a Markdown table).
+        facts: `recipe` (YAML of the training run), `step`, `data` (a Markdown table), `decoder`
+            (whether the model has a causal mask that could be on by mistake).
     """
-    parts = [_header(adapter_only), _summary(config, max_length)]
+    licence = base_licence(config)
+    parts = [_header(config, licence, adapter_only), _summary(config, max_length)]
+    parts.append(f"## Needs\n\n{_needs(config, adapter_only, bool(facts.get('decoder', True)))}")
     if adapter_only:
         parts.append(f"## Use\n\n{_transformers_usage(config, _ADAPTER_LOADING)}")
     else:
         parts += [
-            f"## Use\n\n{_sentence_transformers_usage(template)}",
+            f"## Use\n\n{_sentence_transformers_usage(config, template)}",
             f"With transformers alone:\n\n{_transformers_usage(config, _LOADING)}",
         ]
-    if "evaluation" in facts:
-        parts.append(f"## Evaluation\n\n{facts['evaluation']}")
+    parts.append(f"{_EVALUATION}\n\nNot evaluated yet.")
+    if "data" in facts:
+        parts.append(f"## Training data\n\n{facts['data']}")
+    parts.append(f"## Licence\n\n{_licence_text(config, licence)}")
     if "recipe" in facts:
         step = facts.get("step", 0)
         state = f"after {step} optimizer steps" if step else "before training"
@@ -54,36 +64,97 @@ def write_card(
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _header(adapter_only: bool) -> str:
+def add_evaluation(folder: Path, table: str) -> None:
+    """Put a Markdown table of scores into the card of an export, in the place of an earlier one."""
+    path = folder / "README.md"
+    before, found, after = path.read_text().partition(f"{_EVALUATION}\n")
+    if found:
+        _, heading, rest = after.partition("\n## ")
+        write_text(path, f"{before}{_EVALUATION}\n\n{table.strip()}\n{heading}{rest}")
+
+
+def base_licence(config: ModelConfig) -> str | None:
+    """The licence that the base model's own card names; None where no card is at hand."""
+    try:
+        if Path(config.path).is_dir():
+            card = ModelCard.load(Path(config.path) / "README.md")
+        else:
+            card = ModelCard.load(config.path)
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+    data = card.data.to_dict()
+    licence = data.get("license_name") or data.get("license")
+    return None if licence is None else str(licence)
+
+
+def _header(config: ModelConfig, licence: str | None, adapter_only: bool) -> str:
     library = "peft" if adapter_only else "sentence-transformers"
+    tree: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "sentence-similarity",
+        "tags": [library, "feature-extraction", "diffembed"],
+    }
+    if licence is not None:
+        tree["license"] = licence
+    if not Path(config.path).exists():  # a name on the hub
+        tree["base_model"] = config.path
+    return f"---\n{yaml.safe_dump(tree, sort_keys=False)}---"
+
+
+def _licence_text(config: ModelConfig, licence: str | None) -> str:
+    name = Path(config.path).name
+    if licence is None:
+        return f"That of the base model, {name}, whose card was not at hand, and of the data."
+    return f"The base model, {name}, is under `{licence}`; the data have licences of their own."
+
+
+def _needs(config: ModelConfig, adapter_only: bool, decoder: bool) -> str:
+    """The least that loads these vectors."""
+    if adapter_only:
+        return (
+            "The base model, `peft`, and the code below, which also sets the attention: an adapter "
+            "alone has no place to say so."
+        )
+    if not decoder or config.attention == "causal":
+        return "Any version of transformers that knows the model type in config.json."
     return (
-        f"---\nlibrary_name: {library}\npipeline_tag: sentence-similarity\n"
-        f"tags:\n- {library}\n- feature-extraction\n- diffembed\n---"
+        "`transformers >= 5.17`: earlier versions ignore `is_causal` in config.json and would "
+        "silently mask the future. Attention `sdpa` (the default) or `eager`: "
+        "`flash_attention_2` goes by the causal flag of the attention modules instead. "
+        "No remote code."
     )
 
 
 def _summary(config: ModelConfig, max_length: int) -> str:
     norm = "normalised to length 1" if config.normalize else "not normalised"
+    cut = f" of {config.dimensions} numbers" if config.dimensions else ""
+    instruction = "" if config.pool_instruction else " without the instruction's tokens"
     return (
         f"# Text embedder from {Path(config.path).name}\n\n"
         f"A language model with {config.attention} attention, fine-tuned to embed text: "
-        f"{config.pooling.replace('_', ' ')} pooling, vectors {norm}, texts cut at "
-        f"{max_length} tokens.\n\n"
-        "Needs `transformers >= 5.17`: earlier versions ignore `is_causal` in config.json and "
-        "would silently mask the future. No remote code."
+        f"{config.pooling.replace('_', ' ')} pooling{instruction}, vectors{cut} {norm}, texts cut "
+        f"at {max_length} tokens."
     )
 
 
-def _sentence_transformers_usage(template: Template) -> str:
+def _sentence_transformers_usage(config: ModelConfig, template: Template) -> str:
     query = template.query_prefix("Retrieve text that answers the question")
+    document = template.document_prefix()
+    spaces, note = ["", ""], ""
+    if not config.pool_instruction:
+        # Their count of a prompt's tokens is right where the prompt does not end in a space, which
+        # most tokenizers join with the word behind it.
+        spaces = [prefix[len(prefix.rstrip()) :] for prefix in (query, document)]
+        query, document = query.rstrip(), document.rstrip()
+        note = "\n\nThe space between prompt and text belongs to the text, as here."
     return f"""```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("PATH")
-queries = model.encode(["..."], prompt={query!r})
-documents = model.encode(["..."], prompt={template.document_prefix()!r})
+queries = model.encode([{spaces[0] + "..."!r}], prompt={query!r})
+documents = model.encode([{spaces[1] + "..."!r}], prompt={document!r})
 scores = model.similarity(queries, documents)
-```"""
+```{note}"""
 
 
 _LOADING = """from transformers import AutoModel, AutoTokenizer

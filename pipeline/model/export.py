@@ -67,7 +67,7 @@ def export_encoder(
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
         output_dir: the folder to write; an earlier export there is replaced.
-        card: facts for the model card: `recipe` (YAML), `step`, `evaluation` (a table).
+        card: facts for the model card: `recipe` (YAML), `step`, `data` (a table).
         adapter_only: write the adapter without the weights it belongs to.
 
     Raises:
@@ -108,7 +108,7 @@ def export_encoder(
             template=template,
             max_length=max_length,
             adapter_only=adapter_only,
-            facts=card,
+            facts={**card, "decoder": encoder.family.decoder},
         )
     return output_dir
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import TrainConfig, dump_config
+from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder
@@ -46,9 +47,24 @@ def export_run(
         template=manifest.template,
         max_length=max(manifest.max_query_length, manifest.max_document_length),
         output_dir=output or run.export,
-        card={"step": step, "recipe": dump_config(config)},
+        card={"step": step, "recipe": dump_config(config), "data": _data_table(manifest)},
         adapter_only=adapter_only,
     )
+
+
+def _data_table(manifest: Manifest) -> str:
+    """What the model was trained on, for its card; local folders stay unnamed."""
+    lines = [
+        "| source | format | from | rows read | examples | weight |",
+        "|---|---|---|---|---|---|",
+    ]
+    for source in manifest.sources:
+        origin = source.path if source.path.startswith("hub:") else "files"
+        counts = f"{source.rows:,} | {source.examples:,} | {source.weight:g}"
+        lines.append(f"| {source.name} | {source.format} | {origin} | {counts} |")
+    lines.append(f"\n{manifest.num_examples:,} examples, {manifest.num_documents:,} documents.")
+    warnings = [f"{source.name}: {w}." for source in manifest.sources for w in source.warnings]
+    return "\n".join(lines + [f"\n{warning}" for warning in warnings])
 
 
 def _find(run: RunDir, name: str) -> Path:

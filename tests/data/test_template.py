@@ -94,7 +94,7 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
         template=dataset.template,
         max_length=48,
         output_dir=tmp_path / "export",
-        card={"step": 0, "recipe": "", "evaluation": ""},
+        card={},
     )
     loaded = load_export(exported, max_tokens=1)
     recorder = Recorder(loaded.num_dimensions, loaded.encoder.config)

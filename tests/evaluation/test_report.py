@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
+from pipeline.evaluation import bootstrap
 from pipeline.evaluation.array import run_all, run_element
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.snapshots import REVISION_FILE, get_task
@@ -53,6 +54,25 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
     for name in ("scores.png", "splits.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in (folder / "report.md").read_text()
+
+
+def test_the_card_of_an_export_gets_the_scores_of_its_report(config, load):
+    config = dataclasses.replace(config, tasks=("BrightBiologyLongRetrieval",))
+    card = config.models[0].path / "README.md"
+    text = "# Embedder\n\n## Evaluation\n\nNot evaluated yet.\n\n## Licence\n\nFree.\n"
+    card.write_text(text)
+    (result, _) = run_all(config, load=load)
+    write_report(config)
+    assert card.read_text() == text  # no export of ours
+    (card.parent / "diffembed.json").touch()
+    for _ in range(2):
+        run_all(config, load=load)
+        write_report(config)
+        low, high = bootstrap.interval(result["per_query"])
+        row = f"| BrightBiologyLongRetrieval | {result['metric']} | {result['score']:.4f} | "
+        assert card.read_text().count(f"{row}[{low:.4f}, {high:.4f}] | 64 |") == 1
+    assert "Not evaluated" not in card.read_text()
+    assert card.read_text().endswith("\n\n## Licence\n\nFree.\n")
 
 
 def test_the_report_prints_its_table_and_says_what_chance_would_score(config, load, capsys):

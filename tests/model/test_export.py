@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **ch
         "template": TEMPLATE,
         "max_length": 64,
         "output_dir": out,
-        "card": {"step": 3, "recipe": "num_steps: 3\n", "evaluation": "| task | score |"},
+        "card": {"step": 3, "recipe": "num_steps: 3\n", "data": "| source | rows |"},
     }
     return export_encoder(encoder, **{**arguments, **changes})
 
@@ -191,7 +192,31 @@ def test_card_code_for_transformers_alone_gives_the_same_vectors(
         card = (folder / "README.md").read_text()
         ours = load_export(folder).encode_texts(CORPUS)
         np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
-        assert "num_steps: 3" in card and "| task | score |" in card
+        assert "num_steps: 3" in card and "| source | rows |" in card
+
+
+def test_the_card_says_what_is_needed_and_under_which_licence(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter, pool_instruction=False)
+    assert "whose card was not at hand" in _card(export(encoder, config, starter, tmp_path / "a"))
+    base = tmp_path / "base"
+    shutil.copytree(starter, base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    for attention, needs in (("bidirectional", "flash_attention_2"), ("causal", "Any version")):
+        encoder, config = make(base, attention=attention, pool_instruction=False)
+        card = _card(export(encoder, config, starter, tmp_path / attention))
+        assert "license: apache-2.0" in card.split("---")[1]
+        assert "is under `apache-2.0`" in card
+        assert needs in card.split("## Needs")[1].split("##")[0]
+        # The space behind the prompt is the text's.
+        prompt = "'Task: Retrieve text that answers the question\\nQ:'"
+        assert f"model.encode([' ...'], prompt={prompt})" in card
+    assert str(base) not in card.split("## Recipe")[0].split("---")[1]
+
+
+def _card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
 
 
 def run_card(folder: Path, texts: list[str]) -> np.ndarray:

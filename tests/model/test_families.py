@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from pipeline.config import ModelConfig
+from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.model.families import FAMILIES
@@ -126,6 +126,51 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
         build_encoder(ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"cannot read a config\.json"):
         build_encoder(ModelConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_diffusion_gemma_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "diffusion_gemma"}')
+    with pytest.raises(UserError, match=r"DiffusionGemma.*cache of a causal encoder.*Dream"):
+        build_encoder(ModelConfig(path=str(tmp_path)))
+    # The day transformers loads the text stack alone, the reason is gone.
+    assert hf.models.auto.auto_mappings.CONFIG_MAPPING_NAMES["diffusion_gemma_text"]
+    assert "diffusion_gemma_text" not in hf.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+
+
+def _first_states(encoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(L, D) final states of one row, beside another row."""
+    torch.manual_seed(0)  # GPT-2 drops out by default
+    rows = torch.cat([ids, ids + 1])
+    hidden, packed = encoder.embed(rows, torch.tensor([len(ids), len(ids)]))
+    for index in range(len(encoder.layers)):
+        hidden = encoder.run_layer(index, hidden, packed)
+    return hidden[0, : len(ids)]
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_later_token_moves_earlier_states_of_a_decoder_only_without_causal_mask(
+    name: str, attention: Any, tmp_path: Path
+) -> None:
+    folder = save_model(CASES[name][0], tmp_path)
+    targets = ("c_attn", "c_proj") if name == "gpt2" else ("o_proj", "down_proj")
+    encoder = build_encoder(
+        ModelConfig(
+            path=str(folder),
+            dtype="float32",
+            attention=attention,
+            gradient_checkpointing=True,
+            lora=LoraConfig(rank=2, dropout=0.0, targets=targets),
+        )
+    )
+    ids = torch.arange(3, 8)
+    other = ids.clone()
+    other[-1] = 9
+    for training in (True, False):
+        encoder.train(training)
+        moved = (_first_states(encoder, ids) - _first_states(encoder, other)).abs().amax(dim=1)
+        assert (moved[:-1] > 1e-4).all() == (attention == "bidirectional")
+        assert (moved[:-1] == 0).all() == (attention == "causal")
 
 
 def test_a_gemma_config_whose_copies_would_differ_is_refused(tmp_path: Path) -> None:
