@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from pipeline.errors import DiffembedError
 from pipeline.submission.health import FIT, MARK
 
 _HEALTH_SECONDS = 120
+# A controller that moves to another machine is away for a minute or two.
+_WAITS = (2, 5, 10, 20, 40, 80)
+_SILENT = "Unable to contact|timed out|Zero Bytes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,5 +98,10 @@ def _fields(job: str) -> dict[str, str]:
 
 
 def scontrol(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run `scontrol`; its refusal is in the answer."""
-    return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
+    """Run `scontrol`, with patience while the controller restarts; a refusal is in the answer."""
+    for wait in (*_WAITS, None):
+        done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
+        if wait is None or not re.search(_SILENT, done.stderr):
+            break
+        time.sleep(wait)
+    return done

@@ -54,15 +54,16 @@ def check_text(name: str, text: str) -> None:
 
 
 def active_jobs(ids: Iterable[str]) -> dict[str, str]:
-    """Of some ids, the jobs that wait or run, and the state of each; an array is one job."""
+    """Of some ids, the jobs that wait or run, with state and reason; an array is one job."""
     wanted = sorted(set(ids))
     if not wanted:
         return {}
-    done = _run("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(wanted)}")
+    done = _run("squeue", "--noheader", "--format=%F %T (%r)", f"--jobs={','.join(wanted)}")
     # Slurm forgets ended jobs; a single id that it does not know is an error to it.
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"squeue: {_first_line(done.stderr)}", fix="try again when Slurm answers")
-    return dict(line.split() for line in done.stdout.splitlines())
+    shown = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return {job: state.replace(" (None)", "").lower() for job, state in shown}
 
 
 def max_array_size() -> int:

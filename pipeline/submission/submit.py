@@ -66,7 +66,7 @@ def submit(chain: Chain, submission: Submission) -> None:
                     write_text(path, content)
                 record.add(job, scheduler.submit_text(job.text_path))
             ids[job.name] = record.id_of(job)
-            state = "submitted" if job in new else f"{active[ids[job.name]].lower()} already"
+            state = "submitted" if job in new else f"{active[ids[job.name]]} already"
             waits = ", ".join(f"{name} {ids[name]}" for name in job.after)
             print(f"{job.name} {ids[job.name]} {state}" + (f", after {waits}" if waits else ""))
     _say_how_to_watch(chain.jobs, ids)
@@ -97,7 +97,7 @@ def _check(
         others = [other for other in records[job.folder].others(job) if other in active]
         if job.exclusive and others:
             raise UserError(
-                f"{job.folder.parent}: job {others[0]} is {active[others[0]].lower()} there with "
+                f"{job.folder.parent}: job {others[0]} is {active[others[0]]} there with "
                 f"another config",
                 fix=f"wait, scancel {others[0]}, or choose another output_dir",
             )

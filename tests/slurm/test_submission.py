@@ -149,7 +149,9 @@ def test_a_run_that_waits_or_trains_refuses_another_config(submit: Submit, tmp_p
     train = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run")
     submit(*train)
 
-    with pytest.raises(UserError, match=r"is pending there with another config \| fix: wait"):
+    with pytest.raises(
+        UserError, match=r"is pending \(jobhelduser\) there with another config \| fix: wait"
+    ):
         submit(*train, "seed=7")
 
 

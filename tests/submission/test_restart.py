@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.submission.allocation import State, read_state
 from pipeline.submission.health import find_faults
 from pipeline.submission.progress import History, last_step
 from pipeline.submission.restart import Ending, decide
@@ -117,3 +118,20 @@ def test_a_node_without_free_space_is_unfit(
     monkeypatch.setattr("pipeline.submission.health._FREE_BYTES", 2**62)
 
     assert "GiB free, less than" in find_faults(tmp_path, tmp_path, 0)[0]
+
+
+def test_an_order_to_slurm_outlives_a_restart_of_its_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stand-in: answers the third time.
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\necho >>{tmp_path}/calls\n"
+        f"if [ $(wc -l <{tmp_path}/calls) -lt 3 ]; then\n"
+        "  echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+        "fi\necho JobState=RUNNING PreemptTime=None\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("pipeline.submission.allocation._WAITS", (0, 0, 0))
+
+    assert read_state("7") == State(running=True, preempted=False)
