@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from mteb.models import ModelMeta
-from mteb.models.model_meta import ScoringFunction
 
 from pipeline.config import EvaluateConfig, Template
 from pipeline.evaluation.elements import Element, model_fingerprint
 from pipeline.evaluation.texts import Role
 from pipeline.model.export import SETTINGS
+
+if TYPE_CHECKING:
+    from mteb.models import ModelMeta
 
 
 class TextEncoder(Protocol):
@@ -61,6 +62,10 @@ class EvaluatedEncoder:
 
     def meta(self) -> ModelMeta:
         """mteb's description of the model; name and revision key its result files."""
+        # Here, not at the top: embedding needs no mteb, and every element of an array would wait.
+        from mteb.models import ModelMeta
+        from mteb.models.model_meta import ScoringFunction
+
         return ModelMeta(
             loader=None,
             name=f"diffembed/{self.name}",

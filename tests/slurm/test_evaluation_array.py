@@ -1,0 +1,151 @@
+"""Texts shared among an array's elements, some of them killed: the same scores, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+from pipeline.config import (
+    EvaluateConfig,
+    EvaluatedModel,
+    ModelConfig,
+    StarterConfig,
+    Template,
+    dump_config,
+)
+from pipeline.evaluation.array import score_all
+from pipeline.evaluation.embed import embed_element
+from pipeline.evaluation.export_encoder import load_encoder
+from pipeline.evaluation.plan import read_plan, write_plan
+from pipeline.evaluation.prefetch import prefetch
+from pipeline.evaluation.store import block_path, missing_blocks, store_folder
+from pipeline.model.encoder import build_encoder
+from pipeline.model.export import export_encoder
+from pipeline.model.starter import build_starter
+from tests.evaluation.local_hub import serve
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests/benchmarks"))
+TASKS = ("BrightAopsRetrieval", "Core17InstructionRetrieval")
+NUM_ELEMENTS = 6
+ENVIRONMENT = {
+    **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What `export_encoder` asks of a manifest."""
+
+    path: str
+    append_eos: bool = False
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """A small share of two real-sized corpora, fetched from a hub, and a very small model."""
+    from full_size_hub import write_hub
+
+    folder = tmp_path_factory.mktemp("array")
+    write_hub(folder / "hub", scale=0.017)
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(json.dumps({"query": "some words", "positive": "of a text"}) + "\n")
+    model = build_starter(
+        StarterConfig(
+            output_dir=folder / "model",
+            corpus=(corpus,),
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=1,
+        )
+    )
+    settings = ModelConfig(path=str(model), dtype="float32")
+    export_encoder(
+        build_encoder(settings),
+        config=settings,
+        tokenizer=Source(path=str(model)),
+        template=Template(),
+        max_length=256,
+        output_dir=folder / "export",
+        card={"step": 7, "recipe": ""},
+    )
+    config = EvaluateConfig(
+        output_dir=folder / "disturbed",
+        models=(EvaluatedModel(name="tiny", path=folder / "export"),),
+        tasks=TASKS,
+        snapshots=folder / "snapshots",
+        max_length=256,
+    )
+    with serve(folder / "hub") as (address, _):
+        prefetch(config, endpoint=address)
+    return config
+
+
+def scores_of(config: EvaluateConfig) -> list[dict[str, object]]:
+    return [
+        {key: value for key, value in result.items() if key != "seconds"}
+        for result in score_all(config)
+    ]
+
+
+def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_identically(
+    config: EvaluateConfig, cluster: Cluster, tmp_path: Path
+) -> None:
+    undisturbed = dataclasses.replace(config, output_dir=tmp_path / "undisturbed")
+    plan = write_plan(undisturbed)
+    embed_element(undisturbed, 0, 1, load=load_encoder)
+    assert len(plan.block_costs) >= 2 * NUM_ELEMENTS
+
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(dump_config(config))
+    logs = tmp_path / "%a.log"
+
+    def submit(elements: list[int]) -> str:
+        # Two at a time: the nodes claim more processors than this machine has.
+        array = f"--array={','.join(map(str, elements))}%2"
+        return cluster.attempt(
+            *("sbatch", "--parsable", f"--output={logs}", "--no-requeue", array),
+            *("slurm/evaluate.sbatch", "embed", path, "--of", NUM_ELEMENTS),
+            cwd=ROOT,
+            environment=ENVIRONMENT,
+            check=True,
+        ).stdout.strip()
+
+    write_plan(config)
+    generator = random.Random(0)
+    victims = sorted(generator.sample(range(NUM_ELEMENTS), NUM_ELEMENTS // 3))
+    job = submit(list(range(NUM_ELEMENTS)))
+    for victim in victims:
+        log = tmp_path / f"{victim}.log"
+        # One dies before its first block, the others after it.
+        sign = "" if victim == victims[0] else "block 1/"
+        cluster.poll(lambda log=log, sign=sign: log.exists() and sign in log.read_text())
+        cluster.command("scancel", "--signal=KILL", "--full", f"{job}_{victim}")
+    states = cluster.wait(job)
+    assert {states[f"{job}_{victim}"] for victim in victims} <= {"FAILED", "CANCELLED"}
+    (model,) = config.models
+    lost = missing_blocks(config, model, read_plan(config))
+    assert len(plan.block_costs) > len(lost) >= 2
+
+    again = submit(victims)
+    assert set(cluster.wait(again).values()) == {"COMPLETED"}
+    assert missing_blocks(config, model, read_plan(config)) == []
+    ours, theirs = (
+        [
+            block_path(store_folder(each, model, read_plan(each)), block).read_bytes()
+            for block in range(len(plan.block_costs))
+        ]
+        for each in (config, undisturbed)
+    )
+    assert ours == theirs
+    assert scores_of(config) == scores_of(undisturbed)
