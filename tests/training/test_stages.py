@@ -1,0 +1,81 @@
+"""MNTP, SimCSE, supervised: each stage begins with what the last one learned."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
+from pipeline.data.prepare import prepare
+from pipeline.model.starter import build_starter
+from tests.support import launch_ranks
+from tests.training.conftest import WORDS
+
+WORKER = Path(__file__).with_name("stages_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of all stages, three steps each, on 60 lines."""
+    folder = tmp_path_factory.mktemp("stages")
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(60)]
+    raw = folder / "lines.txt"
+    raw.write_text("\n".join(lines))
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
+    build_starter(StarterConfig(output_dir=folder / "model", corpus=(raw,), **sizes))
+    source = SourceConfig(name="lines", format="lines", path=str(raw))
+    prepare(
+        PrepareConfig(
+            output_dir=folder / "shards", tokenizer=str(folder / "model"), sources=(source,)
+        )
+    )
+    recipe = folder / "train.yaml"
+    recipe.write_text(
+        f"""
+num_steps: 3
+output_dir: {folder / "run"}
+model: {{path: {folder / "model"}, dtype: float32}}
+data: {{path: {folder / "shards"}, global_batch_size: 8, homogeneous: none}}
+chunks: {{max_tokens: 100}}
+optimizer: {{lr: 3.0e-2}}
+"""
+    )
+    launch_ranks(2, WORKER, str(recipe), timeout=280)
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The run's lines without what a clock measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"], line["tokens_per_second"]
+    return lines
+
+
+def test_a_stopped_and_resumed_mntp_run_is_bit_equal_to_an_uninterrupted_one(folder: Path) -> None:
+    whole = metrics(folder / "mntp")
+    assert [line["step"] for line in whole] == [0, 1, 2]
+    assert metrics(folder / "halves") == whole
+    assert len({line["loss"] for line in whole}) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "twin", "without"),
+    [
+        # The exported adapter on the base model is the merged export.
+        ("simcse", "simcse on the adapter", "simcse without mntp"),
+        # The continued adapter begins where the same adapter ends that goes into the weights.
+        ("supervised", "supervised on the merged", "supervised without simcse"),
+    ],
+)
+def test_a_stage_begins_with_what_the_last_one_learned(
+    folder: Path, stage: str, twin: str, without: str
+) -> None:
+    first, second, other = (metrics(folder / name)[0]["loss"] for name in (stage, twin, without))
+    assert first == pytest.approx(second, rel=1e-5)
+    assert first != pytest.approx(other, rel=1e-3)
