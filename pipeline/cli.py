@@ -13,6 +13,7 @@ from pipeline.config import (
     EvaluateConfig,
     ExportStep,
     PrepareConfig,
+    ProbeConfig,
     StarterConfig,
     TrainConfig,
     load_config,
@@ -191,6 +192,15 @@ def encode(
         max_tokens=max_tokens,
     )
     print(encode_file(job, num_processes=processes))
+
+
+@app.command()
+def probe(config: Config, overrides: Overrides = None) -> None:
+    """Tag words by a linear classifier on a frozen export: accuracy and F1."""
+    from pipeline.evaluation.probe import probe as probe_words
+
+    path = probe_words(load_config(ProbeConfig, config, tuple(overrides or ())))
+    print(path.read_text(), end="")
 
 
 @plan_app.command("run")

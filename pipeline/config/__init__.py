@@ -31,6 +31,9 @@ from pipeline.config.objective import (
     NextTokenConfig,
     ObjectiveConfig,
 )
+from pipeline.config.probe import (
+    ProbeConfig,
+)
 from pipeline.config.submission import (
     ChainConfig,
     ExportStep,
@@ -71,6 +74,7 @@ __all__ = [
     "OptimizerConfig",
     "Pooling",
     "PrepareConfig",
+    "ProbeConfig",
     "RopeScaling",
     "SourceConfig",
     "StarterConfig",

@@ -70,6 +70,13 @@ class Encoder(nn.Module):
         """Width of a vector."""
         return self.config.dimensions or int(self.model.config.hidden_size)
 
+    def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Rows of packed tokens, as for `forward`, to (T, D) hidden states after the final norm."""
+        hidden, packed = self.embed(input_ids, lengths)
+        for index in range(len(self.layers)):
+            hidden = self.run_layer(index, hidden, packed)
+        return self.family.finish(self.model, hidden).squeeze(0)
+
     @property
     def model(self) -> Any:
         """The Hugging Face model itself, inside any adapters."""

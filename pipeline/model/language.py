@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.model.backbones import quiet, read_config
-from pipeline.model.encoder import Encoder, PackedRows, build_encoder
+from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.native import NATIVE_FORMS
 
 _HEAD = "lm_head.weight"
@@ -37,17 +37,6 @@ class LanguageModel(Encoder):
     def __init__(self, encoder: Encoder, head: nn.Linear) -> None:
         super().__init__(encoder.backbone, encoder.family, encoder.config)
         self.lm_head = head
-
-    def hidden_states(self, input_ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
-        """Hidden states after the final norm at (P,) places among the (T,) tokens: (P, D)."""
-        hidden, packed = self.embed(input_ids, lengths)
-        for index in range(len(self.layers)):
-            hidden = self.run_layer(index, hidden, packed)
-        return self.take(hidden, packed, places)
-
-    def take(self, hidden: Tensor, packed: PackedRows, places: Tensor) -> Tensor:
-        """The last layer's (1, T, D) to normed hidden states at (P,) places: (P, D)."""
-        return self.family.finish(self.model, hidden)[0, places]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, D) hidden states to (P, V) float32 scores of tokens."""

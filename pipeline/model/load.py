@@ -76,6 +76,22 @@ class LoadedExport:
                 out[chosen] = self.encoder(packed, lengths, left_out).cpu().numpy()
         return out
 
+    def token_states(self, ids: list[list[int]]) -> list[torch.Tensor]:
+        """Hidden states of every token of each text after the final norm: (L, D) each, on the CPU.
+
+        In the model's own type, which is as exact as they are.
+        """
+        out = [torch.empty(0)] * len(ids)
+        device = next(self.encoder.parameters()).device
+        with torch.inference_mode():
+            for chosen in _chunks([len(row) for row in ids], self.max_tokens):
+                packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
+                lengths = [len(ids[i]) for i in chosen]
+                states = self.encoder.hidden_states(packed, torch.tensor(lengths, device=device))
+                for i, rows in zip(chosen, torch.split(states.cpu(), lengths), strict=True):
+                    out[i] = rows
+        return out
+
     def tokenize(self, texts: Sequence[str], prefix: str = "") -> tuple[list[list[int]], list[int]]:
         """Token ids of each text behind its prefix, and how many of them are the prefix's."""
         if not texts:

@@ -124,9 +124,8 @@ def _backward(engine: Engine, prediction: Prediction, lengths: Any, scale: float
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     with torch.enable_grad():
-        hidden = model.hidden_states(
-            tensor(prediction.input_ids), tensor(lengths), tensor(prediction.states)
-        )
+        states = model.hidden_states(tensor(prediction.input_ids), tensor(lengths))
+        hidden = states[tensor(prediction.states)]
     sums = cross_entropy_in_tiles(
         hidden,
         tensor(prediction.labels),
