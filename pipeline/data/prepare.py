@@ -164,3 +164,6 @@ def _finish(build: Build) -> None:
         target.rmdir()  # empty, or `_is_done` would have refused it
     (build.folder / "dataset").rename(target)
     shutil.rmtree(build.folder)
+    for source in read_manifest(target).sources:
+        for warning in source.warnings:
+            print(f"prepare: warning: {source.name}: {warning}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,13 @@ class Writer:
         self._count += 1
         length = int(self._rng.lognormvariate(0, 0.6) * mean / 1.2)
         return f"{self._count}" + " a" * length
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> Path:
+    """One JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def e5(writer: Writer, rows: int) -> Iterator[Record]:
@@ -91,13 +98,9 @@ def write_raw(folder: Path, rows: int) -> None:
         "BRIGHT/examples/biology.jsonl": ({"query": f"c {k} " * 9} for k in range(9)),
     }
     for name, records in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_jsonl(folder / name, records)
     articles = ({"text": writer.text(100) if k % 3 else ""} for k in range(3 * rows))
-    (folder / "wikitext-wikitext-103-raw-v1.jsonl").write_text(
-        "".join(json.dumps(article) + "\n" for article in articles)
-    )
+    write_jsonl(folder / "wikitext-wikitext-103-raw-v1.jsonl", articles)
     lines = (writer.text(20) for _ in range(2 * rows))
     (folder / "wiki1m_for_simcse.txt").write_text("\n".join(lines))
 

@@ -99,20 +99,23 @@ def _sources(
         dropped: collections.Counter[str] = collections.Counter()
         for block in own:
             dropped.update(collected[block]["dropped"])
+        examples = int(counts[own].sum())
         yield SourceInfo(
             name=source.name,
             format=source.format,
             path=source.path,
             weight=source.weight,
             rows=sum(collected[block]["read"] for block in own),
-            examples=int(counts[own].sum()),
+            examples=examples,
             dropped=dict(sorted(dropped.items())),
-            warnings=tuple(_warnings(source)),
+            warnings=tuple(_warnings(source, examples)),
         )
 
 
-def _warnings(source: SourceConfig) -> Iterator[str]:
-    if source.format == "reasonir_hq":
+def _warnings(source: SourceConfig, examples: int) -> Iterator[str]:
+    if not examples:
+        yield "no example of it is left, so nothing of it is trained on"
+    elif source.format == "reasonir_hq":
         yield "its positives are documents of BRIGHT: scores on BRIGHT are not zero-shot"
 
 
