@@ -59,7 +59,7 @@ def decide(ending: Ending) -> tuple[Verdict, str]:
         return "leave", "exit code 2 is a fault of the config or the data: it would fail again"
     if not ending.running:
         # `scontrol requeue` would bring a cancelled job back to life.
-        return "leave", "Slurm is ending the job: cancelled, or queued again by somebody else"
+        return "leave", "Slurm ends this job itself: cancelled, queued again, or a node failed"
     asked = ending.out_of_time or ending.preempted
     if ending.code == 75 and not asked:
         return "leave", "stopped on request; submit again to go on"

@@ -146,7 +146,7 @@ class ChainRun:
         return "".join(path.read_text() for path in self.folder.glob("run/jobs/*train-*.out"))
 
     def disturb(self, disturbance: Callable[[ChainRun], None]) -> int:
-        """Let training go on for a while, disturb it, wait until it left its nodes.
+        """Let training go on for a while, disturb it, wait until it starts again.
 
         Returns:
             Steps that were finished when the disturbance came.
@@ -159,11 +159,15 @@ class ChainRun:
         assert not self._is_over(), self.logs()
         reached = len(self.metrics())
         self._say(f"-- {disturbance.__name__.replace('_', ' ')}, at step {reached}")
+        restarts = self._restarts()
         disturbance(self)
-        # Not RUNNING on the way: a job whose node died is pending at once.
-        self.cluster.wait(job, lambda states: "RUNNING" not in states, seconds=60)
+        self.cluster.poll(lambda: self._restarts() > restarts, seconds=120)
         self.cluster.wait(job, {"RUNNING"}.issuperset, seconds=120)
         return reached
+
+    def _restarts(self) -> int:
+        shown = self.cluster.command("scontrol", "show", "job", self.ids["train"])
+        return int(shown.partition("Restarts=")[2].split()[0])
 
     def _is_over(self) -> bool:
         states = self.cluster.states(self.ids["train"]).values()

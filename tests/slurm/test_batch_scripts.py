@@ -167,7 +167,7 @@ def test_training_that_somebody_cancels_stays_cancelled(
 
     session_cluster.command("scancel", job.id)
     # Its ranks saved and left with 75; asking for a requeue now would bring the job back.
-    session_cluster.poll(lambda: job.find("not queued again: Slurm is ending the job") != [])
+    session_cluster.poll(lambda: job.find("not queued again: Slurm ends this job itself") != [])
 
     assert job.end() == "CANCELLED"
 

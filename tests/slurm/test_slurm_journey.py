@@ -71,4 +71,5 @@ def test_a_disturbed_chain_ends_as_the_undisturbed_one(
     resumed = [int(step) for step in re.findall(r"resuming \S+ at step (\d+)", run.train_log())]
     assert len(resumed) == len(DISTURBANCES)
     lost = [before - after for before, after in zip(reached, resumed, strict=True)]
-    assert max(lost) <= EVERY
+    # Training does not wait for a checkpoint: it is whole a step or two after its own.
+    assert max(lost) <= EVERY + 2
