@@ -75,6 +75,7 @@ def load_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
             f"append_eos: true, but the tokenizer {path!r} has no EOS token",
             fix="set append_eos to false or give the tokenizer an eos_token",
         )
+    _check_eos_flag(tokenizer, path, append_eos)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -86,6 +87,22 @@ def load_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
         append_eos=append_eos,
     )
     return backend.to_str(), info
+
+
+def _check_eos_flag(tokenizer: Any, path: str, append_eos: bool) -> None:
+    """Refuse a tokenizer whose EOS the libraries drop without a word.
+
+    Since version 5 transformers goes by tokenizer.json alone; the flag of tokenizer_config.json, by
+    which some published embedders got their EOS, does nothing.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    if not ends and not append_eos and get_tokenizer_config(path).get("add_eos_token"):
+        raise UserError(
+            f"tokenizer: {path!r} says add_eos_token, but its tokenizer.json adds no EOS",
+            fix="set append_eos: true, or remove add_eos_token from its tokenizer_config.json",
+        )
 
 
 class TextEncoder:
