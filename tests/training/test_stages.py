@@ -13,7 +13,7 @@ from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
 from pipeline.data.prepare import prepare
 from pipeline.model.starter import build_starter
 from tests.support import launch_ranks
-from tests.training.conftest import WORDS
+from tests.training.tiny_recipe import WORDS
 
 WORKER = Path(__file__).with_name("stages_worker.py")
 
