@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.run_dir import write_json
 from pipeline.submission.job import Job
 
@@ -56,12 +57,24 @@ class Record:
 
 @contextlib.contextmanager
 def locked_records(folders: set[Path]) -> Iterator[dict[Path, Record]]:
-    """The records of some folders while nobody else submits to them; waits for who does."""
+    """The records of some folders while nobody else submits to them; waits for who does.
+
+    Raises:
+        UserError: a folder cannot be written.
+    """
     with contextlib.ExitStack() as stack:
         # Sorted: two who lock the same folders in another order would wait for each other.
         for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / ".lock").open("w"))
-            # Released by the kernel, also when this process is killed.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((folder / ".lock").open("w"))
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: cannot be written ({error.strerror})",
+                    fix="choose an output_dir of your own",
+                ) from error
+            # Some network disks have no locks: nothing to go by. Others release them also when
+            # this process is killed.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield {folder: Record(folder) for folder in folders}

@@ -115,7 +115,7 @@ class ChainRun:
     def finish(self) -> None:
         """Wait until the last job has ended, and insist on a good end of all."""
         try:
-            self.cluster.wait(self.ids["report"], seconds=240)
+            self.cluster.wait(self.ids["report"], seconds=900)
         finally:
             ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
             self._say(f"ended: {ends}")

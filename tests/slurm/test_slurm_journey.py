@@ -20,7 +20,7 @@ from disturbed_chain import (
 )
 
 # Two chains of real jobs, most of whose time is the start of Python.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 DISTURBANCES = (preemption, scontrol_requeue, a_node_without_power)
 NUM_STEPS = (len(DISTURBANCES) + 2) * STRIDE

@@ -185,6 +185,43 @@ def test_a_job_that_waits_does_not_see_later_edits_of_its_config(
     assert yaml.safe_load(Path(config.group(1)).read_text())["max_length"] == 77
 
 
+def test_a_rank_of_a_running_job_submits_jobs_that_are_none_of_its_own(
+    cluster: Cluster, checkout: Path, evaluation: Path, tmp_path: Path, held: None
+) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/diffembed"
+    # A stand-in for the array's element: what it finds in its environment.
+    command.write_text(f"#!/bin/sh\nenv >{tmp_path}/env.$SLURM_ARRAY_TASK_ID\n")
+    command.chmod(0o755)
+    flags = "EVALUATE_FLAGS=(--ntasks=1)\nCPU_FLAGS=(--ntasks=1)\n"
+    (tmp_path / "cluster.env").write_text(f"source {checkout}/slurm/cluster.env\n{flags}")
+    submit = f"{sys.executable} -m pipeline.cli submit evaluate {evaluation}"
+    trainer = f"export RANK=0 WORLD_SIZE=8 MASTER_PORT=1; srun --ntasks=1 {submit}"
+
+    log = tmp_path / "log"
+    job = cluster.attempt(
+        *("sbatch", "--parsable", "--cpus-per-task=3", f"--output={log}", "--wrap", trainer),
+        cwd=checkout,
+        environment={
+            "DIFFEMBED_CLUSTER_ENV": str(tmp_path / "cluster.env"),
+            "PATH": f"{tmp_path}/bin:{cluster.environment['PATH']}",
+            "PYTHONPATH": str(checkout),
+        },
+        check=True,
+    ).stdout.strip()
+    assert cluster.wait(job) == {job: "COMPLETED"}, log.read_text()
+    (array,) = re.findall(r"^evaluate (\d+) submitted", log.read_text(), re.MULTILINE)
+    assert set(cluster.wait(array).values()) == {"COMPLETED"}
+
+    found = dict(
+        line.split("=", 1) for line in (tmp_path / "env.0").read_text().splitlines() if "=" in line
+    )
+    assert found["SLURM_ARRAY_JOB_ID"] == array
+    assert "SLURM_STEP_ID" not in found
+    assert "SLURM_CPUS_PER_TASK" not in found
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & set(found)
+
+
 def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
     submit: Submit,
     cluster: Cluster,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import TrainConfig, load_config
+from pipeline.errors import DiffembedError
 from pipeline.submission.allocation import State, read_state
 from pipeline.submission.health import find_faults
 from pipeline.submission.progress import History, last_step
-from pipeline.submission.restart import Ending, decide
+from pipeline.submission.restart import Ending, begin, decide
 
 
 def ending(code: int, **changes: object) -> Ending:
@@ -118,6 +120,40 @@ def test_a_node_without_free_space_is_unfit(
     monkeypatch.setattr("pipeline.submission.health._FREE_BYTES", 2**62)
 
     assert "GiB free, less than" in find_faults(tmp_path, tmp_path, 0)[0]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for `srun` and `scontrol`: two nodes, the second of which says nothing."""
+    note = f'echo "$*" >>{tmp_path}/orders'
+    bodies = {
+        "srun": "echo 'health: node1: fit'",
+        "scontrol": f'[ "$2" = hostnames ] && printf "node1\\nnode2\\n" || {note}',
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    return tmp_path
+
+
+def test_a_job_avoids_a_node_that_does_not_answer_and_gives_up_after_three_such_starts(
+    slurm: Path,
+) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "launch/recipes/quickstart/train.yaml"
+    config = load_config(TrainConfig, recipe, (f"output_dir={slurm}/run",))
+
+    for _ in range(3):
+        with pytest.raises(DiffembedError, match="queued again without .* node2: its check died"):
+            begin(config, "7")
+    with pytest.raises(DiffembedError, match="unfit nodes 4 times, not queued again: node2"):
+        begin(config, "7")
+
+    orders = [line for line in (slurm / "orders").read_text().splitlines() if "show" not in line]
+    assert orders == ["requeue 7", "update JobId=7 ExcNodeList=node2"] * 3
+    # None of these starts came to training.
+    assert History(config.output_dir, "7").idle_starts(0) == 0
 
 
 def test_an_order_to_slurm_outlives_a_restart_of_its_controller(
