@@ -40,13 +40,16 @@ def write_card(
         max_length: tokens after which a text is cut.
         adapter_only: the folder lacks the weights its adapter belongs to.
         facts: `recipe` (YAML of the training run), `step`, `data` (a Markdown table), `decoder`
-            (whether the model has a causal mask that could be on by mistake).
+            (whether the model has a causal mask that could be on by mistake), `plain_base` (whether
+            transformers alone loads the base model as the one that was trained).
     """
     licence = base_licence(config)
     parts = [_header(config, licence, adapter_only), _summary(config, max_length)]
-    parts.append(f"## Needs\n\n{_needs(config, adapter_only, bool(facts.get('decoder', True)))}")
-    if adapter_only:
+    parts.append(f"## Needs\n\n{_needs(config, adapter_only, facts)}")
+    if adapter_only and facts["plain_base"]:
         parts.append(f"## Use\n\n{_transformers_usage(config, _ADAPTER_LOADING)}")
+    elif adapter_only:
+        parts.append(f"## Use\n\n{_own_usage(template)}")
     else:
         parts += [
             f"## Use\n\n{_sentence_transformers_usage(config, template)}",
@@ -108,14 +111,19 @@ def _licence_text(config: ModelConfig, licence: str | None) -> str:
     return f"The base model, {name}, is under `{licence}`; the data have licences of their own."
 
 
-def _needs(config: ModelConfig, adapter_only: bool, decoder: bool) -> str:
+def _needs(config: ModelConfig, adapter_only: bool, facts: Mapping[str, Any]) -> str:
     """The least that loads these vectors."""
+    if adapter_only and not facts["plain_base"]:
+        return (
+            "The base model and `diffembed`: transformers alone does not load that base as the "
+            "model that was trained. A merged export needs neither."
+        )
     if adapter_only:
         return (
             "The base model, `peft`, and the code below, which also sets the attention: an adapter "
             "alone has no place to say so."
         )
-    if not decoder or config.attention == "causal":
+    if not facts["decoder"] or config.attention == "causal":
         return "Any version of transformers that knows the model type in config.json."
     return (
         "`transformers >= 5.17`: earlier versions ignore `is_causal` in config.json and would "
@@ -155,6 +163,18 @@ queries = model.encode([{spaces[0] + "..."!r}], prompt={query!r})
 documents = model.encode([{spaces[1] + "..."!r}], prompt={document!r})
 scores = model.similarity(queries, documents)
 ```{note}"""
+
+
+def _own_usage(template: Template) -> str:
+    query = template.query_prefix("Retrieve text that answers the question")
+    return f"""```python
+from pipeline.model.load import load_export
+
+model = load_export("PATH")
+queries = model.encode_texts(["..."], prefix={query!r})
+documents = model.encode_texts(["..."], prefix={template.document_prefix()!r})
+scores = queries @ documents.T
+```"""
 
 
 _LOADING = """from transformers import AutoModel, AutoTokenizer

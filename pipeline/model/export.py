@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import ModelConfig, Pooling, Template, as_tree
 from pipeline.errors import UserError
+from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.eos import append_eos
@@ -108,9 +109,22 @@ def export_encoder(
             template=template,
             max_length=max_length,
             adapter_only=adapter_only,
-            facts={**card, "decoder": encoder.family.decoder},
+            facts={
+                **card,
+                "decoder": encoder.family.decoder,
+                "plain_base": _is_plain(encoder, config),
+            },
         )
     return output_dir
+
+
+def _is_plain(encoder: Encoder, config: ModelConfig) -> bool:
+    """Whether transformers alone loads the base model as the one that was trained."""
+    return (
+        read_config(config)["model_type"] == encoder.model.config.model_type
+        and not config.trust_remote_code
+        and config.rope_scaling is None
+    )
 
 
 def _check_adapter(config: ModelConfig) -> None:
