@@ -41,7 +41,7 @@ class EvaluatedModel:
 _REPORT_KEYS = (
     "name", "task", "benchmark", "metric", "chance", "intervals", "by_split", "other_scores",
     "num_queries", "max_length", "difference", "ci_low", "ci_high", "significant", "published",
-    "pairs",
+    "pairs", "replica",
 )  # fmt: skip
 
 

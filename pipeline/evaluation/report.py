@@ -14,14 +14,13 @@ from pipeline.evaluation.by_step import read_curves, step_rows
 from pipeline.evaluation.elements import lengths_of, list_elements, read_result
 from pipeline.evaluation.examples import examples_markdown
 from pipeline.evaluation.merge import merge_results
-from pipeline.evaluation.references import references_for
+from pipeline.evaluation.references import published_table
 from pipeline.evaluation.tables import (
     aligned_table,
     card_rows,
     latex_table,
     markdown_table,
     pair_rows,
-    published_rows,
     score_rows,
     split_rows,
     with_splits,
@@ -126,10 +125,11 @@ def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]])
         "intervals": {model: interval(by_model[model]["per_query"]) for model in models},
         "by_split": {model: by_model[model]["by_split"] for model in models},
         "other_scores": {model: by_model[model]["other_scores"] for model in models},
-        "published": {} if local else {m: s[task] for m, s in references_for([task]).items()},
+        "replica": local,
         "num_queries": sum(len(scores) for scores in first["per_query"].values()),
         "max_length": first["max_length"],
     }
+    entry["published"] = {} if local else published_scores(entry)
     if len(models) > 1:
         entry |= _difference(last, first)
     if len(models) > 2:
@@ -187,7 +187,7 @@ def _markdown(
             "score of a random order of the documents that a query may find.",
             "",
         ]
-    published = published_rows(models, tasks)
+    published = published_table(models, tasks)
     if published is not None:
         parts += ["## Beside published scores, in percent", "", markdown_table(*published), ""]
         parts += [

@@ -65,19 +65,6 @@ def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table 
     return (["task", "split", *models], rows) if rows else None
 
 
-def published_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
-    """Our scores and published ones in percent, one row per model; None where none is published."""
-    compared = [task for task in tasks if task["published"]]
-    if not compared:
-        return None
-    names = dict.fromkeys(name for task in compared for name in task["published"])
-    rows = [[model, *(f"{100 * task[model]:.1f}" for task in compared)] for model in models]
-    for name in names:
-        scores = [task["published"].get(name) for task in compared]
-        rows.append([name, *("" if score is None else f"{score:.1f}" for score in scores)])
-    return ["model", *(task["name"] for task in compared)], rows
-
-
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a LaTeX tabular of the booktabs package."""
     lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [header, *rows]]

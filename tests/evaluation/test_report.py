@@ -12,6 +12,8 @@ from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
 from pipeline.evaluation import bootstrap
 from pipeline.evaluation.array import run_all, run_element
+from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.references import PUBLISHED, published_table
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.snapshots import REVISION_FILE, get_task
 from pipeline.evaluation.tables import aligned_table, latex_table, markdown_table
@@ -107,9 +109,63 @@ def test_published_scores_stand_only_beside_scores_on_fetched_data(config, load,
     folder = write_report(config)
     replica, fetched = json.loads((folder / "report.json").read_text())["tasks"]
     assert replica["published"] == {}
-    assert fetched["published"]["DiffEmbed (paper)"] == 15.4
+    assert fetched["published"]["BrightAopsRetrieval"]["DiffEmbed (paper)"] == 15.4
+    assert (replica["replica"], fetched["replica"]) == (True, False)
     assert "| DiffEmbed (paper) | 15.4 |" in (folder / "report.md").read_text()
     assert "| local |" in (folder / "report.md").read_text()
+
+
+def entry(task: str, **parts: object) -> dict[str, object]:
+    return {"name": task, "task": task, "replica": False, "ours": 0.5, **parts}
+
+
+def test_parts_of_a_task_stand_beside_the_papers_parts():
+    lengths = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    by_split = {"ours": {f"test_{n}": 1.0 if n <= 4096 else 0.25 for n in lengths}}
+    follow = {"ours": {"map_at_1000": 0.2, "ndcg_at_5": 0.3}}
+    header, rows = published_table(
+        ["ours"],
+        [
+            entry("LEMBPasskeyRetrieval", by_split=by_split),
+            entry("Core17InstructionRetrieval", other_scores=follow),
+            entry("LEMBNeedleRetrieval", by_split=by_split, replica=True),
+        ],
+    )
+    table = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    assert table["ours"] == {
+        "LEMBPasskeyRetrieval <= 4k": "100.0",
+        "LEMBPasskeyRetrieval > 4k": "25.0",
+        "Core17InstructionRetrieval map_at_1000": "20.0",
+        "Core17InstructionRetrieval": "50.0",
+    }
+    assert list(table["DiffEmbed (paper)"].values()) == ["100.0", "29.3", "16.2", "6.0"]
+    assert list(table["Qwen3-Embedding-4B (board)"].values()) == ["", "", "", "13.5"]
+    assert "ReasonIR-8B (paper)" not in table
+
+
+def test_a_whole_benchmark_stands_beside_published_means():
+    tasks = [entry(t, other_scores={"ours": dict.fromkeys(("map_at_1000", "ndcg_at_5"), 0.1)})
+             for t in BENCHMARKS["FollowIR"]]  # fmt: skip
+    header, rows = published_table(["ours"], tasks)
+    assert header[-1] == "FollowIR mean"
+    means = {row[0]: row[-1] for row in rows}
+    assert means["ours"] == "50.0"
+    assert means["BM25s (board)"] == "-2.9"
+    assert means["DiffEmbed (paper)"] == ""
+    header, _ = published_table(["ours"], tasks[:2])
+    assert "mean" not in " ".join(header)
+    assert published_table(["ours"], [entry("NFCorpus")]) is None
+
+
+def test_the_papers_rows_average_to_its_own_averages():
+    long_average = {"DiffEmbed (paper)": 62.2, "Mistral+LLM2Vec (paper)": 58.6,
+                    "E5-Mistral (paper)": 59.4, "Qwen2.5 (paper)": 52.8}  # fmt: skip
+    bright_average = {"DiffEmbed (paper)": 33.2, "Qwen2.5 (paper)": 30.6,
+                      "ReasonIR-8B (paper)": 27.2, "Llama3+SimCSE (paper)": 24.9}  # fmt: skip
+    for prefix, averages in (("LEMB", long_average), ("Bright", bright_average)):
+        for model, average in averages.items():
+            scores = [s for c, s in PUBLISHED[model].items() if c.task.startswith(prefix)]
+            assert sum(scores) / len(scores) == pytest.approx(average, abs=0.06)
 
 
 def test_the_worst_queries_are_shown_with_what_was_found_instead(config, load):
