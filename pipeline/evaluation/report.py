@@ -14,7 +14,7 @@ from pipeline.evaluation.by_step import read_curves, step_rows
 from pipeline.evaluation.elements import lengths_of, list_elements, read_result
 from pipeline.evaluation.examples import examples_markdown
 from pipeline.evaluation.merge import merge_results
-from pipeline.evaluation.references import published_table
+from pipeline.evaluation.references import published_scores, published_table
 from pipeline.evaluation.tables import (
     aligned_table,
     card_rows,
