@@ -44,24 +44,28 @@ def read_state(job: str) -> State:
     )
 
 
+def excluded_nodes(job: str) -> tuple[str, ...]:
+    """Nodes that a job must not get already, in Slurm's notation."""
+    names = _fields(job).get("ExcNodeList", "(null)")
+    return () if names == "(null)" else (names,)
+
+
 def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
     """Queue this job again; it ends soon after.
 
     Args:
         job: its id.
-        without: nodes that it must not get any more, beside those that it does not want already.
+        without: all nodes that it must not get any more.
 
     Returns:
         Why Slurm refuses; empty when it does not.
     """
-    excluded = _fields(job).get("ExcNodeList", "(null)")
     done = scontrol("requeue", job)
     if done.returncode:
         return done.stderr.strip()
     if without:
-        names = ",".join((*without, *([] if excluded == "(null)" else [excluded])))
         # Only now: the nodes of a job that runs cannot be changed.
-        scontrol("update", f"JobId={job}", f"ExcNodeList={names}")
+        scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
     return ""
 
 

@@ -90,10 +90,7 @@ def begin(config: TrainConfig, job: str) -> None:
     history.end(words, unfit=True)
     if history.num_unfit > _MAX_UNFIT:
         raise DiffembedError(f"unfit nodes {history.num_unfit} times, not queued again: {words}")
-    refusal = allocation.requeue(job, without=tuple(faults))
-    if refusal:
-        raise DiffembedError(f"unfit nodes: {words}; Slurm does not queue it again: {refusal}")
-    raise DiffembedError(f"queued again without unfit nodes: {words}")
+    raise DiffembedError(_again(job, history, f"unfit nodes {words}", without=tuple(faults)))
 
 
 def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
@@ -117,14 +114,22 @@ def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
     )
     if verdict == "stuck":
         raise _stuck(config, job, history)
-    if verdict == "leave":
-        print(f"not queued again: {why}", flush=True)
-    elif refusal := allocation.requeue(job):
-        successor = submit_successor(job)
-        history.hand_over(successor)
-        print(f"goes on as job {successor}: {why}; {refusal}", flush=True)
+    if verdict == "requeue":
+        print(_again(job, history, why), flush=True)
     else:
-        print(f"queued again: {why}", flush=True)
+        print(f"not queued again: {why}", flush=True)
+
+
+def _again(job: str, history: History, why: str, *, without: tuple[str, ...] = ()) -> str:
+    """Queue the job again, or another one that does the same; says which, and why."""
+    if without:
+        without += allocation.excluded_nodes(job)
+    refusal = allocation.requeue(job, without=without)
+    if not refusal:
+        return f"queued again: {why}"
+    successor = submit_successor(job, without=without)
+    history.hand_over(successor)
+    return f"goes on as job {successor}: {why} ({refusal})"
 
 
 def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:

@@ -17,8 +17,12 @@ SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
 _DELAY = "--begin=now+10"
 
 
-def submit_successor(job: str) -> str:
+def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
     """Submit this job's own script again and let its dependents wait for the new job.
+
+    Args:
+        job: its id.
+        without: nodes that the new job must not get.
 
     Returns:
         The new job's id.
@@ -29,9 +33,10 @@ def submit_successor(job: str) -> str:
     if SCRIPT_VARIABLE not in os.environ:
         raise DiffembedError("only `diffembed submit` leaves a script to submit again")
     script = Path(os.environ[SCRIPT_VARIABLE])
+    flags = (_DELAY, *([f"--exclude={','.join(without)}"] if without else []))
     # Locked: who submits the chain at this moment must find one of the two jobs, not both.
     with locked_records({script.parent}) as records:
-        successor = scheduler.submit_text(script, _DELAY)
+        successor = scheduler.submit_text(script, *flags)
         records[script.parent].replace(job, successor)
     for dependent, dependency in _dependents(job).items():
         moved = re.sub(rf":{job}\b", f":{successor}", dependency)

@@ -216,7 +216,7 @@ def test_an_unfit_node_is_named_and_the_job_goes_on_without_it(jobs: dict[str, T
 
     assert job.end() == "COMPLETED"
     (unfit,) = job.find(
-        r"queued again without unfit nodes: (node\d): nvidia-smi: Unable to determine the device"
+        r"queued again: unfit nodes (node\d): nvidia-smi: Unable to determine the device"
     )
     assert job.find(r"rank 0 of 1 .* on (node\d) .* restart 1") == [
         {"node1": "node2", "node2": "node1"}[unfit]
