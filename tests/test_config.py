@@ -42,6 +42,12 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
         ("optimizer.decay_steps=9", r"optimizer.decay_steps: 9.*at least num_steps \(10\)"),
         ("loss.temperature=0", "loss.temperature"),
         ("model.trust_remote_code=true", "model.revision"),
+        ("objective={}", r"objective: \[\].*exactly one of mntp, masked_diffusion, next_token"),
+        ("objective={mntp: {}, next_token: {}}", r"objective: \['mntp', 'next_token'\].*exactly"),
+        ("objective.mntp.mask_rate=1", "objective.mntp.mask_rate: 1.*0 < mask_rate < 1"),
+        ("objective.mntp.rate=0.1", "unknown key 'objective.mntp.rate'.*allowed: mask_rate"),
+        ("objective.next_token={}", "model.attention: 'bidirectional'.*allowed: causal"),
+        ("data.block_length=512", "data.block_length: 512.*null without an objective"),
         ("nonsense", "key.sub=value"),
         ("num_steps.deep=1", "holds a value"),
     ],
@@ -51,6 +57,22 @@ def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: 
         load_config(TrainConfig, path, (override,))
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.temperature=0.1", "loss: 'given beside objective'.*remove loss"),
+        ("schedule=sweep", "schedule, chunks.keep_graphs: .*auto or cache"),
+        ("chunks.keep_graphs=2", "schedule, chunks.keep_graphs: .*auto or cache"),
+    ],
+)
+def test_what_the_prediction_of_tokens_would_ignore_is_refused(
+    path: Path, override: str, message: str
+) -> None:
+    assert load_config(TrainConfig, path, ("objective.masked_diffusion={}",)).objective is not None
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, path, ("objective.masked_diffusion={}", override))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ class MaskedDiffusionConfig:
 
     Args:
         shift: whether a token is predicted from the hidden state before it; by default as the
-            model was made: LLaDA predicts in place, Dream and autoregressive models shifted.
+            model was made: LLaDA predicts in place, Dream and autoregressive models shifted. An
+            export of LLaDA is a Llama to all that load it: say `shift: false` there.
         mask_token: the token to put; by default the tokenizer's mask token.
     """
 

@@ -257,3 +257,10 @@ class TrainConfig:
             "causal with objective.next_token",
             "a model that sees the next token has nothing to predict",
         )
+        require(
+            not self.model.trust_remote_code,
+            "model.trust_remote_code",
+            True,
+            "false beside objective",
+            "of a model's own code this package knows the vectors, not the head",
+        )

@@ -274,9 +274,10 @@ class Training:
                 sizes = comm.all_gather_object((len(largest.input_ids), len(largest.lengths)))
                 tokens, rows = max(sizes)
                 if rows == 1 or self.config.schedule == "plain":
+                    cure = "schedule to cache or sweep, " if self.config.objective is None else ""
                     raise DiffembedError(
-                        f"{error}: {tokens} tokens in {rows} texts; set schedule to cache or "
-                        f"sweep, gradient_checkpointing, or a smaller max_document_length"
+                        f"{error}: {tokens} tokens in {rows} texts; set {cure}"
+                        f"gradient_checkpointing, or a smaller max_document_length"
                     ) from error
                 # A batch that was planned ahead may still have the size that failed before.
                 loader.max_chunk_tokens = min(loader.max_chunk_tokens, tokens // 2)
