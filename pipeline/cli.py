@@ -171,7 +171,8 @@ def encode(
     dim: Annotated[int | None, typer.Option(help="keep the first so many numbers")] = None,
     max_tokens: Annotated[int, typer.Option(help="packed tokens of one forward")] = 16384,
     processes: Annotated[
-        int | None, typer.Option(help="default: one per GPU; under mpirun or srun, its ranks")
+        int | None,
+        typer.Option(min=1, help="default: one per GPU; under mpirun or srun, its ranks"),
     ] = None,
 ) -> None:
     """Turn texts into vectors; a killed run is continued by the same command."""

@@ -1,0 +1,66 @@
+"""`diffembed encode` with one process per GPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.config import ModelConfig, StarterConfig, Template
+from pipeline.data.tokens import TokenizerInfo
+from pipeline.evaluation.encode import encode_file
+from pipeline.evaluation.encode_job import EncodeJob
+from pipeline.model.encoder import build_encoder
+from pipeline.model.export import export_encoder
+from pipeline.model.load import load_export
+from pipeline.model.starter import build_starter
+
+WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")
+
+
+def export(folder: Path) -> Path:
+    (folder / "corpus.txt").write_text(" ".join(WORDS) * 9)
+    starter = build_starter(
+        StarterConfig(output_dir=folder / "starter", corpus=(folder / "corpus.txt",))
+    )
+    config = ModelConfig(path=str(starter), dtype="float32")
+    return export_encoder(
+        build_encoder(config),
+        config=config,
+        tokenizer=TokenizerInfo(
+            path=str(starter), fingerprint="", vocab_size=4096, eos_id=None, append_eos=False
+        ),
+        template=Template(),
+        max_length=512,
+        output_dir=folder / "model",
+        card={},
+    )
+
+
+@pytest.mark.parametrize(
+    "num_gpus",
+    [
+        pytest.param(1, marks=pytest.mark.gpu),
+        pytest.param(2, marks=[pytest.mark.gpu, pytest.mark.multi_gpu]),
+    ],
+)
+def test_vectors_of_any_number_of_gpus_are_those_of_the_cpu(num_gpus: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} CUDA devices")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 300))) for _ in range(400)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    job = EncodeJob(
+        model=export(tmp_path),
+        input=str(tmp_path / "texts.txt"),
+        output=tmp_path / "out.arrow",
+        block_bytes=50_000,
+    )
+    with pa.memory_map(str(encode_file(job, num_processes=num_gpus))) as source:
+        vectors = np.array(pa.ipc.open_file(source).read_all()["vector"].to_pylist())
+    wanted = load_export(job.model).encode_texts(texts)
+    assert (vectors * wanted).sum(axis=1).min() > 0.999  # bfloat16 there, float32 here
