@@ -20,7 +20,7 @@ _FREE_BYTES = 2**30
 # Beyond it, authentication fails and files seem older than what they were made of.
 _CLOCK_SECONDS = 60
 _GPU_SECONDS = 45
-_QUERY = "index,ecc.errors.uncorrected.volatile.total"
+_QUERY = "index,mig.mode.current,ecc.errors.uncorrected.volatile.total"
 
 
 def find_faults(run_folder: Path, scratch: Path, num_gpus: int) -> list[str]:
@@ -45,10 +45,12 @@ def _gpu_faults(wanted: int) -> list[str]:
         # A GPU that fell off the bus: all others may still answer.
         said = (done.stderr or done.stdout).strip().splitlines()
         return [f"nvidia-smi: {said[-1] if said else f'exit code {done.returncode}'}"]
-    faults = [f"{len(lines)} of {wanted} GPUs answer"] if len(lines) < wanted else []
-    for index, *errors in lines:
-        if errors and errors[0].isdecimal() and int(errors[0]):
-            faults.append(f"GPU {index} has {errors[0]} uncorrected memory errors")
+    # Of a GPU that is cut into instances, Slurm counts those.
+    whole = all(mode != "Enabled" for _, mode, _ in lines)
+    faults = [f"{len(lines)} of {wanted} GPUs answer"] if whole and len(lines) < wanted else []
+    for index, _, errors in lines:
+        if errors.isdecimal() and int(errors):  # a number where the GPU counts them
+            faults.append(f"GPU {index} has {errors} uncorrected memory errors")
     return faults
 
 

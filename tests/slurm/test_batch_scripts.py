@@ -41,7 +41,7 @@ if [ "$ENDING" = unfit ] && [ -z "$SLURM_RESTART_COUNT" ]; then
   echo "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error" >&2
   exit 255
 fi
-for i in 0 1 2 3 4 5 6 7; do echo "$i, 0"; done
+for i in 0 1 2 3 4 5 6 7; do echo "$i, Disabled, 0"; done
 """
 
 

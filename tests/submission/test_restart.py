@@ -74,9 +74,9 @@ def put_nvidia_smi(folder: Path, commands: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("commands", "fault"),
     [
-        ("echo '0, 0'", "1 of 2 GPUs answer"),
-        ("echo '0, 0'; echo '1, 3'", "GPU 1 has 3 uncorrected memory errors"),
-        ("echo '0, 0'; echo lost >&2; exit 15", "nvidia-smi: lost"),
+        ("echo '0, Disabled, 0'", "1 of 2 GPUs answer"),
+        ("echo '0, [N/A], 0'; echo '1, [N/A], 3'", "GPU 1 has 3 uncorrected memory errors"),
+        ("echo '0, Disabled, 0'; echo lost >&2; exit 15", "nvidia-smi: lost"),
         ("exit 9", "nvidia-smi: exit code 9"),
     ],
 )
@@ -88,12 +88,15 @@ def test_a_node_whose_gpus_do_not_all_answer_is_unfit(
     assert find_faults(tmp_path, tmp_path, 2) == [fault]
 
 
-def test_gpus_without_error_counters_are_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("line", "wanted"), [("0, [N/A], [N/A]", 1), ("0, Enabled, 0", 7)], ids=["no counters", "MIG"]
+)
+def test_gpus_without_error_counters_or_cut_into_instances_are_fit(
+    line: str, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_nvidia_smi(tmp_path, "echo '0, [N/A]'", monkeypatch)
+    put_nvidia_smi(tmp_path, f"echo '{line}'", monkeypatch)
 
-    assert find_faults(tmp_path, tmp_path, 1) == []
+    assert find_faults(tmp_path, tmp_path, wanted) == []
 
 
 def test_a_node_without_its_scratch_folder_is_unfit(tmp_path: Path) -> None:
