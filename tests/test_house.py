@@ -43,6 +43,7 @@ DOORS = {
     "torch.utils.tensorboard": ("training/metrics.py",),
     "mpi4py": ("data/", "comm.py"),
 }
+SAFE_LOADERS = ("yaml.SafeLoader", "yaml.CSafeLoader")
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 SCRIPTS = sorted(
     path
@@ -105,6 +106,47 @@ def test_importing_stays_free_of_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit(int('torch' in sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """Calls that run code which a file brings along, if a stranger wrote it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if (
+            (called.endswith("torch.load") and given.get("weights_only") != "True")
+            or "allow_pickle" in given
+            or re.fullmatch(
+                r"(c?[pP]ickle|dill|joblib|marshal|shelve)\.(loads?|open|Unpickler)", called
+            )
+            or (called == "yaml.load" and given.get("Loader") not in SAFE_LOADERS)
+        ):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "safe"),
+    [
+        ("torch.load(path)", False),
+        ("torch.load(path, weights_only=False)", False),
+        ("torch.load(path, weights_only=True)", True),
+        ("pickle.load(file)", False),
+        ("numpy.load(path, allow_pickle=True)", False),
+        ("yaml.load(text, Loader=yaml.Loader)", False),
+        ("load_file(path)", True),
+    ],
+)
+def test_a_load_that_runs_code_is_recognised(source: str, safe: bool) -> None:
+    assert bool(unsafe_loads(source)) != safe
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "ReasonAug").rglob("*.py"))], ids=name)
+def test_no_file_that_a_stranger_could_have_written_is_run(path: Path) -> None:
+    assert unsafe_loads(path.read_text()) == []
 
 
 def test_no_module_hides_one_of_python() -> None:

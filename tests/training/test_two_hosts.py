@@ -1,0 +1,85 @@
+"""Training over a network: two hosts with one rank each, under launchers that reach both."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import free_port
+from tests.training.kill_tally import curve
+from tests.training.launches import TRAIN, Launch, send
+from tests.training.two_hosts import (
+    ADDRESSES,
+    INTERFACE,
+    remote_shell,
+    two_hosts,
+    why_unavailable,
+)
+
+BIN = Path(sys.executable).parent
+SECONDS = 240
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with two_hosts() as names:
+        yield names
+
+
+def under_torchrun(hosts: tuple[str, str], number: int, port: int) -> list[str]:
+    """The command that each host starts for itself."""
+    return [
+        *("ip", "netns", "exec", hosts[number], str(BIN / "torchrun"), "--nnodes=2"),
+        *(f"--node-rank={number}", f"--master-addr={ADDRESSES[0]}", f"--master-port={port}"),
+        "--nproc-per-node=1",
+    ]
+
+
+def under_mpirun(hosts: tuple[str, str], folder: Path) -> list[str]:
+    """The command on the first host, which starts the other's rank as if by ssh."""
+    shell = remote_shell(folder, hosts)
+    return [
+        *("ip", "netns", "exec", hosts[0], str(BIN / "mpirun"), "--allow-run-as-root"),
+        *("--prtemca", "plm_ssh_agent", str(shell), "--prtemca", "prte_if_include", INTERFACE),
+        *("--host", ",".join(f"{address}:1" for address in ADDRESSES), "-n", "2"),
+        *("--bind-to", "none", "-x", f"MASTER_ADDR={ADDRESSES[0]}", sys.executable),
+    ]
+
+
+def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
+    recipe: Path, tmp_path: Path, hosts: tuple[str, str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=12")
+    with Launch("mpirun", TRAIN, *arguments, f"output_dir={one}") as launch:
+        assert launch.wait(SECONDS) == 0, launch.output()
+    arguments = (*arguments, f"output_dir={two}")
+    environment = {"GLOO_SOCKET_IFNAME": INTERFACE}
+
+    words = under_mpirun(hosts, tmp_path)
+    with Launch(words, TRAIN, *arguments, environment=environment) as launch:
+        while not curve(two):
+            assert launch.process.poll() is None, launch.output()
+            time.sleep(0.01)
+        send(min(launch.ranks()), signal.SIGUSR1)
+        assert launch.wait(SECONDS) == 75, launch.output()
+    assert "SIGUSR1 after step" in launch.output()
+
+    port = free_port()
+    with (
+        Launch(under_torchrun(hosts, 0, port), TRAIN, *arguments, environment=environment) as first,
+        Launch(
+            under_torchrun(hosts, 1, port), TRAIN, *arguments, environment=environment
+        ) as second,
+    ):
+        assert first.wait(SECONDS) == 0, first.output()
+        assert second.wait(SECONDS) == 0, second.output()
+        assert "resuming" in first.output()
+    assert curve(two) == curve(one)
