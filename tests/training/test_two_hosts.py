@@ -57,7 +57,7 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
     recipe: Path, tmp_path: Path, hosts: tuple[str, str]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=12")
+    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=60")
     with Launch("mpirun", TRAIN, *arguments, f"output_dir={one}") as launch:
         assert launch.wait(SECONDS) == 0, launch.output()
     arguments = (*arguments, f"output_dir={two}")
@@ -70,7 +70,7 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
             time.sleep(0.01)
         send(min(launch.ranks()), signal.SIGUSR1)
         assert launch.wait(SECONDS) == 75, launch.output()
-    assert "SIGUSR1 after step" in launch.output()
+        assert "SIGUSR1 after step" in launch.output()
 
     port = free_port()
     with (
