@@ -63,8 +63,8 @@ def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: 
     ("override", "message"),
     [
         ("loss.temperature=0.1", "loss: 'given beside objective'.*remove loss"),
-        ("schedule=sweep", "schedule, chunks.keep_graphs: .*auto or cache"),
-        ("chunks.keep_graphs=2", "schedule, chunks.keep_graphs: .*auto or cache"),
+        ("schedule=plain", "schedule, chunks.keep_graphs: .*auto, cache or sweep"),
+        ("chunks.keep_graphs=2", "schedule, chunks.keep_graphs: .*and 0, beside"),
     ],
 )
 def test_what_the_prediction_of_tokens_would_ignore_is_refused(

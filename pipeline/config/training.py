@@ -244,10 +244,10 @@ class TrainConfig:
             "remove loss, or remove objective to train contrastively",
         )
         require(
-            self.schedule in ("auto", "cache") and self.chunks.keep_graphs == 0,
+            self.schedule != "plain" and self.chunks.keep_graphs == 0,
             "schedule, chunks.keep_graphs",
             (self.schedule, self.chunks.keep_graphs),
-            "auto or cache, and 0, beside objective",
+            "auto, cache or sweep, and 0, beside objective",
             "tokens are predicted chunk by chunk: there is nothing to keep",
         )
         require(

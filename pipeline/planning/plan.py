@@ -75,7 +75,7 @@ def plan_run(
     schedule = config.schedule
     if schedule == "auto":
         # Tokens are predicted chunk by chunk, which in memory is what `cache` needs.
-        allowed = SCHEDULES if config.objective is None else ("cache",)
+        allowed = SCHEDULES if config.objective is None else SCHEDULES[1:]
         schedule = choose_schedule(shape, layout, available, allowed)
     return RunPlan(
         batches=batches,

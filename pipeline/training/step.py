@@ -150,25 +150,38 @@ def _sweep(
     agreement: Agreement,
 ) -> LossOutput:
     """Layer by layer."""
-    # Which parameters a stage gathers: those of its layer; the others are held throughout.
+    sweep = make_sweep(engine, encoder_stages(engine.encoder), config, seed, agreement)
+    # Few but for the table, which DeepSpeed would gather again for every chunk.
+    with engine.hold(outside_of_layers(engine.encoder)):
+        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
+        with engine.accumulation():
+            sweep.backward(chunks, gradients, engine.backward)
+    return output
+
+
+def make_sweep(
+    engine: Engine,
+    stages: list[Callable[[Any, Any], torch.Tensor]],
+    config: TrainConfig,
+    seed: Callable[[int], None],
+    agreement: Agreement,
+) -> LayerSweep[Any]:
+    """The two sweeps of a step over its chunks.
+
+    Args:
+        engine: gathers what a stage needs: its layer; `outside_of_layers` is held throughout.
+        stages: embedding, each layer, and what follows them.
+        config: where the inputs of the layers wait.
+        seed: sets the random numbers of a chunk.
+        agreement: asked before each stage.
+    """
     owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
 
     def hold(stage: int) -> AbstractContextManager[None]:
         agreement.point()
         return engine.hold(owned[stage])
 
-    sweep = LayerSweep(
-        encoder_stages(engine.encoder),
-        hold=hold,
-        seed=seed,
-        on_host=config.chunks.boundaries == "host",
-    )
-    # Few but for the table, which DeepSpeed would gather again for every chunk.
-    with engine.hold(_outside_of_layers(engine.encoder)):
-        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
-        with engine.accumulation():
-            sweep.backward(chunks, gradients, engine.backward)
-    return output
+    return LayerSweep(stages, hold=hold, seed=seed, on_host=config.chunks.boundaries == "host")
 
 
 def _cache(
@@ -221,8 +234,8 @@ def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tens
     return [embed, *(layer(index) for index in range(len(encoder.layers))), finish]
 
 
-def _outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
-    """Token embedding and final norm."""
+def outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
+    """Token embedding, final norm, and a head if there is one."""
     inside = {id(parameter) for parameter in encoder.layers.parameters()}
     return [parameter for parameter in encoder.parameters() if id(parameter) not in inside]
 

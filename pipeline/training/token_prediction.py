@@ -8,21 +8,33 @@ update   one reduction, one clip, one AdamW step
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from pipeline import comm
 from pipeline.config import ObjectiveConfig, TrainConfig
-from pipeline.data.batch import GlobalBatch
+from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.masking import Prediction, Vocabulary, predict
 from pipeline.data.shards import Dataset
 from pipeline.loss.tokens import TokenSums, cross_entropy_in_tiles, tile_rows
 from pipeline.model.language import LanguageModel, find_mask_token, predicts_shifted
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
-from pipeline.training.step import Engine, NonFiniteLossError, seed_random
+from pipeline.training.layer_sweep import LayerSweep
+from pipeline.training.step import (
+    Engine,
+    NonFiniteLossError,
+    TensorChunk,
+    encoder_stages,
+    make_sweep,
+    outside_of_layers,
+    seed_random,
+)
 
 
 class TokenPrediction:
@@ -34,7 +46,7 @@ class TokenPrediction:
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         assert config.objective is not None
-        self._objective, self._seed = config.objective, config.seed
+        self._config, self._objective = config, config.objective
         self._shift = _is_shifted(config, config.objective)
         self._vocabulary = _vocabulary(config, config.objective, dataset)
 
@@ -45,7 +57,7 @@ class TokenPrediction:
 
         Raises:
             NonFiniteLossError: on all ranks; no gradient was accumulated.
-            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated.
+            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
             StepGivenUpError: on all ranks; no gradient was accumulated.
         """
         agreement = agreement or Agreement()
@@ -57,7 +69,7 @@ class TokenPrediction:
                 self._vocabulary,
                 text_ids=batch.example_ids,
                 shift=self._shift,
-                seed=self._seed,
+                seed=self._config.seed,
                 step=batch.step,
             )
             for chunk in batch.chunks
@@ -98,44 +110,112 @@ class TokenPrediction:
         agreement: Agreement,
     ) -> tuple[float, float]:
         """All chunks forward and back; returns the global loss, and predictions that are right."""
-        loss = torch.zeros((), dtype=torch.float64, device=comm.device())
-        correct = torch.zeros_like(loss)
-        with engine.hold(list(engine.encoder.parameters())), engine.accumulation():
-            with agreement.out_of_memory_on_all_ranks():
-                for number, prediction in enumerate(predictions):
-                    agreement.point()
-                    seed_random(self._seed, batch.step, comm.rank(), number)
-                    sums = _backward(engine, prediction, batch.chunks[number].lengths, scale)
-                    loss += sums.loss
-                    correct += sums.correct
-            # Before the reduction, so that a batch that is left out leaves nothing behind.
-            mean, right = _sum_over_ranks(float(loss) / comm.world_size(), float(correct))
-            if not math.isfinite(mean):
-                raise NonFiniteLossError(mean, [])
-        return mean, right
+        chunks = [
+            _to_tensors(number, chunk, predictions[number], scale)
+            for number, chunk in enumerate(batch.chunks)
+        ]
+
+        def seed(number: int) -> None:
+            seed_random(self._config.seed, batch.step, comm.rank(), number)
+
+        if self._config.schedule == "sweep":
+            stages = [*encoder_stages(engine.encoder)[:-1], _take(engine.encoder)]
+            sweep = make_sweep(engine, stages, self._config, seed, agreement)
+            return _sweep(engine, chunks, sweep)
+        return _chunk_by_chunk(engine, chunks, seed, agreement)
 
 
-def _backward(engine: Engine, prediction: Prediction, lengths: Any, scale: float) -> TokenSums:
-    """One chunk forward and back."""
-    model: LanguageModel = engine.encoder
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _TokenChunk(TensorChunk):
+    """A chunk on the device, and what to predict in it."""
+
+    states: torch.Tensor  # (P,) places of the hidden states that predict
+    labels: torch.Tensor  # (P,)
+    weights: torch.Tensor  # (P,) float32
+
+
+def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float) -> _TokenChunk:
     device = comm.device()
 
-    def tensor(array: Any) -> torch.Tensor:
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    with torch.enable_grad():
-        states = model.hidden_states(tensor(prediction.input_ids), tensor(lengths))
-        hidden = states[tensor(prediction.states)]
-    sums = cross_entropy_in_tiles(
+    return _TokenChunk(
+        number=number,
+        input_ids=tensor(prediction.input_ids),
+        lengths=tensor(chunk.lengths),
+        texts=tensor(chunk.texts),
+        instruction_tokens=None,
+        states=tensor(prediction.states),
+        labels=tensor(prediction.labels),
+        weights=tensor(prediction.weights * scale).float(),
+    )
+
+
+def _chunk_by_chunk(
+    engine: Engine, chunks: list[_TokenChunk], seed: Callable[[int], None], agreement: Agreement
+) -> tuple[float, float]:
+    """Each chunk's graph is gone before the next one's forward: there is nothing to cache."""
+    model: LanguageModel = engine.encoder
+    sums = []
+    with engine.hold(list(model.parameters())), engine.accumulation():
+        with agreement.out_of_memory_on_all_ranks():
+            for chunk in chunks:
+                agreement.point()
+                seed(chunk.number)
+                with torch.enable_grad():
+                    hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
+                found = _through_the_head(engine, hidden, chunk)
+                engine.backward((hidden * found.gradient).sum())
+                sums.append((found.loss, found.correct))
+        # Before the reduction, so that a batch that is left out leaves nothing behind.
+        return _agreed(sums)
+
+
+def _sweep(
+    engine: Engine, chunks: list[_TokenChunk], sweep: LayerSweep[_TokenChunk]
+) -> tuple[float, float]:
+    """Layer by layer; the hidden states that predict stand in the place of the embeddings."""
+    with engine.hold(outside_of_layers(engine.encoder)):
+        states = sweep.forward(chunks)
+        with engine.accumulation():
+            found = [
+                _through_the_head(engine, hidden, chunk)
+                for hidden, chunk in zip(states, chunks, strict=True)
+            ]
+            numbers = _agreed([(sums.loss, sums.correct) for sums in found])
+            sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)
+    return numbers
+
+
+def _take(model: LanguageModel) -> Callable[[_TokenChunk, torch.Tensor], torch.Tensor]:
+    """The last stage of a sweep: final norm, and only the states that predict."""
+    return lambda chunk, hidden: model.family.finish(model.model, hidden)[0, chunk.states]
+
+
+def _through_the_head(engine: Engine, hidden: torch.Tensor, chunk: _TokenChunk) -> TokenSums:
+    model: LanguageModel = engine.encoder
+    return cross_entropy_in_tiles(
         hidden,
-        tensor(prediction.labels),
-        tensor(prediction.weights * scale).float(),
+        chunk.labels,
+        chunk.weights,
         scores=model.logits,
         backward=engine.backward,
-        rows=tile_rows(model.lm_head.out_features, device.type),
+        rows=tile_rows(model.lm_head.out_features, hidden.device.type),
     )
-    engine.backward((hidden * sums.gradient).sum())
-    return sums
+
+
+def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """Loss and right predictions over all chunks of all ranks.
+
+    Raises:
+        NonFiniteLossError: on all ranks.
+    """
+    losses, correct = (float(torch.stack(numbers).sum()) for numbers in zip(*sums, strict=True))
+    mean, right = _sum_over_ranks(losses / comm.world_size(), correct)
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(mean, [])
+    return mean, right
 
 
 def _sum_over_ranks(*values: float) -> list[float]:

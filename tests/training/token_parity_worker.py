@@ -136,20 +136,23 @@ def our_name(name: str) -> str:
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
-def run_case(path: str, *, kind: str, stage: int, counts: list[int], lora: bool) -> dict[str, Any]:
+def run_case(
+    path: str, *, kind: str, stage: int, counts: list[int], lora: bool, schedule: str
+) -> dict[str, Any]:
     """Worst relative error over all parameters, and the loss beside the reference's."""
     objective, attention, shift = OBJECTIVES[kind]
     model = ModelConfig(
         path=path,
         dtype="float32",
         attention=attention,  # type: ignore[arg-type]
-        gradient_checkpointing=counts[0] == 3,
+        gradient_checkpointing=kind == "mntp, causal",
         lora=LoraConfig(rank=4, alpha=8, dropout=0.0) if lora else None,
     )
     config = TrainConfig(
         output_dir=Path("unused"),
         seed=SEED,
         num_steps=1,
+        schedule=schedule,  # type: ignore[arg-type]
         model=model,
         objective=objective,
         data=DataConfig(path=Path("unused")),
@@ -195,13 +198,22 @@ def main() -> None:
     tokens.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_prediction.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
     token_prediction.load_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
-    layouts = [("mntp", [1, 1], False), ("mntp, causal", [3, 5], True)]
-    layouts += [("diffusion", [3, 5], False), ("diffusion, shifted", [2, 2], True)]
-    layouts += [("next token", [3, 5], False)]
-    for stage, (kind, counts, lora), path in itertools.product((1, 2, 3), layouts, (untied, tied)):
-        if path == tied and kind != "diffusion":
-            continue
-        case = {"kind": kind, "stage": stage, "counts": counts, "lora": lora}
+    cases = [
+        ("mntp", [1, 1], False, "cache", untied),
+        ("mntp, causal", [3, 5], True, "cache", untied),
+        ("diffusion", [3, 5], False, "cache", tied),
+        ("diffusion", [3, 5], False, "sweep", untied),
+        ("diffusion, shifted", [2, 2], True, "sweep", untied),
+        ("next token", [3, 5], False, "cache", untied),
+    ]
+    for stage, (kind, counts, lora, schedule, path) in itertools.product((1, 2, 3), cases):
+        case: dict[str, Any] = {
+            "kind": kind,
+            "stage": stage,
+            "counts": counts,
+            "lora": lora,
+            "schedule": schedule,
+        }
         result = run_case(path, **case)
         if comm.rank() == 0:
             print(json.dumps({**case, "tied": path == tied, **result}), flush=True)
