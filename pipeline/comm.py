@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -164,6 +165,30 @@ def max_over_ranks(*values: float) -> list[float]:
     """The largest of every rank's first value, of its second, ..., in one collective call."""
     own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
     return [float(value) for value in all_reduce_(own, "max").tolist()]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block, without collectives, that ends the same way on all ranks; a collective call.
+
+    A rank that left alone would keep the others waiting in the next collective.
+
+    Raises:
+        UserError: the block raised one on another rank.
+        DiffembedError: the block raised something else on another rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if any_rank(error is not None):
+        found = None if error is None else (isinstance(error, UserError), str(error))
+        results = all_gather_object(found)
+        if error is not None:
+            raise error
+        rank, (by_user, text) = next((r, result) for r, result in enumerate(results) if result)
+        raise UserError(text) if by_user else DiffembedError(f"rank {rank}: {text}")
 
 
 def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:

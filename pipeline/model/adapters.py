@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pipeline.config import LoraConfig
 from pipeline.errors import UserError
+from pipeline.model.weights import Placement
 
 
 def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
@@ -38,38 +42,86 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
     return _attach(backbone, adapter)
 
 
-def load_adapter(
-    backbone: nn.Module, path: str, *, use: Literal["merge", "continue"], meta: bool
-) -> nn.Module:
-    """Put an adapter folder on the backbone.
+def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module:
+    """Put an adapter folder on the backbone and keep it trainable, as the only part that is.
 
     Args:
         backbone: the model the adapter was trained on.
         path: a folder or hub name with adapter_config.json.
-        use: merge it into the weights and forget it, or keep it trainable.
         meta: shapes only; read no weights.
 
     Raises:
         UserError: no adapter is there, or it belongs to another model.
     """
+    config, weights = _read_adapter(path, with_weights=not meta)
+    adapted = _attach(backbone, config)
+    if not meta:
+        _set_weights(adapted, weights, path)
+    return adapted
+
+
+def plan_merge(
+    backbone: nn.Module, path: str, placement: Placement | None
+) -> Callable[[nn.Module], None]:
+    """Read an adapter that is to become part of a backbone whose weights may be still to come.
+
+    Args:
+        backbone: the model the adapter was trained on; it is left as it is.
+        path: a folder or hub name with adapter_config.json.
+        placement: where the backbone's weights go; without one, there are only shapes.
+
+    Returns:
+        What merges the adapter's share into a module of the backbone, once that has its weights;
+        does nothing in a process that reads none.
+
+    Raises:
+        UserError: no adapter is there, or it belongs to another model.
+    """
+    config, weights = _read_adapter(path, with_weights=placement is not None and placement.reads)
+    tuners: dict[nn.Module, Any] = {}
+    if placement is not None and placement.reads:
+        base = {id(parameter) for parameter in backbone.parameters()}
+        adapted: Any = _attach(backbone, config)
+        _leave_meta(adapted, base, placement.device)
+        _set_weights(adapted, weights, path)
+        for module in adapted.modules():
+            if isinstance(module, BaseTunerLayer):  # keeps the module that it stands in for
+                tuners[module.get_base_layer()] = module
+        adapted.unload().requires_grad_(True)  # peft froze it
+
+    def merge(module: nn.Module) -> None:
+        if module in tuners:
+            tuners[module].merge()
+
+    return merge
+
+
+def _read_adapter(path: str, *, with_weights: bool) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
+    """An adapter folder's config, made trainable, and its weights if they are asked for."""
     try:
         config = peft.PeftConfig.from_pretrained(path)
-        weights = {} if meta else peft.load_peft_weights(path, device="cpu")
+        weights = peft.load_peft_weights(path, device="cpu") if with_weights else {}
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.adapter: cannot read an adapter from {path!r}",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
         ) from error
-    if meta and use == "merge":
-        return backbone  # merging changes no shape
+    if getattr(config, "modules_to_save", None):
+        raise UserError(
+            f"model.adapter: {path} replaces whole modules ({config.modules_to_save})",
+            allowed="an adapter without modules_to_save",
+            fix="merge it into its model with peft and give that as model.path",
+        )
     config.inference_mode = False
-    adapted: Any = _attach(backbone, config)
-    if not meta:
-        _set_weights(adapted, weights, path)
-    if use == "continue":
-        return adapted  # type: ignore[no-any-return]
-    merged: nn.Module = adapted.merge_and_unload()
-    return merged.requires_grad_(True)  # peft froze it
+    return config, weights
+
+
+def _leave_meta(adapted: nn.Module, base: set[int], device: torch.device) -> None:
+    """Make room for an adapter's own weights, which peft puts where the backbone's are."""
+    for module in adapted.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in base:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
 
 
 def _attach(backbone: nn.Module, config: peft.PeftConfig) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,26 +13,67 @@ from transformers.utils import logging
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.adapters import plan_merge
 from pipeline.model.families import FAMILIES, Family
-from pipeline.model.native import NATIVE_FORMS
+from pipeline.model.native import NATIVE_FORMS, NativeForm
 from pipeline.model.packing import PACKED
 from pipeline.model.remote import REMOTE, PaddedModel, check_behaviour
 from pipeline.model.rope import scale_rope
-
-# Weights of heads that an embedder does not use; anything else that does not fit is an error.
-_HEADS = ("lm_head.", "cls.", "pooler.", "head.", "decoder.", "score.", "classifier.")
+from pipeline.model.weights import Placement, WeightFiles, WeightReader, fill
 
 
-def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family]:
-    """Load weights, or only shapes on the meta device, ready for packed rows.
+def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[nn.Module, Family]:
+    """Load weights, ready for packed rows; an adapter to merge is merged into them.
+
+    Args:
+        config: the model section.
+        placement: where the weights go; without one, only shapes, on the meta device.
 
     Raises:
         UserError: nothing is there, the architecture is not supported, the attention cannot be
             what the config asks for, or weights are missing.
     """
-    published = read_config(config)
+    with placement.agreed() if placement else nullcontext():
+        published = read_config(config)
+        if config.trust_remote_code:
+            model, family = _load_remote(config, placement), REMOTE
+        else:
+            native, hf_config, family = _resolve(config, published)
+            model = _build_shapes(config, hf_config, family)
+        merges = [plan_merge(model, path, placement) for path in _merged_adapters(config)]
+
+    def finish(module: nn.Module) -> None:
+        for merge in merges:
+            merge(module)
+
     if config.trust_remote_code:
-        return _load_remote(config, meta=meta), REMOTE
+        for module in model.modules():
+            finish(module)
+    elif placement is not None:
+        keys = native.keys if native else {}
+        with quiet():
+            fill(
+                model,
+                layers=family.layers(model),
+                open_reader=lambda: WeightReader(
+                    model, WeightFiles(config.path, config.revision), keys, placement.device
+                ),
+                placement=placement,
+                finish=finish,
+            )
+    return model, family
+
+
+def _merged_adapters(config: ModelConfig) -> list[str]:
+    """Adapters that become part of the weights, in order."""
+    last = [config.adapter] if config.adapter and config.adapter_use == "merge" else []
+    return [*config.merged_adapters, *last]
+
+
+def _resolve(
+    config: ModelConfig, published: dict[str, Any]
+) -> tuple[NativeForm | None, PretrainedConfig, Family]:
+    """The transformers config that computes what the published one asks for."""
     if published["model_type"].startswith("diffusion_gemma"):
         raise UserError(
             f"model.path: {config.path} is a DiffusionGemma: a canvas that reads the key/value "
@@ -67,12 +108,14 @@ def load_backbone(config: ModelConfig, *, meta: bool) -> tuple[nn.Module, Family
     hf_config.use_cache = False
     if config.attention_dropout is not None:
         setattr(hf_config, family.attention_dropout, config.attention_dropout)
-    keys = native.keys if native else {}
-    return _load_weights(config, hf_config, family, keys, meta=meta), family
+    return native, hf_config, family
 
 
-def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
-    """Load a model by its own code, at the revision that the config pins."""
+def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
+    """Load a model by its own code, at the revision that the config pins.
+
+    Whole in every process: only that code knows its pieces, and it is probed before it is trusted.
+    """
     if config.rope_scaling is not None:
         raise UserError(
             f"model.rope_scaling: the code of {config.path} decides about its positions",
@@ -81,7 +124,7 @@ def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
     pinned = {"revision": config.revision, "trust_remote_code": True}
     dtype = getattr(torch, config.dtype)
     with quiet():
-        if meta:
+        if placement is None:
             hf_config = AutoConfig.from_pretrained(config.path, **pinned)
             with torch.device("meta"):
                 inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
@@ -90,7 +133,7 @@ def _load_remote(config: ModelConfig, *, meta: bool) -> nn.Module:
         given = {key: value for key, value in arguments.items() if value is not None}
         model = PaddedModel(AutoModel.from_pretrained(config.path, dtype=dtype, **given, **pinned))
     check_behaviour(model, config)
-    return model
+    return model.to(placement.device)
 
 
 def read_config(config: ModelConfig) -> dict[str, Any]:
@@ -134,39 +177,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_weights(
-    config: ModelConfig,
-    hf_config: PretrainedConfig,
-    family: Family,
-    keys: dict[str, str],
-    *,
-    meta: bool,
-) -> nn.Module:
+def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Family) -> nn.Module:
     arguments = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": PACKED,
         **family.arguments,
     }
-    if meta:
-        with torch.device("meta"):
-            shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
-        return shapes
-    with quiet():
-        model, info = AutoModel.from_pretrained(
-            config.path,
-            revision=config.revision,
-            config=hf_config,
-            key_mapping=keys or None,
-            output_loading_info=True,
-            **arguments,
-        )
-    missing = [key for key in info["missing_keys"] if not key.startswith(_HEADS)]
-    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(_HEADS)]
-    if missing or unexpected:
-        raise UserError(
-            f"model.path: the weights of {config.path} do not fit {hf_config.model_type}: "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}",
-            fix="give a complete checkpoint of a supported architecture",
-        )
-    loaded: nn.Module = model
-    return loaded
+    with torch.device("meta"):
+        shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
+    return shapes

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.adapters import add_lora, load_adapter
+from pipeline.model.adapters import add_lora, continue_adapter
 from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
 from pipeline.model.packing import Rows, check_lengths
 from pipeline.model.pooling import pool
+from pipeline.model.weights import Placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,26 +139,29 @@ class Encoder(nn.Module):
         backbone.save_pretrained(folder)
 
 
-def build_encoder(config: ModelConfig, *, meta: bool = False) -> Encoder:
+def build_encoder(
+    config: ModelConfig, *, meta: bool = False, placement: Placement | None = None
+) -> Encoder:
     """Load a backbone and make it an embedder, in evaluation mode.
 
     Args:
         config: the model section.
         meta: build shapes only, on the meta device, without reading weights.
+        placement: where the weights go; by default they stay whole, on the CPU.
 
     Raises:
         UserError: the model cannot be loaded, or cannot be what the config asks for.
     """
-    backbone, family = load_backbone(config, meta=meta)
+    placement = None if meta else placement or Placement()
+    backbone, family = load_backbone(config, placement=placement)
     _check_dimensions(backbone, config)
     if config.gradient_checkpointing:
         _checkpoint_activations(backbone)
-    for adapter in config.merged_adapters:
-        backbone = load_adapter(backbone, adapter, use="merge", meta=meta)
-    if config.adapter is not None:
-        backbone = load_adapter(backbone, config.adapter, use=config.adapter_use, meta=meta)
-    if config.lora is not None:
-        backbone = add_lora(backbone, config.lora)
+    with placement.agreed() if placement else nullcontext():
+        if config.adapter is not None and config.adapter_use == "continue":
+            backbone = continue_adapter(backbone, config.adapter, meta=meta)
+        if config.lora is not None:
+            backbone = add_lora(backbone, config.lora)
     return Encoder(backbone, family, config).eval()
 
 

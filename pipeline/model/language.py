@@ -5,25 +5,22 @@ Shapes: T packed tokens, C rows, P predictions, D width, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils.hub import cached_file
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.model.backbones import quiet, read_config
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.native import NATIVE_FORMS
+from pipeline.model.weights import Placement, WeightFiles
 
 _HEAD = "lm_head.weight"
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
 class LanguageModel(Encoder):
@@ -58,17 +55,23 @@ class LanguageModel(Encoder):
             whole.save_pretrained(folder, save_original_format=False)
 
 
-def build_model(config: TrainConfig, *, meta: bool = False) -> Encoder:
+def build_model(
+    config: TrainConfig, *, meta: bool = False, placement: Placement | None = None
+) -> Encoder:
     """The model of a run: an encoder, with a head where the objective predicts tokens.
+
+    See `build_encoder` for the arguments.
 
     Raises:
         UserError: it cannot be loaded, or cannot be what the config asks for.
     """
     build = build_encoder if config.objective is None else build_language_model
-    return build(config.model, meta=meta)
+    return build(config.model, meta=meta, placement=placement)
 
 
-def build_language_model(config: ModelConfig, *, meta: bool = False) -> LanguageModel:
+def build_language_model(
+    config: ModelConfig, *, meta: bool = False, placement: Placement | None = None
+) -> LanguageModel:
     """Load a backbone and its head, in evaluation mode.
 
     The head is trained where the backbone's own weights are; beside an adapter it stays as it is.
@@ -76,11 +79,13 @@ def build_language_model(config: ModelConfig, *, meta: bool = False) -> Language
     Args:
         config: the model section.
         meta: build shapes only, on the meta device, without reading weights.
+        placement: where the weights go; by default they stay whole, on the CPU.
 
     Raises:
         UserError: the model cannot be loaded, or has no plain head that predicts tokens.
     """
-    encoder = build_encoder(config, meta=meta)
+    placement = None if meta else placement or Placement()
+    encoder = build_encoder(config, meta=meta, placement=placement)
     if not encoder.family.decoder:
         raise UserError(
             f"objective: {config.path} has no language-model head that this package reads",
@@ -88,12 +93,20 @@ def build_language_model(config: ModelConfig, *, meta: bool = False) -> Language
             fix="train it contrastively, without objective",
         )
     embedding = encoder.model.get_input_embeddings().weight
-    vocabulary, width = embedding.shape
+    vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)  # whole, in partitions too
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
     if encoder.model.config.tie_word_embeddings:
         head.weight = embedding
-    elif not meta:
-        head.weight = nn.Parameter(_read_head(config, (vocabulary, width)).to(embedding.dtype))
+    elif placement is not None:
+        with placement.agreed():
+            if placement.reads:
+                weight = _read_head(config, (vocabulary, width)).to(
+                    placement.device, head.weight.dtype
+                )
+            else:
+                weight = torch.empty_like(head.weight, device=placement.device)
+            head.weight = nn.Parameter(weight)
+        placement.take([head.weight])
     if config.lora is not None or config.adapter_use == "continue":
         head.requires_grad_(False)
     return LanguageModel(encoder, head).eval()
@@ -131,16 +144,17 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
 def _read_head(config: ModelConfig, shape: tuple[int, int]) -> Tensor:
     """The head's weight from the model's safetensors, under whatever name it was published."""
     native = NATIVE_FORMS.get(read_config(config)["model_type"])
-    for file in _weight_files(config):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 -- not a mapping
-                if _native_name(name, native.keys if native else {}) == _HEAD:
-                    weight: Tensor = tensors.get_tensor(name)
-                    if tuple(weight.shape) != shape:
-                        raise UserError(
-                            f"{file}: {name} has shape {tuple(weight.shape)}", allowed=str(shape)
-                        )
-                    return weight
+    files = WeightFiles(config.path, config.revision)
+    for name, found in files.shapes.items():
+        if _native_name(name, native.keys if native else {}) == _HEAD:
+            if tuple(found) != shape:
+                raise UserError(
+                    f"model.path: {config.path}: {name} has shape {tuple(found)}",
+                    allowed=str(shape),
+                )
+            with files.slices([name]) as slices:
+                weight: Tensor = slices[name][...]
+            return weight
     raise UserError(
         f"model.path: the safetensors of {config.path} hold no {_HEAD}",
         fix="start from the language model, not from an embedder made of it",
@@ -151,23 +165,3 @@ def _native_name(name: str, keys: dict[str, str]) -> str:
     for pattern, native in keys.items():
         name = re.sub(pattern, native, name)
     return name
-
-
-def _weight_files(config: ModelConfig) -> list[str]:
-    """The files that may hold the head, those that the index names for it first."""
-
-    def find(name: str) -> str | None:
-        path: str | None = cached_file(
-            config.path,
-            name,
-            revision=config.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return path
-
-    index = find(_INDEX)
-    if index is None:
-        return [file for file in [find(_WEIGHTS)] if file is not None]
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [file for file in map(find, names) if file is not None]

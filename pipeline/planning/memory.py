@@ -102,6 +102,19 @@ def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> di
     return memory
 
 
+def loading_peak(shape: ModelShape, layout: Layout) -> float:
+    """Bytes that weights take on a rank at most while they are read.
+
+    At stage 3 they arrive piece by piece, and a rank keeps its partition of each; what lies outside
+    of the layers is taken for one piece. At stages 1 and 2 every rank reads the whole model.
+    """
+    held = float(shape.parameters)
+    if layout.stage == 3:
+        outside = shape.parameters - shape.num_layers * shape.layer_parameters
+        held = shape.parameters / layout.world_size + max(shape.layer_parameters, outside)
+    return held * (4 if layout.dtype == "float32" else 2)
+
+
 def graphs_that_fit(shape: ModelShape, layout: Layout, available: float, num_chunks: int) -> int:
     """How many chunks of a cached step may keep their graph for pass 2.
 

@@ -21,6 +21,7 @@ from pipeline.planning.memory import (
     Schedule,
     choose_schedule,
     graphs_that_fit,
+    loading_peak,
     memory_per_rank,
 )
 
@@ -132,6 +133,7 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         ),
         *((f"memory: {name}", _bytes(size)) for name, size in memory.items() if size),
         ("memory: sum per rank", _bytes(sum(memory.values()))),
+        ("memory: peak while loading", _bytes(loading_peak(shape, layout))),
     ]
     return _align(lines)
 

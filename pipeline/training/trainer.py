@@ -36,7 +36,7 @@ from pipeline.training.step import (
     NonFiniteLossError,
     seed_random,
 )
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.zero import ZeroEngine, placement_of
 
 # What may change when a run is resumed; everything else would make it another run.
 _FREE_KEYS = (
@@ -148,7 +148,7 @@ class Training:
         self.objective = objective
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
-        model = build_model(config).to(comm.device())
+        model = build_model(config, placement=placement_of(ds_config))
         self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
         self._evaluations = evaluations
         self._saver = Saver(run.checkpoints)

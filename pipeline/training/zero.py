@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline import comm
+from pipeline.model.weights import Placement
 from pipeline.training.gradient_sums import GradientSums
 
 _HOLDER = "diffembed"
@@ -35,11 +36,53 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+class Partitions(Placement):
+    """Weights become ZeRO-3 partitions piece by piece, so that no rank ever holds a whole model.
+
+    Rank 0 reads; DeepSpeed hands every piece from there to all ranks as it cuts it up.
+
+    Args:
+        ds_config: a DeepSpeed config of stage 3 without any `auto` left.
+    """
+
+    by_piece = True
+
+    def __init__(self, ds_config: dict[str, Any]) -> None:
+        super().__init__(comm.device(), agreed=comm.together)
+        self.reads = comm.rank() == 0
+        self._deepspeed = import_deepspeed()
+        self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self._ds_config = ds_config
+        self._partitioned: Any = None
+
+    def take(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Keep this rank's partitions of rank 0's weights; a collective call."""
+        from deepspeed.utils import groups
+
+        if self._partitioned is None:
+            self._deepspeed.zero.Init(
+                module=torch.nn.ParameterList(parameters),
+                config_dict_or_path=self._ds_config,
+                # That of hpZ, if an engine of this process has made it.
+                zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+            )
+            self._partitioned = parameters[0]
+        else:
+            self._partitioned.convert_to_zero_parameters(param_list=parameters)
+
+
+def placement_of(ds_config: dict[str, Any]) -> Placement:
+    """Where a ZeRO stage wants a model's weights: in partitions, or whole on every rank."""
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return Partitions(ds_config)
+    return Placement(comm.device(), agreed=comm.together)
+
+
 class ZeroEngine:
     """One DeepSpeed engine at ZeRO stage 1, 2 or 3 around an encoder.
 
     Args:
-        model: the encoder; its trainable parameters are those of `optimizer`.
+        model: the encoder, whole or partitioned; its trainable parameters are those of `optimizer`.
         optimizer: a torch optimizer over the trainable parameters.
         ds_config: a DeepSpeed config without any `auto` left.
     """
@@ -51,6 +94,11 @@ class ZeroEngine:
         # Names before the engine wraps the model; shared parameters appear once.
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if ds_config["bf16"]["enabled"] and any(hasattr(p, "ds_id") for p in model.parameters()):
+            # peft keeps adapters in fp32. DeepSpeed casts a model that is whole, and refuses one
+            # that is partitioned.
+            for parameter in self._parameters.values():
+                parameter.data = parameter.data.to(torch.bfloat16)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self._engine.train()
         self.stage: int = self._engine.zero_optimization_stage()
@@ -87,8 +135,12 @@ class ZeroEngine:
         """
         sharded = [p for p in parameters if hasattr(p, "ds_id")] if self.stage == 3 else []
         missing = [p for p in sharded if p.ds_status.name == "NOT_AVAILABLE"]
-        if missing:
-            missing[0].all_gather_coalesced(missing).wait()
+        # hpZ's second copy of a frozen parameter outlives a step, that of a trained one does not;
+        # one gather reads either copies or partitions.
+        for copied in (False, True):
+            alike = [p for p in missing if (p.ds_secondary_tensor is not None) == copied]
+            if alike:
+                alike[0].all_gather_coalesced(alike).wait()
         for parameter in sharded:
             parameter.ds_active_sub_modules.add(_HOLDER)
         try:

@@ -12,6 +12,7 @@ from pipeline.planning.memory import (
     ModelShape,
     choose_schedule,
     graphs_that_fit,
+    loading_peak,
     memory_per_rank,
 )
 
@@ -76,6 +77,14 @@ def test_stage_2_holds_all_weights_and_stage_3_its_share() -> None:
     assert two["weights gathered for the step"] == 0
     three = memory_per_rank(SEVEN_B, LAYOUT, "cache")
     assert three["weights"] == pytest.approx(14.1e9 / 128, rel=0.01)
+
+
+def test_stage_3_loads_a_share_and_a_piece_and_stage_2_the_whole_model() -> None:
+    assert loading_peak(SEVEN_B, dataclasses.replace(LAYOUT, stage=2)) == pytest.approx(
+        14.1e9, rel=0.01
+    )
+    # The token embedding is the largest piece: 152,064 x 3,584 numbers.
+    assert loading_peak(SEVEN_B, LAYOUT) == pytest.approx(14.1e9 / 128 + 1.09e9, rel=0.01)
 
 
 def test_lora_keeps_optimizer_state_for_its_adapters_only() -> None:

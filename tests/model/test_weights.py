@@ -1,0 +1,146 @@
+"""Weights read piece by piece are the weights that transformers reads at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from test_adapters import save_adapter
+from test_families import CASES, save_model
+from test_native import llada_folder
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.encoder import build_encoder
+from pipeline.model.weights import Placement
+
+
+class Pieces(Placement):
+    """Keeps whole what it is handed, and notes it."""
+
+    by_piece = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def take(self, parameters: list[torch.nn.Parameter]) -> None:
+        assert not any(parameter.is_meta for parameter in parameters)
+        self.sizes.append(sum(parameter.numel() for parameter in parameters))
+
+
+def assert_same_tensors(ours: torch.nn.Module, wanted: torch.nn.Module) -> None:
+    tensors = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    expected = {**dict(wanted.named_parameters()), **dict(wanted.named_buffers())}
+    assert list(tensors) == list(expected)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_equal_what_transformers_loads_at_once(
+    name: str, dtype: Any, tmp_path: Path
+) -> None:
+    save_model(CASES[name][0], tmp_path)
+    placement, before = Pieces(), torch.get_rng_state()
+    encoder = build_encoder(ModelConfig(path=str(tmp_path), dtype=dtype), placement=placement)
+    # Nothing random was drawn: an adapter that follows starts alike on any rank.
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = hf.AutoModel.from_pretrained(
+        tmp_path, dtype=getattr(torch, dtype), **encoder.family.arguments
+    )
+    assert_same_tensors(encoder.backbone, wanted)
+    inside = {id(parameter) for parameter in encoder.layers.parameters()}
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in encoder.layers]
+    outside = [p.numel() for p in encoder.parameters() if id(p) not in inside]
+    assert max(placement.sizes) <= max(*layers, *outside)
+
+
+@pytest.mark.parametrize("kind", ["llada", "adapted"])
+def test_a_diffusion_layout_read_in_pieces_equals_it_read_at_once(
+    kind: str, tmp_path: Path
+) -> None:
+    if kind == "llada":
+        llada_folder(tmp_path)
+    else:
+        weights = load_file(save_model(CASES["llama"][0], tmp_path) / "model.safetensors")
+        adapted = {
+            name if name.startswith("embed") else f"denoise_model.{name}": weight
+            for name, weight in weights.items()
+        }
+        save_file(adapted, tmp_path / "model.safetensors")
+    config = ModelConfig(path=str(tmp_path), dtype="bfloat16")
+    placement = Pieces()
+    assert_same_tensors(build_encoder(config, placement=placement), build_encoder(config))
+    assert len(placement.sizes) > 3
+
+
+def test_an_adapter_merged_into_pieces_equals_peft_on_the_whole_model(tmp_path: Path) -> None:
+    folder = save_model(CASES["llama"][0], tmp_path / "base")
+    adapter = save_adapter(hf.AutoModel.from_pretrained(folder), tmp_path / "adapter")
+    config = ModelConfig(path=str(folder), dtype="float32", adapter=str(tmp_path / "adapter"))
+    encoder = build_encoder(config, placement=Pieces())
+    assert_same_tensors(encoder.backbone, adapter.merge_and_unload())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A llama in several files."""
+    model = hf.AutoModel.from_config(CASES["llama"][0])
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 3
+    return tmp_path
+
+
+def rewrite(folder: Path, name: str, weight: torch.Tensor | None) -> None:
+    """Put another tensor under a name, or none."""
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        if name in weights or (weight is not None and "norm.weight" in weights):
+            weights.pop(name, None)
+            save_file({**weights, **({} if weight is None else {name: weight})}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "words"),
+    [
+        ("layers.1.mlp.up_proj.weight", None, "missing ['layers.1.mlp.up_proj.weight']"),
+        ("layers.1.mlp.gate.weight", torch.ones(3), "unexpected ['layers.1.mlp.gate.weight']"),
+        ("norm.weight", torch.ones(3), "of another shape ['norm.weight [3] for [32]']"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_before_any_is_read(
+    sharded: Path, name: str, weight: torch.Tensor | None, words: str
+) -> None:
+    rewrite(sharded, name, weight)
+    placement = Pieces()
+    with pytest.raises(UserError, match=re.escape(words)):
+        build_encoder(ModelConfig(path=str(sharded)), placement=placement)
+    assert placement.sizes == []
+
+
+@pytest.mark.parametrize("damage", ["shortened", "missing"])
+def test_a_damaged_or_missing_shard_is_named(sharded: Path, damage: str) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=shard.name):
+        build_encoder(ModelConfig(path=str(sharded)))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    weights = load_file(save_model(CASES["llama"][0], tmp_path) / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no safetensors weights.*fix: .*save_pretrained"):
+        build_encoder(ModelConfig(path=str(tmp_path)))

@@ -1,0 +1,76 @@
+"""A model that is loaded into ZeRO-3 partitions never lies whole on one rank, and is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from tests.support import launch_ranks
+
+WORKER = Path(__file__).with_name("partition_worker.py")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def results(
+    model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """What both ranks measured, by case."""
+    large = tmp_path_factory.mktemp("large")
+    config = hf.LlamaConfig(
+        vocab_size=6000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    # Read in another type than it is published in, or a whole model might stay in the page cache.
+    model = hf.AutoModel.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(large, max_shard_size="30MB")
+    broken = tmp_path_factory.mktemp("broken")
+    weights = load_file(model_path / "model.safetensors")
+    weights.pop("layers.1.mlp.up_proj.weight")
+    save_file(weights, broken / "model.safetensors")
+    (broken / "config.json").write_text((model_path / "config.json").read_text())
+    output = launch_ranks(2, WORKER, str(large), str(model_path), str(broken), timeout=280)
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            result = json.loads(line)
+            by_case.setdefault(result["case"], []).append(result)
+    return by_case
+
+
+def test_no_rank_holds_more_than_its_partitions_and_one_piece(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    for result in results["memory"]:
+        print({key: value / MIB for key, value in result.items() if key not in ("case", "equal")})
+        limit = result["model"] / 2 + result["layer"] + 24 * MIB
+        assert result["in_pieces"] <= limit
+        assert result["at_once"] > limit  # or the limit would show nothing
+        assert result["equal"]
+
+
+def test_steps_after_loading_in_pieces_are_bit_equal(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    for case in ("3", "3 hpz"):  # all weights; an adapter in bfloat16
+        for result in results[case]:
+            assert result["pieces"] == result["whole"], case
+
+
+def test_all_ranks_refuse_what_one_rank_cannot_load(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    for case, words in (("misfit", "missing ['layers.1.mlp.up_proj"), ("rank 1", "/nowhere")):
+        first, second = (result["error"] for result in results[case])
+        assert first == second
+        assert first.startswith("UserError: model.path") and words in first
