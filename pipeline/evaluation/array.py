@@ -91,7 +91,7 @@ def plan(config: EvaluateConfig) -> Plan:
     print(
         f"{written.num_texts} distinct texts of {written.num_occurrences} in "
         f"{len(written.block_costs)} blocks, about {sum(written.block_costs) / 1e6:.1f} M tokens "
-        f"per model: {written.folder}",
+        f"per model of {written.occurrence_cost / 1e6:.1f} M with repetitions: {written.folder}",
         flush=True,
     )
     return written

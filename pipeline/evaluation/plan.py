@@ -34,7 +34,7 @@ from pipeline.evaluation.keys import TextKey
 from pipeline.evaluation.listing import Listing, Request, list_task
 from pipeline.run_dir import atomic_path, write_json
 
-_VERSION = 2
+_VERSION = 3
 _TEXTS = "texts.arrow"
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048
@@ -43,11 +43,17 @@ _MIN_BLOCK_COST = 32_768.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A written plan: how many texts there are and what each block costs."""
+    """A written plan: how many texts there are and what each block costs.
+
+    Attributes:
+        num_texts: distinct ones; `num_occurrences` with the repetitions of tasks and lengths.
+        occurrence_cost: what all occurrences would cost; the blocks' costs add up to less.
+    """
 
     folder: Path
     num_texts: int
     num_occurrences: int
+    occurrence_cost: float
     lengths: tuple[int, ...]
     block_costs: tuple[float, ...]
 
@@ -91,6 +97,7 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         folder=folder,
         num_texts=len(distinct.costs),
         num_occurrences=sum(len(listing.rows) for listing in listings),
+        occurrence_cost=float(sum(listing.costs.sum() for listing in listings)),
         lengths=_all_lengths(config),
         block_costs=tuple(sums.tolist()),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import mteb
 import pytest
 from evaluation_support import TASKS, wrap
+from mteb.models import ModelMeta
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
@@ -130,6 +131,13 @@ def test_merging_keeps_every_line_and_mteb_reads_the_result(config, load):
             for e in list_elements(config)
         }
     )
+    # What the leaderboard asks of a submission: rows of a table, and a whole description.
+    table = loaded.to_dataframe(aggregation_level="split")
+    assert len(table) == 1 + 8
+    for path in merged.rglob("model_meta.json"):
+        meta = ModelMeta.model_validate(json.loads(path.read_text()))
+        assert path.parent.name == meta.revision
+        assert meta.max_tokens == config.max_length
     settings = list(merged.rglob("run_settings.jsonl"))
     lines = [json.loads(line) for path in settings for line in path.read_text().splitlines()]
     assert len(settings) == 2

@@ -251,3 +251,24 @@ def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
     assert cluster.states(entry["id"]) == {entry["id"]: "COMPLETED"}
     starts = json.loads((tmp_path / f"run/jobs/starts-{entry['id']}.json").read_text())
     assert [start["end"] for start in starts] == ["exit code 1", "exit code 0"]
+
+
+def test_scores_of_a_checkpoint_wait_for_its_export_and_are_submitted_once(
+    evaluation: Path, tmp_path: Path, cluster: Cluster, held: None
+) -> None:
+    from pipeline.submission.step import main
+
+    config = yaml.safe_load((RECIPE / "train.yaml").read_text())
+    train = tmp_path / "train.yaml"
+    train.write_text(yaml.safe_dump(config | {"output_dir": f"{tmp_path}/step-000100"}))
+    for _ in range(2):
+        main([str(train), "step-000100", str(evaluation)])
+    lines = cluster.command("squeue", "-h", "-o", "%j %E").splitlines()
+    names = [line.split()[0] for line in lines]
+    waits = {line.split()[0]: line.split()[1] for line in lines}
+    assert sorted(names) == [
+        *("diffembed-evaluate", "diffembed-export-step-000100", "diffembed-report")
+    ]
+    assert waits["diffembed-export-step-000100"] == "(null)"
+    assert waits["diffembed-evaluate"].startswith("afterok:")
+    assert waits["diffembed-report"].startswith("afterok:")

@@ -1,0 +1,196 @@
+"""Evaluation beside mteb: python tests/benchmarks/bench_evaluation.py [plan] [throughput] [table].
+
+plan: wall-clock and memory of planning all three benchmarks at their real sizes. throughput: one
+corpus of mixed lengths through mteb with sentence-transformers and through us, equal scores. table:
+every task on replicas fetched from a local hub, a third of the blocks lost and embedded again, our
+score beside mteb's direct one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+
+import benchmark_replicas as replicas
+import full_size_hub
+import mteb
+import torch
+from bench_support import Figure, minilm_path, print_table
+from local_hub import serve
+from sentence_transformers import SentenceTransformer
+
+from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.evaluation.array import run_all, score_all
+from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.embed import embed_element
+from pipeline.evaluation.export_encoder import load_encoder
+from pipeline.evaluation.plan import write_plan
+from pipeline.evaluation.prefetch import prefetch
+from pipeline.evaluation.snapshots import get_task, localise
+from pipeline.evaluation.store import block_path, missing_blocks, store_folder
+
+ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
+AOPS = "BrightAopsRetrieval"
+
+
+def config_of(folder: Path, tasks: Sequence[str], **others: Any) -> EvaluateConfig:
+    """MiniLM with bare texts, as mteb gives them to a sentence-transformers model."""
+    model = EvaluatedModel(name="minilm", path=minilm_path())
+    return EvaluateConfig(output_dir=folder / "out", models=(model,), tasks=tuple(tasks), **others)
+
+
+def plan(folder: Path, scale: float) -> list[Figure]:
+    """Plan all tasks on noise of the real sizes; LongEmbed at three lengths."""
+    hub = full_size_hub.write_hub(folder / "hub", scale=scale)
+    lengths = {"LongEmbed": (512, 4096, 32768)}
+    config = config_of(
+        folder, ALL, snapshots=hub, max_length=32768, max_tokens=32768, lengths=lengths
+    )
+    began, cpu = time.perf_counter(), sum(os.times()[:4])
+    written = write_plan(config, num_workers=os.cpu_count() or 1)
+    seconds, cpu = time.perf_counter() - began, sum(os.times()[:4]) - cpu
+    own, others = (
+        resource.getrusage(who).ru_maxrss / 2**20
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    texts = f"{written.num_texts:,} distinct texts of {written.num_occurrences:,}"
+    saved = written.occurrence_cost / sum(written.block_costs)
+    return [
+        Figure(name=f"{texts}: wall-clock", asked="< 60 s", measured=f"{seconds:.0f} s",
+               ok=seconds < 60),
+        Figure(name="... CPU time of all processes", measured=f"{cpu:.0f} s"),
+        Figure(name="... memory of the planner, of its largest worker",
+               measured=f"{own:.1f}, {others:.1f} GiB"),
+        Figure(name="work with repetitions / work embedded", measured=f"{saved:.2f}"),
+    ]  # fmt: skip
+
+
+def mixed_corpus(root: Path, num_topics: int) -> None:
+    """BRIGHT's Aops replica with documents of 5 to 500 words."""
+    generator = random.Random(0)
+    words = " ".join(replicas.TOPICS.values()).split()
+    short = replicas.TOPICS
+    replicas.TOPICS = {
+        f"{topic} {number}": " ".join(
+            [text, *generator.choices(words, k=int(generator.lognormvariate(4, 1)))]
+        )
+        for number in range(num_topics)
+        for topic, text in short.items()
+    }
+    replicas.write_bright(root, "mteb/BRIGHT")
+    replicas.TOPICS = short
+
+
+def throughput(folder: Path, scale: float) -> list[Figure]:
+    """Whole evaluation of one task, from its files to its score, in CPU time of one thread."""
+    mixed_corpus(folder / "hub", max(1, round(16 * scale)))
+    config = config_of(
+        folder, (AOPS,), snapshots=folder / "hub", max_length=256, instructions={AOPS: ""}
+    )
+    reference = SentenceTransformer(str(minilm_path()), device="cpu")
+    reference.max_seq_length = config.max_length
+    load_encoder(config, list_elements(config)[0])  # once for all, as `reference`
+
+    def theirs() -> float:
+        return direct(reference, AOPS, config.snapshots)
+
+    def ours() -> float:
+        for path in config.output_dir.rglob("result.json"):
+            path.unlink()
+        return float(run_all(config)[0]["score"])
+
+    (first, slow), (second, fast) = measured(theirs), measured(ours)
+    return [
+        Figure(name="difference of the scores", asked="<= 1e-5", gate=True,
+               measured=f"{abs(first - second):.1e}", ok=abs(first - second) <= 1e-5),
+        Figure(name="CPU time, mteb + sentence-transformers / ours", asked=">= 3",
+               measured=f"{slow / fast:.2f} ({slow:.1f} s / {fast:.1f} s)", ok=slow / fast >= 3),
+    ]  # fmt: skip
+
+
+def table(folder: Path, scale: float) -> list[Figure]:
+    """Prefetch, plan, embed, lose a third of the blocks, embed them again, score; then mteb."""
+    tasks = [*ALL, "BRIGHT-v1", "BRIGHT-v1-long"] if scale == 1 else [AOPS, "LEMBNeedleRetrieval"]
+    replicas.write_all(folder / "hub")
+    config = config_of(folder, tasks, snapshots=folder / "snapshots", max_length=64)
+    with serve(folder / "hub") as (address, _):
+        prefetch(config, endpoint=address)
+    write = write_plan(config)
+    store = store_folder(config, config.models[0], write)
+    embed_element(config, 0, 1, load=load_encoder)
+    blocks = range(len(write.block_costs))
+    for block in random.Random(0).sample(blocks, max(1, round(0.3 * len(blocks)))):
+        block_path(store, block).unlink()
+    assert missing_blocks(config, config.models[0], write)
+    for index in range(3):
+        embed_element(config, index, 3, load=load_encoder)
+    reference = SentenceTransformer(str(minilm_path()), device="cpu")
+    reference.max_seq_length = config.max_length
+    figures = []
+    for result in score_all(config):
+        wanted = direct(reference, result["task"], config.snapshots)
+        figures.append(
+            Figure(
+                name=f"{result['task']} {result['metric']}: ours",
+                asked=f"mteb {wanted:.5f} +- 0.001",
+                measured=f"{result['score']:.5f}",
+                ok=abs(wanted - result["score"]) <= 1e-3,
+                gate=True,
+            )
+        )
+    return figures
+
+
+def direct(reference: SentenceTransformer, task: str, snapshots: Path | None) -> float:
+    """mteb's score of a sentence-transformers model, by mteb's own path and its defaults."""
+    result = mteb.evaluate(
+        reference,
+        localise(get_task(task), snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    return float(result.get_score())
+
+
+def measured(work: Callable[[], float]) -> tuple[float, float]:
+    """What a work returns, and its CPU seconds."""
+    began = time.process_time()
+    return work(), time.process_time() - began
+
+
+PARTS = {"plan": plan, "throughput": throughput, "table": table}
+
+
+def main() -> None:
+    """Run the parts named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size")
+    parser.add_argument("--folder", type=Path, help="where the data go; default: a temporary one")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = []
+    for name in options.parts or PARTS:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            figures = PARTS[name](Path(folder), options.scale)
+        print_table(name, figures)
+        failed += [figure.name for figure in figures if figure.gate and not figure.ok]
+    if failed:
+        sys.exit(f"results differ that should be equal: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
