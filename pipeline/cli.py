@@ -192,7 +192,7 @@ def encode(
         dimensions=dim,
         max_tokens=max_tokens,
     )
-    print(encode_file(job, num_processes=processes))
+    encode_file(job, num_processes=processes)
 
 
 @app.command()

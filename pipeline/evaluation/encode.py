@@ -60,6 +60,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
     recipe = recipe_of(job)
     if job.output.exists():
         _check_finished(job, recipe)
+        print(f"{job.output}: finished")
         return job.output
     meeting = job.output.with_name(f".{job.output.name}.step")
     with gather_crew(num_processes, meeting_folder=meeting) as crew:
@@ -72,6 +73,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         crew.run(work, parts, claims=job.folder / "claims")
         if crew.is_main:
             _assemble(job)
+            print(job.output)
         crew.wait()
     return job.output
 

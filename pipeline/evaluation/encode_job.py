@@ -48,7 +48,8 @@ class EncodeJob:
         dtype: of the vectors in the file.
         dimensions: keep only so many of a vector's first numbers.
         max_tokens: packed tokens of one forward.
-        block_bytes: input of a block; what a killed run may have to do again per process.
+        block_bytes: input of a block; what a killed run may have to do again per process. None: a
+            64th of the input, within bounds, so that many processes have work.
     """
 
     model: Path
@@ -62,7 +63,7 @@ class EncodeJob:
     dtype: Literal["float32", "float16"] = "float32"
     dimensions: int | None = None
     max_tokens: int = 16384
-    block_bytes: int = 4 * 2**20
+    block_bytes: int | None = None
 
     def __post_init__(self) -> None:
         length, width = self.max_length, self.dimensions
@@ -111,10 +112,12 @@ def begin(job: EncodeJob, recipe: str) -> None:
     if plan_file.is_file() and read_plan(job.folder).recipe == recipe:
         return
     shutil.rmtree(job.folder, ignore_errors=True)
+    files = list_files(job.input, "--input")
+    size = job.block_bytes or min(max(sum(map(file_size, files)) // 64, 2**16), 2**22)
     blocks = [
         block
-        for file in list_files(job.input, "--input")
-        for block in plan_blocks(file, split=_SPLIT, block_bytes=job.block_bytes, max_rows=None)
+        for file in files
+        for block in plan_blocks(file, split=_SPLIT, block_bytes=size, max_rows=None)
     ]
     first = next((record for block in blocks for record in _read(block)), None)
     if first is None:
