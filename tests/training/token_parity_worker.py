@@ -2,6 +2,7 @@
 
 Started by test_token_gradients.py through a launcher; prints one JSON line per case on rank 0.
 The reference knows no packing, chunks, tiles or ranks: `*ForCausalLM` on one row after another.
+Next-token cases first break two steps off, which must leave nothing behind.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from pipeline.data.loader import DUMMY
 from pipeline.data.masking import Prediction, Vocabulary, predict
 from pipeline.data.text_loader import NOTHING
 from pipeline.loss import tokens
-from pipeline.model.language import build_language_model
+from pipeline.model.language import LanguageModel, build_language_model
 from pipeline.training import token_prediction
+from pipeline.training.agreement import ChunkOutOfMemoryError
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
+from pipeline.training.step import NonFiniteLossError
 from pipeline.training.zero import ZeroEngine
 
 NUM_TEXTS, VOCABULARY, MASK = 14, 500, 499
@@ -136,6 +139,27 @@ def our_name(name: str) -> str:
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
+def break_off(
+    step: Any, engine: Any, batch: GlobalBatch, fault: float | None, error: type[Exception]
+) -> None:
+    """A step in which rank 1 alone scores NaN, or lacks memory; all ranks must leave it alike."""
+    scores = LanguageModel.logits
+
+    def faulty(self: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
+        if comm.rank() == 1 and fault is None:
+            raise torch.OutOfMemoryError
+        return scores(self, hidden) * (1.0 if fault is None or comm.rank() == 0 else fault)
+
+    LanguageModel.logits = faulty  # type: ignore[method-assign]
+    try:
+        step.accumulate(engine, batch)
+    except error:
+        return
+    finally:
+        LanguageModel.logits = scores  # type: ignore[method-assign]
+    raise AssertionError(f"no {error.__name__} on rank {comm.rank()}")
+
+
 def run_case(
     path: str, *, kind: str, stage: int, counts: list[int], lora: bool, schedule: str
 ) -> dict[str, Any]:
@@ -178,6 +202,9 @@ def run_case(
     engine = ZeroEngine(ours, build_optimizer(ours, config.optimizer), ds_config)
     vocabulary = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=VOCABULARY))
     step = token_prediction.TokenPrediction(config, vocabulary)  # type: ignore[arg-type]
+    if kind == "next token":
+        for fault, error in ((float("nan"), NonFiniteLossError), (None, ChunkOutOfMemoryError)):
+            break_off(step, engine, make_batch(comm.rank(), counts), fault, error)
     values = step.accumulate(engine, make_batch(comm.rank(), counts))
     assert set(engine.parameter_names) == set(wanted), set(engine.parameter_names) ^ set(wanted)
     errors = {}
