@@ -53,7 +53,9 @@ def test_no_rank_holds_more_than_its_partitions_and_one_piece(
 ) -> None:
     for result in results["memory"]:
         print({key: value / MIB for key, value in result.items() if key not in ("case", "equal")})
-        limit = result["model"] / 2 + result["layer"] + 24 * MIB
+        # The rank that reads has a layer twice: mapped as it is published, in half the bytes, and
+        # as it is trained.
+        limit = result["model"] / 2 + 1.5 * result["layer"] + 24 * MIB
         assert result["in_pieces"] <= limit
         assert result["at_once"] > limit  # or the limit would show nothing
         assert result["equal"]
