@@ -73,6 +73,26 @@ def test_batches_hold_the_texts_of_the_source_rows(dataset: Dataset, tokenizer_p
         assert all(b.startswith(a) for a, b in zip(negatives, expected, strict=True))
 
 
+def test_a_chunk_counts_the_tokens_of_its_instructions(
+    dataset: Dataset, tokenizer_path: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tasks = {row["task"] for row in reasonaug_rows(600)}
+    batch = make_loader(dataset).batch(0)
+    num_queries = 0
+    for chunk in batch.chunks:
+        rows = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
+        counts = chunk.instruction_tokens
+        for place, (text, row) in enumerate(zip(chunk.texts.tolist(), rows, strict=True)):
+            count = 0 if counts is None else int(counts[place])
+            is_query = text < batch.num_queries
+            num_queries += is_query
+            skipped = tokenizer.decode(row[:count])
+            assert (skipped in {f"Instruct: {task}\nQuery:" for task in tasks}) == is_query
+            assert is_query or count == 0
+    assert num_queries == batch.num_queries
+
+
 def test_positives_of_the_same_concept_are_masked(dataset: Dataset) -> None:
     batch = make_loader(dataset).batch(1)
     concept = dataset.examples.scalars("concept", batch.example_ids)
