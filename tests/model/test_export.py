@@ -168,6 +168,21 @@ def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
     assert (moved > 0.01) == (pooling != "last_token")
 
 
+def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter, dimensions=20)
+    folder = export(encoder, config, starter, tmp_path / "export")
+    (folder / "diffembed.json").unlink()
+    with pytest.raises(UserError, match="Dense only in our exports"):
+        load_export(folder)
+    folder = export(*make(starter), starter, tmp_path / "other")
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 16}))
+    with pytest.raises(UserError, match="truncate_dim, which cuts vectors without normalising"):
+        load_export(folder)
+
+
 def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
     starter: Path, tmp_path: Path
 ) -> None:
