@@ -82,7 +82,7 @@ def predict(
         shift: whether a token is predicted from the hidden state before it.
     """
     if chunk.is_dummy:
-        return _pad(chunk.input_ids.copy())
+        return _pad(chunk.input_ids)
     row = np.repeat(np.arange(len(chunk.lengths), dtype=np.int64), chunk.lengths)
     first = np.cumsum(chunk.lengths) - chunk.lengths
     tokens = _Tokens(

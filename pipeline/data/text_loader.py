@@ -56,7 +56,7 @@ class TextLoader(Loader):
         """The batch of a step; depends on nothing that happened before."""
         ids = self.order.batch(step)
         if self._blocks is None:
-            documents = self.dataset.examples.first("positives", ids)
+            documents = _documents(self.dataset, ids)
             lengths = self.dataset.documents.lengths("tokens", documents)
         else:
             documents = ids
@@ -84,6 +84,18 @@ class TextLoader(Loader):
         else:
             views = [self._blocks.read(int(block)) for block in documents[texts]]
         return Chunk(input_ids=self._join(views), lengths=lengths[texts], texts=texts)
+
+
+def _documents(dataset: Dataset, ids: IntArray) -> IntArray:
+    """(N,) the document that is the text of each example."""
+    found = dataset.examples.first("positives", ids)
+    count = len(dataset.documents)
+    if found.min() < 0 or found.max() >= count:
+        raise UserError(
+            f"{dataset.folder}: an example refers to documents outside 0..{count - 1}",
+            fix="run `diffembed data verify` on the folder to find the damaged shard",
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +128,7 @@ class Blocks:
         start = 0
         for group in dataset.manifest.groups:
             ids = np.arange(group.start, group.start + group.count, dtype=np.int64)
-            documents = dataset.examples.first("positives", ids)
+            documents = _documents(dataset, ids)
             ends = np.cumsum(dataset.documents.lengths("tokens", documents))
             count = int(ends[-1]) // length
             if count:

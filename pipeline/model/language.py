@@ -125,11 +125,12 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
         name: the token itself; None for the one that tokenizer or model declare.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the model has no embedding for it.
     """
+    published = read_config(config)
     if name is None:
         known = tokenizer.mask_token_id
-        known = read_config(config).get("mask_token_id") if known is None else known
+        known = published.get("mask_token_id") if known is None else known
     else:
         known = tokenizer.get_vocab().get(name)
     if known is None:
@@ -137,6 +138,13 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
         raise UserError(
             f"objective: the tokenizer of {config.path} {what}",
             fix="set mask_token in the objective's section to a token of its vocabulary, such as _",
+        )
+    size = published.get("embedding_size") or published["vocab_size"]
+    if known >= size:
+        raise UserError(
+            f"objective: the mask token of {config.path} is number {known}",
+            allowed=f"below {size}, the tokens that the model knows",
+            fix="set mask_token in the objective's section to one of them, such as _",
         )
     return int(known)
 
