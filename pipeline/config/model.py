@@ -93,6 +93,12 @@ class ModelConfig:
             "set model.revision, so that the code you reviewed is the code that runs",
         )
 
+    @property
+    def all_merged(self) -> tuple[str, ...]:
+        """Every adapter that goes into the weights before training, in order."""
+        last = self.adapter if self.adapter_use == "merge" else None
+        return self.merged_adapters if last is None else (*self.merged_adapters, last)
+
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

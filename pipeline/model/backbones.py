@@ -40,7 +40,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
         else:
             native, hf_config, family = _resolve(config, published)
             model = _build_shapes(config, hf_config, family)
-        merges = [plan_merge(model, path, placement) for path in _merged_adapters(config)]
+        merges = [plan_merge(model, path, placement) for path in config.all_merged]
 
     def finish(module: nn.Module) -> None:
         for merge in merges:
@@ -62,12 +62,6 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
                 finish=finish,
             )
     return model, family
-
-
-def _merged_adapters(config: ModelConfig) -> list[str]:
-    """Adapters that become part of the weights, in order."""
-    last = [config.adapter] if config.adapter and config.adapter_use == "merge" else []
-    return [*config.merged_adapters, *last]
 
 
 def _resolve(

@@ -175,8 +175,14 @@ def _adapter_settings(folder: Path) -> tuple[ModelConfig, int | None]:
     """What our adapter-only export says about its base model and its vectors."""
     settings = _read(folder, SETTINGS)
     origin = str(folder / SETTINGS)
-    changes = {"lora": None, "adapter": str(folder), "adapter_use": "merge"}
-    config = build_config(ModelConfig, {**settings["model"], **changes}, origin=origin)
+    trained = build_config(ModelConfig, settings["model"], origin=origin)
+    config = dataclasses.replace(
+        trained,
+        lora=None,
+        merged_adapters=trained.all_merged,
+        adapter=str(folder),
+        adapter_use="merge",
+    )
     return config, settings["max_length"]
 
 

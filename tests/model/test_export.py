@@ -269,13 +269,30 @@ def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
     np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
 
 
-def test_an_adapter_that_the_base_would_not_complete_is_refused(
-    starter: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_on_merged_ones_is_loaded_on_top_of_them(starter: Path, tmp_path: Path) -> None:
+    """SimCSE after MNTP: the second adapter alone does not complete the base model."""
+    first, _ = make(starter, lora=LoraConfig(rank=2))
+    first.save_adapter(tmp_path / "first")
+    config = ModelConfig(
+        path=str(starter), dtype="float32", adapter=str(tmp_path / "first"), lora=LoraConfig(rank=4)
+    )
+    encoder = build_encoder(config)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    assert "The base model and `diffembed`" in _card(folder)
+    ids = AutoTokenizer.from_pretrained(starter)(CORPUS[0])["input_ids"]
+    with torch.no_grad():
+        ours = encoder(torch.tensor(ids), torch.tensor([len(ids)])).numpy()
+    np.testing.assert_allclose(load_export(folder).encode_texts(CORPUS[:1]), ours, atol=1e-5)
+
+
+def test_a_run_without_adapter_has_none_to_export(starter: Path, tmp_path: Path) -> None:
     encoder, config = make(starter)
-    for broken in (config, dataclasses.replace(config, adapter="a", lora=LoraConfig())):
-        with pytest.raises(UserError, match="adapter-only export"):
-            export(encoder, broken, starter, tmp_path / "export", adapter_only=True)
+    with pytest.raises(UserError, match="adapter-only export"):
+        export(encoder, config, starter, tmp_path / "export", adapter_only=True)
     assert not (tmp_path / "export").exists()
 
 
