@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The paper's comparison in miniature: from one corpus, two language models of one size, by masked
+# diffusion and by predicting the next token; each becomes an embedder with bidirectional and with
+# causal attention, beside embedders from random weights. Scored on concepts and documents that no
+# training saw, up to sixteen times as long as the documents that embedders learned from.
+#
+#   launch/miniature.sh [key=value ...]
+#
+# No GPU needed, no network but for the installation; what follows changes all trainings (`seed=2`
+# for another repetition, which needs another folder: move runs/miniature away first). Run again, it
+# goes on where it was. Results: runs/miniature/report/report.md, read beside
+# launch/recipes/miniature/README.md
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/install.sh
+
+recipe=launch/recipes/miniature
+out=runs/miniature
+# Two trainings side by side, a core each: faster than two ranks that wait for each other.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+changes=("$@")
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '$ %s\n' "$*"; "$@"; }
+
+# One training and its export, unless that is there: train NAME CONFIG [key=value ...]
+train() {
+  local name=$1 config=$2
+  shift 2
+  if [[ -f $out/$name/export/modules.json ]]; then
+    echo "$name: finished before, skipped"
+    return
+  fi
+  echo "$name: started, see $out/$name.log"
+  local settings=(output_dir=$out/$name "$@" ${changes[@]+"${changes[@]}"})
+  {
+    python pipeline/train.py "$config" --deepspeed ds_configs/zero1.json "${settings[@]}" &&
+      diffembed export "$config" "${settings[@]}"
+  } >"$out/$name.log" 2>&1 || {
+    echo "$name failed; the end of $out/$name.log:" >&2
+    tail -n 5 "$out/$name.log" >&2
+    return 1
+  }
+  echo "$name: $(grep -o 'loss [0-9.]*' "$out/$name.log" | tail -n 1)"
+}
+
+# An embedder: embed START MODEL ATTENTION
+embed() {
+  # The last token is the only one of a causal model that has seen the whole text.
+  local pooling=mean
+  [[ $3 == causal ]] && pooling=last_token
+  train "$1-$3" $recipe/train.yaml model.path="$2" model.attention="$3" model.pooling=$pooling
+}
+
+# Two commands at once, each with a core: side_by_side "COMMAND ARGUMENTS" "COMMAND ARGUMENTS"
+side_by_side() {
+  local first second failed=0
+  $1 &
+  first=$!
+  $2 &
+  second=$!
+  wait $first || failed=1
+  wait $second || failed=1
+  return $failed
+}
+
+mkdir -p "$out"
+SECONDS=0
+
+say "1. Data: problems of 54 concepts, ten of which no training may see"
+if [[ ! -f $out/hub/mteb/BRIGHT/README.md ]]; then
+  run python -m ReasonAug templates --out $out/data --problems-per-concept 128
+  run python -m ReasonAug texts --data $out/data
+  run python -m ReasonAug replicas --data $out/data --out $out/hub --max-tokens 2048 \
+    --divide-lengths 16 --long-queries 40
+fi
+[[ -f $out/start/config.json ]] || run diffembed starter $recipe/model.yaml
+run diffembed prepare $recipe/texts.yaml
+# Random weights as an export too: all embedders start from folders with one tokenizer.
+[[ -f $out/random/export/modules.json ]] ||
+  run diffembed export $recipe/autoregressive.yaml --checkpoint init --output $out/random/export
+run diffembed prepare $recipe/data.yaml
+
+say "2. Pre-training from the same random weights on the same texts"
+side_by_side "train diffusion $recipe/diffusion.yaml" \
+  "train autoregressive $recipe/autoregressive.yaml"
+
+say "3. Embedders: every start with both kinds of attention"
+side_by_side "embed diffusion $out/diffusion/export bidirectional" \
+  "embed autoregressive $out/autoregressive/export causal"
+side_by_side "embed diffusion $out/diffusion/export causal" \
+  "embed autoregressive $out/autoregressive/export bidirectional"
+side_by_side "embed random $out/random/export bidirectional" \
+  "embed random $out/random/export causal"
+
+say "4. Scores on what no training saw, and the report"
+run diffembed evaluate run $recipe/evaluate.yaml
+run diffembed report $recipe/evaluate.yaml
+printf '\nDone in %d min %02d s after installation.\n' $((SECONDS / 60)) $((SECONDS % 60))
