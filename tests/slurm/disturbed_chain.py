@@ -60,7 +60,7 @@ def make_material(folder: Path) -> None:
     (folder / "cluster.env").write_text(_SITE)
 
 
-def write_chain(material: Path, folder: Path, num_steps: int) -> Path:
+def write_chain(material: Path, folder: Path, num_steps: int) -> None:
     """The configs of one experiment; all share the shards."""
     prepare, train, evaluate = (
         yaml.safe_load((RECIPE / f"{name}.yaml").read_text())
@@ -82,40 +82,43 @@ def write_chain(material: Path, folder: Path, num_steps: int) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     chain = {name: f"{folder}/{name}.yaml" for name in parts}
     (folder / "chain.yaml").write_text(yaml.safe_dump(chain))
-    return folder / "chain.yaml"
 
 
 class ChainRun:
-    """One experiment on the cluster, from its submission to its report."""
+    """One experiment on the cluster, from its submission to its last job: `all`, or `train`."""
 
     def __init__(
         self,
         cluster: Cluster,
         material: Path,
         name: str,
+        *,
         num_steps: int,
         say: Callable[[str], None],
+        what: str = "all",
     ) -> None:
         self.cluster, self.folder, self._say = cluster, material / name, say
         self._site = material / "cluster.env"
-        self._chain = write_chain(material, self.folder, num_steps)
+        write_chain(material, self.folder, num_steps)
+        config = self.folder / ("chain.yaml" if what == "all" else f"{what}.yaml")
+        self._words = ("submit", what, str(config))
         self.ids = self.submit()
 
     def submit(self) -> dict[str, str]:
-        """`diffembed submit all`; the ids that it printed, by job."""
+        """`diffembed submit`; the ids that it printed, by job."""
         done = self.cluster.attempt(
-            *(sys.executable, "-m", "pipeline.cli", "submit", "all", self._chain),
+            *(sys.executable, "-m", "pipeline.cli", *self._words),
             cwd=ROOT,
             environment={"DIFFEMBED_CLUSTER_ENV": str(self._site), "PYTHONPATH": str(ROOT)},
             check=True,
         )
-        self._say(f"$ diffembed submit all {self._chain.name}\n{done.stdout.strip()}")
+        self._say(f"$ diffembed {' '.join(self._words)}\n{done.stdout.strip()}")
         return dict(re.findall(r"^([\w-]+) (\d+) ", done.stdout, re.MULTILINE))
 
     def finish(self) -> None:
         """Wait until the last job has ended, and insist on a good end of all."""
         try:
-            self.cluster.wait(self.ids["report"], seconds=900)
+            self.cluster.wait(list(self.ids.values())[-1], seconds=900)
         finally:
             ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
             self._say(f"ended: {ends}")
@@ -129,6 +132,12 @@ class ChainRun:
     def curve(self) -> list[tuple[int, float, float]]:
         """Step, loss and gradient norm, to the last bit."""
         return [(row["step"], row["loss"], row["grad_norm"]) for row in self.metrics()]
+
+    def weights(self) -> Any:
+        """Hashes of the last checkpoint's tensors, the optimizer's among them."""
+        checkpoints = self.folder / "run/checkpoints"
+        newest = checkpoints / (checkpoints / "latest").read_text().strip()
+        return json.loads((newest / "state.json").read_text())["files"]
 
     def scores(self) -> dict[str, Any]:
         """The report, without how long things took."""
@@ -227,10 +236,10 @@ def main() -> None:
         material = Path(folder)
         make_material(material)
         say("== undisturbed")
-        calm = ChainRun(cluster, material, "calm", num_steps, say)
+        calm = ChainRun(cluster, material, "calm", num_steps=num_steps, say=say)
         calm.finish()
         say("== disturbed")
-        rough = ChainRun(cluster, material, "rough", num_steps, say)
+        rough = ChainRun(cluster, material, "rough", num_steps=num_steps, say=say)
         for disturbance in disturbances:
             rough.disturb(disturbance)
         rough.finish()

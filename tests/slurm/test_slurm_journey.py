@@ -1,7 +1,8 @@
-"""Raw rows to a report by `diffembed submit all`, calmly and through every disturbance."""
+"""Raw rows to a report by `diffembed submit all`, through every disturbance."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from disturbed_chain import (
     scontrol_requeue,
 )
 
-# Two chains of real jobs, most of whose time is the start of Python.
+# Real jobs, most of whose time is the start of Python.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 DISTURBANCES = (preemption, scontrol_requeue, a_node_without_power)
@@ -33,43 +34,57 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rough:
+    """A chain whose training was disturbed, and the step at which each disturbance came."""
+
+    run: ChainRun
+    reached: list[int]
+
+
 @pytest.fixture(scope="module")
-def calm(session_cluster: Cluster, material: Path) -> Iterator[ChainRun]:
-    """A chain that nobody disturbed."""
-    run = ChainRun(session_cluster, material, "calm", NUM_STEPS, print)
+def rough(session_cluster: Cluster, material: Path) -> Iterator[Rough]:
+    run = ChainRun(session_cluster, material, "rough", num_steps=NUM_STEPS, say=print)
+    reached = [run.disturb(disturbance) for disturbance in DISTURBANCES]
     run.finish()
-    yield run
+    yield Rough(run=run, reached=reached)
     session_cluster.cancel_all()
 
 
-def test_a_chain_leads_from_raw_rows_to_a_report(calm: ChainRun) -> None:
-    assert list(calm.ids) == ["prepare", "train", "export-latest", "evaluate", "report"]
-    assert [step for step, _, _ in calm.curve()] == list(range(NUM_STEPS))
-    assert {row["name"] for row in calm.scores()["tasks"]} == set(TASKS)
+def test_a_chain_leads_from_raw_rows_to_a_report_through_every_disturbance(rough: Rough) -> None:
+    run = rough.run
+
+    assert list(run.ids) == ["prepare", "train", "export-latest", "evaluate", "report"]
+    assert {row["name"] for row in run.scores()["tasks"]} == set(TASKS)
     for index, task in enumerate(TASKS):
-        (log,) = calm.folder.glob(f"jobs/diffembed-evaluate-*_{index}.out")
+        (log,) = run.folder.glob(f"jobs/diffembed-evaluate-*_{index}.out")
         assert f"element {index + 1}/2 trained {task}: " in log.read_text()
 
 
-def test_a_finished_chain_submitted_again_submits_nothing(calm: ChainRun) -> None:
-    scores = calm.scores()
+def test_no_disturbance_costs_more_than_the_steps_since_a_checkpoint(rough: Rough) -> None:
+    log = rough.run.train_log()
+    resumed = [int(step) for step in re.findall(r"resuming \S+ at step (\d+)", log)]
 
-    assert calm.submit() == {}
-    assert calm.scores() == scores
-
-
-def test_a_disturbed_chain_ends_as_the_undisturbed_one(
-    calm: ChainRun, session_cluster: Cluster, material: Path
-) -> None:
-    run = ChainRun(session_cluster, material, "rough", NUM_STEPS, print)
-    reached = [run.disturb(disturbance) for disturbance in DISTURBANCES]
-    run.finish()
-
-    # To the last bit, on CPUs.
-    assert run.curve() == calm.curve()
-    assert run.scores() == calm.scores()
-    resumed = [int(step) for step in re.findall(r"resuming \S+ at step (\d+)", run.train_log())]
     assert len(resumed) == len(DISTURBANCES)
-    lost = [before - after for before, after in zip(reached, resumed, strict=True)]
+    lost = [before - after for before, after in zip(rough.reached, resumed, strict=True)]
     # Training does not wait for a checkpoint: it is whole a step or two after its own.
     assert max(lost) <= EVERY + 2
+
+
+def test_a_disturbed_run_ends_as_the_undisturbed_one(
+    rough: Rough, session_cluster: Cluster, material: Path
+) -> None:
+    calm = ChainRun(session_cluster, material, "calm", num_steps=NUM_STEPS, say=print, what="train")
+    calm.finish()
+
+    # To the last bit, on CPUs.
+    assert [step for step, _, _ in calm.curve()] == list(range(NUM_STEPS))
+    assert rough.run.curve() == calm.curve()
+    assert rough.run.weights() == calm.weights()
+
+
+def test_a_finished_chain_submitted_again_submits_nothing(rough: Rough) -> None:
+    scores = rough.run.scores()
+
+    assert rough.run.submit() == {}
+    assert rough.run.scores() == scores
