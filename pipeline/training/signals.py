@@ -45,7 +45,7 @@ class StopRequest:
         if not self._reason:
             if comm.rank() == 0 and self._file.exists():
                 return f"{self._file.name} file"
-            if self._launchers and _launchers(len(self._launchers)) != self._launchers:
+            if self._launchers and _launchers() != self._launchers:
                 self._reason = "the launcher's end"
         return self._reason
 
@@ -59,21 +59,18 @@ class StopRequest:
             self._file.unlink(missing_ok=True)
 
 
-def _launchers(count: int | None = None) -> list[int]:
-    """Process ids of the `count` nearest ancestors; by default of those that are launchers.
+def _launchers() -> list[int]:
+    """Process ids of the parent, and of the command `deepspeed` where that started the parent.
 
-    Just the parent, and behind deepspeed's own launcher of a node the command that a user started:
-    when that is killed, the one in between goes on without it.
+    When that command is killed, what it started goes on without it. Further ancestors do not count:
+    a run goes on when the shell is closed that it was started from.
     """
     parent = os.getppid()
     try:
-        if count is None:
-            words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-            count = 2 if b"deepspeed.launcher.launch" in words else 1
-        if count == 1:
-            return [parent]
         # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
         status = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
-        return [parent, int(status[1])]
+        words = Path(f"/proc/{status[1]}/cmdline").read_bytes().split(b"\0")
     except OSError:  # the parent has just ended, or a system without /proc
         return [parent]
+    by_deepspeed = any(word.rpartition(b"/")[2] == b"deepspeed" for word in words[:2])
+    return [parent, int(status[1])] if by_deepspeed else [parent]

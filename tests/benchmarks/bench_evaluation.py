@@ -38,7 +38,7 @@ from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.export_encoder import load_encoder
 from pipeline.evaluation.plan import write_plan
 from pipeline.evaluation.prefetch import prefetch
-from pipeline.evaluation.snapshots import get_task, localise
+from pipeline.evaluation.snapshots import get_task, localise, private_cache
 from pipeline.evaluation.store import block_path, missing_blocks, store_folder
 
 ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
@@ -155,13 +155,15 @@ def table(folder: Path, scale: float) -> list[Figure]:
 
 def direct(reference: SentenceTransformer, task: str, snapshots: Path | None) -> float:
     """mteb's score of a sentence-transformers model, by mteb's own path and its defaults."""
-    result = mteb.evaluate(
-        reference,
-        localise(get_task(task), snapshots),
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-    )[0]
+    # datasets would take an earlier replica of the same name from its own cache.
+    with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
+        result = mteb.evaluate(
+            reference,
+            localise(get_task(task), snapshots),
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+        )[0]
     return float(result.get_score())
 
 

@@ -41,6 +41,7 @@ class Outcome:
     reason: str  # that the run gave for its end
     steps: int  # lines of metrics.jsonl
     saved: int  # step of the newest checkpoint, 0 for none
+    goes_on: bool = False  # the launcher has ended, the ranks have not
 
     @property
     def nothing_lost(self) -> bool:
@@ -48,6 +49,8 @@ class Outcome:
         return self.saved == self.steps > 0
 
     def __str__(self) -> str:
+        if self.goes_on:
+            return f"exit {self.code}, but the ranks go on"
         kept = f"saved step {self.saved}" if self.nothing_lost else f"saved {self.saved}"
         return f"exit {self.code}, {kept} of {self.steps} ({self.reason or 'no reason given'})"
 
@@ -76,11 +79,7 @@ def words_of(launcher: str, folder: Path) -> list[str]:
 def outcome(
     launcher: str, number: signal.Signals, target: str, recipe: Path, environment: dict[str, str]
 ) -> Outcome:
-    """Start a run without end, send it a signal, and see how it ends.
-
-    Raises:
-        AssertionError: a process of the run is left behind.
-    """
+    """Start a run without end, send it a signal, and see how it ends."""
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         with Launch(
@@ -97,7 +96,10 @@ def outcome(
                 time.sleep(0.05)
             send(launch.process.pid if target == "launcher" else min(launch.ranks()), number)
             code = launch.wait(_MOST_SECONDS)
-            launch.require_nothing_left(_MOST_SECONDS)
+            try:
+                launch.require_nothing_left(60)
+            except AssertionError:
+                return Outcome(code=code, reason="", steps=_count(run), saved=0, goes_on=True)
             output = launch.output()
         reasons = [line for line in output.splitlines() if "Stopped: " in line]
         reason = reasons[0].partition("Stopped: ")[2].partition(" after")[0] if reasons else ""
