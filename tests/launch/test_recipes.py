@@ -400,6 +400,6 @@ def test_the_command_prints_the_whole_config_and_the_plan(local: Any) -> None:
         "    - gate_proj",  # a default
         "7,110,989,312 parameters, 40,370,176 trained, bfloat16, bidirectional, mean pooling",
         "1000 x 16 = 16,000 queries",
-        "0.0001 after 100 warm-up steps" if config.optimizer.lr == 1e-4 else "5e-05 after 100",
+        "5e-05 after 100 warm-up steps",
     ):
         assert line in done.stdout, done.stdout
