@@ -6,13 +6,13 @@ share of element i --> processes take block after block --> store/, each block b
 from __future__ import annotations
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,7 @@ def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -
     return vectors_ND
 
 
-def _write_description(folder: Any, encoder: EvaluatedEncoder) -> None:
+def _write_description(folder: Path, encoder: EvaluatedEncoder) -> None:
     """What the scoring job reports; the same from every element and at every length."""
     write_json(
         folder / "model.json",
@@ -154,14 +154,14 @@ def _write_description(folder: Any, encoder: EvaluatedEncoder) -> None:
 
 
 # The writer of this process, where it is one of several.
-_write: functools.partial[int] | None = None
+_writer: BlockWriter | None = None
 
 
 def _begin_process(counter: Any, num_processes: int, writer: BlockWriter) -> None:
     """Take a number, and with it a GPU or a share of the cores."""
     import torch
 
-    global _write
+    global _writer
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_processes}
@@ -169,7 +169,7 @@ def _begin_process(counter: Any, num_processes: int, writer: BlockWriter) -> Non
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     # A killed parent cannot end its children; without this they would hold their GPUs for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _write = functools.partial(writer.write)
+    _writer = writer
 
 
 def _end_with_parent() -> None:
@@ -180,5 +180,5 @@ def _end_with_parent() -> None:
 
 
 def _write_in_process(block: int) -> int:
-    assert _write is not None
-    return _write(block)
+    assert _writer is not None
+    return _writer.write(block)

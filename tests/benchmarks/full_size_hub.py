@@ -7,7 +7,6 @@ longest one, and as many texts repeat as in the real corpora.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,10 +217,3 @@ def _write_bright(root: Path, scale: float) -> None:
             "excluded_ids": [ids[-3:] if excludes else ["N/A"] for _ in queries],
         }
     _write(root, "mteb/BRIGHT", configs)
-
-
-def sizes(root: Path) -> str:
-    """How much there is, in words."""
-    files = list(root.rglob("*.parquet"))
-    rows = sum(pa.parquet.ParquetFile(path).metadata.num_rows for path in files)
-    return json.dumps({"files": len(files), "rows": rows})
