@@ -61,9 +61,10 @@ def cross_entropy_in_tiles(
     """
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    gradients = []
-    tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights)]
-    for part, label, weight in zip(*tiles, strict=True):
+    # One tensor for all tiles: what outlives a tile must not lie between the tiles' large ones.
+    gradient = torch.empty_like(hidden)
+    tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights, gradient)]
+    for part, label, weight, out in zip(*tiles, strict=True):
         leaf = part.requires_grad_()
         with torch.enable_grad():
             score_RV = scores(leaf)
@@ -74,5 +75,6 @@ def cross_entropy_in_tiles(
         loss += weighted.detach().double().sum()
         correct += ((score_RV.argmax(dim=1) == label) & (weight > 0)).sum()
         assert leaf.grad is not None
-        gradients.append(leaf.grad)
-    return TokenSums(loss=loss, correct=correct, gradient=torch.cat(gradients))
+        out.copy_(leaf.grad)
+        leaf.grad = None
+    return TokenSums(loss=loss, correct=correct, gradient=gradient)
