@@ -28,7 +28,7 @@ class TwoGroups(torch.nn.Module):
         self.linear = torch.nn.Linear(16, 16)
         self.norm = torch.nn.LayerNorm(16)
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, *packing: torch.Tensor | None) -> torch.Tensor:
         hidden: torch.Tensor = self.norm(torch.tanh(self.linear(self.table(ids))))
         return hidden
 
