@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import comm
@@ -14,42 +13,22 @@ from pipeline.data.loader import Loader
 from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
-from pipeline.errors import DiffembedError, Stopped, UserError
+from pipeline.errors import DiffembedError, Stopped
 from pipeline.loss.contrastive import check_loss
 from pipeline.model.language import build_model
 from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import checkpoint
-from pipeline.training.agreement import (
-    Agreement,
-    ChunkOutOfMemoryError,
-    StepGivenUpError,
-)
+from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from pipeline.training.evaluations import Evaluations
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.objective import Objective, make_objective
 from pipeline.training.optim import build_optimizer, learning_rate
-from pipeline.training.retention import Keeper
-from pipeline.training.saving import Saver, remove_leftovers
+from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
+from pipeline.training.run_identity import run_identity
 from pipeline.training.signals import StopRequest
-from pipeline.training.step import (
-    NonFiniteLossError,
-    seed_random,
-)
+from pipeline.training.step import NonFiniteLossError, seed_random
 from pipeline.training.zero import ZeroEngine, placement_of
-
-# What may change when a run is resumed; everything else would make it another run.
-_FREE_KEYS = (
-    "output_dir",
-    "num_steps",
-    "checkpoint",
-    "evaluate",
-    "chunks",
-    "schedule",
-    "log_every",
-    "non_finite",
-    "trackers",
-)
 
 
 def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> None:
@@ -66,8 +45,8 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     objective = make_objective(config, dataset)
     comm.start(world)
-    comm.on_main(lambda: _prepare(run, config.checkpoint.mirror))
-    newest = _newest_checkpoint(run, config.checkpoint.mirror)
+    comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
+    newest = newest_checkpoint(run, config.checkpoint.mirror)
     if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
         _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
         return
@@ -86,32 +65,13 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         width=training.engine.encoder.num_dimensions,
         has_scores=dataset.manifest.has_scores,
     )
-    step = training.resume(newest) if newest else 0
+    step = training.checkpoints.resume(newest) if newest else 0
+    if newest:
+        _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")
     # After the checks of resuming: a refused run leaves the folder as it was.
     training.describe(ds_config)
     loader.load_state_dict({**loader.state_dict(), "step": step})
     training.loop(loader, first_step=step)
-
-
-def _prepare(run: RunDir, mirror: Path | None) -> None:
-    """Take the run's folder over from whoever worked in it before; rank 0 only."""
-    run.claim()
-    remove_leftovers(run.checkpoints)
-    if mirror is None:
-        return
-    try:
-        mirror.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(mirror)
-    except OSError as error:
-        raise UserError(
-            f"checkpoint.mirror: {error}", allowed="a folder that this machine can write to"
-        ) from error
-
-
-def _newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
-    """The run's own, or where its folder holds none the one on slower storage."""
-    newest = checkpoint.latest(run.checkpoints)
-    return newest or (checkpoint.latest(mirror) if mirror else None)
 
 
 def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
@@ -144,68 +104,19 @@ class Training:
         evaluations: Evaluations | None,
         identity: dict[str, Any],
     ) -> None:
-        self.config, self.run, self._identity = config, run, identity
-        self.objective = objective
+        self.config, self.run, self.objective = config, run, objective
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
         model = build_model(config, placement=placement_of(ds_config))
         self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
-        self._evaluations = evaluations
-        self._saver = Saver(run.checkpoints)
-        self._keeper = Keeper(run.checkpoints, config.checkpoint)
-        self._saved_step = 0  # of the newest checkpoint, whole or on its way
-
-    def resume(self, path: Path) -> int:
-        """Load a checkpoint; returns the next step."""
-        step, extra = checkpoint.load(path, self.engine, self._identity)
-        self.objective.load_state_dict(extra)
-        self._saved_step = step
-        if comm.rank() == 0 and path.parent == self.run.checkpoints:
-            self._after_checkpoint(path, step)  # what follows may be what was interrupted
-        _say(f"resuming {self.run.root} at step {step} of {self.config.num_steps}, from {path}")
-        return step
-
-    def save(self, step: int) -> Path:
-        """Make sure that the state after `step` steps is on disk, the mirror's included."""
-        if self._saved_step != step:
-            self._begin_save(step)
-        if self._saver.is_pending:
-            self._finish_save()
-        if comm.rank() == 0:
-            self._keeper.wait()
-        return self.run.checkpoints / checkpoint.name_of(step)
-
-    def _begin_save(self, step: int) -> None:
-        """Start a checkpoint; training goes on while it is written."""
-        if self._saver.is_pending:  # one at a time, or host memory would hold several
-            self._finish_save()
-        self._saver.begin(
-            self.engine,
-            step=step,
-            identity=self._identity,
-            extra=self.objective.state_dict(),
+        self.checkpoints = RunCheckpoints(
+            run,
+            config.checkpoint,
+            engine=self.engine,
+            objective=objective,
+            identity=identity,
+            evaluations=evaluations,
         )
-        self._saved_step = step
-
-    def _finish_save(self) -> None:
-        """Let the checkpoint on its way appear, and see to what follows from it."""
-        path = self._saver.finish()
-        if comm.rank() == 0:
-            self._after_checkpoint(path, self._saved_step)
-
-    def _after_checkpoint(self, path: Path, step: int) -> None:
-        """What follows once a checkpoint is whole and `latest` names it; rank 0 only.
-
-        Training waits for it: long work belongs in the background. Those who need the files of
-        `path` for longer come first and keep links to them, because the keeper deletes.
-
-        Args:
-            path: the checkpoint.
-            step: finished optimizer steps.
-        """
-        if self._evaluations:
-            self._evaluations.start(path, step)
-        self._keeper.keep(path, step)
 
     def describe(self, ds_config: dict[str, Any]) -> None:
         """Write what the run is into its folder."""
@@ -234,26 +145,26 @@ class Training:
                 for tracker in trackers:
                     tracker.log(batch.step, values)
             if last:
-                _say(f"done: {self.save(done)}")
+                _say(f"done: {self.checkpoints.save(done)}")
                 return
             # One collective call for all that a step's end decides.
             wanted, writing, seconds = comm.max_over_ranks(
                 bool(self._stop_request.reason()),
-                self._saver.is_writing,
+                self.checkpoints.is_writing,
                 time.perf_counter() - began,
             )
             if wanted:
                 self._stop(done)
-            if self._saver.is_pending and not writing:
-                self._finish_save()
+            if not writing:
+                self.checkpoints.finish()
             if done % config.checkpoint.every == 0:
-                self._begin_save(done)
+                self.checkpoints.begin(done)
             self._agreement.end_step(seconds)
 
     def _stop(self, done: int) -> NoReturn:
         """Save and leave, after `done` finished steps; on all ranks alike."""
         reason = self._stop_request.agreed_reason()
-        path = self.save(done)
+        path = self.checkpoints.save(done)
         self._stop_request.clear()
         raise Stopped(
             f"{reason} after step {done} of {self.config.num_steps}; saved {path}, "
@@ -338,28 +249,6 @@ class Training:
             Progress(first_step, config.num_steps),
             *open_trackers(config.trackers, run_dir=run.root, config=as_tree(config)),
         ]
-
-
-def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a run and its checkpoints must agree on, as flat `key.sub: value`."""
-    tree = as_tree(config)
-    for key in _FREE_KEYS:
-        tree.pop(key)
-    for key in ("path", "prefetch"):
-        tree["data"].pop(key)
-    # The same shards in another folder are the same data.
-    tree["data"]["fingerprint"] = dataset.fingerprint
-    return _flatten(tree)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _say(text: str) -> None:
