@@ -2,7 +2,7 @@
 # The paper's comparison in miniature: from one corpus, two language models of one size, by masked
 # diffusion and by predicting the next token; each becomes an embedder with bidirectional and with
 # causal attention, beside embedders from random weights. Scored on concepts and documents that no
-# training saw, up to sixteen times as long as the documents that embedders learned from.
+# training saw, most of them far longer than the documents that embedders learned from.
 #
 #   launch/miniature.sh [key=value ...]
 #
