@@ -7,6 +7,7 @@ import datetime
 import os
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     launched: bool = False  # by a launcher, as one of its ranks
+    parent: int | None = None  # process id of who started this rank, if its end matters
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +87,11 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     os.environ.setdefault("MASTER_PORT", str(_port_of_job()))
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
+    with _ending_with(world.parent):
+        _join(world, timeout_seconds)
+
+
+def _join(world: World, timeout_seconds: int) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.world_size == 1:
@@ -93,6 +100,30 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timeout)
+
+
+@contextmanager
+def _ending_with(parent: int | None) -> Iterator[None]:
+    """End this process if its parent has ended or ends in the meantime.
+
+    Without a launcher some ranks may never come, and those that did would wait for them until the
+    timeout, in a folder that the next start needs. Nothing is lost yet.
+    """
+    joined = threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if joined.wait(1.0):
+                return
+        print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def _port_of_job() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -15,6 +16,8 @@ if __name__ == "__main__":
     # `python pipeline/train.py` puts pipeline/ first on the path, where our modules would hide
     # others of the same name; the checkout above it is what belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Now, because the imports below take seconds, in which a launcher may be killed.
+    _started_by = os.getppid()
 
 from pipeline import comm
 from pipeline.config import TrainConfig, dump_config, load_config
@@ -44,8 +47,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], *, parent: int | None = None) -> None:
     """Train, or plan, as the command line says.
+
+    Args:
+        arguments: the command line.
+        parent: process id of the launcher, without which a rank does not wait for the others.
 
     Raises:
         DiffembedError: wrong input, or stopped on request.
@@ -53,6 +60,8 @@ def run(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     config = load_config(TrainConfig, options.config, tuple(options.overrides))
     world = comm.discover_world()
+    if world.launched:
+        world = dataclasses.replace(world, parent=parent)
     world_size = options.world_size or world.world_size
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
@@ -77,7 +86,7 @@ def main() -> None:
     """Run and leave with the exit code that the outcome has (see DiffembedError)."""
     code = 0
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:], parent=_started_by)
     except DiffembedError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = error.exit_code

@@ -22,6 +22,12 @@ LAUNCHERS = ("deepspeed", "torchrun", "mpirun")
 _RANK_VARIABLES = (b"RANK=", b"OMPI_COMM_WORLD_RANK=", b"SLURM_PROCID=")
 
 
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what would make the processes ranks of a run that is not theirs."""
+    of_a_rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in environment.items() if name not in of_a_rank}
+
+
 def launcher_words(launcher: str, port: int) -> list[str]:
     """A launcher's command line up to the script."""
     words: dict[str, list[object]] = {
@@ -64,7 +70,7 @@ class Launch:
             [*words, str(script), *map(str, arguments)],
             cwd=ROOT,
             env={
-                **os.environ,
+                **_without_ranks(os.environ),
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
                 "MASTER_PORT": str(port),

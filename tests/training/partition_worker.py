@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,30 @@ from pipeline.training.zero import ZeroEngine, placement_of
 CPU = torch.device("cpu")
 
 
-def resident(key: str) -> int:
-    """VmRSS, or VmHWM for the highest since the last reset, in bytes."""
+def anonymous() -> int:
+    """Bytes of this process that no file stands behind; mapped weights can be dropped any time."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 def growth(build: Callable[[], Encoder]) -> tuple[Encoder, int]:
-    """A model, and the most that memory grew by while it was built."""
+    """A model, and the most that memory was seen to grow by while it was built."""
     gc.collect()
-    with suppress(OSError):  # not everywhere; the growth is then overestimated, never under
-        Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    encoder = build()
-    return encoder, resident("VmHWM") - before
+    before, most, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        encoder = build()
+    finally:
+        done.set()
+        watcher.join()
+    return encoder, max(most, anonymous()) - before
 
 
 def memory(path: str) -> dict[str, Any]:
