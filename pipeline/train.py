@@ -82,11 +82,11 @@ def run(arguments: list[str], *, parent: int | None = None) -> None:
     train(config, ds_config, world)
 
 
-def main() -> None:
+def main(*, parent: int | None = None) -> None:
     """Run and leave with the exit code that the outcome has (see DiffembedError)."""
     code = 0
     try:
-        run(sys.argv[1:], parent=_started_by)
+        run(sys.argv[1:], parent=parent)
     except DiffembedError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = error.exit_code
@@ -99,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parent=_started_by)
