@@ -148,6 +148,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
     """Write this rank's tensors and compare what can be read back; its name, size and hash."""
+    # What a partitioned parameter looks like where it was not gathered.
+    if empty := [key for key, tensor in share.items() if not tensor.numel()]:
+        raise ValueError(f"{empty[0]} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(share, path)
     sync_file(path)

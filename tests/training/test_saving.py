@@ -51,6 +51,15 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     assert loaded.state["a"]["weight"].tolist() == [1.0, 1.0]
 
 
+def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:
+    engine = Memory(a=1.0, b=1.0)
+    saving.save(tmp_path, engine, step=1, identity={})
+    engine.state["b"]["weight"] = torch.empty(0)  # as of a parameter that ZeRO-3 has partitioned
+    with pytest.raises(DiffembedError, match="b/weight is empty"):
+        saving.save(tmp_path, engine, step=2, identity={})
+    assert checkpoint.names(tmp_path) == ["step-000001"]
+
+
 def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
     path = Path(folder)
     names = {name: float(index) for index, name in enumerate("abcd")}

@@ -1,0 +1,90 @@
+"""A run that goes on with other ranks and another ZeRO stage is still the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from pipeline.training import checkpoint
+from tests.support import free_port
+
+ROOT = Path(__file__).parents[2]
+# Dropout masks are drawn per rank, so the curves can only be one without them.
+SETTINGS = (
+    "model.attention_dropout=0",
+    "model.lora={rank: 4, dropout: 0}",
+    "optimizer.lr=0.01",
+    "num_steps=3",
+)
+
+
+def train(recipe: Path, run: Path, num_ranks: int, stage: int) -> int:
+    """The exit code of a run on so many ranks of this machine."""
+    launcher: list[str | Path] = [sys.executable]
+    if num_ranks > 1:
+        launcher = [Path(sys.executable).with_name("deepspeed"), f"--master_port={free_port()}"]
+        launcher += ["--num_accelerators", str(num_ranks)]
+    done = subprocess.run(
+        [
+            *(*launcher, "pipeline/train.py", recipe, "--deepspeed"),
+            *(f"ds_configs/zero{stage}.json", f"output_dir={run}", *SETTINGS),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode in (0, 75), done.stderr
+    return done.returncode
+
+
+def stop_after_a_step(run: Path) -> None:
+    """As `diffembed stop` does."""
+    run.mkdir(exist_ok=True)
+    (run / "stop").touch()
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_two_then_four_ranks_follow_the_curve_of_one(recipe: Path, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert train(recipe, undisturbed, 1, stage=3) == 0
+    for num_ranks, stage in ((1, 1), (2, 2)):
+        stop_after_a_step(run)
+        assert train(recipe, run, num_ranks, stage) == 75
+    assert train(recipe, run, 4, stage=3) == 0
+    wanted, found = curve(undisturbed), curve(run)
+    assert [line["step"] for line in found] == list(range(3))
+    assert wanted[0]["grad_norm"] > 1e-3
+    for key in ("loss", "grad_norm"):
+        # The order of a sum over ranks is all that differs.
+        expected = pytest.approx([line[key] for line in wanted], rel=1e-5)
+        assert [line[key] for line in found] == expected, key
+    assert_adapters_alone_are_saved(run / "checkpoints")
+
+
+def assert_adapters_alone_are_saved(folder: Path) -> None:
+    """ZeRO-3 would write empty tensors, and a broken filter the base model."""
+    newest = checkpoint.latest(folder)
+    assert newest is not None
+    parameters = {name: state["weight"] for name, state in checkpoint.iterate_tensors(newest)}
+    adapters = {name: weight for name, weight in parameters.items() if "lora_" in name}
+    assert len(adapters) == 2 * 2 * 7  # A and B, layers, targets
+    assert set(parameters) - set(adapters) <= {"loss.log_scale"}
+    for name, weight in adapters.items():
+        assert min(weight.shape) == 4, name
+        assert weight.count_nonzero() == weight.numel(), name  # B begins as zeros
+    for file in newest.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            assert all(tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118
