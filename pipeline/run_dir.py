@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import Any, TextIO
 
 from pipeline.errors import UserError
 
+# The file beside checkpoints that names the newest whole one.
+_LATEST = "latest"
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
 
 
@@ -120,6 +123,28 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a whole JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """How many optimizer steps the checkpoint of this name holds; None for any other name."""
+    found = re.fullmatch(r"step-(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def newest_name(checkpoints: Path) -> str | None:
+    """Name of the newest whole checkpoint of a folder, as `latest` says; None without one."""
+    pointer = checkpoints / _LATEST
+    return pointer.read_text().strip() if pointer.exists() else None
+
+
+def name_newest(checkpoint: Path) -> None:
+    """Let `latest` beside a whole checkpoint name it."""
+    write_text(checkpoint.with_name(_LATEST), checkpoint.name + "\n")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.bootstrap import interval
 from pipeline.evaluation.tables import Table
-from pipeline.run_dir import RunDir
-
-_NAME = re.compile(r"step-(\d+)")
+from pipeline.run_dir import RunDir, checkpoint_step
 
 # Task, with @LENGTH where it ran at several -> one point per scored step, ascending.
 Curves = dict[str, list[dict[str, Any]]]
@@ -27,10 +24,10 @@ def read_curves(training_run: Path | None) -> Curves:
     if training_run is not None:
         results = RunDir(RunDir(training_run).evaluations).results
         for path in sorted(results.glob("*/*/*/result.json")):
-            step = _NAME.fullmatch(path.parts[-4])
-            if step:
+            step = checkpoint_step(path.parts[-4])
+            if step is not None:
                 key = (path.parts[-3], int(path.parts[-2]))
-                found.setdefault(key, []).append(_point(int(step[1]), path))
+                found.setdefault(key, []).append(_point(step, path))
     lengths: dict[str, int] = {}
     for task, _ in found:
         lengths[task] = lengths.get(task, 0) + 1

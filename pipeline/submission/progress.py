@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import RunDir, write_json
+from pipeline.run_dir import RunDir, checkpoint_step, newest_name, write_json
 
 _UNKNOWN = "no word: a node failed, or the job was killed"
 
@@ -19,14 +19,14 @@ def last_step(output_dir: Path) -> int:
     Raises:
         UserError: `latest` does not hold a checkpoint's name.
     """
-    pointer = RunDir(output_dir).checkpoints / "latest"
-    if not pointer.exists():
+    folder = RunDir(output_dir).checkpoints
+    name = newest_name(folder)
+    if name is None:
         return 0
-    name = pointer.read_text().strip()
-    number = name.removeprefix("step-")
-    if not number.isdecimal():
-        raise UserError(f"{pointer}: {name!r}", allowed="the name of a checkpoint beside it")
-    return int(number)
+    step = checkpoint_step(name)
+    if step is None:
+        raise UserError(f"{folder}/latest: {name!r}", allowed="the name of a checkpoint beside it")
+    return step
 
 
 class History:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline import comm
 from pipeline.errors import UserError
-from pipeline.run_dir import write_text
+from pipeline.run_dir import checkpoint_step, name_newest, newest_name
 
 FORMAT_VERSION = 1
 
@@ -55,27 +55,27 @@ def latest(folder: Path) -> Path | None:
     Raises:
         UserError: `latest` names a checkpoint that is not there.
     """
-    pointer = folder / "latest"
-    if not pointer.exists():
+    name = newest_name(folder)
+    if name is None:
         return None
-    path = folder / pointer.read_text().strip()
-    if not path.is_dir():
+    if not (folder / name).is_dir():
         raise UserError(
-            f"{pointer} names {path.name}, which does not exist",
+            f"{folder}/latest names {name}, which does not exist",
             allowed=", ".join(names(folder)) or "no checkpoint is left",
-            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {pointer} to start anew",
+            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {folder}/latest to start anew",
         )
-    return path
+    return folder / name
 
 
-def name_of(step: int) -> str:
-    """Name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:06d}"
+def steps_by_name(folder: Path) -> dict[str, int]:
+    """How many steps each whole checkpoint holds, by its name, oldest first."""
+    found = sorted(path.name for path in folder.glob("*"))
+    return {name: step for name in found if (step := checkpoint_step(name)) is not None}
 
 
 def names(folder: Path) -> list[str]:
     """Names of the whole checkpoints, oldest first."""
-    return sorted(path.name for path in folder.glob("step-*"))
+    return list(steps_by_name(folder))
 
 
 def rewind(folder: Path, name: str) -> Path:
@@ -90,7 +90,7 @@ def rewind(folder: Path, name: str) -> Path:
             allowed=", ".join(names(folder)) or "no checkpoint is left",
         )
     verify(folder / name)
-    write_text(folder / "latest", name + "\n")
+    name_newest(folder / name)
     return folder / name
 
 

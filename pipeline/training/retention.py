@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
-from pipeline.run_dir import sync_dir, sync_file, write_text
+from pipeline.run_dir import name_newest, sync_dir, sync_file
 from pipeline.training import checkpoint
 
 
@@ -21,7 +21,7 @@ def prune(folder: Path, config: CheckpointConfig, *, step: int) -> None:
         step: of the newest. Later ones are of a future that the run was taken back from; the run
             replaces them when it comes to them again.
     """
-    steps = {name: int(name.removeprefix("step-")) for name in checkpoint.names(folder)}
+    steps = checkpoint.steps_by_name(folder)
     past = [name for name, number in steps.items() if number <= step]
     for name in past[: -config.keep_last]:
         if config.keep_every and steps[name] % config.keep_every == 0:
@@ -47,7 +47,7 @@ def copy(path: Path, mirror: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     sync_dir(mirror)
-    write_text(mirror / "latest", target.name + "\n")
+    name_newest(target)
 
 
 class Keeper:

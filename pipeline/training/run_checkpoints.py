@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import comm
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, checkpoint_name
 from pipeline.training import checkpoint
 from pipeline.training.evaluations import Evaluations
 from pipeline.training.objective import Objective
@@ -108,7 +108,7 @@ class RunCheckpoints:
         self.finish()
         if comm.rank() == 0:
             self._keeper.wait()
-        return self._folder / checkpoint.name_of(step)
+        return self._folder / checkpoint_name(step)
 
     def _follow_up(self, path: Path, step: int) -> None:
         """What follows once a checkpoint is whole and `latest` names it; rank 0 only.

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.errors import DiffembedError
-from pipeline.run_dir import sync_dir, sync_file, write_json, write_text
-from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file, name_of
+from pipeline.run_dir import checkpoint_name, name_newest, sync_dir, sync_file, write_json
+from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Saver:
         """
         assert self._pending is None, "the save before this one is not finished"
         rank, world_size = comm.rank(), comm.world_size()
-        target = self._folder / name_of(step)
+        target = self._folder / checkpoint_name(step)
         partial = self._folder / f".{target.name}.partial"
         share = {}
         for index, name in enumerate(engine.parameter_names):
@@ -175,5 +175,5 @@ def _publish(pending: _Pending, files: dict[str, Any]) -> None:
     pending.partial.rename(target)
     sync_dir(target.parent)
     # Last: `latest` must never name a checkpoint that is not whole.
-    write_text(target.parent / "latest", target.name + "\n")
+    name_newest(target)
     shutil.rmtree(replaced, ignore_errors=True)
