@@ -4,6 +4,9 @@
 #
 #   RANKS     ranks in all (default: one per GPU of this machine, or one per slot of the hostfile)
 #   HOSTFILE  machines to train on (see launch/hostfile.example)
+#
+# Asked to stop, by SIGINT, SIGTERM or SIGUSR1, it saves a checkpoint and exits with 75; asked again,
+# it ends at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
@@ -23,6 +26,23 @@ fi
 if [[ -n ${RANKS:-} ]]; then
   flags+=(-n "$RANKS")
 fi
+
+# Open MPI 5 kills the ranks a quarter of a second after it was told to end, whatever they are
+# writing. SIGUSR1 it only hands on.
+stop() {
+  kill -"$signal" "$mpirun"
+  signal=TERM
+}
+signal=USR1
+# A process group of its own, or it would hear Ctrl-C as well.
+set -m
 # A rank's threads would otherwise all be tied to one core.
-exec mpirun "${flags[@]}" --bind-to none \
-  python pipeline/train.py --deepspeed ds_configs/zero3.json "$@"
+mpirun "${flags[@]}" --bind-to none \
+  python pipeline/train.py --deepspeed ds_configs/zero3.json "$@" </dev/null &
+mpirun=$!
+trap stop HUP INT TERM USR1
+# The trap ends `wait` early.
+while kill -0 $mpirun 2>/dev/null; do
+  wait $mpirun || true
+done
+wait $mpirun

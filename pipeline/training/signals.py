@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -27,18 +28,18 @@ class StopRequest:
     def __init__(self, file: Path, *, launched: bool) -> None:
         self._file = file
         self._reason = ""
-        self._first_signal = 0.0
         self._launchers = _launchers() if launched else []
         for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self._remember)
+        # Python runs a handler only once the main thread has come back from what it calls: from a
+        # collective call that waits for a rank which hangs, never. The descriptor hears it at once.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told)
+        threading.Thread(target=_end_at_second_signal, args=(heard,), daemon=True).start()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self._first_signal:
-            self._first_signal = now
-            self._reason = signal.Signals(number).name
-        elif now - self._first_signal > _ONE_REQUEST_SECONDS:
-            os._exit(128 + number)
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or signal.Signals(number).name
 
     def reason(self) -> str:
         """Why this rank wants to stop, empty when it does not."""
@@ -57,6 +58,20 @@ class StopRequest:
         """Forget an earlier request by file, so that the next start does not stop again."""
         if comm.rank() == 0:
             self._file.unlink(missing_ok=True)
+
+
+def _end_at_second_signal(heard: int) -> None:
+    """Read signals, a byte each, and end this process at the second request."""
+    first = None
+    while True:
+        for number in os.read(heard, 1):
+            now = time.monotonic()
+            if number not in _SIGNALS:
+                continue
+            if first is None:
+                first = now
+            elif now - first > _ONE_REQUEST_SECONDS:
+                os._exit(128 + number)
 
 
 def _launchers() -> list[int]:

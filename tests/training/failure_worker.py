@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from pipeline import comm, train
 from pipeline.training import agreement, objective
+from pipeline.training.run_checkpoints import RunCheckpoints
 from pipeline.training.zero import ZeroEngine
 
 STEP = 1
@@ -17,6 +22,9 @@ def put_in(fault: str) -> None:
     """Let rank 1 fail, by signal or exception, or embed to NaN, in one step."""
     if fault == "asked to stop":
         ask_to_stop_within_a_step()
+        return
+    if fault == "cannot save":
+        RunCheckpoints.save = wait_for_each_other  # type: ignore[method-assign]
         return
     accumulate = objective.accumulate_gradients
     embed = ZeroEngine.embed
@@ -39,6 +47,14 @@ def put_in(fault: str) -> None:
     objective.accumulate_gradients = faulty_accumulate
     if fault == "nan":
         ZeroEngine.embed = faulty_embed  # type: ignore[method-assign]
+
+
+def wait_for_each_other(self: RunCheckpoints, step: int) -> Path:
+    """Tell that the save has begun, and never come back while the other rank lives."""
+    rank = comm.rank()
+    (self._folder.parent / f"saving-{rank}").touch()
+    dist.recv(torch.empty(1), src=1 - rank)
+    raise AssertionError("nobody sends")
 
 
 def ask_to_stop_within_a_step() -> None:

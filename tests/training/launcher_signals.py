@@ -3,7 +3,8 @@
     python -m tests.training.launcher_signals [LAUNCHER ...]
 
 prints a table launcher x signal x outcome: the exit code that a shell sees, and whether the
-checkpoint of the step at which the run stopped is there.
+checkpoint of the step at which the run stopped is there. The second signal goes to a rank of a run
+that has been asked to stop before and cannot save.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.training import checkpoint
 from tests.slurm.cluster import Cluster, why_unavailable
 from tests.support import free_port
-from tests.training.launches import LAUNCHERS, TRAIN, Launch, launcher_words, send
+from tests.training.launches import LAUNCHERS, ROOT, TRAIN, Launch, launcher_words, send
 from tests.training.tiny_recipe import make_recipe
 
 _BIN = Path(sys.executable).parent
+_WORKER = Path(__file__).with_name("failure_worker.py")
+SCRIPT = "train_mpirun.sh"
 ON_SLURM = ("srun", "deepspeed slurm")
-ALL_LAUNCHERS = (*LAUNCHERS, "deepspeed openmpi", *ON_SLURM)
+ALL_LAUNCHERS = (*LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TARGETS = ("launcher", "one rank")
 # A loaded machine starts a run slowly.
 _MOST_SECONDS = 300
 
@@ -40,7 +44,8 @@ class Outcome:
     code: int
     reason: str  # that the run gave for its end
     steps: int  # lines of metrics.jsonl
-    saved: int  # step of the newest checkpoint, 0 for none
+    saved: int  # step of the newest checkpoint, 0 for none; it is whole
+    seconds: float  # from the last signal until nothing was left of the run
     goes_on: bool = False  # the launcher has ended, the ranks have not
 
     @property
@@ -52,13 +57,18 @@ class Outcome:
         if self.goes_on:
             return f"exit {self.code}, but the ranks go on"
         kept = f"saved step {self.saved}" if self.nothing_lost else f"saved {self.saved}"
-        return f"exit {self.code}, {kept} of {self.steps} ({self.reason or 'no reason given'})"
+        return (
+            f"exit {self.code}, {kept} of {self.steps} ({self.reason or 'no reason given'}), "
+            f"gone after {self.seconds:.1f} s"
+        )
 
 
 def words_of(launcher: str, folder: Path) -> list[str]:
-    """A launcher's command line up to the script."""
+    """A launcher's command line up to the script, or up to the config where it knows the script."""
     if launcher in LAUNCHERS:
         return launcher_words(launcher, free_port())
+    if launcher == SCRIPT:
+        return [str(ROOT / "launch" / SCRIPT)]
     if launcher == "srun":
         # Ranks that leave with 75 are no reason to end the others.
         steps = ("--nodes=2", "--ntasks=2", "--kill-on-bad-exit=0", "--wait=30")
@@ -76,51 +86,126 @@ def words_of(launcher: str, folder: Path) -> list[str]:
     return [*command, "--launcher_args=--bind-to none --mca btl_tcp_if_include lo"]
 
 
-def outcome(
-    launcher: str, number: signal.Signals, target: str, recipe: Path, environment: dict[str, str]
-) -> Outcome:
-    """Start a run without end, send it a signal, and see how it ends."""
-    with TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        with Launch(
-            *(words_of(launcher, Path(folder)), TRAIN, recipe),
-            *("--deepspeed", "ds_configs/zero3.json", f"output_dir={run}", "num_steps=1000000"),
-            *("checkpoint.every=1000000", "schedule=cache"),
+class Trial:
+    """A run without end, in a folder of its own, and the signals that it gets.
+
+    Args:
+        launcher: one of `ALL_LAUNCHERS`.
+        recipe: the training config.
+        folder: where its files go.
+        environment: as `environment_of` the launcher gives it.
+        script: what the ranks run.
+    """
+
+    def __init__(
+        self,
+        launcher: str,
+        recipe: Path,
+        folder: Path,
+        environment: Mapping[str, str],
+        script: Path = TRAIN,
+    ) -> None:
+        self.run = folder / "run"
+        self._environment = environment
+        words = words_of(launcher, folder)
+        self._launch = Launch(
+            *(words, recipe) if launcher == SCRIPT else (words, script, recipe),
+            *("--deepspeed", "ds_configs/zero3.json", f"output_dir={self.run}"),
+            *("num_steps=1000000", "checkpoint.every=1000000", "schedule=cache"),
             # Two nodes of one machine have names that need not resolve.
             environment={**environment, "MASTER_ADDR": "127.0.0.1"},
-        ) as launch:
-            deadline = time.monotonic() + _MOST_SECONDS
-            while _count(run) < 3:
-                assert launch.process.poll() is None, launch.output()
-                assert time.monotonic() < deadline, launch.output()
-                time.sleep(0.05)
+        )
+
+    def outcome(self, number: signal.Signals, target: str) -> Outcome:
+        """Send a signal once some steps are done, and see how the run ends.
+
+        Args:
+            number: the signal.
+            target: "launcher", "one rank", or "job" for `scancel`.
+        """
+        with self._launch:
+            self._wait_until(lambda: self._steps() >= 3)
+            self._send(number, target)
+            return self._end()
+
+    def outcome_of_second(self, number: signal.Signals) -> Outcome:
+        """Send a signal to one rank, and again once all ranks try to save."""
+        with self._launch:
+            self._wait_until(lambda: self._steps() >= 3)
+            self._send(number, "one rank")
+            self._wait_until(lambda: len(list(self.run.glob("saving-*"))) == 2)
+            time.sleep(1.1)  # sooner it would be taken for an echo of the first
+            self._send(number, "one rank")
+            return self._end()
+
+    def _send(self, number: signal.Signals, target: str) -> None:
+        if target == "job":
+            # SIGTERM and, after KillWait, SIGKILL are what it sends when it is not told.
+            words = () if number == signal.SIGTERM else (f"--signal={number.name}",)
+            command = ("scancel", *words, f"--user={os.getuid()}")
+            subprocess.run(command, env=dict(self._environment), check=True)
+        else:
+            launch = self._launch
             send(launch.process.pid if target == "launcher" else min(launch.ranks()), number)
-            code = launch.wait(_MOST_SECONDS)
-            try:
-                launch.require_nothing_left(60)
-            except AssertionError:
-                return Outcome(code=code, reason="", steps=_count(run), saved=0, goes_on=True)
-            output = launch.output()
-        reasons = [line for line in output.splitlines() if "Stopped: " in line]
-        reason = reasons[0].partition("Stopped: ")[2].partition(" after")[0] if reasons else ""
-        latest = run / "checkpoints" / "latest"
-        saved = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
-        return Outcome(code=code, reason=reason, steps=_count(run), saved=saved)
 
+    def _end(self) -> Outcome:
+        began = time.monotonic()
+        code = self._launch.wait(_MOST_SECONDS)
+        goes_on = False
+        try:
+            self._launch.require_nothing_left(60)
+        except AssertionError:
+            goes_on = True
+        seconds = time.monotonic() - began
+        lines = [line for line in self._launch.output().splitlines() if "Stopped: " in line]
+        newest = checkpoint.latest(self.run / "checkpoints")
+        return Outcome(
+            code=code,
+            reason=lines[0].partition("Stopped: ")[2].partition(" after")[0] if lines else "",
+            steps=self._steps(),
+            saved=checkpoint.verify(newest)["step"] if newest else 0,
+            seconds=seconds,
+            goes_on=goes_on,
+        )
 
-def _count(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    def _steps(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _MOST_SECONDS
+        while not ready():
+            assert self._launch.process.poll() is None, self._launch.output()
+            assert time.monotonic() < deadline, self._launch.output()
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def slurm_environment(launcher: str) -> Iterator[dict[str, str]]:
+def environment_of(launcher: str) -> Iterator[dict[str, str]]:
     """What a launcher needs in its environment, with a Slurm of two nodes behind it if need be."""
     if launcher in ON_SLURM:
         with Cluster().running() as cluster:
             yield cluster.environment
     else:
-        yield dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        yield {**os.environ, **root, "RANKS": "2"}
+
+
+def trials(
+    launcher: str, recipe: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[str, Outcome]]:
+    """Every signal to everything that can get one under a launcher, and what it came to."""
+    job = ("job",) if launcher in ON_SLURM else ()
+    for number in SIGNALS:
+        for target in ("launcher", "one rank", *job):
+            with TemporaryDirectory() as folder:
+                trial = Trial(launcher, recipe, Path(folder), environment)
+                yield f"{number.name} to {target}", trial.outcome(number, target)
+    if launcher != SCRIPT:  # starts no other program than the trainer
+        with TemporaryDirectory() as folder:
+            stuck = {**environment, "FAULT": "cannot save"}
+            trial = Trial(launcher, recipe, Path(folder), stuck, _WORKER)
+            yield "second SIGTERM to one rank", trial.outcome_of_second(signal.SIGTERM)
 
 
 def main() -> None:
@@ -133,11 +218,9 @@ def main() -> None:
             if launcher in ON_SLURM and (reason := why_unavailable()):
                 print(f"{launcher:18} {reason}")
                 continue
-            with slurm_environment(launcher) as environment:
-                for number in SIGNALS:
-                    for target in TARGETS:
-                        end = outcome(launcher, number, target, recipe, environment)
-                        print(f"{launcher:18} {number.name} to {target:9} {end}", flush=True)
+            with environment_of(launcher) as environment:
+                for what, end in trials(launcher, recipe, environment):
+                    print(f"{launcher:18} {what:27} {end}", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ class Launch:
     lost its parents.
 
     Args:
-        launcher: one of `LAUNCHERS`, or the words of a command up to the script.
-        script: what the ranks run.
-        arguments: of the script.
+        launcher: one of `LAUNCHERS`, or the words of a command up to `script`.
+        script: what the ranks run, or the first argument of a command that knows it.
+        arguments: that follow.
         environment: what to add to this process's own.
     """
 
