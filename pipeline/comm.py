@@ -1,14 +1,11 @@
-"""Which rank this is, and the few collectives the pipeline needs; all work with one process."""
+"""The process group, and the few collectives the pipeline needs; all work with one process."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
-import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,75 +14,37 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import DiffembedError, UserError
+from pipeline.world import World as World
+from pipeline.world import discover_world as discover_world
+from pipeline.world import meeting_place
 
 T = TypeVar("T")
 
-# Per launcher: the variables that hold rank, world size and local rank.
-_LAUNCHERS = {
-    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-    ),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class World:
-    """Every count of the process group in one place."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    launched: bool = False  # by a launcher, as one of its ranks
-    parent: int | None = None  # process id of who started this rank, if its end matters
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the rank that prints and writes for all."""
-        return self.rank == 0
-
-
-def discover_world(environ: dict[str, str] | None = None) -> World:
-    """Read rank and world size from whichever launcher started this process.
-
-    Raises:
-        UserError: a launcher set only part of its variables, or a rank out of range.
-    """
-    env = dict(os.environ) if environ is None else environ
-    for launcher, (rank, size, local_rank) in _LAUNCHERS.items():
-        present = [name for name in (rank, size, local_rank) if name in env]
-        # A plain `python` inside an sbatch script sees SLURM_PROCID=0 but is no step of srun.
-        if rank not in present or size not in present:
-            continue
-        if local_rank not in present:
-            raise UserError(f"{launcher} set {rank} and {size} but not {local_rank}")
-        world = World(
-            rank=int(env[rank]),
-            world_size=int(env[size]),
-            local_rank=int(env[local_rank]),
-            launched=True,
-        )
-        if not 0 <= world.rank < world.world_size:
-            raise UserError(
-                f"{rank}={world.rank}", allowed=f"0 to {size}-1 ({world.world_size - 1})"
-            )
-        return world
-    return World()
-
 
 def start(world: World, *, timeout_seconds: int = 1800) -> None:
-    """Join the process group: NCCL on GPUs, gloo elsewhere."""
+    """Join the process group: NCCL on GPUs, gloo elsewhere.
+
+    Args:
+        world: which rank this is.
+        timeout_seconds: how long to wait for other ranks, here and in every collective call.
+
+    Raises:
+        UserError: this rank has no GPU of its own, or nobody said where the ranks meet.
+        DiffembedError: they did not meet.
+    """
     if dist.is_initialized():
         return
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
-    os.environ.setdefault("MASTER_ADDR", _first_host())
-    os.environ.setdefault("MASTER_PORT", str(_port_of_job()))
     if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if world.local_rank >= num_gpus:
+            raise UserError(
+                f"rank {world.rank}, number {world.local_rank} on its host, sees {num_gpus} GPUs",
+                allowed="numbers from 0, one rank per GPU",
+                fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
+            )
         torch.cuda.set_device(world.local_rank)
     with _ending_with(world.parent):
         _join(world, timeout_seconds)
@@ -98,8 +57,20 @@ def _join(world: World, timeout_seconds: int) -> None:
         # No port to take, hence none that could be taken.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
-    else:
+        # DeepSpeed asks MPI for what it does not find here.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        return
+    address, port = meeting_place()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+    try:
         dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:
+        # May be a node that died: not the user's mistake, and the next attempt may succeed.
+        raise DiffembedError(
+            f"rank {world.rank} of {world.world_size} did not meet the others at {address}:{port} "
+            f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager
@@ -124,21 +95,6 @@ def _ending_with(parent: int | None) -> Iterator[None]:
         yield
     finally:
         joined.set()
-
-
-def _port_of_job() -> int:
-    """A port that the ranks of a job agree on and two jobs on one node hardly share."""
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PMIX_NAMESPACE") or ""
-    return 20000 + zlib.crc32(job.encode()) % 10000
-
-
-def _first_host() -> str:
-    """Address of rank 0: the first host of a Slurm job, this machine elsewhere."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    if nodes and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        hosts = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
-        return hosts.split()[0]
-    return "127.0.0.1"
 
 
 def device() -> torch.device:

@@ -25,7 +25,7 @@ TOP_LEVEL = {
 # A room imports rooms on lower floors only; rooms on one floor do not know each other.
 FLOORS = (
     {"errors"},
-    {"config"},
+    {"config", "world"},
     {"comm", "run_dir", "tokenizer"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
@@ -100,7 +100,8 @@ def test_libraries_are_imported_only_in_the_rooms_that_own_them(path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline", "pipeline.config", "pipeline.cli", "pipeline.data.batch"]
+    "module",
+    ["pipeline", "pipeline.config", "pipeline.world", "pipeline.cli", "pipeline.data.batch"],
 )
 def test_importing_stays_free_of_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit(int('torch' in sys.modules))"

@@ -1,0 +1,118 @@
+"""A rank finds its place from what its launcher says, or says in one line what is missing."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from pipeline import comm
+from pipeline.errors import DiffembedError, UserError
+from pipeline.world import World, discover_world, meeting_place
+from tests.support import free_port
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[7-8]",
+}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "world_size", "local_rank"),
+    [
+        ({}, 0, 1, 0),
+        (OPEN_MPI, 1, 2, 0),
+        (SRUN, 3, 4, 1),
+        # torchrun started by srun on every node: the inner launcher is the one that counts.
+        ({**SRUN, **TORCHRUN}, 5, 8, 2),
+        # `python` inside a batch script, without srun.
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 0, 1, 0),
+    ],
+)
+def test_a_rank_is_what_the_innermost_launcher_says(
+    environment: dict[str, str], rank: int, world_size: int, local_rank: int
+) -> None:
+    world = discover_world(environment)
+
+    assert (world.rank, world.world_size, world.local_rank) == (rank, world_size, local_rank)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "set RANK and WORLD_SIZE but not LOCAL_RANK"),
+        ({**TORCHRUN, "RANK": "8"}, r"RANK=8 \| allowed: 0 to WORLD_SIZE-1 \(7\)"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, r"WORLD_SIZE=two \| allowed: a whole number"),
+    ],
+)
+def test_what_a_launcher_says_wrong_is_named(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        discover_world(environment)
+
+
+def test_ranks_of_one_host_meet_there_without_being_told() -> None:
+    address, port = meeting_place({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+    assert address == "127.0.0.1"
+    assert (address, port) == meeting_place(TORCHRUN)
+
+
+def test_ranks_of_two_runs_do_not_meet() -> None:
+    ports = {meeting_place({"PMIX_NAMESPACE": f"prterun-{i}@1"})[1] for i in range(20)}
+
+    assert len(ports) == 20
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (OPEN_MPI, "MASTER_ADDR is not set, and the ranks are on several hosts .* -x MASTER_ADDR"),
+        (
+            {**SRUN, "SLURM_STEP_NODELIST": "node[7-"},
+            "MASTER_ADDR is not set, and .*scontrol.* fix: set MASTER_ADDR",
+        ),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({"MASTER_ADDR": "no host.invalid"}, "MASTER_ADDR=no host.invalid: .* allowed: a name"),
+    ],
+)
+def test_a_meeting_place_that_is_missing_or_wrong_is_named(
+    environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        meeting_place(environment)
+
+
+@pytest.fixture
+def rank_0_of_2(monkeypatch: pytest.MonkeyPatch) -> World:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "127.0.0.1")  # so that what `start` sets is undone
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    return World(rank=0, world_size=2)
+
+
+def test_a_port_that_somebody_else_has_is_one_line(rank_0_of_2: World) -> None:
+    with (
+        socket.create_server(("", int(os.environ["MASTER_PORT"]))),
+        pytest.raises(DiffembedError, match=r"rank 0 of 2 .*MASTER_PORT\).*in use") as caught,
+    ):
+        comm.start(rank_0_of_2, timeout_seconds=60)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None:
+    with pytest.raises(DiffembedError, match="rank 0 of 2 .* 1/2 clients joined") as caught:
+        comm.start(rank_0_of_2, timeout_seconds=1)
+
+    assert "\n" not in str(caught.value)
