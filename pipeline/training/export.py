@@ -15,7 +15,7 @@ from pipeline.model.export import export_encoder
 from pipeline.model.language import build_model
 from pipeline.run_dir import RunDir
 from pipeline.training import checkpoint
-from pipeline.training.step import seed_random
+from pipeline.training.engine import seed_random
 
 
 def export_run(

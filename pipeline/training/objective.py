@@ -9,7 +9,8 @@ from pipeline.config import TrainConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.training.agreement import Agreement
-from pipeline.training.step import Engine, accumulate_gradients
+from pipeline.training.engine import Engine
+from pipeline.training.step import accumulate_gradients
 from pipeline.training.temperature import Temperature
 from pipeline.training.token_prediction import TokenPrediction
 

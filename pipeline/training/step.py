@@ -14,91 +14,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from pipeline import comm
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Chunk, GlobalBatch, Ragged
-from pipeline.errors import DiffembedError
+from pipeline.data.batch import GlobalBatch, Ragged
 from pipeline.loss import grad_cache
 from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
-from pipeline.training.agreement import (
-    Agreement,
-    ChunkOutOfMemoryError,
-    StepGivenUpError,
+from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.engine import (
+    Engine,
+    NonFiniteLossError,
+    TensorChunk,
+    seed_of_chunks,
+    to_tensors,
 )
-from pipeline.training.layer_sweep import LayerSweep
-
-
-class NonFiniteLossError(DiffembedError):
-    """The global loss is infinite or not a number; raised on all ranks alike, before pass 2.
-
-    Args:
-        loss: what it is.
-        texts: indices of this rank's texts whose embedding is not finite.
-    """
-
-    def __init__(self, loss: float, texts: list[int]) -> None:
-        super().__init__(f"loss is {loss}")
-        self.texts = texts
-
-
-class Engine(Protocol):
-    """What a step needs of an engine."""
-
-    @property
-    def encoder(self) -> Any:
-        """The encoder itself."""
-
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        lengths: torch.Tensor,
-        instruction_tokens: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Embed one packed chunk: (T,) ids and (C,) lengths to (C, E)."""
-
-    def hold(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[None]:
-        """Context in which these parameters are gathered."""
-
-    def accumulation(self) -> AbstractContextManager[None]:
-        """Context of all backwards of one optimizer step."""
-
-    def backward(self, surrogate: torch.Tensor) -> None:
-        """Accumulate gradients, to be averaged over ranks."""
-
-    def discard(self) -> None:
-        """Forget what an accumulation gathered before an exception ended it."""
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class TensorChunk:
-    """A chunk on the device, and where its rows belong."""
-
-    number: int
-    input_ids: torch.Tensor  # (T,)
-    lengths: torch.Tensor  # (C,)
-    texts: torch.Tensor  # (C,) global text index; -1 in a dummy row
-    instruction_tokens: torch.Tensor | None  # (C,) at the front of each row; None: no row has any
-    packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
-
-
-def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
-    """Move one chunk to the device."""
-    skipped = chunk.instruction_tokens
-    return TensorChunk(
-        number=number,
-        input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
-        lengths=torch.from_numpy(chunk.lengths).to(device, non_blocking=True),
-        texts=torch.from_numpy(chunk.texts).to(device, non_blocking=True),
-        instruction_tokens=None
-        if skipped is None
-        else torch.from_numpy(skipped).to(device, non_blocking=True),
-    )
+from pipeline.training.stages import encoder_stages, make_sweep, outside_of_layers
 
 
 def accumulate_gradients(
@@ -127,143 +59,95 @@ def accumulate_gradients(
     """
     agreement = agreement or Agreement()
     agreement.begin_step()
-    chunks = [to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)]
-
-    def seed(number: int) -> None:
-        seed_random(config.seed, batch.step, comm.rank(), number)
-
-    run = _sweep if config.schedule == "sweep" else _cache
+    step = _Step(
+        engine=engine,
+        batch=batch,
+        chunks=[to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)],
+        config=config,
+        temperature=temperature,
+        agreement=agreement,
+    )
     try:
-        return run(engine, chunks, batch, config, seed, temperature, agreement)
+        return step.layer_by_layer() if config.schedule == "sweep" else step.chunk_by_chunk()
     except (ChunkOutOfMemoryError, StepGivenUpError):
         engine.discard()
         raise
 
 
-def _sweep(
-    engine: Engine,
-    chunks: list[TensorChunk],
-    batch: GlobalBatch,
-    config: TrainConfig,
-    seed: Callable[[int], None],
-    temperature: float | None,
-    agreement: Agreement,
-) -> LossOutput:
-    """Layer by layer."""
-    sweep = make_sweep(engine, encoder_stages(engine.encoder), config, seed, agreement)
-    # Few but for the table, which DeepSpeed would gather again for every chunk.
-    with engine.hold(outside_of_layers(engine.encoder)):
-        output, gradients = _loss(sweep.forward(chunks), chunks, batch, config, temperature)
-        with engine.accumulation():
-            sweep.backward(chunks, gradients, engine.backward)
-    return output
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """One global batch on its way through the engine; see `accumulate_gradients`."""
 
+    engine: Engine
+    batch: GlobalBatch
+    chunks: list[TensorChunk]
+    config: TrainConfig
+    temperature: float | None
+    agreement: Agreement
 
-def make_sweep(
-    engine: Engine,
-    stages: list[Callable[[Any, Any], torch.Tensor]],
-    config: TrainConfig,
-    seed: Callable[[int], None],
-    agreement: Agreement,
-) -> LayerSweep[Any]:
-    """The two sweeps of a step over its chunks.
+    def layer_by_layer(self) -> LossOutput:
+        """Schedule `sweep`."""
+        engine, chunks = self.engine, self.chunks
+        stages = encoder_stages(engine.encoder)
+        sweep = make_sweep(engine, stages, self.config, self._seed, self.agreement)
+        # Few but for the table, which DeepSpeed would gather again for every chunk.
+        with engine.hold(outside_of_layers(engine.encoder)):
+            output, gradients = self._loss(sweep.forward(chunks))
+            with engine.accumulation():
+                sweep.backward(chunks, gradients, engine.backward)
+        return output
 
-    Args:
-        engine: gathers what a stage needs: its layer; `outside_of_layers` is held throughout.
-        stages: embedding, each layer, and what follows them.
-        config: where the inputs of the layers wait.
-        seed: sets the random numbers of a chunk.
-        agreement: asked before each stage.
-    """
-    owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
+    def chunk_by_chunk(self) -> LossOutput:
+        """Schedule `cache`, and `plain`, which is the case that all graphs are kept."""
+        engine, chunks, agreement = self.engine, self.chunks, self.agreement
+        keep = len(chunks) if self.config.schedule == "plain" else self.config.chunks.keep_graphs
+        assert isinstance(keep, int), "auto is resolved before training"
+        # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
+        with engine.hold(list(engine.encoder.parameters())):
+            with agreement.out_of_memory_on_all_ranks():
+                cached = grad_cache.embed_chunks(chunks, self._embed, keep_graphs=keep)
+            output, gradients = self._loss(cached.embeddings)
+            with engine.accumulation(), agreement.out_of_memory_on_all_ranks():
+                grad_cache.replay_chunks(chunks, cached, gradients, self._embed, self._backward)
+        return output
 
-    def hold(stage: int) -> AbstractContextManager[None]:
-        agreement.point()
-        return engine.hold(owned[stage])
+    @property
+    def _seed(self) -> Callable[[int], None]:
+        return seed_of_chunks(self.config.seed, self.batch.step)
 
-    return LayerSweep(stages, hold=hold, seed=seed, on_host=config.chunks.boundaries == "host")
+    def _embed(self, chunk: TensorChunk) -> torch.Tensor:
+        self.agreement.point()
+        self._seed(chunk.number)
+        return self.engine.embed(chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
 
+    def _backward(self, surrogate: torch.Tensor) -> None:
+        self.agreement.point()
+        self.engine.backward(surrogate)
 
-def _cache(
-    engine: Engine,
-    chunks: list[TensorChunk],
-    batch: GlobalBatch,
-    config: TrainConfig,
-    seed: Callable[[int], None],
-    temperature: float | None,
-    agreement: Agreement,
-) -> LossOutput:
-    """Chunk by chunk; `plain` is the case that all graphs are kept."""
-
-    def embed(chunk: TensorChunk) -> torch.Tensor:
-        agreement.point()
-        seed(chunk.number)
-        return engine.embed(chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
-
-    def backward(surrogate: torch.Tensor) -> None:
-        agreement.point()
-        engine.backward(surrogate)
-
-    keep = len(chunks) if config.schedule == "plain" else config.chunks.keep_graphs
-    assert isinstance(keep, int), "auto is resolved before training"
-    # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
-    with engine.hold(list(engine.encoder.parameters())):
-        with agreement.out_of_memory_on_all_ranks():
-            cached = grad_cache.embed_chunks(chunks, embed, keep_graphs=keep)
-        output, gradients = _loss(cached.embeddings, chunks, batch, config, temperature)
-        with engine.accumulation(), agreement.out_of_memory_on_all_ranks():
-            grad_cache.replay_chunks(chunks, cached, gradients, embed, backward)
-    return output
-
-
-def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:
-    """An encoder cut into the stages of a sweep: embedding, each layer, pooling."""
-
-    def embed(chunk: TensorChunk, _: None) -> torch.Tensor:
-        hidden, chunk.packed = encoder.embed(
-            chunk.input_ids, chunk.lengths, chunk.instruction_tokens
+    def _loss(
+        self, embeddings: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    ) -> tuple[LossOutput, tuple[torch.Tensor, ...]]:
+        """The global loss, and the gradient that each chunk's vectors begin their backward with."""
+        batch = self.batch
+        rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
+        texts = torch.cat([chunk.texts for chunk in self.chunks])  # (R,)
+        is_query = (texts >= 0) & (texts < batch.num_queries)
+        is_document = texts >= batch.num_queries
+        output = contrastive_loss(
+            rows[is_query],
+            rows[is_document],
+            _targets(batch, texts[is_query], texts[is_document] - batch.num_queries),
+            config=self.config.loss,
+            temperature=self.temperature,
         )
-        return hidden  # type: ignore[no-any-return]
-
-    def layer(index: int) -> Callable[[TensorChunk, torch.Tensor], torch.Tensor]:
-        return lambda chunk, hidden: encoder.run_layer(index, hidden, chunk.packed)
-
-    def finish(chunk: TensorChunk, hidden: torch.Tensor) -> torch.Tensor:
-        return encoder.finish(hidden, chunk.packed)  # type: ignore[no-any-return]
-
-    return [embed, *(layer(index) for index in range(len(encoder.layers))), finish]
-
-
-def outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
-    """Token embedding, final norm, and a head if there is one."""
-    inside = {id(parameter) for parameter in encoder.layers.parameters()}
-    return [parameter for parameter in encoder.parameters() if id(parameter) not in inside]
-
-
-def _loss(
-    embeddings: list[torch.Tensor] | tuple[torch.Tensor, ...],
-    chunks: list[TensorChunk],
-    batch: GlobalBatch,
-    config: TrainConfig,
-    temperature: float | None,
-) -> tuple[LossOutput, tuple[torch.Tensor, ...]]:
-    """The global loss, and the gradient that each chunk's embeddings begin their backward with."""
-    rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
-    texts = torch.cat([chunk.texts for chunk in chunks])  # (R,)
-    is_query = (texts >= 0) & (texts < batch.num_queries)
-    is_document = texts >= batch.num_queries
-    targets = _targets(batch, texts[is_query], texts[is_document] - batch.num_queries)
-    output = contrastive_loss(
-        rows[is_query], rows[is_document], targets, config=config.loss, temperature=temperature
-    )
-    if not math.isfinite(output.loss.item()):
-        broken = ~torch.isfinite(rows).all(dim=1)
-        raise NonFiniteLossError(output.loss.item(), texts[broken].tolist())
-    gradients = torch.zeros_like(rows)  # stays zero in dummy rows
-    # The engine averages over ranks, each of which holds only its own rows' share of the sum.
-    gradients[is_query] = output.query_grad * comm.world_size()
-    gradients[is_document] = output.document_grad * comm.world_size()
-    return output, torch.split(gradients, [len(chunk.texts) for chunk in chunks])
+        if not math.isfinite(output.loss.item()):
+            broken = ~torch.isfinite(rows).all(dim=1)
+            raise NonFiniteLossError(output.loss.item(), texts[broken].tolist())
+        gradients = torch.zeros_like(rows)  # stays zero in dummy rows
+        # The engine averages over ranks, each of which holds only its own rows' share of the sum.
+        gradients[is_query] = output.query_grad * comm.world_size()
+        gradients[is_document] = output.document_grad * comm.world_size()
+        return output, torch.split(gradients, [len(chunk.texts) for chunk in self.chunks])
 
 
 def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor) -> Targets:
@@ -289,13 +173,3 @@ def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
 
 def _scores(ragged: Ragged | None, device: torch.device) -> torch.Tensor | None:
     return None if ragged is None else torch.from_numpy(ragged.values).to(device)
-
-
-def seed_random(*numbers: int) -> None:
-    """Make the random numbers that follow a function of, say, (seed, step, rank, chunk).
-
-    A resumed run then draws the dropout masks of the uninterrupted one without any saved state,
-    and every schedule draws the same.
-    """
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) % 2**63)

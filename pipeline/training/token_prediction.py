@@ -25,16 +25,9 @@ from pipeline.loss.tokens import TokenSums, cross_entropy_in_tiles, tile_rows
 from pipeline.model.language import LanguageModel, find_mask_token, predicts_shifted
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.engine import Engine, NonFiniteLossError, TensorChunk, seed_of_chunks
 from pipeline.training.layer_sweep import LayerSweep
-from pipeline.training.step import (
-    Engine,
-    NonFiniteLossError,
-    TensorChunk,
-    encoder_stages,
-    make_sweep,
-    outside_of_layers,
-    seed_random,
-)
+from pipeline.training.stages import encoder_stages, make_sweep, outside_of_layers
 
 
 class TokenPrediction:
@@ -114,10 +107,7 @@ class TokenPrediction:
             _to_tensors(number, chunk, predictions[number], scale)
             for number, chunk in enumerate(batch.chunks)
         ]
-
-        def seed(number: int) -> None:
-            seed_random(self._config.seed, batch.step, comm.rank(), number)
-
+        seed = seed_of_chunks(self._config.seed, batch.step)
         if self._config.schedule == "sweep":
             stages = [*encoder_stages(engine.encoder)[:-1], _take(engine.encoder)]
             sweep = make_sweep(engine, stages, self._config, seed, agreement)

@@ -20,6 +20,7 @@ from pipeline.run_dir import RunDir, describe_environment, write_json, write_tex
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import checkpoint
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.engine import NonFiniteLossError, seed_random
 from pipeline.training.evaluations import Evaluations
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
 from pipeline.training.objective import Objective, make_objective
@@ -27,7 +28,6 @@ from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
 from pipeline.training.run_identity import run_identity
 from pipeline.training.signals import StopRequest
-from pipeline.training.step import NonFiniteLossError, seed_random
 from pipeline.training.zero import ZeroEngine, placement_of
 
 

@@ -26,8 +26,9 @@ from pipeline.config import (
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.model.encoder import build_encoder
 from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.engine import seed_random
 from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients, seed_random
+from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
 
 TEMPERATURE = 0.1

@@ -24,8 +24,9 @@ from pipeline.errors import DiffembedError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.weights import Placement
 from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.engine import seed_random
 from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients, seed_random
+from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine, placement_of
 
 CPU = torch.device("cpu")

@@ -26,7 +26,8 @@ from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.starter import build_starter
-from pipeline.training.step import accumulate_gradients, seed_random
+from pipeline.training.engine import seed_random
+from pipeline.training.step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine
 from tests.training.tiny_recipe import WORDS
 

@@ -40,8 +40,8 @@ from pipeline.model.language import LanguageModel, build_language_model
 from pipeline.training import token_prediction
 from pipeline.training.agreement import ChunkOutOfMemoryError
 from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.engine import NonFiniteLossError
 from pipeline.training.optim import build_optimizer
-from pipeline.training.step import NonFiniteLossError
 from pipeline.training.zero import ZeroEngine
 
 NUM_TEXTS, VOCABULARY, MASK = 14, 500, 499
