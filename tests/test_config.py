@@ -140,7 +140,7 @@ def test_template_puts_the_instruction_once_and_only_where_there_is_one() -> Non
     template = Template(query="Instruct: {instruction}\nQuery: {text}", document="{text}")
     assert template.format_query("q", "find it") == "Instruct: find it\nQuery: q"
     assert template.format_query("q") == "q"
-    assert template.format_document("d") == "d"
-    assert template.format_document("d", "find it") == "Instruct: find it\nQuery: d"
+    assert template.document_prefix() == ""
+    assert template.document_prefix("find it") == "Instruct: find it\nQuery: "
     with pytest.raises(UserError, match="ends with"):
         Template(query="{text} {instruction}")

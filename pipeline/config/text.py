@@ -42,7 +42,3 @@ class Template:
     def format_query(self, text: str, instruction: str = "") -> str:
         """The string of a query."""
         return self.query_prefix(instruction) + text
-
-    def format_document(self, text: str, instruction: str = "") -> str:
-        """The string of a document."""
-        return self.document_prefix(instruction) + text

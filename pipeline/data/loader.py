@@ -139,13 +139,9 @@ class Loader:
         found = np.concatenate([lists.values for lists in listed.values()])
         num_documents = len(self.dataset.documents)
         if listed["positives"].lengths.min() < 1 or found.min() < 0 or found.max() >= num_documents:
-            raise self._damaged(f"an example refers to documents outside 0..{num_documents - 1}")
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(
-            f"{self.dataset.folder}: {what}",
-            fix="run `diffembed data verify` on the folder to find the damaged shard",
-        )
+            raise self.dataset.damaged(
+                f"an example refers to documents outside 0..{num_documents - 1}"
+            )
 
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
         """Places of the documents taken this step; another epoch takes others."""
@@ -173,7 +169,9 @@ class Loader:
             split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
             full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
             if len(full) != total:
-                raise self._damaged(f"example {ids[row]} has {len(full)} scores for {total} texts")
+                raise self.dataset.damaged(
+                    f"example {ids[row]} has {len(full)} scores for {total} texts"
+                )
             by_list["positives"].append(full[:split])
             by_list["negatives"].append(full[split:])
         picked = (
@@ -207,7 +205,7 @@ class Loader:
             ]
         )
         if skipped.min() < 0 or (skipped >= lengths[texts]).any():
-            raise self._damaged("an instruction longer than its text")
+            raise self.dataset.damaged("an instruction longer than its text")
         return Chunk(
             input_ids=input_ids,
             lengths=lengths[texts],
@@ -220,7 +218,7 @@ class Loader:
         input_ids: IntArray = np.concatenate(views).astype(np.int64)
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise self._damaged(f"a token id outside the vocabulary of {vocab_size}")
+            raise self.dataset.damaged(f"a token id outside the vocabulary of {vocab_size}")
         return input_ids
 
     def __iter__(self) -> Iterator[GlobalBatch]:

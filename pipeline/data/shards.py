@@ -243,6 +243,13 @@ class Dataset:
             total += info.bytes
         return total
 
+    def damaged(self, what: str) -> UserError:
+        """The error for a reader to raise who meets what no whole shard holds."""
+        return UserError(
+            f"{self.folder}: {what}",
+            fix="run `diffembed data verify` on the folder to find the damaged shard",
+        )
+
     def require_tokenizer(self, fingerprint: str, path: str) -> None:
         """Refuse a tokenizer other than the one the dataset was made with."""
         if fingerprint != self.tokenizer.fingerprint:

@@ -91,10 +91,7 @@ def _documents(dataset: Dataset, ids: IntArray) -> IntArray:
     found = dataset.examples.first("positives", ids)
     count = len(dataset.documents)
     if found.min() < 0 or found.max() >= count:
-        raise UserError(
-            f"{dataset.folder}: an example refers to documents outside 0..{count - 1}",
-            fix="run `diffembed data verify` on the folder to find the damaged shard",
-        )
+        raise dataset.damaged(f"an example refers to documents outside 0..{count - 1}")
     return found
 
 

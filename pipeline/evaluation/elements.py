@@ -13,6 +13,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.benchmarks import benchmark_of, expand
 from pipeline.evaluation.instructions import instruction_for
 
+# The files of an export that decide its vectors.
+_EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
+# Keys of an evaluated model that do not.
+_NOT_THE_MODEL = {"name", "path", "instruction_set", "instructions"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Element:
@@ -95,9 +100,6 @@ def export_fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-_EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
-
-
 def model_fingerprint(model: EvaluatedModel) -> str:
     """A short hash of the export and of what the config changes about it.
 
@@ -113,12 +115,11 @@ def model_fingerprint(model: EvaluatedModel) -> str:
     return hashlib.sha256(json.dumps([export, tree], sort_keys=True).encode()).hexdigest()[:12]
 
 
-_NOT_THE_MODEL = {"name", "path", "instruction_set", "instructions"}
-
-
 def element_key(config: EvaluateConfig, element: Element) -> str:
-    """A hash of everything an element's scores depend on; a finished element with another key is
-    stale and runs again."""
+    """A hash of everything an element's scores depend on.
+
+    A finished element with another key is stale and runs again.
+    """
     inputs = {
         "model": model_fingerprint(element.model),
         "instruction": instruction_for(element.task, element.model, config),

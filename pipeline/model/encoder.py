@@ -62,9 +62,7 @@ class Encoder(nn.Module):
         Returns:
             (C, D) float32, unit rows if the config normalises.
         """
-        hidden, packed = self.embed(input_ids, lengths, instruction_tokens)
-        for index in range(len(self.layers)):
-            hidden = self.run_layer(index, hidden, packed)
+        hidden, packed = self._run_layers(input_ids, lengths, instruction_tokens)
         return self.finish(hidden, packed)
 
     @property
@@ -74,10 +72,16 @@ class Encoder(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rows of packed tokens, as for `forward`, to (T, D) hidden states after the final norm."""
-        hidden, packed = self.embed(input_ids, lengths)
+        hidden, _ = self._run_layers(input_ids, lengths, None)
+        return self.family.finish(self.model, hidden).squeeze(0)
+
+    def _run_layers(
+        self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None
+    ) -> tuple[Tensor, PackedRows]:
+        hidden, packed = self.embed(input_ids, lengths, instruction_tokens)
         for index in range(len(self.layers)):
             hidden = self.run_layer(index, hidden, packed)
-        return self.family.finish(self.model, hidden).squeeze(0)
+        return hidden, packed
 
     @property
     def model(self) -> Any:

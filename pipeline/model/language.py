@@ -92,6 +92,14 @@ def build_language_model(
             allowed="decoders of transformers, Dream, LLaDA, DiffuLLaMA",
             fix="train it contrastively, without objective",
         )
+    head = _build_head(encoder, config, placement)
+    if config.lora is not None or config.adapter_use == "continue":
+        head.requires_grad_(False)
+    return LanguageModel(encoder, head).eval()
+
+
+def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | None) -> nn.Linear:
+    """The token embedding again where the two are tied, otherwise the published head."""
     embedding = encoder.model.get_input_embeddings().weight
     vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)  # whole, in partitions too
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
@@ -100,16 +108,13 @@ def build_language_model(
     elif placement is not None:
         with placement.agreed():
             if placement.reads:
-                weight = _read_head(config, (vocabulary, width)).to(
-                    placement.device, head.weight.dtype
-                )
+                weight = _read_head(config, (vocabulary, width))
+                weight = weight.to(placement.device, head.weight.dtype)
             else:
                 weight = torch.empty_like(head.weight, device=placement.device)
             head.weight = nn.Parameter(weight)
         placement.take([head.weight])
-    if config.lora is not None or config.adapter_use == "continue":
-        head.requires_grad_(False)
-    return LanguageModel(encoder, head).eval()
+    return head
 
 
 def predicts_shifted(config: ModelConfig) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.config import ModelConfig, Pooling, RopeScaling, Template, build_config
 from pipeline.errors import UserError
@@ -67,30 +68,31 @@ class LoadedExport:
     def encode_tokens(self, ids: list[list[int]], skipped: list[int]) -> NDArray[np.float32]:
         """Embed what `tokenize` returned: (N, D) float32 in the order given."""
         out = np.zeros((len(ids), self.num_dimensions), dtype=np.float32)
-        device = next(self.encoder.parameters()).device
         with torch.inference_mode():
-            for chosen in _chunks([len(row) for row in ids], self.max_tokens):
-                packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
-                lengths = torch.tensor([len(ids[i]) for i in chosen], device=device)
-                left_out = torch.tensor([skipped[i] for i in chosen], device=device)
+            for chosen, packed, lengths in self._packed(ids):
+                left_out = torch.tensor([skipped[i] for i in chosen], device=packed.device)
                 out[chosen] = self.encoder(packed, lengths, left_out).cpu().numpy()
         return out
 
-    def token_states(self, ids: list[list[int]]) -> list[torch.Tensor]:
+    def token_states(self, ids: list[list[int]]) -> list[Tensor]:
         """Hidden states of every token of each text after the final norm: (L, D) each, on the CPU.
 
         In the model's own type, which is as exact as they are.
         """
         out = [torch.empty(0)] * len(ids)
-        device = next(self.encoder.parameters()).device
         with torch.inference_mode():
-            for chosen in _chunks([len(row) for row in ids], self.max_tokens):
-                packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
-                lengths = [len(ids[i]) for i in chosen]
-                states = self.encoder.hidden_states(packed, torch.tensor(lengths, device=device))
-                for i, rows in zip(chosen, torch.split(states.cpu(), lengths), strict=True):
+            for chosen, packed, lengths in self._packed(ids):
+                states = self.encoder.hidden_states(packed, lengths).cpu()
+                for i, rows in zip(chosen, torch.split(states, lengths.tolist()), strict=True):
                     out[i] = rows
         return out
+
+    def _packed(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """For each forward the texts it takes, their (T,) tokens and (C,) lengths on the device."""
+        device = next(self.encoder.parameters()).device
+        for chosen in _chunks([len(row) for row in ids], self.max_tokens):
+            packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
+            yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen], device=device)
 
     def tokenize(self, texts: Sequence[str], prefix: str = "") -> tuple[list[list[int]], list[int]]:
         """Token ids of each text behind its prefix, and how many of them are the prefix's."""
@@ -235,11 +237,7 @@ def _pooling(folder: Path, name: str) -> Pooling:
     settings = _read(folder / name, "config.json")
     mode = settings.get("pooling_mode")
     if mode is None:
-        chosen = [
-            key for key, value in settings.items() if key.startswith("pooling_mode_") and value
-        ]
-        mode = "+".join(chosen).removeprefix("pooling_mode_").replace("_tokens", "")
-        mode = mode.replace("cls_token", "cls")
+        mode = "+".join(kind for key, kind in _OLD_POOLING_KEYS.items() if settings.get(key))
     names = {theirs: ours for ours, theirs in POOLING_NAMES.items()}
     if mode not in names:
         raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(names))

@@ -229,7 +229,7 @@ def test_prepared_strings_are_those_that_evaluation_will_format(
     query = encoder.encode([stored.format_query("who", "Pair up")], 48)[0]
     assert dataset.examples.views("query", np.array([0]))[0].tolist() == query.tolist()
     # Documents of a symmetric set carry the instruction as well.
-    pair = encoder.encode([stored.format_document(text, "Pair up") for text in ("he", "she")], 64)
+    pair = encoder.encode([stored.document_prefix("Pair up") + text for text in ("he", "she")], 64)
     views = dataset.documents.views("tokens", np.arange(2))
     assert sorted(view.tolist() for view in views) == sorted(row.tolist() for row in pair)
 
