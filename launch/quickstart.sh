@@ -5,19 +5,10 @@
 # run on a cluster, and is shown before it runs. Results: runs/quickstart/report/report.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/install.sh
+source launch/trial.sh
 
 recipe=launch/recipes/quickstart
 out=runs/quickstart
-# Two ranks on two cores: more threads would only wait for each other.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-# Nothing below may touch the network.
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
 
 rm -rf "$out"
 mkdir -p "$out"
