@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import DiffembedError, UserError
+
+T = TypeVar("T")
 
 # Heavy packages are imported inside the commands: `diffembed --help` answers at once.
 app = typer.Typer(
@@ -38,7 +40,13 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see l
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="changes to CONFIG")
 ]
+_DEEPSPEED = Path("ds_configs/zero3.json")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 Shards = Annotated[Path, typer.Argument(metavar="DIR", help="a folder made by `prepare`")]
+
+
+def _load(kind: type[T], config: Path, overrides: list[str] | None) -> T:
+    return load_config(kind, config, tuple(overrides or ()))
 
 
 @app.command()
@@ -46,7 +54,7 @@ def starter(config: Config, overrides: Overrides = None) -> None:
     """Make a small model and its tokenizer to start from."""
     from pipeline.model.starter import build_starter
 
-    print(build_starter(load_config(StarterConfig, config, tuple(overrides or ()))))
+    print(build_starter(_load(StarterConfig, config, overrides)))
 
 
 @app.command()
@@ -54,7 +62,7 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     """Tokenise raw data into shards; alone, under mpirun or under srun."""
     from pipeline.data.prepare import prepare as prepare_shards
 
-    prepare_shards(load_config(PrepareConfig, config, tuple(overrides or ())))
+    prepare_shards(_load(PrepareConfig, config, overrides))
 
 
 @data_app.command()
@@ -74,7 +82,7 @@ def verify(folder: Shards) -> None:
 
 
 @app.command()
-def stop(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+def stop(run: Run) -> None:
     """Ask a running training to save a checkpoint and stop (it exits with 75)."""
     from pipeline.run_dir import RunDir
 
@@ -86,8 +94,10 @@ def stop(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder
 
 @app.command()
 def rewind(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
-    checkpoint: Annotated[str, typer.Argument(help="a name like step-000100")],
+    run: Run,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="a name like step-000100")
+    ],
 ) -> None:
     """Let a run go on from an older checkpoint; it is checked first, and none is deleted."""
     from pipeline.run_dir import RunDir
@@ -111,7 +121,7 @@ def export(
     """Write a folder that sentence-transformers and transformers load without this package."""
     from pipeline.training.export import export_run
 
-    tree = load_config(TrainConfig, config, tuple(overrides or ()))
+    tree = _load(TrainConfig, config, overrides)
     print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only))
 
 
@@ -123,11 +133,9 @@ def submit(
     ],
     config: Config,
     overrides: Overrides = None,
-    deepspeed: Annotated[Path, typer.Option(help="train: see ds_configs/")] = Path(
-        "ds_configs/zero3.json"
-    ),
-    checkpoint: Annotated[str, typer.Option(help="export: which one")] = "latest",
-    output: Annotated[Path | None, typer.Option(help="export: its folder")] = None,
+    deepspeed: Annotated[Path, typer.Option(help="train: see ds_configs/")] = _DEEPSPEED,
+    checkpoint: Annotated[str, typer.Option(help="export: as of `diffembed export`")] = "latest",
+    output: Annotated[Path | None, typer.Option(help="export: the same")] = None,
     texts: Annotated[
         int | None, typer.Option(help="evaluate: array elements that share all tasks' texts")
     ] = None,
@@ -162,7 +170,7 @@ def encode(
     id_field: Annotated[
         str, typer.Option(help="the field that names a record; without it, row numbers do")
     ] = "id",
-    role: Annotated[Literal["query", "document"], typer.Option()] = "document",
+    role: Annotated[Literal["query", "document"], typer.Option(help="of all texts")] = "document",
     instruction: Annotated[str, typer.Option(help="of all texts")] = "",
     max_length: Annotated[int | None, typer.Option(help="tokens; default: the model's")] = None,
     dtype: Annotated[
@@ -200,7 +208,7 @@ def probe(config: Config, overrides: Overrides = None) -> None:
     """Tag words by a linear classifier on a frozen export: accuracy and F1."""
     from pipeline.evaluation.probe import probe as probe_words
 
-    path = probe_words(load_config(ProbeConfig, config, tuple(overrides or ())))
+    path = probe_words(_load(ProbeConfig, config, overrides))
     print(path.read_text(), end="")
 
 
@@ -208,9 +216,7 @@ def probe(config: Config, overrides: Overrides = None) -> None:
 def plan_run(
     config: Config,
     overrides: Overrides = None,
-    deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = Path(
-        "ds_configs/zero3.json"
-    ),
+    deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = _DEEPSPEED,
     world_size: Annotated[int, typer.Option(help="ranks to plan for")] = 1,
     memory_gib: Annotated[float, typer.Option(help="device memory of a rank")] = 80.0,
 ) -> None:
@@ -219,7 +225,7 @@ def plan_run(
     from pipeline.planning.plan import plan_run as make_plan
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
-    tree = load_config(TrainConfig, config, tuple(overrides or ()))
+    tree = _load(TrainConfig, config, overrides)
     resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=world_size)
     available = memory_gib * 2**30
     print(describe(make_plan(tree, resolved, world_size=world_size, available=available), tree))
@@ -230,15 +236,17 @@ def plan_loss(
     queries: Annotated[int, typer.Option(help="of the global batch")],
     documents: Annotated[int, typer.Option(help="of the global batch, with hard negatives")],
     width: Annotated[int, typer.Option(help="of the embeddings")] = 3584,
-    ranks: Annotated[list[int] | None, typer.Option(help="world size; may be repeated")] = None,
+    world_size: Annotated[
+        list[int] | None, typer.Option(help="ranks to plan for; may be repeated")
+    ] = None,
 ) -> None:
     """Print what the loss costs each rank at a size that need not exist yet."""
     from pipeline.planning.plan import describe_loss
 
-    for world_size in ranks or [1]:
+    for ranks in world_size or [1]:
         print(
             describe_loss(
-                num_queries=queries, num_documents=documents, width=width, world_size=world_size
+                num_queries=queries, num_documents=documents, width=width, world_size=ranks
             )
         )
 
@@ -248,7 +256,7 @@ def count(config: Config, overrides: Overrides = None) -> None:
     """Print how many array elements an evaluation has (for sbatch --array=0-N)."""
     from pipeline.evaluation.array import num_elements
 
-    print(num_elements(load_config(EvaluateConfig, config, tuple(overrides or ()))))
+    print(num_elements(_load(EvaluateConfig, config, overrides)))
 
 
 @evaluate_app.command("run")
@@ -260,7 +268,7 @@ def run_evaluation(
     """Score one array element, or all of them one after another."""
     from pipeline.evaluation.array import run_all, run_element
 
-    tree = load_config(EvaluateConfig, config, tuple(overrides or ()))
+    tree = _load(EvaluateConfig, config, overrides)
     if index is None:
         run_all(tree)
     else:
@@ -272,7 +280,7 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
     """Download the tasks' data at pinned revisions, on a node that has a network."""
     from pipeline.evaluation.prefetch import prefetch as fetch_snapshots
 
-    fetch_snapshots(load_config(EvaluateConfig, config, tuple(overrides or ())))
+    fetch_snapshots(_load(EvaluateConfig, config, overrides))
 
 
 @evaluate_app.command()
@@ -280,7 +288,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     """List every distinct text of all tasks once, in blocks of equal cost."""
     from pipeline.evaluation.array import plan as plan_texts
 
-    plan_texts(load_config(EvaluateConfig, config, tuple(overrides or ())))
+    plan_texts(_load(EvaluateConfig, config, overrides))
 
 
 @evaluate_app.command()
@@ -289,12 +297,14 @@ def embed(
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(help="this element of the array")] = 0,
     of: Annotated[int, typer.Option(help="how many elements the array has")] = 1,
-    processes: Annotated[int | None, typer.Option(help="default: one per visible GPU")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="default: one per GPU; under srun, its ranks")
+    ] = None,
 ) -> None:
     """Embed one element's share of the planned texts; blocks already there are skipped."""
     from pipeline.evaluation.array import embed as embed_share
 
-    tree = load_config(EvaluateConfig, config, tuple(overrides or ()))
+    tree = _load(EvaluateConfig, config, overrides)
     embed_share(tree, index, of, num_processes=processes)
 
 
@@ -303,7 +313,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     """Score all tasks from the embedded texts."""
     from pipeline.evaluation.array import score_all
 
-    score_all(load_config(EvaluateConfig, config, tuple(overrides or ())))
+    score_all(_load(EvaluateConfig, config, overrides))
 
 
 @app.command()
@@ -311,7 +321,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
     """Gather the scores of an evaluation into tables and plots."""
     from pipeline.evaluation.report import write_report
 
-    write_report(load_config(EvaluateConfig, config, tuple(overrides or ())))
+    write_report(_load(EvaluateConfig, config, overrides))
 
 
 def main() -> None:
