@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.config import StarterConfig
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
-from pipeline.model.starter import build_starter
 from pipeline.tokenizer import load_tokenizer, tokens_within
+from tests.tiny_models import tiny_starter
 
 TEXT = "Hello wörld,  3.14 <|mask|> don't\n"
 
@@ -19,9 +18,7 @@ TEXT = "Hello wörld,  3.14 <|mask|> don't\n"
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starter")
     (folder / "corpus.txt").write_text("Hello world, 3.14 and don't say hello again.\n" * 9)
-    return build_starter(
-        StarterConfig(output_dir=folder / "m", corpus=(folder / "corpus.txt",), vocab_size=300)
-    )
+    return tiny_starter(folder / "m", folder / "corpus.txt")
 
 
 def test_dreams_published_files_tokenise_without_their_code(starter: Path, tmp_path: Path) -> None:

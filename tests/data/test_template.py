@@ -10,14 +10,12 @@ import pytest
 import torch
 from data_support import write_jsonl
 
-from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, StarterConfig, Template
+from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.evaluation.encoder import TemplatedEmbedder
-from pipeline.model.encoder import build_encoder
-from pipeline.model.export import export_encoder
 from pipeline.model.load import load_export
-from pipeline.model.starter import build_starter
+from tests.tiny_models import export_tiny, tiny_starter
 
 INSTRUCTION = "Find the place"
 ROWS = [
@@ -55,15 +53,7 @@ class Recorder(torch.nn.Module):
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starter")
-    config = StarterConfig(
-        output_dir=folder / "model",
-        corpus=(write_jsonl(folder / "rows.jsonl", ROWS),),
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=1,
-    )
-    return build_starter(config)
+    return tiny_starter(folder / "model", write_jsonl(folder / "rows.jsonl", ROWS), num_layers=1)
 
 
 @pytest.mark.parametrize("append_eos", [False, True])
@@ -87,14 +77,13 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
     )
     dataset = Dataset.open(prepare(prepared, num_workers=1))
     config = ModelConfig(path=str(starter), dtype="float32", pool_instruction=False)
-    exported = export_encoder(
-        build_encoder(config),
-        config=config,
+    exported = export_tiny(
+        None,
+        config,
+        tmp_path / "export",
         tokenizer=dataset.tokenizer,
         template=dataset.template,
         max_length=48,
-        output_dir=tmp_path / "export",
-        card={},
     )
     loaded = load_export(exported, max_tokens=1)
     recorder = Recorder(loaded.num_dimensions, loaded.encoder.config)

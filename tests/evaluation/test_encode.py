@@ -19,16 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ModelConfig, StarterConfig, Template
-from pipeline.data.tokens import TokenizerInfo
+from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
 from pipeline.evaluation import encode
 from pipeline.evaluation.encode import encode_file
 from pipeline.evaluation.encode_job import EncodeJob
-from pipeline.model.encoder import build_encoder
-from pipeline.model.export import export_encoder
 from pipeline.model.load import load_export
-from pipeline.model.starter import build_starter
+from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")
 
@@ -43,26 +40,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that leaves instructions out of its vectors."""
     folder = tmp_path_factory.mktemp("export")
     (folder / "corpus.txt").write_text("\n".join(make_texts(50)))
-    starter = StarterConfig(
-        output_dir=folder / "starter",
-        corpus=(folder / "corpus.txt",),
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=1,
-    )
-    path = str(build_starter(starter))
-    config = ModelConfig(path=path, dtype="float32", pool_instruction=False)
-    tokenizer = TokenizerInfo(path=path, fingerprint="", vocab_size=300, eos_id=0, append_eos=False)
-    return export_encoder(
-        build_encoder(config),
-        config=config,
-        tokenizer=tokenizer,
-        template=Template(),
-        max_length=64,
-        output_dir=folder / "model",
-        card={},
-    )
+    starter = tiny_starter(folder / "starter", folder / "corpus.txt", num_layers=1)
+    config = ModelConfig(path=str(starter), dtype="float32", pool_instruction=False)
+    return export_tiny(None, config, folder / "model")
 
 
 @pytest.fixture

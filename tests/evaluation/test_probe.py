@@ -12,26 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config import ModelConfig, ProbeConfig, StarterConfig, Template
+from pipeline.config import ModelConfig, ProbeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import probe
 from pipeline.evaluation.words import read_sentences, tokens_of_words
 from pipeline.model.encoder import build_encoder
-from pipeline.model.export import export_encoder
-from pipeline.model.starter import build_starter
 from pipeline.tokenizer import load_tokenizer
+from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow", "reed", "bay")
 Tagged = list[tuple[str, str]]
-
-
-class _Source:
-    """What an export asks of a dataset's tokenizer."""
-
-    append_eos = False
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +31,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     corpus = folder / "corpus.txt"
     rng = random.Random(0)  # each word often, with and without a space before it
     corpus.write_text("".join(" ".join(rng.sample(WORDS, 5)) + "\n" for _ in range(200)))
-    starter = StarterConfig(
-        output_dir=folder / "model",
-        corpus=(corpus,),
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
-    )
-    build_starter(starter)
+    sizes = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96}
+    tiny_starter(folder / "model", corpus, **sizes)
     found = {}
     for attention in ("bidirectional", "causal"):
         config = ModelConfig(
@@ -64,15 +47,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                     parameter.mul_(50)
                 elif "self_attn" in name:
                     parameter.mul_(7)
-        found[attention] = export_encoder(
-            encoder,
-            config=config,
-            tokenizer=_Source(folder / "model"),
-            template=Template(),
-            max_length=64,
-            output_dir=folder / attention,
-            card={"step": 0, "recipe": ""},
-        )
+        found[attention] = export_tiny(encoder, config, folder / attention)
     return found
 
 

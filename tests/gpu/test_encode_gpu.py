@@ -10,35 +10,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.config import ModelConfig, StarterConfig, Template
-from pipeline.data.tokens import TokenizerInfo
+from pipeline.config import ModelConfig
 from pipeline.evaluation.encode import encode_file
 from pipeline.evaluation.encode_job import EncodeJob
-from pipeline.model.encoder import build_encoder
-from pipeline.model.export import export_encoder
 from pipeline.model.load import load_export
-from pipeline.model.starter import build_starter
+from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")
 
 
 def export(folder: Path) -> Path:
     (folder / "corpus.txt").write_text(" ".join(WORDS) * 9)
-    starter = build_starter(
-        StarterConfig(output_dir=folder / "starter", corpus=(folder / "corpus.txt",))
-    )
+    starter = tiny_starter(folder / "starter", folder / "corpus.txt", hidden_size=128)
     config = ModelConfig(path=str(starter), dtype="float32")
-    return export_encoder(
-        build_encoder(config),
-        config=config,
-        tokenizer=TokenizerInfo(
-            path=str(starter), fingerprint="", vocab_size=4096, eos_id=None, append_eos=False
-        ),
-        template=Template(),
-        max_length=512,
-        output_dir=folder / "model",
-        card={},
-    )
+    return export_tiny(None, config, folder / "model", max_length=512)
 
 
 @pytest.mark.parametrize(

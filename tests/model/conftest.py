@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import StarterConfig
-from pipeline.model.starter import build_starter
+from tests.tiny_models import tiny_starter
 
 CORPUS = [
     "The gradient of a global mean loss does not depend on how rows are dealt to ranks.",
@@ -28,14 +27,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def starter(corpus: Path) -> Path:
     """A tiny Dream-layout model folder."""
-    return build_starter(
-        StarterConfig(
-            output_dir=corpus.parent / "starter",
-            corpus=(corpus,),
-            vocab_size=400,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=4,
-            num_kv_heads=2,
-        )
-    )
+    return tiny_starter(corpus.parent / "starter", corpus, vocab_size=400)

@@ -21,6 +21,7 @@ from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.load import load_export
 from tests.model.conftest import CORPUS
+from tests.tiny_models import TokenizerSource
 
 TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
 TEMPLATE = Template(query="Task: {instruction}\nQ: {text}", document="D: {text}")
@@ -39,12 +40,6 @@ for line in sys.stdin:
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    path: str
-    append_eos: bool = False
-
-
 def make(starter: Path, seed: int = 0, **changes: Any) -> tuple[Encoder, ModelConfig]:
     """An encoder of the starter's shape with weights large enough that attention matters."""
     config = ModelConfig(path=str(starter), dtype="float32", **changes)
@@ -59,7 +54,7 @@ def make(starter: Path, seed: int = 0, **changes: Any) -> tuple[Encoder, ModelCo
 def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **changes: Any) -> Path:
     arguments = {
         "config": config,
-        "tokenizer": Source(str(starter)),
+        "tokenizer": TokenizerSource(str(starter)),
         "template": TEMPLATE,
         "max_length": 64,
         "output_dir": out,
@@ -300,7 +295,7 @@ def test_appended_eos_survives_export_and_truncation(
     starter: Path, tmp_path: Path, stranger: Stranger
 ) -> None:
     encoder, config = make(starter, pooling="last_token", attention="causal")
-    source = Source(str(starter), append_eos=True)
+    source = TokenizerSource(str(starter), append_eos=True)
     folder = export(encoder, config, starter, tmp_path / "export", tokenizer=source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     eos = tokenizer.eos_token_id

@@ -14,17 +14,16 @@ from pipeline.config import (
     ObjectiveConfig,
     PrepareConfig,
     SourceConfig,
-    StarterConfig,
     TrainConfig,
 )
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.loss.tokens import TILE_BYTES
 from pipeline.model.encoder import build_encoder
-from pipeline.model.starter import build_starter
 from pipeline.planning.memory import memory_per_rank
 from pipeline.planning.plan import describe, plan_run
 from pipeline.training.ds_config import resolve_ds_config
+from tests.tiny_models import tiny_starter
 
 GIB = 2**30
 
@@ -32,10 +31,9 @@ GIB = 2**30
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     """20 lines of 40 words, in blocks of 32 tokens."""
-    raw, model = tmp_path / "lines.txt", str(tmp_path / "model")
+    raw = tmp_path / "lines.txt"
     raw.write_text("".join(f"{number} " + "far and near " * 13 + "\n" for number in range(20)))
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
-    build_starter(StarterConfig(output_dir=Path(model), corpus=(raw,), **sizes))
+    model = str(tiny_starter(tmp_path / "model", raw))
     source = SourceConfig(name="lines", format="lines", path=str(raw))
     shards = PrepareConfig(output_dir=tmp_path / "shards", tokenizer=model, sources=(source,))
     return TrainConfig(

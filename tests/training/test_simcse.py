@@ -17,7 +17,6 @@ from pipeline.config import (
     ModelConfig,
     PrepareConfig,
     SourceConfig,
-    StarterConfig,
     TrainConfig,
 )
 from pipeline.data.batch import GlobalBatch
@@ -25,10 +24,10 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
 from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.model.starter import build_starter
 from pipeline.training.engine import seed_random
 from pipeline.training.step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine
+from tests.tiny_models import tiny_starter
 from tests.training.tiny_recipe import WORDS
 
 LINES, TEMPERATURE = 12, 0.05
@@ -42,10 +41,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(LINES - 2)]
     raw = folder / "lines.txt"
     raw.write_text("\n".join([*lines, lines[0], lines[0]]))
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
-    build_starter(StarterConfig(output_dir=folder / "model", corpus=(raw,), **sizes))
+    model = str(tiny_starter(folder / "model", raw))
     source = SourceConfig(name="lines", format="lines", path=str(raw))
-    model = str(folder / "model")
     config = PrepareConfig(output_dir=folder / "shards", tokenizer=model, sources=(source,))
     return Dataset.open(prepare(config, num_workers=1))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
+from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.data.prepare import prepare
-from pipeline.model.starter import build_starter
 from tests.support import launch_ranks
+from tests.tiny_models import tiny_starter
 from tests.training.tiny_recipe import WORDS
 
 WORKER = Path(__file__).with_name("stages_worker.py")
@@ -26,8 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(60)]
     raw = folder / "lines.txt"
     raw.write_text("\n".join(lines))
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
-    build_starter(StarterConfig(output_dir=folder / "model", corpus=(raw,), **sizes))
+    tiny_starter(folder / "model", raw)
     source = SourceConfig(name="lines", format="lines", path=str(raw))
     prepare(
         PrepareConfig(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.config import PrepareConfig, SourceConfig, StarterConfig
+from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.data.prepare import prepare
-from pipeline.model.starter import build_starter
+from tests.tiny_models import tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow", "reed", "bay")
 
@@ -26,16 +26,7 @@ def make_recipe(folder: Path) -> Path:
         )
     raw = folder / "rows.jsonl"
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_starter(
-        StarterConfig(
-            output_dir=folder / "model",
-            corpus=(raw,),
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_layers=2,
-        )
-    )
+    tiny_starter(folder / "model", raw)
     prepare(
         PrepareConfig(
             output_dir=folder / "shards",
