@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import errors_end_the_process
 from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
@@ -98,11 +97,8 @@ def texts(
 
 def main() -> None:
     """Run the command; a mistake of the user ends with one line and exit code 2."""
-    try:
+    with errors_end_the_process():
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -18,7 +16,7 @@ from pipeline.config import (
     TrainConfig,
     load_config,
 )
-from pipeline.errors import DiffembedError, UserError
+from pipeline.errors import UserError, errors_end_the_process
 
 T = TypeVar("T")
 
@@ -326,14 +324,8 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Run a subcommand; errors of this package become one line and their exit code."""
-    try:
+    with errors_end_the_process():
         app()
-    except DiffembedError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
 
 
 if __name__ == "__main__":

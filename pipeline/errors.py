@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class DiffembedError(Exception):
     """Root of all errors this package raises on purpose; exits with 1."""
@@ -34,3 +38,18 @@ class Stopped(DiffembedError):  # noqa: N818 -- an outcome, not a fault
     """The run was asked to stop, wrote a checkpoint, and can be resumed; exits with 75."""
 
     exit_code = 75
+
+
+def say_error(error: DiffembedError) -> None:
+    """The one line by which every command tells an error of this package."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def errors_end_the_process() -> Iterator[None]:
+    """A command: an error of this package becomes one line and its exit code."""
+    try:
+        yield
+    except DiffembedError as error:
+        say_error(error)
+        sys.exit(error.exit_code)

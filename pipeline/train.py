@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from pipeline import comm
 from pipeline.config import TrainConfig, dump_config, load_config
-from pipeline.errors import DiffembedError
+from pipeline.errors import DiffembedError, say_error
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
 
@@ -88,7 +88,7 @@ def main(*, parent: int | None = None) -> None:
     try:
         run(sys.argv[1:], parent=parent)
     except DiffembedError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say_error(error)
         code = error.exit_code
     except Exception:
         traceback.print_exc()

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import DiffembedError
+from pipeline.errors import DiffembedError, say_error
 from pipeline.run_dir import write_text
 
 Task = Callable[[int], None]
@@ -210,7 +210,7 @@ def _mpi_ranks() -> Iterator[MpiRanks]:
             raise
         # The others would wait for this rank until the job's time is over.
         if isinstance(error, DiffembedError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say_error(error)
         else:
             traceback.print_exc()
             sys.stderr.flush()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import TrainConfig, load_config
-from pipeline.errors import DiffembedError
+from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.submission import allocation
 from pipeline.submission.progress import History, last_step
 from pipeline.submission.successor import submit_successor
@@ -156,15 +156,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--deepspeed")
     options = parser.parse_intermixed_args(words)
-    try:
+    with errors_end_the_process():
         config = load_config(TrainConfig, options.config, tuple(options.overrides))
         if moment == "begin":
             begin(config, allocation.own_id())
         else:
             end(config, allocation.own_id(), int(code), out_of_time=signalled == "USR1")
-    except DiffembedError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_sizes_out_of_range_are_refused_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(monkeypatch, "templates", "--out", str(tmp_path / "out"), *arguments) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert capsys.readouterr().err == f"UserError: {message}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_made_is_refused_with_one_line(
     data = () if command == "templates" else ("--data", str(generated))
     assert run(monkeypatch, command, *data, "--out", out) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --out {out}: Not a directory")
+    assert error.startswith(f"UserError: --out {out}: Not a directory")
     assert error.count("\n") == 1
 
 
