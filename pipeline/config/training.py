@@ -209,6 +209,20 @@ class TrainConfig:
             end,
             f"at least num_steps ({self.num_steps})",
         )
+        self._check_schedule()
+        if self.objective is None:
+            require(
+                self.data.block_length is None,
+                "data.block_length",
+                self.data.block_length,
+                "null without an objective",
+                "the contrastive loss compares whole texts",
+            )
+        else:
+            self._check_token_prediction(self.objective)
+
+    def _check_schedule(self) -> None:
+        """Refuse what a schedule would do anyway, or cannot do."""
         require(
             self.schedule in ("auto", "cache") or self.chunks.keep_graphs == 0,
             "chunks.keep_graphs",
@@ -223,16 +237,6 @@ class TrainConfig:
             "false with schedule sweep",
             "a sweep already computes one layer at a time again",
         )
-        if self.objective is None:
-            require(
-                self.data.block_length is None,
-                "data.block_length",
-                self.data.block_length,
-                "null without an objective",
-                "the contrastive loss compares whole texts",
-            )
-        else:
-            self._check_token_prediction(self.objective)
 
     def _check_token_prediction(self, objective: ObjectiveConfig) -> None:
         """Refuse what the prediction of tokens would silently ignore."""

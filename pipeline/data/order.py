@@ -219,17 +219,6 @@ class Order:
         elements = self._streams[unit].take(ordinal=ordinal, start=ordinal * size, count=size)
         return self.units[unit].example_ids(elements)
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been gone through when `step` steps are done."""
-        passed: dict[str, list[float]] = {}
-        cycles = step / (_QUOTA_STEPS if self.homogeneous == "none" else self._counts.sum())
-        per_unit = self._counts * (1 if self.homogeneous == "none" else self.global_batch_size)
-        for unit, taken in zip(self.units, per_unit * cycles, strict=True):
-            total = passed.setdefault(unit.groups[0].source, [0.0, 0.0])
-            total[0] += float(taken)
-            total[1] += unit.size
-        return {source: taken / size for source, (taken, size) in passed.items()}
-
     def _mixed(self, step: int) -> IntArray:
         """Slots of a cycle lie sorted by unit; a step takes every `_QUOTA_STEPS`-th of them."""
         cycle, place = divmod(step, _QUOTA_STEPS)

@@ -148,6 +148,7 @@ def _is_done(config: PrepareConfig) -> bool:
 
 def _begin(build: Build) -> None:
     """Continue a build of the same config and inputs, start over otherwise."""
+    # Those of a killed build; there are none where this process works alone.
     shutil.rmtree(build.folder / "claims", ignore_errors=True)
     if build.output("plan", 0).exists() and build.plan.recipe != recipe_of(build.config):
         shutil.rmtree(build.folder)

@@ -75,18 +75,8 @@ def export_encoder(
         UserError: `output_dir` holds something that is not an export, the tokenizer is gone, the
             model needs code of its own, or there is no adapter to write.
     """
-    if adapter_only:
-        _check_adapter(config)
-    elif config.trust_remote_code:
-        raise UserError(
-            f"merged export of {config.path}, whose code is not part of transformers",
-            fix="train with model.lora and export the adapter alone",
-        )
-    loaded = load_tokenizer(tokenizer.path)
-    if tokenizer.append_eos:
-        append_eos(loaded)
-    loaded.padding_side = "right"
-    loaded.model_max_length = max_length
+    _check_form(config, adapter_only)
+    loaded = _tokenizer_to_write(tokenizer, max_length)
     settings = {
         "version": 1,
         "template": as_tree(template),
@@ -128,9 +118,26 @@ def _is_plain(encoder: Encoder, config: ModelConfig) -> bool:
     )
 
 
-def _check_adapter(config: ModelConfig) -> None:
-    if config.lora is None and config.adapter_use != "continue":
-        raise UserError("adapter-only export of a run without adapter", fix="export it merged")
+def _check_form(config: ModelConfig, adapter_only: bool) -> None:
+    """Refuse an adapter that is not there, and a merged model that nobody else could load."""
+    if adapter_only:
+        if config.lora is None and config.adapter_use != "continue":
+            raise UserError("adapter-only export of a run without adapter", fix="export it merged")
+    elif config.trust_remote_code:
+        raise UserError(
+            f"merged export of {config.path}, whose code is not part of transformers",
+            fix="train with model.lora and export the adapter alone",
+        )
+
+
+def _tokenizer_to_write(source: TokenizerSource, max_length: int) -> Any:
+    """The tokenizer of the training data, made to cut and to end texts by itself as they were."""
+    tokenizer = load_tokenizer(source.path)
+    if source.append_eos:
+        append_eos(tokenizer)
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = max_length
+    return tokenizer
 
 
 @contextmanager
@@ -149,7 +156,7 @@ def _replaced(output_dir: Path) -> Iterator[Path]:
         work.rename(output_dir)
         sync_dir(output_dir.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)  # renamed where all went well
 
 
 def is_export(path: Path) -> bool:

@@ -125,20 +125,6 @@ class Saver:
         return pending.target
 
 
-def save(
-    folder: Path,
-    engine: Stateful,
-    *,
-    step: int,
-    identity: dict[str, Any],
-    extra: dict[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint and wait until it is whole; a collective call, see `Saver`."""
-    saver = Saver(folder)
-    saver.begin(engine, step=step, identity=identity, extra=extra)
-    return saver.finish()
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed saves and deletions left; rank 0 only, while nobody saves."""
     for pattern in (".step-*.partial", ".step-*.deleted"):
@@ -176,4 +162,5 @@ def _publish(pending: _Pending, files: dict[str, Any]) -> None:
     sync_dir(target.parent)
     # Last: `latest` must never name a checkpoint that is not whole.
     name_newest(target)
+    # What cannot be deleted now is a leftover of the next start.
     shutil.rmtree(replaced, ignore_errors=True)

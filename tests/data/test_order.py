@@ -166,15 +166,6 @@ def test_an_unknown_source_in_the_weights_is_refused() -> None:
         source_shares(GROUPS, weights={"q": 1.0}, temperature=1.0, cap=None)
 
 
-def test_epochs_count_passes_over_each_source() -> None:
-    order = make_order(GROUPS, batch=64, mode="none")
-    steps = 1490 * 64 // 64
-    passes = order.epochs(steps)
-    ids = np.concatenate([order.batch(step) for step in range(steps)])
-    assert passes["a"] == pytest.approx((ids < 1100).sum() / 1100, rel=0.01)
-    assert passes["c"] == pytest.approx((ids >= 1190).sum() / 300, rel=0.01)
-
-
 def test_a_far_step_needs_no_walk() -> None:
     groups = make_groups({("a", str(k)): 2_500_000 for k in range(4)})
     order = make_order(groups, batch=1024, mode="instruction")

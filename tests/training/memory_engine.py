@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+
+from pipeline.training.checkpoint import Stateful
+from pipeline.training.saving import Saver
 
 
 class Memory:
@@ -27,3 +33,17 @@ class Memory:
 
     def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         self.state[name] = state
+
+
+def save(
+    folder: Path,
+    engine: Stateful,
+    *,
+    step: int,
+    identity: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """A whole checkpoint of any engine; a collective call."""
+    saver = Saver(folder)
+    saver.begin(engine, step=step, identity=identity, extra=extra)
+    return saver.finish()

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.run_dir import write_text
-from pipeline.training import checkpoint, saving
+from pipeline.training import checkpoint
 from tests.support import launch_ranks
-from tests.training.memory_engine import Memory
+from tests.training.memory_engine import Memory, save
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
@@ -58,8 +58,8 @@ def test_resuming_at_another_stage_or_world_size_keeps_the_optimizer(
 
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "half a state", "shortened"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
-    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
-    path = saving.save(tmp_path, Memory(a=1.0), step=2, identity={})
+    save(tmp_path, Memory(a=1.0), step=1, identity={})
+    path = save(tmp_path, Memory(a=1.0), step=2, identity={})
     (file,) = path.glob("*.safetensors")
     if damage == "flipped byte":
         content = bytearray(file.read_bytes())
@@ -78,21 +78,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
 
 
 def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
-    path = saving.save(
-        tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1}
-    )
+    path = save(tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1})
     with pytest.raises(UserError, match="seed is 2, but the run in .* began with 1"):
         checkpoint.load(path, Memory(a=0.0), {"seed": 2})
 
 
 def test_a_model_with_other_parameters_is_refused(tmp_path: Path) -> None:
-    path = saving.save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
+    path = save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
     with pytest.raises(UserError, match="differ in 1 parameters, first b"):
         checkpoint.load(path, Memory(a=0.0), {})
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    path = saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    path = save(tmp_path, Memory(a=1.0), step=1, identity={})
     text = (path / "state.json").read_text()
     write_text(path / "state.json", text.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(UserError, match="format 9"):
@@ -100,7 +98,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
-    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    save(tmp_path, Memory(a=1.0), step=1, identity={})
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
         checkpoint.latest(tmp_path)
@@ -109,7 +107,7 @@ def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
 def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
-        saving.save(folder, Memory(a=float(step)), step=step, identity={})
+        save(folder, Memory(a=float(step)), step=step, identity={})
     (folder / "step-000003" / "state.json").unlink()
     newest = checkpoint.latest(folder)
     assert newest is not None
@@ -131,7 +129,7 @@ def test_a_run_is_not_taken_back_to_what_is_not_whole(
     tmp_path: Path, name: str, reason: str
 ) -> None:
     for step in (1, 3, 4):
-        saving.save(tmp_path, Memory(a=1.0), step=step, identity={})
+        save(tmp_path, Memory(a=1.0), step=step, identity={})
     (tmp_path / "step-000003" / "state.json").write_text("{")
     with pytest.raises(UserError, match=reason):
         checkpoint.rewind(tmp_path, name)

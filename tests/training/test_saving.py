@@ -18,7 +18,7 @@ from pipeline.errors import DiffembedError, UserError
 from pipeline.run_dir import RunDir
 from pipeline.training import checkpoint, retention, saving
 from tests.support import run_ranks
-from tests.training.memory_engine import Memory
+from tests.training.memory_engine import Memory, save
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -53,24 +53,24 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
 
 def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:
     engine = Memory(a=1.0, b=1.0)
-    saving.save(tmp_path, engine, step=1, identity={})
+    save(tmp_path, engine, step=1, identity={})
     engine.state["b"]["weight"] = torch.empty(0)  # as of a parameter that ZeRO-3 has partitioned
     with pytest.raises(DiffembedError, match="b/weight is empty"):
-        saving.save(tmp_path, engine, step=2, identity={})
+        save(tmp_path, engine, step=2, identity={})
     assert checkpoint.names(tmp_path) == ["step-000001"]
 
 
 def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
     path = Path(folder)
     names = {name: float(index) for index, name in enumerate("abcd")}
-    saving.save(path, Memory(**names), step=1, identity={})
+    save(path, Memory(**names), step=1, identity={})
     before = tree(path)
     if comm.rank() == 1:
         # The kernel refuses every byte beyond it, as a full disk does.
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        saving.save(path, Memory(**names), step=2, identity={})
+        save(path, Memory(**names), step=2, identity={})
     except DiffembedError as error:
         said = str(error)
     if comm.rank() == 1:
@@ -95,7 +95,7 @@ def test_a_disk_full_for_one_rank_fails_the_save_of_all_and_leaves_the_one_befor
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     with pytest.raises(DiffembedError, match=r"checkpoints/step-000001 could not be written"):
-        saving.save(tmp_path / "checkpoints", Memory(a=1.0), step=1, identity={})
+        save(tmp_path / "checkpoints", Memory(a=1.0), step=1, identity={})
 
 
 def test_what_is_read_back_is_compared_with_what_was_to_be_written(
@@ -108,13 +108,13 @@ def test_what_is_read_back_is_compared_with_what_was_to_be_written(
 
     monkeypatch.setattr(saving, "save_file", forgetful_save_file)
     with pytest.raises(DiffembedError, match="a/exp_avg was read back with other values"):
-        saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+        save(tmp_path, Memory(a=1.0), step=1, identity={})
     assert checkpoint.latest(tmp_path) is None
 
 
 def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12):
-        saving.save(tmp_path, Memory(a=1.0), step=step, identity={})
+        save(tmp_path, Memory(a=1.0), step=step, identity={})
     retention.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
     # Of what the run was taken back from nothing is deleted.
     kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
@@ -124,7 +124,7 @@ def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
 def keep(run: Path, config: CheckpointConfig, steps: range) -> None:
     keeper = retention.Keeper(run, config)
     for step in steps:
-        path = saving.save(run, Memory(a=float(step)), step=step, identity={})
+        path = save(run, Memory(a=float(step)), step=step, identity={})
         keeper.keep(path, step)
         keeper.wait()
 
@@ -156,7 +156,7 @@ def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
-    saving.save(tmp_path, Memory(a=1.0), step=1, identity={})
+    save(tmp_path, Memory(a=1.0), step=1, identity={})
     before = tree(tmp_path)
     for name in (".step-000002.partial", ".step-000001.deleted"):
         (tmp_path / name).mkdir()
