@@ -50,9 +50,9 @@ def rows_of(dataset: Dataset, step: int, world_size: int = 1, **data: Any) -> di
             if not chunk.is_dummy:
                 pieces = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
                 for text, piece in zip(chunk.texts, pieces, strict=True):
-                    assert (
-                        found.setdefault(int(batch.example_ids[text]), piece.tolist()) is not None
-                    )
+                    name = int(batch.example_ids[text])
+                    assert name not in found  # one rank alone has it
+                    found[name] = piece.tolist()
     return found
 
 
