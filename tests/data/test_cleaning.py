@@ -234,6 +234,17 @@ def test_prepared_strings_are_those_that_evaluation_will_format(
     assert sorted(view.tolist() for view in views) == sorted(row.tolist() for row in pair)
 
 
+def test_hard_negatives_are_capped_and_rows_without_any_left_out_on_request(build: Any) -> None:
+    records = [
+        {"query": "many", "positives": ["p"], "negatives": ["first", "second", "third"]},
+        {"query": "none", "positives": ["q"], "negatives": []},
+    ]
+    options = {"max_negatives": 2, "require_negatives": True}
+    dataset = build(records, source_options=options)
+    assert dataset.examples.lengths("negatives", np.arange(dataset.num_examples)).tolist() == [2]
+    assert dropped(dataset) == [("query", "no hard negative", "none")]
+
+
 def test_too_many_instructions_make_one_group(build: Any) -> None:
     records = [
         {"query": f"q{k}", "positives": [f"p{k}"], "how": f"instruction {k}"} for k in range(1100)
