@@ -1,13 +1,19 @@
-"""Scores of a run's checkpoints, made while it was training, against their step."""
+"""Scores of a run's checkpoints, made while it was training, against their step.
+
+What made them takes as much room as the model, for each step: it goes when the scores are there.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import EvaluateConfig, load_config
 from pipeline.evaluation.bootstrap import interval
+from pipeline.evaluation.elements import list_elements, read_result
 from pipeline.evaluation.tables import Table
 from pipeline.run_dir import RunDir, checkpoint_step
 
@@ -60,3 +66,42 @@ def step_rows(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
         scores = {point["step"]: f"{point['score']:.4f}" for point in points}
         rows.append([task, points[0]["metric"], *(scores.get(step, "") for step in steps)])
     return ["task", "metric", *(f"step {step}" for step in steps)], rows
+
+
+def give_back(evaluations: Path) -> None:
+    """Delete exports and vectors of steps that are scored, but for the newest and the best.
+
+    The best has the highest mean of its tasks' scores, among steps with as many as the newest. What
+    an export was made from goes for all of them.
+
+    Args:
+        evaluations: the folder of a run that holds `step-000100` and so on.
+    """
+    scores: dict[int, list[float]] = {}
+    for path in evaluations.glob("step-*/evaluate.yaml"):
+        config = load_config(EvaluateConfig, path)
+        results = [read_result(element) for element in list_elements(config)]
+        scored = [float(result["score"]) for result in results if result is not None]
+        if len(scored) == len(results):
+            scores[int(path.parent.name.removeprefix("step-"))] = scored
+    newest = max(scores, default=0)
+    best = max(
+        (step for step in scores if len(scores[step]) == len(scores[newest])),
+        key=lambda step: (sum(scores[step]), step),
+        default=0,
+    )
+    for step in scores:
+        folder = evaluations / f"step-{step:06d}"
+        _delete(RunDir(folder).checkpoints)
+        if step not in (newest, best):
+            _delete(RunDir(folder).export)
+            for vectors in (evaluations / "store").glob(f"{folder.name}-*"):
+                _delete(vectors)
+
+
+def _delete(folder: Path) -> None:
+    # Renamed first, so that a kill in the middle leaves no half export under its name.
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    if folder.exists():
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.bootstrap import interval, paired_difference
-from pipeline.evaluation.by_step import read_curves, step_rows
+from pipeline.evaluation.by_step import give_back, read_curves, step_rows
 from pipeline.evaluation.elements import lengths_of, list_elements, read_result
 from pipeline.evaluation.examples import examples_markdown
 from pipeline.evaluation.merge import merge_results
@@ -27,7 +27,7 @@ from pipeline.evaluation.tables import (
 )
 from pipeline.model.card import add_evaluation
 from pipeline.model.export import is_export
-from pipeline.run_dir import write_json, write_text
+from pipeline.run_dir import RunDir, one_at_a_time, write_json, write_text
 
 # Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
 # a task is run at several.
@@ -46,8 +46,19 @@ def write_report(config: EvaluateConfig) -> Path:
     Raises:
         UserError: an element has not finished.
     """
+    folder = RunDir(config.output_dir).report
+    # Checkpoints of a run are scored side by side: whoever writes last must have read last.
+    with one_at_a_time(folder / ".lock"):
+        _write(config, folder)
+        run = config.training_run
+        if run and config.output_dir.resolve() == RunDir(run).evaluations.resolve():
+            give_back(config.output_dir)
+    print(f"report: {folder / 'report.md'}", flush=True)
+    return folder
+
+
+def _write(config: EvaluateConfig, folder: Path) -> None:
     results = collect(config)
-    folder = config.output_dir / "report"
     models = [model.name for model in config.models]
     tasks = [summarise(name, models, by_model) for name, by_model in results.items()]
     curve, by_step = read_curve(config.training_run), read_curves(config.training_run)
@@ -80,8 +91,6 @@ def write_report(config: EvaluateConfig) -> Path:
             add_evaluation(model.path, markdown_table(*card_rows(model.name, tasks)))
     header, rows = score_rows(models, tasks)
     print(aligned_table(header, rows))
-    print(f"report: {folder / 'report.md'}", flush=True)
-    return folder
 
 
 def collect(config: EvaluateConfig) -> Results:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.run_dir import write_json
+from pipeline.run_dir import one_at_a_time, write_json
 from pipeline.submission.job import Job
 
 
@@ -66,15 +65,10 @@ def locked_records(folders: set[Path]) -> Iterator[dict[Path, Record]]:
         # Sorted: two who lock the same folders in another order would wait for each other.
         for folder in sorted(folders):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((folder / ".lock").open("w"))
+                stack.enter_context(one_at_a_time(folder / ".lock"))
             except OSError as error:
                 raise UserError(
                     f"{folder}: cannot be written ({error.strerror})",
                     fix="choose an output_dir of your own",
                 ) from error
-            # Some network disks have no locks: nothing to go by. Others release them also when
-            # this process is killed.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
         yield {folder: Record(folder) for folder in folders}

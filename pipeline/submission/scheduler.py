@@ -23,8 +23,8 @@ _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 
 def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment to hand on to a new job: inside of a job, without what is that job's own."""
-    if "SLURM_JOB_ID" not in environ:
+    """The environment to hand on to a new job: from a job or a rank, without what is its own."""
+    if not {"SLURM_JOB_ID", "RANK"} & environ.keys():
         return dict(environ)
     return {
         key: value for key, value in environ.items() if key in _KEPT or not _OF_A_JOB.fullmatch(key)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config import ExportStep
+from pipeline.errors import DiffembedError
 from pipeline.submission.chain import evaluate_chain, export_chain
 from pipeline.submission.submit import Submission, submit
 
@@ -27,4 +28,8 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DiffembedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -2,7 +2,8 @@
 
     checkpoint --links--> RUN/evaluations/step-000100 --export--> scores --> RUN/evaluations/report
 
-The links keep the files when the checkpoint itself is pruned; an export takes their place.
+The links keep the files when the checkpoint itself is pruned; an export takes their place, and goes
+in its turn when its scores are in the report (`pipeline/evaluation/by_step.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.config import (
@@ -28,7 +31,12 @@ from pipeline.run_dir import RunDir, write_text
 # What a launcher says about a rank, or Slurm about this job; a process of its own is neither.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("OMPI_", "PMI", "SLURM_", "SBATCH_", "TORCHELASTIC_")
-_KEPT = "SLURM_CONF"
+# Written last of what the commands read.
+_READY = "evaluate.yaml"
+_SUBMITTED = "submitted"
+_LOG = "log"
+# For all orders of one step to Slurm; a scheduler that hangs is asked again at the next checkpoint.
+_PATIENCE_SECONDS = 120
 
 
 class Evaluations:
@@ -42,6 +50,8 @@ class Evaluations:
         self._train, self._every = train, every
         self._config = load_config(EvaluateConfig, every.config)
         self._folder = RunDir(train.output_dir).evaluations.absolute()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._last: Future[None] | None = None
         if every.where == "slurm" and shutil.which("sbatch") is None:
             raise UserError(
                 "evaluate.where: slurm, but there is no sbatch here",
@@ -51,29 +61,49 @@ class Evaluations:
     def start(self, checkpoint: Path, step: int) -> None:
         """Begin to score a whole checkpoint, if it is its turn and nobody has begun yet.
 
-        A fault is printed, not raised: training is worth more than a score.
+        Steps that Slurm did not take before are submitted again, whoever's turn it is. A fault is
+        printed, not raised: training is worth more than a score.
         """
         folder = self._folder / checkpoint.name
-        # Written last: its presence means that the folder is whole.
-        if step % self._every.every or (folder / "evaluate.yaml").exists():
-            return
         try:
-            self._drop_links()
-            self._prepare(folder, checkpoint)
-            log = folder / "log"
-            with log.open("ab") as file:
-                subprocess.Popen(
-                    ["/bin/sh", "-c", script(folder, self._every)],
-                    env=own_environment(on_cpu=self._every.where == "local"),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    # The launcher ends its own session's processes when training ends.
-                    start_new_session=True,
-                )
-            print(f"scoring {checkpoint.name}: {log}", flush=True)
+            if step % self._every.every == 0 and not (folder / _READY).exists():
+                self._drop_links()
+                self._prepare(folder, checkpoint)
+                if self._every.where == "local":
+                    _run_beside(folder)
         except OSError as error:
             print(f"{checkpoint.name} is not scored: {error}", flush=True)
+        # Not behind one that is still at it: a scheduler that hangs must not gather a queue.
+        if self._every.where == "slurm" and (self._last is None or self._last.done()):
+            self._last = self._thread.submit(self._submit_waiting)
+
+    def finish(self) -> None:
+        """Wait until Slurm has the steps that were begun, or is tried in vain; at training's end.
+
+        Slurm ends every process of a job with it, also those that submit.
+        """
+        if self._last is None:
+            return
+        self._last.result()
+        self._submit_waiting()
+        for folder in self._waiting():
+            command = shlex.join(_submission(folder, self._every.text_elements))
+            print(f"{folder.name} is not scored; to submit it: {command}", flush=True)
+
+    def _waiting(self) -> list[Path]:
+        """Folders of steps that Slurm has still to be given, oldest first."""
+        ready = (path.parent for path in self._folder.glob(f"step-*/{_READY}"))
+        return sorted(folder for folder in ready if not (folder / _SUBMITTED).exists())
+
+    def _submit_waiting(self) -> None:
+        """Submit step after step; after a failure, all that are left wait for the next call."""
+        for folder in self._waiting():
+            try:
+                _submit(folder, self._every.text_elements)
+            except OSError as error:
+                print(f"{folder.name} could not be submitted for scoring: {error}", flush=True)
+                return
+            print(f"scoring {folder.name}: {folder / _LOG}", flush=True)
 
     def _drop_links(self) -> None:
         """Let go of the files of checkpoints whose export is whole."""
@@ -100,20 +130,69 @@ class Evaluations:
             models=(model,),
             training_run=self._train.output_dir.absolute(),
         )
-        write_text(folder / "evaluate.yaml", dump_config(evaluate))
+        write_text(folder / _READY, dump_config(evaluate))
 
 
-def script(folder: Path, every: EvaluateEveryConfig) -> str:
-    """The shell commands that score the step whose files are in `folder`."""
-    python, name = shlex.quote(sys.executable), folder.name
-    train, evaluate = (shlex.quote(str(folder / f"{n}.yaml")) for n in ("train", "evaluate"))
-    if every.where == "slurm":
-        texts = "" if every.text_elements is None else f" {every.text_elements}"
-        return f"{python} -m pipeline.submission.step {train} {name} {evaluate}{texts}"
+def _submission(folder: Path, text_elements: int | None) -> list[str]:
+    """The command that submits export, scores and report of the step whose files are in `folder`.
+
+    A process of its own: a hung scheduler can be left behind, and training knows nothing of jobs.
+    """
+    words = [sys.executable, "-m", "pipeline.submission.step"]
+    words += [str(folder / "train.yaml"), folder.name, str(folder / _READY)]
+    return words if text_elements is None else [*words, str(text_elements)]
+
+
+def _submit(folder: Path, text_elements: int | None) -> None:
+    """Run that command, and note in the folder that Slurm has the step.
+
+    Raises:
+        OSError: Slurm refuses, or does not answer in time.
+    """
+    log = folder / _LOG
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            _submission(folder, text_elements),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait(_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # with the command of Slurm that hangs
+        process.wait()
+        raise OSError(f"no answer within {_PATIENCE_SECONDS} s") from error
+    if code:
+        said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise OSError(f"exit code {code}, {said}")
+    write_text(folder / _SUBMITTED, "")
+
+
+def _run_beside(folder: Path) -> None:
+    """Score the step whose files are in `folder` by a process that outlives training."""
+    log = folder / _LOG
+    with log.open("ab") as file:
+        subprocess.Popen(
+            ["/bin/sh", "-c", _script(folder)],
+            env=own_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            # The launcher ends its own session's processes when training ends.
+            start_new_session=True,
+        )
+    print(f"scoring {folder.name}: {log}", flush=True)
+
+
+def _script(folder: Path) -> str:
+    python = shlex.quote(sys.executable)
+    train, evaluate = (shlex.quote(str(folder / name)) for name in ("train.yaml", _READY))
     lock = shlex.quote(str(folder.parent / ".lock"))
     command = f"{python} -m pipeline.cli"
     steps = (
-        f"{command} export {train} --checkpoint {name}",
+        f"{command} export {train} --checkpoint {folder.name}",
         f"{command} evaluate run {evaluate}",
         f"{command} report {evaluate}",
     )
@@ -121,16 +200,14 @@ def script(folder: Path, every: EvaluateEveryConfig) -> str:
     return f"exec 9>{lock}; flock 9; renice -n 15 $$ >/dev/null; {' && '.join(steps)}"
 
 
-def own_environment(*, on_cpu: bool) -> dict[str, str]:
-    """This process's variables without those that make it a rank of a job."""
+def own_environment() -> dict[str, str]:
+    """This process's variables without the GPUs, which training has, and what makes it a rank."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name == _KEPT
-        or (name not in _RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES))
+        if name not in _RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
     }
-    # Training has the GPUs.
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""} if on_cpu else kept
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _link(source: str, target: str) -> None:

@@ -110,6 +110,13 @@ class RunCheckpoints:
             self._keeper.wait()
         return self._folder / checkpoint_name(step)
 
+    def complete(self, step: int) -> Path:
+        """As `save`, for the last step: also wait until its evaluation is begun."""
+        path = self.save(step)
+        if comm.rank() == 0 and self._evaluations:
+            self._evaluations.finish()
+        return path
+
     def _follow_up(self, path: Path, step: int) -> None:
         """What follows once a checkpoint is whole and `latest` names it; rank 0 only.
 

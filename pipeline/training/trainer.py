@@ -145,7 +145,7 @@ class Training:
                 for tracker in trackers:
                     tracker.log(batch.step, values)
             if last:
-                _say(f"done: {self.checkpoints.save(done)}")
+                _say(f"done: {self.checkpoints.complete(done)}")
                 return
             # One collective call for all that a step's end decides.
             wanted, writing, seconds = comm.max_over_ranks(

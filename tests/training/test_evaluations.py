@@ -14,7 +14,8 @@ import yaml
 
 from pipeline.config import EvaluateEveryConfig, TrainConfig, load_config
 from pipeline.errors import UserError
-from pipeline.training.evaluations import Evaluations, own_environment, script
+from pipeline.training import evaluations as scoring
+from pipeline.training.evaluations import Evaluations, own_environment
 from tests.evaluation import benchmark_replicas
 
 ROOT = Path(__file__).parents[2]
@@ -153,21 +154,89 @@ def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
 
 
 def test_what_scores_is_no_rank_of_the_training_job(monkeypatch) -> None:
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SLURM_CONF"):
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "HF_HOME"):
         monkeypatch.setenv(name, "1")
-    found = own_environment(on_cpu=True)
-    assert found["SLURM_CONF"] == "1"
+    found = own_environment()
+    assert found["HF_HOME"] == "1"
     assert not {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} & set(found)
     assert found["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_slurm_step_is_one_submission_of_export_scores_and_report(tmp_path) -> None:
-    every = EvaluateEveryConfig(every=2, config=tmp_path, text_elements=64)
-    words = script(Path("run/evaluations/step-000002"), every).split()
-    assert words[1:4] == ["-m", "pipeline.submission.step", words[3]]
-    assert words[3:] == [
-        "run/evaluations/step-000002/train.yaml",
-        "step-000002",
-        "run/evaluations/step-000002/evaluate.yaml",
-        "64",
+# A stand-in for Slurm's command; a real one that fails when it should is in nobody's hands.
+SBATCH = """\
+#!/bin/sh
+case $(cat {folder}/slurm-is) in
+  away) echo "sbatch: error: Unable to contact slurm controller" >&2; exit 1;;
+  hung) exec sleep 600;;
+esac
+case $* in *--test-only*) exit;; esac
+echo $* >>{folder}/orders; wc -l <{folder}/orders
+"""
+
+
+@pytest.fixture
+def slurm(recipe, evaluation, tmp_path, monkeypatch) -> tuple[Evaluations, Path]:
+    """Evaluations every second step through the stand-in; the file says how it behaves."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    silent = "#!/bin/sh\n"
+    for name in ("sbatch", "squeue", "scontrol"):
+        text = SBATCH.format(folder=tmp_path) if name == "sbatch" else silent
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    state = tmp_path / "slurm-is"
+    state.write_text("well")
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(ROOT / "slurm/cluster.env"))
+    monkeypatch.chdir(ROOT)
+    every = EvaluateEveryConfig(every=2, config=evaluation, text_elements=64)
+    overrides = (f"output_dir={tmp_path}/run", "checkpoint.every=1")
+    return Evaluations(load_config(TrainConfig, recipe, overrides), every), state
+
+
+def orders(state: Path) -> list[str]:
+    path = state.with_name("orders")
+    found = path.read_text().splitlines() if path.exists() else []
+    return [Path(line.split()[-1]).name.rpartition("-")[0] for line in found]
+
+
+CHAIN = ["evaluate-plan", "evaluate-embed", "evaluate-score", "report"]
+
+
+def test_each_step_is_submitted_as_one_chain_before_training_ends(slurm, tmp_path) -> None:
+    evaluations, state = slurm
+    for step in (1, 2, 3, 4):
+        evaluations.start(checkpoint_of(tmp_path / "run", step), step)
+    evaluations.finish()
+    assert orders(state) == [
+        *("export-step-000002", *CHAIN),
+        *("export-step-000004", *CHAIN),
     ]
+    evaluations.start(tmp_path / "run/checkpoints/step-000004", 4)  # as after a resume
+    evaluations.finish()
+    assert len(orders(state)) == 2 * (1 + len(CHAIN))
+
+
+@pytest.mark.parametrize(
+    ("fault", "patience", "said"),
+    [("away", 120, "Unable to contact slurm controller"), ("hung", 1, "no answer within 1 s")],
+)
+def test_a_step_that_slurm_does_not_take_is_submitted_at_the_next_checkpoint(
+    fault, patience, said, slurm, tmp_path, monkeypatch, capsys
+) -> None:
+    evaluations, state = slurm
+    monkeypatch.setattr(scoring, "_PATIENCE_SECONDS", patience)
+    state.write_text(fault)
+    evaluations.start(checkpoint_of(tmp_path / "run", 2), 2)
+    evaluations.finish()
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert "step-000002 is not scored; to submit it: " in shown
+    assert orders(state) == []
+
+    state.write_text("well")
+    monkeypatch.setattr(scoring, "_PATIENCE_SECONDS", 120)
+    evaluations.start(checkpoint_of(tmp_path / "run", 3), 3)
+    evaluations.finish()
+    assert orders(state) == ["export-step-000002", *CHAIN]
