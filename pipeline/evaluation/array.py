@@ -68,6 +68,8 @@ def run_element(
             scratch=Path(scratch),
         )
         result |= {"key": key, "seconds": round(time.monotonic() - started, 2)}
+        if scaling := element.model.rope_scaling:
+            result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
         _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
     write_json(element.result_path, result)
     print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)

@@ -113,7 +113,8 @@ def collect(config: EvaluateConfig) -> Results:
         raise UserError(
             f"{len(missing)} of {len(list_elements(config))} evaluation elements have no result, "
             f"the first: {missing[0].model.name} {missing[0].task}",
-            fix="run elements " + ",".join(str(element.index) for element in missing),
+            fix="their logs say why; submit the evaluation again, or run elements "
+            + ",".join(str(element.index) for element in missing),
         )
     return results
 
@@ -239,6 +240,9 @@ def _examples(results: Results, model: str) -> str:
 def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
     header = ["task", "model", "revision", "max length", "precision", "query template"]
     header += ["document template", "instruction", "data set"]
+    scaled = any(r.get("rope_scaling") for by_model in results.values() for r in by_model.values())
+    if scaled:
+        header.append("RoPE scaling")
     rows = [
         [
             task,
@@ -250,6 +254,7 @@ def _provenance(results: Results) -> tuple[list[str], list[list[str]]]:
             _code(result["document_template"]),
             result["instruction"] or "none",
             result["dataset_revision"][:12],
+            *([result.get("rope_scaling") or "none"] if scaled else []),
         ]
         for task, by_model in results.items()
         for model, result in by_model.items()

@@ -102,10 +102,12 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     plan = read_plan(config)
     missing = missing_blocks(config, element.model, plan)
     if missing:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise UserError(
             f"{element.model.name}: {len(missing)} of {len(plan.block_costs)} blocks are not "
-            "embedded",
-            fix="run the `diffembed evaluate embed` array again; it does only what is missing",
+            f"embedded: {shown}",
+            fix="the logs of the array's elements say why; submit the evaluation again, or run "
+            "`diffembed evaluate embed`: only what is missing is done",
         )
     folder = store_folder(config, element.model, plan)
     description = json.loads((folder / "model.json").read_text())

@@ -156,7 +156,8 @@ def evaluate_chain(
     gpu = {**common, "flags": "EVALUATE_FLAGS"}
     if text_elements is None:
         run = Job(name="evaluate", arguments=("run", str(path)), array=left, **gpu)
-        return Chain(jobs=(run, dataclasses.replace(report, after=(run.name,))))
+        report = dataclasses.replace(report, after=(run.name,), tells_of_failure=True)
+        return Chain(jobs=(run, report))
     cpu = {**common, "flags": "CPU_FLAGS"}
     plan = Job(name="evaluate-plan", arguments=("plan", str(path)), **cpu)
     embed = Job(
@@ -166,7 +167,13 @@ def evaluate_chain(
         after=(plan.name,),
         **gpu,
     )
-    score = Job(name="evaluate-score", arguments=("score", str(path)), after=(embed.name,), **cpu)
+    score = Job(
+        name="evaluate-score",
+        arguments=("score", str(path)),
+        after=(embed.name,),
+        tells_of_failure=True,
+        **cpu,
+    )
     return Chain(jobs=(plan, embed, score, dataclasses.replace(report, after=(score.name,))))
 
 

@@ -25,6 +25,7 @@ class Job:
             queue for days must not see later edits.
         array: numbers of the array's elements; empty for a job that is no array.
         after: names of the jobs of the same chain that must have succeeded.
+        tells_of_failure: whether it runs also when they have not, to say what is missing.
         exclusive: whether `folder` may have one job of this name at a time.
     """
 
@@ -36,6 +37,7 @@ class Job:
     files: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     array: tuple[int, ...] = ()
     after: tuple[str, ...] = ()
+    tells_of_failure: bool = False
     exclusive: bool = False
 
     @property
@@ -77,8 +79,8 @@ def batch_text(
             win over them.
         site_flags: flags from `slurm/cluster.env`.
         own_flags: flags of this submission; they win over the site's.
-        after: ids of jobs that must have succeeded; when one cannot any more, Slurm cancels this
-            job instead of keeping it for ever.
+        after: ids of jobs that must have succeeded, unless this one tells of their failure; when
+            one cannot any more, Slurm cancels this job instead of keeping it for ever.
         array_limit: how many elements of an array may run at a time.
         environment: variables for the job, beside those that Slurm hands on.
     """
@@ -88,7 +90,8 @@ def batch_text(
         limit = f"%{array_limit}" if array_limit else ""
         submission.append(f"--array={array_ranges(job.array)}{limit}")
     if after:
-        submission += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+        end = "afterany" if job.tells_of_failure else "afterok"
+        submission += [f"--dependency={end}:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
     return "\n".join(
         [

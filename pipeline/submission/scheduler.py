@@ -24,7 +24,7 @@ _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment to hand on to a new job: from a job or a rank, without what is its own."""
-    if not {"SLURM_JOB_ID", "RANK"} & environ.keys():
+    if not {"SLURM_JOB_ID", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"} & environ.keys():
         return dict(environ)
     return {
         key: value for key, value in environ.items() if key in _KEPT or not _OF_A_JOB.fullmatch(key)

@@ -1,4 +1,7 @@
-"""Tiny data sets in the hub's layout, so that unmodified mteb tasks load them from a folder."""
+"""Tiny data sets in the hub's layout, so that unmodified mteb tasks load them from a folder.
+
+Every subset has texts of its own, so that a task that reads another's is seen in its score.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,16 @@ def write_all(root: Path) -> Path:
     return root
 
 
-def _documents(prefix: str) -> list[tuple[str, str, str]]:
-    """(id, topic, text) of one document per topic and aspect."""
+def documents_of(subset: str) -> list[tuple[str, str, str]]:
+    """(id, topic, text) of one document per topic and aspect; a few words of each are random."""
+    generator = random.Random(subset)
+    words = sorted(set(" ".join(TOPICS.values()).split()))
     return [
-        (f"{prefix}{topic}-{aspect}".replace(" ", "_"), topic, f"On the {aspect}: {text}")
+        (
+            f"{subset}/{topic}-{aspect}".replace(" ", "_"),
+            topic,
+            f"On the {aspect}: {text} {' '.join(generator.sample(words, 8))}",
+        )
         for topic, text in TOPICS.items()
         for aspect in ASPECTS
     ]
@@ -61,8 +70,8 @@ def _documents(prefix: str) -> list[tuple[str, str, str]]:
 def write_follow_ir(
     root: Path, *, name: str = "Core17InstructionRetrieval", without: tuple[str, ...] = ()
 ) -> None:
-    generator = random.Random(0)
-    documents = _documents("d/")
+    generator = random.Random(name)
+    documents = documents_of(name)
     queries, instructions, judgements, candidates, changed = [], [], [], [], []
     for number, topic in enumerate(TOPICS):
         own = [name for name, its_topic, _ in documents if its_topic == topic]
@@ -106,22 +115,24 @@ def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4
         rows: dict[str, Rows] = {config: [] for config in passkey}
         for i, name in enumerate(names):
             filler = "The road went on and on. " * (min(length, 512) // 32)
-            text = f"{filler}The pass key of {name} is {generator.randint(1000, 9999)}. {filler}"
+            number = generator.randint(1000, 9999)
+            text = f"{filler}{name} keeps a needle in drawer {number}. {filler}"
             needle["corpus"].append(
                 {"doc_id": f"n{length}_{i}", "qid": "", "text": text, "context_length": length}
             )
+            text = f"{filler}The pass key of {name} is {number}. {filler}"
             rows["corpus"].append({"_id": f"p{length}_{i}", "title": "", "text": text})
             if i >= num_queries:
                 continue
             query, document = f"q{length}_{i}", f"n{length}_{i}"
-            ask = f"What is the pass key of {name}?"
+            ask = f"Where does {name} keep a needle?"
             needle["queries"].append(
                 {"doc_id": "", "qid": query, "text": ask, "context_length": length}
             )
             needle["qrels"].append(
                 {"doc_id": document, "qid": query, "text": "", "context_length": length}
             )
-            rows["queries"].append({"_id": query, "text": ask})
+            rows["queries"].append({"_id": query, "text": f"What is the pass key of {name}?"})
             rows["default"].append({"query-id": query, "corpus-id": f"p{length}_{i}", "score": 1})
         for config in passkey:
             passkey[config][f"test_{length}"] = rows[config]
@@ -134,7 +145,7 @@ def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4
 
 def _long_rows(name: str) -> dict[str, Rows]:
     """One long document per topic, one query about each."""
-    long = {topic: " ".join(t for _, o, t in _documents("") if o == topic) for topic in TOPICS}
+    long = {topic: " ".join(t for _, o, t in documents_of(name) if o == topic) for topic in TOPICS}
     return {
         "queries": [{"qid": t, "doc_id": "", "text": f"{name}: {t}?"} for t in TOPICS],
         "corpus": [{"qid": "", "doc_id": f"{name}/{t}", "text": long[t]} for t in TOPICS],
@@ -152,7 +163,8 @@ def write_bright(root: Path, repository: str) -> None:
     configs: dict[str, dict[str, Rows]] = {"documents": {}, "examples": {}, "long_documents": {}}
     for split in SUBSETS:
         excludes = split in ("leetcode", "aops", "theoremqa_questions")
-        documents = _documents(f"{split}/")
+        # Two subsets of BRIGHT share their documents.
+        documents = documents_of("aops" if split == "theoremqa_questions" else split)
         configs["documents"][split] = [{"id": name, "content": t} for name, _, t in documents]
         configs["examples"][split] = []
         for number, topic in enumerate(TOPICS):
@@ -160,7 +172,7 @@ def write_bright(root: Path, repository: str) -> None:
             configs["examples"][split].append(
                 {
                     "id": str(number),
-                    "query": f"Why do {topic} behave as they do?",
+                    "query": f"Why do {topic} behave as they do, asks {split.replace('_', ' ')}?",
                     "excluded_ids": own[:2] if excludes else ["N/A"],
                     "gold_ids": own[2:5],
                     "gold_ids_long": [f"{split}/{topic}"],

@@ -14,6 +14,17 @@ from pipeline.evaluation.elements import Element, export_fingerprint
 from pipeline.evaluation.encoder import EvaluatedEncoder
 
 
+@pytest.fixture(autouse=True)
+def own_data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted data sets of this test alone.
+
+    `datasets` knows a local folder by its name only: a cache of the user's home would answer for a
+    replica with one that an earlier test, or an earlier version of it, has written.
+    """
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
 @pytest.fixture(scope="session")
 def minilm() -> MiniLM:
     return MiniLM()

@@ -92,7 +92,7 @@ def test_the_report_prints_its_table_and_says_what_chance_would_score(config, lo
 def test_a_report_of_unfinished_elements_names_the_ones_to_run(config, load):
     config = dataclasses.replace(config, tasks=("BrightBiologyRetrieval", "BrightAopsRetrieval"))
     run_element(config, 1, load=load)
-    with pytest.raises(UserError, match=r"3 of 4 .* fix: run elements 0,2,3"):
+    with pytest.raises(UserError, match=r"3 of 4 .* or run elements 0,2,3"):
         write_report(config)
 
 

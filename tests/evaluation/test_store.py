@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from benchmark_replicas import TOPICS
+from benchmark_replicas import documents_of
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.comm import World
@@ -74,6 +74,8 @@ def test_scores_from_the_store_equal_direct_scores_on_every_task(strong, load, s
 
 
 def test_each_distinct_text_is_embedded_exactly_once(strong, small_blocks):
+    # Two subsets with the same documents.
+    strong = dataclasses.replace(strong, tasks=(*strong.tasks, "BrightTheoremQAQuestionsRetrieval"))
     plan = write_plan(strong)
     encoder = MiniLM()
     model = wrap(encoder)
@@ -231,7 +233,7 @@ def test_a_text_that_the_plan_does_not_know_is_refused(strong, load, small_block
     from pipeline.evaluation.store import load_stored
 
     stored = load_stored(strong, list_elements(strong)[0])
-    known = next(iter(TOPICS.values()))
-    assert stored.embedder.embed("document", "", [f"On the history: {known}"]).shape == (1, 384)
+    _, _, known = documents_of("aops")[0]
+    assert stored.embedder.embed("document", "", [known]).shape == (1, 384)
     with pytest.raises(UserError, match="1 of 2 document texts are not in the plan"):
-        stored.embedder.embed("document", "", [f"On the history: {known}", "unknown"])
+        stored.embedder.embed("document", "", [known, "unknown"])

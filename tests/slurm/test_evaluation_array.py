@@ -114,7 +114,7 @@ def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_ident
         # Two at a time: the nodes claim more processors than this machine has.
         array = f"--array={','.join(map(str, elements))}%2"
         return cluster.attempt(
-            *("sbatch", "--parsable", f"--output={logs}", "--no-requeue", array),
+            *("sbatch", "--parsable", f"--output={logs}", array),
             *("slurm/evaluate.sbatch", "embed", path, "--of", NUM_ELEMENTS),
             cwd=ROOT,
             environment=ENVIRONMENT,
@@ -131,7 +131,13 @@ def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_ident
         sign = "" if victim == victims[0] else "block 1/"
         cluster.poll(lambda log=log, sign=sign: log.exists() and sign in log.read_text())
         cluster.command("scancel", "--signal=KILL", "--full", f"{job}_{victim}")
+    # One more begins a second time, as after the end of its node.
+    requeued = max(set(range(NUM_ELEMENTS)) - set(victims))
+    log = tmp_path / f"{requeued}.log"
+    cluster.poll(lambda: log.exists() and "block 1/" in log.read_text())
+    cluster.command("scontrol", "requeue", f"{job}_{requeued}")
     states = cluster.wait(job)
+    assert states[f"{job}_{requeued}"] == "COMPLETED"
     assert {states[f"{job}_{victim}"] for victim in victims} <= {"FAILED", "CANCELLED"}
     (model,) = config.models
     lost = missing_blocks(config, model, read_plan(config))

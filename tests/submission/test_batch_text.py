@@ -55,6 +55,8 @@ def test_a_job_that_waits_is_cancelled_when_its_turn_can_never_come() -> None:
 
     assert {"--dependency=afterok:7:8", "--kill-on-invalid-dep=yes"} <= set(waiting)
     assert not any("dependency" in flag for flag in flags(batch_text(job(), BODY, site_flags=[])))
+    told = flags(batch_text(job(tells_of_failure=True), BODY, site_flags=[], after=("7",)))
+    assert "--dependency=afterany:7" in told
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,9 @@ def test_a_job_submitted_from_inside_another_does_not_take_itself_for_one_of_its
     }
     own = {"SLURM_CONF": "/conf", "PATH": "/bin", "SBATCH_ACCOUNT": "nlp", "HF_HOME": "/cache"}
 
+    assert submission_environment(inside) == own
+    # A launcher's rank on a machine that can submit, too.
+    del inside["SLURM_JOB_ID"]
     assert submission_environment(inside) == own
     # On a login node, variables of these names are the user's own.
     assert submission_environment({"RANK": "0"}) == {"RANK": "0"}
