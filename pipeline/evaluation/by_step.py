@@ -15,7 +15,7 @@ from pipeline.config import EvaluateConfig, load_config
 from pipeline.evaluation.bootstrap import interval
 from pipeline.evaluation.elements import list_elements, read_result
 from pipeline.evaluation.tables import Table
-from pipeline.run_dir import RunDir, checkpoint_step
+from pipeline.run_dir import RunDir, checkpoint_name, checkpoint_step
 
 # Task, with @LENGTH where it ran at several -> one point per scored step, ascending.
 Curves = dict[str, list[dict[str, Any]]]
@@ -79,11 +79,12 @@ def give_back(evaluations: Path) -> None:
     """
     scores: dict[int, list[float]] = {}
     for path in evaluations.glob("step-*/evaluate.yaml"):
+        step = checkpoint_step(path.parent.name)
         config = load_config(EvaluateConfig, path)
         results = [read_result(element) for element in list_elements(config)]
         scored = [float(result["score"]) for result in results if result is not None]
-        if len(scored) == len(results):
-            scores[int(path.parent.name.removeprefix("step-"))] = scored
+        if step is not None and len(scored) == len(results):
+            scores[step] = scored
     newest = max(scores, default=0)
     best = max(
         (step for step in scores if len(scores[step]) == len(scores[newest])),
@@ -91,7 +92,7 @@ def give_back(evaluations: Path) -> None:
         default=0,
     )
     for step in scores:
-        folder = evaluations / f"step-{step:06d}"
+        folder = evaluations / checkpoint_name(step)
         _delete(RunDir(folder).checkpoints)
         if step not in (newest, best):
             _delete(RunDir(folder).export)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config import ExportStep
-from pipeline.errors import DiffembedError
+from pipeline.errors import errors_end_the_process
 from pipeline.submission.chain import evaluate_chain, export_chain
 from pipeline.submission.submit import Submission, submit
 
@@ -28,8 +28,5 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_end_the_process():
         main(sys.argv[1:])
-    except DiffembedError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -82,7 +82,7 @@ def write_follow_ir(
         for kind, relevant in (("og", own), ("changed", own[:3])):
             query = f"{number}-{kind}"
             wish = "Any report will do." if kind == "og" else f"Leave out {', '.join(ASPECTS[3:])}."
-            queries.append({"_id": query, "text": f"What is known about {topic}?"})
+            queries.append({"_id": query, "text": f"What does {name} know about {topic}?"})
             instructions.append({"query-id": query, "instruction": f"Find {topic}. {wish}"})
             candidates.append({"query-id": query, "corpus-ids": listed})
             judgements += [

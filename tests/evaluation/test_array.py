@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.encoder import MtebEncoder
 from pipeline.evaluation.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from pipeline.evaluation.merge import merge_results
-from pipeline.evaluation.snapshots import get_task, localise
+from pipeline.evaluation.snapshots import get_task, localise, task_texts
 
 
 def only(config: EvaluateConfig, *tasks: str) -> EvaluateConfig:
@@ -74,6 +76,38 @@ def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, 
     )[0]
     assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
     assert ours["metric"] in ("p-MRR", "ndcg_at_10", "recall_at_1")
+
+
+def test_a_task_that_reads_another_tasks_subset_gets_another_score(config, load, tmp_path):
+    biology, economics = "BrightBiologyRetrieval", "BrightEconomicsRetrieval"
+    config = dataclasses.replace(config, models=config.models[1:], tasks=(biology, economics))
+    right = [result["score"] for result in run_all(config, load=load)]
+    hub = tmp_path / "swapped"
+    shutil.copytree(config.snapshots, hub)
+    for part in (hub / "mteb/BRIGHT").iterdir():
+        if part.is_dir():
+            (part / "biology.jsonl").rename(part / "aside")
+            (part / "economics.jsonl").rename(part / "biology.jsonl")
+            (part / "aside").rename(part / "economics.jsonl")
+    swapped = dataclasses.replace(config, snapshots=hub, output_dir=tmp_path / "other")
+    wrong = [result["score"] for result in run_all(swapped, load=load)]
+    assert all(abs(one - other) > 1e-4 for one, other in zip(right, wrong, strict=True))
+
+
+def test_no_two_subsets_of_the_replicas_share_a_question_or_most_of_their_texts(snapshots):
+    texts = {
+        task: {"document": set(documents), "query": set(queries)}
+        for task in expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long"))
+        for documents, queries in [task_texts(task, snapshots=snapshots)]
+    }
+    same_documents = {f"Bright{name}{{}}Retrieval" for name in ("Aops", "TheoremQAQuestions")}
+    for one, other in itertools.combinations(texts, 2):
+        if one.replace("Long", "") == other.replace("Long", ""):
+            continue  # the same questions on short and on long documents
+        assert not texts[one]["query"] & texts[other]["query"], (one, other)
+        shared = {name.format(long) for name in same_documents for long in ("", "Long")}
+        if not {one, other} <= shared:
+            assert not texts[one]["document"] & texts[other]["document"], (one, other)
 
 
 def test_a_finished_element_is_skipped_and_an_unfinished_one_runs(config, load):

@@ -8,11 +8,13 @@ import json
 import benchmark_replicas
 import pytest
 
-from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling, dump_config
 from pipeline.errors import UserError
 from pipeline.evaluation import bootstrap
 from pipeline.evaluation.array import run_all, run_element
 from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.by_step import give_back
+from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.references import PUBLISHED, published_table
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.snapshots import REVISION_FILE, get_task
@@ -260,6 +262,58 @@ def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_pa
     templates = "`Instruct: {instruction}\\nQuery: {text}` | `{text}`"
     origin = f"{made['revision']} | 64 | float32 | {templates} | {made['instruction']} | local |"
     assert f"| BrightAopsRetrieval | step-000020 | {origin}" in text
+
+
+def scored_step(config, number: int, scores: dict[str, float]) -> None:
+    """The folder of a step as training leaves it, after its export, vectors and some scores."""
+    name = f"step-{number:06d}"
+    folder = config.output_dir / name
+    model = dataclasses.replace(config.models[0], name=name, path=folder / "export")
+    config = dataclasses.replace(config, models=(model,), tasks=tuple(scores))
+    for made in ("export", "checkpoints"):
+        (folder / made).mkdir(parents=True)
+    (config.output_dir / f"store/{name}-abc").mkdir(parents=True)
+    (folder / "evaluate.yaml").write_text(dump_config(config))
+    for element in list_elements(config):
+        if scores[element.task]:
+            element.folder.mkdir(parents=True)
+            element.result_path.write_text(json.dumps({"score": scores[element.task]}))
+
+
+def test_of_scored_checkpoints_the_newest_and_the_best_keep_their_exports(config):
+    first, second = "BrightAopsRetrieval", "BrightPonyRetrieval"
+    means = {3: 0.9, 20: 0.2, 100: 0.6, 4000: 0.4}
+    for number, mean in means.items():
+        scored_step(config, number, {first: mean + 0.1, second: mean - 0.1})
+    scored_step(config, 2, {first: 0.95})  # of another list of tasks
+    scored_step(config, 4004, {first: 1.0, second: 0})  # on its way
+    for _ in range(2):
+        give_back(config.output_dir)
+        kept = ["step-000003", "step-004000", "step-004004"]
+        assert sorted(path.parts[-2] for path in config.output_dir.glob("step-*/export")) == kept
+        assert sorted(p.name for p in config.output_dir.glob("store/*")) == [
+            f"{name}-abc" for name in kept
+        ]
+        # What was to be exported is gone wherever it has been.
+        (waiting,) = config.output_dir.glob("step-*/checkpoints")
+        assert waiting.parts[-2] == "step-004004"
+    assert not list(config.output_dir.glob("**/.*deleted"))
+
+
+def test_rescaled_positions_stand_in_the_report_and_nowhere_without_them(config, load):
+    config = dataclasses.replace(config, tasks=("BrightBiologyLongRetrieval",))
+    run_all(config, load=load)
+    assert "RoPE scaling" not in (write_report(config) / "report.md").read_text()
+    plain, strong = config.models
+    scaled = dataclasses.replace(strong, rope_scaling=RopeScaling(kind="yarn", factor=4.0))
+    config = dataclasses.replace(config, models=(plain, scaled))
+    run_all(config, load=load)
+    lines = (write_report(config) / "report.md").read_text().splitlines()
+    header = next(line for line in lines if line.endswith("| RoPE scaling |"))
+    rows = lines[lines.index(header) + 2 :][:2]
+    assert [row.split(" | ")[1:2] + row.split(" | ")[-1:] for row in rows] == [
+        ["weak", "none |"], ["strong", "yarn x 4 |"]
+    ]  # fmt: skip
 
 
 def test_a_training_run_without_metrics_is_the_users_error(config, load, tmp_path):
