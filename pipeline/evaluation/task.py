@@ -60,32 +60,13 @@ def score_task(
             co2_tracker=False,
             show_progress_bar=False,
         )[0]
-        metric = task.metadata.main_score
-        per_query = _per_query(task, metric, search)
-        score = float(outcome.get_score())
-    mean = sum(sum(s.values()) / len(s) for s in per_query.values()) / len(per_query)
-    if abs(mean - score) > _ROUNDING:
-        raise RuntimeError(f"{task_name}: our queries average {mean}, mteb says {score}")
-    splits = [row for rows in outcome.scores.values() for row in rows]
+        per_query = _per_query(task, search)
     return {
         "model": model.name,
         "task": task_name,
         "benchmark": benchmark_of(task_name),
-        "metric": metric,
-        "score": score,
-        "chance": _chance(task, metric),
-        "by_split": {
-            split: sum(row["main_score"] for row in rows) / len(rows)
-            for split, rows in outcome.scores.items()
-        },
-        "other_scores": _other_scores(splits),
-        "per_query": per_query,
-        "worst_queries": {
-            name: worst_queries(scores, task.dataset[subset][split], search.rankings[subset, split])
-            for (subset, split), (name, scores) in zip(
-                search.rankings, per_query.items(), strict=True
-            )
-        },
+        **_scores(task, outcome, per_query),
+        "worst_queries": _worst_queries(task, search, per_query),
         "instruction": instruction,
         "query_template": model.template.query,
         "document_template": model.template.document,
@@ -97,8 +78,9 @@ def score_task(
     }
 
 
-def _per_query(task: Any, metric: str, search: ExactSearch) -> dict[str, dict[str, float]]:
+def _per_query(task: Any, search: ExactSearch) -> dict[str, dict[str, float]]:
     """Query scores by `subset/split`."""
+    metric = task.metadata.main_score
     scores = {}
     for (subset, split), rankings in search.rankings.items():
         judgements = task.dataset[subset][split]["relevant_docs"]
@@ -108,6 +90,38 @@ def _per_query(task: Any, metric: str, search: ExactSearch) -> dict[str, dict[st
             found = per_query_scores(metric, judgements, rankings)
         scores[f"{subset}/{split}"] = found
     return scores
+
+
+def _scores(task: Any, outcome: Any, per_query: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """mteb's numbers, in whole and in part, beside every query's."""
+    metric, score = task.metadata.main_score, float(outcome.get_score())
+    mean = sum(sum(s.values()) / len(s) for s in per_query.values()) / len(per_query)
+    if abs(mean - score) > _ROUNDING:
+        name = task.metadata.name
+        raise RuntimeError(f"{name}: our queries average {mean}, mteb says {score}")
+    return {
+        "metric": metric,
+        "score": score,
+        "chance": _chance(task, metric),
+        "by_split": {
+            split: sum(row["main_score"] for row in rows) / len(rows)
+            for split, rows in outcome.scores.items()
+        },
+        "other_scores": _other_scores([row for rows in outcome.scores.values() for row in rows]),
+        "per_query": per_query,
+    }
+
+
+def _worst_queries(
+    task: Any, search: ExactSearch, per_query: dict[str, dict[str, float]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Examples by `subset/split`, in the order of `per_query`."""
+    return {
+        name: worst_queries(scores, task.dataset[subset][split], rankings)
+        for ((subset, split), rankings), (name, scores) in zip(
+            search.rankings.items(), per_query.items(), strict=True
+        )
+    }
 
 
 def _chance(task: Any, metric: str) -> float | None:
