@@ -233,20 +233,25 @@ def _parse_json(text: str, raw: Record) -> dict[str, Any]:
 def _read_parquet(block: Block) -> Iterator[Record]:
     with open_bytes(block.file) as handle:
         file = _parquet(block.file, handle)
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            if first < block.stop and last > block.start:
-                row = first
-                try:
-                    for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
-                        for value in batch.to_pylist():
-                            if block.start <= row < block.stop:
-                                yield Record(value=value, file=block.file, number=row + 1)
-                            row += 1
-                except (pa.ArrowException, OSError) as error:
-                    raise UserError(f"{block.file}: damaged Parquet file ({error})") from error
-            first = last
+        try:
+            for row, value in _parquet_rows(file, block.start, block.stop):
+                yield Record(value=value, file=block.file, number=row + 1)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{block.file}: damaged Parquet file ({error})") from error
+
+
+def _parquet_rows(file: Any, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    """The rows of a range with their numbers; row groups without any are not read."""
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        last = first + file.metadata.row_group(group).num_rows
+        if first < stop and last > start:
+            batches = file.iter_batches(batch_size=1024, row_groups=[group])
+            values = (value for batch in batches for value in batch.to_pylist())
+            for row, value in enumerate(values, start=first):
+                if start <= row < stop:
+                    yield row, value
+        first = last
 
 
 def _read_hub(block: Block, split: str) -> Iterator[Record]:
