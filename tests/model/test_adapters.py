@@ -16,20 +16,18 @@ from pipeline.model.encoder import build_encoder
 IDS, LENGTHS = torch.arange(3, 20), torch.tensor([12, 5])
 
 
+def llama(**changes: Any) -> hf.LlamaConfig:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+    depth = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    return hf.LlamaConfig(**{**sizes, **depth, **changes})
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model's folder."""
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-    )
     path = tmp_path_factory.mktemp("base")
-    hf.LlamaForCausalLM(config).save_pretrained(path)
+    hf.LlamaForCausalLM(llama(initializer_range=0.3)).save_pretrained(path)
     return path
 
 
@@ -101,22 +99,8 @@ def test_an_adapter_is_continued_on_another_one_that_is_merged(base: Path, tmp_p
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
-    deeper = hf.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-    )
-    save_adapter(hf.LlamaModel(deeper), tmp_path / "deeper")
-    wider = hf.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    save_adapter(hf.LlamaModel(wider), tmp_path / "wider")
+    save_adapter(hf.LlamaModel(llama(num_hidden_layers=3)), tmp_path / "deeper")
+    save_adapter(hf.LlamaModel(llama(hidden_size=32)), tmp_path / "wider")
     for name, words in (("deeper", "does not fit"), ("wider", "wider"), ("none", "cannot read")):
         with pytest.raises(UserError, match=words):
             build_encoder(ModelConfig(path=str(base), adapter=str(tmp_path / name)))

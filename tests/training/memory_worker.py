@@ -21,6 +21,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
+from tests.training.exactness import gradient_errors
 
 
 def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str, float]:
@@ -62,13 +63,10 @@ def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str
     for schedule in ("cache", "sweep"):
         raised += give_up(engine, dataclasses.replace(config, schedule=schedule))
     accumulate_gradients(engine, make_batch(rank, 2, [5, 5]), config, device=comm.device())
-    errors = []
-    for name in engine.parameter_names:
-        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
-        errors.append(float(difference / wanted[name].abs().max()))
+    errors = gradient_errors(engine, wanted)
     engine.step(1e-4)
     engine.close()
-    return {"raised": sum(comm.all_gather_object(raised)), "error": max(errors)}
+    return {"raised": sum(comm.all_gather_object(raised)), "error": max(errors.values())}
 
 
 def give_up(engine: ZeroEngine, config: TrainConfig) -> bool:

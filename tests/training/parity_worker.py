@@ -30,6 +30,7 @@ from pipeline.training.engine import seed_random
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
+from tests.training.exactness import gradient_errors, wake_adapters
 
 TEMPERATURE = 0.1
 DROPOUT = 0.1
@@ -152,10 +153,7 @@ def run_case(
     for _ in range(2):
         torch.manual_seed(0)
         encoder = build_encoder(model).train()
-        with torch.no_grad():  # a fresh adapter's B is zero, and so would be A's gradient
-            for name, parameter in encoder.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.05)
+        wake_adapters(encoder)
         encoders.append(encoder)
     batches = [make_batch(r, world_size, counts, longest=longest) for r in range(world_size)]
     loss, wanted = reference_gradients(encoders[0], batches)
@@ -164,11 +162,7 @@ def run_case(
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
     engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
     output = accumulate_gradients(engine, batches[rank], config, device=torch.device("cpu"))
-    assert set(engine.parameter_names) == set(wanted)
-    errors = {}
-    for name in engine.parameter_names:
-        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
-        errors[name] = float(difference / wanted[name].abs().max())
+    errors = gradient_errors(engine, wanted)
     engine.step(1e-4)
     engine.close()
     return {"error": max(errors.values()), "loss": float(output.loss), "reference_loss": loss}

@@ -43,6 +43,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import NonFiniteLossError
 from pipeline.training.optim import build_optimizer
 from pipeline.training.zero import ZeroEngine
+from tests.training.exactness import gradient_errors, wake_adapters
 
 NUM_TEXTS, VOCABULARY, MASK = 14, 500, 499
 SEED, STEP = 7, 3
@@ -183,10 +184,7 @@ def run_case(
     )
     torch.manual_seed(0)
     ours = build_language_model(model).train()
-    with torch.no_grad():  # a fresh adapter's B is zero, and so would be A's gradient
-        for name, parameter in ours.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    wake_adapters(ours)
     whole = predict(
         make_chunk(make_texts(), range(NUM_TEXTS)),
         objective,
@@ -206,11 +204,7 @@ def run_case(
         for fault, error in ((float("nan"), NonFiniteLossError), (None, ChunkOutOfMemoryError)):
             break_off(step, engine, make_batch(comm.rank(), counts), fault, error)
     values = step.accumulate(engine, make_batch(comm.rank(), counts))
-    assert set(engine.parameter_names) == set(wanted), set(engine.parameter_names) ^ set(wanted)
-    errors = {}
-    for name in engine.parameter_names:
-        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
-        errors[name] = float(difference / wanted[name].abs().max())
+    errors = gradient_errors(engine, wanted)
     engine.step(1e-4)
     engine.close()
     worst = max(errors, key=lambda name: errors[name])

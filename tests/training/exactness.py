@@ -1,0 +1,25 @@
+"""How far an engine's gradients are from those of a reference, and adapters that have any."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.training.zero import ZeroEngine
+
+
+def wake_adapters(model: torch.nn.Module) -> None:
+    """Give fresh adapters weights: their B is zero, and so would be the gradient of A."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+
+
+def gradient_errors(engine: ZeroEngine, wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By parameter, the largest difference over the largest value; a collective call."""
+    assert set(engine.parameter_names) == set(wanted), set(engine.parameter_names) ^ set(wanted)
+    errors = {}
+    for name in engine.parameter_names:
+        difference = (engine.full_gradient(name) - wanted[name]).abs().max()
+        errors[name] = float(difference / wanted[name].abs().max())
+    return errors
