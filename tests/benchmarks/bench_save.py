@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from pipeline.training import saving
+from pipeline.training.saving import Saver
+from tests.training.memory_engine import save
 
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")
 _NUM_PARAMETERS = 10
@@ -44,9 +45,9 @@ def main() -> None:
     engine = HostEngine(megabytes)
     with TemporaryDirectory(dir=".") as folder:
         began = time.perf_counter()
-        saving.save(Path(folder), engine, step=1, identity={})
+        save(Path(folder), engine, step=1, identity={})
         whole = time.perf_counter() - began
-        saver = saving.Saver(Path(folder))
+        saver = Saver(Path(folder))
         began = time.perf_counter()
         saver.begin(engine, step=2, identity={})
         copied = time.perf_counter() - began
