@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
         Args:
             input_ids: (T,) tokens of all rows, one row after another.
-            lengths: (C,) tokens of each row; they sum to T.
+            lengths: (C,) tokens of each row, in host memory; they sum to T.
             instruction_tokens: (C,) tokens at the front of each row that are the instruction's,
                 fewer than the row has; None where no row has any.
 
@@ -102,6 +102,7 @@ class Encoder(nn.Module):
             lengths,
             causal=self.config.attention == "causal",
             skipped=None if self.config.pool_instruction else instruction_tokens,
+            device=input_ids.device,
         )
         check_lengths(input_ids, rows)
         hidden, inputs = self.family.embed(

@@ -68,10 +68,14 @@ class LoadedExport:
     def encode_tokens(self, ids: list[list[int]], skipped: list[int]) -> NDArray[np.float32]:
         """Embed what `tokenize` returned: (N, D) float32 in the order given."""
         out = np.zeros((len(ids), self.num_dimensions), dtype=np.float32)
+        order, vectors = [], []
         with torch.inference_mode():
             for chosen, packed, lengths in self._packed(ids):
-                left_out = torch.tensor([skipped[i] for i in chosen], device=packed.device)
-                out[chosen] = self.encoder(packed, lengths, left_out).cpu().numpy()
+                left_out = self._on_device([skipped[i] for i in chosen])
+                order += chosen
+                vectors.append(self.encoder(packed, lengths, left_out))
+        if vectors:  # fetched at the end: a GPU that is waited for stands idle until its next work
+            out[order] = torch.cat(vectors).cpu().numpy()
         return out
 
     def token_states(self, ids: list[list[int]]) -> list[Tensor]:
@@ -88,11 +92,14 @@ class LoadedExport:
         return out
 
     def _packed(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """For each forward the texts it takes, their (T,) tokens and (C,) lengths on the device."""
-        device = next(self.encoder.parameters()).device
+        """For each forward the texts it takes, their (T,) tokens on the device, (C,) lengths."""
         for chosen in _chunks([len(row) for row in ids], self.max_tokens):
-            packed = torch.tensor([token for i in chosen for token in ids[i]], device=device)
-            yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen], device=device)
+            packed = self._on_device([token for i in chosen for token in ids[i]])
+            yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen])
+
+    def _on_device(self, values: list[int]) -> torch.Tensor:
+        device = next(self.encoder.parameters()).device
+        return torch.tensor(values).to(device, non_blocking=True)
 
     def tokenize(self, texts: Sequence[str], prefix: str = "") -> tuple[list[list[int]], list[int]]:
         """Token ids of each text behind its prefix, and how many of them are the prefix's."""

@@ -34,9 +34,25 @@ class Rows:
     skipped: Tensor | None = None  # (C,) tokens at the front of each row that pooling leaves out
 
     @classmethod
-    def of(cls, lengths: Tensor, *, causal: bool, skipped: Tensor | None = None) -> Rows:
-        """Describe rows of the given (C,) lengths, of which pooling leaves out the first tokens."""
+    def of(
+        cls,
+        lengths: Tensor,
+        *,
+        causal: bool,
+        skipped: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Rows:
+        """Describe rows.
+
+        Args:
+            lengths: (C,) tokens of each row, in host memory: asking a GPU would mean waiting for it.
+            causal: whether a token sees only those before it.
+            skipped: (C,) tokens at the front of each row that pooling leaves out, on the device.
+            device: where the tokens are; None: where the lengths are.
+        """
         sizes = lengths.tolist()
+        if device is not None:
+            lengths = lengths.to(device, non_blocking=True)
         return cls(
             sizes=sizes,
             lengths=lengths,
@@ -49,8 +65,13 @@ class Rows:
     @property
     def positions(self) -> Tensor:
         """(T,) position of each token in its own row."""
-        starts = self.boundaries[:-1].repeat_interleave(self.lengths)
+        starts = self.per_token(self.boundaries[:-1])
         return torch.arange(len(starts), device=starts.device) - starts
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(C,) a value of each row to (T,) that of each token's row."""
+        # Without the size of its output it would wait for the GPU to count.
+        return values.repeat_interleave(self.lengths, output_size=sum(self.sizes))
 
 
 def packed_attention(

@@ -36,7 +36,7 @@ def pool(hidden_TD: Tensor, rows: Rows, how: Pooling) -> Tensor:
     hidden_TD = hidden_TD.float()
     places = rows.positions + 1
     if skipped is not None:
-        kept = places > skipped.repeat_interleave(lengths)
+        kept = places > rows.per_token(skipped)
         hidden_TD = hidden_TD.masked_fill(~kept[:, None], 0)
     if how == "mean":
         total = lengths if skipped is None else lengths - skipped

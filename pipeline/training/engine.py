@@ -62,7 +62,7 @@ class TensorChunk:
 
     number: int
     input_ids: torch.Tensor  # (T,)
-    lengths: torch.Tensor  # (C,)
+    lengths: torch.Tensor  # (C,) in host memory
     texts: torch.Tensor  # (C,) global text index; -1 in a dummy row
     instruction_tokens: torch.Tensor | None  # (C,) at the front of each row; None: no row has any
     packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
@@ -74,7 +74,7 @@ def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
     return TensorChunk(
         number=number,
         input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
-        lengths=torch.from_numpy(chunk.lengths).to(device, non_blocking=True),
+        lengths=torch.from_numpy(chunk.lengths),
         texts=torch.from_numpy(chunk.texts).to(device, non_blocking=True),
         instruction_tokens=None
         if skipped is None

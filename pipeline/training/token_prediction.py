@@ -133,7 +133,7 @@ def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float)
     return _TokenChunk(
         number=number,
         input_ids=tensor(prediction.input_ids),
-        lengths=tensor(chunk.lengths),
+        lengths=torch.from_numpy(chunk.lengths),
         texts=tensor(chunk.texts),
         instruction_tokens=None,
         states=tensor(prediction.states),

@@ -159,8 +159,8 @@ def timed(work: Callable[[], Any], setting: Setting) -> tuple[float, int]:
 def plain(encoder: Encoder, batch: GlobalBatch, device: torch.device) -> None:
     """Forward and backward of every chunk with some gradient: what the GC factor is measured by."""
     for chunk in batch.chunks:
-        ids, lengths = (torch.from_numpy(x).to(device) for x in (chunk.input_ids, chunk.lengths))
-        encoder(ids, lengths).sum().backward()
+        ids = torch.from_numpy(chunk.input_ids).to(device)
+        encoder(ids, torch.from_numpy(chunk.lengths)).sum().backward()
 
 
 def step(encoder: Encoder, batch: GlobalBatch, schedule: str, device: torch.device) -> None:

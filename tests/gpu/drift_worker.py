@@ -41,7 +41,7 @@ def main(path: str) -> None:
         for number in range(NUM_CHUNKS):
             texts = draw_texts(rng.integers(8, 40, size=ROWS), VOCAB_SIZE, seed=number)
             ids = torch.from_numpy(np.concatenate(texts)).to(device)
-            lengths = torch.tensor([len(text) for text in texts], device=device)
+            lengths = torch.tensor([len(text) for text in texts])
             # A common direction, as gradients of one loss have, and noise on top.
             weights = torch.from_numpy(0.3 + rng.standard_normal((ROWS, width))).to(device).float()
             engine.backward((engine.embed(ids, lengths) * weights).sum())
