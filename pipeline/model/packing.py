@@ -45,7 +45,7 @@ class Rows:
         """Describe rows.
 
         Args:
-            lengths: (C,) tokens of each row, in host memory: asking a GPU would mean waiting for it.
+            lengths: (C,) tokens of each row, in host memory: to ask a GPU is to wait for it.
             causal: whether a token sees only those before it.
             skipped: (C,) tokens at the front of each row that pooling leaves out, on the device.
             device: where the tokens are; None: where the lengths are.

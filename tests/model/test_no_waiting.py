@@ -1,7 +1,7 @@
 """A forward hands all its work to the GPU at once.
 
-The meta device stands in for one: whatever would wait for a GPU (`item`, `nonzero`, counting) has no
-data to read there and raises.
+The meta device stands in for one: whatever would wait for a GPU (`item`, `nonzero`, counting) has
+no data to read there and raises.
 """
 
 from __future__ import annotations
