@@ -26,7 +26,7 @@ TOP_LEVEL = {
 FLOORS = (
     {"errors"},
     {"config", "world"},
-    {"comm", "run_dir", "tokenizer"},
+    {"comm", "rank_variables", "run_dir", "tokenizer"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
     {"submission"},

@@ -10,25 +10,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.rank_variables import without_rank
 
 # A busy controller answers late; Slurm's own commands give up after about as long.
 _SECONDS = 120
-# What a job or a launcher sets for its own processes: a job that inherited it would take itself
-# for a rank of another one.
-_OF_A_JOB = re.compile(
-    r"(SLURM|SRUN|OMPI|PMIX?|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
-    r"|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|TMPDIR"
-)
-_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+# What a job sets for its own node.
+_OF_A_NODE = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "TMPDIR")
 
 
 def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment to hand on to a new job: from a job or a rank, without what is its own."""
     if not {"SLURM_JOB_ID", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"} & environ.keys():
         return dict(environ)
-    return {
-        key: value for key, value in environ.items() if key in _KEPT or not _OF_A_JOB.fullmatch(key)
-    }
+    return {key: value for key, value in without_rank(environ).items() if key not in _OF_A_NODE}
 
 
 def submit_text(path: Path, *flags: str) -> str:

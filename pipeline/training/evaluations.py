@@ -26,11 +26,9 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
+from pipeline.rank_variables import without_rank
 from pipeline.run_dir import RunDir, write_text
 
-# What a launcher says about a rank, or Slurm about this job; a process of its own is neither.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCHER_PREFIXES = ("OMPI_", "PMI", "SLURM_", "SBATCH_", "TORCHELASTIC_")
 # Written last of what the commands read.
 _READY = "evaluate.yaml"
 _SUBMITTED = "submitted"
@@ -176,7 +174,8 @@ def _run_beside(folder: Path) -> None:
     with log.open("ab") as file:
         subprocess.Popen(
             ["/bin/sh", "-c", _script(folder)],
-            env=own_environment(),
+            # Training has the GPUs.
+            env={**without_rank(os.environ), "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -198,16 +197,6 @@ def _script(folder: Path) -> str:
     )
     # One step at a time, behind training: a slow evaluation must not pile up.
     return f"exec 9>{lock}; flock 9; renice -n 15 $$ >/dev/null; {' && '.join(steps)}"
-
-
-def own_environment() -> dict[str, str]:
-    """This process's variables without the GPUs, which training has, and what makes it a rank."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _link(source: str, target: str) -> None:

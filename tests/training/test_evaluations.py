@@ -15,7 +15,7 @@ import yaml
 from pipeline.config import EvaluateEveryConfig, TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.training import evaluations as scoring
-from pipeline.training.evaluations import Evaluations, own_environment
+from pipeline.training.evaluations import Evaluations
 from tests.evaluation import benchmark_replicas
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def started(recipe: Path, evaluation: Path, run: Path, monkeypatch) -> tuple[Eva
     every = EvaluateEveryConfig(every=2, config=evaluation, where="local")
     config = load_config(TrainConfig, recipe, (f"output_dir={run}", "checkpoint.every=1"))
     commands: list = []
-    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: commands.append(words))
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **how: commands.append(how))
     return Evaluations(config, every), commands
 
 
@@ -109,6 +109,17 @@ def test_only_its_turn_is_scored_and_only_once(recipe, evaluation, tmp_path, mon
     (run / "checkpoints/step-000002/weights.safetensors").unlink()
     assert kept.read_text() == "weights of 2"
     assert kept.stat().st_nlink == 1
+
+
+def test_what_scores_beside_training_is_no_rank_of_it_and_leaves_it_the_gpus(
+    recipe, evaluation, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    evaluations, commands = started(recipe, evaluation, tmp_path, monkeypatch)
+    evaluations.start(checkpoint_of(tmp_path, 2), 2)
+    environ = commands[0]["env"]
+    assert "RANK" not in environ
+    assert environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_files_of_a_checkpoint_are_let_go_once_its_export_is_there(
@@ -151,15 +162,6 @@ def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
             recipe,
             ("checkpoint.every=4", f"evaluate={{every: 6, config: {evaluation}}}"),
         )
-
-
-def test_what_scores_is_no_rank_of_the_training_job(monkeypatch) -> None:
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "HF_HOME"):
-        monkeypatch.setenv(name, "1")
-    found = own_environment()
-    assert found["HF_HOME"] == "1"
-    assert not {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} & set(found)
-    assert found["CUDA_VISIBLE_DEVICES"] == ""
 
 
 # A stand-in for Slurm's command; a real one that fails when it should is in nobody's hands.
