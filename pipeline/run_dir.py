@@ -150,13 +150,13 @@ def checkpoint_step(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def newest_name(checkpoints: Path) -> str | None:
+def read_latest(checkpoints: Path) -> str | None:
     """Name of the newest whole checkpoint of a folder, as `latest` says; None without one."""
     pointer = checkpoints / _LATEST
     return pointer.read_text().strip() if pointer.exists() else None
 
 
-def name_newest(checkpoint: Path) -> None:
+def write_latest(checkpoint: Path) -> None:
     """Let `latest` beside a whole checkpoint name it."""
     write_text(checkpoint.with_name(_LATEST), checkpoint.name + "\n")
 

@@ -29,8 +29,10 @@ class TokenizerSource:
     append_eos: bool = False
 
 
-def export_tiny(encoder: Encoder | None, config: ModelConfig, output: Path, **changes: Any) -> Path:
-    """An export of an encoder, or of the config's own one, with the config's tokenizer."""
+def export_tiny(
+    config: ModelConfig, output: Path, *, encoder: Encoder | None = None, **changes: Any
+) -> Path:
+    """An export of the config's model, or of an encoder made of it, with its tokenizer."""
     settings = {
         "tokenizer": TokenizerSource(config.path),
         "template": Template(),

@@ -13,6 +13,7 @@ from pipeline.config import EvaluateConfig, Template
 from pipeline.evaluation.elements import Element, model_fingerprint
 from pipeline.evaluation.texts import Role
 from pipeline.model.export import SETTINGS
+from pipeline.run_dir import checkpoint_name
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -95,7 +96,7 @@ def revision(element: Element) -> str:
     """
     settings = element.model.path / SETTINGS
     step = json.loads(settings.read_text()).get("step") if settings.is_file() else None
-    parts = [] if step is None else [f"step-{step:06d}"]
+    parts = [] if step is None else [checkpoint_name(step)]
     parts += [model_fingerprint(element.model), f"length-{element.max_length}"]
     return "-".join(parts)
 

@@ -23,7 +23,7 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import element_key, list_elements, read_result
-from pipeline.run_dir import RunDir, newest_name
+from pipeline.run_dir import RunDir, read_latest
 from pipeline.submission.job import Job, digest
 from pipeline.submission.progress import last_step
 
@@ -233,7 +233,7 @@ def _is_exported(run: RunDir, checkpoint: str, output: Path) -> bool:
     weights = [path.stat().st_mtime for path in output.glob("*.safetensors")]
     if not weights or checkpoint == "init":
         return bool(weights)
-    name = newest_name(run.checkpoints) if checkpoint == "latest" else checkpoint
+    name = read_latest(run.checkpoints) if checkpoint == "latest" else checkpoint
     state = run.checkpoints / (name or "") / "state.json"
     return not state.exists() or min(weights) > state.stat().st_mtime
 

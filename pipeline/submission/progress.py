@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import RunDir, checkpoint_step, newest_name, write_json
+from pipeline.run_dir import RunDir, checkpoint_step, read_latest, write_json
 
 _UNKNOWN = "no word: a node failed, or the job was killed"
 
@@ -20,7 +20,7 @@ def last_step(output_dir: Path) -> int:
         UserError: `latest` does not hold a checkpoint's name.
     """
     folder = RunDir(output_dir).checkpoints
-    name = newest_name(folder)
+    name = read_latest(folder)
     if name is None:
         return 0
     step = checkpoint_step(name)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline import comm
 from pipeline.errors import UserError
-from pipeline.run_dir import checkpoint_step, name_newest, newest_name
+from pipeline.run_dir import checkpoint_step, read_latest, write_latest
 
 FORMAT_VERSION = 1
 
@@ -55,7 +55,7 @@ def latest(folder: Path) -> Path | None:
     Raises:
         UserError: `latest` names a checkpoint that is not there.
     """
-    name = newest_name(folder)
+    name = read_latest(folder)
     if name is None:
         return None
     if not (folder / name).is_dir():
@@ -90,7 +90,7 @@ def rewind(folder: Path, name: str) -> Path:
             allowed=", ".join(names(folder)) or "no checkpoint is left",
         )
     verify(folder / name)
-    name_newest(folder / name)
+    write_latest(folder / name)
     return folder / name
 
 

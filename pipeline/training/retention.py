@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
-from pipeline.run_dir import name_newest, sync_dir, sync_file
+from pipeline.run_dir import sync_dir, sync_file, write_latest
 from pipeline.training import checkpoint
 
 
@@ -47,7 +47,7 @@ def copy(path: Path, mirror: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     sync_dir(mirror)
-    name_newest(target)
+    write_latest(target)
 
 
 class Keeper:

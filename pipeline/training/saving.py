@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.errors import DiffembedError
-from pipeline.run_dir import checkpoint_name, name_newest, sync_dir, sync_file, write_json
+from pipeline.run_dir import checkpoint_name, sync_dir, sync_file, write_json, write_latest
 from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file
 
 
@@ -161,6 +161,6 @@ def _publish(pending: _Pending, files: dict[str, Any]) -> None:
     pending.partial.rename(target)
     sync_dir(target.parent)
     # Last: `latest` must never name a checkpoint that is not whole.
-    name_newest(target)
+    write_latest(target)
     # What cannot be deleted now is a leftover of the next start.
     shutil.rmtree(replaced, ignore_errors=True)

@@ -78,7 +78,6 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
     dataset = Dataset.open(prepare(prepared, num_workers=1))
     config = ModelConfig(path=str(starter), dtype="float32", pool_instruction=False)
     exported = export_tiny(
-        None,
         config,
         tmp_path / "export",
         tokenizer=dataset.tokenizer,

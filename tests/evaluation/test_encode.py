@@ -42,7 +42,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.txt").write_text("\n".join(make_texts(50)))
     starter = tiny_starter(folder / "starter", folder / "corpus.txt", num_layers=1)
     config = ModelConfig(path=str(starter), dtype="float32", pool_instruction=False)
-    return export_tiny(None, config, folder / "model")
+    return export_tiny(config, folder / "model")
 
 
 @pytest.fixture

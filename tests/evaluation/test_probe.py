@@ -47,7 +47,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                     parameter.mul_(50)
                 elif "self_attn" in name:
                     parameter.mul_(7)
-        found[attention] = export_tiny(encoder, config, folder / attention)
+        found[attention] = export_tiny(config, folder / attention, encoder=encoder)
     return found
 
 

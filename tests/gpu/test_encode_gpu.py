@@ -23,7 +23,7 @@ def export(folder: Path) -> Path:
     (folder / "corpus.txt").write_text(" ".join(WORDS) * 9)
     starter = tiny_starter(folder / "starter", folder / "corpus.txt", hidden_size=128)
     config = ModelConfig(path=str(starter), dtype="float32")
-    return export_tiny(None, config, folder / "model", max_length=512)
+    return export_tiny(config, folder / "model", max_length=512)
 
 
 @pytest.mark.parametrize(
