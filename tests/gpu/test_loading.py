@@ -6,15 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.benchmarks.bench_support import tiny_qwen2
 from tests.support import launch_ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 WORKER = Path(__file__).with_name("loading_worker.py")
 MIB = 2**20
 

@@ -11,10 +11,7 @@ import torch
 from pipeline.model import packing
 from pipeline.model.packing import Rows, packed_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 LENGTHS = [5, 1, 300, 64]
 
 

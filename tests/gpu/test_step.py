@@ -23,10 +23,7 @@ from tests.benchmarks.bench_support import (
     tiny_qwen2,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 VOCAB_SIZE, PAIRS = 500, 16
 
 

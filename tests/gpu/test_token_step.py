@@ -25,10 +25,7 @@ from pipeline.model.language import build_language_model
 from pipeline.training.token_prediction import TokenPrediction
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 VOCABULARY, ROWS, LENGTH = 500, 12, 40
 
 

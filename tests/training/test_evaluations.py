@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.training import evaluations as scoring
 from pipeline.training.evaluations import Evaluations
 from tests.evaluation import benchmark_replicas
+from tests.training.trainer_command import ROOT, run_trainer
 
-ROOT = Path(__file__).parents[2]
 TASK = "BrightAopsRetrieval"
 
 
@@ -39,17 +38,7 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 def train(recipe: Path, *overrides: str) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "pipeline/train.py", recipe),
-            *("--deepspeed", "ds_configs/zero1.json", *overrides),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=240,
-    )
+    done = run_trainer(recipe, "--deepspeed", "ds_configs/zero1.json", *overrides)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +10,9 @@ import pytest
 
 from pipeline import train
 from pipeline.errors import UserError
-from tests.support import free_port
+from tests.training.trainer_command import ROOT, run_trainer
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("failure_worker.py")
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def deepspeed(
-    *arguments: str | Path, script: str | Path = "pipeline/train.py"
-) -> subprocess.CompletedProcess[str]:
-    launcher = Path(sys.executable).with_name("deepspeed")
-    port = f"--master_port={free_port()}"
-    return run(launcher, "--num_accelerators", "2", port, script, *arguments)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -51,23 +27,25 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [recipe, "--deepspeed", "ds_configs/zero3.json"]
-    whole = deepspeed(*arguments, f"output_dir={tmp_path / 'whole'}")
+    whole = run_trainer(*arguments, f"output_dir={tmp_path / 'whole'}", num_ranks=2)
     assert whole.returncode == 0, whole.stderr
     parts = tmp_path / "parts"
     parts.mkdir()
     (parts / "stop").touch()  # as `diffembed stop` does; it ends the run after its first step
-    first = deepspeed(*arguments, f"output_dir={parts}")
+    first = run_trainer(*arguments, f"output_dir={parts}", num_ranks=2)
     assert first.returncode == 75, first.stderr
     assert "run the same command to resume" in first.stderr
     assert not (parts / "stop").exists()
     assert [line["step"] for line in metrics(parts)] == [0]
     # A signal to one rank in the middle of the fourth step.
     monkeypatch.setenv("FAULT", "asked to stop")
-    second = deepspeed(*arguments, f"output_dir={parts}", "schedule=cache", script=WORKER)
+    second = run_trainer(
+        *arguments, f"output_dir={parts}", "schedule=cache", num_ranks=2, script=WORKER
+    )
     assert second.returncode == 75, second.stderr
     assert "SIGUSR1 after step 3 of 6" in second.stderr
     assert [line["step"] for line in metrics(parts)] == [0, 1, 2]
-    third = deepspeed(*arguments, f"output_dir={parts}")
+    third = run_trainer(*arguments, f"output_dir={parts}", num_ranks=2)
     assert third.returncode == 0, third.stderr
     assert "at step 3 of 6" in third.stdout
     wanted = metrics(tmp_path / "whole")
@@ -82,24 +60,21 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
 def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:
     arguments = [recipe, "--deepspeed", "ds_configs/zero2.json", f"output_dir={tmp_path / 'run'}"]
-    command = (sys.executable, "pipeline/train.py", *arguments, "num_steps=3")
-    first = run(*command)
+    first = run_trainer(*arguments, "num_steps=3")
     assert first.returncode == 0, first.stderr
     before = metrics(tmp_path / "run")
-    again = run(*command)
+    again = run_trainer(*arguments, "num_steps=3")
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout
     assert metrics(tmp_path / "run") == before
-    other = run(*command[:-1], "num_steps=6", "optimizer.lr=0.5")
+    other = run_trainer(*arguments, "num_steps=6", "optimizer.lr=0.5")
     assert other.returncode == 2
     assert "optimizer.lr is 0.5, but the run in" in other.stderr
 
 
 def test_dry_run_prints_the_batch_arithmetic_and_trains_nothing(recipe: Path) -> None:
-    result = run(
-        sys.executable, "pipeline/train.py", recipe, "--deepspeed", "ds_configs/zero3.json",
-        "--dry-run", "--world-size", "4",
-    )  # fmt: skip
+    zero = ("--deepspeed", "ds_configs/zero3.json")
+    result = run_trainer(recipe, *zero, "--dry-run", "--world-size", "4")
     assert result.returncode == 0, result.stderr
     assert "8 queries, 16 distinct documents" in result.stdout
     assert "x 4 ranks" in result.stdout
@@ -139,10 +114,8 @@ def test_a_loss_that_model_or_data_cannot_have_is_refused_before_the_run(
 def test_wrong_input_is_one_line_and_exit_2(
     recipe: Path, arguments: list[str], message: str
 ) -> None:
-    result = run(
-        sys.executable, "pipeline/train.py", recipe, "--deepspeed", "ds_configs/zero3.json",
-        *arguments, "--dry-run",
-    )  # fmt: skip
+    zero = ("--deepspeed", "ds_configs/zero3.json")
+    result = run_trainer(recipe, *zero, *arguments, "--dry-run")
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("UserError")]
     assert message in line

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from pipeline.training import checkpoint
-from tests.support import free_port
+from tests.training.trainer_command import run_trainer
 
-ROOT = Path(__file__).parents[2]
 # Dropout masks are drawn per rank, so the curves can only be one without them.
 SETTINGS = (
     "model.attention_dropout=0",
@@ -27,22 +23,8 @@ SETTINGS = (
 
 def train(recipe: Path, run: Path, num_ranks: int, stage: int) -> int:
     """The exit code of a run on so many ranks of this machine."""
-    launcher: list[str | Path] = [sys.executable]
-    if num_ranks > 1:
-        launcher = [Path(sys.executable).with_name("deepspeed"), f"--master_port={free_port()}"]
-        launcher += ["--num_accelerators", str(num_ranks)]
-    done = subprocess.run(
-        [
-            *(*launcher, "pipeline/train.py", recipe, "--deepspeed"),
-            *(f"ds_configs/zero{stage}.json", f"output_dir={run}", *SETTINGS),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=280,
-        check=False,
-    )
+    zero = ("--deepspeed", f"ds_configs/zero{stage}.json")
+    done = run_trainer(recipe, *zero, f"output_dir={run}", *SETTINGS, num_ranks=num_ranks)
     assert done.returncode in (0, 75), done.stderr
     return done.returncode
 
