@@ -74,8 +74,9 @@ class LoadedExport:
                 left_out = self._on_device([skipped[i] for i in chosen])
                 order += chosen
                 vectors.append(self.encoder(packed, lengths, left_out))
-        if vectors:  # fetched at the end: a GPU that is waited for stands idle until its next work
-            out[order] = torch.cat(vectors).cpu().numpy()
+            # Fetched at the end: a GPU that is waited for stands idle until its next work.
+            if vectors:
+                out[order] = torch.cat(vectors).cpu().numpy()
         return out
 
     def token_states(self, ids: list[list[int]]) -> list[Tensor]:
