@@ -68,6 +68,16 @@ class DistinctTexts:
             digests=digests_N2[order],
         )
 
+    def only(self, chosen_N: NDArray[np.bool_]) -> DistinctTexts:
+        """Some of the texts, in the same order."""
+        return dataclasses.replace(
+            self,
+            places=self.places[chosen_N],
+            lengths=self.lengths[chosen_N],
+            costs=self.costs[chosen_N],
+            digests=self.digests[chosen_N],
+        )
+
     def block(self, rows: range) -> pa.RecordBatch:
         """The texts of a block with what they are asked for."""
         places = self.places[rows.start : rows.stop]

@@ -20,11 +20,12 @@ import numpy as np
 from pipeline.comm import World
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
+from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.encoder import EvaluatedEncoder, LoadEncoder
 from pipeline.evaluation.keys import TextKey
 from pipeline.evaluation.plan import Plan, assign, read_plan
-from pipeline.evaluation.store import FORMAT, block_path, store_folder
+from pipeline.evaluation.store import FORMAT
 from pipeline.evaluation.texts import Role
 from pipeline.run_dir import atomic_path, write_json
 
@@ -61,8 +62,9 @@ def embed_element(
     share = [units[unit] for unit in shares[index * world.world_size + world.rank]]
     written = 0
     for model in config.models:
-        folder = store_folder(config, model, plan)
-        todo = [b for owner, b in share if owner == model and not block_path(folder, b).is_file()]
+        store = store_folder(config, model)
+        own = [block for owner, block in share if owner == model]
+        todo = [block for block in own if not plan.block_path(store, block).is_file()]
         if todo:
             _embed_blocks(BlockWriter(config, model, plan, load), todo, num_processes)
         written += len(todo)
@@ -107,7 +109,7 @@ class BlockWriter:
         self, config: EvaluateConfig, model: EvaluatedModel, plan: Plan, load: LoadEncoder
     ) -> None:
         self.config, self.model, self._plan, self._load = config, model, plan, load
-        self._folder = store_folder(config, model, plan)
+        self._store = store_folder(config, model)
         # Any element of the model will do: the length is set per text.
         self._element = next(each for each in list_elements(config) if each.model == model)
         self._encoders: dict[int, EvaluatedEncoder] = {}
@@ -118,9 +120,9 @@ class BlockWriter:
         for length in {key.max_length for key in keys} - self._encoders.keys():
             element = dataclasses.replace(self._element, max_length=length)
             self._encoders[length] = self._load(self.config, element)
-            _write_description(self._folder, self._encoders[length])
+            _write_description(self._store, self._encoders[length])
         with (
-            atomic_path(block_path(self._folder, block)) as temporary,
+            atomic_path(self._plan.block_path(self._store, block)) as temporary,
             temporary.open("wb") as file,
         ):
             np.save(file, embed_keys(keys, self._encoders))

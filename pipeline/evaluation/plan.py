@@ -3,7 +3,8 @@
     tasks --> distinct (role, instruction, length, text) --> longest first --> blocks --> plan/
                                                       element i of N embeds its blocks --> store/
 
-Texts are sharded, not tasks: BRIGHT's Leetcode alone holds 41 % of that benchmark's tokens.
+Texts are sharded, not tasks: BRIGHT's Leetcode alone holds 41 % of that benchmark's tokens. Texts
+whose vectors an earlier plan has led to stay in its blocks: a task more costs its own texts only.
 """
 
 from __future__ import annotations
@@ -15,18 +16,26 @@ import heapq
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
+from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.distinct import SCHEMA, DistinctTexts
+from pipeline.evaluation.cuts import (
+    Cut,
+    block_path,
+    find_digests,
+    read_block,
+    read_cuts,
+    store_folder,
+    write_cut,
+)
+from pipeline.evaluation.distinct import DistinctTexts
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.guard import check_fit
 from pipeline.evaluation.instructions import instruction_for
@@ -34,11 +43,7 @@ from pipeline.evaluation.keys import TextKey
 from pipeline.evaluation.listing import Listing, Request, list_task
 from pipeline.run_dir import atomic_path, write_json
 
-_VERSION = 3
-_TEXTS = "texts.arrow"
-# Enough that 64 elements get 32 blocks each; a killed element loses at most one.
-_NUM_BLOCKS = 2048
-_MIN_BLOCK_COST = 32_768.0
+_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +53,8 @@ class Plan:
     Attributes:
         num_texts: distinct ones; `num_occurrences` with the repetitions of tasks and lengths.
         occurrence_cost: what all occurrences would cost; the blocks' costs add up to less.
+        blocks: the cut of each block and its number there.
+        block_costs: in the same order.
     """
 
     folder: Path
@@ -55,13 +62,17 @@ class Plan:
     num_occurrences: int
     occurrence_cost: float
     lengths: tuple[int, ...]
+    blocks: tuple[tuple[str, int], ...]
     block_costs: tuple[float, ...]
 
     def read_block(self, block: int) -> list[TextKey]:
         """The texts of a block, longest first; reads no other block."""
-        with pa.memory_map(str(self.folder / _TEXTS)) as file:
-            rows = pyarrow.ipc.open_file(file).get_batch(block).to_pylist()
-        return [TextKey(**row) for row in rows]
+        cut, number = self.blocks[block]
+        return read_block(self.folder.parent / cut, number)
+
+    def block_path(self, store: Path, block: int) -> Path:
+        """A block's vectors in a model's store."""
+        return block_path(store, *self.blocks[block])
 
 
 def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
@@ -80,30 +91,64 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
     with tempfile.TemporaryDirectory(prefix=".texts-", dir=folder) as scratch:
         listings = _list_tasks(config, Path(scratch), num_workers)
         distinct = DistinctTexts.of(listings)
-        blocks = cut_blocks(distinct.costs.tolist())
-        _write_texts(folder / _TEXTS, (distinct.block(rows) for rows in blocks))
-    sizes = np.array([len(rows) for rows in blocks])
-    places = np.stack(
-        [
-            np.repeat(np.arange(len(blocks)), sizes),
-            np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes),
-        ],
-        axis=1,
-    ).astype(np.int32)
+        cuts = read_cuts(folder.parent)
+        places_N3 = _held_places(config, cuts, distinct.digests)
+        new_N = places_N3[:, 0] < 0
+        if new_N.any():
+            cuts.append(write_cut(folder.parent, distinct.only(new_N)))
+            places_N3[new_N, 0] = len(cuts) - 1
+            places_N3[new_N, 1:] = cuts[-1].places
+    used_B2, block_N = np.unique(places_N3[:, :2], axis=0, return_inverse=True)
     with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, digests=distinct.digests, places=places)
-    sums = np.add.reduceat(distinct.costs, np.cumsum(sizes) - sizes)
+        places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
+        # Sorted, so that those who look texts up need not.
+        order_N = np.argsort(distinct.digests[:, 0], kind="stable")
+        np.savez(file, digests=distinct.digests[order_N], places=places_N2[order_N])
     plan = Plan(
         folder=folder,
         num_texts=len(distinct.costs),
         num_occurrences=sum(len(listing.rows) for listing in listings),
         occurrence_cost=float(sum(listing.costs.sum() for listing in listings)),
         lengths=_all_lengths(config),
-        block_costs=tuple(sums.tolist()),
+        blocks=tuple((cuts[cut].name, int(block)) for cut, block in used_B2),
+        block_costs=tuple(float(cuts[cut].costs[block]) for cut, block in used_B2),
     )
     # Last: its presence means that the plan is whole.
     write_json(folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
     return plan
+
+
+def _held_places(
+    config: EvaluateConfig, cuts: Sequence[Cut], digests_N2: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """(N, 3) cut, block and row of texts that are in usable blocks; -1 for all others.
+
+    Usable is a block that every model has embedded, or that this very plan has had before. Any
+    other would make a model embed texts of its own accord: blocks of an earlier plan mix tasks.
+    """
+    own = set(read_plan(config).blocks) if (plan_folder(config) / "plan.json").is_file() else set()
+    places_N3 = np.full((len(digests_N2), 3), -1)
+    for number, cut in enumerate(cuts):
+        embedded = _embedded_blocks(config, cut)
+        usable = np.array([b in embedded or (cut.name, b) in own for b in range(len(cut.costs))])
+        at_N = find_digests(cut.digests, digests_N2)
+        chosen_N = (places_N3[:, 0] < 0) & (at_N >= 0) & usable[cut.places[at_N, 0]]
+        places_N3[chosen_N, 0] = number
+        places_N3[chosen_N, 1:] = cut.places[at_N[chosen_N]]
+    return places_N3
+
+
+def _embedded_blocks(config: EvaluateConfig, cut: Cut) -> set[int]:
+    """Blocks of which every model's vectors are there."""
+    try:
+        stores = [store_folder(config, model) for model in config.models]
+    except UserError:
+        return set()  # a plan may be made before its exports
+    return {
+        block
+        for block in range(len(cut.costs))
+        if all(block_path(store, cut.name, block).is_file() for store in stores)
+    }
 
 
 def read_plan(config: EvaluateConfig) -> Plan:
@@ -120,6 +165,7 @@ def read_plan(config: EvaluateConfig) -> Plan:
         )
     tree = json.loads((folder / "plan.json").read_text())
     del tree["version"]
+    tree["blocks"] = tuple((cut, number) for cut, number in tree["blocks"])
     tree["lengths"], tree["block_costs"] = tuple(tree["lengths"]), tuple(tree["block_costs"])
     return Plan(folder=folder, **tree)
 
@@ -130,20 +176,6 @@ def plan_folder(config: EvaluateConfig) -> Path:
     inputs = [_VERSION, str(config.snapshots), requests]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     return config.output_dir / "plan" / digest
-
-
-def cut_blocks(costs: Sequence[float]) -> list[range]:
-    """Consecutive texts of about equal cost: a 2048th of all, but no less than a useful forward."""
-    target = max(sum(costs) / _NUM_BLOCKS, _MIN_BLOCK_COST)
-    blocks, start, cost = [], 0, 0.0
-    for place, own in enumerate(costs):
-        if place > start and cost + own > target:
-            blocks.append(range(start, place))
-            start, cost = place, 0.0
-        cost += own
-    if start < len(costs):
-        blocks.append(range(start, len(costs)))
-    return blocks
 
 
 def assign(costs: Sequence[float], num_elements: int) -> list[list[int]]:
@@ -189,17 +221,6 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(requests)), mp_context=context) as pool:
         return list(pool.map(work, requests))
-
-
-def _write_texts(path: Path, blocks: Iterable[pa.RecordBatch]) -> None:
-    """One Arrow file, one record batch per block."""
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as file,
-        pyarrow.ipc.new_file(file, SCHEMA) as writer,
-    ):
-        for block in blocks:
-            writer.write_batch(block)
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

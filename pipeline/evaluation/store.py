@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template
 from pipeline.errors import UserError
-from pipeline.evaluation.elements import Element, model_fingerprint
+from pipeline.evaluation.cuts import find_digests, store_folder
+from pipeline.evaluation.elements import Element
 from pipeline.evaluation.encoder import EvaluatedEncoder, revision
 from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.plan import Plan, read_plan
@@ -20,21 +21,10 @@ from pipeline.evaluation.texts import Role
 FORMAT = "float16"
 
 
-def store_folder(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> Path:
-    """Where a model's vectors of a plan are; another export has another folder."""
-    name = f"{model.name}-{model_fingerprint(model)}"
-    return config.output_dir / "store" / name / plan.folder.name
-
-
-def block_path(folder: Path, block: int) -> Path:
-    """Vectors of a block, (texts, D) float16."""
-    return folder / f"block-{block:05d}.npy"
-
-
 def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> list[int]:
     """Blocks of a model that nobody has embedded yet."""
-    folder = store_folder(config, model, plan)
-    return [b for b in range(len(plan.block_costs)) if not block_path(folder, b).is_file()]
+    store = store_folder(config, model)
+    return [b for b in range(len(plan.blocks)) if not plan.block_path(store, b).is_file()]
 
 
 class StoredEmbedder:
@@ -42,19 +32,16 @@ class StoredEmbedder:
 
     Args:
         plan: the plan the store was made from.
-        folder: the model's store.
+        store: the model's.
         max_length: length that the task is scored at.
     """
 
-    def __init__(self, plan: Plan, folder: Path, max_length: int) -> None:
+    def __init__(self, plan: Plan, store: Path, max_length: int) -> None:
         self._plan = plan
-        self._folder = folder
+        self._store = store
         self._max_length = max_length
         with np.load(plan.folder / "index.npz") as index:
-            words, places = index["digests"], index["places"]
-        order = np.argsort(words[:, 0], kind="stable")
-        self._first, self._second = words[order, 0], words[order, 1]
-        self._places = places[order]
+            self._digests, self._places = index["digests"], index["places"]
         self._blocks: dict[int, np.ndarray] = {}
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
@@ -76,12 +63,12 @@ class StoredEmbedder:
             instruction, byte_sizes(column), self._max_length, self._plan.lengths
         )
         words_N2 = digests(role, instruction, column, lengths_N)
-        found = np.searchsorted(self._first, words_N2[:, 0]).clip(max=len(self._first) - 1)
-        known = (self._first[found] == words_N2[:, 0]) & (self._second[found] == words_N2[:, 1])
-        if not known.all():
-            example = texts[int(np.flatnonzero(~known)[0])][:60]
+        found = find_digests(self._digests, words_N2)
+        unknown = found < 0
+        if unknown.any():
+            example = texts[int(np.flatnonzero(unknown)[0])][:60]
             raise UserError(
-                f"{self._plan.folder}: {(~known).sum()} of {len(texts)} {role} texts are not in "
+                f"{self._plan.folder}: {unknown.sum()} of {len(texts)} {role} texts are not in "
                 f"the plan, the first: {example!r}",
                 fix="run `diffembed evaluate plan` again; the data have changed",
             )
@@ -89,7 +76,7 @@ class StoredEmbedder:
 
     def _block(self, block: int) -> np.ndarray:
         if block not in self._blocks:
-            self._blocks[block] = np.load(block_path(self._folder, block), mmap_mode="r")
+            self._blocks[block] = np.load(self._plan.block_path(self._store, block), mmap_mode="r")
         return self._blocks[block]
 
 
@@ -109,10 +96,10 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             fix="the logs of the array's elements say why; submit the evaluation again, or run "
             "`diffembed evaluate embed`: only what is missing is done",
         )
-    folder = store_folder(config, element.model, plan)
-    description = json.loads((folder / "model.json").read_text())
+    store = store_folder(config, element.model)
+    description = json.loads((store / "model.json").read_text())
     return EvaluatedEncoder(
-        embedder=StoredEmbedder(plan, folder, element.max_length),
+        embedder=StoredEmbedder(plan, store, element.max_length),
         template=Template(query=description["query"], document=description["document"]),
         name=element.model.name,
         revision=revision(element),

@@ -33,13 +33,14 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.evaluation.array import run_all, score_all
+from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.export_encoder import load_encoder
 from pipeline.evaluation.plan import write_plan
 from pipeline.evaluation.prefetch import prefetch
 from pipeline.evaluation.snapshots import get_task, localise, private_cache
-from pipeline.evaluation.store import block_path, missing_blocks, store_folder
+from pipeline.evaluation.store import missing_blocks
 
 ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
 AOPS = "BrightAopsRetrieval"
@@ -128,11 +129,11 @@ def table(folder: Path, scale: float) -> list[Figure]:
     with serve(folder / "hub") as (address, _):
         prefetch(config, endpoint=address)
     write = write_plan(config)
-    store = store_folder(config, config.models[0], write)
+    store = store_folder(config, config.models[0])
     embed_element(config, 0, 1, load=load_encoder)
     blocks = range(len(write.block_costs))
     for block in random.Random(0).sample(blocks, max(1, round(0.3 * len(blocks)))):
-        block_path(store, block).unlink()
+        write.block_path(store, block).unlink()
     assert missing_blocks(config, config.models[0], write)
     for index in range(3):
         embed_element(config, index, 3, load=load_encoder)

@@ -14,10 +14,10 @@ import pytest
 from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, dump_config
-from pipeline.evaluation import plan as planning
+from pipeline.evaluation import cuts
+from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.plan import write_plan
-from pipeline.evaluation.store import block_path, store_folder
+from pipeline.evaluation.plan import read_plan, write_plan
 
 HERE = Path(__file__).parent
 SCRIPT = """\
@@ -36,23 +36,21 @@ if __name__ == "__main__":
 @pytest.fixture
 def planned(config, monkeypatch) -> EvaluateConfig:
     """One model and one task in many small blocks."""
-    monkeypatch.setattr(planning, "_MIN_BLOCK_COST", 200.0)
+    monkeypatch.setattr(cuts, "_MIN_BLOCK_COST", 200.0)
     config = dataclasses.replace(config, models=config.models[:1], tasks=("BrightAopsRetrieval",))
     write_plan(config)
     return config
 
 
 def blocks_of(config: EvaluateConfig) -> dict[int, bytes]:
-    plan = planning.read_plan(config)
-    folder = store_folder(config, config.models[0], plan)
-    return {b: block_path(folder, b).read_bytes() for b in range(len(plan.block_costs))}
+    plan, store = read_plan(config), store_folder(config, config.models[0])
+    return {b: plan.block_path(store, b).read_bytes() for b in range(len(plan.blocks))}
 
 
 def test_processes_of_one_element_write_what_one_process_writes(planned, capsys):
     count = embed_element(planned, 0, 1, load=load_letters)
     alone = blocks_of(planned)
-    folder = store_folder(planned, planned.models[0], planning.read_plan(planned))
-    for path in folder.glob("*.npy"):
+    for path in store_folder(planned, planned.models[0]).glob("*/*.npy"):
         path.unlink()
     capsys.readouterr()
     assert embed_element(planned, 0, 1, load=load_letters, num_processes=2) == count > 2

@@ -20,11 +20,12 @@ from pipeline.config import (
     dump_config,
 )
 from pipeline.evaluation.array import score_all
+from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.export_encoder import load_encoder
 from pipeline.evaluation.plan import read_plan, write_plan
 from pipeline.evaluation.prefetch import prefetch
-from pipeline.evaluation.store import block_path, missing_blocks, store_folder
+from pipeline.evaluation.store import missing_blocks
 from pipeline.model.encoder import build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter
@@ -148,7 +149,7 @@ def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_ident
     assert missing_blocks(config, model, read_plan(config)) == []
     ours, theirs = (
         [
-            block_path(store_folder(each, model, read_plan(each)), block).read_bytes()
+            read_plan(each).block_path(store_folder(each, model), block).read_bytes()
             for block in range(len(plan.block_costs))
         ]
         for each in (config, undisturbed)
