@@ -5,15 +5,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 
-# Some tests bring up a real Slurm of their own. Without its programs they skip and say so.
+# Some tests bring up a real Slurm of their own, or two hosts with a wire between them. Without the
+# programs for that they skip and say so.
 lacks() {
   ! PATH=$PATH:/usr/sbin command -v "$1" >/dev/null
 }
-if { lacks slurmctld || lacks munged; } && [[ $EUID == 0 ]] && ! lacks apt-get; then
-  echo "installing Slurm for the tests"
+if { lacks slurmctld || lacks munged || lacks pdsh || lacks ip; } && [[ $EUID == 0 ]] &&
+  ! lacks apt-get; then
+  echo "installing Slurm, pdsh and ip for the tests"
   if ! (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes \
-    --no-install-recommends slurm-wlm munge) >/dev/null 2>&1; then
-    echo "Slurm could not be installed: its tests will be skipped" >&2
+    --no-install-recommends slurm-wlm munge pdsh iproute2) >/dev/null 2>&1; then
+    echo "they could not be installed: the tests that need them will be skipped" >&2
   fi
 fi
 

@@ -15,8 +15,12 @@ flags=()
 if [[ -n ${HOSTFILE:-} ]]; then
   flags+=(--hostfile "$HOSTFILE")
   first=$(grep --max-count=1 --only-matching '^[^# ]\+' "$HOSTFILE")
-  # Ranks on other machines must find the first one, and import from the same environment.
+  # Ranks on other machines must find the first one, by the same network, and import from the same
+  # environment.
   flags+=(-x "MASTER_ADDR=$first" -x PATH)
+  for name in $(compgen -e | grep -E '^(MASTER_PORT|(NCCL|GLOO|TORCH|OMP|HF|DS)_|PYTHON)'); do
+    flags+=(-x "$name")
+  done
 else
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
   RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}

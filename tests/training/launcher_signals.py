@@ -94,7 +94,7 @@ class Trial:
         recipe: the training config.
         folder: where its files go.
         environment: as `environment_of` the launcher gives it.
-        script: what the ranks run.
+        saves: whether the run can save when it is asked to stop; it has a checkpoint if not.
     """
 
     def __init__(
@@ -103,17 +103,18 @@ class Trial:
         recipe: Path,
         folder: Path,
         environment: Mapping[str, str],
-        script: Path = TRAIN,
+        *,
+        saves: bool = True,
     ) -> None:
         self.run = folder / "run"
         self._environment = environment
-        words = words_of(launcher, folder)
+        words, script = words_of(launcher, folder), TRAIN if saves else _WORKER
         self._launch = Launch(
             *(words, recipe) if launcher == SCRIPT else (words, script, recipe),
             *("--deepspeed", "ds_configs/zero3.json", f"output_dir={self.run}"),
-            *("num_steps=1000000", "checkpoint.every=1000000", "schedule=cache"),
+            *("num_steps=1000000", f"checkpoint.every={1000000 if saves else 2}", "schedule=cache"),
             # Two nodes of one machine have names that need not resolve.
-            environment={**environment, "MASTER_ADDR": "127.0.0.1"},
+            environment={**environment, "MASTER_ADDR": "127.0.0.1", "FAULT": "cannot save"},
         )
 
     def outcome(self, number: signal.Signals, target: str) -> Outcome:
@@ -131,7 +132,7 @@ class Trial:
     def outcome_of_second(self, number: signal.Signals) -> Outcome:
         """Send a signal to one rank, and again once all ranks try to save."""
         with self._launch:
-            self._wait_until(lambda: self._steps() >= 3)
+            self._wait_until((self.run / "checkpoints" / "latest").exists)
             self._send(number, "one rank")
             self._wait_until(lambda: len(list(self.run.glob("saving-*"))) == 2)
             time.sleep(1.1)  # sooner it would be taken for an echo of the first
@@ -203,8 +204,7 @@ def trials(
                 yield f"{number.name} to {target}", trial.outcome(number, target)
     if launcher != SCRIPT:  # starts no other program than the trainer
         with TemporaryDirectory() as folder:
-            stuck = {**environment, "FAULT": "cannot save"}
-            trial = Trial(launcher, recipe, Path(folder), stuck, _WORKER)
+            trial = Trial(launcher, recipe, Path(folder), environment, saves=False)
             yield "second SIGTERM to one rank", trial.outcome_of_second(signal.SIGTERM)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support import free_port
 from tests.training.kill_tally import curve
-from tests.training.launches import TRAIN, Launch, send
+from tests.training.launches import ROOT, TRAIN, Launch, send
 from tests.training.two_hosts import (
     ADDRESSES,
     INTERFACE,
@@ -42,15 +43,25 @@ def under_torchrun(hosts: tuple[str, str], number: int, port: int) -> list[str]:
     ]
 
 
-def under_mpirun(hosts: tuple[str, str], folder: Path) -> list[str]:
-    """The command on the first host, which starts the other's rank as if by ssh."""
-    shell = remote_shell(folder, hosts)
-    return [
-        *("ip", "netns", "exec", hosts[0], str(BIN / "mpirun"), "--allow-run-as-root"),
-        *("--prtemca", "plm_ssh_agent", str(shell), "--prtemca", "prte_if_include", INTERFACE),
-        *("--host", ",".join(f"{address}:1" for address in ADDRESSES), "-n", "2"),
-        *("--bind-to", "none", "-x", f"MASTER_ADDR={ADDRESSES[0]}", sys.executable),
-    ]
+def by_script(hosts: tuple[str, str], name: str) -> list[str]:
+    """The command on the first host, which starts the other's rank by ssh."""
+    return ["ip", "netns", "exec", hosts[0], str(ROOT / "launch" / name)]
+
+
+def reach_both(folder: Path, hosts: tuple[str, str]) -> dict[str, str]:
+    """The environment in which launchers find both hosts, and the wire between them."""
+    hostfile, settings = folder / "hostfile", folder / "deepspeed_env"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    settings.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    return {
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "HOSTFILE": str(hostfile),
+        "DS_ENV_FILE": str(settings),
+        "PATH": f"{remote_shell(folder, hosts)}:{BIN}:{os.environ['PATH']}",
+        "PRTE_MCA_prte_if_include": INTERFACE,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
 
 
 def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
@@ -61,16 +72,18 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
     with Launch("mpirun", TRAIN, *arguments, f"output_dir={one}") as launch:
         assert launch.wait(SECONDS) == 0, launch.output()
     arguments = (*arguments, f"output_dir={two}")
-    environment = {"GLOO_SOCKET_IFNAME": INTERFACE}
+    environment = reach_both(tmp_path, hosts)
 
-    words = under_mpirun(hosts, tmp_path)
-    with Launch(words, TRAIN, *arguments, environment=environment) as launch:
-        while not curve(two):
-            assert launch.process.poll() is None, launch.output()
-            time.sleep(0.01)
-        send(min(launch.ranks()), signal.SIGUSR1)
-        assert launch.wait(SECONDS) == 75, launch.output()
-        assert "SIGUSR1 after step" in launch.output()
+    for script in ("train_mpirun.sh", "train_deepspeed.sh"):
+        with Launch(by_script(hosts, script), *arguments, environment=environment) as launch:
+            # A start writes the file of the curve anew.
+            while "step " not in launch.output():
+                assert launch.process.poll() is None, launch.output()
+                time.sleep(0.01)
+            send(min(launch.ranks()), signal.SIGUSR1)
+            assert launch.wait(SECONDS) == 75, launch.output()
+            assert "SIGUSR1 after step" in launch.output()
+            launch.require_nothing_left(60)
 
     port = free_port()
     with (

@@ -15,8 +15,9 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 def why_unavailable() -> str:
     """What this machine lacks; empty when nothing."""
-    if shutil.which("ip") is None:
-        return "no command ip (Debian: apt-get install iproute2)"
+    for command, package in (("ip", "iproute2"), ("pdsh", "pdsh")):
+        if shutil.which(command) is None:
+            return f"no command {command} (Debian: apt-get install {package})"
     name = f"probe-{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
@@ -45,16 +46,33 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 
 
 def remote_shell(folder: Path, names: tuple[str, str]) -> Path:
-    """A command in the place of ssh: `COMMAND ADDRESS words` runs the words on that host."""
-    path = folder / "remote_shell"
+    """A folder with a command `ssh`, which runs its words on the host with that address.
+
+    As from a real one, they hear nothing of the environment that it was called in, but for the mark
+    by which a test finds all processes of a run.
+    """
+    path = folder / "ssh"
     cases = "".join(
         f"  {address}) host={name} ;;\n" for address, name in zip(ADDRESSES, names, strict=True)
     )
     path.write_text(
-        f'#!/bin/sh\ncase $1 in\n{cases}esac\nshift\nexec ip netns exec "$host" sh -c "$*"\n'
+        f"""#!/bin/sh
+while :; do
+  case $1 in
+    -o | -p | -l) shift 2 ;;
+    -*) shift ;;
+    *) break ;;
+  esac
+done
+case $1 in
+{cases}esac
+shift
+exec ip netns exec "$host" env -i HOME="$HOME" PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
+  MARK_OF_RUN="$MARK_OF_RUN" sh -c "$*"
+"""
     )
     path.chmod(0o755)
-    return path
+    return folder
 
 
 def _ip(*words: str) -> None:
