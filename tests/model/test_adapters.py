@@ -83,6 +83,16 @@ def test_a_merged_adapter_can_carry_a_fresh_one(base: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 4**0.5)])
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_their_rank(
+    base: Path, rslora: bool, scale: float
+) -> None:
+    """Kalajdzievski, arXiv 2312.03732, in the place of alpha / rank."""
+    lora = LoraConfig(rank=4, alpha=8, rslora=rslora)
+    encoder: Any = build_encoder(ModelConfig(path=str(base), lora=lora), meta=True)
+    assert encoder.layers[0].self_attn.q_proj.scaling["default"] == scale
+
+
 def test_an_adapter_is_continued_on_another_one_that_is_merged(base: Path, tmp_path: Path) -> None:
     """SimCSE on MNTP: the second adapter was trained on the weights that the first went into."""
     first = save_adapter(hf.AutoModelForCausalLM.from_pretrained(base), tmp_path / "first", seed=1)
