@@ -16,7 +16,7 @@ import heapq
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from pipeline.evaluation.listing import Listing, Request, list_task
 from pipeline.run_dir import atomic_path, write_json
 
 _VERSION = 4
+_PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,18 +93,15 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         listings = _list_tasks(config, Path(scratch), num_workers)
         distinct = DistinctTexts.of(listings)
         cuts = read_cuts(folder.parent)
-        places_N3 = _held_places(config, cuts, distinct.digests)
+        earlier = read_plan(config) if (folder / _PLAN).is_file() else None
+        own = frozenset(earlier.blocks) if earlier else frozenset()
+        places_N3 = _held_places(config, cuts, own, distinct.digests)
         new_N = places_N3[:, 0] < 0
         if new_N.any():
             cuts.append(write_cut(folder.parent, distinct.only(new_N)))
             places_N3[new_N, 0] = len(cuts) - 1
             places_N3[new_N, 1:] = cuts[-1].places
     used_B2, block_N = np.unique(places_N3[:, :2], axis=0, return_inverse=True)
-    with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
-        places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
-        # Sorted, so that those who look texts up need not.
-        order_N = np.argsort(distinct.digests[:, 0], kind="stable")
-        np.savez(file, digests=distinct.digests[order_N], places=places_N2[order_N])
     plan = Plan(
         folder=folder,
         num_texts=len(distinct.costs),
@@ -113,20 +111,31 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         blocks=tuple((cuts[cut].name, int(block)) for cut, block in used_B2),
         block_costs=tuple(float(cuts[cut].costs[block]) for cut, block in used_B2),
     )
+    if plan != earlier:
+        # Its index must not be read with the blocks of another plan.
+        (folder / _PLAN).unlink(missing_ok=True)
+    places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
+    # Sorted, so that those who look texts up need not.
+    order_N = np.argsort(distinct.digests[:, 0], kind="stable")
+    with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, digests=distinct.digests[order_N], places=places_N2[order_N])
     # Last: its presence means that the plan is whole.
-    write_json(folder / "plan.json", {"version": _VERSION, **_as_json(plan)})
+    write_json(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
     return plan
 
 
 def _held_places(
-    config: EvaluateConfig, cuts: Sequence[Cut], digests_N2: NDArray[np.uint64]
+    config: EvaluateConfig,
+    cuts: Sequence[Cut],
+    own: Set[tuple[str, int]],
+    digests_N2: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
     """(N, 3) cut, block and row of texts that are in usable blocks; -1 for all others.
 
-    Usable is a block that every model has embedded, or that this very plan has had before. Any
-    other would make a model embed texts of its own accord: blocks of an earlier plan mix tasks.
+    Usable is a block that every model has embedded, or that this very plan has had before (`own`).
+    Any other might cost more than it saves: blocks mix tasks, those that nobody asks for any more
+    among them.
     """
-    own = set(read_plan(config).blocks) if (plan_folder(config) / "plan.json").is_file() else set()
     places_N3 = np.full((len(digests_N2), 3), -1)
     for number, cut in enumerate(cuts):
         embedded = _embedded_blocks(config, cut)
@@ -158,12 +167,12 @@ def read_plan(config: EvaluateConfig) -> Plan:
         UserError: there is none, or the tasks, lengths, instructions or snapshots have changed.
     """
     folder = plan_folder(config)
-    if not (folder / "plan.json").is_file():
+    if not (folder / _PLAN).is_file():
         raise UserError(
             f"{folder}: no plan for these tasks, lengths, instructions and snapshots",
             fix="run `diffembed evaluate plan` with this config",
         )
-    tree = json.loads((folder / "plan.json").read_text())
+    tree = json.loads((folder / _PLAN).read_text())
     del tree["version"]
     tree["blocks"] = tuple((cut, number) for cut, number in tree["blocks"])
     tree["lengths"], tree["block_costs"] = tuple(tree["lengths"]), tuple(tree["block_costs"])
