@@ -141,6 +141,31 @@ def test_a_state_of_another_seed_is_refused(dataset: Dataset) -> None:
         make_loader(dataset, seed=2).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("data", "share"),
+    [
+        ({}, 80 / 100),
+        ({"mixture_cap": 20}, 20 / 40),
+        ({"mixture_temperature": 2.0}, 80**0.5 / (80**0.5 + 20**0.5)),
+        ({"weights": {"small": 2.0}}, 80 / 120),
+    ],
+)
+def test_a_mixture_draws_from_its_sources_as_the_config_says(
+    data: dict[str, object], share: float, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    sources = []
+    for name, count in (("large", 80), ("small", 20)):
+        rows = [{"query": f"{name} {k}", "positives": [f"{k} {name}"]} for k in range(count)]
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        sources.append(SourceConfig(name=name, format="columns", path=str(path)))
+    dataset = Dataset.open(prepare(make_config(*sources), num_workers=1))
+    loader = make_loader(dataset, batch=10, homogeneous="none", **data)
+    ids = np.concatenate([loader.batch(step).example_ids for step in range(60)])
+    large = next(group for group in dataset.manifest.groups if group.source == "large")
+    drawn = (ids >= large.start) & (ids < large.start + large.count)
+    assert drawn.mean() == pytest.approx(share, abs=0.02)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_texts_beyond_the_budget_get_chunks_of_their_own(dataset: Dataset, world_size: int) -> None:
     batches = all_ranks(dataset, 4, world_size, max_chunk_tokens=60)
