@@ -175,10 +175,15 @@ def encode(
         Literal["float32", "float16"], typer.Option(help="of the vectors in the file")
     ] = "float32",
     dim: Annotated[int | None, typer.Option(help="keep the first so many numbers")] = None,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="of weights and arithmetic")
+    ] = "auto",
     max_tokens: Annotated[int, typer.Option(help="packed tokens of one forward")] = 16384,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="default: one per GPU; under mpirun or srun, its ranks"),
+        typer.Option(
+            min=1, help="default: one per GPU, else per core; under mpirun or srun, its ranks"
+        ),
     ] = None,
 ) -> None:
     """Turn texts into vectors; a killed run is continued by the same command."""
@@ -196,6 +201,7 @@ def encode(
         max_length=max_length,
         dtype=dtype,
         dimensions=dim,
+        precision=precision,
         max_tokens=max_tokens,
     )
     encode_file(job, num_processes=processes)
@@ -296,7 +302,8 @@ def embed(
     index: Annotated[int, typer.Option(help="this element of the array")] = 0,
     of: Annotated[int, typer.Option(help="how many elements the array has")] = 1,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="default: one per GPU; under srun, its ranks")
+        int | None,
+        typer.Option(min=1, help="default: one per GPU, else per core; under srun, its ranks"),
     ] = None,
 ) -> None:
     """Embed one element's share of the planned texts; blocks already there are skipped."""

@@ -16,6 +16,7 @@ from pipeline.config.data import (
 from pipeline.config.evaluation import (
     EvaluateConfig,
     EvaluatedModel,
+    Precision,
 )
 from pipeline.config.model import (
     Attention,
@@ -73,6 +74,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "Pooling",
+    "Precision",
     "PrepareConfig",
     "ProbeConfig",
     "RopeScaling",

@@ -10,6 +10,9 @@ from pipeline.config.model import RopeScaling
 from pipeline.config.rules import require, strict
 from pipeline.config.text import Template
 
+# `auto`: what is fastest on the machine at the exactness that scores need.
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,8 @@ class EvaluatedModel:
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # For texts longer than the export was trained on.
     rope_scaling: RopeScaling | None = None
+    # Of weights and arithmetic.
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         # The name is a folder of the results and a key of report.json.

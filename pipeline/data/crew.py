@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -26,20 +27,36 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _POLL_SECONDS = 0.05
 
 
-# Number of this process among the children of one `Alone`.
-_number = 0
+# Number of this process among the children of one `Alone`, and how many they are.
+_number, _num_children = 0, 1
 
 
-def _take_number(counter: Any) -> None:
-    global _number
+def _begin_child(counter: Any, num_children: int) -> None:
+    """Take a number, and end with the parent."""
+    global _number, _num_children
     with counter.get_lock():
         _number = counter.value
         counter.value += 1
+    _num_children = num_children
+    # A killed parent cannot end its children; without this they would hold their GPUs for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def child_number() -> int:
     """Number of this process among the children that share its work; 0 where there are none."""
     return _number
+
+
+def num_children() -> int:
+    """How many children share the work and the cores of this machine; 1 where there are none."""
+    return _num_children
 
 
 class Crew(Protocol):
@@ -66,9 +83,19 @@ class Alone:
     def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
         """See `Crew.run`; no claims are needed."""
         missing = [k for k, output in enumerate(outputs) if not output.exists()]
-        if min(len(missing), self._num_workers) <= 1:
-            for task in missing:
+        for _ in self.each(work, missing):
+            pass
+
+    def each(self, work: Task, tasks: Sequence[int]) -> Iterator[int]:
+        """Call `work` for all tasks, begun in their order; yield each one when it is done.
+
+        Raises:
+            DiffembedError: a child was killed.
+        """
+        if min(len(tasks), self._num_workers) <= 1:
+            for task in tasks:
                 work(task)
+                yield task
             return
         if self._pool is None:
             # A forked child would inherit the locks of the tokenizer's and Arrow's threads.
@@ -76,17 +103,18 @@ class Alone:
             self._pool = ProcessPoolExecutor(
                 self._num_workers,
                 mp_context=context,
-                initializer=_take_number,
-                initargs=(context.Value("i", 0),),
+                initializer=_begin_child,
+                initargs=(context.Value("i", 0), self._num_workers),
             )
-        futures = [self._pool.submit(work, task) for task in missing]
+        futures = {self._pool.submit(work, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 future.result()
+                yield futures[future]
         except BrokenProcessPool as error:
             raise DiffembedError(
                 "a worker process was killed, perhaps for memory; run the same command again to "
-                "continue, with fewer workers or a smaller block_bytes"
+                "continue, with fewer processes or smaller blocks"
             ) from error
         finally:
             for future in futures:
@@ -195,7 +223,7 @@ def gather_crew(num_workers: int | None, *, meeting_folder: Path) -> Iterator[Cr
             raise
         tasks.close()
     else:
-        with contextlib.closing(Alone(num_workers or _num_cores())) as alone:
+        with contextlib.closing(Alone(num_workers or num_cores())) as alone:
             yield alone
 
 
@@ -217,6 +245,6 @@ def _mpi_ranks() -> Iterator[MpiRanks]:
         MPI.COMM_WORLD.Abort(getattr(error, "exit_code", 1))
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores this process may use, fewer than the machine's under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -111,19 +111,19 @@ def embed(
 
     Args:
         num_processes: processes to share the element's blocks; by default one per visible GPU,
-            and one where a launcher started several ranks already or there is no GPU.
+            else one per core, and one where a launcher started several ranks already.
 
     Returns:
         How many blocks were embedded; those already on disk are not done again.
     """
-    import torch
-
     from pipeline.comm import discover_world
     from pipeline.evaluation.embed import embed_element
+    from pipeline.evaluation.place import processes_here
 
     world = discover_world()
     if num_processes is None:
-        num_processes = max(1, torch.cuda.device_count()) if world.world_size == 1 else 1
+        exports = [model.path for model in config.models]
+        num_processes = processes_here(exports) if world.world_size == 1 else 1
     return embed_element(
         config,
         index,

@@ -5,20 +5,18 @@ share of element i --> processes take block after block --> store/, each block b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
-import os
-import threading
+import json
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.comm import World
 from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.data.crew import Alone
 from pipeline.errors import UserError
 from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.elements import list_elements
@@ -73,29 +71,15 @@ def embed_element(
 
 def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
     started = time.monotonic()
-    for done, num_texts in enumerate(_write_all(writer, todo, num_processes), start=1):
-        pace = (time.monotonic() - started) / done
-        print(
-            f"{writer.model.name}: block {done}/{len(todo)}, {num_texts} texts, "
-            f"{pace * (len(todo) - done):.0f} s left",
-            flush=True,
-        )
-
-
-def _write_all(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> Iterator[int]:
-    if num_processes == 1:
-        yield from map(writer.write, todo)
-        return
-    # Spawned, because a forked process cannot use CUDA.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_processes,
-        mp_context=context,
-        initializer=_begin_process,
-        initargs=(context.Value("i", 0), num_processes, writer),
-    ) as pool:
-        # One block at a time: the dearest come first, and whoever is free takes the next.
-        yield from pool.map(_write_in_process, todo)
+    with contextlib.closing(Alone(num_processes)) as crew:
+        # The dearest come first, and whoever is free takes the next.
+        for done, _ in enumerate(crew.each(writer.write, todo), start=1):
+            pace = (time.monotonic() - started) / done
+            print(
+                f"{writer.model.name}: block {done}/{len(todo)}, "
+                f"{pace * (len(todo) - done):.0f} s left",
+                flush=True,
+            )
 
 
 class BlockWriter:
@@ -114,19 +98,18 @@ class BlockWriter:
         self._element = next(each for each in list_elements(config) if each.model == model)
         self._encoders: dict[int, EvaluatedEncoder] = {}
 
-    def write(self, block: int) -> int:
-        """Embed a block and put it into the store; returns its number of texts."""
+    def write(self, block: int) -> None:
+        """Embed a block and put it into the store."""
         keys = self._plan.read_block(block)
         for length in {key.max_length for key in keys} - self._encoders.keys():
             element = dataclasses.replace(self._element, max_length=length)
             self._encoders[length] = self._load(self.config, element)
-            _write_description(self._store, self._encoders[length])
+            _describe(self._store, self._encoders[length])
         with (
             atomic_path(self._plan.block_path(self._store, block)) as temporary,
             temporary.open("wb") as file,
         ):
             np.save(file, embed_keys(keys, self._encoders))
-        return len(keys)
 
 
 def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -> np.ndarray:
@@ -142,45 +125,24 @@ def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -
     return vectors_ND
 
 
-def _write_description(folder: Path, encoder: EvaluatedEncoder) -> None:
-    """What the scoring job reports; the same from every element and at every length."""
-    write_json(
-        folder / "model.json",
-        {
-            "query": encoder.template.query,
-            "document": encoder.template.document,
-            "num_dimensions": encoder.num_dimensions,
-            "precision": f"{encoder.precision}, stored as {FORMAT}",
-        },
-    )
+def _describe(folder: Path, encoder: EvaluatedEncoder) -> None:
+    """Write what the scoring job reports; the same from every element and at every length.
 
-
-# The writer of this process, where it is one of several.
-_writer: BlockWriter | None = None
-
-
-def _begin_process(counter: Any, num_processes: int, writer: BlockWriter) -> None:
-    """Take a number, and with it a GPU or a share of the cores."""
-    import torch
-
-    global _writer
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
-    world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_processes}
-    os.environ |= {name: str(value) for name, value in world.items()}
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    # A killed parent cannot end its children; without this they would hold their GPUs for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _writer = writer
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _write_in_process(block: int) -> int:
-    assert _writer is not None
-    return _writer.write(block)
+    Raises:
+        UserError: the store was begun at another precision.
+    """
+    path = folder / "model.json"
+    description = {
+        "query": encoder.template.query,
+        "document": encoder.template.document,
+        "num_dimensions": encoder.num_dimensions,
+        "precision": f"{encoder.precision}, stored as {FORMAT}",
+    }
+    begun = json.loads(path.read_text()) if path.is_file() else description
+    if begun["precision"] != description["precision"]:
+        raise UserError(
+            f"{folder}: vectors in {begun['precision']}; this machine computes in "
+            f"{encoder.precision}",
+            fix="give the model a precision in the config, or go on with machines of one kind",
+        )
+    write_json(path, description)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import shutil
 import sys
 import time
@@ -20,10 +19,9 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from pipeline.data.crew import child_number, gather_crew
+from pipeline.data.crew import gather_crew
 from pipeline.errors import UserError
 from pipeline.evaluation.encode_job import (
     EncodeJob,
@@ -33,7 +31,7 @@ from pipeline.evaluation.encode_job import (
     read_plan,
     recipe_of,
 )
-from pipeline.evaluation.place import load_here
+from pipeline.evaluation.place import load_here, processes_here, resolve
 from pipeline.model.load import LoadedExport
 from pipeline.run_dir import atomic_path
 
@@ -48,7 +46,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
 
     Args:
         job: what to embed and how.
-        num_processes: processes to start; by default one per GPU, or one.
+        num_processes: processes to start; by default one per GPU, else one per core.
 
     Returns:
         The Arrow file: `id` (string) and `vector` (fixed-size list), in the input's order.
@@ -56,20 +54,22 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
     Raises:
         UserError: input, model or output are not usable.
     """
-    num_processes = num_processes or torch.cuda.device_count() or 1
+    # Now, so that a run that is continued on another machine does not mix two precisions.
+    job = dataclasses.replace(job, precision=resolve(job.precision))
     recipe = recipe_of(job)
     if job.output.exists():
         _check_finished(job, recipe)
         print(f"{job.output}: finished")
         return job.output
     meeting = job.output.with_name(f".{job.output.name}.step")
+    num_processes = num_processes or processes_here([job.model])
     with gather_crew(num_processes, meeting_folder=meeting) as crew:
         crew.wait()
         if crew.is_main:
             begin(job, recipe)
         crew.wait()
         parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
-        work = functools.partial(_encode_block, job, num_processes)
+        work = functools.partial(_encode_block, job)
         crew.run(work, parts, claims=job.folder / "claims")
         if crew.is_main:
             _assemble(job)
@@ -92,10 +92,10 @@ def _check_finished(job: EncodeJob, recipe: str) -> None:
         )
 
 
-def _encode_block(job: EncodeJob, num_processes: int, number: int) -> None:
+def _encode_block(job: EncodeJob, number: int) -> None:
     """Write the part of one block."""
     plan = read_plan(job.folder)
-    model = _load(job, num_processes)
+    model = _load(job)
     schema = _schema(job, model.num_dimensions, plan.recipe)
     started, num_texts, num_tokens = time.monotonic(), 0, 0
     with (
@@ -119,15 +119,13 @@ def _encode_block(job: EncodeJob, num_processes: int, number: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(job: EncodeJob, num_processes: int) -> LoadedExport:
+def _load(job: EncodeJob) -> LoadedExport:
     """The model on this process's device, once per process."""
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     model = load_here(
         job.model,
         max_tokens=job.max_tokens,
+        precision=job.precision,
         dimensions=job.dimensions,
-        worker=child_number(),
     )
     return dataclasses.replace(model, max_length=job.max_length or model.max_length)
 

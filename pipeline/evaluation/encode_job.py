@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config import Precision
 from pipeline.config.rules import require
 from pipeline.data.sources.records import (
     Block,
@@ -47,6 +48,7 @@ class EncodeJob:
         max_length: tokens after which a text is cut; None for the export's own limit.
         dtype: of the vectors in the file.
         dimensions: keep only so many of a vector's first numbers.
+        precision: of weights and arithmetic.
         max_tokens: packed tokens of one forward.
         block_bytes: input of a block; what a killed run may have to do again per process. None: a
             64th of the input, within bounds, so that many processes have work.
@@ -62,6 +64,7 @@ class EncodeJob:
     max_length: int | None = None
     dtype: Literal["float32", "float16"] = "float32"
     dimensions: int | None = None
+    precision: Precision = "auto"
     max_tokens: int = 16384
     block_bytes: int | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.config import EvaluateConfig, RopeScaling
+from pipeline.config import EvaluateConfig, Precision, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.elements import Element, export_fingerprint
 from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder, revision
@@ -12,20 +12,22 @@ from pipeline.evaluation.place import load_here
 from pipeline.model.load import LoadedExport
 
 # The export loaded last, so that an element's next task or length does not load it again.
-_loaded: dict[tuple[str, RopeScaling | None, int], LoadedExport] = {}
+_loaded: dict[tuple[str, RopeScaling | None, Precision, int], LoadedExport] = {}
 
 
 def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
-    """An element's export at its length: bfloat16 on a GPU, float32 elsewhere."""
+    """An element's export at its length, where and as exactly as this process embeds."""
     fingerprint = export_fingerprint(element.model.path)
-    key = (fingerprint, element.model.rope_scaling, config.max_tokens)
+    model = element.model
+    key = (fingerprint, model.rope_scaling, model.precision, config.max_tokens)
     if key not in _loaded:
         # First out, then in: two models may not fit side by side.
         _loaded.clear()
         _loaded[key] = load_here(
-            element.model.path,
+            model.path,
             max_tokens=config.max_tokens,
-            rope_scaling=element.model.rope_scaling,
+            precision=model.precision,
+            rope_scaling=model.rope_scaling,
         )
     if element.max_length > _loaded[key].max_tokens:
         raise UserError(

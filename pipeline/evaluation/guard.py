@@ -28,7 +28,7 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int:
     tree = json.loads((export / "config.json").read_text())
     width = tree.get("hidden_size") or tree["n_embd"]
     inner = tree.get("intermediate_size") or tree.get("n_inner") or 4 * width
-    left = memory * _USABLE - _num_parameters(export) * bytes_per_value
+    left = memory * _USABLE - num_parameters(export) * bytes_per_value
     return max(0, int(left // ((2 * width + 3 * inner) * bytes_per_value)))
 
 
@@ -42,7 +42,8 @@ def check_fit(config: EvaluateConfig) -> None:
         return
     longest = max(element.max_length for element in list_elements(config))
     for model in config.models:
-        fits = tokens_that_fit(model.path, int(config.gpu_memory_gib * 2**30), bytes_per_value=2)
+        size = 4 if model.precision == "float32" else 2
+        fits = tokens_that_fit(model.path, int(config.gpu_memory_gib * 2**30), bytes_per_value=size)
         if fits < longest:
             raise UserError(
                 f"{model.name}: one text of {longest} tokens on a GPU of "
@@ -52,7 +53,7 @@ def check_fit(config: EvaluateConfig) -> None:
             )
 
 
-def _num_parameters(export: Path) -> int:
+def num_parameters(export: Path) -> int:
     """Parameters by the headers of the weight files; their values are not read."""
     total = 0
     for path in sorted(export.glob("*.safetensors")):

@@ -1,53 +1,84 @@
-"""Which device of the machine a process embeds on, and an export loaded there."""
+"""Where and how exactly a process embeds, how many share a machine, and an export loaded so."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipeline.comm import discover_world
-from pipeline.config import RopeScaling
-from pipeline.evaluation.guard import tokens_that_fit
+from pipeline.config import Precision, RopeScaling
+from pipeline.data.crew import child_number, num_children, num_cores
+from pipeline.evaluation.guard import num_parameters, tokens_that_fit
 from pipeline.model.load import LoadedExport, load_export
+from pipeline.world import discover_world
+
+# What torch, transformers and the tensors of a forward take beside the weights.
+_PROCESS_BYTES = 2**30
 
 
 def load_here(
     path: Path,
     *,
     max_tokens: int,
+    precision: Precision = "auto",
     dimensions: int | None = None,
     rope_scaling: RopeScaling | None = None,
-    worker: int = 0,
 ) -> LoadedExport:
-    """An export on this process's device: bfloat16 on a GPU, float32 elsewhere.
+    """An export on this process's GPU, or on its share of the cores.
 
     Args:
         path: the export.
         max_tokens: packed tokens of one forward; fewer where the GPU has no room for them.
+        precision: of weights and arithmetic; see `resolve`.
         dimensions: keep only so many of a vector's first numbers.
         rope_scaling: for texts longer than the export was trained on.
-        worker: number of this process among those that share the machine without a launcher.
     """
-    device, precision = _place(worker)
+    device, dtype = _device(), resolve(precision)
     # An adapter alone does not say how large its base model is.
     if device.type == "cuda" and (path / "config.json").is_file():
         free, _ = torch.cuda.mem_get_info(device)
-        max_tokens = min(max_tokens, tokens_that_fit(path, free, bytes_per_value=2))
+        size = 4 if dtype == "float32" else 2
+        max_tokens = min(max_tokens, tokens_that_fit(path, free, bytes_per_value=size))
+    if num_children() > 1:
+        share = max(1, num_cores() // num_children())
+        torch.set_num_threads(min(torch.get_num_threads(), share))
     return load_export(
         path,
         device=device,
-        dtype=precision,
+        dtype=dtype,
         max_tokens=max_tokens,
         dimensions=dimensions,
         rope_scaling=rope_scaling,
     )
 
 
-def _place(worker: int) -> tuple[torch.device, Literal["float32", "bfloat16"]]:
+def resolve(precision: Precision) -> Literal["float32", "bfloat16"]:
+    """What `auto` is on this machine: bfloat16 on a GPU, float32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def processes_here(exports: Sequence[Path]) -> int:
+    """How many processes embed fastest on this machine: one per GPU, else one per core.
+
+    On a CPU one thread each beats many threads of one process, which wait for each other in every
+    small product. There are fewer where copies of the largest export would fill half the memory.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    largest = max(_PROCESS_BYTES + 4 * num_parameters(export) for export in exports)
+    # Torch's own number of threads: it respects OMP_NUM_THREADS and the cores of a Slurm job.
+    return max(1, min(torch.get_num_threads(), int(memory // largest)))
+
+
+def _device() -> torch.device:
     if torch.cuda.is_available():
         # One process per GPU where a step has several; Slurm may show each process only its own.
-        number = (worker + discover_world().local_rank) % torch.cuda.device_count()
-        return torch.device("cuda", number), "bfloat16"
-    return torch.device("cpu"), "float32"
+        number = (child_number() + discover_world().local_rank) % torch.cuda.device_count()
+        return torch.device("cuda", number)
+    return torch.device("cpu")

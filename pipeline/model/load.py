@@ -29,6 +29,9 @@ _OLD_POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Packed tokens that a CPU takes at a time: larger ones leave its caches, and their tensors are so
+# large that the allocator gives each back to the kernel and asks for new pages at every layer.
+_CPU_TOKENS = 4096
 # `Dense` keeps a vector's first numbers; see `export`.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
@@ -94,7 +97,9 @@ class LoadedExport:
 
     def _packed(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """For each forward the texts it takes, their (T,) tokens on the device, (C,) lengths."""
-        for chosen in _chunks([len(row) for row in ids], self.max_tokens):
+        on_cpu = next(self.encoder.parameters()).device.type == "cpu"
+        size = min(self.max_tokens, _CPU_TOKENS) if on_cpu else self.max_tokens
+        for chosen in _chunks([len(row) for row in ids], size):
             packed = self._on_device([token for i in chosen for token in ids[i]])
             yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen])
 

