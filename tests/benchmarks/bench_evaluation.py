@@ -1,7 +1,8 @@
 """Evaluation beside mteb: python tests/benchmarks/bench_evaluation.py [plan] [throughput] [table].
 
 plan: wall-clock and memory of planning all three benchmarks at their real sizes. throughput: one
-corpus of mixed lengths through mteb with sentence-transformers and through us, equal scores. table:
+corpus of mixed lengths through mteb with sentence-transformers and through us, equal scores; for
+whole evaluations by both sides' defaults see bench_job.py. table:
 every task on replicas fetched from a local hub, a third of the blocks lost and embedded again, our
 score beside mteb's direct one.
 """
@@ -9,13 +10,14 @@ score beside mteb's direct one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
 import benchmark_replicas as replicas
 import full_size_hub
-import mteb
 import torch
+from bench_job import PRECISIONS, direct, timed
 from bench_support import Figure, minilm_path, print_table
 from local_hub import serve
 from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.array import run_all, score_all
+from pipeline.evaluation.array import run_element, score_all
 from pipeline.evaluation.cuts import store_folder
-from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.elements import element_at
 from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.export_encoder import load_encoder
 from pipeline.evaluation.plan import write_plan
 from pipeline.evaluation.prefetch import prefetch
-from pipeline.evaluation.snapshots import get_task, localise, private_cache
 from pipeline.evaluation.store import missing_blocks
 
 ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
@@ -102,23 +103,26 @@ def throughput(folder: Path, scale: float) -> list[Figure]:
     )
     reference = SentenceTransformer(str(minilm_path()), device="cpu")
     reference.max_seq_length = config.max_length
-    load_encoder(config, list_elements(config)[0])  # once for all, as `reference`
-
-    def theirs() -> float:
-        return direct(reference, AOPS, config.snapshots)
-
-    def ours() -> float:
-        for path in config.output_dir.rglob("result.json"):
-            path.unlink()
-        return float(run_all(config)[0]["score"])
-
-    (first, slow), (second, fast) = measured(theirs), measured(ours)
-    return [
-        Figure(name="difference of the scores", asked="<= 1e-5", gate=True,
-               measured=f"{abs(first - second):.1e}", ok=abs(first - second) <= 1e-5),
-        Figure(name="CPU time, mteb + sentence-transformers / ours", asked=">= 3",
-               measured=f"{slow / fast:.2f} ({slow:.1f} s / {fast:.1f} s)", ok=slow / fast >= 3),
-    ]  # fmt: skip
+    (model,) = config.models
+    wanted, slow = timed(lambda: direct(reference, AOPS, config.snapshots))
+    figures = []
+    for precision in PRECISIONS:
+        exact = precision == "float32"
+        models = (dataclasses.replace(model, precision=precision),)
+        tree = dataclasses.replace(config, models=models)
+        load_encoder(tree, element_at(tree, 0))  # before, as `reference`
+        result, fast = timed(lambda tree=tree: run_element(tree, 0))
+        score = float(result["score"])
+        gap, ratio = abs(wanted - score), slow.cpu / fast.cpu
+        figures += [
+            Figure(name=f"{precision}: difference of the scores", gate=exact,
+                   asked="<= 1e-5" if exact else "", measured=f"{gap:.1e}",
+                   ok=gap <= 1e-5 if exact else None),
+            Figure(name=f"{precision}: CPU time, mteb + sentence-transformers / ours",
+                   asked=">= 3", measured=f"{ratio:.2f} ({slow.cpu:.1f} s / {fast.cpu:.1f} s)",
+                   ok=ratio >= 3),
+        ]  # fmt: skip
+    return figures
 
 
 def table(folder: Path, scale: float) -> list[Figure]:
@@ -152,26 +156,6 @@ def table(folder: Path, scale: float) -> list[Figure]:
             )
         )
     return figures
-
-
-def direct(reference: SentenceTransformer, task: str, snapshots: Path | None) -> float:
-    """mteb's score of a sentence-transformers model, by mteb's own path and its defaults."""
-    # datasets would take an earlier replica of the same name from its own cache.
-    with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
-        result = mteb.evaluate(
-            reference,
-            localise(get_task(task), snapshots),
-            cache=None,
-            co2_tracker=False,
-            show_progress_bar=False,
-        )[0]
-    return float(result.get_score())
-
-
-def measured(work: Callable[[], float]) -> tuple[float, float]:
-    """What a work returns, and its CPU seconds."""
-    began = time.process_time()
-    return work(), time.process_time() - began
 
 
 PARTS = {"plan": plan, "throughput": throughput, "table": table}

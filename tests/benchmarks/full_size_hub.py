@@ -1,7 +1,7 @@
 """The three benchmarks' data sets with as many texts and characters as the real ones, of noise.
 
 Counts come from the statistics that mteb ships for each task; lengths are log-normal up to the
-longest one, and as many texts repeat as in the real corpora.
+longest one, and as many texts repeat as in the real corpora. A query repeats words of its document.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ _LONG_CONFIGS = {
     "LEMBSummScreenFDRetrieval": "summ_screen_fd",
     "LEMBWikimQARetrieval": "2wikimqa",
 }
+_WORDS = """
+ice flows downhill under its own weight and carves wide valleys wild yeast and bacteria in the
+starter raise bread slowly cables carry a deck and pass load to tall towers early moves fight for
+centre foragers dance in hive to point others to flowers pull of moon raises sea twice each day
+"""
 Table = dict[str, Any]
 
 
@@ -58,16 +63,17 @@ def _statistics(task: str) -> dict[str, Any]:
 
 @functools.cache
 def _noise() -> str:
-    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8)
+    # Words, so that a tokenizer makes as many tokens of a text as of a real one.
+    words = np.array(_WORDS.split())
     generator = np.random.default_rng(0)
-    return letters[generator.integers(len(letters), size=8_000_000)].tobytes().decode()
+    return " ".join(generator.choice(words, size=1_400_000))
 
 
-def _texts(statistics: dict[str, Any], scale: float, *, seed: int) -> list[str]:
+def _texts(statistics: dict[str, Any], scale: float, *, seed: int, least: int = 2) -> list[str]:
     """As many texts as the statistics say, of their total length, with their repetitions."""
     total = statistics["total_text_length"]
-    count = max(8, round(total / statistics["average_text_length"] * scale))
-    unique = max(4, round(statistics["unique_texts"] * scale))
+    count = max(least, round(total / statistics["average_text_length"] * scale))
+    unique = min(count, max(least // 2, round(statistics["unique_texts"] * scale)))
     generator = np.random.default_rng(seed)
     sizes = generator.lognormal(0, 0.8, size=count)
     sizes = np.minimum(sizes * statistics["average_text_length"] / sizes.mean(),
@@ -82,6 +88,23 @@ def _texts(statistics: dict[str, Any], scale: float, *, seed: int) -> list[str]:
         )
     ]
     return texts[:unique] + texts[: count - unique]
+
+
+def mixed_texts(count: int) -> list[str]:
+    """Texts as long as BRIGHT's documents about robots: short ones, and some of many pages."""
+    statistics = _statistics("BrightRoboticsRetrieval")["standard"]["documents_text_statistics"]
+    share = count * statistics["average_text_length"] / statistics["total_text_length"]
+    return _texts(statistics, share, seed=0, least=count)
+
+
+def _asking(queries: Sequence[str], documents: Sequence[str]) -> list[str]:
+    """The queries with the words of the documents that answer them, as long as before."""
+    asked = []
+    for query in queries:
+        number = query.split()[0]
+        words = documents[int(number) % len(documents)] + " "
+        asked.append(f"{number} " + (words * (len(query) // len(words) + 1))[: len(query)])
+    return asked
 
 
 def _write(root: Path, repository: str, configs: dict[str, dict[str, Table]]) -> None:
@@ -101,8 +124,10 @@ def _write(root: Path, repository: str, configs: dict[str, dict[str, Table]]) ->
 
 def _write_follow_ir(root: Path, task: str, scale: float) -> None:
     statistics = _statistics(task)["test"]
-    documents = _texts(statistics["documents_text_statistics"], scale, seed=len(task))
+    # Of each query 20 are judged, and 10 more change their relevance.
+    documents = _texts(statistics["documents_text_statistics"], scale, seed=len(task), least=24)
     ids = [f"d{row}" for row in range(len(documents))]
+    text_of = dict(zip(ids, documents, strict=True))
     pairs = round(statistics["num_queries"] / 2 * min(1.0, 4 * scale)) or 2
     queries = [f"{pair}-{kind}" for pair in range(pairs) for kind in ("og", "changed")]
     generator = np.random.default_rng(1)
@@ -122,7 +147,10 @@ def _write_follow_ir(root: Path, task: str, scale: float) -> None:
         "instruction": {
             "instruction": {
                 "query-id": queries,
-                "instruction": [f"{q} " + _noise()[:300] for q in queries],
+                "instruction": [
+                    f"{q} " + text_of[own[0 if q.endswith("og") else 10]][:300]
+                    for q, own in zip(queries, candidates, strict=True)
+                ],
             }
         },
         "default": {"test": _columns(("query-id", "corpus-id", "score"), judged)},
@@ -143,10 +171,9 @@ def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Table:
 
 def _long_split(task: str, split: str, scale: float, *, seed: int) -> tuple[list[str], list[str]]:
     statistics = _statistics(task)[split]
-    return (
-        _texts(statistics["documents_text_statistics"], scale, seed=seed),
-        _texts(statistics["queries_text_statistics"], scale, seed=seed + 1),
-    )
+    documents = _texts(statistics["documents_text_statistics"], scale, seed=seed)
+    queries = _texts(statistics["queries_text_statistics"], scale, seed=seed + 1)
+    return documents, _asking(queries, documents)
 
 
 def _write_long_embed(root: Path, scale: float) -> None:
@@ -197,6 +224,7 @@ def _write_bright(root: Path, scale: float) -> None:
         statistics = _statistics(task)["standard"]
         documents = _texts(statistics["documents_text_statistics"], scale, seed=seed)
         queries = _texts(statistics["queries_text_statistics"], scale, seed=600 + number)
+        queries = _asking(queries, documents)
         ids = [f"{seed}/{row}" for row in range(len(documents))]
         configs["documents"][split] = {"id": ids, "content": documents}
         long = f"Bright{topic}LongRetrieval"
@@ -217,3 +245,6 @@ def _write_bright(root: Path, scale: float) -> None:
             "excluded_ids": [ids[-3:] if excludes else ["N/A"] for _ in queries],
         }
     _write(root, "mteb/BRIGHT", configs)
+    # Version 1 holds the texts of version 1.1.
+    (root / "xlangai").mkdir()
+    (root / "xlangai/BRIGHT").symlink_to(root.resolve() / "mteb/BRIGHT")

@@ -1,0 +1,204 @@
+"""What a user waits for, beside mteb and sentence-transformers, all by their own defaults.
+
+    python tests/benchmarks/bench_job.py [evaluation] [encode] [--scale 0.0005] [--folder FOLDER]
+
+evaluation: FollowIR, LongEmbed at three lengths, BRIGHT v1.1 and v1, standard and long, with the
+texts of the real ones at a small share: `diffembed evaluate plan`, `embed` and `score` against
+`mteb.evaluate` task by task and length by length. encode: `diffembed encode` of a file against
+`SentenceTransformer.encode`. On a GPU both take it by themselves. On a busy CPU, OMP_NUM_THREADS=1
+gives both one thread, so that CPU seconds compare.
+
+Whatever is heavy is imported inside functions: the processes that we start import this file too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+# Of LongEmbed; MiniLM reads no more than the last one.
+LENGTHS = (128, 256, 512)
+PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+TASKS = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long", "BRIGHT-v1", "BRIGHT-v1-long")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """Wall-clock, and CPU seconds of this process and of those it started."""
+
+    wall: float
+    cpu: float
+
+    def over(self, ours: Spent) -> str:
+        """How much less we need."""
+        return (
+            f"{self.wall / ours.wall:.2f} ({self.wall:.1f} s / {ours.wall:.1f} s); "
+            f"CPU {self.cpu / ours.cpu:.2f} ({self.cpu:.1f} s / {ours.cpu:.1f} s)"
+        )
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, Spent]:
+    """What a work returns, and what it takes."""
+    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    value = work()
+    return value, Spent(wall=time.perf_counter() - wall, cpu=sum(os.times()[:4]) - cpu)
+
+
+def evaluation(folder: Path, scale: float) -> list[Any]:
+    """All benchmarks: scores first, then time."""
+    import full_size_hub
+    from bench_support import Figure, minilm_path
+    from sentence_transformers import SentenceTransformer
+
+    from pipeline.config import EvaluateConfig, EvaluatedModel
+    from pipeline.evaluation.elements import list_elements
+
+    hub = full_size_hub.write_hub(folder / "hub", scale=scale)
+    reference = SentenceTransformer(str(minilm_path()))
+
+    def config_of(precision: Any) -> EvaluateConfig:
+        return EvaluateConfig(
+            output_dir=folder / precision,
+            models=(EvaluatedModel(name="minilm", path=minilm_path(), precision=precision),),
+            tasks=TASKS,
+            snapshots=hub,
+            max_length=256,
+            lengths={"LongEmbed": LENGTHS},
+        )
+
+    def theirs() -> list[float]:
+        scores = []
+        for element in list_elements(config_of("float32")):
+            reference.max_seq_length = element.max_length
+            scores.append(direct(reference, element.task, hub))
+        return scores
+
+    wanted, slow = timed(theirs)
+    figures = []
+    for precision in PRECISIONS:
+        config = config_of(precision)
+        (scores, saved), fast = timed(lambda config=config: whole(config))
+        gaps = [abs(one - other) for one, other in zip(wanted, scores, strict=True)]
+        exact = precision == "float32"
+        figures += [
+            Figure(name=f"{precision}: largest difference of {len(gaps)} scores, mean",
+                   asked="<= 1e-3" if exact else "",
+                   measured=f"{max(gaps):.1e}, {sum(gaps) / len(gaps):.1e}",
+                   ok=max(gaps) <= 1e-3 if exact else None, gate=exact),
+            Figure(name=f"{precision}: work with repetitions / work embedded", measured=saved),
+            Figure(name=f"{precision}: wall-clock, mteb + sentence-transformers / ours",
+                   asked=">= 3", measured=slow.over(fast), ok=slow.wall >= 3 * fast.wall),
+        ]  # fmt: skip
+    return figures
+
+
+def whole(config: Any) -> tuple[list[float], str]:
+    """`diffembed evaluate plan`, `embed` and `score`: the scores, and what sharing texts saves."""
+    from pipeline.evaluation.array import embed, plan, score_all
+
+    written = plan(config)
+    embed(config, 0, 1)
+    scores = [float(result["score"]) for result in score_all(config)]
+    return scores, f"{written.occurrence_cost / sum(written.block_costs):.2f}"
+
+
+def encode(folder: Path, scale: float) -> list[Any]:
+    """A file of texts of mixed lengths to a file of vectors."""
+    import full_size_hub
+    import numpy as np
+    import pyarrow as pa
+    from bench_support import Figure, minilm_path
+    from sentence_transformers import SentenceTransformer
+
+    from pipeline.evaluation.encode import encode_file
+    from pipeline.evaluation.encode_job import EncodeJob
+
+    texts = full_size_hub.mixed_texts(max(64, round(2_000_000 * scale)))
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def theirs() -> np.ndarray:
+        model = SentenceTransformer(str(minilm_path()))
+        lines = source.read_text().splitlines()
+        vectors = model.encode([json.loads(line)["text"] for line in lines])
+        np.save(folder / "theirs.npy", vectors)
+        return np.asarray(vectors)
+
+    wanted_ND, slow = timed(theirs)
+    figures = []
+    for precision in PRECISIONS:
+        job = EncodeJob(
+            model=minilm_path(),
+            input=str(source),
+            output=folder / f"{precision}.arrow",
+            precision=precision,
+        )
+        path, fast = timed(lambda job=job: encode_file(job))
+        with pa.memory_map(str(path)) as file:
+            column = pa.ipc.open_file(file).read_all()["vector"].combine_chunks()
+        found_ND = np.asarray(column.flatten()).reshape(wanted_ND.shape)
+        gap = float(abs(found_ND - wanted_ND).max())
+        exact = precision == "float32"
+        figures += [
+            Figure(name=f"{precision}: largest difference of the vectors",
+                   asked="<= 1e-5" if exact else "", measured=f"{gap:.1e}",
+                   ok=gap <= 1e-5 if exact else None, gate=exact),
+            Figure(name=f"{precision}: {len(texts)} texts, {len(texts) / fast.wall:.0f} a second; "
+                        "sentence-transformers / ours",
+                   measured=slow.over(fast)),
+        ]  # fmt: skip
+    return figures
+
+
+def direct(reference: Any, task: str, snapshots: Path | None) -> float:
+    """mteb's score of a sentence-transformers model, by mteb's own path and its defaults."""
+    import mteb
+
+    from pipeline.evaluation.snapshots import get_task, localise, private_cache
+
+    # datasets would take an earlier replica of the same name from its own cache.
+    with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
+        result = mteb.evaluate(
+            reference,
+            localise(get_task(task), snapshots),
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+        )[0]
+    return float(result.get_score())
+
+
+PARTS = {"evaluation": evaluation, "encode": encode}
+
+
+def main() -> None:
+    """Run the parts named on the command line, or all."""
+    from bench_support import print_table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--scale", type=float, default=0.0005, help="share of the real sizes")
+    parser.add_argument("--folder", type=Path, help="where the data go; default: a temporary one")
+    options = parser.parse_args()
+    failed = []
+    for name in options.parts or PARTS:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            figures = PARTS[name](Path(folder), options.scale)
+        print_table(name, figures)
+        failed += [figure.name for figure in figures if figure.gate and not figure.ok]
+    if failed:
+        sys.exit(f"results differ that should be equal: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
