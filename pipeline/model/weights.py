@@ -105,7 +105,7 @@ def _find_files(path: str, revision: str | None) -> list[str]:
     try:
         return [cached_file(path, "model.safetensors", revision=revision)]
     except OSError:
-        pass
+        pass  # not one file: perhaps several
     try:
         index = cached_file(path, "model.safetensors.index.json", revision=revision)
         shards, _ = get_checkpoint_shard_files(path, index, revision=revision)

@@ -39,12 +39,12 @@ def copy(path: Path, mirror: Path) -> None:
         UserError: what arrived differs from what was sent.
     """
     partial, target = mirror / f".{path.name}.partial", mirror / path.name
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed copy
     shutil.copytree(path, partial)
     for file in partial.iterdir():
         sync_file(file)
     checkpoint.verify(partial)
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)  # of a future that the run was taken back from
     partial.rename(target)
     sync_dir(mirror)
     write_latest(target)
