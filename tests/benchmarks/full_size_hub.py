@@ -66,7 +66,7 @@ def _noise() -> str:
     # Words, so that a tokenizer makes as many tokens of a text as of a real one.
     words = np.array(_WORDS.split())
     generator = np.random.default_rng(0)
-    return " ".join(generator.choice(words, size=1_400_000))
+    return " ".join(generator.choice(words, size=2_000_000))
 
 
 def _texts(statistics: dict[str, Any], scale: float, *, seed: int, least: int = 2) -> list[str]:

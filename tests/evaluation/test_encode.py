@@ -104,7 +104,11 @@ encode_file(pickle.loads(sys.stdin.buffer.read()), num_processes=1)
 def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read(encode_file(dataclasses.replace(job, output=job.output.with_name("w.arrow"))))
+    whole = read(
+        encode_file(
+            dataclasses.replace(job, output=job.output.with_name("w.arrow")), num_processes=1
+        )
+    )
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED], input=pickle.dumps(job), env={**os.environ}, check=False
     )
@@ -120,7 +124,7 @@ def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
         encode_block(job, number)
 
     monkeypatch.setattr(encode, "_encode_block", counting)
-    names, vectors = read(encode_file(job))
+    names, vectors = read(encode_file(job, num_processes=1))
     assert numbers == list(range(3, 3 + len(numbers)))
     assert len(numbers) > 3
     assert names == whole[0]
@@ -156,7 +160,9 @@ def test_memory_does_not_grow_with_the_input(job: EncodeJob, tmp_path: Path) -> 
     path = tmp_path / "large.jsonl.gz"
     path.write_bytes(gzip.compress((line * 4000).encode(), 1))
     large = dataclasses.replace(job, input=str(path), max_length=4, instruction="")
-    encode_file(dataclasses.replace(job, output=job.output.with_name("warm.arrow")))
+    encode_file(
+        dataclasses.replace(job, output=job.output.with_name("warm.arrow")), num_processes=1
+    )
     tracemalloc.start()
     try:
         encode_file(large, num_processes=1)
@@ -191,5 +197,5 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
 def test_a_file_that_was_made_otherwise_is_kept(job: EncodeJob) -> None:
     job.output.write_text("precious")
     with pytest.raises(UserError, match="exists and was made otherwise"):
-        encode_file(job)
+        encode_file(job, num_processes=1)
     assert job.output.read_text() == "precious"

@@ -53,7 +53,7 @@ def test_plan_embed_and_score_give_the_scores_of_a_direct_run(pretrained):
     for element in list_elements(pretrained):
         element.result_path.unlink()
     write_plan(pretrained)
-    assert sum(embed(pretrained, index, 2) for index in range(2)) > 0
+    assert sum(embed(pretrained, index, 2, num_processes=1) for index in range(2)) > 0
     assert embed(pretrained, 0, 1) == 0
     stored = {result["task"]: result["score"] for result in score_all(pretrained)}
     assert stored == pytest.approx(direct, abs=1e-3)
