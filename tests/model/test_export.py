@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,17 +14,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pipeline.config import LoraConfig, ModelConfig, Template
 from pipeline.errors import UserError
-from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.model.export import export_encoder
 from pipeline.model.load import load_export
 from tests.model.conftest import CORPUS
+from tests.model.export_support import TEMPLATE, export, make
 from tests.tiny_models import TokenizerSource
 
 TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
-TEMPLATE = Template(query="Task: {instruction}\nQ: {text}", document="D: {text}")
-
 # Runs where this package cannot be imported; one process for all folders, its imports are slow.
 _STRANGER = """
 import json, sys
@@ -38,29 +33,6 @@ for line in sys.stdin:
     assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
     print(json.dumps("done"), flush=True)
 """
-
-
-def make(starter: Path, seed: int = 0, **changes: Any) -> tuple[Encoder, ModelConfig]:
-    """An encoder of the starter's shape with weights large enough that attention matters."""
-    config = ModelConfig(path=str(starter), dtype="float32", **changes)
-    encoder = build_encoder(config)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    return encoder, config
-
-
-def export(encoder: Encoder, config: ModelConfig, starter: Path, out: Path, **changes: Any) -> Path:
-    arguments = {
-        "config": config,
-        "tokenizer": TokenizerSource(str(starter)),
-        "template": TEMPLATE,
-        "max_length": 64,
-        "output_dir": out,
-        "card": {"step": 3, "recipe": "num_steps: 3\n", "data": "| source | rows |"},
-    }
-    return export_encoder(encoder, **{**arguments, **changes})
 
 
 Stranger = Callable[..., np.ndarray]
@@ -176,119 +148,6 @@ def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 16}))
     with pytest.raises(UserError, match="truncate_dim, which cuts vectors without normalising"):
         load_export(folder)
-
-
-def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
-    starter: Path, tmp_path: Path
-) -> None:
-    encoder, config = make(starter, lora=LoraConfig(rank=4))
-    ids, lengths = torch.arange(9, 29), torch.tensor([7, 13])
-    plain = build_encoder(dataclasses.replace(config, lora=None))
-    with torch.no_grad():
-        before = encoder(ids, lengths)
-        folder = export(encoder, config, starter, tmp_path / "export")
-        after = load_export(folder).encoder(ids, lengths)
-        assert (before - plain(ids, lengths)).abs().max() > 0.1
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    assert not list(folder.glob("adapter*"))
-
-
-def test_card_code_for_transformers_alone_gives_the_same_vectors(
-    starter: Path, tmp_path: Path
-) -> None:
-    for pooling in ("mean", "weighted_mean", "last_token", "first_token"):
-        encoder, config = make(starter, pooling=pooling, dimensions=20)
-        folder = export(encoder, config, starter, tmp_path / pooling)
-        card = (folder / "README.md").read_text()
-        ours = load_export(folder).encode_texts(CORPUS)
-        np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
-        assert "num_steps: 3" in card and "| source | rows |" in card
-
-
-def test_the_card_says_what_is_needed_and_under_which_licence(
-    starter: Path, tmp_path: Path
-) -> None:
-    encoder, config = make(starter, pool_instruction=False)
-    assert "whose card was not at hand" in _card(export(encoder, config, starter, tmp_path / "a"))
-    base = tmp_path / "base"
-    shutil.copytree(starter, base)
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    for attention, needs in (("bidirectional", "flash_attention_2"), ("causal", "Any version")):
-        encoder, config = make(base, attention=attention, pool_instruction=False)
-        card = _card(export(encoder, config, starter, tmp_path / attention))
-        assert "license: apache-2.0" in card.split("---")[1]
-        assert "is under `apache-2.0`" in card
-        assert needs in card.split("## Needs")[1].split("##")[0]
-        # The space behind the prompt is the text's.
-        prompt = "'Task: Retrieve text that answers the question\\nQ:'"
-        assert f"model.encode([' ...'], prompt={prompt})" in card
-    assert str(base) not in card.split("## Recipe")[0].split("---")[1]
-
-
-def _card(folder: Path) -> str:
-    return (folder / "README.md").read_text()
-
-
-def run_card(folder: Path, texts: list[str]) -> np.ndarray:
-    """Run the code of the model card that uses transformers, on `texts`."""
-    code = (folder / "README.md").read_text().split("```python\nimport torch")[1].split("```")[0]
-    code = code.replace('"PATH"', repr(str(folder))).replace('["..."]', repr(texts))
-    scope: dict[str, Any] = {}
-    exec("import torch" + code, scope)
-    return scope["vectors"].detach().numpy()
-
-
-@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
-    starter: Path, tmp_path: Path, attention: Any
-) -> None:
-    # The base must be one that transformers knows, for the card's own code.
-    plain, _ = make(starter)
-    plain.save_backbone(tmp_path / "base")
-    encoder, config = make(tmp_path / "base", attention=attention, lora=LoraConfig(rank=4))
-    with torch.no_grad():  # the base as it is on disk, the adapter alone trained
-        disk = dict(plain.model.named_parameters())
-        for name, parameter in encoder.model.named_parameters():
-            if "lora_" not in name:
-                parameter.copy_(disk[name.replace(".base_layer", "")])
-    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
-    assert not (folder / "model.safetensors").exists()
-    loaded = load_export(folder)
-    assert loaded.max_length == 64
-    tokenizer = AutoTokenizer.from_pretrained(starter)
-    ids = [tokenizer(text)["input_ids"] for text in CORPUS]
-    lengths = torch.tensor([len(row) for row in ids])
-    with torch.no_grad():
-        ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
-    np.testing.assert_allclose(loaded.encode_texts(CORPUS), ours, atol=1e-5)
-    np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
-
-
-def test_an_adapter_on_merged_ones_is_loaded_on_top_of_them(starter: Path, tmp_path: Path) -> None:
-    """SimCSE after MNTP: the second adapter alone does not complete the base model."""
-    first, _ = make(starter, lora=LoraConfig(rank=2))
-    first.save_adapter(tmp_path / "first")
-    config = ModelConfig(
-        path=str(starter), dtype="float32", adapter=str(tmp_path / "first"), lora=LoraConfig(rank=4)
-    )
-    encoder = build_encoder(config)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
-    assert "The base model and `diffembed`" in _card(folder)
-    ids = AutoTokenizer.from_pretrained(starter)(CORPUS[0])["input_ids"]
-    with torch.no_grad():
-        ours = encoder(torch.tensor(ids), torch.tensor([len(ids)])).numpy()
-    np.testing.assert_allclose(load_export(folder).encode_texts(CORPUS[:1]), ours, atol=1e-5)
-
-
-def test_a_run_without_adapter_has_none_to_export(starter: Path, tmp_path: Path) -> None:
-    encoder, config = make(starter)
-    with pytest.raises(UserError, match="adapter-only export"):
-        export(encoder, config, starter, tmp_path / "export", adapter_only=True)
-    assert not (tmp_path / "export").exists()
 
 
 def test_appended_eos_survives_export_and_truncation(

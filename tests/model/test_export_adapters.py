@@ -1,0 +1,87 @@
+"""Exports of adapters, merged and alone, give the vectors of the adapted encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pipeline.config import LoraConfig, ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.encoder import build_encoder
+from pipeline.model.load import load_export
+from tests.model.conftest import CORPUS
+from tests.model.export_support import card_of, export, make, run_card
+
+
+def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
+    starter: Path, tmp_path: Path
+) -> None:
+    encoder, config = make(starter, lora=LoraConfig(rank=4))
+    ids, lengths = torch.arange(9, 29), torch.tensor([7, 13])
+    plain = build_encoder(dataclasses.replace(config, lora=None))
+    with torch.no_grad():
+        before = encoder(ids, lengths)
+        folder = export(encoder, config, starter, tmp_path / "export")
+        after = load_export(folder).encoder(ids, lengths)
+        assert (before - plain(ids, lengths)).abs().max() > 0.1
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert not list(folder.glob("adapter*"))
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
+    starter: Path, tmp_path: Path, attention: Any
+) -> None:
+    # The base must be one that transformers knows, for the card's own code.
+    plain, _ = make(starter)
+    plain.save_backbone(tmp_path / "base")
+    encoder, config = make(tmp_path / "base", attention=attention, lora=LoraConfig(rank=4))
+    with torch.no_grad():  # the base as it is on disk, the adapter alone trained
+        disk = dict(plain.model.named_parameters())
+        for name, parameter in encoder.model.named_parameters():
+            if "lora_" not in name:
+                parameter.copy_(disk[name.replace(".base_layer", "")])
+    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    assert not (folder / "model.safetensors").exists()
+    loaded = load_export(folder)
+    assert loaded.max_length == 64
+    tokenizer = AutoTokenizer.from_pretrained(starter)
+    ids = [tokenizer(text)["input_ids"] for text in CORPUS]
+    lengths = torch.tensor([len(row) for row in ids])
+    with torch.no_grad():
+        ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
+    np.testing.assert_allclose(loaded.encode_texts(CORPUS), ours, atol=1e-5)
+    np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
+
+
+def test_an_adapter_on_merged_ones_is_loaded_on_top_of_them(starter: Path, tmp_path: Path) -> None:
+    """SimCSE after MNTP: the second adapter alone does not complete the base model."""
+    first, _ = make(starter, lora=LoraConfig(rank=2))
+    first.save_adapter(tmp_path / "first")
+    config = ModelConfig(
+        path=str(starter), dtype="float32", adapter=str(tmp_path / "first"), lora=LoraConfig(rank=4)
+    )
+    encoder = build_encoder(config)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    assert "The base model and `diffembed`" in card_of(folder)
+    ids = AutoTokenizer.from_pretrained(starter)(CORPUS[0])["input_ids"]
+    with torch.no_grad():
+        ours = encoder(torch.tensor(ids), torch.tensor([len(ids)])).numpy()
+    np.testing.assert_allclose(load_export(folder).encode_texts(CORPUS[:1]), ours, atol=1e-5)
+
+
+def test_a_run_without_adapter_has_none_to_export(starter: Path, tmp_path: Path) -> None:
+    encoder, config = make(starter)
+    with pytest.raises(UserError, match="adapter-only export"):
+        export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    assert not (tmp_path / "export").exists()
