@@ -24,6 +24,7 @@ TOPICS = {
     "lighthouses": "A turning lamp and lens warn ships off the rocks at night.",
     "violins": "A bow of horsehair makes the string stick and slip.",
 }
+WORDS = sorted(set(" ".join(TOPICS.values()).split()))
 ASPECTS = ("history", "mechanism", "measurement", "accidents", "economics", "teaching")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -55,12 +56,11 @@ def write_all(root: Path) -> Path:
 def documents_of(subset: str) -> list[tuple[str, str, str]]:
     """(id, topic, text) of one document per topic and aspect; a few words of each are random."""
     generator = random.Random(subset)
-    words = sorted(set(" ".join(TOPICS.values()).split()))
     return [
         (
             f"{subset}/{topic}-{aspect}".replace(" ", "_"),
             topic,
-            f"On the {aspect}: {text} {' '.join(generator.sample(words, 8))}",
+            f"On the {aspect}: {text} {' '.join(generator.sample(WORDS, 8))}",
         )
         for topic, text in TOPICS.items()
         for aspect in ASPECTS
@@ -116,11 +116,13 @@ def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4
         for i, name in enumerate(names):
             filler = "The road went on and on. " * (min(length, 512) // 32)
             number = generator.randint(1000, 9999)
-            text = f"{filler}{name} keeps a needle in drawer {number}. {filler}"
+            # Documents that are cut before what is asked for must not tie.
+            head = " ".join(generator.sample(WORDS, 6))
+            text = f"{head}. {filler}{name} keeps a needle in drawer {number}. {filler}"
             needle["corpus"].append(
                 {"doc_id": f"n{length}_{i}", "qid": "", "text": text, "context_length": length}
             )
-            text = f"{filler}The pass key of {name} is {number}. {filler}"
+            text = f"{head}. {filler}The pass key of {name} is {number}. {filler}"
             rows["corpus"].append({"_id": f"p{length}_{i}", "title": "", "text": text})
             if i >= num_queries:
                 continue
