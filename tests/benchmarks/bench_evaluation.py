@@ -34,7 +34,7 @@ from local_hub import serve
 from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.array import run_element, score_all
+from pipeline.evaluation.array import run_all, run_element, score_all
 from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.elements import element_at
 from pipeline.evaluation.embed import embed_element
