@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ Rows = list[dict[str, Any]]
 
 def read(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def released() -> Path:
+    """A folder with the released `generations.jsonl` and `definitions.jsonl`."""
+    folder = os.environ.get("GENERATIONS")
+    if not folder:
+        pytest.skip("needs GENERATIONS=FOLDER, that of the released generations")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

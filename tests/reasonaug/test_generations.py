@@ -19,7 +19,6 @@ from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.generations import definition_body, program, split_generation, verdict
 
 Rows = list[dict[str, Any]]
-RELEASED = Path(__file__).resolve().parents[3] / "shared" / "data" / "reasonaug"
 FORMS = [
     "**{}**", "**{}**  ", "**{}:**  ", "**{}**:", "**{}**: ", "## {}", "### {}:", "{}:", "__{}__",
 ]  # fmt: skip
@@ -225,11 +224,10 @@ def test_unusable_input_is_refused_with_one_line(
     assert not out.exists()
 
 
-@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released generations are not beside us")
-def test_the_released_generations_become_rows_and_shards(tmp_path: Path) -> None:
+def test_the_released_generations_become_rows_and_shards(released: Path, tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     summary = write_generation_rows(
-        RELEASED / "generations.jsonl", RELEASED / "definitions.jsonl", train, seed=0
+        released / "generations.jsonl", released / "definitions.jsonl", train, seed=0
     )
     fates = summary["generations"]
     assert 1 - fates["unparsable"] / fates["total"] >= 0.98

