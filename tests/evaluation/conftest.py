@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,3 +60,19 @@ def load(minilm: MiniLM) -> Callable[[EvaluateConfig, Element], EvaluatedEncoder
         return wrap(encoder, element.model.name, export_fingerprint(element.model.path))
 
     return load
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few texts, so that a tiny corpus has many."""
+    monkeypatch.setattr("pipeline.evaluation.cuts._MIN_BLOCK_COST", 200.0)
+
+
+@pytest.fixture
+def strong(config: EvaluateConfig) -> EvaluateConfig:
+    """One model on one task of each kind: candidates, all documents, excluded documents."""
+    return dataclasses.replace(
+        config,
+        models=config.models[1:],
+        tasks=(TASKS[0], "BrightBiologyLongRetrieval", "BrightAopsRetrieval"),
+    )

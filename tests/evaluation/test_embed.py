@@ -15,7 +15,6 @@ from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, dump_config
 from pipeline.errors import UserError
-from pipeline.evaluation import cuts
 from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.plan import write_plan
@@ -35,9 +34,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def planned(config, monkeypatch) -> EvaluateConfig:
+def planned(config, small_blocks) -> EvaluateConfig:
     """One model and one task in many small blocks."""
-    monkeypatch.setattr(cuts, "_MIN_BLOCK_COST", 200.0)
     config = dataclasses.replace(config, models=config.models[:1], tasks=("BrightAopsRetrieval",))
     write_plan(config)
     return config

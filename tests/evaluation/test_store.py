@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -16,13 +15,12 @@ from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.comm import World
 from pipeline.errors import UserError
-from pipeline.evaluation import cuts
 from pipeline.evaluation.array import run_all, score_all
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.cuts import cut_blocks, store_folder
 from pipeline.evaluation.elements import list_elements
 from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.keys import TextKey, byte_sizes, digests, effective_lengths
+from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.plan import assign, read_plan, write_plan
 from pipeline.evaluation.snapshots import (
     evaluated_splits,
@@ -46,20 +44,6 @@ REAL_SIZES = {
     "Psychology": (52_835, 4.4), "Robotics": (61_961, 4.5), "Sustainable": (60_792, 4.6),
     "Pony": (7_894, 0.6), "Long": (5_650, 89.1),
 }  # fmt: skip
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of a few texts, so that a tiny corpus has many."""
-    monkeypatch.setattr(cuts, "_MIN_BLOCK_COST", 200.0)
-
-
-@pytest.fixture
-def strong(config):
-    """One model on one task of each kind: candidates, all documents, excluded documents."""
-    return dataclasses.replace(
-        config, models=config.models[1:], tasks=(TASKS[0], "BrightBiologyLongRetrieval", AOPS)
-    )
 
 
 def test_scores_from_the_store_equal_direct_scores_on_every_task(strong, load, small_blocks):
@@ -124,77 +108,6 @@ def test_loading_side_by_side_writes_the_same_plan(strong, small_blocks):
     written = [path.read_bytes() for path in files]
     assert write_plan(strong, num_workers=2) == alone
     assert [path.read_bytes() for path in files] == written
-
-
-def embed_all(config, **how) -> int:
-    write_plan(config)
-    return embed_element(config, 0, 1, **how)
-
-
-def texts_of(config) -> set[TextKey]:
-    plan = read_plan(config)
-    return {key for block in range(len(plan.blocks)) for key in plan.read_block(block)}
-
-
-def test_a_task_more_embeds_its_own_texts_only_and_leaves_all_scores_bit_identical(
-    strong, load, small_blocks
-):
-    questions = "BrightTheoremQAQuestionsRetrieval"  # on the documents of AOPS
-    before = dataclasses.replace(strong, tasks=(AOPS, TASKS[0]))
-    after = dataclasses.replace(strong, tasks=(AOPS, questions, TASKS[0], "BrightPonyRetrieval"))
-    assert embed_all(before, load=load) > 0
-    first = {result["task"]: result["per_query"] for result in score_all(before)}
-    seen = texts_of(before)
-
-    encoder = MiniLM()
-    model = wrap(encoder)
-    encoder.seen.clear()
-    embed_all(after, load=lambda *_: model)
-    wanted = texts_of(after)
-    assert len(encoder.seen) == len(wanted - seen) < len(wanted) / 2
-    assert seen <= wanted
-    for element in list_elements(after):
-        element.result_path.unlink(missing_ok=True)
-    stored = score_all(after)
-    assert {r["task"]: r["per_query"] for r in stored if r["task"] in first} == first
-    for element in list_elements(after):
-        element.result_path.unlink()
-    direct = run_all(after, load=load)
-    assert [r["score"] for r in stored] == pytest.approx([r["score"] for r in direct], abs=1e-6)
-    # With fewer tasks again, nothing at all.
-    assert embed_all(before, load=load) == 0
-
-
-def test_a_plan_shares_blocks_only_with_what_every_model_has_embedded(
-    config, load, small_blocks, tmp_path
-):
-    weak, strong = config.models
-    large = dataclasses.replace(config, models=(strong,), tasks=(AOPS, TASKS[0]))
-    small = dataclasses.replace(large, tasks=(AOPS,))
-    wanted = {*write_plan(dataclasses.replace(small, output_dir=tmp_path / "fresh")).block_costs}
-    write_plan(large)
-    assert {*write_plan(small).block_costs} == wanted  # planned before, and never embedded
-    embed_element(large, 0, 1, load=load)
-    both = dataclasses.replace(large, models=(strong, weak))
-    # The same tasks for one model more: the plan stays, and what the first has embedded.
-    assert write_plan(both) == read_plan(large)
-    assert missing_blocks(both, strong, read_plan(both)) == []
-
-
-def test_texts_that_change_at_their_place_get_vectors_of_their_own(
-    strong, load, small_blocks, tmp_path
-):
-    hub = tmp_path / "hub"
-    shutil.copytree(strong.snapshots, hub)
-    config = dataclasses.replace(strong, tasks=(AOPS,), snapshots=hub)
-    embed_all(config, load=load)
-    path = hub / "mteb/BRIGHT/documents/aops.jsonl"
-    path.write_text(path.read_text().replace("On the history", "About the history"))
-    assert embed_all(config, load=load) > 0
-    (stored,) = score_all(config)
-    list_elements(config)[0].result_path.unlink()
-    (direct,) = run_all(config, load=load)
-    assert stored["score"] == pytest.approx(direct["score"], abs=1e-6)
 
 
 def test_ranks_of_one_element_share_its_blocks(strong, load, small_blocks):
