@@ -64,14 +64,13 @@ def _end_at_second_signal(heard: int) -> None:
     """Read signals, a byte each, and end this process at the second request."""
     first = None
     while True:
-        for number in os.read(heard, 1):
-            now = time.monotonic()
-            if number not in _SIGNALS:
-                continue
-            if first is None:
-                first = now
-            elif now - first > _ONE_REQUEST_SECONDS:
-                os._exit(128 + number)
+        number, now = os.read(heard, 1)[0], time.monotonic()
+        if number not in _SIGNALS:  # that another library listens to
+            continue
+        if first is None:
+            first = now
+        elif now - first > _ONE_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
 def _launchers() -> list[int]:

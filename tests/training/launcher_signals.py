@@ -108,13 +108,14 @@ class Trial:
     ) -> None:
         self.run = folder / "run"
         self._environment = environment
-        words, script = words_of(launcher, folder), TRAIN if saves else _WORKER
+        words = words_of(launcher, folder)
+        script, fault = (TRAIN, {}) if saves else (_WORKER, {"FAULT": "cannot save"})
         self._launch = Launch(
             *(words, recipe) if launcher == SCRIPT else (words, script, recipe),
             *("--deepspeed", "ds_configs/zero3.json", f"output_dir={self.run}"),
             *("num_steps=1000000", f"checkpoint.every={1000000 if saves else 2}", "schedule=cache"),
             # Two nodes of one machine have names that need not resolve.
-            environment={**environment, "MASTER_ADDR": "127.0.0.1", "FAULT": "cannot save"},
+            environment={**environment, **fault, "MASTER_ADDR": "127.0.0.1"},
         )
 
     def outcome(self, number: signal.Signals, target: str) -> Outcome:
