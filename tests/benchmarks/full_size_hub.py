@@ -71,9 +71,9 @@ def _noise() -> str:
 
 def _texts(statistics: dict[str, Any], scale: float, *, seed: int, least: int = 2) -> list[str]:
     """As many texts as the statistics say, of their total length, with their repetitions."""
-    total = statistics["total_text_length"]
-    count = max(least, round(total / statistics["average_text_length"] * scale))
-    unique = min(count, max(least // 2, round(statistics["unique_texts"] * scale)))
+    number = statistics["total_text_length"] / statistics["average_text_length"]
+    count = max(least, round(number * scale))
+    unique = max(1, round(count * statistics["unique_texts"] / number))
     generator = np.random.default_rng(seed)
     sizes = generator.lognormal(0, 0.8, size=count)
     sizes = np.minimum(sizes * statistics["average_text_length"] / sizes.mean(),
