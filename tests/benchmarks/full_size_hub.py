@@ -87,7 +87,8 @@ def _texts(statistics: dict[str, Any], scale: float, *, seed: int, least: int = 
             zip(starts.tolist(), sizes.astype(int).tolist(), strict=True)
         )
     ]
-    return texts[:unique] + texts[: count - unique]
+    # The last ones: queries ask for the first, which must not tie with a repetition.
+    return texts[:unique] + [texts[unique - 1 - i % unique] for i in range(count - unique)]
 
 
 def mixed_texts(count: int) -> list[str]:
