@@ -23,4 +23,5 @@ set -x
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two files at a time, because tests often wait for processes that they start (-n 0: one by one).
+python -m pytest -n 2 --dist loadfile "$@"
