@@ -9,13 +9,11 @@ score beside mteb's direct one, and how far the stored vectors move it.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import random
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 import benchmark_replicas as replicas
 import full_size_hub
 import torch
-from bench_job import PRECISIONS, direct, timed
-from bench_support import Figure, minilm_path, print_table
+from bench_job import PRECISIONS, direct, run_parts, timed
+from bench_support import Figure, minilm_path
 from local_hub import serve
 from sentence_transformers import SentenceTransformer
 
@@ -168,23 +166,6 @@ def table(folder: Path, scale: float) -> list[Figure]:
 PARTS = {"plan": plan, "throughput": throughput, "table": table}
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size")
-    parser.add_argument("--folder", type=Path, help="where the data go; default: a temporary one")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    failed = []
-    for name in options.parts or PARTS:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            figures = PARTS[name](Path(folder), options.scale)
-        print_table(name, figures)
-        failed += [figure.name for figure in figures if figure.gate and not figure.ok]
-    if failed:
-        sys.exit(f"results differ that should be equal: {'; '.join(failed)}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run_parts(PARTS, description=__doc__, scale=1.0)

@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,19 +205,32 @@ def direct(reference: Any, task: str, snapshots: Path | None) -> float:
 PARTS = {"evaluation": evaluation, "encode": encode}
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
+def run_parts(
+    parts: Mapping[str, Callable[[Path, float], list[Any]]],
+    *,
+    description: str | None,
+    scale: float,
+) -> None:
+    """Run the parts named on the command line, or all; exit code 1 where results differ.
+
+    Args:
+        parts: figures by (folder for data, share of the real sizes).
+        description: of the command.
+        scale: where none is given.
+    """
     from bench_support import print_table
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--scale", type=float, default=0.0005, help="share of the real sizes")
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    parser.add_argument("--scale", type=float, default=scale, help="share of the real sizes")
     parser.add_argument("--folder", type=Path, help="where the data go; default: a temporary one")
     options = parser.parse_args()
+    if unknown := [name for name in options.parts if name not in parts]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(parts)}")
     failed = []
-    for name in options.parts or PARTS:
+    for name in options.parts or parts:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            figures = PARTS[name](Path(folder), options.scale)
+            figures = parts[name](Path(folder), options.scale)
         print_table(name, figures)
         failed += [figure.name for figure in figures if figure.gate and not figure.ok]
     if failed:
@@ -225,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, description=__doc__, scale=0.0005)
