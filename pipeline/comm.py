@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline import launcher
 from pipeline.errors import DiffembedError, UserError
 from pipeline.world import World as World
 from pipeline.world import discover_world as discover_world
@@ -34,6 +34,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     """
     if dist.is_initialized():
         return
+    launcher.require_it()
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -46,7 +47,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
                 fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
             )
         torch.cuda.set_device(world.local_rank)
-    with _ending_with(world.parent):
+    with launcher.ending_with(world.parent):
         _join(world, timeout_seconds)
 
 
@@ -71,30 +72,6 @@ def _join(world: World, timeout_seconds: int) -> None:
             f"rank {world.rank} of {world.world_size} did not meet the others at {address}:{port} "
             f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
-
-
-@contextmanager
-def _ending_with(parent: int | None) -> Iterator[None]:
-    """End this process if its parent has ended or ends in the meantime.
-
-    Without a launcher some ranks may never come, and those that did would wait for them until the
-    timeout, in a folder that the next start needs. Nothing is lost yet.
-    """
-    joined = threading.Event()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            if joined.wait(1.0):
-                return
-        print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        joined.set()
 
 
 def device() -> torch.device:

@@ -1,4 +1,4 @@
-"""What several tests need: functions run by a few real ranks."""
+"""What several tests need: functions run by a few real ranks, and patience."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_TIMEOUT = timedelta(seconds=60)
+# Seconds after which a test takes a process for hung: far more than one needs on a slow machine,
+# and less than the half hour for which a rank waits for one that is gone.
+PATIENCE = 600
 
 
 def free_port() -> int:
@@ -33,7 +35,11 @@ def _rank_main(
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=PATIENCE),
     )
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -58,11 +64,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         ]
 
 
-def launch_ranks(world_size: int, script: Path, *arguments: str, timeout: float) -> str:
+def launch_ranks(world_size: int, script: Path, *arguments: str) -> str:
     """Run a Python script as ranks of one job, as torchrun would; what rank 0 printed.
 
-    For engines that want a process of their own. The first rank that fails, or the timeout, ends
-    all of them and raises with the rank's output.
+    For engines that want a process of their own. The first rank that fails ends all of
+    them, as `PATIENCE` does, and raises with the rank's output.
     """
     environment = {
         **os.environ,
@@ -73,7 +79,7 @@ def launch_ranks(world_size: int, script: Path, *arguments: str, timeout: float)
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     processes, outputs = [], []
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE
     try:
         for rank in range(world_size):
             outputs.append(TemporaryFile("w+"))  # noqa: SIM115 -- read after the ranks end

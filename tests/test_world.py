@@ -10,7 +10,7 @@ import pytest
 from pipeline import comm
 from pipeline.errors import DiffembedError, UserError
 from pipeline.world import World, discover_world, meeting_place
-from tests.support import free_port
+from tests.support import PATIENCE, free_port
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -106,7 +106,7 @@ def test_a_port_that_somebody_else_has_is_one_line(rank_0_of_2: World) -> None:
         socket.create_server(("", int(os.environ["MASTER_PORT"]))),
         pytest.raises(DiffembedError, match=r"rank 0 of 2 .*MASTER_PORT\).*in use") as caught,
     ):
-        comm.start(rank_0_of_2, timeout_seconds=60)
+        comm.start(rank_0_of_2, timeout_seconds=PATIENCE)
 
     assert "\n" not in str(caught.value)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from pipeline import comm
+from pipeline import comm, launcher
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Launchers hand on a signal that the ranks have got as well: both are one request.
@@ -28,7 +28,7 @@ class StopRequest:
     def __init__(self, file: Path, *, launched: bool) -> None:
         self._file = file
         self._reason = ""
-        self._launchers = _launchers() if launched else []
+        self._launchers = launcher.processes() if launched else []
         for number in _SIGNALS:
             signal.signal(number, self._remember)
         # Python runs a handler only once the main thread has come back from what it calls: from a
@@ -46,7 +46,7 @@ class StopRequest:
         if not self._reason:
             if comm.rank() == 0 and self._file.exists():
                 return f"{self._file.name} file"
-            if self._launchers and _launchers() != self._launchers:
+            if self._launchers and launcher.processes() != self._launchers:
                 self._reason = "the launcher's end"
         return self._reason
 
@@ -71,20 +71,3 @@ def _end_at_second_signal(heard: int) -> None:
             first = now
         elif now - first > _ONE_REQUEST_SECONDS:
             os._exit(128 + number)
-
-
-def _launchers() -> list[int]:
-    """Process ids of the parent, and of the command `deepspeed` where that started the parent.
-
-    When that command is killed, what it started goes on without it. Further ancestors do not count:
-    a run goes on when the shell is closed that it was started from.
-    """
-    parent = os.getppid()
-    try:
-        # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
-        status = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
-        words = Path(f"/proc/{status[1]}/cmdline").read_bytes().split(b"\0")
-    except OSError:  # the parent has just ended, or a system without /proc
-        return [parent]
-    by_deepspeed = any(word.rpartition(b"/")[2] == b"deepspeed" for word in words[:2])
-    return [parent, int(status[1])] if by_deepspeed else [parent]

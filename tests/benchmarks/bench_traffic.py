@@ -33,7 +33,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
-from tests.support import launch_ranks
+from tests.support import PATIENCE, launch_ranks
 from tests.traffic import Traffic
 
 WORLD_SIZE = 2
@@ -49,7 +49,7 @@ def traffic(quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_qwen2(Path(folder), **SHAPE)
         size = "quick" if quick else "full"
-        output = launch_ranks(WORLD_SIZE, Path(__file__), folder, size, timeout=900)
+        output = launch_ranks(WORLD_SIZE, Path(__file__), folder, size)
     for line in output.splitlines():
         if line.startswith("{"):
             figures += _figures(json.loads(line))
@@ -139,7 +139,7 @@ def _mark_second_pass(engine: ZeroEngine, counted: Traffic) -> None:
 def main(folder: str, size: str) -> None:
     """One rank; rank 0 prints a JSON line per case."""
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=300)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     for chunks in (4,) if size == "quick" else (4, 8, 16):
         for schedule in ("cache", "sweep"):
             result = measure(Path(folder), schedule, chunks)

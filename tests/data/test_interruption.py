@@ -17,6 +17,7 @@ from pipeline.config import PrepareConfig, SourceConfig, dump_config
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, UserError
+from tests.support import PATIENCE
 
 # Kills itself with SIGKILL at the n-th atomic rename of the whole build.
 KILLED = """
@@ -109,7 +110,7 @@ def test_a_killed_process_leaves_nothing_readable_and_is_continued(
     path.write_text(dump_config(killed))
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(path), str(renames)]
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(UserError):
         Dataset.open(killed.output_dir)
@@ -163,7 +164,7 @@ def run_step(config: PrepareConfig, folder: Path) -> list[int]:
         for rank in range(2)
     ]
     try:
-        return [task.wait(timeout=120) for task in tasks]
+        return [task.wait(timeout=PATIENCE) for task in tasks]
     finally:
         for task in tasks:
             task.kill()

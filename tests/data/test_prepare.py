@@ -17,6 +17,7 @@ from pipeline.config import SourceConfig, dump_config
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from tests.support import PATIENCE
 
 RUN = """
 import sys
@@ -42,7 +43,9 @@ def run_prepare(script: Path, config: Path, ranks: int) -> subprocess.CompletedP
         command = [str(mpirun), *options, *command]
     # The checkout under test, wherever the package is installed from.
     environment = {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

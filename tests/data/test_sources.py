@@ -28,6 +28,7 @@ from pipeline.data.sources import (
     read_rows,
 )
 from pipeline.errors import UserError
+from tests.support import PATIENCE
 
 
 def rows_of(
@@ -115,7 +116,7 @@ def test_a_hub_dataset_is_read_from_its_cache_when_offline(tmp_path: Path) -> No
         [sys.executable, "-c", READ, "hub:owner/pairs"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         env={**os.environ, **offline, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.cuts import store_folder
 from pipeline.evaluation.embed import embed_element
 from pipeline.evaluation.plan import write_plan
+from tests.support import PATIENCE
 
 HERE = Path(__file__).parent
 SCRIPT = """\
@@ -89,7 +90,7 @@ def test_processes_end_with_the_one_that_started_them(planned, tmp_path):
 
 def wait_for(found, count: int) -> list:
     """Poll until that many are found."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while len(everything := found()) < count:
         assert time.monotonic() < deadline, everything
         time.sleep(0.1)

@@ -12,7 +12,7 @@ from tests.support import launch_ranks
 
 def test_128_coalesced_bf16_chunks_drift_no_more_than_their_rounding(tmp_path: Path) -> None:
     path = tiny_qwen2(tmp_path, hidden_size=128, num_layers=3, vocab_size=drift_worker.VOCAB_SIZE)
-    output = launch_ranks(1, Path(drift_worker.__file__), str(path), timeout=240)
+    output = launch_ranks(1, Path(drift_worker.__file__), str(path))
 
     result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     # 128 roundings of up to 2**-9 each, in random directions.

@@ -17,7 +17,7 @@ MIB = 2**20
 
 def test_pieces_go_to_the_gpu_and_equal_the_whole_model(tmp_path: Path) -> None:
     path = tiny_qwen2(tmp_path, hidden_size=1024, num_layers=8, vocab_size=20000)
-    output = launch_ranks(1, WORKER, str(path), timeout=200)
+    output = launch_ranks(1, WORKER, str(path))
     (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
     assert result["equal"]
     # One rank's partitions are the model; a piece is whole beside them while it is cut up.

@@ -22,6 +22,7 @@ from pipeline.evaluation.elements import list_elements
 from pipeline.planning import plan as planning
 from pipeline.planning.memory import memory_per_rank
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+from tests.support import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch" / "recipes"
@@ -329,7 +330,7 @@ def test_the_command_prints_the_whole_config_and_the_plan(local: Any) -> None:
             "--deepspeed", "ds_configs/zero2.json", "--dry-run", "--world-size", "8",
             f"model.path={config.model.path}", f"data.path={config.data.path}", "schedule=cache",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for line in (

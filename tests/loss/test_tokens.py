@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.loss.tokens import cross_entropy_in_tiles
+from tests.support import PATIENCE
 
 NUM, WIDTH, VOCABULARY = 11, 6, 17
 
@@ -69,7 +70,9 @@ def peak(num):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(-peak(200) + peak(1500))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
 
     assert done.returncode == 0, done.stderr
     # All scores of the 1,300 more would be 254 MiB, in kibibytes.

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from tests.support import PATIENCE
+
 # slurmctld and slurmd live here, which is not on every user's PATH.
 _PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scancel", "sinfo")
@@ -101,14 +103,13 @@ class Cluster:
             self._stop()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def command(self, *words: object, timeout: float = 60) -> str:
+    def command(self, *words: object) -> str:
         """Run a Slurm command and return what it printed, without the last line break."""
-        return self.attempt(*words, timeout=timeout, check=True).stdout.strip()
+        return self.attempt(*words, check=True).stdout.strip()
 
     def attempt(
         self,
         *words: object,
-        timeout: float = 60,
         check: bool = False,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
@@ -124,7 +125,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE,
         )
         assert not (check and done.returncode), f"{words}: {done.stdout}{done.stderr}"
         return done
@@ -138,15 +139,13 @@ class Cluster:
         self,
         job: str,
         until: Callable[[set[str]], bool] = _ENDED.issuperset,
-        *,
-        seconds: float = 120,
     ) -> dict[str, str]:
         """Poll until the set of a job's states satisfies `until`; by default until it has ended.
 
         Not `sbatch --wait`, which looks only every few seconds.
 
         Raises:
-            AssertionError: it took longer than `seconds`.
+            AssertionError: it took too long.
         """
         found: dict[str, str] = {}
 
@@ -155,27 +154,27 @@ class Cluster:
             found = self.states(job)
             return bool(found) and until(set(found.values()))
 
-        self.poll(satisfied, seconds=seconds)
+        self.poll(satisfied)
         return found
 
-    def poll(self, ready: Callable[[], bool], *, seconds: float = 120) -> None:
+    def poll(self, ready: Callable[[], bool]) -> None:
         """Ask until the answer is yes.
 
         Raises:
-            AssertionError: it took longer than `seconds`; shows jobs, nodes and the last log lines.
+            AssertionError: it took too long; shows jobs, nodes and the last log lines.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while not ready():
             if time.monotonic() > deadline:
                 views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
                 logs = [f"{p.name}:\n{p.read_text()[-1000:]}" for p in self._folder.glob("*.log")]
-                raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
+                raise AssertionError("\n".join([f"not within {PATIENCE} s", *views, *logs]))
             time.sleep(0.1)
 
     def cancel_all(self) -> None:
         """End every job and wait until its processes are gone."""
         self.attempt("scancel", f"--user={os.getuid()}")
-        self.poll(lambda: not self.attempt("squeue", "-h").stdout, seconds=20)
+        self.poll(lambda: not self.attempt("squeue", "-h").stdout)
 
     def find_rank(self, program: str, rank: int) -> int:
         """Process id of a rank of the only step that runs a program."""
@@ -264,7 +263,7 @@ class Cluster:
 
         self.poll(idle)
         # Idle proves that nodes reach the controller; only a step proves the way back.
-        self.command("srun", f"--nodes={count}", "--ntasks-per-node=1", "true", timeout=30)
+        self.command("srun", f"--nodes={count}", "--ntasks-per-node=1", "true")
         self.poll(idle)
 
     def _start(self, name: str, *words: str) -> None:

@@ -43,7 +43,7 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
 def run_python(module: str, *words: object) -> None:
     command = [sys.executable, "-m", module, *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def make_material(folder: Path) -> None:
@@ -118,7 +118,7 @@ class ChainRun:
     def finish(self) -> None:
         """Wait until the last job has ended, and insist on a good end of all."""
         try:
-            self.cluster.wait(list(self.ids.values())[-1], seconds=900)
+            self.cluster.wait(list(self.ids.values())[-1])
         finally:
             ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
             self._say(f"ended: {ends}")
@@ -162,16 +162,14 @@ class ChainRun:
         """
         began = len(self.metrics())
         job = self.ids["train"]
-        self.cluster.poll(
-            lambda: len(self.metrics()) >= began + STRIDE or self._is_over(), seconds=180
-        )
+        self.cluster.poll(lambda: len(self.metrics()) >= began + STRIDE or self._is_over())
         assert not self._is_over(), self.logs()
         reached = len(self.metrics())
         self._say(f"-- {disturbance.__name__.replace('_', ' ')}, at step {reached}")
         restarts = self._restarts()
         disturbance(self)
-        self.cluster.poll(lambda: self._restarts() > restarts, seconds=120)
-        self.cluster.wait(job, {"RUNNING"}.issuperset, seconds=120)
+        self.cluster.poll(lambda: self._restarts() > restarts)
+        self.cluster.wait(job, {"RUNNING"}.issuperset)
         return reached
 
     def _restarts(self) -> int:

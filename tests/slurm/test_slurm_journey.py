@@ -21,7 +21,7 @@ from disturbed_chain import (
 )
 
 # Real jobs, most of whose time is the start of Python.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slurm
 
 DISTURBANCES = (preemption, scontrol_requeue, a_node_without_power)
 NUM_STEPS = (len(DISTURBANCES) + 2) * STRIDE

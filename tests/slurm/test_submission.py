@@ -15,6 +15,7 @@ import yaml
 from cluster import Cluster
 
 from pipeline.errors import UserError
+from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slurm
 
@@ -138,7 +139,7 @@ def test_two_people_who_submit_at_once_submit_once(
     both = [
         subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in both]
 
     assert [process.returncode for process in both] == [0, 0]
     assert sum("submitted" in output for output in outputs) == 1
@@ -278,7 +279,7 @@ def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
         *(f"--dependency=afterok:{first}", "--wrap", "true"),
     )
 
-    assert cluster.wait(waiting, seconds=60) == {waiting: "COMPLETED"}
+    assert cluster.wait(waiting) == {waiting: "COMPLETED"}
     assert cluster.states(first) == {first: "FAILED"}
     (entry,) = json.loads((tmp_path / "run/jobs/jobs.json").read_text()).values()
     assert cluster.states(entry["id"]) == {entry["id"]: "COMPLETED"}

@@ -14,6 +14,7 @@ from pipeline.training import checkpoint, saving
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.zero import ZeroEngine
+from tests.support import PATIENCE
 
 IDENTITY = {"data.global_batch_size": 8}
 
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", choices=["save", "load"])
     arguments = parser.parse_args()
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     for dtype in ("float32", "bfloat16"):
         for stage in (1, 2, 3):
             folder = arguments.folder / f"{dtype}-{stage}"

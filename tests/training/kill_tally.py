@@ -22,14 +22,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.support import PATIENCE
 from tests.training.launches import LAUNCHERS, TRAIN, Launch, send
 from tests.training.tiny_recipe import make_recipe
 
 NUM_STEPS = 60
 INTERVAL = 2
 VICTIMS = ("one rank", "all ranks", "launcher")
-# A loaded machine starts a run slowly.
-_MOST_SECONDS = 300
 
 
 def save_is_in_files(folder: Path) -> bool:
@@ -109,7 +108,7 @@ class Tally:
         self.rounds: list[Round] = []
         self._open: list[Round] = []  # without a verdict
         with self._launch(launchers[-1], folder / "undisturbed") as launch:
-            assert launch.wait(_MOST_SECONDS) == 0, launch.output()
+            assert launch.wait() == 0, launch.output()
         self.wanted = curve(folder / "undisturbed")
         assert len(self.wanted) == NUM_STEPS
 
@@ -149,8 +148,8 @@ class Tally:
                 kill(launch, round_.victim, self._random)
                 check = SAVE_MOMENTS.get(round_.moment)
                 round_.inside = bool(check and check(self._run / "checkpoints"))
-            launch.process.wait(_MOST_SECONDS)
-            launch.require_nothing_left(_MOST_SECONDS)
+            launch.process.wait(PATIENCE)
+            launch.require_nothing_left()
             self._judge(before, launch.output())
         return moment
 
@@ -159,7 +158,7 @@ class Tally:
         begin, new_lines = time.monotonic(), self._random.randint(1, 3 * INTERVAL)
         delay = self._random.uniform(0, 8 if moment == "start-up" else 0.2)
         while launch.process.poll() is None:
-            assert time.monotonic() < begin + _MOST_SECONDS, launch.output()
+            assert time.monotonic() < begin + PATIENCE, launch.output()
             now = Progress.of(self._run)
             # A start writes the file anew, with the lines that it takes over.
             trained = now.inode != before.inode and now.lines - before.step >= new_lines
@@ -199,8 +198,8 @@ class Tally:
         """Let the present run end; its curve must be the undisturbed one's."""
         before = Progress.of(self._run)
         with self._launch(self._launchers[-1], self._run) as launch:
-            assert launch.wait(_MOST_SECONDS) == 0, launch.output()
-            launch.require_nothing_left(_MOST_SECONDS)
+            assert launch.wait() == 0, launch.output()
+            launch.require_nothing_left()
             self._judge(before, launch.output())
         assert curve(self._run) == self.wanted
         left = sorted(path.name for path in (self._run / "checkpoints").iterdir())

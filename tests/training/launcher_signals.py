@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from pipeline.training import checkpoint
 from tests.slurm.cluster import Cluster, why_unavailable
-from tests.support import free_port
+from tests.support import PATIENCE, free_port
 from tests.training.launches import LAUNCHERS, ROOT, TRAIN, Launch, launcher_words, send
 from tests.training.tiny_recipe import make_recipe
 
@@ -34,7 +34,6 @@ ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (*LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A loaded machine starts a run slowly.
-_MOST_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,10 +151,10 @@ class Trial:
 
     def _end(self) -> Outcome:
         began = time.monotonic()
-        code = self._launch.wait(_MOST_SECONDS)
+        code = self._launch.wait()
         goes_on = False
         try:
-            self._launch.require_nothing_left(60)
+            self._launch.require_nothing_left()
         except AssertionError:
             goes_on = True
         seconds = time.monotonic() - began
@@ -175,7 +174,7 @@ class Trial:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _MOST_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not ready():
             assert self._launch.process.poll() is None, self._launch.output()
             assert time.monotonic() < deadline, self._launch.output()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 
-from tests.support import free_port
+from tests.support import PATIENCE, free_port
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "pipeline" / "train.py"
@@ -98,9 +98,9 @@ class Launch:
         self.process.wait()
         self._output.close()
 
-    def wait(self, seconds: float) -> int:
+    def wait(self) -> int:
         """The launcher's exit code, as a shell gives it."""
-        code = self.process.wait(seconds)
+        code = self.process.wait(PATIENCE)
         return code if code >= 0 else 128 - code
 
     def processes(self) -> list[int]:
@@ -130,13 +130,13 @@ class Launch:
                     found.append((int(folder.name), environment))
         return found
 
-    def require_nothing_left(self, seconds: float) -> None:
+    def require_nothing_left(self) -> None:
         """Wait until all processes of the run are gone.
 
         Raises:
             AssertionError: one is still there; shows the output.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while left := self.processes():
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()[-3000:]}"
             time.sleep(0.1)

@@ -21,6 +21,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
+from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors
 
 
@@ -90,7 +91,7 @@ def give_up(engine: ZeroEngine, config: TrainConfig) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     for stage in (1, 2, 3):
         for in_backward_pass in (False, True):
             result = run_case(sys.argv[1], stage=stage, in_backward_pass=in_backward_pass)

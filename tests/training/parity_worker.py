@@ -30,6 +30,7 @@ from pipeline.training.engine import seed_random
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
+from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
 TEMPERATURE = 0.1
@@ -171,7 +172,7 @@ def run_case(
 def main() -> None:
     model_path = sys.argv[1]
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     world_size = comm.world_size()
     # (schedule, chunks that keep their graph, chunks per rank); dropout is always on.
     layouts = [("cache", 0, counts) for counts in ([1, 1], [2, 2], [5, 5], [8, 8], [3, 5])]

@@ -28,6 +28,7 @@ from pipeline.training.engine import seed_random
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine, placement_of
+from tests.support import PATIENCE
 
 CPU = torch.device("cpu")
 
@@ -120,7 +121,7 @@ def failure(path: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     large, tiny, broken = sys.argv[1:]
     results: list[dict[str, Any]] = [{"case": "memory", **memory(large)}]
     full = ModelConfig(path=tiny, dtype="float32")

@@ -26,7 +26,7 @@ def _lines(output: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, _lines(launch_ranks(2, WORKER, str(folder), "save", timeout=280))
+    return folder, _lines(launch_ranks(2, WORKER, str(folder), "save"))
 
 
 def test_resuming_at_the_same_stage_and_world_size_is_bit_equal(
@@ -45,7 +45,7 @@ def test_resuming_at_another_stage_or_world_size_keeps_the_optimizer(
     trained: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     folder, saved = trained
-    one_rank = _lines(launch_ranks(1, WORKER, str(folder), "load", timeout=280))
+    one_rank = _lines(launch_ranks(1, WORKER, str(folder), "load"))
     wanted = {(r["dtype"], r["stage"]): r["norms"] for r in saved if r["kind"] == "uninterrupted"}
     resumed = [r for r in saved if r["kind"] == "resumed"] + one_rank
     assert len(resumed) == 2 * 18

@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("parity_worker.py")
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_cached_sharded_gradients_equal_plain_gradients(model_path: Path, world_size: int) -> None:
-    output = launch_ranks(world_size, WORKER, str(model_path), timeout=280)
+    output = launch_ranks(world_size, WORKER, str(model_path))
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(results) == 3 * 8 * 2 + (3 if world_size == 1 else 0)
     for result in results:

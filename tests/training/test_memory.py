@@ -24,7 +24,7 @@ def test_a_step_that_one_rank_ends_ends_for_all_and_leaves_no_gradient_behind(
     model_path: Path,
 ) -> None:
     """Without memory once, and asked to stop twice: in a cached step and in a sweep."""
-    output = launch_ranks(2, WORKER, str(model_path), timeout=200)
+    output = launch_ranks(2, WORKER, str(model_path))
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(results) == 6
     for result in results:

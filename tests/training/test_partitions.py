@@ -39,7 +39,7 @@ def results(
     weights.pop("layers.1.mlp.up_proj.weight")
     save_file(weights, broken / "model.safetensors")
     (broken / "config.json").write_text((model_path / "config.json").read_text())
-    output = launch_ranks(2, WORKER, str(large), str(model_path), str(broken), timeout=280)
+    output = launch_ranks(2, WORKER, str(large), str(model_path), str(broken))
     by_case: dict[str, list[dict[str, Any]]] = {}
     for line in output.splitlines():
         if line.startswith("{"):

@@ -17,7 +17,7 @@ from pipeline.config import CheckpointConfig
 from pipeline.errors import DiffembedError, UserError
 from pipeline.run_dir import RunDir
 from pipeline.training import checkpoint, retention, saving
-from tests.support import run_ranks
+from tests.support import PATIENCE, run_ranks
 from tests.training.memory_engine import Memory, save
 
 
@@ -32,7 +32,7 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     disk_is_ready, really_save = threading.Event(), saving.save_file
 
     def slow_save_file(*args: Any) -> None:  # stands in for a slow disk
-        assert disk_is_ready.wait(60)
+        assert disk_is_ready.wait(PATIENCE)
         really_save(*args)
 
     monkeypatch.setattr(saving, "save_file", slow_save_file)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import PATIENCE
+
 CODE = """
 import os, signal, sys, threading, time
 from datetime import timedelta
@@ -52,7 +54,7 @@ def test_a_second_request_ends_the_process_at_once_and_an_echo_does_not(
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == code, done.stderr

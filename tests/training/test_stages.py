@@ -44,7 +44,7 @@ chunks: {{max_tokens: 100}}
 optimizer: {{lr: 3.0e-2}}
 """
     )
-    launch_ranks(2, WORKER, str(recipe), timeout=280)
+    launch_ranks(2, WORKER, str(recipe))
     return folder
 
 

@@ -21,7 +21,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         save_lifted(tmp_path_factory.mktemp("model"), Qwen2ForCausalLM, tie_word_embeddings=tied)
         for tied in (False, True)
     ]
-    printed = launch_ranks(2, WORKER, *map(str, models), timeout=280)
+    printed = launch_ranks(2, WORKER, *map(str, models))
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 

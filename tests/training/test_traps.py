@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("trap_worker.py")
 
 
 def results(mode: str, model_path: Path) -> dict[str, dict[str, Any]]:
-    output = launch_ranks(2, WORKER, mode, str(model_path), timeout=240)
+    output = launch_ranks(2, WORKER, mode, str(model_path))
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return {line.pop("case"): line for line in lines}
 
@@ -76,4 +76,4 @@ def test_traffic_does_not_grow_with_the_number_of_chunks(model_path: Path) -> No
 def test_a_rank_that_fails_between_backwards_ends_at_once_with_its_reason() -> None:
     """Leaving DeepSpeed's context would start a reduction that the other rank never joins."""
     with pytest.raises(RuntimeError, match="rank 1 ran out of luck"):
-        launch_ranks(2, WORKER, "fail", "", timeout=120)
+        launch_ranks(2, WORKER, "fail", "")

@@ -43,6 +43,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import NonFiniteLossError
 from pipeline.training.optim import build_optimizer
 from pipeline.training.zero import ZeroEngine
+from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
 NUM_TEXTS, VOCABULARY, MASK = 14, 500, 499
@@ -214,7 +215,7 @@ def run_case(
 def main() -> None:
     untied, tied = sys.argv[1:]
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     # A tile of three predictions: every chunk needs several.
     tokens.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_prediction.find_mask_token = lambda *_: MASK  # type: ignore[assignment]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import free_port
+from tests.support import PATIENCE, free_port
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -27,6 +27,6 @@ def run_trainer(
         env={**os.environ, **_ENVIRONMENT},
         text=True,
         capture_output=True,
-        timeout=280,
+        timeout=PATIENCE,
         check=False,
     )

@@ -27,6 +27,7 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
 from pipeline.training.zero import ZeroEngine
+from tests.support import PATIENCE
 from tests.traffic import Traffic
 
 CPU = torch.device("cpu")
@@ -232,7 +233,7 @@ def run_cases(mode: str, path: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     mode, path = sys.argv[1:]
     if mode == "fail":
         with _leaving_at_once():

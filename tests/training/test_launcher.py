@@ -1,0 +1,90 @@
+"""A rank whose launcher had ended before the rank could look who started it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import launcher
+from pipeline.errors import DiffembedError
+from tests.support import free_port
+from tests.training.launches import TRAIN, Launch, launcher_words
+
+TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({**TORCHRUN, "MASTER_PORT": "29500"}, ("127.0.0.1", 29500)),
+        # The first rank keeps the store itself.
+        ({**TORCHRUN, "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}, None),
+        ({"RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}, None),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "PMIX_SERVER_URI4": "prterun-host-12@0.0;tcp4://10.0.0.7:5167",
+            },
+            ("10.0.0.7", 5167),
+        ),
+        ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_SERVER_URI4": "x;usock:/run/pmix"}, None),
+        # torchrun inside a job of mpirun.
+        (
+            {
+                **TORCHRUN,
+                "MASTER_PORT": "29500",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "PMIX_SERVER_URI4": "prterun-host-12@0.0;tcp4://10.0.0.7:5167",
+            },
+            ("127.0.0.1", 29500),
+        ),
+    ],
+)
+def test_where_the_launcher_answers(
+    environment: dict[str, str], place: tuple[str, int] | None
+) -> None:
+    assert launcher.place(environment) == place
+
+
+def test_a_launcher_that_answers_is_no_fault_and_one_that_has_gone_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launcher, "_PATIENCE_SECONDS", 0.1)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        launcher.require_it()
+    with pytest.raises(DiffembedError, match=rf"launcher .* 127.0.0.1:{port} has ended"):
+        launcher.require_it()
+
+
+@pytest.mark.parametrize("name", ["torchrun", "mpirun"])
+def test_ranks_of_a_launcher_that_is_killed_as_they_start_do_not_wait(
+    recipe: Path, tmp_path: Path, name: str
+) -> None:
+    # A rank that takes long to become Python.
+    slow, go = tmp_path / "slow.sh", tmp_path / "go"
+    slow.write_text(f'until [[ -e {go} ]]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
+    words = launcher_words(name, free_port())
+    words = [word for word in words if word != sys.executable]
+    words += [*(["--no-python"] if name == "torchrun" else []), "bash", str(slow)]
+    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", f"output_dir={tmp_path / 'run'}")
+
+    with Launch(words, TRAIN, *arguments) as launch:
+        while len(launch.ranks()) < 2:
+            assert launch.process.poll() is None, launch.output()
+        launch.process.kill()
+        launch.process.wait()
+        go.touch()
+        launch.require_nothing_left()
+
+        # What ranks say after its end, mpirun no longer hands on.
+        said = launch.output().count("DiffembedError: the launcher that answered at")
+        assert said == (2 if name == "torchrun" else 0)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
