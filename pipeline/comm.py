@@ -47,7 +47,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
                 fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
             )
         torch.cuda.set_device(world.local_rank)
-    with launcher.ending_with(world.parent):
+    with launcher.ending_with(world.launchers):
         _join(world, timeout_seconds)
 
 

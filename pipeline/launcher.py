@@ -15,9 +15,11 @@ from pathlib import Path
 from pipeline.errors import DiffembedError
 
 _PATIENCE_SECONDS = 10.0
+# Who adopts processes whose parent has ended, beside process 1.
+_ADOPTERS = ("systemd", "slurmstepd")
 
 
-def processes() -> list[int]:
+def processes() -> tuple[int, ...]:
     """Process ids of the parent, and of the command `deepspeed` where that started the parent.
 
     When that command is killed, what it started goes on without it. Further ancestors do not count:
@@ -25,13 +27,23 @@ def processes() -> list[int]:
     """
     parent = os.getppid()
     try:
-        # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
-        status = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
-        words = Path(f"/proc/{status[1]}/cmdline").read_bytes().split(b"\0")
+        above = _parent_of(parent)
+        return (parent, above) if _is_deepspeed(above) else (parent,)
     except OSError:  # the parent has just ended, or a system without /proc
-        return [parent]
-    by_deepspeed = any(word.rpartition(b"/")[2] == b"deepspeed" for word in words[:2])
-    return [parent, int(status[1])] if by_deepspeed else [parent]
+        return (parent,)
+
+
+def _parent_of(process: int) -> int:
+    # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _words_of(process: int) -> list[bytes]:
+    return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+
+
+def _is_deepspeed(process: int) -> bool:
+    return any(word.rpartition(b"/")[2] == b"deepspeed" for word in _words_of(process)[:2])
 
 
 def place(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
@@ -60,12 +72,26 @@ def require_it() -> None:
     Raises:
         DiffembedError: so it is.
     """
+    if _left_by_deepspeed():
+        raise DiffembedError("the command deepspeed has ended")
     where, deadline = place(), time.monotonic() + _PATIENCE_SECONDS
     while where and _refuses(where):
         if time.monotonic() > deadline:
             address, port = where
             raise DiffembedError(f"the launcher that answered at {address}:{port} has ended")
         time.sleep(0.5)
+
+
+def _left_by_deepspeed() -> bool:
+    """Whether the parent was started by `deepspeed` on this host, and init has adopted it since."""
+    try:
+        parent = os.getppid()
+        above = _parent_of(parent)
+        adopted = above == 1 or Path(f"/proc/{above}/comm").read_text().strip() in _ADOPTERS
+        by_deepspeed = b"deepspeed.launcher.launch" in _words_of(parent)
+        return by_deepspeed and adopted and not _is_deepspeed(above)
+    except OSError:
+        return False
 
 
 def _refuses(where: tuple[str, int]) -> bool:
@@ -80,21 +106,21 @@ def _refuses(where: tuple[str, int]) -> bool:
 
 
 @contextmanager
-def ending_with(parent: int | None) -> Iterator[None]:
-    """End this process if its parent has ended or ends in the meantime.
+def ending_with(launchers: tuple[int, ...]) -> Iterator[None]:
+    """End this process if `processes` are no longer those, now or in the meantime.
 
     For the time in which ranks wait for each other: nothing is lost yet.
     """
     joined = threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while processes() == launchers:
             if joined.wait(1.0):
                 return
         print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)
         os._exit(1)
 
-    if parent is not None:
+    if launchers:
         threading.Thread(target=watch, daemon=True).start()
     try:
         yield

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 
 # The file beside checkpoints that names the newest whole one.
-_LATEST = "latest"
+LATEST = "latest"
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
 
 
@@ -72,6 +72,8 @@ class RunDir:
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
         self._lock = lock
+        for path in (self.config, self.ds_config, self.environment, self.metrics):
+            remove_unfinished(path)
 
 
 def _lock_now(file: TextIO) -> bool:
@@ -113,6 +115,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed writers of `path` left of their temporary files, while nobody writes."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink()
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on disk."""
     with path.open("rb+") as handle:
@@ -152,13 +160,13 @@ def checkpoint_step(name: str) -> int | None:
 
 def read_latest(checkpoints: Path) -> str | None:
     """Name of the newest whole checkpoint of a folder, as `latest` says; None without one."""
-    pointer = checkpoints / _LATEST
+    pointer = checkpoints / LATEST
     return pointer.read_text().strip() if pointer.exists() else None
 
 
 def write_latest(checkpoint: Path) -> None:
     """Let `latest` beside a whole checkpoint name it."""
-    write_text(checkpoint.with_name(_LATEST), checkpoint.name + "\n")
+    write_text(checkpoint.with_name(LATEST), checkpoint.name + "\n")
 
 
 def describe_environment() -> dict[str, Any]:

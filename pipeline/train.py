@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,7 +16,9 @@ if __name__ == "__main__":
     # others of the same name; the checkout above it is what belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Now, because the imports below take seconds, in which a launcher may be killed.
-    _started_by = os.getppid()
+    from pipeline import launcher
+
+    _launchers = launcher.processes()
 
 from pipeline import comm
 from pipeline.config import TrainConfig, dump_config, load_config
@@ -47,12 +48,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def run(arguments: list[str], *, parent: int | None = None) -> None:
+def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """Train, or plan, as the command line says.
 
     Args:
         arguments: the command line.
-        parent: process id of the launcher, without which a rank does not wait for the others.
+        launchers: its processes (see launcher.processes), without which no rank goes on.
 
     Raises:
         DiffembedError: wrong input, or stopped on request.
@@ -61,7 +62,7 @@ def run(arguments: list[str], *, parent: int | None = None) -> None:
     config = load_config(TrainConfig, options.config, tuple(options.overrides))
     world = comm.discover_world()
     if world.launched:
-        world = dataclasses.replace(world, parent=parent)
+        world = dataclasses.replace(world, launchers=launchers)
     world_size = options.world_size or world.world_size
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
@@ -82,11 +83,11 @@ def run(arguments: list[str], *, parent: int | None = None) -> None:
     train(config, ds_config, world)
 
 
-def main(*, parent: int | None = None) -> None:
+def main(launchers: tuple[int, ...] = ()) -> None:
     """Run and leave with the exit code that the outcome has (see DiffembedError)."""
     code = 0
     try:
-        run(sys.argv[1:], parent=parent)
+        run(sys.argv[1:], launchers)
     except DiffembedError as error:
         say_error(error)
         code = error.exit_code
@@ -99,4 +100,4 @@ def main(*, parent: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(parent=_started_by)
+    main(_launchers)

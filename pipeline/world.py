@@ -31,7 +31,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     launched: bool = False  # by a launcher, as one of its ranks
-    parent: int | None = None  # process id of who started this rank, if its end matters
+    launchers: tuple[int, ...] = ()  # its processes (see launcher.processes), if their end matters
 
     @property
     def is_main(self) -> bool:

@@ -25,7 +25,7 @@ TOP_LEVEL = {
 # A room imports rooms on lower floors only; rooms on one floor do not know each other.
 FLOORS = (
     {"errors"},
-    {"config", "world"},
+    {"config", "launcher", "world"},
     {"comm", "rank_variables", "run_dir", "tokenizer"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},

@@ -21,7 +21,15 @@ from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.errors import DiffembedError
-from pipeline.run_dir import checkpoint_name, sync_dir, sync_file, write_json, write_latest
+from pipeline.run_dir import (
+    LATEST,
+    checkpoint_name,
+    remove_unfinished,
+    sync_dir,
+    sync_file,
+    write_json,
+    write_latest,
+)
 from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file
 
 
@@ -130,6 +138,7 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".step-*.partial", ".step-*.deleted"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
+    remove_unfinished(folder / LATEST)
 
 
 def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:

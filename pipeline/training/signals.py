@@ -21,14 +21,14 @@ class StopRequest:
 
     Args:
         file: a path that, once it exists, asks for a stop as a signal would.
-        launched: whether the process that started this one is a launcher. Without it nobody would
-            end the ranks, and a run that is started again would meet them in its folder.
+        launchers: the processes without which nobody would end the ranks, and a run that is started
+            again would meet them in its folder (see launcher.processes); empty for none.
     """
 
-    def __init__(self, file: Path, *, launched: bool) -> None:
+    def __init__(self, file: Path, *, launchers: tuple[int, ...]) -> None:
         self._file = file
         self._reason = ""
-        self._launchers = launcher.processes() if launched else []
+        self._launchers = launchers
         for number in _SIGNALS:
             signal.signal(number, self._remember)
         # Python runs a handler only once the main thread has come back from what it calls: from a

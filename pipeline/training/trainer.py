@@ -39,7 +39,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         Stopped: asked to stop; a checkpoint was written.
     """
     run = RunDir(config.output_dir)
-    stop = StopRequest(run.stop_request, launched=world.launched)
+    stop = StopRequest(run.stop_request, launchers=world.launchers)
     evaluations = Evaluations(config, config.evaluate) if config.evaluate else None
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)

@@ -203,7 +203,7 @@ class Tally:
             self._judge(before, launch.output())
         assert curve(self._run) == self.wanted
         left = sorted(path.name for path in (self._run / "checkpoints").iterdir())
-        assert left == ["latest", f"step-{NUM_STEPS - INTERVAL:06d}", f"step-{NUM_STEPS:06d}"]
+        assert left == ["latest", f"step-{NUM_STEPS - INTERVAL:06d}", f"step-{NUM_STEPS:06d}"], left
 
 
 def kill(launch: Launch, victim: str, lots: random.Random) -> None:

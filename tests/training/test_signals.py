@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from pipeline.training import signals
 signals._ONE_REQUEST_SECONDS = float(sys.argv[1])
-stop = signals.StopRequest(Path(sys.argv[2]), launched=False)
+stop = signals.StopRequest(Path(sys.argv[2]), launchers=())
 print(repr(stop.reason()))
 os.kill(os.getpid(), signal.SIGUSR1)
 print(stop.reason(), flush=True)
