@@ -187,8 +187,8 @@ def encode(
     ] = None,
 ) -> None:
     """Turn texts into vectors; a killed run is continued by the same command."""
-    from pipeline.evaluation.encode import encode_file
-    from pipeline.evaluation.encode_job import EncodeJob
+    from pipeline.evaluation.vectors.encode import encode_file
+    from pipeline.evaluation.vectors.job import EncodeJob
 
     job = EncodeJob(
         model=model,
@@ -210,7 +210,7 @@ def encode(
 @app.command()
 def probe(config: Config, overrides: Overrides = None) -> None:
     """Tag words by a linear classifier on a frozen export: accuracy and F1."""
-    from pipeline.evaluation.probe import probe as probe_words
+    from pipeline.evaluation.words.probe import probe as probe_words
 
     path = probe_words(_load(ProbeConfig, config, overrides))
     print(path.read_text(), end="")
@@ -258,7 +258,7 @@ def plan_loss(
 @evaluate_app.command()
 def count(config: Config, overrides: Overrides = None) -> None:
     """Print how many array elements an evaluation has (for sbatch --array=0-N)."""
-    from pipeline.evaluation.array import num_elements
+    from pipeline.evaluation.score.array import num_elements
 
     print(num_elements(_load(EvaluateConfig, config, overrides)))
 
@@ -270,7 +270,7 @@ def run_evaluation(
     index: Annotated[int | None, typer.Option(help="one array element; default: all")] = None,
 ) -> None:
     """Score one array element, or all of them one after another."""
-    from pipeline.evaluation.array import run_all, run_element
+    from pipeline.evaluation.score.array import run_all, run_element
 
     tree = _load(EvaluateConfig, config, overrides)
     if index is None:
@@ -282,7 +282,7 @@ def run_evaluation(
 @evaluate_app.command()
 def prefetch(config: Config, overrides: Overrides = None) -> None:
     """Download the tasks' data at pinned revisions, on a node that has a network."""
-    from pipeline.evaluation.prefetch import prefetch as fetch_snapshots
+    from pipeline.evaluation.tasks.prefetch import prefetch as fetch_snapshots
 
     fetch_snapshots(_load(EvaluateConfig, config, overrides))
 
@@ -290,7 +290,7 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
 @evaluate_app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """List every distinct text of all tasks once, in blocks of equal cost."""
-    from pipeline.evaluation.array import plan as plan_texts
+    from pipeline.evaluation.score.array import plan as plan_texts
 
     plan_texts(_load(EvaluateConfig, config, overrides))
 
@@ -307,7 +307,7 @@ def embed(
     ] = None,
 ) -> None:
     """Embed one element's share of the planned texts; blocks already there are skipped."""
-    from pipeline.evaluation.array import embed as embed_share
+    from pipeline.evaluation.score.array import embed as embed_share
 
     tree = _load(EvaluateConfig, config, overrides)
     embed_share(tree, index, of, num_processes=processes)
@@ -316,7 +316,7 @@ def embed(
 @evaluate_app.command()
 def score(config: Config, overrides: Overrides = None) -> None:
     """Score all tasks from the embedded texts."""
-    from pipeline.evaluation.array import score_all
+    from pipeline.evaluation.score.array import score_all
 
     score_all(_load(EvaluateConfig, config, overrides))
 
@@ -324,7 +324,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
     """Gather the scores of an evaluation into tables and plots."""
-    from pipeline.evaluation.report import write_report
+    from pipeline.evaluation.report.write import write_report
 
     write_report(_load(EvaluateConfig, config, overrides))
 

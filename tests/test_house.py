@@ -33,11 +33,21 @@ FLOORS = (
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The same inside rooms that have rooms of their own.
+INNER_FLOORS = {
+    "evaluation": (
+        {"tasks"},
+        {"models"},
+        {"blocks", "vectors", "words"},
+        {"score"},
+        {"report"},
+    ),
+}
 # Libraries that only these paths below pipeline/ may import.
 DOORS = {
     "deepspeed": ("training/zero.py", "training/checkpoint.py"),
     "torch.distributed": ("comm.py",),
-    "mteb": ("evaluation/",),
+    "mteb": ("evaluation/tasks/", "evaluation/models/encoder.py", "evaluation/score/"),
     "wandb": ("training/metrics.py",),
     "tensorboard": ("training/metrics.py",),
     "torch.utils.tensorboard": ("training/metrics.py",),
@@ -86,6 +96,19 @@ def test_imports_go_down_only(path: Path) -> None:
         assert not within(module, "ReasonAug"), f"{name(path)} imports {module}"
         if within(module, "pipeline") and (other := module.split(".")[1]) != room:
             assert FLOOR_OF[other] < FLOOR_OF[room], f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("house", INNER_FLOORS)
+def test_imports_go_down_only_inside_a_room_too(house: str) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(INNER_FLOORS[house]) for room in rooms}
+    folder = ROOT / "pipeline" / house
+    # A file between the rooms would be on no floor.
+    assert {path.name for path in folder.glob("*.py")} == {"__init__.py"}
+    for path in folder.glob("*/*.py"):
+        room = path.parent.name
+        for module in imported_modules(path):
+            if within(module, f"pipeline.{house}") and (other := module.split(".")[2]) != room:
+                assert floor_of[other] < floor_of[room], f"{name(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

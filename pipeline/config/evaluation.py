@@ -62,7 +62,7 @@ class EvaluateConfig:
     max_length: int = 4096
     max_tokens: int = 16384
     training_run: Path | None = None
-    # Instructions by task name; they replace those of pipeline/evaluation/instructions.py.
+    # Instructions by task name; they replace those of pipeline/evaluation/tasks/instructions.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # Memory of one GPU, so that planning can refuse texts that would not fit it.
     gpu_memory_gib: float | None = None

@@ -22,7 +22,8 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.evaluation.elements import element_key, list_elements, read_result
+from pipeline.evaluation.score.results import element_key, read_result
+from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.run_dir import RunDir, read_latest
 from pipeline.submission.job import Job, digest
 from pipeline.submission.progress import last_step

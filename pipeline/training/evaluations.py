@@ -3,7 +3,7 @@
     checkpoint --links--> RUN/evaluations/step-000100 --export--> scores --> RUN/evaluations/report
 
 The links keep the files when the checkpoint itself is pruned; an export takes their place, and goes
-in its turn when its scores are in the report (`pipeline/evaluation/by_step.py`).
+in its turn when its scores are in the report (`pipeline/evaluation/report/by_step.py`).
 """
 
 from __future__ import annotations

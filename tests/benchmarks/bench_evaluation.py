@@ -32,14 +32,14 @@ from local_hub import serve
 from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.array import run_all, run_element, score_all
-from pipeline.evaluation.cuts import store_folder
-from pipeline.evaluation.elements import element_at
-from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.export_encoder import load_encoder
-from pipeline.evaluation.plan import write_plan
-from pipeline.evaluation.prefetch import prefetch
-from pipeline.evaluation.store import missing_blocks
+from pipeline.evaluation.blocks.cuts import store_folder
+from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.blocks.plan import write_plan
+from pipeline.evaluation.blocks.store import missing_blocks
+from pipeline.evaluation.models.export_encoder import load_encoder
+from pipeline.evaluation.score.array import run_all, run_element, score_all
+from pipeline.evaluation.tasks.elements import element_at
+from pipeline.evaluation.tasks.prefetch import prefetch
 
 ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
 AOPS = "BrightAopsRetrieval"

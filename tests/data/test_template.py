@@ -13,7 +13,7 @@ from data_support import write_jsonl
 from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
-from pipeline.evaluation.encoder import TemplatedEmbedder
+from pipeline.evaluation.models.encoder import TemplatedEmbedder
 from pipeline.model.load import load_export
 from tests.tiny_models import export_tiny, tiny_starter
 

@@ -11,8 +11,9 @@ import pytest
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.elements import Element, export_fingerprint
-from pipeline.evaluation.encoder import EvaluatedEncoder
+from pipeline.evaluation.models.encoder import EvaluatedEncoder
+from pipeline.evaluation.models.fingerprints import export_fingerprint
+from pipeline.evaluation.tasks.elements import Element
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def load(minilm: MiniLM) -> Callable[[EvaluateConfig, Element], EvaluatedEncoder
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few texts, so that a tiny corpus has many."""
-    monkeypatch.setattr("pipeline.evaluation.cuts._MIN_BLOCK_COST", 200.0)
+    monkeypatch.setattr("pipeline.evaluation.blocks.cuts._MIN_BLOCK_COST", 200.0)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config import EvaluateConfig, Template
-from pipeline.evaluation.elements import Element
-from pipeline.evaluation.encoder import EvaluatedEncoder, TemplatedEmbedder
+from pipeline.evaluation.models.encoder import EvaluatedEncoder, TemplatedEmbedder
+from pipeline.evaluation.tasks.elements import Element
 
 TASKS = (
     "Core17InstructionRetrieval",

@@ -6,10 +6,10 @@ import dataclasses
 import json
 
 from pipeline.config import dump_config
-from pipeline.evaluation.array import run_all
-from pipeline.evaluation.by_step import give_back
-from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.report import write_report
+from pipeline.evaluation.report.by_step import give_back
+from pipeline.evaluation.report.write import write_report
+from pipeline.evaluation.score.array import run_all
+from pipeline.evaluation.tasks.elements import list_elements
 
 
 def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_path):

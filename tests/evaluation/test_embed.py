@@ -15,9 +15,9 @@ from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, dump_config
 from pipeline.errors import UserError
-from pipeline.evaluation.cuts import store_folder
-from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.plan import write_plan
+from pipeline.evaluation.blocks.cuts import store_folder
+from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.blocks.plan import write_plan
 from tests.support import PATIENCE
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 import evaluation_support
 from pipeline.config import EvaluateConfig, load_config
-from pipeline.evaluation.embed import embed_element
+from pipeline.evaluation.blocks.embed import embed_element
 
 if __name__ == "__main__":
     config = load_config(EvaluateConfig, Path(sys.argv[1]))

@@ -21,9 +21,9 @@ import pytest
 
 from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
-from pipeline.evaluation import encode
-from pipeline.evaluation.encode import encode_file
-from pipeline.evaluation.encode_job import EncodeJob
+from pipeline.evaluation.vectors import encode
+from pipeline.evaluation.vectors.encode import encode_file
+from pipeline.evaluation.vectors.job import EncodeJob
 from pipeline.model.load import load_export
 from tests.tiny_models import export_tiny, tiny_starter
 
@@ -88,7 +88,7 @@ def test_vectors_are_those_of_the_export_for_any_number_of_processes(job: Encode
 
 _KILLED = """
 import os, pickle, signal, sys
-from pipeline.evaluation.encode import encode_file
+from pipeline.evaluation.vectors.encode import encode_file
 from pipeline.model.load import LoadedExport
 whole, calls = LoadedExport.encode_tokens, []
 def encode_tokens(self, *tokens):

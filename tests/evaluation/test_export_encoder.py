@@ -15,14 +15,14 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
-from pipeline.evaluation.array import embed, run_all, score_all
-from pipeline.evaluation.cuts import store_folder
-from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.export_encoder import load_encoder
-from pipeline.evaluation.guard import num_parameters
-from pipeline.evaluation.place import processes_here
-from pipeline.evaluation.plan import write_plan
-from pipeline.evaluation.snapshots import get_task, localise
+from pipeline.evaluation.blocks.cuts import store_folder
+from pipeline.evaluation.blocks.plan import write_plan
+from pipeline.evaluation.models.export_encoder import load_encoder
+from pipeline.evaluation.models.guard import num_parameters
+from pipeline.evaluation.models.place import processes_here
+from pipeline.evaluation.score.array import embed, run_all, score_all
+from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.tasks.snapshots import get_task, localise
 from pipeline.model import load
 
 

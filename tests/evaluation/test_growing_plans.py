@@ -8,12 +8,12 @@ import shutil
 import pytest
 from evaluation_support import TASKS, MiniLM, wrap
 
-from pipeline.evaluation.array import run_all, score_all
-from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.keys import TextKey
-from pipeline.evaluation.plan import read_plan, write_plan
-from pipeline.evaluation.store import missing_blocks
+from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.blocks.keys import TextKey
+from pipeline.evaluation.blocks.plan import read_plan, write_plan
+from pipeline.evaluation.blocks.store import missing_blocks
+from pipeline.evaluation.score.array import run_all, score_all
+from pipeline.evaluation.tasks.elements import list_elements
 
 AOPS = "BrightAopsRetrieval"
 

@@ -10,11 +10,13 @@ from evaluation_support import BagOfLetters, wrap
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template, build_config
 from pipeline.errors import UserError
-from pipeline.evaluation.array import run_all
-from pipeline.evaluation.elements import element_key, list_elements, model_fingerprint
-from pipeline.evaluation.encoder import revision
-from pipeline.evaluation.instructions import INSTRUCTIONS, instruction_for
-from pipeline.evaluation.plan import write_plan
+from pipeline.evaluation.blocks.plan import write_plan
+from pipeline.evaluation.models.encoder import revision
+from pipeline.evaluation.models.fingerprints import model_fingerprint
+from pipeline.evaluation.score.array import run_all
+from pipeline.evaluation.score.results import element_key
+from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.tasks.instructions import INSTRUCTIONS, instruction_for
 
 AOPS = "BrightAopsRetrieval"
 # As published with the paper, its spelling included.

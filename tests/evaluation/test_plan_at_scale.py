@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.plan import write_plan
-from pipeline.evaluation.snapshots import (
+from pipeline.evaluation.blocks.plan import write_plan
+from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.tasks.snapshots import (
     evaluated_splits,
     get_task,
     load_and_prove,
     localise,
     private_cache,
 )
-from pipeline.evaluation.texts import document_texts, query_texts
+from pipeline.evaluation.tasks.texts import document_texts, query_texts
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

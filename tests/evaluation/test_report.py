@@ -10,13 +10,13 @@ import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
-from pipeline.evaluation import bootstrap
-from pipeline.evaluation.array import run_all, run_element
-from pipeline.evaluation.benchmarks import BENCHMARKS
-from pipeline.evaluation.references import PUBLISHED, published_table
-from pipeline.evaluation.report import write_report
-from pipeline.evaluation.snapshots import REVISION_FILE, get_task
-from pipeline.evaluation.tables import aligned_table, latex_table, markdown_table
+from pipeline.evaluation.report import bootstrap
+from pipeline.evaluation.report.references import PUBLISHED, published_table
+from pipeline.evaluation.report.tables import aligned_table, latex_table, markdown_table
+from pipeline.evaluation.report.write import write_report
+from pipeline.evaluation.score.array import run_all, run_element
+from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
+from pipeline.evaluation.tasks.snapshots import REVISION_FILE, get_task
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from mteb.models import EncoderProtocol, SearchProtocol
 
 from pipeline.config import Template
 from pipeline.errors import UserError
-from pipeline.evaluation.benchmarks import BENCHMARKS, benchmark_of, expand
-from pipeline.evaluation.encoder import MtebEncoder
-from pipeline.evaluation.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
-from pipeline.evaluation.search import ExactSearch
-from pipeline.evaluation.snapshots import get_task, load_and_prove, localise, private_cache
-from pipeline.evaluation.task import score_task
+from pipeline.evaluation.models.encoder import MtebEncoder
+from pipeline.evaluation.score.search import ExactSearch
+from pipeline.evaluation.score.task import score_task
+from pipeline.evaluation.tasks.benchmarks import BENCHMARKS, benchmark_of, expand
+from pipeline.evaluation.tasks.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
+from pipeline.evaluation.tasks.snapshots import get_task, load_and_prove, localise, private_cache
 
 FOLLOW_IR = "Core17InstructionRetrieval"
 

@@ -15,14 +15,15 @@ from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.comm import World
 from pipeline.errors import UserError
-from pipeline.evaluation.array import run_all, score_all
-from pipeline.evaluation.benchmarks import BENCHMARKS
-from pipeline.evaluation.cuts import cut_blocks, store_folder
-from pipeline.evaluation.elements import list_elements
-from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.keys import byte_sizes, digests, effective_lengths
-from pipeline.evaluation.plan import assign, read_plan, write_plan
-from pipeline.evaluation.snapshots import (
+from pipeline.evaluation.blocks.cuts import cut_blocks, store_folder
+from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
+from pipeline.evaluation.blocks.plan import assign, read_plan, write_plan
+from pipeline.evaluation.blocks.store import missing_blocks
+from pipeline.evaluation.score.array import run_all, score_all
+from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
+from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.tasks.snapshots import (
     evaluated_splits,
     get_task,
     load_and_prove,
@@ -30,8 +31,7 @@ from pipeline.evaluation.snapshots import (
     private_cache,
     task_texts,
 )
-from pipeline.evaluation.store import missing_blocks
-from pipeline.evaluation.texts import document_texts, query_texts
+from pipeline.evaluation.tasks.texts import document_texts, query_texts
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.
 AOPS = "BrightAopsRetrieval"
@@ -219,7 +219,7 @@ def test_a_text_that_the_plan_does_not_know_is_refused(strong, load, small_block
     strong = dataclasses.replace(strong, tasks=(AOPS,))
     write_plan(strong)
     embed_element(strong, 0, 1, load=load)
-    from pipeline.evaluation.store import load_stored
+    from pipeline.evaluation.blocks.store import load_stored
 
     stored = load_stored(strong, list_elements(strong)[0])
     _, _, known = documents_of("aops")[0]

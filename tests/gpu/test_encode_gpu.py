@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ModelConfig
-from pipeline.evaluation.encode import encode_file
-from pipeline.evaluation.encode_job import EncodeJob
+from pipeline.evaluation.vectors.encode import encode_file
+from pipeline.evaluation.vectors.job import EncodeJob
 from pipeline.model.load import load_export
 from tests.tiny_models import export_tiny, tiny_starter
 

@@ -18,7 +18,7 @@ from synthetic_shards import Lengths, Shape, write_shards
 
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
-from pipeline.evaluation.elements import list_elements
+from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.planning import plan as planning
 from pipeline.planning.memory import memory_per_rank
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config

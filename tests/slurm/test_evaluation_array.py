@@ -19,13 +19,13 @@ from pipeline.config import (
     Template,
     dump_config,
 )
-from pipeline.evaluation.array import score_all
-from pipeline.evaluation.cuts import store_folder
-from pipeline.evaluation.embed import embed_element
-from pipeline.evaluation.export_encoder import load_encoder
-from pipeline.evaluation.plan import read_plan, write_plan
-from pipeline.evaluation.prefetch import prefetch
-from pipeline.evaluation.store import missing_blocks
+from pipeline.evaluation.blocks.cuts import store_folder
+from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.blocks.plan import read_plan, write_plan
+from pipeline.evaluation.blocks.store import missing_blocks
+from pipeline.evaluation.models.export_encoder import load_encoder
+from pipeline.evaluation.score.array import score_all
+from pipeline.evaluation.tasks.prefetch import prefetch
 from pipeline.model.encoder import build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter

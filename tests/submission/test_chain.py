@@ -11,7 +11,8 @@ import yaml
 
 from pipeline.config import EvaluateConfig, ExportStep, load_config
 from pipeline.errors import UserError
-from pipeline.evaluation.elements import element_key, list_elements
+from pipeline.evaluation.score.results import element_key
+from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.submission.chain import Chain, evaluate_chain, export_chain, whole_chain
 from pipeline.submission.job import Job
 

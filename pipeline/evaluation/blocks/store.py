@@ -1,0 +1,109 @@
+"""Vectors of a plan's texts: where their blocks are, and how the scoring job reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import EvaluateConfig, EvaluatedModel, Template
+from pipeline.errors import UserError
+from pipeline.evaluation.blocks.cuts import find_digests, store_folder
+from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
+from pipeline.evaluation.blocks.plan import Plan, read_plan
+from pipeline.evaluation.models.encoder import EvaluatedEncoder, revision
+from pipeline.evaluation.tasks.elements import Element
+from pipeline.evaluation.tasks.texts import Role
+
+FORMAT = "float16"
+
+
+def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> list[int]:
+    """Blocks of a model that nobody has embedded yet."""
+    store = store_folder(config, model)
+    return [b for b in range(len(plan.blocks)) if not plan.block_path(store, b).is_file()]
+
+
+class StoredEmbedder:
+    """Looks vectors up; blocks are memory-mapped, so only what a task needs is read.
+
+    Args:
+        plan: the plan the store was made from.
+        store: the model's.
+        max_length: length that the task is scored at.
+    """
+
+    def __init__(self, plan: Plan, store: Path, max_length: int) -> None:
+        self._plan = plan
+        self._store = store
+        self._max_length = max_length
+        with np.load(plan.folder / "index.npz") as index:
+            self._digests, self._places = index["digests"], index["places"]
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
+        """(N,) texts of one role and instruction -> (N, D) float32.
+
+        Raises:
+            UserError: a text is not in the plan; the data have changed since it was made.
+        """
+        places_N2 = self._places[self._find(role, instruction, texts)]
+        rows_ND = np.empty((len(texts), self._block(int(places_N2[0, 0])).shape[1]), np.float32)
+        for block in np.unique(places_N2[:, 0]):
+            chosen = places_N2[:, 0] == block
+            rows_ND[chosen] = self._block(int(block))[places_N2[chosen, 1]]
+        return rows_ND
+
+    def _find(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
+        column = pa.array(texts, type=pa.large_string())
+        lengths_N = effective_lengths(
+            instruction, byte_sizes(column), self._max_length, self._plan.lengths
+        )
+        words_N2 = digests(role, instruction, column, lengths_N)
+        found = find_digests(self._digests, words_N2)
+        unknown = found < 0
+        if unknown.any():
+            example = texts[int(np.flatnonzero(unknown)[0])][:60]
+            raise UserError(
+                f"{self._plan.folder}: {unknown.sum()} of {len(texts)} {role} texts are not in "
+                f"the plan, the first: {example!r}",
+                fix="run `diffembed evaluate plan` again; the data have changed",
+            )
+        return found
+
+    def _block(self, block: int) -> np.ndarray:
+        if block not in self._blocks:
+            self._blocks[block] = np.load(self._plan.block_path(self._store, block), mmap_mode="r")
+        return self._blocks[block]
+
+
+def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
+    """A model whose vectors come from the store; needs no GPU.
+
+    Raises:
+        UserError: blocks are missing.
+    """
+    plan = read_plan(config)
+    missing = missing_blocks(config, element.model, plan)
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise UserError(
+            f"{element.model.name}: {len(missing)} of {len(plan.block_costs)} blocks are not "
+            f"embedded: {shown}",
+            fix="the logs of the array's elements say why; submit the evaluation again, or run "
+            "`diffembed evaluate embed`: only what is missing is done",
+        )
+    store = store_folder(config, element.model)
+    description = json.loads((store / "model.json").read_text())
+    return EvaluatedEncoder(
+        embedder=StoredEmbedder(plan, store, element.max_length),
+        template=Template(query=description["query"], document=description["document"]),
+        name=element.model.name,
+        revision=revision(element),
+        max_length=element.max_length,
+        num_dimensions=description["num_dimensions"],
+        precision=description["precision"],
+    )

@@ -1,0 +1,1 @@
+"""Finished results as tables, plots and pages; scores nothing."""

@@ -1,0 +1,157 @@
+"""Runs the elements of an evaluation: one by a job array, or all by the local loop; same code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.score.results import element_key, read_result
+from pipeline.evaluation.tasks.elements import element_at, list_elements
+from pipeline.evaluation.tasks.instructions import instruction_for
+from pipeline.run_dir import write_json
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.blocks.plan import Plan
+    from pipeline.evaluation.models.encoder import LoadEncoder
+
+# Tasks loaded side by side; each may take a few GiB.
+_MAX_WORKERS = 8
+
+
+def num_elements(config: EvaluateConfig) -> int:
+    """Length of the job array."""
+    return len(list_elements(config))
+
+
+def run_element(
+    config: EvaluateConfig, index: int, *, load: LoadEncoder | None = None
+) -> dict[str, Any]:
+    """Score one (model, task); a finished element returns its result at once.
+
+    Args:
+        index: the array's task number, from 0.
+        load: how to load the model; the export's own loader unless another is given.
+
+    Returns:
+        What `result.json` in the element's folder holds.
+
+    Raises:
+        UserError: no such element, no export, or the task's data are incomplete.
+    """
+    element = element_at(config, index)
+    key = element_key(config, element)
+    finished = read_result(element)
+    label = f"element {index + 1}/{num_elements(config)} {element.model.name} {element.task}"
+    if finished is not None and finished["key"] == key:
+        print(f"{label}: finished before, skipped", flush=True)
+        return finished
+    # Here, not at the top: counting elements on a login node must not load torch and mteb.
+    from pipeline.evaluation.score.task import score_task
+
+    started = time.monotonic()
+    encoder = (load or _export_loader())(config, element)
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
+        result = score_task(
+            encoder,
+            task_name=element.task,
+            instruction=instruction_for(element.task, element.model, config),
+            snapshots=config.snapshots,
+            scratch=Path(scratch),
+        )
+        result |= {"key": key, "seconds": round(time.monotonic() - started, 2)}
+        if scaling := element.model.rope_scaling:
+            result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
+        _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
+    write_json(element.result_path, result)
+    print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)
+    return result
+
+
+def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
+    """Score every element, one after another; run again, it continues where it was stopped."""
+    return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def plan(config: EvaluateConfig) -> Plan:
+    """List every distinct text of all tasks once, in blocks that `embed` shares out.
+
+    Raises:
+        UserError: a task's data are incomplete, or a text cannot fit the GPU.
+    """
+    from pipeline.evaluation.blocks.plan import write_plan
+
+    written = write_plan(config, num_workers=min(os.cpu_count() or 1, _MAX_WORKERS))
+    print(
+        f"{written.num_texts} distinct texts of {written.num_occurrences} in "
+        f"{len(written.block_costs)} blocks, about {sum(written.block_costs) / 1e6:.1f} M tokens "
+        f"per model of {written.occurrence_cost / 1e6:.1f} M with repetitions: {written.folder}",
+        flush=True,
+    )
+    return written
+
+
+def embed(
+    config: EvaluateConfig,
+    index: int,
+    num: int,
+    *,
+    num_processes: int | None = None,
+    load: LoadEncoder | None = None,
+) -> int:
+    """Embed element `index` of `num` of the config's plan; several ranks of one step share it.
+
+    Args:
+        num_processes: processes to share the element's blocks; by default one per visible GPU,
+            else one per core, and one where a launcher started several ranks already.
+
+    Returns:
+        How many blocks were embedded; those already on disk are not done again.
+    """
+    from pipeline.comm import discover_world
+    from pipeline.evaluation.blocks.embed import embed_element
+    from pipeline.evaluation.models.place import processes_here
+
+    world = discover_world()
+    if num_processes is None:
+        exports = [model.path for model in config.models]
+        num_processes = processes_here(exports) if world.world_size == 1 else 1
+    return embed_element(
+        config,
+        index,
+        num,
+        load=load or _export_loader(),
+        world=world,
+        num_processes=num_processes,
+    )
+
+
+def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Score every element from the vectors that `embed` stored; needs no GPU.
+
+    Raises:
+        UserError: vectors are missing.
+    """
+    from pipeline.evaluation.blocks.store import load_stored
+
+    return run_all(config, load=load_stored)
+
+
+def _export_loader() -> LoadEncoder:
+    from pipeline.evaluation.models.export_encoder import load_encoder
+
+    return load_encoder
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    """Copy a folder to its place by rename, so that half a copy never carries its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
+    shutil.copytree(source, incoming, dirs_exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    incoming.replace(target)

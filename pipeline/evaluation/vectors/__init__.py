@@ -1,0 +1,1 @@
+"""Texts of a user's own file as vectors in one Arrow file."""

@@ -1,0 +1,190 @@
+"""Texts to vectors in one Arrow file, in blocks, by any number of processes, continued if killed.
+
+    input --blocks--> read | tokenise | embed, longest first --parts--> output, in input order
+
+Reading and tokenising run ahead in a thread. What a process holds at a time is two groups of texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data.crew import gather_crew
+from pipeline.errors import UserError
+from pipeline.evaluation.models.place import load_here, processes_here, resolve
+from pipeline.evaluation.vectors.job import (
+    EncodeJob,
+    Plan,
+    begin,
+    read_groups,
+    read_plan,
+    recipe_of,
+)
+from pipeline.model.load import LoadedExport
+from pipeline.run_dir import atomic_path
+
+_METADATA = b"diffembed"
+Item = TypeVar("Item")
+
+
+def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
+    """Embed all texts of a job; run again after a kill, it does only what is missing.
+
+    Under mpirun or srun the ranks share the blocks; else this process starts its own.
+
+    Args:
+        job: what to embed and how.
+        num_processes: processes to start; by default one per GPU, else one per core.
+
+    Returns:
+        The Arrow file: `id` (string) and `vector` (fixed-size list), in the input's order.
+
+    Raises:
+        UserError: input, model or output are not usable.
+    """
+    # Now, so that a run that is continued on another machine does not mix two precisions.
+    job = dataclasses.replace(job, precision=resolve(job.precision))
+    recipe = recipe_of(job)
+    if job.output.exists():
+        _check_finished(job, recipe)
+        print(f"{job.output}: finished")
+        return job.output
+    meeting = job.output.with_name(f".{job.output.name}.step")
+    num_processes = num_processes or processes_here([job.model])
+    with gather_crew(num_processes, meeting_folder=meeting) as crew:
+        crew.wait()
+        if crew.is_main:
+            begin(job, recipe)
+        crew.wait()
+        parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
+        work = functools.partial(_encode_block, job)
+        crew.run(work, parts, claims=job.folder / "claims")
+        if crew.is_main:
+            _assemble(job)
+            print(job.output)
+        crew.wait()
+    return job.output
+
+
+def _check_finished(job: EncodeJob, recipe: str) -> None:
+    """Accept the file of this very job as done."""
+    try:
+        with pa.memory_map(str(job.output)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except (pa.ArrowException, OSError):
+        metadata = {}
+    if metadata.get(_METADATA) != recipe.encode():
+        raise UserError(
+            f"--output: {job.output} exists and was made otherwise",
+            fix="remove it, or choose another name",
+        )
+
+
+def _encode_block(job: EncodeJob, number: int) -> None:
+    """Write the part of one block."""
+    plan = read_plan(job.folder)
+    model = _load(job)
+    schema = _schema(job, model.num_dimensions, plan.recipe)
+    started, num_texts, num_tokens = time.monotonic(), 0, 0
+    with (
+        atomic_path(job.part(number)) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for names, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
+            vectors = _stored(job, model.encode_tokens(ids, skipped))
+            columns = [pa.array(names, pa.string()), vectors]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            num_texts += len(names)
+            num_tokens += sum(map(len, ids))
+    seconds = time.monotonic() - started
+    print(
+        f"encode: block {number + 1} of {len(plan.blocks)}, {num_texts} texts, "
+        f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load(job: EncodeJob) -> LoadedExport:
+    """The model on this process's device, once per process."""
+    model = load_here(
+        job.model,
+        max_tokens=job.max_tokens,
+        precision=job.precision,
+        dimensions=job.dimensions,
+    )
+    return dataclasses.replace(model, max_length=job.max_length or model.max_length)
+
+
+def _schema(job: EncodeJob, dimensions: int, recipe: str) -> pa.Schema:
+    kind = pa.float32() if job.dtype == "float32" else pa.float16()
+    fields = [("id", pa.string()), ("vector", pa.list_(kind, dimensions))]
+    return pa.schema(fields, metadata={_METADATA: recipe})
+
+
+def _stored(job: EncodeJob, vectors_ND: NDArray[np.float32]) -> pa.FixedSizeListArray:
+    with np.errstate(over="ignore"):
+        stored_ND = vectors_ND.astype(job.dtype)
+    if not np.isfinite(stored_ND).all() and np.isfinite(vectors_ND).all():
+        raise UserError("--dtype: float16 is too small for these vectors", allowed="float32")
+    return pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), stored_ND.shape[1])
+
+
+def _tokenised(
+    job: EncodeJob, plan: Plan, model: LoadedExport, number: int
+) -> Iterator[tuple[list[str | None], list[list[int]], list[int]]]:
+    """Names, token ids and instruction tokens of the texts that are packed together."""
+    template = model.template
+    prefix = (template.query_prefix if job.role == "query" else template.document_prefix)(
+        job.instruction
+    )
+    for group in read_groups(job, plan, number):
+        names = [name for name, _ in group]
+        yield names, *model.tokenize([text for _, text in group], prefix)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made in a thread while the last one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
+        upcoming: Future[Item | None] = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
+
+
+def _assemble(job: EncodeJob) -> None:
+    """Put the parts together in the input's order, batch by batch, and remove them."""
+    plan = read_plan(job.folder)
+    with pa.memory_map(str(job.part(0))) as source:
+        schema = pa.ipc.open_file(source).schema
+    row = 0
+    with (
+        atomic_path(job.output) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for number in range(len(plan.blocks)):
+            with pa.memory_map(str(job.part(number))) as source:
+                reader = pa.ipc.open_file(source)
+                for k in range(reader.num_record_batches):
+                    batch = reader.get_batch(k)
+                    if not plan.has_ids:
+                        names = map(str, range(row, row + len(batch)))
+                        batch = batch.set_column(0, schema.field(0), pa.array(names, pa.string()))
+                    row += len(batch)
+                    writer.write_batch(batch)
+    shutil.rmtree(job.folder)
