@@ -22,7 +22,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.evaluation.score.results import element_key, read_result
+from pipeline.evaluation.score.results import changed_inputs, read_result
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.run_dir import RunDir, read_latest
 from pipeline.submission.job import Job, digest
@@ -245,7 +245,7 @@ def _unfinished(config: EvaluateConfig) -> tuple[int, ...]:
     return tuple(
         element.index
         for element, result in results
-        if element_key(config, element) != (result or {}).get("key")
+        if changed_inputs(config, element, result or {})
     )
 
 

@@ -123,15 +123,6 @@ def test_a_finished_element_is_skipped_and_an_unfinished_one_runs(config, load):
         run_element(config, 0, load=refuse)
 
 
-def test_a_new_export_or_instruction_makes_a_finished_element_stale(config, load, tmp_path):
-    config = only(config, "BrightBiologyRetrieval")
-    first = run_element(config, 0, load=load)
-    (config.models[0].path / "README.md").write_text("a model card is no reason to run again")
-    assert run_element(config, 0, load=load) == first
-    (config.models[0].path / "model.safetensors").write_text("trained further")
-    assert run_element(config, 0, load=load)["key"] != first["key"]
-
-
 def test_an_interrupted_element_leaves_nothing_that_counts_as_finished(config, load):
     config = only(config, "BrightBiologyRetrieval")
 

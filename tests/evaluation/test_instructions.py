@@ -14,7 +14,7 @@ from pipeline.evaluation.blocks.plan import write_plan
 from pipeline.evaluation.models.encoder import revision
 from pipeline.evaluation.models.fingerprints import model_fingerprint
 from pipeline.evaluation.score.array import run_all
-from pipeline.evaluation.score.results import element_key
+from pipeline.evaluation.score.results import inputs_of
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.evaluation.tasks.instructions import INSTRUCTIONS, instruction_for
 
@@ -89,7 +89,7 @@ def test_each_model_is_scored_with_its_own_wording_and_says_so(config, load):
     ours, theirs = run_all(config, load=load)
     assert ours["instruction"] == INSTRUCTIONS[AOPS]
     assert theirs["instruction"] == PUBLISHED[AOPS]
-    assert ours["key"] != theirs["key"]
+    assert ours["inputs"]["instruction"] != theirs["inputs"]["instruction"]
 
 
 def test_another_template_is_another_model_with_another_revision(config):
@@ -99,7 +99,7 @@ def test_another_template_is_another_model_with_another_revision(config):
         model=dataclasses.replace(element.model, template=Template(query="{instruction} {text}")),
     )
     assert model_fingerprint(changed.model) != model_fingerprint(element.model)
-    assert element_key(config, changed) != element_key(config, element)
+    assert inputs_of(config, changed, None) != inputs_of(config, element, None)
     assert revision(changed) != revision(element)
     again = EvaluatedModel(name="other", path=element.model.path)
     assert model_fingerprint(again) == model_fingerprint(element.model)

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config import EvaluateConfig, ExportStep, load_config
 from pipeline.errors import UserError
-from pipeline.evaluation.score.results import element_key
+from pipeline.evaluation.score.results import inputs_of
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.submission.chain import Chain, evaluate_chain, export_chain, whole_chain
 from pipeline.submission.job import Job
@@ -51,7 +51,7 @@ def export(*folders: str) -> None:
 def score(config: EvaluateConfig, numbers: range) -> None:
     for element in [list_elements(config)[number] for number in numbers]:
         element.folder.mkdir(parents=True)
-        element.result_path.write_text(json.dumps({"key": element_key(config, element)}))
+        element.result_path.write_text(json.dumps({"inputs": inputs_of(config, element, None)}))
 
 
 def test_a_fresh_chain_runs_each_stage_behind_the_one_before(chain: Path) -> None:
@@ -93,7 +93,7 @@ def test_only_elements_without_scores_of_these_exports_are_left(chain: Path) -> 
     config = load_config(EvaluateConfig, RECIPE / "evaluate.yaml")
     score(config, range(2, 7))
     stale = list_elements(config)[3].result_path
-    stale.write_text('{"key": "of an earlier export"}')
+    stale.write_text('{"inputs": {"export": "an earlier one"}}')
 
     evaluate, report = whole_chain(chain).jobs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -95,11 +96,23 @@ def revision(element: Element) -> str:
 
     mteb finds result files by model name and revision alone.
     """
-    settings = element.model.path / SETTINGS
-    step = json.loads(settings.read_text()).get("step") if settings.is_file() else None
+    step = _settings(element.model.path).get("step")
     parts = [] if step is None else [checkpoint_name(step)]
     parts += [model_fingerprint(element.model), f"length-{element.max_length}"]
     return "-".join(parts)
+
+
+def checkpoint_of(export: Path) -> str | None:
+    """Identity of the checkpoint that an export was made of; None where the export names none."""
+    found: str | None = _settings(export).get("checkpoint")
+    return found
+
+
+def _settings(export: Path) -> dict[str, Any]:
+    """What `diffembed export` noted; nothing in a folder of others."""
+    path = export / SETTINGS
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return settings
 
 
 LoadEncoder = Callable[[EvaluateConfig, Element], EvaluatedEncoder]

@@ -1,10 +1,13 @@
-"""What tells one export from another that was written to the same path."""
+"""What tells an export, or any folder, from another that was written to the same path."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import EvaluatedModel, as_tree
 from pipeline.errors import UserError
@@ -13,38 +16,77 @@ from pipeline.errors import UserError
 _EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 # Keys of an evaluated model that do not.
 _NOT_THE_MODEL = {"name", "path", "instruction_set", "instructions"}
+# What is read of a file: all of a small one, of a large one so many pages, evenly spread.
+_PAGES = 64
+_PAGE_BYTES = 4096
+
+
+def fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """A short hash that changes whenever one of a folder's files is written anew.
+
+    Names, sizes, times of writing and some pages stand for the content: reading 15 GB per element
+    would cost minutes. The pages are there because a copy may keep the time, and some file systems
+    have only one.
+    """
+    lines = []
+    for path in sorted(files):
+        at = path.stat()
+        pages = _pages(path, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
+        lines.append(f"{path.relative_to(folder)} {at.st_size} {at.st_mtime_ns} {pages}")
+    return _short_hash("\n".join(lines))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pages(path: Path, size: int, *_: int) -> str:
+    """Hash of a file's pages; read again where its times say that it may have changed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _PAGES * _PAGE_BYTES:
+            digest.update(file.read())
+        else:
+            for page in range(_PAGES):
+                file.seek(page * (size - _PAGE_BYTES) // (_PAGES - 1))
+                digest.update(file.read(_PAGE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def export_fingerprint(path: Path) -> str:
-    """A short hash that changes whenever an export is written anew.
+    """The fingerprint of an export.
 
-    Sizes and times of writing stand for the content: reading 15 GB per element would cost minutes.
     The model card is left out, because the report's scores may be added to it.
 
     Raises:
         UserError: the folder is missing or holds no weights.
     """
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _EXPORT_SUFFIXES)
+    files = [p for p in path.rglob("*") if p.is_file() and p.suffix in _EXPORT_SUFFIXES]
     if not any(p.suffix == ".safetensors" for p in files):
         raise UserError(
             f"{path}: no export there",
             allowed="a folder with *.safetensors",
             fix="run `diffembed export`, or correct models.path",
         )
-    lines = [f"{p.relative_to(path)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return fingerprint(path, files)
+
+
+def model_settings(model: EvaluatedModel) -> dict[str, Any]:
+    """What the config says about an export that changes its vectors.
+
+    Instructions are no part of it: vectors are stored by instruction already.
+    """
+    return {key: value for key, value in as_tree(model).items() if key not in _NOT_THE_MODEL}
 
 
 def model_fingerprint(model: EvaluatedModel) -> str:
     """A short hash of the export and of what the config changes about it.
 
-    Instructions are no part of it: vectors are stored by instruction already.
+    Raises:
+        UserError: there is no export.
     """
-    export = export_fingerprint(model.path)
-    tree, plain = (
-        {key: value for key, value in as_tree(each).items() if key not in _NOT_THE_MODEL}
-        for each in (model, EvaluatedModel(name=model.name, path=model.path))
-    )
-    if tree == plain:
+    export, settings = export_fingerprint(model.path), model_settings(model)
+    if settings == model_settings(EvaluatedModel(name=model.name, path=model.path)):
         return export
-    return hashlib.sha256(json.dumps([export, tree], sort_keys=True).encode()).hexdigest()[:12]
+    return _short_hash(json.dumps([export, settings], sort_keys=True))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

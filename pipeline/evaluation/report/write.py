@@ -24,8 +24,8 @@ from pipeline.evaluation.report.tables import (
     split_rows,
     with_splits,
 )
-from pipeline.evaluation.score.results import read_result
-from pipeline.evaluation.tasks.elements import lengths_of, list_elements
+from pipeline.evaluation.score.results import changed_inputs, read_result
+from pipeline.evaluation.tasks.elements import Element, lengths_of, list_elements
 from pipeline.model.card import add_evaluation
 from pipeline.model.export import is_export
 from pipeline.run_dir import RunDir, one_at_a_time, write_json, write_text
@@ -98,26 +98,39 @@ def collect(config: EvaluateConfig) -> Results:
     """Results of all elements by name and model.
 
     Raises:
-        UserError: some are missing; the message gives their indices for the array.
+        UserError: some are missing, or were computed from other exports, data or settings than
+            those of now; the message gives their indices for the array.
     """
     results: Results = {}
     missing = []
     for element in list_elements(config):
         result = read_result(element)
         if result is None:
-            missing.append(element)
+            missing.append((element, "not scored"))
+        elif changed := _changed_inputs(config, element, result):
+            missing.append((element, f"changed since it was scored: {', '.join(changed)}"))
         else:
             single = len(lengths_of(config, element.task)) == 1
             name = element.task if single else f"{element.task}@{element.max_length}"
             results.setdefault(name, {})[element.model.name] = result
     if missing:
+        first, why = missing[0]
         raise UserError(
-            f"{len(missing)} of {len(list_elements(config))} evaluation elements have no result, "
-            f"the first: {missing[0].model.name} {missing[0].task}",
+            f"{len(missing)} of {len(list_elements(config))} evaluation elements have no valid "
+            f"result, the first: {first.model.name} {first.task}, {why}",
             fix="their logs say why; submit the evaluation again, or run elements "
-            + ",".join(str(element.index) for element in missing),
+            + ",".join(str(element.index) for element, _ in missing),
         )
     return results
+
+
+def _changed_inputs(
+    config: EvaluateConfig, element: Element, result: dict[str, Any]
+) -> tuple[str, ...]:
+    try:
+        return changed_inputs(config, element, result)
+    except UserError:
+        return ()  # an export may be deleted once it is scored; see `by_step.give_back`
 
 
 def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.score.results import element_key, read_result
-from pipeline.evaluation.tasks.elements import element_at, list_elements
-from pipeline.evaluation.tasks.instructions import instruction_for
+from pipeline.evaluation.score.results import changed_inputs, inputs_of, read_result
+from pipeline.evaluation.tasks.elements import Element, element_at, list_elements
 from pipeline.run_dir import write_json
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def run_element(
 ) -> dict[str, Any]:
     """Score one (model, task); a finished element returns its result at once.
 
+    It is scored again where its result was computed from anything else than what is there now.
+
     Args:
         index: the array's task number, from 0.
         load: how to load the model; the export's own loader unless another is given.
@@ -44,31 +45,46 @@ def run_element(
         UserError: no such element, no export, or the task's data are incomplete.
     """
     element = element_at(config, index)
-    key = element_key(config, element)
     finished = read_result(element)
     label = f"element {index + 1}/{num_elements(config)} {element.model.name} {element.task}"
-    if finished is not None and finished["key"] == key:
-        print(f"{label}: finished before, skipped", flush=True)
-        return finished
+    if finished is not None:
+        changed = changed_inputs(config, element, finished)
+        if not changed:
+            print(f"{label}: finished before, skipped", flush=True)
+            return finished
+        print(f"{label}: scored again, changed since: {', '.join(changed)}", flush=True)
+    result = _score(config, element, load or _export_loader())
+    print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)
+    return result
+
+
+def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[str, Any]:
+    """Score an element and write its result."""
     # Here, not at the top: counting elements on a login node must not load torch and mteb.
+    from pipeline.evaluation.models.encoder import checkpoint_of
     from pipeline.evaluation.score.task import score_task
+    from pipeline.evaluation.tasks.snapshots import get_task
 
     started = time.monotonic()
-    encoder = (load or _export_loader())(config, element)
+    # Before anything is loaded: what changes meanwhile must not pass for what was scored.
+    dataset = get_task(element.task).metadata.dataset["path"]
+    inputs = inputs_of(config, element, dataset)
+    checkpoint = checkpoint_of(element.model.path)
+    encoder = load(config, element)
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
         result = score_task(
             encoder,
             task_name=element.task,
-            instruction=instruction_for(element.task, element.model, config),
+            instruction=inputs["instruction"],
             snapshots=config.snapshots,
             scratch=Path(scratch),
         )
-        result |= {"key": key, "seconds": round(time.monotonic() - started, 2)}
+        seconds = round(time.monotonic() - started, 2)
+        result |= {"inputs": inputs, "checkpoint": checkpoint, "seconds": seconds}
         if scaling := element.model.rope_scaling:
             result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
         _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
     write_json(element.result_path, result)
-    print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)
     return result
 
 

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.models.fingerprints import model_fingerprint
+from pipeline.evaluation.models.fingerprints import (
+    export_fingerprint,
+    fingerprint,
+    model_settings,
+)
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.instructions import instruction_for
 
 
-def element_key(config: EvaluateConfig, element: Element) -> str:
-    """A hash of everything an element's scores depend on.
+def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> dict[str, Any]:
+    """Everything an element's scores depend on, by name, ready for JSON.
 
-    A finished element with another key is stale and runs again.
+    Data that no folder of ours holds are those of the revision that mteb pins.
+
+    Args:
+        dataset: the task's data set, by its name on the hub.
+
+    Raises:
+        UserError: there is no export.
     """
-    inputs = {
-        "model": model_fingerprint(element.model),
+    return {
+        "export": export_fingerprint(element.model.path),
+        **model_settings(element.model),
         "instruction": instruction_for(element.task, element.model, config),
         "max_length": element.max_length,
-        "snapshots": str(config.snapshots),
+        "dataset": dataset,
+        "data": _data_fingerprint(config.snapshots, dataset),
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed_inputs(
+    config: EvaluateConfig, element: Element, result: dict[str, Any]
+) -> tuple[str, ...]:
+    """Names of the inputs that are not any more what a result was computed from; cheap.
+
+    Data that are gone have not changed.
+
+    Raises:
+        UserError: there is no export.
+    """
+    recorded = result.get("inputs", {})
+    # By its recorded name: which data set a task has, only mteb knows, and it is slow to import.
+    present = inputs_of(config, element, recorded.get("dataset"))
+    if config.snapshots and not (config.snapshots / str(present["dataset"])).is_dir():
+        del present["data"]
+    return tuple(name for name in present if (name, present[name]) not in recorded.items())
 
 
 def read_result(element: Element) -> dict[str, Any] | None:
@@ -32,3 +61,19 @@ def read_result(element: Element) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(element.result_path.read_text())
     return result
+
+
+def _data_fingerprint(snapshots: Path | None, dataset: str | None) -> str | None:
+    if snapshots is None or dataset is None:
+        return None
+    folder = snapshots / dataset
+    # Hidden is what downloads note for themselves.
+    return fingerprint(
+        folder,
+        (
+            path
+            for path in folder.rglob("*")
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ),
+    )
