@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -42,6 +43,8 @@ class RunDir:
         self.report = self.root / "report"
         # Scores of single checkpoints, made while training went on.
         self.evaluations = self.root / "evaluations"
+        # In a folder below it: which checkpoint, of those that may have had its name, is scored.
+        self.checkpoint_digest = self.root / "checkpoint.digest"
         # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
         self.stop_request = self.root / "stop"
         self._lock: TextIO | None = None
@@ -156,6 +159,14 @@ def checkpoint_step(name: str) -> int | None:
     """How many optimizer steps the checkpoint of this name holds; None for any other name."""
     found = re.fullmatch(r"step-(\d+)", name)
     return int(found[1]) if found else None
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """What tells a whole checkpoint from another of its name: its `state.json` hashes every file.
+
+    A run that is taken back to an older checkpoint comes to the same names again.
+    """
+    return hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()[:16]
 
 
 def read_latest(checkpoints: Path) -> str | None:

@@ -68,7 +68,8 @@ def export_encoder(
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
         output_dir: the folder to write; an earlier export there is replaced.
-        card: facts for the model card: `recipe` (YAML), `step`, `data` (a table).
+        card: facts for the model card: `recipe` (YAML), `step`, `checkpoint` (its digest), `data`
+            (a table).
         adapter_only: write the adapter without the weights it belongs to.
 
     Raises:
@@ -82,6 +83,7 @@ def export_encoder(
         "template": as_tree(template),
         "max_length": max_length,
         "step": card.get("step"),
+        "checkpoint": card.get("checkpoint"),
         "model": as_tree(config),
     }
     with _replaced(output_dir) as folder:

@@ -3,7 +3,9 @@
     checkpoint --links--> RUN/evaluations/step-000100 --export--> scores --> RUN/evaluations/report
 
 The links keep the files when the checkpoint itself is pruned; an export takes their place, and goes
-in its turn when its scores are in the report (`pipeline/evaluation/report/by_step.py`).
+in its turn when its scores are in the report (`pipeline/evaluation/report/by_step.py`). Scores
+belong to one checkpoint, known by its digest: those of a future that the run was taken back from do
+not count.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 from pipeline.rank_variables import without_rank
-from pipeline.run_dir import RunDir, write_text
+from pipeline.run_dir import RunDir, checkpoint_digest, checkpoint_step, write_text
 
 # Written last of what the commands read.
 _READY = "evaluate.yaml"
@@ -57,13 +59,14 @@ class Evaluations:
             )
 
     def start(self, checkpoint: Path, step: int) -> None:
-        """Begin to score a whole checkpoint, if it is its turn and nobody has begun yet.
+        """Begin to score a whole checkpoint, if it is its turn and this one was not begun yet.
 
         Steps that Slurm did not take before are submitted again, whoever's turn it is. A fault is
         printed, not raised: training is worth more than a score.
         """
         folder = self._folder / checkpoint.name
         try:
+            self._forget_future(checkpoint, step)
             if step % self._every.every == 0 and not (folder / _READY).exists():
                 self._drop_links()
                 self._prepare(folder, checkpoint)
@@ -103,6 +106,27 @@ class Evaluations:
                 return
             print(f"scoring {folder.name}: {folder / _LOG}", flush=True)
 
+    def _forget_future(self, checkpoint: Path, step: int) -> None:
+        """Let go of what was made of this step and later ones before the run was taken back."""
+        for ready in sorted(self._folder.glob(f"step-*/{_READY}")):
+            folder = RunDir(ready.parent)
+            later = (checkpoint_step(folder.root.name) or 0) - step
+            if later < 0 or (later == 0 and _scores(folder, checkpoint)):
+                continue
+            print(
+                f"{folder.root.name} was scored before the run was taken back: those scores do "
+                "not count any more",
+                flush=True,
+            )
+            # First, so that its results stop to count; the ready file last, so that a kill in
+            # between is made good by the next call.
+            folder.checkpoint_digest.unlink(missing_ok=True)
+            (folder.root / _SUBMITTED).unlink(missing_ok=True)
+            vectors = (self._folder / "store").glob(f"{folder.root.name}-*")
+            for doomed in (folder.checkpoints, folder.export, *vectors):
+                shutil.rmtree(doomed, ignore_errors=True)
+            ready.unlink()
+
     def _drop_links(self) -> None:
         """Let go of the files of checkpoints whose export is whole."""
         for export in self._folder.glob("step-*/export"):
@@ -118,6 +142,7 @@ class Evaluations:
         partial.rename(kept)
         train = dataclasses.replace(self._train, output_dir=folder, evaluate=None)
         write_text(folder / "train.yaml", dump_config(train))
+        write_text(RunDir(folder).checkpoint_digest, checkpoint_digest(checkpoint))
         # The last model of the config says how queries are worded.
         model = dataclasses.replace(
             self._config.models[-1], name=checkpoint.name, path=RunDir(folder).export
@@ -129,6 +154,12 @@ class Evaluations:
             training_run=self._train.output_dir.absolute(),
         )
         write_text(folder / _READY, dump_config(evaluate))
+
+
+def _scores(folder: RunDir, checkpoint: Path) -> bool:
+    """Whether a step's folder is of this very checkpoint."""
+    own = folder.checkpoint_digest
+    return own.is_file() and own.read_text() == checkpoint_digest(checkpoint)
 
 
 def _submission(folder: Path, text_elements: int | None) -> list[str]:

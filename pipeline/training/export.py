@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.language import build_model
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, checkpoint_digest
 from pipeline.training import checkpoint
 from pipeline.training.engine import seed_random
 
@@ -36,9 +36,10 @@ def export_run(
     dataset = Dataset.open(config.data.path)
     seed_random(config.seed)  # the adapter that training began with
     encoder = build_model(config)
-    step = 0
+    step, digest = 0, None
     if which != "init":
-        step = _load_weights(encoder, _find(run, which))
+        path = _find(run, which)
+        step, digest = _load_weights(encoder, path), checkpoint_digest(path)
     manifest = dataset.manifest
     return export_encoder(
         encoder,
@@ -47,7 +48,12 @@ def export_run(
         template=manifest.template,
         max_length=max(manifest.max_query_length, manifest.max_document_length),
         output_dir=output or run.export,
-        card={"step": step, "recipe": dump_config(config), "data": _data_table(manifest)},
+        card={
+            "step": step,
+            "checkpoint": digest,
+            "recipe": dump_config(config),
+            "data": _data_table(manifest),
+        },
         adapter_only=adapter_only,
     )
 

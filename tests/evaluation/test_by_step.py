@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 from pipeline.config import dump_config
-from pipeline.evaluation.report.by_step import give_back
+from pipeline.evaluation.report.by_step import give_back, read_curves
 from pipeline.evaluation.report.write import write_report
-from pipeline.evaluation.score.array import run_all
+from pipeline.evaluation.score.array import run_all, run_element
 from pipeline.evaluation.tasks.elements import list_elements
 
 
@@ -58,6 +59,36 @@ def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_pa
     assert f"| BrightAopsRetrieval | step-000020 | {origin}" in text
 
 
+def test_scores_of_checkpoints_that_the_run_was_taken_back_from_are_not_drawn(config, load):
+    run = config.output_dir
+    evaluations = run / "evaluations"
+    digests = {2: "aaaa", 4: "bbbb", 6: "cccc"}
+    models, weak = [], config.models[0]
+    for step, digest in digests.items():
+        folder = evaluations / f"step-{step:06d}"
+        shutil.copytree(weak.path, folder / "export")
+        (folder / "export/diffembed.json").write_text(json.dumps({"checkpoint": digest}))
+        (folder / "checkpoint.digest").write_text(digest)
+        models.append(dataclasses.replace(weak, name=folder.name, path=folder / "export"))
+    config = dataclasses.replace(
+        config, output_dir=evaluations, models=tuple(models), tasks=("BrightAopsRetrieval",)
+    )
+    run_all(config, load=load)
+
+    def drawn() -> list[int]:
+        ((_, points),) = read_curves(run).items()
+        return [point["step"] for point in points]
+
+    assert drawn() == [2, 4, 6]
+    (evaluations / "step-000006/checkpoint.digest").unlink()  # not reached again
+    assert drawn() == [2, 4]
+    (evaluations / "step-000004/checkpoint.digest").write_text("dddd")  # not scored again yet
+    assert drawn() == [2]
+    (evaluations / "step-000004/export/diffembed.json").write_text('{"checkpoint": "dddd"}')
+    run_element(config, 1, load=load)
+    assert drawn() == [2, 4]
+
+
 def scored_step(config, number: int, scores: dict[str, float]) -> None:
     """The folder of a step as training leaves it, after its export, vectors and some scores."""
     name = f"step-{number:06d}"
@@ -81,14 +112,16 @@ def test_of_scored_checkpoints_the_newest_and_the_best_keep_their_exports(config
         scored_step(config, number, {first: mean + 0.1, second: mean - 0.1})
     scored_step(config, 2, {first: 0.95})  # of another list of tasks
     scored_step(config, 4004, {first: 1.0, second: 0})  # on its way
+    scored_step(config, 5000, {first: 0.5, second: 0.5})  # of a checkpoint that is replaced
+    (config.output_dir / "step-005000/checkpoint.digest").write_text("another")
     for _ in range(2):
         give_back(config.output_dir)
-        kept = ["step-000003", "step-004000", "step-004004"]
+        kept = ["step-000003", "step-004000", "step-004004", "step-005000"]
         assert sorted(path.parts[-2] for path in config.output_dir.glob("step-*/export")) == kept
         assert sorted(p.name for p in config.output_dir.glob("store/*")) == [
             f"{name}-abc" for name in kept
         ]
         # What was to be exported is gone wherever it has been.
-        (waiting,) = config.output_dir.glob("step-*/checkpoints")
-        assert waiting.parts[-2] == "step-004004"
+        waiting = sorted(config.output_dir.glob("step-*/checkpoints"))
+        assert [path.parts[-2] for path in waiting] == ["step-004004", "step-005000"]
     assert not list(config.output_dir.glob("**/.*deleted"))

@@ -56,10 +56,9 @@ def test_a_checkpoint_is_scored_beside_training_though_it_is_pruned_meanwhile(
     assert not (run / "checkpoints/step-000002").exists()
 
     report = run / "evaluations/report/report.json"
-    log = run / "evaluations/step-000002/log"
     with (run / "evaluations/.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by what scores until its end
-    assert report.exists(), log.read_text()
+    assert report.exists(), (run / "evaluations/step-000002/log").read_text()
     ((name, points),) = json.loads(report.read_text())["by_step"].items()
     assert name == TASK
     assert [point["step"] for point in points] == [2]
@@ -68,6 +67,9 @@ def test_a_checkpoint_is_scored_beside_training_though_it_is_pruned_meanwhile(
     assert result["score"] == points[0]["score"] > 0
     assert result["instruction"] == "Find it"
     assert result["revision"].startswith("step-000002-")
+    # Whose score it is: told by the checkpoint through its export, and by the folder of the step.
+    digest = (run / "evaluations/step-000002/checkpoint.digest").read_text()
+    assert result["checkpoint"] == digest
     assert sorted(p.name for p in (run / "evaluations").glob("step-*")) == ["step-000002"]
 
 
@@ -80,10 +82,14 @@ def started(recipe: Path, evaluation: Path, run: Path, monkeypatch) -> tuple[Eva
     return Evaluations(config, every), commands
 
 
-def checkpoint_of(run: Path, step: int) -> Path:
+def checkpoint_of(run: Path, step: int, weights: str = "") -> Path:
     path = run / f"checkpoints/step-{step:06d}"
-    path.mkdir(parents=True)
-    (path / "weights.safetensors").write_text(f"weights of {step}")
+    path.mkdir(parents=True, exist_ok=True)
+    weights = weights or f"weights of {step}"
+    # As whole checkpoints are written: files that other names may link to are never changed.
+    (path / "weights.safetensors").unlink(missing_ok=True)
+    (path / "weights.safetensors").write_text(weights)
+    (path / "state.json").write_text(json.dumps({"files": weights}))
     return path
 
 
@@ -98,6 +104,41 @@ def test_only_its_turn_is_scored_and_only_once(recipe, evaluation, tmp_path, mon
     (run / "checkpoints/step-000002/weights.safetensors").unlink()
     assert kept.read_text() == "weights of 2"
     assert kept.stat().st_nlink == 1
+
+
+def test_a_run_that_is_taken_back_has_its_new_checkpoints_scored_and_forgets_the_others(
+    recipe, evaluation, tmp_path, monkeypatch, capsys
+) -> None:
+    run = tmp_path / "run"
+    evaluations, commands = started(recipe, evaluation, run, monkeypatch)
+    steps = {step: run / f"evaluations/step-{step:06d}" for step in (2, 4, 6)}
+    for step, folder in steps.items():
+        evaluations.start(checkpoint_of(run, step), step)
+        (folder / "export").mkdir()
+        (run / f"evaluations/store/{folder.name}-abc").mkdir(parents=True)
+    capsys.readouterr()
+
+    again, commands = started(recipe, evaluation, run, monkeypatch)
+    again.start(run / "checkpoints/step-000002", 2)  # where the run goes on from
+    assert commands == []
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()] == ["step-000004", "step-000006"]
+    assert sorted(p.parts[-2] for p in run.glob("evaluations/*/evaluate.yaml")) == ["step-000002"]
+    assert [p.name for p in run.glob("evaluations/step-*/checkpoint.digest")] == [
+        "checkpoint.digest"
+    ]
+    assert [p.parts[-2] for p in run.glob("evaluations/step-*/export")] == ["step-000002"]
+    assert [p.name for p in run.glob("evaluations/store/*")] == ["step-000002-abc"]
+
+    again.start(checkpoint_of(run, 4, "other weights"), 4)
+    assert len(commands) == 1
+    kept = steps[4] / "checkpoints/step-000004/weights.safetensors"
+    assert kept.read_text() == "other weights"
+    # The same step of another future at once, as where all checkpoints before it are gone.
+    again.start(checkpoint_of(run, 4, "third weights"), 4)
+    again.start(run / "checkpoints/step-000004", 4)
+    assert len(commands) == 2
+    assert kept.read_text() == "third weights"
 
 
 def test_what_scores_beside_training_is_no_rank_of_it_and_leaves_it_the_gpus(

@@ -25,16 +25,17 @@ Curves = dict[str, list[dict[str, Any]]]
 def read_curves(training_run: Path | None) -> Curves:
     """Every finished score of every checkpoint of a run; empty without a run or a score.
 
-    Elements may be running meanwhile: what they have not finished is not there yet.
+    Elements may be running meanwhile: what they have not finished is not there yet. Nor are scores
+    of checkpoints that the run was taken back from.
     """
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     if training_run is not None:
-        results = RunDir(RunDir(training_run).evaluations).results
-        for path in sorted(results.glob("*/*/*/result.json")):
-            step = checkpoint_step(path.parts[-4])
-            if step is not None:
-                key = (path.parts[-3], int(path.parts[-2]))
-                found.setdefault(key, []).append(_point(step, path))
+        evaluations = RunDir(training_run).evaluations
+        for path in sorted(RunDir(evaluations).results.glob("*/*/*/result.json")):
+            name, task, length, _ = path.parts[-4:]
+            step, result = checkpoint_step(name), json.loads(path.read_text())
+            if step is not None and _is_of(evaluations / name, result):
+                found.setdefault((task, int(length)), []).append(_point(step, result))
     lengths: dict[str, int] = {}
     for task, _ in found:
         lengths[task] = lengths.get(task, 0) + 1
@@ -46,8 +47,13 @@ def read_curves(training_run: Path | None) -> Curves:
     }
 
 
-def _point(step: int, path: Path) -> dict[str, Any]:
-    result = json.loads(path.read_text())
+def _is_of(folder: Path, result: Mapping[str, Any]) -> bool:
+    """Whether a result was made of the checkpoint that this folder of a step is for."""
+    digest = RunDir(folder).checkpoint_digest
+    return result.get("checkpoint") == (digest.read_text() if digest.is_file() else None)
+
+
+def _point(step: int, result: Mapping[str, Any]) -> dict[str, Any]:
     low, high = interval(result["per_query"])
     return {
         "step": step,
@@ -83,7 +89,7 @@ def give_back(evaluations: Path) -> None:
         step = checkpoint_step(path.parent.name)
         config = load_config(EvaluateConfig, path)
         results = [read_result(element) for element in list_elements(config)]
-        scored = [float(result["score"]) for result in results if result is not None]
+        scored = [float(r["score"]) for r in results if r is not None and _is_of(path.parent, r)]
         if step is not None and len(scored) == len(results):
             scores[step] = scored
     newest = max(scores, default=0)
