@@ -15,7 +15,7 @@ from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.comm import World
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.cuts import cut_blocks, store_folder
+from pipeline.evaluation.blocks.cuts import cut_blocks, find_digests, sort_by_digest, store_folder
 from pipeline.evaluation.blocks.embed import embed_element
 from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.blocks.plan import assign, read_plan, write_plan
@@ -162,6 +162,35 @@ def test_a_text_shares_the_shortest_length_at_which_it_surely_is_not_cut():
     assert found(90_000, 32768) == 32768
     # Three bytes each: bytes bound tokens, characters do not.
     assert byte_sizes(pa.array(["x", "語" * 300], type=pa.large_string())).tolist() == [1, 900]
+
+
+def test_digests_are_found_as_in_a_dictionary_and_no_others():
+    generator = np.random.default_rng(0)
+    digests_N2 = generator.integers(2, 2**64 - 2, (500, 2), dtype=np.uint64)
+    places_N2 = generator.integers(0, 99, (500, 2), dtype=np.int32)
+    place_of = {
+        tuple(digest): tuple(place) for digest, place in zip(digests_N2, places_N2, strict=True)
+    }
+    # Known ones, others with the same first half, and some below and above all of them.
+    twins_M2 = digests_N2[:20] + np.array([0, 1], np.uint64)
+    ends_M2 = np.array([[0, 0], [2**64 - 1] * 2], np.uint64)
+    wanted_M2 = np.concatenate([digests_N2[::3], twins_M2, ends_M2])
+    known_N2, sorted_N2 = sort_by_digest(digests_N2, places_N2)
+    found_M = find_digests(known_N2, wanted_M2)
+    for row, digest in zip(found_M, wanted_M2, strict=True):
+        found = None if row < 0 else tuple(sorted_N2[row])
+        assert found == place_of.get(tuple(digest))
+    assert set(find_digests(known_N2[:0], wanted_M2)) == {-1}
+
+
+def test_indices_are_written_as_lookups_search_them(strong, small_blocks):
+    write_plan(strong)
+    written = sorted(strong.output_dir.glob("plan/*/index.npz"))
+    assert len(written) == 2  # of the plan, and of its cut
+    for path in written:
+        digests_N2 = np.load(path)["digests"]
+        assert (np.diff(digests_N2[:, 0].astype(object)) > 0).all()
+        assert digests_N2[:, 0].flags.c_contiguous  # else each search would copy the column
 
 
 def test_a_digest_tells_role_instruction_length_and_text_apart():

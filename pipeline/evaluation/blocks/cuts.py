@@ -34,7 +34,7 @@ class Cut:
     """Texts cut into blocks; letters: N texts.
 
     Attributes:
-        digests: (N, 2) what each text is known by.
+        digests: (N, 2) what each text is known by, sorted for `find_digests`.
         places: (N, 2) its block, and its row there.
         costs: of each block, in tokens of a short text.
     """
@@ -58,9 +58,10 @@ def write_cut(parent: Path, texts: DistinctTexts) -> Cut:
     rows = np.arange(sizes.sum()) - np.repeat(starts, sizes)
     places = np.stack([np.repeat(np.arange(len(blocks)), sizes), rows], axis=1).astype(np.int32)
     content = hashlib.sha256(texts.digests.tobytes() + sizes.tobytes()).hexdigest()[:12]
+    digests, places = sort_by_digest(texts.digests, places)
     cut = Cut(
         folder=parent / f"cut-{content}",
-        digests=texts.digests,
+        digests=digests,
         places=places,
         costs=np.add.reduceat(texts.costs, starts),
     )
@@ -111,14 +112,27 @@ def cut_blocks(costs: Sequence[float]) -> list[range]:
     return blocks
 
 
+def sort_by_digest(
+    digests_N2: NDArray[np.uint64], places_N2: NDArray[np.int32]
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Both in the order that `find_digests` needs: an index is sorted once, when it is written.
+
+    The digests lie column by column, in files too, so that a lookup searches the first as it is.
+    """
+    order_N = np.argsort(digests_N2[:, 0], kind="stable")
+    return np.asfortranarray(digests_N2[order_N]), places_N2[order_N]
+
+
 def find_digests(known_N2: NDArray[np.uint64], wanted_M2: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(M,) row of each wanted digest among the known ones, -1 where it is none of them."""
+    """(M,) row of each wanted digest among the known ones, -1 where it is none of them.
+
+    Args:
+        known_N2: as `sort_by_digest` leaves them; M binary searches, whatever N is.
+    """
     if len(known_N2) == 0:
         return np.full(len(wanted_M2), -1)
-    order = np.argsort(known_N2[:, 0], kind="stable")
-    first = known_N2[order, 0]
-    at = order[np.searchsorted(first, wanted_M2[:, 0]).clip(max=len(first) - 1)]
-    return np.where((known_N2[at] == wanted_M2).all(axis=1), at, -1)
+    at_M = np.searchsorted(known_N2[:, 0], wanted_M2[:, 0]).clip(max=len(known_N2) - 1)
+    return np.where((known_N2[at_M] == wanted_M2).all(axis=1), at_M, -1)
 
 
 def store_folder(config: EvaluateConfig, model: EvaluatedModel) -> Path:

@@ -32,6 +32,7 @@ from pipeline.evaluation.blocks.cuts import (
     find_digests,
     read_block,
     read_cuts,
+    sort_by_digest,
     store_folder,
     write_cut,
 )
@@ -99,8 +100,9 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         new_N = places_N3[:, 0] < 0
         if new_N.any():
             cuts.append(write_cut(folder.parent, distinct.only(new_N)))
+            at = find_digests(cuts[-1].digests, distinct.digests[new_N])
             places_N3[new_N, 0] = len(cuts) - 1
-            places_N3[new_N, 1:] = cuts[-1].places
+            places_N3[new_N, 1:] = cuts[-1].places[at]
     used_B2, block_N = np.unique(places_N3[:, :2], axis=0, return_inverse=True)
     plan = Plan(
         folder=folder,
@@ -115,10 +117,9 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         # Its index must not be read with the blocks of another plan.
         (folder / _PLAN).unlink(missing_ok=True)
     places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
-    # Sorted, so that those who look texts up need not.
-    order_N = np.argsort(distinct.digests[:, 0], kind="stable")
+    digests_N2, places_N2 = sort_by_digest(distinct.digests, places_N2)
     with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, digests=distinct.digests[order_N], places=places_N2[order_N])
+        np.savez(file, digests=digests_N2, places=places_N2)
     # Last: its presence means that the plan is whole.
     write_json(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
     return plan
