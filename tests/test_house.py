@@ -30,6 +30,7 @@ FLOORS = (
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
     {"submission"},
+    {"commands"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,1 @@
+"""Groups of `diffembed` subcommands, and the arguments they share."""
