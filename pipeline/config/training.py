@@ -209,6 +209,7 @@ class TrainConfig:
             end,
             f"at least num_steps ({self.num_steps})",
         )
+        require(self.log_every >= 1, "log_every", self.log_every, "an integer >= 1 (steps)")
         self._check_schedule()
         if self.objective is None:
             require(

@@ -35,12 +35,10 @@ class BoundaryStore:
         self._on_host = on_host
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._device = torch.device("cpu")
-        self.bytes = 0
 
     def put(self, stage: int, chunk: int, hidden: torch.Tensor) -> None:
         """Keep the input of a stage for a chunk."""
         self._device = hidden.device
-        self.bytes += hidden.numel() * hidden.element_size()
         if self._on_host and hidden.is_cuda:
             pinned = torch.empty_like(hidden, device="cpu", pin_memory=True)
             hidden = pinned.copy_(hidden, non_blocking=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -12,6 +14,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.run_dir import write_text
 
 
@@ -20,6 +23,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Take one step's numbers."""
+
+    def close(self) -> None:
+        """Write what is not written yet: a rank ends without Python's own end, which would."""
 
 
 class JsonLines:
@@ -41,6 +47,10 @@ class JsonLines:
         # JSON has no NaN; a reader of another language would stop at it.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
@@ -79,34 +89,78 @@ class Progress:
                 flush=True,
             )
 
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
 
 class _Wandb:
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        # The run's folder names the run, so that a resumed job continues its curve.
+        # The folder is the run, so that a resumed job continues its curve. The whole path: runs of
+        # several tasks end in the same name.
+        folder = run_dir.resolve()
         self._run = wandb.init(
-            project="diffembed", id=run_dir.name, resume="allow", dir=run_dir, config=config
+            project="diffembed",
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            name="/".join(folder.parts[-2:]),
+            resume="allow",
+            dir=run_dir,
+            config=config,
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
+    def close(self) -> None:
+        self._run.finish()
+
 
 class _Tensorboard:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # Readers then leave out what was written after the checkpoint that the run resumes from.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
+    def close(self) -> None:
+        self._writer.close()
 
-def open_trackers(names: Sequence[str], *, run_dir: Path, config: dict[str, Any]) -> list[Tracker]:
-    """Start the trackers of the training config; their packages are in the `track` extra."""
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is missing, before anything is loaded.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"trackers: {name} is not installed here",
+                fix="pip install -e '.[track]', or remove it from trackers",
+            )
+
+
+def open_trackers(
+    names: Sequence[str], *, run_dir: Path, config: dict[str, Any], first_step: int
+) -> list[Tracker]:
+    """Start the trackers of the training config; their packages are in the `track` extra.
+
+    Args:
+        names: `wandb`, `tensorboard`.
+        run_dir: the run's folder, which they write to.
+        config: what the run was asked, to show beside its curves.
+        first_step: the step that the run begins or resumes with.
+    """
     trackers: list[Tracker] = []
     for name in names:
-        trackers.append(_Wandb(run_dir, config) if name == "wandb" else _Tensorboard(run_dir))
+        trackers.append(
+            _Wandb(run_dir, config) if name == "wandb" else _Tensorboard(run_dir, first_step)
+        )
     return trackers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack, closing
 from typing import Any, NoReturn
 
 from pipeline import comm
@@ -22,7 +23,13 @@ from pipeline.training import checkpoint
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from pipeline.training.engine import NonFiniteLossError, seed_random
 from pipeline.training.evaluations import Evaluations
-from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers
+from pipeline.training.metrics import (
+    JsonLines,
+    Progress,
+    Tracker,
+    open_trackers,
+    require_trackers,
+)
 from pipeline.training.objective import Objective, make_objective
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
@@ -45,6 +52,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     objective = make_objective(config, dataset)
     comm.start(world)
+    comm.on_main(lambda: require_trackers(config.trackers))
     comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
     newest = newest_checkpoint(run, config.checkpoint.mirror)
     if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
@@ -132,7 +140,12 @@ class Training:
         Raises:
             Stopped: asked to stop; a checkpoint was written.
         """
-        config, trackers = self.config, self._trackers(first_step)
+        with ExitStack() as stack:
+            trackers = [stack.enter_context(closing(t)) for t in self._trackers(first_step)]
+            self._steps(loader, trackers)
+
+    def _steps(self, loader: Loader, trackers: list[Tracker]) -> None:
+        config = self.config
         for batch in loader:
             began = time.perf_counter()
             try:
@@ -247,7 +260,9 @@ class Training:
         return [
             JsonLines(run.metrics, first_step),
             Progress(first_step, config.num_steps),
-            *open_trackers(config.trackers, run_dir=run.root, config=as_tree(config)),
+            *open_trackers(
+                config.trackers, run_dir=run.root, config=as_tree(config), first_step=first_step
+            ),
         ]
 
 

@@ -74,6 +74,7 @@ def make_case(
         document[order[0]] += 0.7 * query[row]
     masked[4].append(negatives[4][0])  # an own negative found to be a false one
     masked[5].append(positives[5][0])  # a positive stays a positive
+    negatives[6].append(positives[6][0])  # also where it is listed as a negative
     scores = torch.randn(num_queries, num_documents, generator=g) if teacher else None
     return Case(query, document, positives, negatives, masked, scores)
 

@@ -13,6 +13,7 @@ from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
 from pipeline.errors import UserError
 from pipeline.loss.contrastive import LossOutput, contrastive_loss
+from pipeline.loss.pairs import segment_log_sum_exp
 from tests.loss.reference import Case, make_case, naive_loss, relative_error
 from tests.support import run_ranks
 
@@ -217,6 +218,23 @@ def test_embedding_gradients_are_within_1e_6_of_float64(kind: str, temperature: 
     assert_matches(whole_loss(case, LossConfig(temperature=temperature)), loss, q, d)
 
 
+def test_a_vector_of_zeros_spoils_no_other_gradient() -> None:
+    case = make_case()
+    case.query[3] = 0
+    output, expected = whole_loss(case, LossConfig()), naive_loss(case, LossConfig())
+    others = torch.arange(len(case.query)) != 3
+    assert float(output.loss) == pytest.approx(expected.loss, rel=1e-6)
+    assert relative_error(output.query_grad[others], expected.query[others]) < 1e-6
+    assert relative_error(output.document_grad, expected.document) < 1e-6
+
+
+def test_sums_of_exponentials_hold_scores_beyond_the_range_of_exp() -> None:
+    score = torch.tensor([3000.0, 2999.0, -5000.0], dtype=torch.float64)
+    row = torch.tensor([0, 0, 2])
+    wanted = [score[:2].logsumexp(0), -torch.inf, score[2]]
+    torch.testing.assert_close(segment_log_sum_exp(score, row, 3), torch.tensor(wanted).double())
+
+
 def test_query_without_any_negative_costs_nothing() -> None:
     case = Case(torch.randn(1, 4), torch.randn(1, 4), [[0]], [[]], [[]])
     for config in (LossConfig(), LossConfig(negatives="own"), LossConfig(symmetric=True)):
@@ -232,6 +250,8 @@ def test_accuracy_counts_queries_whose_best_positive_beats_every_negative() -> N
     case = Case(query, document, [[0], [1], [2]], [[], [], []], [[], [], []])
     metrics = whole_loss(case, LossConfig()).metrics
     assert metrics["accuracy@1"] == pytest.approx(1.0)
+    cosine = F.cosine_similarity(query, document).mean().item()
+    assert metrics["positive_similarity"] == pytest.approx(cosine)
     case.positives[2] = [1]
     assert whole_loss(case, LossConfig()).metrics["accuracy@1"] == pytest.approx(2 / 3)
 

@@ -97,8 +97,15 @@ def test_checkpointing_changes_memory_but_no_gradient(starter: Path) -> None:
         torch.testing.assert_close(plain, checkpointed, atol=0, rtol=0)
 
 
-def test_attention_dropout_is_live_in_training_and_replays_from_the_seed(starter: Path) -> None:
-    encoder = make(starter, attention_dropout=0.3)
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_dropout": 0.3}, {"lora": LoraConfig(rank=4, dropout=0.3)}],
+    ids=["attention", "lora"],
+)
+def test_dropout_is_live_in_training_and_replays_from_the_seed(
+    starter: Path, changes: dict[str, Any]
+) -> None:
+    encoder = make(starter, **changes)
 
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

@@ -88,13 +88,65 @@ def test_every_way_to_attend_computes_attention_by_its_definition(
 
 def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_flash_attention", lambda: fake_flash)
+    monkeypatch.setattr(packing, "_torch_varlen", lambda: fake_torch)
 
-    def ask(dtype: torch.dtype, *, is_cuda: bool = True, width: int = 64, cap: Any = None) -> Any:
+    def ask(
+        dtype: torch.dtype,
+        *,
+        is_cuda: bool = True,
+        width: int = 64,
+        cap: Any = None,
+        dropout: float = 0.0,
+    ) -> Any:
         query: Any = SimpleNamespace(dtype=dtype, is_cuda=is_cuda, shape=(1, 4, 9, width))
-        return packing._varlen_kernel(query, 0.0, cap)
+        return packing._varlen_kernel(query, dropout, cap)
 
     assert ask(torch.bfloat16) is fake_flash
     assert ask(torch.float32) is None
     assert ask(torch.bfloat16, is_cuda=False) is None
     assert ask(torch.bfloat16, width=512) is None
     assert ask(torch.bfloat16, cap=50.0) is None
+    assert ask(torch.bfloat16, dropout=0.1) is fake_flash
+    monkeypatch.setattr(packing, "_flash_attention", lambda: None)
+    assert ask(torch.bfloat16) is fake_torch
+    # torch's kernel knows no dropout, which would be lost without a word.
+    assert ask(torch.bfloat16, dropout=0.1) is None
+
+
+def test_dropout_is_handed_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def flash(q: Any, *_: Any, dropout_p: float, **__: Any) -> Any:
+        given.append(dropout_p)
+        return q
+
+    module: Any = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    packing._flash_attention.cache_clear()
+    kernel = packing._flash_attention()
+    packing._flash_attention.cache_clear()
+    monkeypatch.setattr(packing, "_varlen_kernel", lambda *_: kernel)
+    q = torch.randn(1, 2, sum(LENGTHS), 8)
+    rows = Rows.of(torch.tensor(LENGTHS), causal=False)
+    packed_attention(None, q, q, q, None, rows=rows, dropout=0.25)
+    assert given == [0.25]
+
+
+def test_capped_scores_meet_dropout_after_the_softmax() -> None:
+    """Gemma 2's attention by its definition, one row after another, with the same chance."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, 2, 2))
+    torch.manual_seed(1)
+    ours, _ = packed_attention(
+        None, q, k, v, None,
+        rows=Rows.of(torch.tensor(LENGTHS), causal=False), scaling=0.3, dropout=0.4, softcap=2.0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    wanted = []
+    for row in zip(*(x.split(LENGTHS, dim=2) for x in (q, k, v)), strict=True):
+        one, two, three = (x.repeat_interleave(4 // x.shape[1], dim=1) for x in row)
+        score = 2 * torch.tanh(0.3 * torch.einsum("bhik,bhjk->bhij", one, two) / 2)
+        weight = torch.nn.functional.dropout(score.softmax(-1), 0.4)
+        wanted.append(torch.einsum("bhij,bhjk->bihk", weight, three))
+    torch.testing.assert_close(ours, torch.cat(wanted, dim=1), atol=1e-6, rtol=0)

@@ -94,6 +94,34 @@ def test_lora_keeps_optimizer_state_for_its_adapters_only() -> None:
     assert memory["fp32 master and AdamW moments"] == pytest.approx(12 * 40e6 / 128)
 
 
+def test_activation_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
+    """28 inputs of 3,584 numbers in two bytes are 200,704 bytes a token."""
+    name = "activations of one chunk"
+    kept = memory_per_rank(SEVEN_B, LAYOUT, "cache")[name]
+    checkpointed = dataclasses.replace(LAYOUT, gradient_checkpointing=True)
+    saved = memory_per_rank(SEVEN_B, checkpointed, "cache")[name]
+    assert saved == pytest.approx(kept / 28 + 200_704 * 8192)
+
+
+def test_an_optimizer_on_the_host_takes_nothing_of_the_device() -> None:
+    offloaded = dataclasses.replace(LAYOUT, offload_optimizer=True)
+    assert memory_per_rank(SEVEN_B, offloaded, "cache")["fp32 master and AdamW moments"] == 0
+
+
+def test_fp32_takes_twice_the_bytes_but_for_what_is_in_fp32_anyway() -> None:
+    half = memory_per_rank(SEVEN_B, LAYOUT, "cache")
+    full = memory_per_rank(SEVEN_B, dataclasses.replace(LAYOUT, dtype="float32"), "cache")
+    assert {name: full[name] / half[name] for name in half} == {
+        "weights": 2,
+        "weights gathered for the step": 2,
+        "gradients": 1,
+        "fp32 master and AdamW moments": 1,
+        "activations of one chunk": 2,
+    }
+    single = dataclasses.replace(LAYOUT, dtype="float32")
+    assert loading_peak(SEVEN_B, single) == 2 * loading_peak(SEVEN_B, LAYOUT)
+
+
 def test_no_schedule_combines_sweep_with_activation_checkpointing() -> None:
     checkpointed = dataclasses.replace(LAYOUT, gradient_checkpointing=True)
     with pytest.raises(UserError, match="found none"):

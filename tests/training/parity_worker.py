@@ -5,10 +5,12 @@ Started by test_gradients.py through a launcher; prints one JSON line per case o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from pipeline import comm
 from pipeline.config import (
     ChunkConfig,
     DataConfig,
+    DistillationConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -34,6 +37,7 @@ from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
 TEMPERATURE = 0.1
+DISTILLATION = DistillationConfig(weight=0.3, temperature=0.5)
 DROPOUT = 0.1
 NUM_QUERIES, NUM_DOCUMENTS = 12, 22
 SEED, STEP = 7, 3
@@ -72,28 +76,41 @@ def make_batch(
     # Query i: positive i; own hard negative 12 + i for the first ten; every third hides one more.
     negatives = [[NUM_QUERIES + i] if i < 10 else [] for i in range(NUM_QUERIES)]
     masked = [[(i + 1) % NUM_QUERIES] if i % 3 == 0 else [] for i in range(NUM_QUERIES)]
+    own = _ragged(negatives)
     return GlobalBatch(
         step=STEP,
         num_queries=NUM_QUERIES,
         num_documents=NUM_DOCUMENTS,
         chunks=tuple(chunks),
         positives=_ragged([[i] for i in range(NUM_QUERIES)]),
-        negatives=_ragged(negatives),
+        negatives=own,
         masked=_ragged(masked),
         example_ids=np.arange(NUM_QUERIES),
         tokens=sum(map(len, texts)),
+        positive_scores=_ragged([[float(i % 5)] for i in range(NUM_QUERIES)], np.float32),
+        negative_scores=dataclasses.replace(own, values=(own.values % 3).astype(np.float32)),
     )
 
 
-def _ragged(rows: list[list[int]]) -> Ragged:
+def _ragged(rows: list[list[Any]], kind: Any = np.int64) -> Ragged:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return Ragged(
-        offsets=offsets, values=np.array([v for row in rows for v in row], dtype=np.int64)
-    )
+    return Ragged(offsets=offsets, values=np.array([v for row in rows for v in row], dtype=kind))
+
+
+def divergence(scores: torch.Tensor, batch: GlobalBatch) -> torch.Tensor:
+    """KL(teacher || model) over each query's positive and own negatives, mean over queries."""
+    assert batch.positive_scores is not None and batch.negative_scores is not None
+    total = torch.zeros(())
+    for query in range(NUM_QUERIES):
+        listed = [*batch.positives[query], *batch.negatives[query]]
+        teacher = [*batch.positive_scores[query], *batch.negative_scores[query]]
+        wanted = (torch.tensor(teacher) / DISTILLATION.temperature).softmax(0)
+        total = total + F.kl_div(scores[query, listed].log_softmax(0), wanted, reduction="sum")
+    return total / NUM_QUERIES
 
 
 def reference_gradients(
-    encoder: torch.nn.Module, batches: list[GlobalBatch]
+    encoder: torch.nn.Module, batches: list[GlobalBatch], *, distilled: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by one autograd graph over all ranks' chunks; no caching, no engine."""
     embeddings: list[torch.Tensor] = [torch.empty(0)] * (NUM_QUERIES + NUM_DOCUMENTS)
@@ -107,9 +124,12 @@ def reference_gradients(
                     embeddings[text] = row
     scores = torch.stack(embeddings[:NUM_QUERIES]) @ torch.stack(embeddings[NUM_QUERIES:]).T
     scores = scores / TEMPERATURE
+    teaching = divergence(scores, batches[0])
     for query in range(0, NUM_QUERIES, 3):
         scores[query, (query + 1) % NUM_QUERIES] = -torch.inf
     loss = F.cross_entropy(scores, torch.arange(NUM_QUERIES))
+    if distilled:
+        loss = (1 - DISTILLATION.weight) * loss + DISTILLATION.weight * teaching
     loss.backward()
     return loss.item(), {
         n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None
@@ -127,6 +147,7 @@ def run_case(
     longest: int | None = None,
     causal: bool,
     pool_instruction: bool,
+    distilled: bool,
 ) -> dict[str, float]:
     """Worst relative error over all parameters, and the loss beside the reference's."""
     model = ModelConfig(
@@ -147,17 +168,18 @@ def run_case(
         num_steps=1,
         model=model,
         data=DataConfig(path=Path("unused")),
-        loss=LossConfig(temperature=TEMPERATURE),
+        loss=LossConfig(temperature=TEMPERATURE, distillation=DISTILLATION if distilled else None),
     )
     world_size, rank = comm.world_size(), comm.rank()
     encoders = []
     for _ in range(2):
         torch.manual_seed(0)
-        encoder = build_encoder(model).train()
+        encoder = build_encoder(model)
         wake_adapters(encoder)
         encoders.append(encoder)
+    encoders[0].train()  # the other one is for its engine to bring into this mode
     batches = [make_batch(r, world_size, counts, longest=longest) for r in range(world_size)]
-    loss, wanted = reference_gradients(encoders[0], batches)
+    loss, wanted = reference_gradients(encoders[0], batches, distilled=distilled)
     # DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
@@ -210,7 +232,14 @@ def main() -> None:
         causal = case["lora"] and case["counts"][0] in (2, 3)
         # Every schedule once without the instruction's tokens.
         pooled = case["lora"] or case["counts"][0] != 3
-        result = run_case(model_path, causal=causal, pool_instruction=pooled, **case)
+        result = run_case(
+            model_path,
+            causal=causal,
+            pool_instruction=pooled,
+            # A teacher joins where graphs are kept.
+            distilled=case["keep_graphs"] > 0,
+            **case,
+        )
         if comm.rank() == 0:
             print(json.dumps({**case, "causal": causal, "pooled": pooled, **result}), flush=True)
     comm.leave(0, gracefully=True)

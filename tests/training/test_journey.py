@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         del line["seconds"], line["tokens_per_second"]
     return lines
+
+
+def steps_in_tensorboard(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")
+    return [event.step for event in events]
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
@@ -50,6 +58,9 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert "at step 3 of 6" in third.stdout
     wanted = metrics(tmp_path / "whole")
     assert [line["step"] for line in wanted] == list(range(6))
+    # Two steps of warm-up; zero would follow the last one.
+    rates = [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
+    assert [line["lr"] for line in wanted] == pytest.approx(rates)
     assert wanted[-1]["temperature"] != 0.1
     assert metrics(parts) == wanted
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
@@ -60,9 +71,14 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
 def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:
     arguments = [recipe, "--deepspeed", "ds_configs/zero2.json", f"output_dir={tmp_path / 'run'}"]
-    first = run_trainer(*arguments, "num_steps=3")
+    trackers = "trackers=[tensorboard]" if find_spec("tensorboard") else "trackers=[]"
+    first = run_trainer(*arguments, "num_steps=3", "log_every=2", trackers)
     assert first.returncode == 0, first.stderr
     before = metrics(tmp_path / "run")
+    # Every second step, and the last one.
+    assert [line["step"] for line in before] == [1, 2]
+    if find_spec("tensorboard"):
+        assert steps_in_tensorboard(tmp_path / "run") == [1, 2]
     again = run_trainer(*arguments, "num_steps=3")
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import OptimizerConfig
-from pipeline.training.optim import learning_rate, parameter_groups
+from pipeline.training.optim import build_optimizer, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
@@ -45,3 +45,11 @@ def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out() -> N
         id(model[1].bias),
     }
     assert kept["weight_decay"] == 0.0
+
+
+def test_adamw_gets_the_numbers_of_the_config() -> None:
+    config = OptimizerConfig(lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+    decayed, kept = build_optimizer(torch.nn.Linear(3, 2), config).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    for group in (decayed, kept):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.95), 1e-6)

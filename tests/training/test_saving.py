@@ -37,7 +37,8 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
 
     monkeypatch.setattr(saving, "save_file", slow_save_file)
     engine, saver = Memory(a=1.0), saving.Saver(tmp_path)
-    saver.begin(engine, step=1, identity={})
+    engine.optimizer_steps = 3  # two updates were left out
+    saver.begin(engine, step=5, identity={})
     assert saver.is_pending
     assert saver.is_writing
     engine.state["a"]["weight"].fill_(9.0)  # the next step goes on meanwhile
@@ -47,8 +48,9 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     assert not saver.is_pending
     assert checkpoint.latest(tmp_path) == path
     loaded = Memory(a=0.0)
-    checkpoint.load(path, loaded, {})
+    assert checkpoint.load(path, loaded, {}) == (5, {})
     assert loaded.state["a"]["weight"].tolist() == [1.0, 1.0]
+    assert loaded.optimizer_steps == 3
 
 
 def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:

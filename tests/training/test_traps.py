@@ -51,6 +51,15 @@ def test_every_parameter_group_finds_its_moments(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_update_that_is_not_finite_is_left_out_and_not_counted(
+    numbers: dict[str, dict[str, Any]], stage: int
+) -> None:
+    result = numbers[f"moments {stage}"]
+    assert result["left_out"]
+    assert result["steps"] == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_in_bfloat16_do_not_drift_over_128_chunks(
     numbers: dict[str, dict[str, Any]], stage: int
 ) -> None:

@@ -9,10 +9,11 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.training.agreement import StepGivenUpError
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import accumulate_gradients
@@ -107,12 +109,18 @@ def updates(
     }
 
 
-def moments(stage: int) -> dict[str, float]:
-    """Worst first moment after one update, beside (1 - beta1) times the gradient."""
+def moments(stage: int) -> dict[str, Any]:
+    """Worst first moment after one update, beside (1 - beta1) times the gradient.
+
+    Before it comes an update that is not finite, and must not count as one.
+    """
     model = TwoGroups()
     config = make_config("unused")
     engine = make_engine(model, {**ZERO3, "stage": stage}, config)
     ids = torch.arange(8)
+    with engine.accumulation():
+        engine.backward((engine.embed(ids, torch.ones_like(ids)) * math.inf).sum())
+    left_out = not math.isfinite(engine.step(LR)) and engine.optimizer_steps == 0
     with engine.accumulation():
         engine.backward((engine.embed(ids, torch.ones_like(ids)) ** 3).sum())
     gradients = {name: engine.full_gradient(name) for name in engine.parameter_names}
@@ -121,17 +129,23 @@ def moments(stage: int) -> dict[str, float]:
     for name, gradient in gradients.items():
         moment = engine.gather_state(name)["exp_avg"]
         errors.append(float((moment - 0.1 * gradient).abs().max() / gradient.abs().max()))
+    steps = engine.optimizer_steps
     engine.close()
-    return {"error": max(errors)}
+    return {"error": max(errors), "left_out": left_out, "steps": steps}
 
 
 def drift(stage: int) -> dict[str, float]:
     """Error of bfloat16 gradients summed over many chunks, ours and autograd's own.
 
-    The reference adds the same bfloat16 gradients of single chunks, in fp64.
+    The reference adds the same bfloat16 gradients of single chunks, in fp64. A step that was given
+    up comes before, and must leave nothing behind.
     """
     config = make_config("unused", dtype="bfloat16")
     engine = make_engine(TwoGroups().bfloat16(), {**ZERO3, "stage": stage}, config)
+    with suppress(StepGivenUpError), engine.accumulation():
+        engine.backward(_chunk_loss(engine.embed, 0, comm.rank()))
+        raise StepGivenUpError
+    engine.discard()
     with engine.accumulation():
         for chunk in range(NUM_CHUNKS):
             engine.backward(2 * _chunk_loss(engine.embed, chunk, comm.rank()))

@@ -1,0 +1,91 @@
+"""Numbers of a run reach whoever was asked to take them, once for each step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.training.metrics import JsonLines, Tracker, open_trackers, require_trackers
+
+
+def needs(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed; it is in the track extra")
+
+
+def interrupted(open_tracker: Any) -> dict[int, float]:
+    """Log steps 0 to 4, then once more from 3 on, as a run that resumes there; what is due."""
+    for first, stop in ((0, 5), (3, 7)):
+        tracker: Tracker = open_tracker(first)
+        for step in range(first, stop):
+            tracker.log(step, {"loss": float(10 * first + step)})
+        tracker.close()
+    return {step: float(step if step < 3 else 30 + step) for step in range(7)}
+
+
+def test_lines_of_an_interrupted_run_stand_once_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    wanted = interrupted(lambda first: JsonLines(path, first))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == list(wanted.items())
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    tracker = JsonLines(tmp_path / "metrics.jsonl", 0)
+    tracker.log(0, {"loss": math.nan, "lr": 0.5})
+    tracker.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 0, "loss": None, "lr": 0.5}
+
+
+def test_a_curve_in_tensorboard_goes_on_where_a_run_resumes(tmp_path: Path) -> None:
+    needs("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def start(first: int) -> Tracker:
+        (tracker,) = open_trackers(["tensorboard"], run_dir=tmp_path, config={}, first_step=first)
+        return tracker
+
+    wanted = interrupted(start)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert {event.step: event.value for event in found} == wanted
+    assert len(found) == len(wanted)
+
+
+def test_runs_in_wandb_are_told_apart_by_their_folders_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("wandb")
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for name in ("long/dream", "theorem/dream", "long/dream"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (tracker,) = open_trackers(["wandb"], run_dir=folder, config={"seed": 1}, first_step=0)
+        assert wandb.run is not None
+        ids.append(wandb.run.id)
+        assert wandb.run.name == name
+        tracker.log(0, {"loss": 0.5})
+        assert wandb.run.summary["loss"] == 0.5
+        tracker.close()
+        assert wandb.run is None
+        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="trackers: wandb is not installed here"):
+        require_trackers(["wandb"])
+    require_trackers([])

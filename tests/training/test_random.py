@@ -1,0 +1,21 @@
+"""Chance in training is a function of where it is drawn, and nowhere the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from pipeline.training.engine import seed_random
+
+
+def test_no_two_chunks_of_any_rank_step_or_run_draw_the_same_masks() -> None:
+    drawn = set()
+    places = list(itertools.product(range(3), range(5), range(4), range(6)))
+    for place in places:  # seed, step, rank, chunk
+        seed_random(*place)
+        first = torch.randint(2**40, (2,)).tolist()
+        seed_random(*place)
+        assert torch.randint(2**40, (2,)).tolist() == first
+        drawn.add(tuple(first))
+    assert len(drawn) == len(places)
