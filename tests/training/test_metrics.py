@@ -67,19 +67,21 @@ def test_runs_in_wandb_are_told_apart_by_their_folders_and_go_on(
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = []
-    for name in ("long/dream", "theorem/dream", "long/dream"):
+    for number, name in enumerate(("long/dream", "theorem/dream", "long/dream")):
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
         (tracker,) = open_trackers(["wandb"], run_dir=folder, config={"seed": 1}, first_step=0)
         assert wandb.run is not None
         ids.append(wandb.run.id)
         assert wandb.run.name == name
-        tracker.log(0, {"loss": 0.5})
-        assert wandb.run.summary["loss"] == 0.5
+        tracker.log(0, {"loss": 0.123456789 + number})
         tracker.close()
         assert wandb.run is None
-        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert ids[0] == ids[2] != ids[1]
+    wandb.teardown()  # its process writes behind our back
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("offline-run-*/*.wandb"))
+    for number in range(3):
+        assert b"%d.123456789" % number in written
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name(

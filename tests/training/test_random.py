@@ -11,7 +11,7 @@ from pipeline.training.engine import seed_random
 
 def test_no_two_chunks_of_any_rank_step_or_run_draw_the_same_masks() -> None:
     drawn = set()
-    places = list(itertools.product(range(3), range(5), range(4), range(6)))
+    places = list(itertools.product(range(3), range(3), range(3), range(4)))
     for place in places:  # seed, step, rank, chunk
         seed_random(*place)
         first = torch.randint(2**40, (2,)).tolist()

@@ -12,6 +12,16 @@ from pipeline.config import TrainConfig, load_config
 from pipeline.training.run_identity import run_identity
 
 
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "{output_dir: run, num_steps: 6, model: {path: model}, data: {path: shards},"
+        " optimizer: {warmup_steps: 2}}"
+    )
+    return path
+
+
 def identity(recipe: Path, *changes: str, shards: str = "these") -> dict[str, Any]:
     dataset: Any = SimpleNamespace(fingerprint=shards)  # all that is asked of it
     return run_identity(load_config(TrainConfig, recipe, changes), dataset)
