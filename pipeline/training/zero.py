@@ -210,7 +210,8 @@ class ZeroEngine:
         DeepSpeed links after the first parameter group's first update, when the other groups have
         no moments yet, and never again.
         """
-        if self.stage < 3 and not self._moments_linked:
+        # No moments yet where the first updates were left out.
+        if self.stage < 3 and self._has_moments and not self._moments_linked:
             zero = self._engine.optimizer
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
@@ -236,6 +237,12 @@ class ZeroEngine:
         # Not DeepSpeed's own count, which also counts updates that it skipped.
         return int(state["step"]) if "step" in state else 0
 
+    @property
+    def _has_moments(self) -> bool:
+        """Whether the optimizer has made its state, which it does at its first update."""
+        state = self._engine.optimizer.optimizer.state
+        return _MOMENTS[0] in state.get(self._flat_partitions()[0], {})
+
     def _flat_partitions(self) -> list[torch.Tensor]:
         """This rank's fp32 master partitions, the keys of the optimizer's state."""
         zero = self._engine.optimizer
@@ -247,13 +254,20 @@ class ZeroEngine:
         return partitions
 
     def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole fp32 weight of a parameter and its AdamW moments; a collective call."""
+        """The whole fp32 weight of a parameter and its AdamW moments; a collective call.
+
+        The moments are zeros before the first update.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
         state = {"weight": safe_get_full_fp32_param(parameter)}
         for moment in _MOMENTS:
-            state[moment] = safe_get_full_optimizer_state(parameter, moment)
+            state[moment] = (
+                safe_get_full_optimizer_state(parameter, moment)
+                if self._has_moments
+                else torch.zeros_like(state["weight"])
+            )
         return state
 
     def prepare_restore(self, optimizer_steps: int) -> None:

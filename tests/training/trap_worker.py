@@ -121,6 +121,10 @@ def moments(stage: int) -> dict[str, Any]:
     with engine.accumulation():
         engine.backward((engine.embed(ids, torch.ones_like(ids)) * math.inf).sum())
     left_out = not math.isfinite(engine.step(LR)) and engine.optimizer_steps == 0
+    for name, parameter in TwoGroups().named_parameters():
+        state = engine.gather_state(name)  # what a checkpoint would hold
+        left_out &= torch.equal(state["weight"], parameter.detach())
+        left_out &= not (state["exp_avg"].any() or state["exp_avg_sq"].any())
     with engine.accumulation():
         engine.backward((engine.embed(ids, torch.ones_like(ids)) ** 3).sum())
     gradients = {name: engine.full_gradient(name) for name in engine.parameter_names}
