@@ -139,6 +139,9 @@ def test_a_text_has_the_specials_of_its_tokenizer_and_one_eos_if_asked(
     ends = [[exported.convert_tokens_to_ids(token)] if token else [] for token in (first, last)]
     room = LIMIT - sum(map(len, ends))
     assert rows == [[*ends[0], *ids[:room], *ends[1]] for ids in bare]
+    places = AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0], return_offsets_mapping=True)
+    kept = again(TEXTS[0], return_offsets_mapping=True)["offset_mapping"]
+    assert kept[: len(places["offset_mapping"])] == places["offset_mapping"]
     assert len(bare[2]) > room  # one text is cut
 
 

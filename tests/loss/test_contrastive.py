@@ -13,6 +13,7 @@ from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
 from pipeline.errors import UserError
 from pipeline.loss.contrastive import LossOutput, contrastive_loss
+from pipeline.loss.one_width import OneWidth
 from pipeline.loss.pairs import segment_log_sum_exp
 from tests.loss.reference import Case, make_case, naive_loss, relative_error
 from tests.support import run_ranks
@@ -256,9 +257,23 @@ def test_accuracy_counts_queries_whose_best_positive_beats_every_negative() -> N
     assert whole_loss(case, LossConfig()).metrics["accuracy@1"] == pytest.approx(2 / 3)
 
 
-def test_loss_does_not_depend_on_the_callers_matmul_precision_or_autocast() -> None:
-    case = make_case()
+def test_loss_does_not_depend_on_the_callers_matmul_precision_or_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has no TF32 whose rounding would show, so the setting itself is looked at."""
+    case, run, seen = make_case(), OneWidth.run, []
+
+    def look(one_width: OneWidth) -> LossOutput:
+        seen.append(torch.get_float32_matmul_precision())
+        return run(one_width)
+
+    monkeypatch.setattr(OneWidth, "run", look)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     expected = whole_loss(case, LossConfig())
+    after = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert (seen, after) == (["highest"], "medium")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(whole_loss(case, LossConfig()).query_grad, expected.query_grad)
 

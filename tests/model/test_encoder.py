@@ -117,6 +117,14 @@ def test_dropout_is_live_in_training_and_replays_from_the_seed(
     assert torch.equal(run(1), run(2))
 
 
+def test_tokens_of_an_instruction_are_pooled_where_the_config_says_so(starter: Path) -> None:
+    instruction = torch.tensor([3, 0, 5, 1])
+    for pooled in (True, False):
+        encoder = make(starter, pool_instruction=pooled)
+        moved = (encoder(tokens(), LENGTHS, instruction) - encoder(tokens(), LENGTHS)).abs()
+        assert (moved.amax(dim=1) > 1e-3).tolist() == [not pooled and n > 0 for n in instruction]
+
+
 def test_layer_by_layer_equals_forward(starter: Path) -> None:
     encoder = make(starter)
     hidden, packed = encoder.embed(tokens(), LENGTHS)

@@ -131,8 +131,15 @@ def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     pooled = dataclasses.replace(config, pool_instruction=True)
     other = export(encoder, pooled, starter, tmp_path / "other")
-    moved = np.abs(load_export(other).encode_texts(texts, prefix) - ours).max()
+    whole = load_export(other).encode_texts(texts, prefix)
+    moved = np.abs(whole - ours).max()
     assert (moved > 0.01) == (pooling != "last_token")
+    # Folders of others need not say that a prompt is pooled.
+    path = other / "1_Pooling" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("include_prompt")
+    path.write_text(json.dumps(settings))
+    np.testing.assert_array_equal(load_export(other).encode_texts(texts, prefix), whole)
 
 
 def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(

@@ -67,7 +67,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         probe.cache_clear()
 
 
-@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("window", [None, 3, 8, 100])
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_way_to_attend_computes_attention_by_its_definition(
     kernel: None, causal: bool, window: int | None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from test_families import CASES, IDS, LENGTHS, SIZES, padded_means, save_model
+from test_families import CASES, GROUPED, IDS, LENGTHS, SIZES, padded_means, save_model
 
 from pipeline.config import ModelConfig, RopeScaling
 from pipeline.errors import UserError
@@ -44,7 +44,8 @@ def test_rescaled_packed_rows_equal_transformers_reading_the_saved_config(
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
 def test_frequencies_follow_the_papers(kind: Any, tmp_path: Path) -> None:
-    config = hf.LlamaConfig(**{**SIZES, **IDS, "max_position_embeddings": SHORT}, rope_theta=1e4)
+    length = 512 if kind == "yarn" else SHORT
+    config = hf.LlamaConfig(**{**SIZES, **IDS, "max_position_embeddings": length}, rope_theta=1e4)
     folder = save_model(config, tmp_path)
     scaling = RopeScaling(kind=kind, factor=FACTOR)
     encoder = build_encoder(ModelConfig(path=str(folder), dtype="float32", rope_scaling=scaling))
@@ -57,16 +58,39 @@ def test_frequencies_follow_the_papers(kind: Any, tmp_path: Path) -> None:
     elif kind == "ntk":
         wanted = (1e4 * FACTOR ** (width / (width - 2))) ** -exponent
     else:
-        # Turns within the trained length: 32 and more stay as they are, one and less are divided.
-        turns = SHORT * plain / (2 * torch.pi)
-        assert (turns[1:] < 1).all()
-        wanted = plain / FACTOR
-        wanted[0] = rotary.inv_freq[0]  # between the two
-        assert plain[0] / FACTOR <= wanted[0] <= plain[0]
+        # Turns within the trained length: 81, 8.1, 0.8, 0.1. From 32 on they stay as they are, from
+        # one on they are divided, and between lies a ramp over whole indices: here half of each.
+        wanted = plain * torch.tensor([1, (1 + 1 / FACTOR) / 2, 1 / FACTOR, 1 / FACTOR])
         assert rotary.attention_scaling == pytest.approx(
             0.1 * torch.log(torch.tensor(FACTOR)).item() + 1
         )
     torch.testing.assert_close(rotary.inv_freq, wanted)
+
+
+def test_only_the_dimensions_that_turn_count_in_ntk(tmp_path: Path) -> None:
+    """Half of 8 dimensions turn here, as in Phi-3's small models; the exponent is of those 4."""
+    config = hf.Phi3Config(
+        **{**GROUPED, "max_position_embeddings": SHORT},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    )
+    scaling = RopeScaling(kind="ntk", factor=FACTOR)
+    folder = str(save_model(config, tmp_path))
+    encoder = build_encoder(ModelConfig(path=folder, dtype="float32", rope_scaling=scaling))
+    wanted = (1e4 * FACTOR ** (4 / 2)) ** -torch.tensor([0, 2 / 4])
+    torch.testing.assert_close(encoder.model.rotary_emb.inv_freq, wanted)
+
+
+def test_layers_with_a_window_keep_their_positions(tmp_path: Path) -> None:
+    folder = str(save_model(CASES["gemma3_text"][0], tmp_path))
+    scaling = RopeScaling(kind="linear", factor=FACTOR)
+    plain, scaled = (
+        build_encoder(ModelConfig(path=folder, dtype="float32", rope_scaling=how)).model.rotary_emb
+        for how in (None, scaling)
+    )
+    states, places = torch.zeros(1, 20, 1), torch.arange(20)[None]
+    for kind, same in (("sliding_attention", True), ("full_attention", False)):
+        first, second = (rotary(states, places, kind)[0] for rotary in (plain, scaled))
+        assert torch.equal(first, second) == same, kind
 
 
 def test_every_rotary_family_takes_a_scaling_and_no_other_does(tmp_path: Path) -> None:
