@@ -152,7 +152,7 @@ def plan_chunks(
         max_cost: cost of a chunk, see `first_fit_decreasing`.
 
     Returns:
-        For each rank, its chunks as arrays of text indices; an empty array is a dummy chunk.
+        For each rank, its chunks as ascending text indices; an empty array is a dummy chunk.
     """
     cost = text_cost(lengths, attention_length)
     budget = _budget(max_tokens, max_cost, attention_length)

@@ -145,11 +145,12 @@ class Loader:
 
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
         """Places of the documents taken this step; another epoch takes others."""
-        key = make_key(self._seed, 3, step)
+        # A key each, or lists of one length would always give their k-th documents together.
+        key, other = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
         first = self.dataset.examples.scalars("num_first_negatives", ids)
         return {
             "positives": choose(
-                listed["positives"], self.config.num_positives, num_first=None, key=key
+                listed["positives"], self.config.num_positives, num_first=None, key=other
             ),
             "negatives": choose(
                 listed["negatives"], self.config.num_hard_negatives, num_first=first, key=key
@@ -191,8 +192,7 @@ class Loader:
     ) -> Chunk:
         if not len(texts):
             return DUMMY
-        # Queries first: each side is then one read.
-        texts = np.sort(texts)
+        # Queries come first: each side is one read.
         num_queries = int(np.searchsorted(texts, len(ids)))
         queries, documents = ids[texts[:num_queries]], document_ids[texts[num_queries:] - len(ids)]
         views = self.dataset.examples.views("query", queries)

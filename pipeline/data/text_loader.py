@@ -78,7 +78,6 @@ class TextLoader(Loader):
     def _read_texts(self, texts: IntArray, lengths: IntArray, documents: IntArray) -> Chunk:
         if not len(texts):
             return DUMMY
-        texts = np.sort(texts)
         if self._blocks is None:
             views = self.dataset.documents.views("tokens", documents[texts])
         else:

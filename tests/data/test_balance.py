@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.balance import assign_ranks, first_fit_decreasing, plan_chunks, text_cost
@@ -59,6 +59,13 @@ def test_first_fit_decreasing_follows_its_definition(
     max_cost=st.none() | st.integers(100, 4000),
     min_chunks=st.integers(1, 5),
 )
+@example(  # spread evenly by tokens, the chunk of the longest would cost 1,400
+    lengths=np.array([300, 100, 100, 100, 100]),
+    world_size=1,
+    max_tokens=1000,
+    max_cost=1200,
+    min_chunks=1,
+)
 @settings(max_examples=100, deadline=None)
 def test_a_plan_holds_every_text_once_within_the_budgets(
     lengths: np.ndarray, world_size: int, max_tokens: int, max_cost: int | None, min_chunks: int
@@ -76,6 +83,7 @@ def test_a_plan_holds_every_text_once_within_the_budgets(
     assert len(plans[0]) >= min_chunks
     chunks = [chunk for plan in plans for chunk in plan]
     assert np.array_equal(np.sort(np.concatenate(chunks)), np.arange(len(lengths)))
+    assert all((np.diff(chunk) > 0).all() for chunk in chunks)
     for own in (lengths[chunk] for chunk in chunks if len(chunk) > 1):
         assert own.sum() <= max_tokens
         assert max_cost is None or text_cost(own, ATTENTION).sum() <= max_cost + 1e-6

@@ -10,7 +10,7 @@ import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 from transformers import AutoTokenizer
 
-from pipeline.config import DataConfig, SourceConfig
+from pipeline.config import DataConfig, SourceConfig, Template
 from pipeline.data.balance import text_cost
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
@@ -191,6 +191,7 @@ def test_a_smaller_budget_holds_from_the_next_batch_on(dataset: Dataset) -> None
     before = loader.batch(4)
     loader.max_chunk_tokens = before.tokens // 20
     after = loader.batch(4)
+    assert len(make_loader(dataset, min_chunks=50).batch(4).chunks) == 50
     assert len(after.chunks) > len(before.chunks)
     assert texts_of([after]) == texts_of([before])
 
@@ -222,6 +223,93 @@ def test_teacher_scores_stay_beside_the_chosen_documents(
         for document, score in zip(lists.values.tolist(), scores.values.tolist(), strict=True):
             _, k, j = texts[batch.num_queries + document].split()
             assert score == 10 * int(k) + first + int(j)
+
+
+def test_another_step_or_seed_takes_other_documents_of_an_example(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "query": f"query {k}",
+            "positives": [f"good {k} {j}" for j in range(4)],
+            "negatives": [f"bad {k} {j}" for j in range(4)],
+        }
+        for k in range(8)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="several", format="columns", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+
+    def taken(seed: int, step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The positive and the negative of every example, as tokens."""
+        batch = make_loader(opened, batch=8, seed=seed).batch(step)
+        documents, first = texts_of([batch]), batch.num_queries
+        return [
+            (documents[first + batch.positives[k][0]], documents[first + batch.negatives[k][0]])
+            for k in np.argsort(batch.example_ids)
+        ]
+
+    by_step = [taken(3, step) for step in range(12)]
+    # Of four positives and four negatives more than four pairs: neither goes by the other.
+    assert all(len(set(pairs)) > 4 for pairs in zip(*by_step, strict=True))
+    assert taken(4, 0) != by_step[0]
+
+
+def test_negatives_that_come_first_are_taken_before_the_others(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    def passages(kind: str, count: int, number: int) -> list[dict[str, str]]:
+        return [{"docid": "", "title": kind, "text": f"{number} {k}"} for k in range(count)]
+
+    rows = [
+        {
+            "query": f"query {number}",
+            "positive_passages": passages("good", 1, number),
+            "negative_passages": passages("bad", 9, number),
+            "new_negatives": passages("new", 2, number),
+        }
+        for number in range(4)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="rows", format="msmarco_instructions", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
+    batch = make_loader(opened, batch=4, num_hard_negatives=3).batch(0)
+    texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
+    for negatives in batch.negatives:
+        kinds = [texts[batch.num_queries + document].split()[0] for document in negatives]
+        assert sorted(kinds) == ["bad", "new", "new"]
+
+
+def test_answers_to_the_same_question_are_masked(make_config: ConfigMaker, tmp_path: Path) -> None:
+    rows = [{"query": "a", "positives": ["x"]}, {"query": "a", "positives": ["y"]}]
+    rows += [{"query": "b", "positives": ["z"]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="pairs", format="columns", path=str(path))
+    batch = make_loader(Dataset.open(prepare(make_config(source), num_workers=1)), batch=3).batch(0)
+    place = {example: row for row, example in enumerate(batch.example_ids.tolist())}
+    for own, other in ((0, 1), (1, 0)):
+        assert batch.masked[place[own]].tolist() == batch.positives[place[other]].tolist()
+    assert len(batch.masked[place[2]]) == 0
+
+
+def test_a_chunk_counts_the_tokens_of_a_documents_instruction_too(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [{"query": f"query {k}", "positives": [f"text {k}"]} for k in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="pairs", format="columns", path=str(path))
+    config = make_config(source, template=Template(document="Passage: {text}"))
+    opened = Dataset.open(prepare(config, num_workers=1))
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
+    batch = make_loader(opened, batch=4).batch(0)
+    for chunk in batch.chunks:
+        assert chunk.instruction_tokens is not None
+        pieces = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
+        counted = zip(chunk.texts, pieces, chunk.instruction_tokens, strict=True)
+        for text, piece, count in counted:
+            wanted = "Passage:" if text >= batch.num_queries else ""
+            assert tokenizer.decode(piece[:count]) == wanted
 
 
 def test_positives_not_chosen_are_masked_when_another_query_brings_them(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,6 +90,63 @@ def test_every_epoch_of_a_large_stream_visits_every_element_once(
         assert np.array_equal(np.sort(own), np.arange(size))
 
 
+def test_every_epoch_of_a_stream_has_another_order() -> None:
+    for size in (300, 25):  # whole epochs, and epochs cut to whole windows of 10
+        stream = Stream(size=size, window=10, key=7)
+        windows = size // 10
+        epochs = [
+            np.concatenate(
+                [
+                    stream.take(ordinal=k, start=10 * k, count=10)
+                    for k in range(windows * epoch, windows * (epoch + 1))
+                ]
+            )
+            for epoch in range(6)
+        ]
+        for one, other in itertools.combinations(epochs, 2):
+            assert (one == other).mean() < 0.3
+
+
+def sources_of(order: Order, num_steps: int) -> str:
+    """The source of the first example of each batch, a letter each."""
+    ends = np.cumsum([group.count for group in GROUPS])
+    first = [order.batch(step)[0] for step in range(num_steps)]
+    return "".join(GROUPS[k].source for k in np.searchsorted(ends, first, side="right"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_example_of_a_source_is_drawn_as_often_as_the_others(mode: Homogeneous) -> None:
+    """Over several epochs, and several cycles of sources: nothing starts again in between."""
+    groups = make_groups({("a", ""): 640, ("b", ""): 640})
+    order = make_order(groups, batch=64, mode=mode, weights={"b": 9.0})
+    drawn = np.concatenate([order.batch(step) for step in range(340)])
+    for own in np.bincount(drawn, minlength=1280).reshape(2, 640):
+        assert own.min() >= 2
+        assert own.max() <= own.min() + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_seed_draws_other_examples_from_other_sources(mode: Homogeneous) -> None:
+    one, other = (make_order(GROUPS, batch=64, mode=mode, seed=seed) for seed in (0, 1))
+    met = [np.intersect1d(one.batch(k), other.batch(k)) for k in range(20)]
+    assert max(map(len, met)) < 64
+    if mode != "none":
+        assert sources_of(one, 60) != sources_of(other, 60)
+
+
+def test_the_order_of_the_sources_does_not_come_again() -> None:
+    drawn = sources_of(make_order(GROUPS, batch=8, mode="source"), 600)
+    assert drawn.count(drawn[:100]) == 1
+
+
+def test_sources_of_one_size_are_shuffled_on_their_own() -> None:
+    order = make_order(make_groups({("a", ""): 640, ("b", ""): 640}), batch=64, mode="none")
+    ids = order.batch(0)
+    first, second = ids[ids < 640], ids[ids >= 640] - 640
+    assert len(first) == len(second) == 32
+    assert len(np.intersect1d(first, second)) < 10
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_are_full_and_without_repeats(mode: Homogeneous) -> None:
     order = make_order(GROUPS, batch=64, mode=mode)
@@ -142,6 +201,7 @@ def test_sources_are_drawn_by_their_share(mode: Homogeneous) -> None:
     ids = np.concatenate([order.batch(step) for step in range(640)])
     total = 1100 + 3 * 90 + 300
     assert (ids < 1100).mean() == pytest.approx(1100 / total, abs=0.03)
+    assert (ids < 400).mean() == pytest.approx(400 / total, abs=0.03)  # one of its instructions
     assert ((ids >= 1100) & (ids < 1190)).mean() == pytest.approx(270 / total, abs=0.03)
 
 

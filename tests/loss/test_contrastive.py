@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
 from pipeline.errors import UserError
+from pipeline.loss import tiles
 from pipeline.loss.contrastive import LossOutput, contrastive_loss
 from pipeline.loss.one_width import OneWidth
 from pipeline.loss.pairs import segment_log_sum_exp
@@ -97,9 +98,17 @@ def assert_equal_to_naive(
     assert relative_error(document_grad, expected.document) < tolerance
 
 
-@pytest.mark.parametrize("score_bytes", [TINY, THREE_ROWS, ROOMY])
+@pytest.mark.parametrize(
+    ("score_bytes", "columns"),
+    [(TINY, 1024), (THREE_ROWS, 1024), (ROOMY, 1024), (ROOMY, 16)],
+    ids=["tiles of 8 x 8", "three rows", "one tile", "kept tiles"],
+)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_tiled_loss_equals_naive_loss(recipe: str, score_bytes: int) -> None:
+def test_tiled_loss_equals_naive_loss(
+    recipe: str, score_bytes: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of a rank are more than a tile's columns wherever batches are large."""
+    monkeypatch.setattr(tiles, "_TILE_COLUMNS", columns)
     case, config = make_case(teacher=True), RECIPES[recipe]
     (share,) = loss_of_rank(case, [config], score_bytes)
     assert_equal_to_naive(case, config, [share])

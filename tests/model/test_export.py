@@ -134,6 +134,8 @@ def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
     whole = load_export(other).encode_texts(texts, prefix)
     moved = np.abs(whole - ours).max()
     assert (moved > 0.01) == (pooling != "last_token")
+    # A text that is all instruction keeps a token to pool.
+    assert np.isfinite(load_export(folder).encode_texts([""], prefix.rstrip())).all()
     # Folders of others need not say that a prompt is pooled.
     path = other / "1_Pooling" / "config.json"
     settings = json.loads(path.read_text())
