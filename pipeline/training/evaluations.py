@@ -118,8 +118,8 @@ class Evaluations:
                 "not count any more",
                 flush=True,
             )
-            # First, so that its results stop to count; the ready file last, so that a kill in
-            # between is made good by the next call.
+            # Its digest goes first, so that its results count no more; the ready file last, so that
+            # a kill in between is made good by the next call.
             folder.checkpoint_digest.unlink(missing_ok=True)
             (folder.root / _SUBMITTED).unlink(missing_ok=True)
             vectors = (self._folder / "store").glob(f"{folder.root.name}-*")

@@ -5,6 +5,7 @@ What made them takes as much room as the model, for each step: it goes when the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,11 @@ def read_curves(training_run: Path | None) -> Curves:
 
 def _is_of(folder: Path, result: Mapping[str, Any]) -> bool:
     """Whether a result was made of the checkpoint that this folder of a step is for."""
-    digest = RunDir(folder).checkpoint_digest
-    return result.get("checkpoint") == (digest.read_text() if digest.is_file() else None)
+    own = None
+    # Training may take it away at any moment.
+    with contextlib.suppress(FileNotFoundError):
+        own = RunDir(folder).checkpoint_digest.read_text()
+    return bool(result.get("checkpoint") == own)
 
 
 def _point(step: int, result: Mapping[str, Any]) -> dict[str, Any]:
