@@ -381,6 +381,14 @@ def test_a_damaged_dataset_is_refused_by_name(kind: str, copied: Path) -> None:
     one_line(caught.value, str(copied), said)
 
 
+@pytest.mark.parametrize("kind", ["a longer shard", "a shard cut off", "an empty shard"])
+def test_a_shard_of_another_size_is_refused_before_it_is_read(kind: str, copied: Path) -> None:
+    damage, said = DATASETS[kind]
+    damage(copied)
+    with pytest.raises(UserError, match=rf"{said}: \d+ bytes \| allowed: \d+ bytes"):
+        Dataset.open(copied)
+
+
 def test_flipping_any_byte_of_a_shard_is_found(copied: Path) -> None:
     path = copied / DOCUMENTS
     whole = path.read_bytes()

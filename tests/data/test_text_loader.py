@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_support import ConfigMaker, words
+from data_support import ConfigMaker, words, write_jsonl
 from transformers import AutoTokenizer
 
 from pipeline.config import DataConfig, SourceConfig
@@ -84,6 +84,22 @@ def test_whole_texts_are_the_lines(texts: Dataset, lines: list[str], tokenizer_p
     assert len(found) == 300 // BATCH * BATCH
     for line, tokens in found.items():
         assert tokens == wanted[line]
+
+
+def test_of_several_positives_the_first_is_the_text(
+    tmp_path: Path, make_config: ConfigMaker, tokenizer_path: Path
+) -> None:
+    rows = [
+        {"query": f"query {k}", "positives": [f"first of {k}", f"other of {k}"]}
+        for k in range(BATCH)
+    ]
+    source = SourceConfig(
+        name="pairs", format="columns", path=str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    )
+    found = rows_of(Dataset.open(prepare(make_config(source), num_workers=1)), 0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    texts = sorted(tokenizer.decode(row) for row in found.values())
+    assert texts == [f"first of {k}" for k in range(BATCH)]
 
 
 @pytest.mark.parametrize("data", [{}, {"block_length": LENGTH}])

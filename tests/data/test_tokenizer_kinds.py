@@ -145,6 +145,30 @@ def test_a_text_has_the_specials_of_its_tokenizer_and_one_eos_if_asked(
     assert len(bare[2]) > room  # one text is cut
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_text_cut_within_its_instruction_keeps_a_token_to_pool(
+    kind: Callable[[Path], None], tmp_path: Path
+) -> None:
+    kind(tmp_path)
+    tokenizer_json, info = load_tokenizer(str(tmp_path), append_eos=False)
+    encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=False)
+    rows, skipped = encoder.encode_prefixed([TEXTS[2]], 5, [len(TEXTS[2])])
+    assert len(rows[0]) == 5
+    assert 3 <= skipped[0] <= 4
+
+
+def test_tokenizers_of_one_vocabulary_that_cut_texts_otherwise_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    qwen(tmp_path)
+    _, before = load_tokenizer(str(tmp_path), append_eos=False)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({**tree, "normalizer": {"type": "Lowercase"}}))
+    _, after = load_tokenizer(str(tmp_path), append_eos=False)
+    assert before.fingerprint != after.fingerprint
+
+
 def test_an_eos_that_only_a_flag_asks_for_is_not_lost_in_silence(tmp_path: Path) -> None:
     mistral(tmp_path)
     path = tmp_path / "tokenizer_config.json"

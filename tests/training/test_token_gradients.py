@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from pipeline.config import DataConfig, MntpConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from pipeline.data.shards import Dataset
+from pipeline.training.token_prediction import TokenPrediction
 from tests.support import launch_ranks
 from tests.tiny_models import save_lifted
 
@@ -34,3 +37,25 @@ def test_token_gradients_equal_those_of_plain_transformers(cases: list[dict[str,
 def test_the_loss_is_that_of_plain_transformers(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         assert case["loss"] == pytest.approx(case["reference_loss"], rel=1e-5), case
+        assert case["accuracy"] == pytest.approx(case["reference_accuracy"]), case
+    assert any(case["accuracy"] > 0 for case in cases)
+
+
+def test_the_tokenizers_special_tokens_are_never_hidden_nor_anything_but_the_chosen_mask(
+    recipe: Path,
+) -> None:
+    model = ModelConfig(path=str(recipe.parent / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    config = TrainConfig(
+        output_dir=Path("unused"),
+        num_steps=1,
+        model=model,
+        data=DataConfig(path=recipe.parent / "shards"),
+        objective=ObjectiveConfig(mntp=MntpConfig(mask_token="a")),
+    )
+    dataset = Dataset.open(config.data.path)
+    vocabulary = TokenPrediction(config, dataset)._vocabulary
+    assert tokenizer.all_special_ids
+    assert vocabulary.special == set(tokenizer.all_special_ids)
+    assert vocabulary.mask == tokenizer.convert_tokens_to_ids("a")
+    assert vocabulary.size == len(tokenizer)

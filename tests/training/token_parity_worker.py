@@ -98,23 +98,26 @@ def make_batch(rank: int, counts: list[int]) -> GlobalBatch:
     )
 
 
-def reference_loss(model: Any, objective: ObjectiveConfig, prediction: Prediction) -> torch.Tensor:
-    """The loss by its definition, from whole rows of logits."""
+def reference_loss(
+    model: Any, objective: ObjectiveConfig, prediction: Prediction
+) -> tuple[torch.Tensor, float]:
+    """The loss by its definition, from whole rows of logits, and the share of right answers."""
     lengths = [len(text) for text in make_texts()]
     rows = torch.from_numpy(prediction.input_ids).split(lengths)
     logits = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
     asked, labels = logits[prediction.states], torch.from_numpy(prediction.labels)
+    accuracy = float((asked.argmax(dim=1) == labels).double().mean())
     if objective.masked_diffusion is None:
-        return F.cross_entropy(asked, labels)
+        return F.cross_entropy(asked, labels), accuracy
     losses = F.cross_entropy(asked, labels, reduction="none")
     num_rows = NUM_TEXTS - 1 if prediction.total == NUM_TEXTS - 1 else NUM_TEXTS
-    return (losses * torch.from_numpy(prediction.weights)).sum() / num_rows
+    return (losses * torch.from_numpy(prediction.weights)).sum() / num_rows, accuracy
 
 
 def reference_gradients(
     path: str, objective: ObjectiveConfig, prediction: Prediction, ours: Any, model: ModelConfig
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the plain model, under our names."""
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Loss, accuracy and gradients of the plain model, under our names."""
     plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     plain.config.is_causal = model.attention == "causal"
     if model.lora is not None:
@@ -127,9 +130,9 @@ def reference_gradients(
             for name, parameter in ours.named_parameters():
                 if "lora_" in name:
                     fresh[name].copy_(parameter)
-    loss = reference_loss(plain, objective, prediction)
+    loss, accuracy = reference_loss(plain, objective, prediction)
     loss.backward()
-    return loss.item(), {
+    return {"reference_loss": loss.item(), "reference_accuracy": accuracy}, {
         our_name(n): p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None
     }
 
@@ -195,7 +198,7 @@ def run_case(
         seed=SEED,
         step=STEP,
     )
-    loss, wanted = reference_gradients(path, objective, whole, ours, model)
+    expected, wanted = reference_gradients(path, objective, whole, ours, model)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=comm.world_size())
     engine = ZeroEngine(ours, build_optimizer(ours, config.optimizer), ds_config)
@@ -209,7 +212,7 @@ def run_case(
     engine.step(1e-4)
     engine.close()
     worst = max(errors, key=lambda name: errors[name])
-    return {"error": errors[worst], "worst": worst, **values, "reference_loss": loss}
+    return {"error": errors[worst], "worst": worst, **values, **expected}
 
 
 def main() -> None:
