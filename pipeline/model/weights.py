@@ -267,6 +267,4 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
     for name, buffer in computed.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # leaves the buffers alone to be initialised
-    model.initialize_weights()
+    model.initialize_weights()  # of the weights there are only shapes, which draw nothing

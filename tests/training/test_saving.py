@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -155,6 +156,40 @@ def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
     mirror.mkdir()
     keep(run, config, range(3, 4))
     assert tree(mirror) == tree(run)
+
+
+def test_a_mirror_slower_than_the_run_leaves_out_what_is_neither_newest_nor_lasting(
+    tmp_path: Path,
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    mirror.mkdir()
+    config = CheckpointConfig(every=1, keep_last=9, keep_every=2, mirror=mirror)
+    paths = [save(run, Memory(a=1.0), step=step, identity={}) for step in range(1, 6)]
+    keeper = retention.Keeper(run, config)
+    for step, path in enumerate(paths, 1):
+        keeper.keep(path, step)
+    keeper.wait()
+    assert checkpoint.names(mirror) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_copy = shutil.copytree
+
+    def lossy_copy(source: Path, target: Path) -> None:  # stands in for a network that loses bytes
+        really_copy(source, target)
+        (file,) = target.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    path = save(tmp_path / "run", Memory(a=1.0), step=1, identity={})
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    monkeypatch.setattr(retention.shutil, "copytree", lossy_copy)
+    with pytest.raises(UserError, match=r"differs from its recorded size or SHA-256"):
+        retention.copy(path, mirror)
+    assert checkpoint.names(mirror) == []
+    assert checkpoint.latest(mirror) is None
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
