@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import signal
 import sys
@@ -260,6 +261,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
+        # Launchers that are killed leave folders behind.
+        os.environ["TMPDIR"] = folder
         tally = Tally(make_recipe(Path(folder)), Path(folder), options.seed, LAUNCHERS)
         tally.run(options.rounds)
     print(table(tally.rounds))

@@ -42,9 +42,7 @@ def load_here(
         free, _ = torch.cuda.mem_get_info(device)
         size = 4 if dtype == "float32" else 2
         max_tokens = min(max_tokens, tokens_that_fit(path, free, bytes_per_value=size))
-    if num_children() > 1:
-        share = max(1, num_cores() // num_children())
-        torch.set_num_threads(min(torch.get_num_threads(), share))
+    share_cores()
     return load_export(
         path,
         device=device,
@@ -53,6 +51,13 @@ def load_here(
         dimensions=dimensions,
         rope_scaling=rope_scaling,
     )
+
+
+def share_cores() -> None:
+    """Take no more threads than this process's share, where children share the work."""
+    if num_children() > 1:
+        share = max(1, num_cores() // num_children())
+        torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
 def resolve(precision: Precision) -> Literal["float32", "bfloat16"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import functools
 import shutil
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import EvaluateConfig
+from pipeline.data.crew import Alone, num_cores
 from pipeline.evaluation.score.results import changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks.elements import Element, element_at, list_elements
 from pipeline.run_dir import write_json
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.blocks.plan import Plan
     from pipeline.evaluation.models.encoder import LoadEncoder
 
-# Tasks loaded side by side; each may take a few GiB.
+# Tasks loaded or scored side by side; each may take a few GiB.
 _MAX_WORKERS = 8
 
 
@@ -45,17 +47,26 @@ def run_element(
         UserError: no such element, no export, or the task's data are incomplete.
     """
     element = element_at(config, index)
-    finished = read_result(element)
-    label = f"element {index + 1}/{num_elements(config)} {element.model.name} {element.task}"
-    if finished is not None:
-        changed = changed_inputs(config, element, finished)
-        if not changed:
-            print(f"{label}: finished before, skipped", flush=True)
-            return finished
-        print(f"{label}: scored again, changed since: {', '.join(changed)}", flush=True)
-    result = _score(config, element, load or _export_loader())
-    print(f"{label}: {result['metric']} {result['score']:.4f} ({result['seconds']} s)", flush=True)
-    return result
+    return _finished(config, element) or _score(config, element, load or _export_loader())
+
+
+def _finished(config: EvaluateConfig, element: Element) -> dict[str, Any] | None:
+    """What an earlier run wrote, if it would come out the same now."""
+    result = read_result(element)
+    if result is None:
+        return None
+    changed = changed_inputs(config, element, result)
+    if not changed:
+        print(f"{_label(config, element)}: finished before, skipped", flush=True)
+        return result
+    print(
+        f"{_label(config, element)}: scored again, changed since: {', '.join(changed)}", flush=True
+    )
+    return None
+
+
+def _label(config: EvaluateConfig, element: Element) -> str:
+    return f"element {element.index + 1}/{num_elements(config)} {element.model.name} {element.task}"
 
 
 def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[str, Any]:
@@ -85,6 +96,11 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
             result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
         _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
     write_json(element.result_path, result)
+    print(
+        f"{_label(config, element)}: {result['metric']} {result['score']:.4f} "
+        f"({result['seconds']} s)",
+        flush=True,
+    )
     return result
 
 
@@ -101,7 +117,7 @@ def plan(config: EvaluateConfig) -> Plan:
     """
     from pipeline.evaluation.blocks.plan import write_plan
 
-    written = write_plan(config, num_workers=min(os.cpu_count() or 1, _MAX_WORKERS))
+    written = write_plan(config, num_workers=min(num_cores(), _MAX_WORKERS))
     print(
         f"{written.num_texts} distinct texts of {written.num_occurrences} in "
         f"{len(written.block_costs)} blocks, about {sum(written.block_costs) / 1e6:.1f} M tokens "
@@ -149,12 +165,29 @@ def embed(
 def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Score every element from the vectors that `embed` stored; needs no GPU.
 
+    Reading a task's data and mteb's metrics keep one core busy, so that several elements are scored
+    side by side, each by one process.
+
     Raises:
         UserError: vectors are missing.
     """
-    from pipeline.evaluation.blocks.store import load_stored
+    elements = list_elements(config)
+    results = {element.index: _finished(config, element) for element in elements}
+    open_ones = [index for index, result in results.items() if result is None]
+    # A process takes as long to start as a small task to be scored.
+    num_workers = min(num_cores(), _MAX_WORKERS, len(open_ones) // 2)
+    with contextlib.closing(Alone(num_workers)) as crew:
+        for index in crew.each(functools.partial(_score_stored, config), open_ones):
+            results[index] = read_result(elements[index])
+    return [result for result in results.values() if result is not None]
 
-    return run_all(config, load=load_stored)
+
+def _score_stored(config: EvaluateConfig, index: int) -> None:
+    from pipeline.evaluation.blocks.store import load_stored
+    from pipeline.evaluation.models.place import share_cores
+
+    share_cores()
+    _score(config, element_at(config, index), load_stored)
 
 
 def _export_loader() -> LoadEncoder:
