@@ -87,7 +87,7 @@ def plan_merge(
         for module in adapted.modules():
             if isinstance(module, BaseTunerLayer):  # keeps the module that it stands in for
                 tuners[module.get_base_layer()] = module
-        adapted.unload()
+        adapted.unload().requires_grad_(True)  # peft froze it
 
     def merge(module: nn.Module) -> None:
         if module in tuners:

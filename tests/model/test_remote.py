@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers.dynamic_module_utils as dynamic
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.backbones import load_backbone
 from pipeline.model.encoder import build_encoder
+from pipeline.model.weights import Placement
 
 _CONFIG = """
 from transformers import PretrainedConfig
@@ -98,6 +101,21 @@ def test_foreign_code_gives_the_vectors_of_its_own_forward(tmp_path: Path, lora:
         assert (parameter.grad is not None) == (lora is None or "lora_" in name), name
     meta = build_encoder(config, meta=True)
     assert [n for n, _ in meta.named_parameters()] == [n for n, _ in encoder.named_parameters()]
+
+
+def test_what_an_adapter_was_merged_into_trains_whole(tmp_path: Path) -> None:
+    config = write(tmp_path / "toy", HONEST)
+    backbone: Any = load_backbone(config, placement=Placement())[0]
+    toy = backbone.layers[0].inner
+    adapted = peft.get_peft_model(backbone, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    torch.nn.init.ones_(toy.q_proj.lora_B["default"].weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids, lengths = torch.arange(1, 12), torch.tensor([3, 8])
+    merged = build_encoder(dataclasses.replace(config, adapter=str(tmp_path / "adapter")))
+    rows = [toy(toy.embed(row)[None], torch.ones(1, len(row))) for row in ids.split([3, 8])]
+    wanted = torch.cat([row.last_hidden_state.mean(1) for row in rows])
+    torch.testing.assert_close(merged(ids, lengths), wanted, atol=1e-5, rtol=0)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
 def test_padding_that_leaks_into_vectors_is_refused(tmp_path: Path) -> None:
