@@ -248,6 +248,9 @@ def test_each_step_is_submitted_as_one_chain_before_training_ends(slurm, tmp_pat
     evaluations.start(tmp_path / "run/checkpoints/step-000004", 4)  # as after a resume
     evaluations.finish()
     assert len(orders(state)) == 2 * (1 + len(CHAIN))
+    evaluations.start(checkpoint_of(tmp_path / "run", 2, "after a rewind"), 2)
+    evaluations.finish()
+    assert orders(state)[2 * (1 + len(CHAIN)) :] == ["export-step-000002", *CHAIN]
 
 
 @pytest.mark.parametrize(
