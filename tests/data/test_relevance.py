@@ -20,6 +20,11 @@ def ragged(rows: list[list[int]]) -> Ragged:
     return Ragged.from_lengths(lengths, np.array(list(chain(*rows)), dtype=np.int64))
 
 
+def test_pairs_are_grouped_by_row_in_the_order_they_come() -> None:
+    rows, values = np.array([2, 0, 2, 2]), np.array([5, 6, 9, 7])
+    assert [row.tolist() for row in Ragged.from_pairs(rows, values, 4)] == [[6], [], [5, 9, 7], []]
+
+
 def pick(lists: Ragged, places: np.ndarray) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in range(len(lists))]
     for place in places.tolist():

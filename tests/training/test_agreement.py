@@ -46,7 +46,7 @@ def steps_of_a_rank() -> list[str]:
     asked = False
     ends.append(pass_points(agreement, run_out_of_memory))
     ends.append(pass_points(agreement))
-    agreement.end_step(seconds=1)
+    agreement.end_step(seconds=9)
     ends.append(pass_points(agreement, ask))  # a short step is always finished
     # Ranks that had lost each other would not meet here.
     assert comm.all_gather_object(rank) == [0, 1]
