@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PrepareConfig
+import numpy as np
+
+from pipeline.config import DataConfig, PrepareConfig
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.loader import Loader
+from pipeline.data.shards import Dataset
 
 ConfigMaker = Callable[..., PrepareConfig]
 
@@ -49,3 +54,23 @@ def reasonaug_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         }
         for number in range(count)
     ]
+
+
+def make_loader(dataset: Dataset, *, batch: int = 32, **changes: object) -> Loader:
+    """A loader of small batches and chunks; changes are keys of the data config, or arguments."""
+    data = {key: changes.pop(key) for key in list(changes) if hasattr(DataConfig, key)}
+    config = DataConfig(path=dataset.folder, global_batch_size=batch, **data)  # type: ignore[arg-type]
+    settings = {"max_chunk_tokens": 400, "seed": 3, **changes}
+    return Loader(dataset, config, **settings)  # type: ignore[arg-type]
+
+
+def texts_of(batches: list[GlobalBatch]) -> dict[int, tuple[int, ...]]:
+    """Tokens of every text of the batch, by global text index."""
+    found: dict[int, tuple[int, ...]] = {}
+    for chunk in (chunk for batch in batches for chunk in batch.chunks):
+        if not chunk.is_dummy:
+            pieces = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
+            for text, piece in zip(chunk.texts.tolist(), pieces, strict=True):
+                assert text not in found
+                found[text] = tuple(piece.tolist())
+    return found

@@ -1,0 +1,138 @@
+"""Which documents of its examples a batch holds, and which of them count against a query."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from data_support import ConfigMaker, make_loader, texts_of, write_jsonl
+from transformers import AutoTokenizer
+
+from pipeline.config import SourceConfig
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import Dataset
+
+
+def test_another_step_or_seed_takes_other_documents_of_an_example(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "query": f"query {k}",
+            "positives": [f"good {k} {j}" for j in range(4)],
+            "negatives": [f"bad {k} {j}" for j in range(4)],
+        }
+        for k in range(8)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="several", format="columns", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+
+    def taken(seed: int, step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The positive and the negative of every example, as tokens."""
+        batch = make_loader(opened, batch=8, seed=seed).batch(step)
+        documents, first = texts_of([batch]), batch.num_queries
+        return [
+            (documents[first + batch.positives[k][0]], documents[first + batch.negatives[k][0]])
+            for k in np.argsort(batch.example_ids)
+        ]
+
+    by_step = [taken(3, step) for step in range(12)]
+    # Of four positives and four negatives more than four pairs: neither goes by the other.
+    assert all(len(set(pairs)) > 4 for pairs in zip(*by_step, strict=True))
+    assert taken(4, 0) != by_step[0]
+
+
+def test_negatives_that_come_first_are_taken_before_the_others(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    def passages(kind: str, count: int, number: int) -> list[dict[str, str]]:
+        return [{"docid": "", "title": kind, "text": f"{number} {k}"} for k in range(count)]
+
+    rows = [
+        {
+            "query": f"query {number}",
+            "positive_passages": passages("good", 1, number),
+            "negative_passages": passages("bad", 9, number),
+            "new_negatives": passages("new", 2, number),
+        }
+        for number in range(4)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="rows", format="msmarco_instructions", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
+    batch = make_loader(opened, batch=4, num_hard_negatives=3).batch(0)
+    texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
+    for negatives in batch.negatives:
+        kinds = [texts[batch.num_queries + document].split()[0] for document in negatives]
+        assert sorted(kinds) == ["bad", "new", "new"]
+
+
+def test_teacher_scores_stay_beside_the_chosen_documents(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "query": f"query {k}",
+            "positives": [f"good {k} {j}" for j in range(3)],
+            "negatives": [f"bad {k} {j}" for j in range(4)],
+            "s": [10 * k + j for j in range(7)],
+        }
+        for k in range(8)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="scored", format="columns", path=str(path), columns={"scores": "s"})
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    batch = make_loader(opened, batch=8, num_positives=2, num_hard_negatives=3).batch(0)
+    tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
+    texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
+    assert batch.positive_scores is not None and batch.negative_scores is not None
+    for lists, scores, first, each in (
+        (batch.positives, batch.positive_scores, 0, 2),
+        (batch.negatives, batch.negative_scores, 3, 3),
+    ):
+        assert lists.lengths.tolist() == scores.lengths.tolist() == [each] * 8
+        for document, score in zip(lists.values.tolist(), scores.values.tolist(), strict=True):
+            _, k, j = texts[batch.num_queries + document].split()
+            assert score == 10 * int(k) + first + int(j)
+
+
+def test_answers_to_the_same_question_are_masked(make_config: ConfigMaker, tmp_path: Path) -> None:
+    rows = [{"query": "a", "positives": ["x"]}, {"query": "a", "positives": ["y"]}]
+    rows += [{"query": "b", "positives": ["z"]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="pairs", format="columns", path=str(path))
+    batch = make_loader(Dataset.open(prepare(make_config(source), num_workers=1)), batch=3).batch(0)
+    place = {example: row for row, example in enumerate(batch.example_ids.tolist())}
+    for own, other in ((0, 1), (1, 0)):
+        assert batch.masked[place[own]].tolist() == batch.positives[place[other]].tolist()
+    assert len(batch.masked[place[2]]) == 0
+
+
+def test_positives_not_chosen_are_masked_when_another_query_brings_them(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {"query": "a", "positives": ["x", "y"]},
+        {"query": "b", "positives": ["z"], "negatives": ["x", "y"]},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(name="pairs", format="columns", path=str(path))
+    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    batch = make_loader(opened, batch=2, num_hard_negatives=2).batch(0)
+    first = batch.example_ids.tolist().index(0)
+    assert len(batch.positives[first]) == len(batch.masked[first]) == 1
+    assert len(batch.masked[1 - first]) == 0
+
+
+def test_positives_of_the_same_concept_are_masked(dataset: Dataset) -> None:
+    batch = make_loader(dataset).batch(1)
+    concept = dataset.examples.scalars("concept", batch.example_ids)
+    for query in range(batch.num_queries):
+        positives = set(batch.positives[query].tolist())
+        same = np.flatnonzero(concept == concept[query])
+        expected = set(np.concatenate([batch.positives[k] for k in same]).tolist())
+        expected -= positives | set(batch.negatives[query].tolist())
+        assert set(batch.masked[query].tolist()) == expected
+    assert len(batch.masked.values) > 0
