@@ -231,7 +231,7 @@ def main() -> None:
         ("mntp, causal", [3, 5], True, "cache", untied),
         ("diffusion", [3, 5], False, "cache", tied),
         ("diffusion", [3, 5], False, "sweep", untied),
-        ("diffusion, shifted", [2, 2], True, "sweep", untied),
+        ("diffusion, shifted", [2, 2], True, "sweep", tied),
         ("next token", [3, 5], False, "cache", tied),
     ]
     for stage, (kind, counts, lora, schedule, path) in itertools.product((1, 2, 3), cases):
