@@ -179,10 +179,8 @@ class ZeroEngine:
         # What leaving DeepSpeed's context would have undone, but for the reduction.
         self._engine.inside_no_sync_ctxt = False
         zero._coalesce_grad_reduction = False
-        parameter: Any
         for parameter in self._parameters.values():
             parameter.grad = None
-            parameter.grad_accum = None  # where ZeRO-1 and 2 move it
         self._sums.discard()
 
     def backward(self, surrogate: torch.Tensor) -> None:

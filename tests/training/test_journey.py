@@ -61,7 +61,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     # Two steps of warm-up; zero would follow the last one.
     rates = [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
     assert [line["lr"] for line in wanted] == pytest.approx(rates)
-    assert wanted[-1]["temperature"] != 0.1
+    # Learned as a logarithm, 0.1 need not come back as 0.1 even where nothing was learned.
+    assert wanted[-1]["temperature"] != pytest.approx(0.1, rel=1e-4)
     assert metrics(parts) == wanted
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names == ["latest", "step-000004", "step-000006"]
