@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import DiffembedError
 
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0
 # Who adopts processes whose parent has ended, beside process 1.
 _ADOPTERS = ("systemd", "slurmstepd")
 
