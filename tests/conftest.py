@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,5 +18,5 @@ def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="t-") as folder:
         for name in ("TMPDIR", "TMP", "TEMP"):
             patch.setenv(name, folder)
-        patch.setattr(tempfile, "tempdir", str(Path(folder)))
+        patch.setattr(tempfile, "tempdir", folder)
         yield

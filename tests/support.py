@@ -64,11 +64,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         ]
 
 
-def launch_ranks(world_size: int, script: Path, *arguments: str) -> str:
+def launch_ranks(world_size: int, script: Path, *arguments: str, seconds: float = PATIENCE) -> str:
     """Run a Python script as ranks of one job, as torchrun would; what rank 0 printed.
 
-    For engines that want a process of their own. The first rank that fails ends all of
-    them, as `PATIENCE` does, and raises with the rank's output.
+    For engines that want a process of their own. The first rank that fails, or the end of so
+    many seconds, ends all of them and raises with the rank's output.
     """
     environment = {
         **os.environ,
@@ -79,7 +79,7 @@ def launch_ranks(world_size: int, script: Path, *arguments: str) -> str:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     processes, outputs = [], []
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     try:
         for rank in range(world_size):
             outputs.append(TemporaryFile("w+"))  # noqa: SIM115 -- read after the ranks end

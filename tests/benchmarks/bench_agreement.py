@@ -67,6 +67,7 @@ def main() -> None:
                     *(f"output_dir={folder}/{schedule}-{chunks}", f"schedule={schedule}"),
                     *(f"num_steps={_LEFT_OUT + steps}", f"chunks.min_chunks={chunks}"),
                     "checkpoint.every=1000000",
+                    seconds=1200,
                 )
                 print(printed.splitlines()[-1])
 

@@ -49,7 +49,7 @@ def traffic(quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         tiny_qwen2(Path(folder), **SHAPE)
         size = "quick" if quick else "full"
-        output = launch_ranks(WORLD_SIZE, Path(__file__), folder, size)
+        output = launch_ranks(WORLD_SIZE, Path(__file__), folder, size, seconds=900)
     for line in output.splitlines():
         if line.startswith("{"):
             figures += _figures(json.loads(line))

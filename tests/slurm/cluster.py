@@ -139,13 +139,15 @@ class Cluster:
         self,
         job: str,
         until: Callable[[set[str]], bool] = _ENDED.issuperset,
+        *,
+        seconds: float = PATIENCE,
     ) -> dict[str, str]:
         """Poll until the set of a job's states satisfies `until`; by default until it has ended.
 
         Not `sbatch --wait`, which looks only every few seconds.
 
         Raises:
-            AssertionError: it took too long.
+            AssertionError: it took longer than `seconds`.
         """
         found: dict[str, str] = {}
 
@@ -154,21 +156,21 @@ class Cluster:
             found = self.states(job)
             return bool(found) and until(set(found.values()))
 
-        self.poll(satisfied)
+        self.poll(satisfied, seconds=seconds)
         return found
 
-    def poll(self, ready: Callable[[], bool]) -> None:
+    def poll(self, ready: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
         """Ask until the answer is yes.
 
         Raises:
-            AssertionError: it took too long; shows jobs, nodes and the last log lines.
+            AssertionError: it took longer than `seconds`; shows jobs, nodes and the last log lines.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
                 views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
                 logs = [f"{p.name}:\n{p.read_text()[-1000:]}" for p in self._folder.glob("*.log")]
-                raise AssertionError("\n".join([f"not within {PATIENCE} s", *views, *logs]))
+                raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
             time.sleep(0.1)
 
     def cancel_all(self) -> None:

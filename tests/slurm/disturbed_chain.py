@@ -1,6 +1,6 @@
 """A whole chain of `diffembed submit all` whose training is disturbed again and again.
 
-    python tests/slurm/disturbed_chain.py
+    python -m tests.slurm.disturbed_chain
 
 brings up a Slurm of two nodes, runs the chain twice, undisturbed and disturbed, and prints what
 happened: to the jobs, to the training run, and how the two ends compare.
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import Cluster, why_unavailable
+
+from tests.slurm.cluster import Cluster, why_unavailable
+from tests.support import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/recipes/quickstart"
@@ -43,7 +45,7 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
 def run_python(module: str, *words: object) -> None:
     command = [sys.executable, "-m", module, *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE)
 
 
 def make_material(folder: Path) -> None:
@@ -118,7 +120,7 @@ class ChainRun:
     def finish(self) -> None:
         """Wait until the last job has ended, and insist on a good end of all."""
         try:
-            self.cluster.wait(list(self.ids.values())[-1])
+            self.cluster.wait(list(self.ids.values())[-1], seconds=900)
         finally:
             ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
             self._say(f"ended: {ends}")

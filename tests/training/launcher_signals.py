@@ -33,7 +33,8 @@ SCRIPT = "train_mpirun.sh"
 ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (*LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A loaded machine starts a run slowly.
+# What has not ended by then goes on: the runs have no end of their own.
+_GOES_ON_AFTER_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class Trial:
         code = self._launch.wait()
         goes_on = False
         try:
-            self._launch.require_nothing_left()
+            self._launch.require_nothing_left(_GOES_ON_AFTER_SECONDS)
         except AssertionError:
             goes_on = True
         seconds = time.monotonic() - began

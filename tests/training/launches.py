@@ -130,13 +130,13 @@ class Launch:
                     found.append((int(folder.name), environment))
         return found
 
-    def require_nothing_left(self) -> None:
+    def require_nothing_left(self, seconds: float = PATIENCE) -> None:
         """Wait until all processes of the run are gone.
 
         Raises:
             AssertionError: one is still there; shows the output.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + seconds
         while left := self.processes():
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.output()[-3000:]}"
             time.sleep(0.1)
