@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from data_support import ConfigMaker, make_loader, texts_of, write_jsonl
@@ -11,6 +12,13 @@ from transformers import AutoTokenizer
 from pipeline.config import SourceConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+
+
+def open_rows(make_config: ConfigMaker, folder: Path, rows: list[Any], **source: Any) -> Dataset:
+    """The shards of one source of these rows."""
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    settings = {"name": "rows", "format": "columns", "path": str(path), **source}
+    return Dataset.open(prepare(make_config(SourceConfig(**settings)), num_workers=1))
 
 
 def test_another_step_or_seed_takes_other_documents_of_an_example(
@@ -24,9 +32,7 @@ def test_another_step_or_seed_takes_other_documents_of_an_example(
         }
         for k in range(8)
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = SourceConfig(name="several", format="columns", path=str(path))
-    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    opened = open_rows(make_config, tmp_path, rows)
 
     def taken(seed: int, step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The positive and the negative of every example, as tokens."""
@@ -58,9 +64,7 @@ def test_negatives_that_come_first_are_taken_before_the_others(
         }
         for number in range(4)
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = SourceConfig(name="rows", format="msmarco_instructions", path=str(path))
-    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    opened = open_rows(make_config, tmp_path, rows, format="msmarco_instructions")
     tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
     batch = make_loader(opened, batch=4, num_hard_negatives=3).batch(0)
     texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
@@ -81,9 +85,7 @@ def test_teacher_scores_stay_beside_the_chosen_documents(
         }
         for k in range(8)
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = SourceConfig(name="scored", format="columns", path=str(path), columns={"scores": "s"})
-    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    opened = open_rows(make_config, tmp_path, rows, columns={"scores": "s"})
     batch = make_loader(opened, batch=8, num_positives=2, num_hard_negatives=3).batch(0)
     tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer.path)
     texts = {k: tokenizer.decode(ids) for k, ids in texts_of([batch]).items()}
@@ -101,9 +103,7 @@ def test_teacher_scores_stay_beside_the_chosen_documents(
 def test_answers_to_the_same_question_are_masked(make_config: ConfigMaker, tmp_path: Path) -> None:
     rows = [{"query": "a", "positives": ["x"]}, {"query": "a", "positives": ["y"]}]
     rows += [{"query": "b", "positives": ["z"]}]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = SourceConfig(name="pairs", format="columns", path=str(path))
-    batch = make_loader(Dataset.open(prepare(make_config(source), num_workers=1)), batch=3).batch(0)
+    batch = make_loader(open_rows(make_config, tmp_path, rows), batch=3).batch(0)
     place = {example: row for row, example in enumerate(batch.example_ids.tolist())}
     for own, other in ((0, 1), (1, 0)):
         assert batch.masked[place[own]].tolist() == batch.positives[place[other]].tolist()
@@ -117,9 +117,7 @@ def test_positives_not_chosen_are_masked_when_another_query_brings_them(
         {"query": "a", "positives": ["x", "y"]},
         {"query": "b", "positives": ["z"], "negatives": ["x", "y"]},
     ]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    source = SourceConfig(name="pairs", format="columns", path=str(path))
-    opened = Dataset.open(prepare(make_config(source), num_workers=1))
+    opened = open_rows(make_config, tmp_path, rows)
     batch = make_loader(opened, batch=2, num_hard_negatives=2).batch(0)
     first = batch.example_ids.tolist().index(0)
     assert len(batch.positives[first]) == len(batch.masked[first]) == 1
