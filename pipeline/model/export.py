@@ -18,6 +18,7 @@ from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.eos import append_eos
+from pipeline.model.parts import SETTINGS
 from pipeline.run_dir import sync_dir, write_json
 from pipeline.tokenizer import load_tokenizer
 
@@ -28,7 +29,6 @@ POOLING_NAMES: dict[Pooling, str] = {
     "last_token": "lasttoken",
     "first_token": "cls",
 }
-SETTINGS = "diffembed.json"
 _TRUNCATION = "2_Truncation"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,9 @@ from torch import Tensor
 from pipeline.config import ModelConfig, Pooling, RopeScaling, Template, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.model.export import POOLING_NAMES, SETTINGS
+from pipeline.model.export import POOLING_NAMES
 from pipeline.model.families import FAMILIES
+from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, read_settings
 from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
 
 # sentence-transformers before version 5 kept one boolean per pooling.
@@ -31,7 +31,7 @@ _OLD_POOLING_KEYS = {
 }
 # Packed tokens that a CPU takes at a time: larger ones leave its caches, and their tensors are so
 # large that the allocator gives each back to the kernel and asks for new pages at every layer.
-_CPU_TOKENS = 4096
+_CPU_TOKENS = 2048
 # `Dense` keeps a vector's first numbers; see `export`.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
@@ -166,8 +166,9 @@ def load_export(
         UserError: a file is missing, or asks for something this package does not compute.
     """
     folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        config, max_length = _adapter_settings(folder)
+    max_length: int | None
+    if is_adapter(folder):
+        config, max_length = adapted_model(folder), read_settings(folder, SETTINGS)["max_length"]
     else:
         config, max_length = _sentence_transformers_settings(folder)
     asked = {"dimensions": dimensions, "rope_scaling": rope_scaling}
@@ -186,23 +187,8 @@ def load_export(
     )
 
 
-def _adapter_settings(folder: Path) -> tuple[ModelConfig, int | None]:
-    """What our adapter-only export says about its base model and its vectors."""
-    settings = _read(folder, SETTINGS)
-    origin = str(folder / SETTINGS)
-    trained = build_config(ModelConfig, settings["model"], origin=origin)
-    config = dataclasses.replace(
-        trained,
-        lora=None,
-        merged_adapters=trained.all_merged,
-        adapter=str(folder),
-        adapter_use="merge",
-    )
-    return config, settings["max_length"]
-
-
 def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
-    modules = _read(folder, "modules.json")
+    modules = read_settings(folder, "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = (folder / SETTINGS).is_file()
     optional = [kind for kind in _MODULES[2:] if kind in kinds]
@@ -212,32 +198,23 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
             allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
         )
     prompts = folder / "config_sentence_transformers.json"
-    if prompts.is_file() and _read(folder, prompts.name).get("truncate_dim") is not None:
+    if prompts.is_file() and read_settings(folder, prompts.name).get("truncate_dim") is not None:
         raise UserError(
             f"{prompts}: truncate_dim, which cuts vectors without normalising them again",
             fix="remove that key, and ask for the number of dimensions where vectors are made",
         )
-    settings = _read(folder, "sentence_bert_config.json")
+    settings = read_settings(folder, "sentence_bert_config.json")
+    bidirectional = _is_bidirectional(read_settings(folder, "config.json"))
+    trained = read_settings(folder, SETTINGS)["model"] if ours else {}
     config = ModelConfig(
         path=str(folder),
-        attention="bidirectional" if _is_bidirectional(_read(folder, "config.json")) else "causal",
+        attention="bidirectional" if bidirectional else "causal",
         pooling=_pooling(folder, modules[1]["path"]),
         pool_instruction=_pools_prompt(folder, modules[1]["path"]),
         normalize="Normalize" in kinds,
-        dimensions=_read(folder, SETTINGS)["model"]["dimensions"] if "Dense" in kinds else None,
+        dimensions=trained["dimensions"] if "Dense" in kinds else None,
     )
     return config, settings.get("max_seq_length")
-
-
-def _read(folder: Path, name: str) -> Any:
-    path = folder / name
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__})",
-            fix="give a folder written by `diffembed export`, or in sentence-transformers layout",
-        ) from error
 
 
 def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
@@ -247,7 +224,7 @@ def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
 
 
 def _pooling(folder: Path, name: str) -> Pooling:
-    settings = _read(folder / name, "config.json")
+    settings = read_settings(folder / name, "config.json")
     mode = settings.get("pooling_mode")
     if mode is None:
         mode = "+".join(kind for key, kind in _OLD_POOLING_KEYS.items() if settings.get(key))
@@ -258,15 +235,15 @@ def _pooling(folder: Path, name: str) -> Pooling:
 
 
 def _pools_prompt(folder: Path, name: str) -> bool:
-    return bool(_read(folder / name, "config.json").get("include_prompt", True))
+    return bool(read_settings(folder / name, "config.json").get("include_prompt", True))
 
 
 def _template(folder: Path) -> Template:
     """Ours where the folder is our export, else the prompts of sentence-transformers."""
     if (folder / SETTINGS).is_file():
         origin = str(folder / SETTINGS)
-        return build_config(Template, _read(folder, SETTINGS)["template"], origin=origin)
-    prompts = _read(folder, "config_sentence_transformers.json").get("prompts", {})
+        return build_config(Template, read_settings(folder, SETTINGS)["template"], origin=origin)
+    prompts = read_settings(folder, "config_sentence_transformers.json").get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
     )

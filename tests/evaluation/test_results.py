@@ -130,6 +130,23 @@ def test_an_export_that_is_replaced_by_a_pass_of_training_is_told_from_it(tmp_pa
         before = after
 
 
+def test_an_adapter_on_another_base_model_is_told_from_it(tmp_path):
+    base, merged, adapter = (tmp_path / name for name in ("base", "merged", "adapter"))
+    for folder in (base, merged, adapter):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("old weights")
+    (adapter / "adapter_config.json").write_text("{}")
+    settings = {"model": {"path": str(base), "adapter": str(merged)}}
+    (adapter / "diffembed.json").write_text(json.dumps(settings))
+    seen = [export_fingerprint(adapter)]
+    for folder in (base, merged, adapter):
+        replace_in_silence(folder / "model.safetensors", "old", "new")
+        seen.append(export_fingerprint(adapter))
+    (base / "README.md").write_text("a card")
+    assert len(set(seen)) == 4
+    assert export_fingerprint(adapter) == seen[-1]
+
+
 def test_one_export_under_two_names_has_one_fingerprint(tmp_path):
     export = tmp_path / "one"
     export.mkdir()

@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig, Template
 from pipeline.evaluation.models.fingerprints import model_fingerprint
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.texts import Role
-from pipeline.model.export import SETTINGS
+from pipeline.model.parts import SETTINGS
 from pipeline.run_dir import checkpoint_name
 
 if TYPE_CHECKING:

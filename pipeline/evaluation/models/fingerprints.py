@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import EvaluatedModel, as_tree
 from pipeline.errors import UserError
+from pipeline.model.parts import folders_of
 
 # The files of an export that decide its vectors.
 _EXPORT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
@@ -51,21 +52,27 @@ def _pages(path: Path, size: int, *_: int) -> str:
 
 
 def export_fingerprint(path: Path) -> str:
-    """The fingerprint of an export.
+    """The fingerprint of an export; of an adapter alone with the local folders it stands on.
 
     The model card is left out, because the report's scores may be added to it.
 
     Raises:
         UserError: the folder is missing or holds no weights.
     """
-    files = [p for p in path.rglob("*") if p.is_file() and p.suffix in _EXPORT_SUFFIXES]
-    if not any(p.suffix == ".safetensors" for p in files):
+    own = _model_files(path)
+    if not any(p.suffix == ".safetensors" for p in own):
         raise UserError(
             f"{path}: no export there",
             allowed="a folder with *.safetensors",
             fix="run `diffembed export`, or correct models.path",
         )
-    return fingerprint(path, files)
+    others = [part for part in folders_of(path) if part != path]
+    prints = [fingerprint(path, own), *(fingerprint(part, _model_files(part)) for part in others)]
+    return _short_hash(json.dumps(prints)) if others else prints[0]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.suffix in _EXPORT_SUFFIXES]
 
 
 def model_settings(model: EvaluatedModel) -> dict[str, Any]:

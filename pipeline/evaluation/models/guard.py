@@ -9,13 +9,19 @@ from pathlib import Path
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.model.parts import backbone_folder
 
+# The names of the two widths in config.json: those of most models, GPT-2's, LLaDA's.
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_INNER_WIDTH = ("intermediate_size", "n_inner", "mlp_hidden_size")
 # Room for the CUDA context, fragmentation and what a kernel needs for itself.
 _USABLE = 0.85
 
 
-def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int:
+def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int | None:
     """Packed tokens of the largest forward without gradients; 0 if not even the weights fit.
+
+    None where the backbone is not here yet: to be exported, or an adapter's to be fetched.
 
     Per token the widest moment of a layer holds the residual stream, its norm, and the gate, up and
     product of the feed-forward: 2 x width + 3 x inner width values. Attention adds nothing of the
@@ -25,9 +31,12 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int:
         memory: free bytes of the GPU before the weights are loaded.
         bytes_per_value: 2 for bfloat16, 4 for float32.
     """
-    tree = json.loads((export / "config.json").read_text())
-    width = tree.get("hidden_size") or tree["n_embd"]
-    inner = tree.get("intermediate_size") or tree.get("n_inner") or 4 * width
+    backbone = backbone_folder(export)
+    if backbone is None or not (backbone / "config.json").is_file():
+        return None
+    tree = json.loads((backbone / "config.json").read_text())
+    width = next(tree[key] for key in _WIDTH if key in tree)
+    inner = next((tree[key] for key in _INNER_WIDTH if tree.get(key)), 4 * width)
     left = memory * _USABLE - num_parameters(export) * bytes_per_value
     return max(0, int(left // ((2 * width + 3 * inner) * bytes_per_value)))
 
@@ -44,7 +53,7 @@ def check_fit(config: EvaluateConfig) -> None:
     for model in config.models:
         size = 4 if model.precision == "float32" else 2
         fits = tokens_that_fit(model.path, int(config.gpu_memory_gib * 2**30), bytes_per_value=size)
-        if fits < longest:
+        if fits is not None and fits < longest:
             raise UserError(
                 f"{model.name}: one text of {longest} tokens on a GPU of "
                 f"{config.gpu_memory_gib:g} GiB",
@@ -54,9 +63,13 @@ def check_fit(config: EvaluateConfig) -> None:
 
 
 def num_parameters(export: Path) -> int:
-    """Parameters by the headers of the weight files; their values are not read."""
+    """Parameters by the headers of the weight files; their values are not read.
+
+    Those of an adapter alone with its base model's, where that is on this machine.
+    """
+    folders = {export, backbone_folder(export) or export}
     total = 0
-    for path in sorted(export.glob("*.safetensors")):
+    for path in [file for folder in folders for file in folder.glob("*.safetensors")]:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         total += sum(

@@ -37,11 +37,10 @@ def load_here(
         rope_scaling: for texts longer than the export was trained on.
     """
     device, dtype = _device(), resolve(precision)
-    # An adapter alone does not say how large its base model is.
-    if device.type == "cuda" and (path / "config.json").is_file():
+    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        size = 4 if dtype == "float32" else 2
-        max_tokens = min(max_tokens, tokens_that_fit(path, free, bytes_per_value=size))
+        fits = tokens_that_fit(path, free, bytes_per_value=4 if dtype == "float32" else 2)
+        max_tokens = max_tokens if fits is None else min(max_tokens, fits)
     share_cores()
     return load_export(
         path,
