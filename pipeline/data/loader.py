@@ -5,6 +5,7 @@ order (ids of the step) -> relevance (documents, masks) -> balance (rank, chunk)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.keyed import make_key
 from pipeline.data.order import Group, Order, source_shares
-from pipeline.data.relevance import choose, relate
+from pipeline.data.relevance import Relevance, choose, relate
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
@@ -26,6 +27,17 @@ DUMMY = Chunk(
     lengths=np.ones(1, dtype=np.int64),
     texts=np.full(1, -1, dtype=np.int64),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Drawn:
+    """What a step's batch is made of, before any text is read."""
+
+    ids: IntArray
+    listed: dict[str, Ragged]  # all documents of the examples
+    chosen: dict[str, IntArray]  # places of those that the step takes
+    relevance: Relevance
+    lengths: IntArray  # (S,) tokens of each text: queries, then documents
 
 
 class Loader:
@@ -84,6 +96,39 @@ class Loader:
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch of a step; depends on nothing that happened before."""
+        drawn = self._draw(step)
+        ids, relevance = drawn.ids, drawn.relevance
+        scores = self._scores(ids, drawn.listed, drawn.chosen)
+        return GlobalBatch(
+            step=step,
+            num_queries=len(ids),
+            num_documents=len(relevance.document_ids),
+            chunks=tuple(
+                self._read_chunk(texts, drawn.lengths, ids, relevance.document_ids)
+                for texts in self._plan(drawn.lengths)[self._rank]
+            ),
+            positives=relevance.positives,
+            negatives=relevance.negatives,
+            masked=relevance.masked,
+            example_ids=ids,
+            tokens=int(drawn.lengths.sum()),
+            positive_scores=scores[0],
+            negative_scores=scores[1],
+        )
+
+    def chunk_tokens(self, step: int) -> list[list[int]]:
+        """Tokens of every rank's chunks of a step, dummies too; reads no text."""
+        lengths = self._lengths(step)
+        return [
+            [int(lengths[texts].sum()) if len(texts) else len(DUMMY.input_ids) for texts in chunks]
+            for chunks in self._plan(lengths)
+        ]
+
+    def _lengths(self, step: int) -> IntArray:
+        """(S,) tokens of each text of a step."""
+        return self._draw(step).lengths
+
+    def _draw(self, step: int) -> _Drawn:
         examples, documents = self.dataset.examples, self.dataset.documents
         ids = self.order.batch(step)
         listed = {name: examples.ragged(name, ids) for name in ("positives", "negatives")}
@@ -105,26 +150,10 @@ class Loader:
                 documents.lengths("tokens", relevance.document_ids),
             ]
         )
-        scores = self._scores(ids, listed, chosen)
-        return GlobalBatch(
-            step=step,
-            num_queries=len(ids),
-            num_documents=len(relevance.document_ids),
-            chunks=tuple(
-                self._read_chunk(texts, lengths, ids, relevance.document_ids)
-                for texts in self._plan(lengths)
-            ),
-            positives=relevance.positives,
-            negatives=relevance.negatives,
-            masked=relevance.masked,
-            example_ids=ids,
-            tokens=int(lengths.sum()),
-            positive_scores=scores[0],
-            negative_scores=scores[1],
-        )
+        return _Drawn(ids=ids, listed=listed, chosen=chosen, relevance=relevance, lengths=lengths)
 
-    def _plan(self, lengths: IntArray) -> list[IntArray]:
-        """This rank's chunks of texts with the given (S,) lengths, as arrays of text indices."""
+    def _plan(self, lengths: IntArray) -> list[list[IntArray]]:
+        """Every rank's chunks of texts with the given (S,) lengths, as arrays of text indices."""
         return plan_chunks(
             lengths,
             world_size=self._world_size,
@@ -132,7 +161,7 @@ class Loader:
             max_cost=self._max_cost,
             min_chunks=self._min_chunks,
             attention_length=self._attention_length,
-        )[self._rank]
+        )
 
     def _check(self, listed: dict[str, Ragged]) -> None:
         """Refuse what a damaged shard would otherwise turn into an obscure failure."""

@@ -54,19 +54,14 @@ class TextLoader(Loader):
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch of a step; depends on nothing that happened before."""
-        ids = self.order.batch(step)
-        if self._blocks is None:
-            documents = _documents(self.dataset, ids)
-            lengths = self.dataset.documents.lengths("tokens", documents)
-        else:
-            documents = ids
-            lengths = np.full(len(ids), self._blocks.length, dtype=np.int64)
+        ids, documents, lengths = self._draw_texts(step)
         return GlobalBatch(
             step=step,
             num_queries=0,
             num_documents=len(ids),
             chunks=tuple(
-                self._read_texts(texts, lengths, documents) for texts in self._plan(lengths)
+                self._read_texts(texts, lengths, documents)
+                for texts in self._plan(lengths)[self._rank]
             ),
             positives=NOTHING,
             negatives=NOTHING,
@@ -74,6 +69,17 @@ class TextLoader(Loader):
             example_ids=ids,
             tokens=int(lengths.sum()),
         )
+
+    def _lengths(self, step: int) -> IntArray:
+        return self._draw_texts(step)[2]
+
+    def _draw_texts(self, step: int) -> tuple[IntArray, IntArray, IntArray]:
+        """(N,) examples of a step, the document or block of each, and its tokens."""
+        ids = self.order.batch(step)
+        if self._blocks is not None:
+            return ids, ids, np.full(len(ids), self._blocks.length, dtype=np.int64)
+        documents = _documents(self.dataset, ids)
+        return ids, documents, self.dataset.documents.lengths("tokens", documents)
 
     def _read_texts(self, texts: IntArray, lengths: IntArray, documents: IntArray) -> Chunk:
         if not len(texts):

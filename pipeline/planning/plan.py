@@ -30,7 +30,7 @@ from pipeline.planning.memory import (
 class RunPlan:
     """A run's first global batch, laid out as every rank would, and the schedule for it."""
 
-    batches: tuple[GlobalBatch, ...]  # one per rank
+    batch: GlobalBatch  # as rank 0 gets it
     num_examples: int
     shape: ModelShape
     layout: Layout
@@ -53,12 +53,9 @@ def plan_run(
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
     dataset = Dataset.open(config.data.path)
-    loaders = [
-        make_loader(dataset, config, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    batches = tuple(loader.batch(0) for loader in loaders)
+    loader = make_loader(dataset, config, rank=0, world_size=world_size)
+    tokens = loader.chunk_tokens(0)
     zero = ds_config["zero_optimization"]
-    tokens = [[len(chunk.input_ids) for chunk in batch.chunks] for batch in batches]
     layout = Layout(
         world_size=world_size,
         stage=zero["stage"],
@@ -79,8 +76,8 @@ def plan_run(
         allowed = SCHEDULES if config.objective is None else SCHEDULES[1:]
         schedule = choose_schedule(shape, layout, available, allowed)
     return RunPlan(
-        batches=batches,
-        num_examples=sum(unit.size for unit in loaders[0].order.units),
+        batch=loader.batch(0),
+        num_examples=sum(unit.size for unit in loader.order.units),
         shape=shape,
         layout=layout,
         schedule=schedule,
@@ -104,7 +101,7 @@ def _keep_graphs(
 
 def describe(plan: RunPlan, config: TrainConfig) -> str:
     """A plan as aligned lines of text."""
-    batch, layout, shape = plan.batches[0], plan.layout, plan.shape
+    batch, layout, shape = plan.batch, plan.layout, plan.shape
     memory = memory_per_rank(shape, layout, plan.schedule)
     optimizer = config.optimizer
     lines = [

@@ -36,6 +36,15 @@ def test_every_text_is_on_exactly_one_rank(dataset: Dataset, world_size: int) ->
     assert found == texts_of(all_ranks(dataset, 4, 1))
 
 
+@pytest.mark.parametrize("world_size", [1, 3, 40])
+def test_one_rank_knows_how_many_tokens_every_rank_gets(dataset: Dataset, world_size: int) -> None:
+    changes = {"min_chunks": 3}
+    batches = all_ranks(dataset, 4, world_size, **changes)
+    assert any(chunk.is_dummy for batch in batches for chunk in batch.chunks) == (world_size == 40)
+    loader = make_loader(dataset, rank=world_size - 1, world_size=world_size, **changes)
+    assert loader.chunk_tokens(4) == [[len(c.input_ids) for c in b.chunks] for b in batches]
+
+
 def test_batches_hold_the_texts_of_the_source_rows(dataset: Dataset, tokenizer_path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     rows = {row["user_query"]: row for row in reasonaug_rows(600)}

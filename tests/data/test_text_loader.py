@@ -46,6 +46,8 @@ def rows_of(dataset: Dataset, step: int, world_size: int = 1, **data: Any) -> di
         )
         batch = loader.batch(step)
         assert batch.num_queries == 0
+        own = [len(chunk.input_ids) for chunk in batch.chunks]
+        assert loader.chunk_tokens(step)[rank] == own
         for chunk in batch.chunks:
             if not chunk.is_dummy:
                 pieces = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])

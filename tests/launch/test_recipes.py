@@ -129,7 +129,7 @@ def test_every_recipe_is_planned_at_its_real_size(
     local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prints the table: `pytest -s`."""
-    share_models_and_batches(monkeypatch)
+    share_models(monkeypatch)
     print("\n| recipe | trained | global batch | steps | tokens a step | schedule | GiB a rank |")
     print("|---|---|---|---|---|---|---|")
     for recipe in TRAINING:
@@ -140,7 +140,7 @@ def test_every_recipe_is_planned_at_its_real_size(
         head = 0 if config.objective is None else head_of(name)
         assert plan.shape.trainable == trained, recipe
         assert plan.shape.parameters == WHOLE[name] - head_of(name) + head + trained, recipe
-        batch = plan.batches[0]
+        batch = plan.batch
         groups = Dataset.open(config.data.path).manifest.groups
         if config.objective is None:
             assert batch.num_queries == published.data.global_batch_size, recipe
@@ -156,11 +156,10 @@ def test_every_recipe_is_planned_at_its_real_size(
         )
 
 
-def share_models_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes whose models have one shape, or whose batches are the same, build them once."""
-    build, make = planning.build_model, planning.make_loader
+def share_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes whose models have one shape build it once."""
+    build = planning.build_model
     models: dict[str, Any] = {}
-    batches: dict[str, Any] = {}
 
     def build_model(config: TrainConfig, *, meta: bool) -> Any:
         model = config.model
@@ -170,17 +169,7 @@ def share_models_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
             models[key] = build(config, meta=meta)
         return models[key]
 
-    def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Any:
-        key = repr((config.data, config.chunks, config.objective, rank))
-        if key not in batches:
-            loader = make(dataset, config, rank=rank, world_size=world_size)
-            first = loader.batch(0)
-            loader.batch = lambda step: first  # type: ignore[method-assign]
-            batches[key] = loader
-        return batches[key]
-
     monkeypatch.setattr(planning, "build_model", build_model)
-    monkeypatch.setattr(planning, "make_loader", make_loader)
 
 
 def test_published_recipes_have_the_published_arithmetic() -> None:
