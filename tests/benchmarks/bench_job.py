@@ -1,12 +1,13 @@
 """What a user waits for, beside mteb and sentence-transformers, all by their own defaults.
 
-    python tests/benchmarks/bench_job.py [evaluation] [encode] [--scale 0.0005] [--folder FOLDER]
+    python tests/benchmarks/bench_job.py [evaluation] [sharing] [encode] [--scale 0.0005]
 
 evaluation: FollowIR, LongEmbed at three lengths, BRIGHT v1.1 and v1, standard and long, with the
 texts of the real ones at a small share: `diffembed evaluate plan`, `embed` and `score` against
-`mteb.evaluate` task by task and length by length. encode: `diffembed encode` of a file against
-`SentenceTransformer.encode`. On a GPU both take it by themselves. On a busy CPU, OMP_NUM_THREADS=1
-gives both one thread, so that CPU seconds compare.
+`mteb.evaluate` task by task and length by length. sharing: the plan of that alone, which takes
+`--scale 1` too. encode: `diffembed encode` of a file against `SentenceTransformer.encode`. On a GPU
+both take it by themselves. On a busy CPU, OMP_NUM_THREADS=1 gives both one thread, so that CPU
+seconds compare.
 
 Whatever is heavy is imported inside functions: the processes that we start import this file too.
 """
@@ -65,31 +66,37 @@ def recorded(function: Callable[..., Any], calls: list[Spent]) -> Callable[..., 
     return call
 
 
+def config_of(folder: Path, hub: Path, precision: Any = "float32") -> Any:
+    """The evaluation that is measured, with its results in a folder."""
+    from bench_support import minilm_path
+
+    from pipeline.config import EvaluateConfig, EvaluatedModel
+
+    return EvaluateConfig(
+        output_dir=folder / "out",
+        models=(EvaluatedModel(name="minilm", path=minilm_path(), precision=precision),),
+        tasks=TASKS,
+        snapshots=hub,
+        max_length=256,
+        lengths={"LongEmbed": LENGTHS},
+    )
+
+
 def evaluation(folder: Path, scale: float) -> list[Any]:
     """All benchmarks: scores first, then time."""
     import full_size_hub
     from bench_support import Figure, minilm_path
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.config import EvaluateConfig, EvaluatedModel
     from pipeline.evaluation.tasks.elements import list_elements
 
     hub = full_size_hub.write_hub(folder / "hub", scale=scale)
     reference = SentenceTransformer(str(minilm_path()))
-
-    def config_of(precision: Any) -> EvaluateConfig:
-        return EvaluateConfig(
-            output_dir=folder / precision,
-            models=(EvaluatedModel(name="minilm", path=minilm_path(), precision=precision),),
-            tasks=TASKS,
-            snapshots=hub,
-            max_length=256,
-            lengths={"LongEmbed": LENGTHS},
-        )
+    elements = list_elements(config_of(folder, hub))
 
     def theirs() -> list[float]:
         scores = []
-        for element in list_elements(config_of("float32")):
+        for element in elements:
             reference.max_seq_length = element.max_length
             scores.append(direct(reference, element.task, hub))
         return scores
@@ -100,10 +107,10 @@ def evaluation(folder: Path, scale: float) -> list[Any]:
     slow_encoding = Spent(
         wall=sum(spent.wall for spent in encoding), cpu=sum(spent.cpu for spent in encoding)
     )
-    names = [f"{e.task} at {e.max_length}" for e in list_elements(config_of("float32"))]
+    names = [f"{element.task} at {element.max_length}" for element in elements]
     figures = []
     for precision in PRECISIONS:
-        config = config_of(precision)
+        config = config_of(folder / precision, hub, precision)
         (scores, saved, embedding), fast = timed(lambda config=config: whole(config))
         gaps = [abs(one - other) for one, other in zip(wanted, scores, strict=True)]
         exact = precision == "float32"
@@ -133,7 +140,23 @@ def whole(config: Any) -> tuple[list[float], str, Spent]:
     written = plan(config)
     _, embedding = timed(lambda: embed(config, 0, 1))
     scores = [float(result["score"]) for result in score_all(config)]
-    return scores, f"{written.occurrence_cost / sum(written.block_costs):.2f}", embedding
+    return scores, _saved(written), embedding
+
+
+def sharing(folder: Path, scale: float) -> list[Any]:
+    """How often mteb would embed what is embedded once."""
+    import full_size_hub
+    from bench_support import Figure
+
+    from pipeline.evaluation.score.array import plan
+
+    hub = full_size_hub.write_hub(folder / "hub", scale=scale)
+    saved = _saved(plan(config_of(folder, hub)))
+    return [Figure(name="work with repetitions / work embedded", measured=saved)]
+
+
+def _saved(plan: Any) -> str:
+    return f"{plan.occurrence_cost / sum(plan.block_costs):.2f}"
 
 
 def encode(folder: Path, scale: float) -> list[Any]:
@@ -202,7 +225,7 @@ def direct(reference: Any, task: str, snapshots: Path | None) -> float:
     return float(result.get_score())
 
 
-PARTS = {"evaluation": evaluation, "encode": encode}
+PARTS = {"evaluation": evaluation, "sharing": sharing, "encode": encode}
 
 
 def run_parts(
