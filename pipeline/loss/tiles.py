@@ -11,9 +11,9 @@ _MIN_KEPT_ROWS = 64
 # More rows than this gain nothing, and a block of them travels between ranks.
 _MAX_ROWS = 4096
 # A tile of this many columns keeps element-wise work in a CPU's cache and a GPU's cores busy.
-_TILE_COLUMNS = 1024
+_TILE_COLUMNS = 2048
 # Memory for scores per kind of device: a CPU's cache likes few, a GPU needs many to stay busy.
-DEFAULT_SCORE_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+DEFAULT_SCORE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 
 # float64 work is done on so many rows, or so many bytes of gathered rows, at one time.
 SLICE_ROWS = 512

@@ -36,7 +36,8 @@ from pipeline.training import step
 HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE = 128, 4, 1000
 QUERY_TOKENS, DOCUMENT_TOKENS = 16, 48
 CHUNK_TOKENS = 2048
-# Every freed tensor goes back to the system at once, so that the resident peak is the true one.
+# Every freed tensor goes back to the system at once, so that the resident peak is the true one; it
+# costs more time than the step itself.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -48,21 +49,25 @@ def growth(quick: bool) -> list[Figure]:
             Path(folder), hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE
         )
         run = functools.partial(_run, folder)
-        cache = {size: run("cache", size) for size in sizes}
-        sweep = {size: run("sweep", size) for size in sizes if size <= 1024}
-    return [*_time(cache), *_memory("cache", cache), *_memory("sweep", sweep)]
+        timed = {size: run("cache", size) for size in sizes if size >= 256}
+        small = [size for size in sizes if size <= 1024]
+        cache, sweep = (
+            {size: run(schedule, size, **ALLOCATOR) for size in small}
+            for schedule in ("cache", "sweep")
+        )
+    return [*_time(timed), *_memory("cache", cache), *_memory("sweep", sweep)]
 
 
-def _run(folder: str, schedule: str, size: int) -> dict[str, float]:
+def _run(folder: str, schedule: str, size: int, **environment: str) -> dict[str, float]:
     command = [sys.executable, __file__, folder, schedule, str(size)]
-    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     output = subprocess.check_output(command, env=environment, text=True)
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
 
 def _time(results: dict[int, dict[str, float]]) -> list[Figure]:
-    sizes = [size for size in results if size >= 256]
+    sizes = list(results)
     first, last = results[sizes[0]], results[sizes[-1]]
     lines = [
         Figure(
@@ -94,7 +99,7 @@ def _time(results: dict[int, dict[str, float]]) -> list[Figure]:
 
 def _memory(schedule: str, results: dict[int, dict[str, float]]) -> list[Figure]:
     """The peak of a step less what must grow: tokens, embeddings, boundaries of a sweep."""
-    sizes = [size for size in results if size <= 1024]
+    sizes = list(results)
     flat = [results[size]["peak_mib"] - results[size]["growing_mib"] for size in sizes]
     return [
         *(
