@@ -18,7 +18,7 @@ from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.eos import append_eos
-from pipeline.model.parts import SETTINGS
+from pipeline.model.parts import SETTINGS, is_export
 from pipeline.run_dir import sync_dir, write_json
 from pipeline.tokenizer import load_tokenizer
 
@@ -159,11 +159,6 @@ def _replaced(output_dir: Path) -> Iterator[Path]:
         sync_dir(output_dir.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # renamed where all went well
-
-
-def is_export(path: Path) -> bool:
-    """Whether a folder was written by `export_encoder`."""
-    return (path / SETTINGS).is_file()
 
 
 def _write_truncation(folder: Path, width: int, dimensions: int) -> None:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import POOLING_NAMES
 from pipeline.model.families import FAMILIES
-from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, read_settings
+from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, is_export, read_settings
 from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
 
 # sentence-transformers before version 5 kept one boolean per pooling.
@@ -190,7 +190,7 @@ def load_export(
 def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
     modules = read_settings(folder, "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    ours = (folder / SETTINGS).is_file()
+    ours = is_export(folder)
     optional = [kind for kind in _MODULES[2:] if kind in kinds]
     if kinds != [*_MODULES[:2], *optional] or ("Dense" in kinds and not ours):
         raise UserError(
@@ -240,7 +240,7 @@ def _pools_prompt(folder: Path, name: str) -> bool:
 
 def _template(folder: Path) -> Template:
     """Ours where the folder is our export, else the prompts of sentence-transformers."""
-    if (folder / SETTINGS).is_file():
+    if is_export(folder):
         origin = str(folder / SETTINGS)
         return build_config(Template, read_settings(folder, SETTINGS)["template"], origin=origin)
     prompts = read_settings(folder, "config_sentence_transformers.json").get("prompts", {})

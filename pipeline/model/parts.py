@@ -30,6 +30,11 @@ def read_settings(folder: Path, name: str) -> Any:
         ) from error
 
 
+def is_export(path: Path) -> bool:
+    """Whether a folder was written by `diffembed export`."""
+    return (path / SETTINGS).is_file()
+
+
 def is_adapter(export: Path) -> bool:
     """Whether an export is an adapter without the weights it belongs to."""
     return (export / "adapter_config.json").is_file()
@@ -53,7 +58,7 @@ def adapted_model(export: Path) -> ModelConfig:
 
 
 def folders_of(export: Path) -> list[Path]:
-    """The local folders whose files decide an export's vectors, its own among them.
+    """The local folders whose files decide an export's vectors, its own as the last of them.
 
     What an adapter's settings name by a hub name is left out: that name stands for it.
     """

@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig, Template
 from pipeline.evaluation.models.fingerprints import model_fingerprint
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.texts import Role
-from pipeline.model.parts import SETTINGS
+from pipeline.model.parts import SETTINGS, is_export
 from pipeline.run_dir import checkpoint_name
 
 if TYPE_CHECKING:
@@ -110,8 +110,9 @@ def checkpoint_of(export: Path) -> str | None:
 
 def _settings(export: Path) -> dict[str, Any]:
     """What `diffembed export` noted; nothing in a folder of others."""
-    path = export / SETTINGS
-    settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if not is_export(export):
+        return {}
+    settings: dict[str, Any] = json.loads((export / SETTINGS).read_text())
     return settings
 
 

@@ -59,16 +59,15 @@ def export_fingerprint(path: Path) -> str:
     Raises:
         UserError: the folder is missing or holds no weights.
     """
-    own = _model_files(path)
-    if not any(p.suffix == ".safetensors" for p in own):
+    files = {folder: _model_files(folder) for folder in folders_of(path)}
+    if not any(p.suffix == ".safetensors" for p in files[path]):
         raise UserError(
             f"{path}: no export there",
             allowed="a folder with *.safetensors",
             fix="run `diffembed export`, or correct models.path",
         )
-    others = [part for part in folders_of(path) if part != path]
-    prints = [fingerprint(path, own), *(fingerprint(part, _model_files(part)) for part in others)]
-    return _short_hash(json.dumps(prints)) if others else prints[0]
+    prints = [fingerprint(folder, own) for folder, own in files.items()]
+    return prints[0] if len(prints) == 1 else _short_hash(json.dumps(prints))
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from pipeline.evaluation.report.tables import (
     with_splits,
 )
 from pipeline.model.card import add_evaluation
-from pipeline.model.export import is_export
+from pipeline.model.parts import is_export
 from pipeline.run_dir import RunDir, one_at_a_time, write_json, write_text
 
 
