@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -40,6 +43,57 @@ class Stopped(DiffembedError):  # noqa: N818 -- an outcome, not a fault
     exit_code = 75
 
 
+class MachineError(DiffembedError):
+    """A disk, a limit or a mount of this machine failed; the config is fine; exits with 1."""
+
+
+# Faults of a path that the user gave: only another path, or other permissions, helps.
+_PATH_FAULTS = {
+    errno.EACCES: "give a path that this user may read or write",
+    errno.EPERM: "give a path that this user may read or write",
+    errno.EROFS: "give a path on a file system that is mounted writable",
+    errno.ENOENT: "give a path that exists",
+    errno.ENOTDIR: "give a path whose parents are folders",
+    errno.EISDIR: "give the path of a file",
+    errno.EEXIST: "give another path, or remove what is there",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path without a circle of symbolic links",
+}
+# Faults of the machine: the same command works once they are gone.
+_MACHINE_FAULTS = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EIO: "check the disk and run the same command again",
+    errno.ESTALE: "check the network disk and run the same command again",
+    errno.ETIMEDOUT: "check the network disk and run the same command again",
+    errno.EMFILE: "raise `ulimit -n` and run the same command again",
+    errno.ENFILE: "raise the system's limit of open files and run the same command again",
+    errno.ENOMEM: "give the process more memory and run the same command again",
+}
+
+
+def explain_os_error(error: BaseException) -> DiffembedError | None:
+    """Return the one-line form of a failed disk access, or None for any other error.
+
+    Libraries written in Rust (safetensors, tokenizers) raise errors of their own types, whose text
+    ends in `(os error N)`; they are recognised by it.
+    """
+    number, path = None, ""
+    if isinstance(error, OSError):
+        number = error.errno
+        path = ": ".join(str(name) for name in (error.filename, error.filename2) if name)
+    elif found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    if number is None:
+        return None
+    text = f"{path}: {os.strerror(number)}" if path else str(error)
+    if fix := _PATH_FAULTS.get(number):
+        return UserError(text, fix=fix)
+    if fix := _MACHINE_FAULTS.get(number):
+        return MachineError(f"{text} | fix: {fix}")
+    return None
+
+
 def say_error(error: DiffembedError) -> None:
     """The one line by which every command tells an error of this package."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -47,9 +101,15 @@ def say_error(error: DiffembedError) -> None:
 
 @contextlib.contextmanager
 def errors_end_the_process() -> Iterator[None]:
-    """A command: an error of this package becomes one line and its exit code."""
+    """End a command with one line and an exit code for an error of this package or of a disk."""
     try:
         yield
     except DiffembedError as error:
         say_error(error)
         sys.exit(error.exit_code)
+    except Exception as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        say_error(explained)
+        sys.exit(explained.exit_code)

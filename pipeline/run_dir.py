@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain_os_error
 
 # The file beside checkpoints that names the newest whole one.
 LATEST = "latest"
@@ -101,6 +101,35 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def require_writable(folder: str | Path, *, key: str) -> None:
+    """Check that files can be written below `folder`, before any work is done for it.
+
+    Args:
+        folder: may not exist yet; it is made, with its parents.
+        key: the config key or flag that names it, for the message.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+        MachineError: the disk is full or broken.
+    """
+    folder = Path(folder)
+    probe = folder / f".writable.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        # Name the folder that the user gave instead of the probe.
+        reason = os.strerror(error.errno or 0)
+        if isinstance(explained, UserError):
+            fix = f"{explained.fix}, as {key}"
+            raise UserError(f"{key}: {folder}: {reason}", fix=fix) from error
+        raise type(explained)(f"{key}: {folder}: {reason}") from error
 
 
 @contextlib.contextmanager

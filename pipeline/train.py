@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from pipeline import comm
 from pipeline.config import TrainConfig, dump_config, load_config
-from pipeline.errors import DiffembedError, say_error
+from pipeline.errors import DiffembedError, explain_os_error, say_error
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
 
@@ -91,9 +91,13 @@ def main(launchers: tuple[int, ...] = ()) -> None:
     except DiffembedError as error:
         say_error(error)
         code = error.exit_code
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            traceback.print_exc()
+        else:
+            say_error(explained)
+        code = explained.exit_code if explained else 1
     # Not sys.exit: a rank that fails must be gone at once, so that the launcher ends the others
     # instead of leaving them to wait in a collective.
     comm.leave(code, gracefully=code in (0, 75))

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import DiffembedError, say_error
+from pipeline.errors import DiffembedError, explain_os_error, say_error
 from pipeline.run_dir import write_text
 
 Task = Callable[[int], None]
@@ -237,12 +237,13 @@ def _mpi_ranks() -> Iterator[MpiRanks]:
         if MPI.COMM_WORLD.Get_size() == 1:
             raise
         # The others would wait for this rank until the job's time is over.
-        if isinstance(error, DiffembedError):
-            say_error(error)
+        explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
+        if explained:
+            say_error(explained)
         else:
             traceback.print_exc()
             sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(getattr(error, "exit_code", 1))
+        MPI.COMM_WORLD.Abort(explained.exit_code if explained else 1)
 
 
 def num_cores() -> int:

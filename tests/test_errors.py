@@ -1,0 +1,59 @@
+"""Errors of disks end a command with one line and the exit code of whoever can mend them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import MachineError, UserError, errors_end_the_process, explain_os_error
+from pipeline.run_dir import require_writable
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EROFS, "read-only", "/out/x"), UserError),
+        (PermissionError(errno.EACCES, "denied", "/out/x"), UserError),
+        (FileNotFoundError(errno.ENOENT, "missing", "/out/x"), UserError),
+        (OSError(errno.ENOSPC, "full", "/out/x"), MachineError),
+        (OSError(errno.EDQUOT, "quota", "/out/x"), MachineError),
+        (Exception("I/O error: No space left on device (os error 28)"), MachineError),
+        (Exception("Permission denied (os error 13)"), UserError),
+    ],
+)
+def test_a_failed_disk_access_is_explained(error: Exception, kind: type) -> None:
+    assert isinstance(explain_os_error(error), kind)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), ConnectionError("no network"), OSError("?")]
+)
+def test_any_other_error_is_left_alone(error: Exception) -> None:
+    assert explain_os_error(error) is None
+
+
+def test_a_command_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors_end_the_process():
+        raise OSError(errno.ENOSPC, "full", "/out/x")
+
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        f"MachineError: /out/x: {os.strerror(errno.ENOSPC)} | "
+        "fix: free some space and run the same command again\n"
+    )
+
+
+def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b", key="output_dir")
+
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(UserError, match=r"output_dir: .*file/out: Not a directory"):
+        require_writable(tmp_path / "file" / "out", key="output_dir")
