@@ -1,50 +1,79 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: afterwards `python` is one that has diffembed, editable and with
-# its test tools, in the active environment, or in .venv where none is active. Does nothing when
-# that was done before and pyproject.toml has not changed since.
+# Sourced by the scripts in this folder. Afterwards `python` is one that has diffembed, editable and
+# with its test tools, in the active environment, or in .venv if none is active. Does nothing if the
+# same pyproject.toml and constraints.txt were installed before.
 #
-#   DIFFEMBED_TORCH  what to install where there is no torch (default: torch==2.13.0), as arguments
-#                    of pip, for example "torch==2.9.1 --index-url URL-OF-YOUR-CUDA-BUILDS"
+#   DIFFEMBED_LATEST=1  install the newest versions that pyproject.toml allows instead of the tested
+#                       ones of launch/constraints.txt
+#   DIFFEMBED_TORCH     arguments of pip that install another torch, for example
+#                       "torch==2.11.0 --index-url URL-OF-YOUR-CUDA-BUILDS"
 
-require_python() {
-  if python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    return
-  fi
-  echo "found $(python3 --version 2>&1 || true) | allowed: Python 3.10 or newer with venv" \
-    "(Debian: apt-get install python3-venv) | fix: install it, or activate an environment" >&2
-  exit 2
+_new_enough='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+
+# Print the name of a Python that is new enough, the default one first.
+find_python() {
+  local name
+  for name in python3 python3.13 python3.12 python3.11; do
+    if "$name" -c "$_new_enough" 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "found $(python3 --version 2>&1 || true) | allowed: Python 3.11 or newer with venv" \
+    "| fix: one of \`apt-get install python3-venv\` (Debian 12, Ubuntu 24.04 or newer)," \
+    "\`uv venv --seed --python 3.12 .venv\`, or \`conda create -n diffembed python=3.12\` and" \
+    "\`conda activate diffembed\`; then run the same command again" >&2
+  return 2
 }
 
 install_project() {
-  local root stamp wanted
+  local root stamp wanted python
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
     if [[ ! -f $root/.venv/bin/activate ]]; then
-      require_python
+      python=$(find_python) || exit 2
       echo "making $root/.venv"
-      python3 -m venv "$root/.venv"
+      "$python" -m venv "$root/.venv"
     fi
     # shellcheck source=/dev/null
     source "$root/.venv/bin/activate"
   fi
-  stamp=$(python -c 'import sys; print(sys.prefix)')/.diffembed-installed
-  wanted=$(sha256sum <"$root/pyproject.toml")
+  if ! python -c "$_new_enough"; then
+    echo "found $(python --version 2>&1) in ${VIRTUAL_ENV:-$CONDA_PREFIX} | allowed: Python 3.11 or" \
+      "newer | fix: activate another environment, or none" >&2
+    exit 2
+  fi
   # The code of this checkout runs, also where the environment was made for another one.
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  stamp=$(python -c 'import sys; print(sys.prefix)')/.diffembed-installed
+  wanted=$({
+    cat "$root/pyproject.toml"
+    tested_versions
+  } | sha256sum)
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     return
   fi
-  echo "installing this project and what it needs (a few minutes the first time)"
+  echo "installing this project and its dependencies (a few minutes the first time)"
   # --no-compile: Python compiles what it imports, which is a small part of what is installed; that
   # makes the installation three times as fast.
   local install=(python -m pip install --quiet --no-compile --disable-pip-version-check)
-  # Before the rest, or pip would take the newest torch, whatever this machine can use.
-  if ! python -c 'import torch' 2>/dev/null; then
+  # The torch of this machine's driver stays, whether it is there already or DIFFEMBED_TORCH names it.
+  local left_out='^torch=='
+  if [[ -n ${DIFFEMBED_TORCH:-} ]]; then
     # shellcheck disable=SC2086 # several arguments
-    "${install[@]}" ${DIFFEMBED_TORCH:-torch==2.13.0}
+    "${install[@]}" $DIFFEMBED_TORCH
+  elif ! python -c 'import torch' 2>/dev/null; then
+    left_out='^$'
   fi
-  "${install[@]}" --editable "$root[dev]"
+  "${install[@]}" --constraint <(tested_versions | grep -v "$left_out") --editable "$root[dev]"
   printf '%s' "$wanted" >"$stamp"
+}
+
+# Print the lines of launch/constraints.txt, or none for DIFFEMBED_LATEST=1.
+tested_versions() {
+  if [[ ${DIFFEMBED_LATEST:-0} != 1 ]]; then
+    cat "$(dirname "${BASH_SOURCE[0]}")/constraints.txt"
+  fi
 }
 
 install_project

@@ -19,6 +19,11 @@ if { lacks slurmctld || lacks munged || lacks pdsh || lacks ip; } && [[ $EUID ==
   fi
 fi
 
+# Every test but the ones made for a GPU compares figures of the CPU.
+if [[ $* != *tests/gpu* ]]; then
+  export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+fi
+
 set -x
 ruff check .
 ruff format --check .

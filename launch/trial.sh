@@ -1,12 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it that try something out on one machine: installs if needed, and
-# prepares what follows to run there without a GPU and without a network.
+# Sourced by the scripts in this folder that try something out on one machine with two ranks:
+# installs if needed, and sets up what follows to run there without a network.
 source launch/install.sh
 
 # As many processes as cores: more threads would only wait for each other.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# DeepSpeed looks for a GPU at every start and says so; tell it where there is none.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+# Two ranks need two GPUs; with fewer, both run on the CPU.
+if (($(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') < 2)); then
+  export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+fi
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
