@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts in this folder. Afterwards `python` is one that has diffembed, editable and
+# Sourced by the scripts in this folder. Afterwards `python` is one that has this package, editable and
 # with its test tools, in the active environment, or in .venv if none is active. Does nothing if the
 # same pyproject.toml and constraints.txt were installed before.
 #
