@@ -21,8 +21,8 @@ find_python() {
   done
   echo "found $(python3 --version 2>&1 || true) | allowed: Python 3.11 or newer with venv" \
     "| fix: one of \`apt-get install python3-venv\` (Debian 12, Ubuntu 24.04 or newer)," \
-    "\`uv venv --seed --python 3.12 .venv\`, or \`conda create -n diffembed python=3.12\` and" \
-    "\`conda activate diffembed\`; then run the same command again" >&2
+    "\`uv venv --seed --python 3.12 .venv\`, or \`conda create -n embed python=3.12\` and" \
+    "\`conda activate embed\`; then run the same command again" >&2
   return 2
 }
 
