@@ -6,6 +6,7 @@ Shapes: C rows, T tokens of all rows, H query heads, G key/value heads, K head w
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -108,9 +109,11 @@ def packed_attention(
     assert attention_mask is None, "a packed forward takes no attention mask"
     window = _window(module, sliding_window, rows)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = _varlen_kernel(query, dropout, softcap)
+    kernel = choose_kernel(
+        query.device, query.dtype, query.shape[-1], dropout=dropout, softcap=softcap
+    )
     if kernel is not None:
-        out = kernel(
+        out = kernel.attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
@@ -118,6 +121,7 @@ def packed_attention(
             scale=scale,
             dropout=dropout,
             window=window,
+            softcap=softcap,
         )
         return out.unsqueeze(0), None
     parts = []
@@ -181,27 +185,74 @@ def _attend(
     return weights @ v.repeat_interleave(repeats, dim=1)
 
 
-_Kernel = Callable[..., Tensor]
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """A GPU kernel that computes attention of all packed rows at once."""
+
+    name: str
+    attend: Callable[..., Tensor]
+    takes_dropout: bool
+    takes_softcap: bool
 
 
-def _varlen_kernel(query: Tensor, dropout: float, softcap: float | None) -> _Kernel | None:
-    """The fastest kernel of this machine that computes exactly what is asked; None: row by row."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if not query.is_cuda or not half or query.shape[-1] > 256 or softcap is not None:
+def choose_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Kernel | None:
+    """Return the fastest kernel of this machine for exactly this attention; None: row by row."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half or head_width > 256:
         return None
-    kernel = _flash_attention()
-    if kernel is None and dropout == 0:
-        kernel = _torch_varlen()
-    return kernel
+    for kernel in (flash_attention(), torch_varlen()):
+        if (
+            kernel is not None
+            and (kernel.takes_dropout or dropout == 0)
+            and (kernel.takes_softcap or softcap is None)
+        ):
+            return kernel
+    return None
+
+
+def describe_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> str:
+    """Return the line by which a run says how it computes attention."""
+    kernel = choose_kernel(device, dtype, head_width, dropout=dropout, softcap=softcap)
+    if kernel is not None:
+        return f"attention: {kernel.name}"
+    if device.type != "cuda":
+        return "attention: row by row (on a CPU)"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"attention: row by row, because kernels take no {str(dtype).removeprefix('torch.')}"
+    if head_width > 256:
+        return f"attention: row by row, because kernels take heads of 256 at most, not {head_width}"
+    needs = "torch 2.11 or newer, or flash-attn"
+    if dropout or softcap is not None:
+        needs = f"flash-attn for {'attention dropout' if dropout else 'capped scores'}"
+    return f"WARNING: attention: row by row, which is slow on a GPU; install {needs}"
 
 
 @cache
-def _flash_attention() -> _Kernel | None:
-    """flash-attn's kernel, where the package is installed."""
+def flash_attention() -> Kernel | None:
+    """Return flash-attn's kernel if the package is installed and fits this torch."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    except ImportError as error:
+        # Built for another torch: it is there, and would silently not be used.
+        print(f"WARNING: flash-attn is installed but cannot be imported ({error})", flush=True)
         return None
+    takes_softcap = "softcap" in inspect.signature(flash_attn_varlen_func).parameters
 
     def attend(
         q: Tensor,
@@ -212,6 +263,7 @@ def _flash_attention() -> _Kernel | None:
         scale: float,
         dropout: float,
         window: tuple[int, int] | None,
+        softcap: float | None,
     ) -> Tensor:
         out: Tensor = flash_attn_varlen_func(
             q,
@@ -225,21 +277,26 @@ def _flash_attention() -> _Kernel | None:
             softmax_scale=scale,
             causal=rows.causal,
             window_size=window or (-1, -1),
+            # Otherwise the query's gradient is added up by atomics, in any order.
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **({} if softcap is None else {"softcap": softcap}),
         )
         return out
 
-    return attend
+    return Kernel(name="flash-attn", attend=attend, takes_dropout=True, takes_softcap=takes_softcap)
 
 
 @cache
-def _torch_varlen() -> _Kernel | None:
-    """torch's own kernel; the first releases lack the arguments that we need."""
+def torch_varlen() -> Kernel | None:
+    """Return torch's own kernel, unless this torch is too old for the arguments that we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
         return None
+    takes_groups = "enable_gqa" in parameters
 
     def attend(
         q: Tensor,
@@ -250,7 +307,16 @@ def _torch_varlen() -> _Kernel | None:
         scale: float,
         dropout: float,
         window: tuple[int, int] | None,
+        softcap: float | None,
     ) -> Tensor:
+        assert dropout == 0 and softcap is None, "choose_kernel takes another one"
+        more: dict[str, Any] = {}
+        if (groups := q.shape[1] // k.shape[1]) > 1:
+            if takes_groups:
+                more["enable_gqa"] = True
+            else:  # torch 2.11
+                # (T, G, K) -> (T, H, K)
+                k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         out = varlen_attn(
             q,
             k,
@@ -261,16 +327,21 @@ def _torch_varlen() -> _Kernel | None:
             rows.longest,
             scale=scale,
             window_size=window or ((-1, 0) if rows.causal else (-1, -1)),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **more,
         )
         assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
         return out
 
-    return attend
+    return Kernel(
+        name="torch's variable-length kernel",
+        attend=attend,
+        takes_dropout=False,
+        takes_softcap=False,
+    )
 
 
 def check_lengths(input_ids: Tensor, rows: Rows) -> None:
-    """Refuse rows that do not tile the tokens, which would mix texts without a word.
+    """Refuse rows that do not tile the tokens, which would silently mix texts.
 
     Raises:
         UserError: lengths do not sum to the number of tokens, or one is not positive.

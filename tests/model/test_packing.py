@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -28,43 +30,67 @@ def naive(q: Any, k: Any, v: Any, boundaries: Any, scale: float, window: Any) ->
     return torch.stack(rows)
 
 
-def fake_flash(q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int, **given: Any) -> Any:
+def fake_flash(
+    q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int,
+    *, dropout_p: float, softmax_scale: float, causal: bool, window_size: tuple[int, int],
+    softcap: float = 0.0, deterministic: bool = False,
+) -> Any:  # fmt: skip
     """flash-attn's documented call: a causal mask besides the window."""
     assert torch.equal(bq, bk) and bq.dtype == torch.int32 and mq == mk == max(LENGTHS)
-    assert given["dropout_p"] == 0
-    left, right = given["window_size"]
-    return naive(q, k, v, bq, given["softmax_scale"], (left, 0 if given["causal"] else right))
+    assert dropout_p == softcap == 0 and not deterministic
+    left, right = window_size
+    return naive(q, k, v, bq, softmax_scale, (left, 0 if causal else right))
 
 
 def fake_torch(
     q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int,
-    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """torch's documented call: the window alone says what is causal."""
     assert torch.equal(bq, bk) and bq.dtype == torch.int32 and mq == mk == max(LENGTHS)
-    assert enable_gqa
+    assert enable_gqa == (q.shape[1] != k.shape[1])
     return naive(q, k, v, bq, scale, window_size)
 
 
-@pytest.fixture(params=["rows", "flash", "torch"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each way to attend; the GPU kernels are stood in for by their documented meaning."""
-    probes = {"flash": packing._flash_attention, "torch": packing._torch_varlen}
-    for probe in probes.values():
+def fake_torch_2_11(
+    q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int,
+    *, scale: float, window_size: tuple[int, int],
+) -> Any:  # fmt: skip
+    """The call of torch 2.11, which says nothing about grouped heads."""
+    assert q.shape == k.shape == v.shape
+    return naive(q, k, v, bq, scale, window_size)
+
+
+def install_flash_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    module: Any = ModuleType("flash_attn")
+    module.__spec__ = ModuleSpec("flash_attn", None)
+    module.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+@pytest.fixture(autouse=True)
+def fresh_probes() -> Iterator[None]:
+    for probe in (packing.flash_attention, packing.torch_varlen):
         probe.cache_clear()
-    if request.param == "flash":
-        module: Any = ModuleType("flash_attn")
-        module.flash_attn_varlen_func = fake_flash
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
-    if request.param == "torch":
-        monkeypatch.setattr(torch_varlen, "varlen_attn", fake_torch)
-    if request.param in probes:
-        chosen = probes[request.param]()
-        assert chosen is not None
-        monkeypatch.setattr(packing, "_varlen_kernel", lambda *_: chosen)
     yield
-    for probe in probes.values():
+    for probe in (packing.flash_attention, packing.torch_varlen):
         probe.cache_clear()
+
+
+@pytest.fixture(params=["rows", "flash", "torch", "torch 2.11"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to attend; the GPU kernels are stood in for by their documented meaning."""
+    if request.param == "rows":
+        return
+    if request.param == "flash":
+        install_flash_attention(monkeypatch, fake_flash)
+        chosen = packing.flash_attention()
+    else:
+        fake = fake_torch if request.param == "torch" else fake_torch_2_11
+        monkeypatch.setattr(torch_varlen, "varlen_attn", fake)
+        chosen = packing.torch_varlen()
+    assert chosen is not None
+    monkeypatch.setattr(packing, "choose_kernel", lambda *_, **__: chosen)
 
 
 @pytest.mark.parametrize("window", [None, 3, 8, 100])
@@ -86,51 +112,89 @@ def test_every_way_to_attend_computes_attention_by_its_definition(
     torch.testing.assert_close(ours[0], wanted, atol=1e-6, rtol=0)
 
 
+CUDA = torch.device("cuda")
+
+
 def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_flash_attention", lambda: fake_flash)
-    monkeypatch.setattr(packing, "_torch_varlen", lambda: fake_torch)
+    install_flash_attention(monkeypatch, fake_flash)
 
     def ask(
-        dtype: torch.dtype,
+        dtype: torch.dtype = torch.bfloat16,
         *,
-        is_cuda: bool = True,
+        device: torch.device = CUDA,
         width: int = 64,
-        cap: Any = None,
+        softcap: float | None = None,
         dropout: float = 0.0,
-    ) -> Any:
-        query: Any = SimpleNamespace(dtype=dtype, is_cuda=is_cuda, shape=(1, 4, 9, width))
-        return packing._varlen_kernel(query, dropout, cap)
+    ) -> str | None:
+        kernel = packing.choose_kernel(device, dtype, width, dropout=dropout, softcap=softcap)
+        return kernel and kernel.name
 
-    assert ask(torch.bfloat16) is fake_flash
+    assert ask() == "flash-attn"
     assert ask(torch.float32) is None
-    assert ask(torch.bfloat16, is_cuda=False) is None
-    assert ask(torch.bfloat16, width=512) is None
-    assert ask(torch.bfloat16, cap=50.0) is None
-    assert ask(torch.bfloat16, dropout=0.1) is fake_flash
-    monkeypatch.setattr(packing, "_flash_attention", lambda: None)
-    assert ask(torch.bfloat16) is fake_torch
-    # torch's kernel knows no dropout, which would be lost without a word.
-    assert ask(torch.bfloat16, dropout=0.1) is None
+    assert ask(device=torch.device("cpu")) is None
+    assert ask(width=512) is None
+    assert ask(softcap=50.0) == "flash-attn"
+    assert ask(dropout=0.1) == "flash-attn"
+    install_flash_attention(monkeypatch, lambda q: q)  # a release without capped scores
+    packing.flash_attention.cache_clear()
+    assert ask(softcap=50.0) is None
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    packing.flash_attention.cache_clear()
+    assert ask() == "torch's variable-length kernel"
+    # torch's kernel knows neither, which would silently be lost.
+    assert ask(dropout=0.1) is None
+    assert ask(softcap=50.0) is None
 
 
-def test_dropout_is_handed_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[float] = []
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "attention: torch's variable-length kernel"),
+        ({"device": torch.device("cpu")}, r"attention: row by row \(on a CPU\)"),
+        ({"dtype": torch.float32}, "attention: row by row, because kernels take no float32"),
+        ({"head_width": 512}, "because kernels take heads of 256 at most, not 512"),
+        ({"dropout": 0.3}, "WARNING: .* install flash-attn for attention dropout"),
+        ({"softcap": 50.0}, "WARNING: .* install flash-attn for capped scores"),
+    ],
+    ids=["kernel", "CPU", "float32", "wide heads", "dropout", "capped"],
+)
+def test_a_run_says_how_it_computes_attention(given: dict[str, Any], line: str) -> None:
+    defaults: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_width": 64}
+    assert re.search(line, packing.describe_kernel(**{**defaults, **given}))
 
-    def flash(q: Any, *_: Any, dropout_p: float, **__: Any) -> Any:
-        given.append(dropout_p)
+
+def test_a_flash_attention_built_for_another_torch_is_not_silently_ignored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = ModuleType("flash_attn")  # without the function: importing it is an ImportError
+    broken.__spec__ = ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", broken)
+    assert packing.flash_attention() is None
+    assert "flash-attn is installed but cannot be imported" in capsys.readouterr().out
+
+
+def test_dropout_cap_and_determinism_are_handed_to_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def flash(q: Any, *_: Any, softcap: float = 0.0, **more: Any) -> Any:
+        given.append({"softcap": softcap, **more})
         return q
 
-    module: Any = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    packing._flash_attention.cache_clear()
-    kernel = packing._flash_attention()
-    packing._flash_attention.cache_clear()
-    monkeypatch.setattr(packing, "_varlen_kernel", lambda *_: kernel)
+    install_flash_attention(monkeypatch, flash)
+    kernel = packing.flash_attention()
+    monkeypatch.setattr(packing, "choose_kernel", lambda *_, **__: kernel)
     q = torch.randn(1, 2, sum(LENGTHS), 8)
     rows = Rows.of(torch.tensor(LENGTHS), causal=False)
-    packed_attention(None, q, q, q, None, rows=rows, dropout=0.25)
-    assert given == [0.25]
+    packed_attention(None, q, q, q, None, rows=rows, dropout=0.25, softcap=30.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        packed_attention(None, q, q, q, None, rows=rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    keys = ("dropout_p", "softcap", "deterministic")
+    assert [[one[key] for key in keys] for one in given] == [[0.25, 30.0, False], [0, 0, True]]
 
 
 def test_capped_scores_meet_dropout_after_the_softmax() -> None:
