@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -54,3 +54,35 @@ def tokens_within(offsets: Iterable[tuple[int, int]], num_characters: int) -> in
     if not num_characters:
         return 0
     return sum(1 for _ in takewhile(lambda offset: offset[1] <= num_characters, offsets))
+
+
+def cut_before(
+    ids: list[int], offsets: Sequence[tuple[int, int]], *, num_characters: int, max_length: int
+) -> list[int]:
+    """Cut a row to `max_length` tokens by leaving out the last tokens of its text only.
+
+    Special tokens at the end, and what the template puts behind the text, are kept.
+
+    Args:
+        ids: the whole row, special tokens included.
+        offsets: where each token begins and ends in the string; special tokens are (0, 0).
+        num_characters: of what stands before the end to keep.
+        max_length: tokens of the result, at most.
+
+    Raises:
+        UserError: the end alone is longer than that.
+    """
+    if len(ids) <= max_length:
+        return ids
+    kept = 0
+    for _, end in reversed(offsets):
+        if 0 < end <= num_characters:
+            break
+        kept += 1
+    if kept >= max_length:
+        raise UserError(
+            f"a maximum length of {max_length} tokens",
+            allowed=f"at least {kept + 1}: the end of the template takes {kept}",
+            fix="raise the maximum length, or shorten what follows {text} in the template",
+        )
+    return ids[: max_length - kept] + ids[len(ids) - kept :]

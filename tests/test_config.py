@@ -142,5 +142,22 @@ def test_template_puts_the_instruction_once_and_only_where_there_is_one() -> Non
     assert template.format_query("q") == "q"
     assert template.document_prefix() == ""
     assert template.document_prefix("find it") == "Instruct: find it\nQuery: "
-    with pytest.raises(UserError, match="ends with"):
-        Template(query="{text} {instruction}")
+    for wrong in ("{text} {instruction}", "{instruction}", "{text} {text}"):
+        with pytest.raises(UserError, match=r"template\.query"):
+            Template(query=wrong)
+    with pytest.raises(UserError, match=r"template\.document"):
+        Template(document="{instruction} {text}")
+
+
+def test_a_template_that_wraps_a_text_does_so_with_an_instruction_and_without() -> None:
+    template = Template(
+        query="[INST] {instruction}; {text} [/INST]", document="[INST] {text} [/INST]"
+    )
+    assert template.format_query("q", "find it") == "[INST] find it; q [/INST]"
+    assert template.format_query("q") == template.format_document("q") == "[INST] q [/INST]"
+    assert template.format_document("d", "find it") == "[INST] find it; d [/INST]"
+
+
+def test_a_query_template_without_an_instruction_holds_for_every_query() -> None:
+    template = Template(query="query: {text}", document="passage: {text}")
+    assert template.format_query("q") == template.format_query("q", "find it") == "query: q"

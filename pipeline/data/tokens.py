@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from pipeline import tokenizer as tokenizer_files
 from pipeline.errors import UserError
-from pipeline.tokenizer import tokens_within
+from pipeline.tokenizer import cut_before, tokens_within
 
 # Texts on which tokenizers that share a vocabulary still differ: case, spaces, digits, scripts.
 _PROBES = (
@@ -128,29 +128,44 @@ class TextEncoder:
 
         A text that yields `max_length` tokens may have been cut; a shorter one was not.
         """
-        return self.encode_prefixed(texts, max_length, [0] * len(texts))[0]
+        nothing = [0] * len(texts)
+        return self.encode_framed(texts, max_length, prefixes=nothing, suffixes=nothing)[0]
 
-    def encode_prefixed(
-        self, texts: Sequence[str], max_length: int, prefixes: Sequence[int]
+    def encode_framed(
+        self,
+        texts: Sequence[str],
+        max_length: int,
+        *,
+        prefixes: Sequence[int],
+        suffixes: Sequence[int],
     ) -> tuple[list[NDArray[np.int32]], NDArray[np.int32]]:
         """`encode`, and how many tokens at the front of each row are its instruction's.
 
         Args:
-            texts: whole strings, instructions included.
+            texts: whole strings, as their template writes them.
             max_length: tokens after which a text is cut.
             prefixes: characters of each text's instruction.
+            suffixes: characters at the end of each text that a cut leaves there.
 
         Returns:
             (R,) rows of ids, and (R,) tokens of each row's instruction, fewer than the row has.
         """
-        self._tokenizer.enable_truncation(max_length - self._missing)
-        # The fast form knows no offsets.
+        room = max_length - self._missing
         backend = self._tokenizer
-        encode = backend.encode_batch if any(prefixes) else backend.encode_batch_fast
+        ends = any(suffixes)
+        if ends:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(room)
+        # The fast form knows no offsets.
+        encode = backend.encode_batch if ends or any(prefixes) else backend.encode_batch_fast
         rows, skipped = [], np.zeros(len(texts), dtype=np.int32)
-        encodings = zip(encode(list(texts)), prefixes, strict=True)
-        for number, (encoding, prefix) in enumerate(encodings):
+        encodings = zip(encode(list(texts)), texts, prefixes, suffixes, strict=True)
+        for number, (encoding, text, prefix, suffix) in enumerate(encodings):
             ids = encoding.ids
+            if ends:
+                before = len(text) - suffix
+                ids = cut_before(ids, encoding.offsets, num_characters=before, max_length=room)
             if self._append is not None and (not ids or ids[-1] != self._append):
                 ids = [*ids, self._append]
             rows.append(np.array(ids or self._nothing, dtype=np.int32))

@@ -18,7 +18,12 @@ from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import POOLING_NAMES
 from pipeline.model.families import FAMILIES
 from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, is_export, read_settings
-from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
+from pipeline.tokenizer import (
+    cut_before,
+    instruction_characters,
+    load_tokenizer,
+    tokens_within,
+)
 
 # sentence-transformers before version 5 kept one boolean per pooling.
 _OLD_POOLING_KEYS = {
@@ -56,17 +61,20 @@ class LoadedExport:
     num_dimensions: int
     max_tokens: int
 
-    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]:
+    def encode_texts(
+        self, texts: Sequence[str], prefix: str = "", suffix: str = ""
+    ) -> NDArray[np.float32]:
         """Embed texts that share an instruction.
 
         Args:
             texts: (N,) strings.
             prefix: what stands before each of them, from the template.
+            suffix: what stands behind each of them, from the template.
 
         Returns:
             (N, D) float32 in the order given.
         """
-        return self.encode_tokens(*self.tokenize(texts, prefix))
+        return self.encode_tokens(*self.tokenize(texts, prefix, suffix))
 
     def encode_tokens(self, ids: list[list[int]], skipped: list[int]) -> NDArray[np.float32]:
         """Embed what `tokenize` returned: (N, D) float32 in the order given."""
@@ -107,25 +115,47 @@ class LoadedExport:
         device = next(self.encoder.parameters()).device
         return torch.tensor(values).to(device, non_blocking=True)
 
-    def tokenize(self, texts: Sequence[str], prefix: str = "") -> tuple[list[list[int]], list[int]]:
-        """Token ids of each text behind its prefix, and how many of them are the prefix's."""
+    def tokenize(
+        self, texts: Sequence[str], prefix: str = "", suffix: str = ""
+    ) -> tuple[list[list[int]], list[int]]:
+        """Token ids of each text in its frame, and how many of them are the prefix's.
+
+        A text that is too long is cut; its prefix and suffix stay.
+        """
         if not texts:
             return [], []
         count_prefix = bool(prefix) and not self.encoder.config.pool_instruction
-        batch = self.tokenizer(
-            [prefix + text for text in texts],
-            truncation=True,
-            max_length=self.max_length,
-            return_offsets_mapping=count_prefix,
-        )
+        strings = [prefix + text for text in texts]
+        if suffix:
+            batch, rows = self._tokenize_whole(strings, suffix)
+        else:
+            batch = self.tokenizer(
+                strings,
+                truncation=True,
+                max_length=self.max_length,
+                return_offsets_mapping=count_prefix,
+            )
+            rows = batch["input_ids"]
         # An empty string of a tokenizer without special tokens has no token to pool.
         filler = [self.tokenizer.pad_token_id or 0]
-        rows = [row or filler for row in batch["input_ids"]]
+        rows = [row or filler for row in rows]
         if not count_prefix:
             return rows, [0] * len(rows)
         return rows, [
             min(tokens_within(offsets, instruction_characters(prefix)), len(row) - 1)
             for row, offsets in zip(rows, batch["offset_mapping"], strict=True)
+        ]
+
+    def _tokenize_whole(self, strings: list[str], suffix: str) -> tuple[Any, list[list[int]]]:
+        """Tokenise strings with their suffix, and cut only what stands before it."""
+        batch = self.tokenizer(
+            [text + suffix for text in strings], return_offsets_mapping=True, verbose=False
+        )
+        return batch, [
+            cut_before(ids, offsets, num_characters=len(text), max_length=self.max_length)
+            for ids, offsets, text in zip(
+                batch["input_ids"], batch["offset_mapping"], strings, strict=True
+            )
         ]
 
 

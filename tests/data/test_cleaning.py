@@ -189,14 +189,14 @@ def test_documents_that_were_not_cut_are_not_tokenised_again(
     short = build(records, name="short", max_document_length=32)
     fresh = build(records, name="fresh", max_document_length=60)
     counted: list[int] = []
-    encode = TextEncoder.encode_prefixed
+    encode = TextEncoder.encode_framed
 
-    def counting(self: TextEncoder, texts: Any, max_length: int, prefixes: Any) -> Any:
+    def counting(self: TextEncoder, texts: Any, max_length: int, **ends: Any) -> Any:
         if max_length == 60:
             counted.append(len(texts))
-        return encode(self, texts, max_length, prefixes)
+        return encode(self, texts, max_length, **ends)
 
-    monkeypatch.setattr(TextEncoder, "encode_prefixed", counting)
+    monkeypatch.setattr(TextEncoder, "encode_framed", counting)
     reused = build(records, name="reused", max_document_length=60, reuse=short.folder)
     assert sum(counted) == short.manifest.document_lengths.cut == 10
     assert reused.manifest == fresh.manifest

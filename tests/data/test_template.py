@@ -13,8 +13,10 @@ from data_support import write_jsonl
 from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
 from pipeline.evaluation.models.encoder import TemplatedEmbedder
 from pipeline.model.load import load_export
+from pipeline.tokenizer import cut_before, load_tokenizer
 from tests.tiny_models import export_tiny, tiny_starter
 
 INSTRUCTION = "Find the place"
@@ -59,7 +61,11 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("append_eos", [False, True])
 @pytest.mark.parametrize(
     "template",
-    [Template(), Template(query="Task: {instruction}; {text}", document="Passage: {text}")],
+    [
+        Template(),
+        Template(query="Task: {instruction}; {text}", document="Passage: {text}"),
+        Template(query="[INST] {instruction}; {text} [/INST]", document="[INST] {text} [/INST]"),
+    ],
 )
 def test_an_export_tokenises_texts_as_the_shards_hold_them(
     starter: Path, template: Template, append_eos: bool, tmp_path: Path
@@ -102,3 +108,37 @@ def test_an_export_tokenises_texts_as_the_shards_hold_them(
     counts = dataset.documents.scalars("instruction_tokens", every).tolist()
     assert recorder.shown() == sorted(zip(map(list, documents), counts, strict=True))
     assert (min(counts) > 0) == (template.document != "{text}")
+
+
+def test_what_follows_the_text_is_kept_when_the_text_is_cut(starter: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    template = Template(query="[INST] {instruction}; {text} [/INST]", document="({text} )")
+    prepared = PrepareConfig(
+        output_dir=tmp_path / "shards",
+        tokenizer=str(starter),
+        sources=(
+            SourceConfig(name="s", format="columns", path=str(path), instruction=INSTRUCTION),
+        ),
+        template=template,
+        max_query_length=48,
+        max_document_length=48,
+    )
+    dataset = Dataset.open(prepare(prepared, num_workers=1))
+    tokenizer = load_tokenizer(str(starter))
+    for view in dataset.examples.views("query", np.arange(3)):
+        written = tokenizer.decode(view)
+        assert written.startswith("[INST] Find the place; where") and written.endswith(" [/INST]")
+    documents = dataset.documents.views("tokens", np.arange(3))
+    assert max(map(len, documents)) == 48
+    for view in documents:
+        whole = tokenizer.decode(view)
+        assert whole.startswith("(stone") and whole.endswith(" )")
+        # The cut takes the last tokens of the text, no others.
+        row = next(r for r in ROWS if whole.removesuffix(" )")[1:] in r["positives"][0])
+        ids = tokenizer(template.format_document(row["positives"][0]))["input_ids"]
+        assert view.tolist()[:-1] == ids[: len(view) - 1] and view[-1] == ids[-1]
+
+
+def test_a_limit_without_room_for_the_end_of_the_template_is_refused() -> None:
+    with pytest.raises(UserError, match="the end of the template takes 3"):
+        cut_before([5, 6, 7, 8], [(0, 1), (1, 3), (3, 5), (5, 6)], num_characters=1, max_length=3)

@@ -152,7 +152,7 @@ def test_a_text_cut_within_its_instruction_keeps_a_token_to_pool(
     kind(tmp_path)
     tokenizer_json, info = load_tokenizer(str(tmp_path), append_eos=False)
     encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=False)
-    rows, skipped = encoder.encode_prefixed([TEXTS[2]], 5, [len(TEXTS[2])])
+    rows, skipped = encoder.encode_framed([TEXTS[2]], 5, prefixes=[len(TEXTS[2])], suffixes=[0])
     assert len(rows[0]) == 5
     assert 3 <= skipped[0] <= 4
 

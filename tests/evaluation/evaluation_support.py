@@ -33,7 +33,7 @@ class MiniLM:
         self._model.max_seq_length = max_length
         self.seen: list[str] = []
 
-    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+    def encode_texts(self, texts: Sequence[str], prefix: str = "", suffix: str = "") -> np.ndarray:
         texts = [prefix + text for text in texts]
         self.seen.extend(texts)
         vectors = self._model.encode(list(texts), normalize_embeddings=True)
@@ -43,7 +43,7 @@ class MiniLM:
 class BagOfLetters:
     """A weak encoder: letter counts."""
 
-    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+    def encode_texts(self, texts: Sequence[str], prefix: str = "", suffix: str = "") -> np.ndarray:
         texts = [prefix + text for text in texts]
         counts = np.array([[text.count(chr(c)) for c in range(97, 123)] for text in texts]) + 0.1
         return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)

@@ -77,7 +77,7 @@ def test_a_snapshot_without_what_follow_ir_needs_is_refused_before_encoding(
     replicas.write_follow_ir(tmp_path / "hub", without=(config,))
 
     class Untouched:
-        def encode_texts(self, texts, prefix=""):
+        def encode_texts(self, texts, prefix="", suffix=""):
             if list(texts) == ["."]:
                 return np.ones((1, 2), dtype=np.float32)
             raise AssertionError("encoded before the data were proved complete")

@@ -145,7 +145,7 @@ def cutting(config, element):
     """A model that cuts texts at the element's length, in bytes."""
 
     class Cut(BagOfLetters):
-        def encode_texts(self, texts, prefix=""):
+        def encode_texts(self, texts, prefix="", suffix=""):
             return super().encode_texts([(prefix + text)[: element.max_length] for text in texts])
 
     return dataclasses.replace(wrap(Cut()), max_length=element.max_length)

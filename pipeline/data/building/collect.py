@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ ROW_SCHEMA = pa.schema(
     [
         ("query", pa.large_string()),  # instruction and text, as they will be tokenised
         ("prefix", pa.int32()),  # characters of the instruction
+        ("suffix", pa.int32()),  # characters that the template puts behind the text
         ("query_key", pa.int64()),
         ("instruction", pa.large_string()),
         ("concept", pa.int64()),
@@ -36,7 +37,12 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 _DOCUMENT_SCHEMA = pa.schema(
-    [("hash", pa.binary(16)), ("text", pa.large_string()), ("prefix", pa.int32())]
+    [
+        ("hash", pa.binary(16)),
+        ("text", pa.large_string()),
+        ("prefix", pa.int32()),
+        ("suffix", pa.int32()),
+    ]
 )
 # Beyond this many, instructions belong to queries and cannot name groups.
 MAX_INSTRUCTIONS = 1024
@@ -49,6 +55,14 @@ def hash_text(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+class FramedText(NamedTuple):
+    """A string as its template writes it, and the characters at its ends that are not the text."""
+
+    text: str
+    prefix: int  # characters of the instruction
+    suffix: int  # characters behind the text
+
+
 @dataclasses.dataclass(slots=True)
 class _Collector:
     """Rows and distinct documents of one block, and what was dropped from it."""
@@ -57,8 +71,7 @@ class _Collector:
     template: Template
     contamination: ContaminationIndex | None
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    # Text, instruction included, and characters of the instruction.
-    documents: dict[bytes, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    documents: dict[bytes, FramedText] = dataclasses.field(default_factory=dict)
     matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
@@ -67,9 +80,8 @@ class _Collector:
         """Clean one row's documents, and keep the row or say why not."""
         self.num_read += 1
         _check(record, row)
-        prefix = self.template.document_prefix(row.document_instruction)
-        positives = self._clean(record, "positive", row.positives, prefix, ())
-        negatives = self._clean(record, "negative", row.negatives, prefix, positives)
+        positives = self._clean(record, "positive", row, row.positives, ())
+        negatives = self._clean(record, "negative", row, row.negatives, positives)
         if self.source.max_negatives is not None:
             negatives = dict(list(negatives.items())[: self.source.max_negatives])
         match = None
@@ -84,20 +96,20 @@ class _Collector:
         elif self.source.require_negatives and not negatives:
             self._drop(record, "query", "no hard negative", row.query)
         else:
-            self._keep(row, prefix, positives, negatives)
+            self._keep(row, positives, negatives)
 
     def _clean(
         self,
         record: Record,
         kind: str,
+        row: Row,
         texts: tuple[str, ...],
-        prefix: str,
         taken: dict[bytes, int] | tuple[()],
     ) -> dict[bytes, int]:
         """Hash and place of each text worth keeping; a repeated text is kept once."""
         kept: dict[bytes, int] = {}
         for place, text in enumerate(texts):
-            key = hash_text(prefix + text)
+            key = hash_text(self.template.format_document(text, row.document_instruction))
             if not text.strip():
                 self._drop(record, kind, "empty", text)
             elif key in taken:
@@ -129,20 +141,21 @@ class _Collector:
             entry |= {"detail": match.reason, "found in": match.where}
         self.dropped.append(entry)
 
-    def _keep(
-        self, row: Row, prefix: str, positives: dict[bytes, int], negatives: dict[bytes, int]
-    ) -> None:
+    def _keep(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
+        template, instruction = self.template, row.document_instruction
+        prefix = instruction_characters(template.document_prefix(instruction))
+        suffix = len(template.document_suffix(instruction))
         for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
             for key, place in keys.items():
-                self.documents.setdefault(
-                    key, (prefix + texts[place], instruction_characters(prefix))
-                )
+                text = template.format_document(texts[place], instruction)
+                self.documents.setdefault(key, FramedText(text, prefix, suffix))
         places = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
         first = sum(place < row.num_first_negatives for place in negatives.values())
         self.rows.append(
             {
-                "query": self.template.format_query(row.query, row.instruction),
-                "prefix": instruction_characters(self.template.query_prefix(row.instruction)),
+                "query": template.format_query(row.query, row.instruction),
+                "prefix": instruction_characters(template.query_prefix(row.instruction)),
+                "suffix": len(template.query_suffix()),
                 "query_key": stable_hash(row.query),
                 "instruction": row.instruction,
                 "concept": stable_hash(self.source.name, row.concept) if row.concept else -1,
@@ -205,7 +218,7 @@ def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, st
     write_text(build.beside(step, task, "dropped"), "".join(lines))
 
 
-def _write_documents(build: Build, task: int, documents: dict[bytes, tuple[str, int]]) -> None:
+def _write_documents(build: Build, task: int, documents: dict[bytes, FramedText]) -> None:
     """One record batch per slice, so that a slice's task reads only its own part."""
     hashes = np.array(list(documents), dtype="S16")
     texts = list(documents.values())
@@ -223,8 +236,9 @@ def _write_documents(build: Build, task: int, documents: dict[bytes, tuple[str, 
             chosen = [texts[place] for place in places.tolist()]
             columns = [
                 fixed_binary(hashes[places]),
-                pa.array([text for text, _ in chosen], pa.large_string()),
-                pa.array([prefix for _, prefix in chosen], pa.int32()),
+                pa.array([entry.text for entry in chosen], pa.large_string()),
+                pa.array([entry.prefix for entry in chosen], pa.int32()),
+                pa.array([entry.suffix for entry in chosen], pa.int32()),
             ]
             writer.write_batch(pa.record_batch(columns, schema=_DOCUMENT_SCHEMA))
 
@@ -263,26 +277,21 @@ def dedup_slice(build: Build, task: int) -> None:
     write_json(build.output("dedup", task), {"found": len(hashes), "kept": len(unique)})
 
 
-def read_chosen_texts(
-    build: Build, number: int, wanted: IntArray | None
-) -> tuple[list[str], list[int]]:
-    """Texts of a slice's distinct documents, in the order of their hashes.
+def read_chosen_texts(build: Build, number: int, wanted: IntArray | None) -> list[FramedText]:
+    """Return a slice's distinct documents in the order of their hashes.
 
     Args:
         number: the slice.
         wanted: places in the slice; None for all.
-
-    Returns:
-        (R,) texts and (R,) characters of the instruction that each begins with.
     """
     chosen = map_batch(build.beside("dedup", number, "documents"))
     blocks, rows = chosen.column("block").to_numpy(), chosen.column("row").to_numpy()
     if wanted is not None:
         blocks, rows = blocks[wanted], rows[wanted]
-    texts, prefixes = np.empty(len(rows), dtype=object), np.empty(len(rows), dtype=np.int32)
+    found: dict[int, FramedText] = {}
     for block in np.unique(blocks).tolist():
         places = np.flatnonzero(blocks == block)
         batch = _read_slice(build, block, number).take(pa.array(rows[places]))
-        texts[places] = batch.column("text").to_pylist()
-        prefixes[places] = batch.column("prefix").to_numpy()
-    return texts.tolist(), prefixes.tolist()
+        columns = (batch.column(name).to_pylist() for name in FramedText._fields)
+        found |= zip(places.tolist(), map(FramedText, *columns), strict=True)
+    return [found[place] for place in range(len(rows))]

@@ -15,15 +15,15 @@ from pipeline.run_dir import atomic_path, write_json
 
 def sign_slice(build: Build, task: int) -> None:
     """Write the signatures and band keys of one slice's documents."""
-    texts, _ = read_chosen_texts(build, task, None)
-    signatures = np.zeros((len(texts), NUM_HASHES), dtype=np.uint32)
-    for row, text in enumerate(texts):
-        signatures[row] = minhash(text)
+    documents = read_chosen_texts(build, task, None)
+    signatures = np.zeros((len(documents), NUM_HASHES), dtype=np.uint32)
+    for row, document in enumerate(documents):
+        signatures[row] = minhash(document.text)
     for suffix, array in (("signatures", signatures), ("bands", band_keys(signatures))):
         path = build.beside("sign", task, suffix)
         with atomic_path(path) as temporary, temporary.open("wb") as handle:
             np.save(handle, array)
-    write_json(build.output("sign", task), {"documents": len(texts)})
+    write_json(build.output("sign", task), {"documents": len(documents)})
 
 
 def pair_band(build: Build, task: int) -> None:

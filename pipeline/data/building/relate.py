@@ -13,6 +13,7 @@ from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.building.collect import (
     EXCERPT,
     MAX_INSTRUCTIONS,
+    FramedText,
     binary_to_numpy,
     fixed_binary,
     read_chosen_texts,
@@ -95,8 +96,7 @@ def tokenise_slice(build: Build, task: int) -> None:
     missing = np.array([tokens is None for tokens in known], dtype=bool)
     wanted = np.flatnonzero(kept)[missing]
     limit = build.config.max_document_length
-    texts, prefixes = read_chosen_texts(build, task, wanted)
-    fresh = zip(*_encode(build, texts, limit, prefixes), strict=True)
+    fresh = zip(*_encode(build, read_chosen_texts(build, task, wanted), limit), strict=True)
     rows = [next(fresh) if row is None else row for row in known]
     tokens = [ids for ids, _ in rows]
     skipped = pa.array([count for _, count in rows], pa.int32())
@@ -117,30 +117,35 @@ def tokenise_slice(build: Build, task: int) -> None:
 
 def _report_near_duplicates(build: Build, task: int, places: IntArray, first: IntArray) -> None:
     numbers = _load(build, "numbers")
-    texts, _ = read_chosen_texts(build, task, places)
+    documents = read_chosen_texts(build, task, places)
     entries = [
         {
             "source": "",
             "where": "documents",
             "dropped": "document",
             "reason": "near-duplicate",
-            "text": text[:EXCERPT],
+            "text": document.text[:EXCERPT],
             "detail": f"document {numbers[other]} stands for it",
         }
-        for text, other in zip(texts, first.tolist(), strict=True)
+        for document, other in zip(documents, first.tolist(), strict=True)
     ]
     write_dropped(build, "tokenise", task, entries)
 
 
 def _encode(
-    build: Build, texts: list[str], limit: int, prefixes: list[int]
+    build: Build, texts: list[FramedText], limit: int
 ) -> tuple[list[NDArray[np.int32]], list[int]]:
     """Token ids of each text, and how many of them are its instruction's."""
     tokens: list[NDArray[np.int32]] = []
     skipped: list[int] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
-        part = slice(start, start + _TEXTS_PER_CALL)
-        rows, counts = build.encoder.encode_prefixed(texts[part], limit, prefixes[part])
+        part = texts[start : start + _TEXTS_PER_CALL]
+        rows, counts = build.encoder.encode_framed(
+            [entry.text for entry in part],
+            limit,
+            prefixes=[entry.prefix for entry in part],
+            suffixes=[entry.suffix for entry in part],
+        )
         tokens += rows
         skipped += counts.tolist()
     return tokens, skipped
@@ -165,8 +170,9 @@ def relate_block(build: Build, task: int) -> None:
     scores, first = taken["scores"], taken["num_first_negatives"]
     if build.config.near_duplicates is not None:
         positives, negatives, scores, first = _separate(positives, negatives, scores, first)
-    queries, prefixes = taken["query"].to_pylist(), taken["prefix"].to_pylist()
-    tokens, skipped = _encode(build, queries, build.config.max_query_length, prefixes)
+    framed = (taken[name].to_pylist() for name in ("query", "prefix", "suffix"))
+    queries = list(map(FramedText, *framed))
+    tokens, skipped = _encode(build, queries, build.config.max_query_length)
     columns = [
         ragged_array(tokens, pa.int32()),
         pa.array(skipped, pa.int32()),

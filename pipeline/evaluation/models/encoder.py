@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class TextEncoder(Protocol):
     """Anything that turns texts into vectors, similar where their dot product is large."""
 
-    def encode_texts(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
-        """(N,) texts, each behind the prefix and cut to the maximum length -> (N, D) float32."""
+    def encode_texts(self, texts: Sequence[str], prefix: str = "", suffix: str = "") -> np.ndarray:
+        """(N,) texts, each put between prefix and suffix and cut to fit -> (N, D) float32."""
 
 
 class Embedder(Protocol):
@@ -44,11 +44,7 @@ class TemplatedEmbedder:
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
         """(N,) texts of one role and instruction -> (N, D) float32."""
-        if role == "query":
-            prefix = self.template.query_prefix(instruction)
-        else:
-            prefix = self.template.document_prefix(instruction)
-        return self.encoder.encode_texts(texts, prefix)
+        return self.encoder.encode_texts(texts, *self.template.frame(role, instruction))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,13 +148,10 @@ def _tokenised(
     job: EncodeJob, plan: Plan, model: LoadedExport, number: int
 ) -> Iterator[tuple[list[str | None], list[list[int]], list[int]]]:
     """Names, token ids and instruction tokens of the texts that are packed together."""
-    template = model.template
-    prefix = (template.query_prefix if job.role == "query" else template.document_prefix)(
-        job.instruction
-    )
+    prefix, suffix = model.template.frame(job.role, job.instruction)
     for group in read_groups(job, plan, number):
         names = [name for name, _ in group]
-        yield names, *model.tokenize([text for _, text in group], prefix)
+        yield names, *model.tokenize([text for _, text in group], prefix, suffix)
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
