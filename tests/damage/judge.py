@@ -1,0 +1,268 @@
+"""The verdict on one trial: refused in one line, harmless, another legal input, or a fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.damage.commands import Command, digest
+from tests.damage.damages import Damage, value_at
+from tests.damage.processes import Ended
+
+RIGHT = ("refused", "same", "legal")
+_ERROR = re.compile(r"^(UserError|MachineError|DiffembedError): ")
+# Files that people edit, or that others wrote: a key has a default, a value may be another.
+_OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
+_KINDS = {
+    "starter.yaml": "StarterConfig",
+    "prepare.yaml": "PrepareConfig",
+    "train.yaml": "TrainConfig",
+    "evaluate.yaml": "EvaluateConfig",
+    "probe.yaml": "ProbeConfig",
+    "chain.yaml": "ChainConfig",
+}
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Digest of every file, by its path within the folder."""
+    return {
+        str(path.relative_to(folder)): digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def judge(
+    command: Command,
+    damage: Damage,
+    ended: Ended,
+    *,
+    whole: Path,
+    folder: Path,
+    before: dict[str, str],
+    wanted: dict[str, Any],
+) -> tuple[str, str]:
+    """Outcome of a trial and what is to be said about it.
+
+    Args:
+        command: what was run.
+        damage: what was done to its input.
+        ended: how it ended.
+        whole: the undamaged world.
+        folder: the trial's folder after the run.
+        before: digests of the trial's files before the run.
+        wanted: what the command concludes where nothing is damaged.
+    """
+    text = ended.stdout + ended.stderr
+    last = (ended.stderr.strip().splitlines() or [""])[-1][:300]
+    if ended.code is None:
+        return ("legal", "runs long") if _runs_long(damage) else ("out of time", last)
+    if "Traceback (most recent call last)" in text:
+        return "traceback", last
+    if ended.code == command.code:
+        return _judge_success(command, damage, ended, whole=whole, folder=folder, wanted=wanted)
+    if ended.code not in (1, 2):
+        return "killed", f"exit code {ended.code}: {last}"
+    return _judge_refusal(command, damage, ended, folder=folder, before=before)
+
+
+def _judge_success(
+    command: Command,
+    damage: Damage,
+    ended: Ended,
+    *,
+    whole: Path,
+    folder: Path,
+    wanted: dict[str, Any],
+) -> tuple[str, str]:
+    try:
+        found = command.result(folder, ended.stdout)
+    except Exception as error:
+        found = {"no result": repr(error)[:200]}
+    if json.dumps(found) == json.dumps(wanted):
+        return "same", ""
+    if is_legal(damage, whole=whole, folder=folder):
+        return "legal", ""
+    different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    return "silent", f"another {', '.join(different[:4])}: {str(found.get(different[0]))[:120]}"
+
+
+def _judge_refusal(
+    command: Command, damage: Damage, ended: Ended, *, folder: Path, before: dict[str, str]
+) -> tuple[str, str]:
+    lines = [line for line in ended.stderr.splitlines() if _ERROR.match(line)]
+    last = (ended.stderr.strip().splitlines() or [""])[-1][:300]
+    if len(lines) != 1:
+        return "no single line", f"exit code {ended.code}: {last}"
+    if ended.code == 1 and lines[0].startswith("UserError"):
+        return "no single line", lines[0][:300]
+    if not any(name in lines[0] for name in _names(damage)):
+        return "unnamed", lines[0][:300]
+    if not re.search(r"fix: |allowed: ", lines[0]):
+        return "no cure", lines[0][:300]
+    lost = [
+        name
+        for name, was in before.items()
+        if not any(Path(name).match(glob) for glob in command.replaces)
+        and (not (folder / name).is_file() or digest(folder / name) != was)
+    ]
+    return ("lost", f"{lost[:3]} after {lines[0][:200]}") if lost else ("refused", lines[0][:300])
+
+
+def _names(damage: Damage) -> set[str]:
+    """Words one of which a line must hold to point at the damage."""
+    path = Path(damage.file)
+    names = {path.name}
+    if not damage.key:
+        # A folder is named where its files only make sense together.
+        names |= {str(parent) for parent in path.parents if str(parent) != "."}
+        return names
+    own = [str(part) for part in damage.key if not isinstance(part, int)]
+    return {own[-1]} if own else names
+
+
+def _runs_long(damage: Damage) -> bool:
+    """Whether a number was asked for that takes as long as it says."""
+    return isinstance(damage.value, int | float) and damage.value >= 10**6
+
+
+def is_legal(damage: Damage, *, whole: Path, folder: Path) -> bool:
+    """Whether the damaged input says something else, and says it rightly."""
+    now, was = folder / damage.file, whole / damage.file
+    if damage.key or damage.kind.startswith("key "):
+        if damage.file in _KINDS:
+            return _is_taken(damage, folder)
+        return damage.file.startswith(_OPEN)
+    if not now.is_file():
+        return False
+    if now.suffix == ".json":
+        open_ = damage.file.startswith(_OPEN)
+        return _same_kinds(_parse(was), _parse(now), open_) and open_
+    if now.suffix == ".jsonl":
+        return _lines_fit(was, now)
+    if now.suffix == ".tsv":
+        return _table_fits(now)
+    if now.suffix == ".parquet":
+        return _columns_fit(was, now)
+    if now.suffix == ".safetensors":
+        return damage.file.startswith(_OPEN) and _headers_equal(was, now)
+    if now.suffix in (".md", ".env", ".txt", ".model"):
+        return damage.file.startswith((*_OPEN, "data/"))
+    return now.name == "config.yaml"
+
+
+def _is_taken(damage: Damage, folder: Path) -> bool:
+    """Whether the resolved config holds the very value that the file gives."""
+    import pipeline.config as kinds
+
+    kind = getattr(kinds, _KINDS[damage.file])
+    resolved: Any = kinds.as_tree(kinds.load_config(kind, folder / damage.file))
+    if damage.kind == "key dropped":
+        return True  # the key has a default, which the resolved config shows
+    if damage.kind != "key junk":
+        return False
+    try:
+        taken = value_at(resolved, damage.key)
+    except (KeyError, IndexError, TypeError):
+        return False
+    return _equal(damage.value, taken)
+
+
+def _equal(given: Any, taken: Any) -> bool:
+    if isinstance(given, bool) or isinstance(taken, bool) or given is None or taken is None:
+        return given is taken
+    if isinstance(given, int | float) and isinstance(taken, int | float):
+        return given == taken
+    if isinstance(given, str) and isinstance(taken, int | float):
+        return float(given) == taken
+    if isinstance(given, dict):
+        return isinstance(taken, dict) and all(_equal(v, taken.get(k)) for k, v in given.items())
+    if isinstance(given, list):
+        return isinstance(taken, list) and list(map(str, given)) == list(map(str, taken))
+    return str(given) == str(taken) or (given == "" and taken == ".")
+
+
+def _parse(path: Path) -> Any:
+    def refuse(_: str) -> None:
+        raise ValueError
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError, OSError):
+        return ...
+
+
+def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
+    """Whether two trees differ in values of the same kind only; an open one also in its keys."""
+    if now is ... or was is ...:
+        return False
+    if isinstance(was, dict) and isinstance(now, dict):
+        if not open_ and was.keys() != now.keys():
+            return False
+        return all(_same_kinds(was[key], now[key], open_) for key in was.keys() & now.keys())
+    if isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return open_
+        return all(_same_kinds(a, b, open_) for a, b in zip(was, now, strict=True))
+    if was is None or now is None:
+        return open_ or was is now
+    return type(was) is type(now) or {type(was), type(now)} == {int, float}
+
+
+def _lines_fit(was: Path, now: Path) -> bool:
+    """Whether every line is an object with the fields, of the kinds, that lines had before."""
+    try:
+        lines = now.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        return False
+    rows = [json.loads(line) for line in was.read_text().splitlines()]
+    found = []
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            return False
+    if not found:
+        return False
+    return all(any(_same_kinds(row, new, False) for row in rows) for new in found)
+
+
+def _table_fits(path: Path) -> bool:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return all(
+            len(line.split("\t")) == 3 and int(line.split("\t")[2]) >= 0 for line in lines[1:]
+        )
+    except ValueError:
+        return False
+
+
+def _columns_fit(was: Path, now: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(now, use_threads=False)
+        table.validate(full=True)
+        return bool(
+            table.schema.equals(pq.read_schema(was)) and not any(c.null_count for c in table)
+        )
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+
+
+def _headers_equal(was: Path, now: Path) -> bool:
+    first, second = was.read_bytes(), now.read_bytes()
+    size = 8 + int.from_bytes(first[:8], "little")
+    return len(first) == len(second) and first[:size] == second[:size] and _finite(second[size:])
+
+
+def _finite(data: bytes) -> bool:
+    import numpy as np
+
+    values = np.frombuffer(data[: len(data) // 4 * 4], dtype=np.float32)
+    return bool(np.isfinite(values).all() and np.abs(values).max(initial=0) < 1e6)

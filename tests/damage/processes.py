@@ -1,0 +1,124 @@
+"""Forked children of a process that has imported everything, with their output and a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Address space that a command may ask for, in addition to what the imports take.
+_BYTES = 3 * 2**30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended: exit code (negative: a signal; None: out of time) and what it printed."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+def run_child(folder: Path, output: Path, work: Callable[[], int], seconds: float) -> Ended:
+    """Call `work` in a child of its own, in `folder`; its output goes below `output`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _become(folder, output, work)
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return Ended(None, *_read(output))
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):  # what it has started
+        os.killpg(child, signal.SIGKILL)
+    return Ended(os.waitstatus_to_exitcode(status), *_read(output))
+
+
+def _become(folder: Path, output: Path, work: Callable[[], int]) -> None:
+    """Be the child; does not return."""
+    code = 1
+    try:
+        os.setsid()
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(output / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(file, descriptor)
+        os.chdir(folder)
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # commands take one process
+        _limit_memory()
+        _own_caches(output)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _own_caches(output: Path) -> None:
+    """`datasets` knows a local folder by its name only: a shared cache would mix up trials."""
+    import datasets
+
+    os.environ["HF_DATASETS_CACHE"] = str(output / "datasets")
+    datasets.config.HF_DATASETS_CACHE = output / "datasets"
+    os.environ["TMPDIR"] = str(output)
+
+
+def _read(output: Path) -> tuple[str, str]:
+    texts = [(output / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr")]
+    return texts[0], texts[1]
+
+
+def side_by_side(
+    numbers: list[int], work: Callable[[int], dict[str, Any]], *, jobs: int, scratch: Path
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Call `work` for each number in a child, a few at a time; yield what it returned.
+
+    This process stays as it was: a later child inherits nothing of an earlier one.
+    """
+    waiting, running = list(reversed(numbers)), dict[int, int]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            number = waiting.pop()
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                try:
+                    (scratch / f"{number}.json").write_text(json.dumps(work(number)))
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            running[child] = number
+        child, status = os.wait()
+        number = running.pop(child)
+        path = scratch / f"{number}.json"
+        if status:
+            yield number, {"outcome": "fuzzer failed", "detail": str(status)}
+        else:
+            yield number, json.loads(path.read_text())
+            path.unlink()
