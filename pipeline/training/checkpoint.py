@@ -15,17 +15,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from pipeline import comm
 from pipeline.errors import UserError
 from pipeline.run_dir import checkpoint_step, read_latest, write_latest
+from pipeline.training.shares import read_share
 
 FORMAT_VERSION = 1
+# What is stored of each parameter.
+KEYS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class State(TypedDict):
+    """The content of `state.json`."""
+
+    format_version: int
+    step: int
+    optimizer_steps: int
+    world_size: int
+    identity: dict[str, Any]
+    parameters: list[str]
+    extra: dict[str, Any]
+    files: dict[str, dict[str, Any]]
 
 
 class Stateful(Protocol):
@@ -45,8 +64,14 @@ class Stateful(Protocol):
     def prepare_restore(self, optimizer_steps: int) -> None:
         """Make room for state to restore."""
 
-    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Take the whole state of a parameter; a collective call."""
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole parameter."""
+
+    def share_of(self, name: str) -> range:
+        """The flat elements of a parameter whose state this rank keeps."""
+
+    def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
+        """Take this rank's elements of a parameter's state; a collective call."""
 
 
 def latest(folder: Path) -> Path | None:
@@ -94,37 +119,44 @@ def rewind(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> State:
     """Read and check a checkpoint's `state.json`.
 
     Raises:
         UserError: it is missing, damaged, or of a newer format.
     """
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        version = state["format_version"]
+        tree = json.loads((path / "state.json").read_text())
+        if (version := tree["format_version"]) > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: checkpoint format {version}",
+                allowed=f"up to {FORMAT_VERSION}",
+                fix="update diffembed",
+            )
+        return TypeAdapter(State).validate_python(tree, strict=True)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+        raise _damaged(path, f"state.json: {reason}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"state.json cannot be read ({error})") from error
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: checkpoint format {version}",
-            allowed=f"up to {FORMAT_VERSION}",
-            fix="update diffembed",
-        )
-    return state
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, part: slice = slice(None)) -> State:
     """Check every file of a checkpoint by size and SHA-256; returns its state.
+
+    Args:
+        path: the checkpoint.
+        part: which files to check, in the order of their names, where processes share the work.
 
     Raises:
         UserError: names the first file that is missing or damaged.
     """
     state = read_state(path)
-    for name, expected in state["files"].items():
+    for name in sorted(state["files"])[part]:
         if not (path / name).is_file():
             raise _damaged(path, f"{name} is missing")
-        if describe_file(path / name) != expected:
+        if describe_file(path / name) != state["files"][name]:
             raise _damaged(path, f"{name} differs from its recorded size or SHA-256")
     return state
 
@@ -144,39 +176,81 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
         UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
     """
 
-    def check() -> dict[str, Any]:
-        state = verify(path)
+    def check() -> State:
+        state = read_state(path)
         _check_identity(path, state["identity"], identity)
         return state
 
     state = comm.on_main(check)
+    with comm.together():
+        verify(path, slice(comm.rank(), None, comm.world_size()))
     if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
         raise UserError(
             f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
             fix="resume with the model section that the run began with",
         )
+    with comm.together():
+        _check_shapes(path, engine)
     engine.prepare_restore(state["optimizer_steps"])
-    for name, tensors in iterate_tensors(path):
-        engine.restore_state(name, tensors)
-    return int(state["step"]), state["extra"]
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                elements = engine.share_of(name)
+                share = {
+                    key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
+                }
+                engine.restore_state(name, share)
+    return state["step"], state["extra"]
+
+
+def _check_shapes(path: Path, engine: Stateful) -> None:
+    """Compare the shapes of parameters, which flat elements no longer show.
+
+    Raises:
+        UserError: names the first one that differs.
+    """
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                found = tuple(tensors.get_slice(f"{name}/weight").get_shape())
+                if found != engine.shape_of(name):
+                    raise UserError(
+                        f"checkpoint {path}: {name} has shape {list(found)}",
+                        allowed=f"{list(engine.shape_of(name))}, as the model has",
+                        fix="resume with the model section that the run began with",
+                    )
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield (parameter name, its whole state) in a fixed order; needs no engine."""
-    for name in sorted(read_state(path)["files"]):
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                parameters = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118
-                for parameter in parameters:
-                    yield (
-                        parameter,
-                        {
-                            key: file.get_tensor(f"{parameter}/{key}")
-                            for key in ("weight", "exp_avg", "exp_avg_sq")
-                        },
-                    )
-        except (OSError, SafetensorError) as error:
-            raise _damaged(path, f"{name} cannot be read ({error})") from error
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                yield name, {key: tensors.get_tensor(f"{name}/{key}") for key in KEYS}
+
+
+def _parameters_by_file(path: Path) -> dict[str, list[str]]:
+    """Names of parameters by the file that holds them, in an order that all ranks share."""
+    found = {}
+    for file in sorted(read_state(path)["files"]):
+        with _open(path, file) as tensors:
+            keys = tensors.keys()
+            found[file] = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
+    return found
+
+
+@contextmanager
+def _open(path: Path, file: str) -> Iterator[Any]:
+    """Open a checkpoint's file of tensors.
+
+    Raises:
+        UserError: it, or what is read from it inside of the block, is damaged.
+    """
+    try:
+        with safe_open(path / file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, f"{file} cannot be read ({error})") from error
 
 
 def _check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 from pipeline import comm
 from pipeline.model.weights import Placement
 from pipeline.training.gradient_sums import GradientSums
+from pipeline.training.shares import equal_share, padded
 
 _HOLDER = "diffembed"
 # Contexts that must never be left, not even by the garbage collector after their engine is gone.
@@ -278,20 +279,59 @@ class ZeroEngine:
                 state[moment] = torch.zeros_like(partition)
         self._link_moments()
 
-    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Set a parameter and its moments from whole tensors; all ranks call it with the same."""
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole parameter."""
+        parameter = self._parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def share_of(self, name: str) -> range:
+        """The flat elements of a parameter whose master and moments this rank keeps."""
+        parameter: Any = self._parameters[name]
+        if self.stage == 3:
+            share = parameter.ds_tensor.ds_numel
+            return equal_share(parameter.ds_numel, rank=comm.rank(), share=share)
+        if parameter._hp_mapping is None:  # wholly in other ranks' partitions
+            return range(0)
+        place = parameter._hp_mapping.lp_fragment_address
+        return range(place.start, place.start + place.numel)
+
+    def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
+        """Set a parameter and its moments from this rank's share; a collective call.
+
+        Args:
+            name: of the parameter.
+            share: `weight` and moments, each the flat elements of `share_of`.
+        """
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param
 
         parameter = self._parameters[name]
-        weight = state["weight"].to(comm.device())
-        # The working copy first, then the fp32 master, which rounding must not touch.
+        for key in ("weight", *_MOMENTS):
+            self._set_share(parameter, key, share[key].to(comm.device()))
+        # The working copy is rounded from the master, which rounding must not touch.
+        whole = safe_get_full_fp32_param(parameter)
         with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             if self.stage < 3 or comm.rank() == 0:
-                parameter.data.copy_(weight)
-        safe_set_full_fp32_param(parameter, weight)
-        for moment in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[moment].to(comm.device()), moment)
+                parameter.data.copy_(whole)
+
+    def _set_share(self, parameter: Any, key: str, values: torch.Tensor) -> None:
+        """Set this rank's elements of a master weight or moment.
+
+        DeepSpeed's setters of whole values forget the padding of ZeRO-3's partitions: they fail
+        wherever the ranks do not divide a parameter.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            if len(values):
+                moment = None if key == "weight" else key
+                parameter._hp_mapping.get_hp_fragment(moment).data.copy_(values)
+            return
+        values = padded(values, parameter.ds_tensor.ds_numel)
+        if key == "weight":
+            safe_set_local_fp32_param(parameter, values)
+        else:
+            safe_set_local_optimizer_state(parameter, values, key)
 
     def close(self) -> None:
         """Release the engine's hooks and buffers."""

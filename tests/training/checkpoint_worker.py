@@ -17,6 +17,7 @@ from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 
 IDENTITY = {"data.global_batch_size": 8}
+WIDTH = 19
 
 
 class TwoGroups(torch.nn.Module):
@@ -25,16 +26,17 @@ class TwoGroups(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.table = torch.nn.Embedding(50, 16)
-        self.linear = torch.nn.Linear(16, 16)
-        self.norm = torch.nn.LayerNorm(16)
+        # Sizes that no number of ranks divides, so that every ZeRO-3 partition has padding.
+        self.table = torch.nn.Embedding(53, WIDTH)
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+        self.norm = torch.nn.LayerNorm(WIDTH)
 
     def forward(self, ids: torch.Tensor, *packing: torch.Tensor | None) -> torch.Tensor:
         hidden: torch.Tensor = self.norm(torch.tanh(self.linear(self.table(ids))))
         return hidden
 
 
-def start_engine(stage: int, dtype: str) -> ZeroEngine:
+def start_engine(stage: int, dtype: str, **zero: int) -> ZeroEngine:
     model = TwoGroups()
     if dtype == "bfloat16":
         model = model.bfloat16()
@@ -44,7 +46,7 @@ def start_engine(stage: int, dtype: str) -> ZeroEngine:
         model=ModelConfig(path="unused", dtype=dtype),
         data=DataConfig(path=Path("unused")),
     )
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **zero}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=comm.world_size())
     return ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
 
@@ -55,8 +57,8 @@ def train(engine: ZeroEngine, steps: range) -> list[float]:
     norms = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        ids = torch.randint(0, 50, (8,), generator=generator)
-        target = torch.randn(8, 16, generator=generator)
+        ids = torch.randint(0, 53, (8,), generator=generator)
+        target = torch.randn(8, WIDTH, generator=generator)
         with engine.accumulation():
             for rows in (slice(0, 4), slice(4, 8)):
                 mine, wanted = ids[rows][rank::world_size], target[rows][rank::world_size]

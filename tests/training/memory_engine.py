@@ -31,8 +31,14 @@ class Memory:
     def prepare_restore(self, optimizer_steps: int) -> None:
         self.optimizer_steps = optimizer_steps
 
-    def restore_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        self.state[name] = state
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name]["weight"].shape)
+
+    def share_of(self, name: str) -> range:
+        return range(self.state[name]["weight"].numel())
+
+    def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
+        self.state[name] = share
 
 
 def save(

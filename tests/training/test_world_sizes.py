@@ -15,7 +15,7 @@ from tests.training.trainer_command import run_trainer
 # Dropout masks are drawn per rank, so the curves can only be one without them.
 SETTINGS = (
     "model.attention_dropout=0",
-    "model.lora={rank: 4, dropout: 0}",
+    "model.lora={rank: 5, dropout: 0}",
     "optimizer.lr=0.01",
     "num_steps=3",
 )
@@ -39,13 +39,14 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_two_then_four_ranks_follow_the_curve_of_one(recipe: Path, tmp_path: Path) -> None:
+def test_one_two_then_three_ranks_follow_the_curve_of_one(recipe: Path, tmp_path: Path) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     assert train(recipe, undisturbed, 1, stage=3) == 0
     for num_ranks, stage in ((1, 1), (2, 2)):
         stop_after_a_step(run)
         assert train(recipe, run, num_ranks, stage) == 75
-    assert train(recipe, run, 4, stage=3) == 0
+    # Three ranks divide no matrix of an adapter of rank 5: partitions have padding.
+    assert train(recipe, run, 3, stage=3) == 0
     wanted, found = curve(undisturbed), curve(run)
     assert [line["step"] for line in found] == list(range(3))
     assert wanted[0]["grad_norm"] > 1e-3
@@ -64,7 +65,7 @@ def assert_adapters_alone_are_saved(folder: Path) -> None:
     assert len(adapters) == 2 * 2 * 7  # A and B, layers, targets
     for name, weight in adapters.items():
         assert "lora_" in name
-        assert min(weight.shape) == 4, name
+        assert min(weight.shape) == 5, name
         assert weight.count_nonzero() == weight.numel(), name  # B begins as zeros
     for file in newest.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
