@@ -13,7 +13,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,9 +71,7 @@ class RunDir:
                     fix=f"wait for it, `diffembed stop {self.root}`, or choose another output_dir",
                 )
             time.sleep(0.5)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+        _sign(lock)
         self._lock = lock
         for path in (self.config, self.ds_config, self.environment, self.metrics):
             remove_unfinished(path)
@@ -101,6 +99,43 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process holds this lock file, and remove it in the end.
+
+    The system frees the lock however a process ends.
+
+    Args:
+        path: the lock file; its folder is made where missing.
+        tell: called once with the holder's process and machine if there is one to wait for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        told = False
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            while not _lock_now(file):
+                if not told:
+                    file.seek(0)
+                    tell(file.read().strip())
+                    told = True
+                time.sleep(0.5)
+            # The holder may have removed the file that this process waited for.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        stack.callback(path.unlink, missing_ok=True)
+        _sign(file)
+        yield
+
+
+def _sign(lock: TextIO) -> None:
+    """Write into a held lock file who holds it."""
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
 
 
 def require_writable(folder: str | Path, *, key: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import DecontaminateConfig
+from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.similarity import Words, hash_ngrams, hash_words, matching_ratio
 from pipeline.data.sources.records import list_files, plan_blocks, read_records
 from pipeline.errors import UserError
@@ -31,13 +31,9 @@ class Match:
     where: str  # name of the evaluation set, and the text found
 
 
-def contamination_files(config: DecontaminateConfig) -> list[str]:
-    """All files of the evaluation sets."""
-    return [
-        file
-        for evaluation in config.sets
-        for file in list_files(evaluation.path, f"decontaminate.{evaluation.name}.path")
-    ]
+def contamination_files(evaluation: EvaluationSetConfig) -> list[str]:
+    """All files of one evaluation set."""
+    return list_files(evaluation.path, f"decontaminate.{evaluation.name}.path")
 
 
 def build_index(config: DecontaminateConfig, folder: Path) -> None:
@@ -72,7 +68,7 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
 
 def _texts(config: DecontaminateConfig, number: int) -> Iterator[str]:
     evaluation = config.sets[number]
-    for file in list_files(evaluation.path, f"decontaminate.{evaluation.name}.path"):
+    for file in contamination_files(evaluation):
         for block in plan_blocks(file, split=evaluation.split, block_bytes=2**62, max_rows=None):
             for record in read_records(block, split=evaluation.split):
                 for field in evaluation.fields:

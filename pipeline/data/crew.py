@@ -64,8 +64,22 @@ class Crew(Protocol):
 
     is_main: bool
 
-    def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
-        """Call `work(k)` for every k whose output is missing; return when all are done."""
+    def run(
+        self,
+        work: Task,
+        outputs: Sequence[Path],
+        *,
+        claims: Path,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Call `work(k)` for every k whose output is missing; return when all are done.
+
+        Args:
+            work: does one task.
+            outputs: files whose existence means that a task is done.
+            claims: a folder, shared by all who run tasks.
+            tell: called after each task that this process did or waited for.
+        """
 
     def wait(self) -> None:
         """Wait until every rank has come here."""
@@ -80,11 +94,18 @@ class Alone:
         self._num_workers = num_workers
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
+    def run(
+        self,
+        work: Task,
+        outputs: Sequence[Path],
+        *,
+        claims: Path,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
         """See `Crew.run`; no claims are needed."""
         missing = [k for k, output in enumerate(outputs) if not output.exists()]
         for _ in self.each(work, missing):
-            pass
+            tell()
 
     def each(self, work: Task, tasks: Sequence[int]) -> Iterator[int]:
         """Call `work` for all tasks, begun in their order; yield each one when it is done.
@@ -132,11 +153,19 @@ class Alone:
 class _Claiming(ABC):
     """Ranks who claim tasks by creating files: a quick one does more."""
 
-    def run(self, work: Task, outputs: Sequence[Path], *, claims: Path) -> None:
+    def run(
+        self,
+        work: Task,
+        outputs: Sequence[Path],
+        *,
+        claims: Path,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
         """See `Crew.run`."""
         for task, output in enumerate(outputs):
             if not output.exists() and _claim(claims / f"{task:06d}"):
                 work(task)
+                tell()
         self.wait()
 
     @abstractmethod
@@ -210,7 +239,9 @@ def gather_crew(num_workers: int | None, *, meeting_folder: Path) -> Iterator[Cr
         with _mpi_ranks() as ranks:
             yield ranks
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        step = f"{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
+        # A requeued job has its old number; what its killed step left must not be met again.
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        step = "-".join(os.environ.get(name, "0") for name in names)
         tasks = StepTasks(
             int(os.environ["SLURM_PROCID"]),
             int(os.environ["SLURM_STEP_NUM_TASKS"]),

@@ -22,6 +22,7 @@ VERSION = 2
 FILE_NAME = "manifest.json"
 REPORT_NAME = "report.md"
 DROPPED_NAME = "dropped.jsonl"
+RECIPE_NAME = "recipe.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ class Manifest:
     """
 
     version: int
-    recipe: str  # hash of the config and sizes of the inputs it was prepared from
+    recipe: str  # hash of the config, the inputs and the tokenizer that it was prepared from
     tokenizer: TokenizerInfo
     template: Template
     max_query_length: int

@@ -11,9 +11,10 @@ Each step is a set of tasks; a task's output appears by rename, and what exists 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,15 +24,19 @@ from pipeline.data.building.finish import write_manifest
 from pipeline.data.building.lookup import shelve_documents
 from pipeline.data.building.near import pair_band, sign_slice
 from pipeline.data.building.pack import lay_out, pack_shard, read_layout
-from pipeline.data.building.plan import Build, make_plan, recipe_of
+from pipeline.data.building.plan import Build, make_plan
+from pipeline.data.building.progress import Progress, describe, say
+from pipeline.data.building.recipe import find_change, prepare_status, read_recipe
 from pipeline.data.building.relate import make_catalogue, relate_block, tokenise_slice
 from pipeline.data.crew import Crew, gather_crew
-from pipeline.data.manifest import FILE_NAME, read_manifest
+from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, read_manifest
+from pipeline.data.shards import Dataset
 from pipeline.data.similarity import NUM_BANDS
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
+from pipeline.run_dir import hold_lock, require_writable
 
-__all__ = ["prepare", "tokenizer_fingerprint"]
+__all__ = ["prepare", "prepare_status", "tokenizer_fingerprint"]
 
 _Step = tuple[str, Callable[[Build, int], None], Callable[[Build], int]]
 
@@ -83,7 +88,8 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
     """Build the dataset folder of a config, alone or as one rank of an MPI job.
 
     Interrupted at any point, the same call continues. A folder that is already complete for the
-    same config and inputs is left as it is.
+    same config and inputs is left as it is. Of several calls for one folder, one works and the
+    others wait for it.
 
     Args:
         config: what to read, how to tokenise it, and where to write.
@@ -95,40 +101,76 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
     Raises:
         UserError: a source, the tokenizer or the output folder is not usable.
     """
-    target = config.output_dir
+    target = _require_place(config.output_dir)
     build = Build(config, target.with_name(f".{target.name}.building"))
-    with gather_crew(num_workers, meeting_folder=target.with_name(f".{target.name}.step")) as crew:
-        if not _is_done(config):
-            # Everybody looks at the target before anybody can have finished it.
-            crew.wait()
+    meeting = target.with_name(f".{target.name}.step")
+    with gather_crew(num_workers, meeting_folder=meeting) as crew, contextlib.ExitStack() as stack:
+        # Shards that are whole may be on a disk that is not writable, where no lock can be held.
+        if crew.is_main and (build.folder.exists() or not _is_done(config, target)):
+            require_writable(target.parent, key="output_dir")
+            lock = target.with_name(f".{target.name}.lock")
+            stack.enter_context(hold_lock(lock, tell=_say_who_is_first))
+            _begin(build, target)
+        crew.wait()
+        # Where the dataset is whole already, the main rank has begun nothing.
+        if build.output("plan", 0).exists():
+            _work(crew, build)
             if crew.is_main:
-                _begin(build)
+                _finish(build, target)
             crew.wait()
-            for name, work, count in _STEPS:
-                _run_step(crew, build, name, work, count(build))
-            if crew.is_main:
-                _finish(build)
-            crew.wait()
+    return config.output_dir
+
+
+def _require_place(folder: Path) -> Path:
+    """The real place of a dataset, which can be renamed to when the work is done.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    target = folder.resolve()
+    if os.path.ismount(target):
+        raise UserError(
+            f"output_dir: {folder} is where a file system is mounted", fix="name a folder inside it"
+        )
+    # Names of the folder's helpers are longer by this much.
+    longest = 255 - len(".building-00000000-0000-000")
+    if len(os.fsencode(target.name)) > longest:
+        raise UserError(f"output_dir: {folder}", allowed=f"a name of at most {longest} bytes")
     return target
 
 
-def _run_step(
-    crew: Crew, build: Build, name: str, work: Callable[[Build, int], None], count: int
-) -> None:
-    outputs = [build.output(name, task) for task in range(count)]
-    missing = sum(not output.exists() for output in outputs)
-    if crew.is_main and missing:
-        print(f"prepare: {name}: {missing} of {count} tasks", file=sys.stderr, flush=True)
-    crew.run(functools.partial(work, build), outputs, claims=build.folder / "claims" / name)
+def _say_who_is_first(holder: str) -> None:
+    say(f"waiting for another prepare of this folder ({holder})")
 
 
-def _is_done(config: PrepareConfig) -> bool:
-    """Whether the output folder holds the dataset of this very config.
+def _work(crew: Crew, build: Build) -> None:
+    """Run all steps; after an error, say what becomes of the work that is done."""
+    try:
+        for name, work, count in _STEPS:
+            outputs = [build.output(name, task) for task in range(count(build))]
+            progress = Progress(name, outputs)
+            crew.run(
+                functools.partial(work, build),
+                outputs,
+                claims=build.folder / "claims" / name,
+                tell=progress.update if crew.is_main else lambda: None,
+            )
+            if crew.is_main:
+                progress.finish()
+    except Exception:
+        say(
+            f"what is done so far is kept in {build.folder}; the same command continues it, or "
+            f"starts over if the config or an input is another by then"
+        )
+        raise
+
+
+def _is_done(config: PrepareConfig, target: Path) -> bool:
+    """Say whether the output folder holds the dataset of this very config and these very inputs.
 
     Raises:
         UserError: it holds something else.
     """
-    target = config.output_dir
     if not target.exists():
         return False
     if not (target / FILE_NAME).is_file():
@@ -138,33 +180,71 @@ def _is_done(config: PrepareConfig) -> bool:
             f"output_dir: {target} exists and is no dataset",
             fix="choose another output_dir, or remove it",
         )
-    if read_manifest(target).recipe != recipe_of(config):
+    recipe, dataset = read_recipe(target), Dataset.open(target)
+    change = find_change(config, recipe)
+    if change is None and recipe.fingerprint != dataset.manifest.recipe:
+        change = f"{RECIPE_NAME} is of another dataset"
+    if change is not None:
         raise UserError(
-            f"output_dir: {target} holds a dataset made from another config or other inputs",
+            f"output_dir: {target} holds a dataset made from another config or other inputs: "
+            f"{change}",
             fix="choose another output_dir, or remove it",
         )
+    print(f"{config.output_dir} is whole: {_describe(config)}", flush=True)
     return True
 
 
-def _begin(build: Build) -> None:
-    """Continue a build of the same config and inputs, start over otherwise."""
+def _begin(build: Build, target: Path) -> None:
+    """Continue a build of the same config and inputs, or start over.
+
+    Nothing is begun where another process has finished the dataset meanwhile.
+    """
+    if _is_done(build.config, target):
+        # Of a process that was killed between its last two steps.
+        shutil.rmtree(build.folder, ignore_errors=True)
+        return
     # Those of a killed build; there are none where this process works alone.
     shutil.rmtree(build.folder / "claims", ignore_errors=True)
-    if build.output("plan", 0).exists() and build.plan.recipe != recipe_of(build.config):
+    if build.output("plan", 0).exists():
+        change = _change_since_begun(build)
+        if change is None:
+            return
+        say(f"starting over: {change}")
         shutil.rmtree(build.folder)
         build.__dict__.pop("plan", None)
-    if not build.output("plan", 0).exists():
-        build.folder.mkdir(parents=True, exist_ok=True)
+    try:
         make_plan(build)
+    except BaseException:
+        # Without a plan, nothing in it is of use to a later call.
+        shutil.rmtree(build.folder, ignore_errors=True)
+        raise
 
 
-def _finish(build: Build) -> None:
-    """The finished folder takes its place in one rename; the parts are removed after."""
-    target = build.config.output_dir
+def _change_since_begun(build: Build) -> str | None:
+    try:
+        recipe = read_recipe(build.folder)
+    except UserError as error:
+        return str(error)
+    return find_change(build.config, recipe)
+
+
+def _finish(build: Build, target: Path) -> None:
+    """Rename the finished folder to its place; the parts are removed after.
+
+    Raises:
+        UserError: an input was changed while it was read.
+    """
+    if change := _change_since_begun(build):
+        raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():
         target.rmdir()  # empty, or `_is_done` would have refused it
     (build.folder / "dataset").rename(target)
     shutil.rmtree(build.folder)
     for source in read_manifest(target).sources:
         for warning in source.warnings:
-            print(f"prepare: warning: {source.name}: {warning}", file=sys.stderr, flush=True)
+            say(f"warning: {source.name}: {warning}")
+    print(_describe(build.config), flush=True)
+
+
+def _describe(config: PrepareConfig) -> str:
+    return describe(read_manifest(config.output_dir), config.output_dir)

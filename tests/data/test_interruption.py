@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def crash(build: object) -> None:
+def crash(*build: object) -> None:
     raise CrashError
 
 

@@ -21,6 +21,7 @@ from pipeline.data.building.relate import read_groups
 from pipeline.data.manifest import (
     DROPPED_NAME,
     FILE_NAME,
+    RECIPE_NAME,
     REPORT_NAME,
     VERSION,
     LengthHistogram,
@@ -43,6 +44,9 @@ def write_manifest(build: Build, task: int) -> None:
         for part in _dropped_parts(build):
             with part.open("rb") as piece:
                 shutil.copyfileobj(piece, handle)
+    with atomic_path(folder / RECIPE_NAME) as temporary:
+        # With its time, which says which stamps in it may be trusted.
+        shutil.copy2(build.folder / RECIPE_NAME, temporary)
     write_text(folder / REPORT_NAME, _report(build, manifest, folder / DROPPED_NAME))
     write_text(folder / FILE_NAME, manifest.to_json())
     write_json(build.output("manifest", task), {"fingerprint": manifest.fingerprint})

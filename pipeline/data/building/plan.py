@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,18 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.config import PrepareConfig, SourceConfig
-from pipeline.data.contamination import build_index, contamination_files
-from pipeline.data.manifest import VERSION
+from pipeline.data.building.recipe import (
+    identify_tokenizer,
+    make_recipe,
+    require_inputs,
+    write_recipe,
+)
+from pipeline.data.contamination import build_index
 from pipeline.data.sources import (
     Block,
-    corpus_files,
     expand_sources,
     file_size,
     plan_source,
-    refers_to_documents,
-    source_files,
 )
 from pipeline.data.tokens import TextEncoder, TokenizerInfo, load_tokenizer
 from pipeline.run_dir import write_text
@@ -89,28 +90,14 @@ class Build:
         return head.astype(np.int64) * self.plan.num_slices >> 16
 
 
-def recipe_of(config: PrepareConfig) -> str:
-    """Hash of all that decides the result: the config but its folders, and the input sizes."""
-    tree = TypeAdapter(PrepareConfig).dump_python(config, mode="json")
-    del tree["output_dir"]
-    # Where tokens may be copied from changes the work, not the result.
-    del tree["reuse"]
-    files = []
-    for source in expand_sources(config.sources):
-        files += source_files(source)
-        if refers_to_documents(source):
-            files += corpus_files(source)
-    if config.decontaminate is not None:
-        files += contamination_files(config.decontaminate)
-    text = json.dumps([VERSION, tree, [file_size(file) for file in files]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def make_plan(build: Build) -> None:
-    """List the blocks, count the slices, and store the tokenizer beside them."""
-    config = build.config
-    tokenizer_json, tokenizer = load_tokenizer(config.tokenizer, append_eos=config.append_eos)
+    """Record the inputs, list the blocks, count the slices, and store the tokenizer."""
+    config, began = build.config, time.time_ns()
+    # The tokenizer after all that a config may say wrong: looking it up may need a network.
     sources = expand_sources(config.sources)
+    require_inputs(config)
+    tokenizer_json, tokenizer = load_tokenizer(config.tokenizer, append_eos=config.append_eos)
+    recipe = make_recipe(config, identify_tokenizer(tokenizer_json, tokenizer))
     blocks = tuple(
         PlannedBlock(source=number, block=block)
         for number, source in enumerate(sources)
@@ -119,7 +106,7 @@ def make_plan(build: Build) -> None:
     # Bytes where a block counts bytes; a row of a table is taken for a kilobyte.
     size = sum(_block_bytes(planned.block) for planned in blocks)
     plan = Plan(
-        recipe=recipe_of(config),
+        recipe=recipe.fingerprint,
         sources=sources,
         blocks=blocks,
         num_slices=min(max(1, -(-size // _SLICE_BYTES)), _MAX_SLICES),
@@ -128,6 +115,7 @@ def make_plan(build: Build) -> None:
     if config.decontaminate is not None:
         build_index(config.decontaminate, build.folder / "contamination")
     write_text(build.folder / "tokenizer.json", tokenizer_json)
+    write_recipe(build.folder, recipe, began_ns=began)
     write_text(build.output("plan", 0), TypeAdapter(Plan).dump_json(plan).decode())
 
 

@@ -20,6 +20,7 @@ from pipeline.data.sources.records import (
     Block,
     Record,
     file_size,
+    hub_files,
     list_files,
     plan_blocks,
     read_records,
@@ -76,6 +77,16 @@ def source_files(source: SourceConfig) -> list[str]:
     return list_files(source.path, f"sources.{source.name}.path")
 
 
+def input_files(source: SourceConfig) -> list[str]:
+    """Every file that a source's rows depend on, also those with documents and judgements."""
+    files = source_files(source)
+    if refers_to_documents(source):
+        files += corpus_files(source)
+    if source.format == "mteb":
+        files += folder_part(source, f"qrels/{source.split}")
+    return files
+
+
 def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[Block]:
     """Cut a source into blocks that may be read in any order by anybody."""
     left = source.max_rows
@@ -117,6 +128,8 @@ __all__ = [
     "corpus_records",
     "expand_sources",
     "file_size",
+    "hub_files",
+    "input_files",
     "plan_source",
     "read_judgements",
     "read_rows",

@@ -276,3 +276,16 @@ def _hub_dataset(file: str, split: str) -> Any:
             f"{file}: split {split!r} cannot be loaded ({reason})",
             fix="check the name, or download it first where there is a network",
         ) from error
+
+
+def hub_files(file: str, split: str) -> list[str]:
+    """The local files that hold a hub dataset: those of its folder, or of the library's cache."""
+    folder = Path(file.removeprefix(HUB).partition(":")[0])
+    if folder.is_dir():
+        inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return [
+            str(path)
+            for path in inside
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+    return [entry["filename"] for entry in _hub_dataset(file, split).cache_files]

@@ -1,0 +1,229 @@
+"""A second prepare notices what changed by content, and leaves alone what only looks changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from data_support import ConfigMaker, reasonaug_rows, write_jsonl
+
+from pipeline.config import DecontaminateConfig, EvaluationSetConfig, PrepareConfig, SourceConfig
+from pipeline.data import prepare as prepare_module
+from pipeline.data.building import recipe as recipes
+from pipeline.data.prepare import prepare, prepare_status
+from pipeline.errors import UserError
+from pipeline.run_dir import hold_lock
+
+
+@pytest.fixture
+def config(make_config: ConfigMaker, tokenizer_path: Path, tmp_path: Path) -> PrepareConfig:
+    """One source of each kind of reference to files, a tokenizer folder, and an evaluation set."""
+    write_jsonl(tmp_path / "real.jsonl", reasonaug_rows(20))
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "real.jsonl")
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    write_jsonl(beir / "corpus.jsonl", [{"_id": "d1", "text": "a"}, {"_id": "d2", "text": "b"}])
+    write_jsonl(beir / "queries.jsonl", [{"_id": "q1", "text": "what is it"}])
+    (beir / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    rows = [{"query": f"query {k}", "positives": [f"answer {k}"]} for k in range(4)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "a question of the evaluation set"}])
+    shutil.copytree(tokenizer_path, tmp_path / "tokenizer")
+    named = {
+        "linked": ("reasonaug", "linked.jsonl"),
+        "beir": ("mteb", "beir"),
+        "saved": ("columns", "saved"),
+    }
+    return make_config(
+        *(
+            SourceConfig(
+                name=name,
+                format=kind,
+                path=f"{'hub:' if name == 'saved' else ''}{tmp_path / path}",
+            )
+            for name, (kind, path) in named.items()
+        ),
+        tokenizer=str(tmp_path / "tokenizer"),
+        decontaminate=DecontaminateConfig(
+            sets=(EvaluationSetConfig(name="mine", path=str(tmp_path / "test.jsonl")),)
+        ),
+    )
+
+
+def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
+    """Edit a file in place; its size and its modification time stay."""
+    before = path.stat()
+    content = path.read_bytes()
+    assert len(old) == len(new) and old in content
+    with path.open("rb+") as file:
+        file.write(content.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+# File, bytes that it has, bytes in their place, and the key in the message.
+EDITS = (
+    ("real.jsonl", b"algorithm", b"Algorithm", "sources.linked"),  # behind a link
+    ("beir/corpus.jsonl", b'"a"', b'"c"', "sources.beir"),
+    ("beir/qrels/train.tsv", b"d1", b"d2", "sources.beir"),
+    ("saved/data-00000-of-00001.arrow", b"answer 1", b"answer 9", "sources.saved"),
+    ("test.jsonl", b"question", b"Question", "decontaminate.mine"),
+    ("tokenizer/tokenizer.json", b'"<eos>"', b'"<EOS>"', ""),
+)
+
+
+def test_a_change_of_equal_size_and_time_is_noticed_and_named(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    folder = prepare(config, num_workers=1)
+    assert prepare_status(config) == "whole"
+    for name, old, new, key in EDITS:
+        path = tmp_path / name
+        replace_bytes(path, old, new)
+        assert prepare_status(config) == "other", name
+        if key:
+            with pytest.raises(UserError, match=f"{key}: .* has changed"):
+                prepare(config, num_workers=1)
+        replace_bytes(path, new, old)
+        assert prepare_status(config) == "whole", name
+    # A file that is touched, or copied to another place on the disk, is the same file.
+    (tmp_path / "test.jsonl").touch()
+    shutil.copy(tmp_path / "real.jsonl", tmp_path / "new").replace(tmp_path / "real.jsonl")
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert (prepare(config, num_workers=1) / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_tokenizer_in_the_same_folder_is_refused_and_a_rewritten_one_is_not(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    prepare(config, num_workers=1)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree))
+    prepare(config, num_workers=1)
+    tree["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="tokenizer: .* has changed"):
+        prepare(config, num_workers=1)
+
+
+def test_unchanged_inputs_are_not_read_again(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the files had been old when they were hashed; fresh ones are hashed again to be sure.
+    monkeypatch.setattr(recipes, "_TICK_NS", -(10**12))
+    recipe = recipes.read_recipe(prepare(config, num_workers=1))
+    assert all(entry.stamp for entry in recipe.inputs)
+    forged = [dataclasses.replace(entry, sha256="kept") for entry in recipe.inputs]
+    assert recipes.find_change(config, dataclasses.replace(recipe, inputs=tuple(forged))) is None
+
+
+def test_a_new_file_a_missing_one_and_another_setting_are_named(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "rows" / f"{name}.jsonl", reasonaug_rows(5))
+    source = SourceConfig(name="mine", format="reasonaug", path=str(tmp_path / "rows"))
+    prepare(make_config(source), num_workers=1)
+    longer = make_config(source, max_query_length=50)
+    assert prepare_status(longer) == "other"
+    with pytest.raises(UserError, match="max_query_length was 48 and is 50"):
+        prepare(longer, num_workers=1)
+    (tmp_path / "rows" / "b.jsonl").rename(tmp_path / "rows" / "c.jsonl")
+    with pytest.raises(UserError, match=r"sources.mine: c.jsonl is new"):
+        prepare(make_config(source), num_workers=1)
+    (tmp_path / "rows" / "c.jsonl").unlink()
+    with pytest.raises(UserError, match=r"sources.mine: b.jsonl is gone"):
+        prepare(make_config(source), num_workers=1)
+    assert prepare_status(make_config(source, name="elsewhere")) == "missing"
+
+
+def test_half_built_shards_of_changed_data_are_started_over(
+    config: PrepareConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def change(*_: object) -> None:
+        replace_bytes(tmp_path / "test.jsonl", b"question", b"Question")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        steps = (*prepare_module._STEPS[:2], ("dedup", change, lambda build: 1))
+        patch.setattr(prepare_module, "_STEPS", steps)
+        with pytest.raises(OSError, match="No space"):
+            prepare(config, num_workers=1)
+    assert ".dataset.building; the same command continues it" in capsys.readouterr().err
+    prepare(config, num_workers=1)
+    assert "starting over: decontaminate.mine: " in capsys.readouterr().err
+    assert prepare_status(config) == "whole"
+
+
+def test_inputs_that_change_during_the_work_make_no_dataset(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = prepare_module._finish
+
+    def change(*arguments: Any) -> None:
+        replace_bytes(tmp_path / "test.jsonl", b"question", b"Question")
+        finish(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_finish", change)
+    with pytest.raises(UserError, match="has changed, while it was prepared"):
+        prepare(config, num_workers=1)
+    assert prepare_status(config) == "missing"
+
+
+def test_of_two_prepares_of_one_folder_the_second_waits_and_finds_it_whole(
+    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / ".dataset.lock"
+    with hold_lock(lock, tell=print):
+        second = threading.Thread(target=prepare, args=(config,), kwargs={"num_workers": 1})
+        second.start()
+        while "waiting for another prepare of this folder (process" not in capsys.readouterr().err:
+            assert second.is_alive()
+        assert not (tmp_path / ".dataset.building").exists()
+    prepare(config, num_workers=1)
+    second.join()
+    output = capsys.readouterr().out
+    assert "dataset is whole: " in output and output.count("-> ") == 2
+    assert not lock.exists()
+
+
+def test_a_config_that_cannot_be_built_leaves_nothing_behind(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    source = SourceConfig(name="mine", format="jsonl", path=str(tmp_path / "rows.jsonl"))
+    # A wrong format is found before a tokenizer is looked for.
+    with pytest.raises(UserError, match=r"sources.mine.format: 'jsonl'"):
+        prepare(make_config(source, tokenizer="an/unknown-tokenizer"), num_workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", reasonaug_rows(5))
+    source = SourceConfig(name="mine", format="reasonaug", path=str(path))
+    for place in (path / "shards", tmp_path / ("x" * 250), Path("/")):
+        with pytest.raises(UserError, match="output_dir"):
+            prepare(make_config(source, output_dir=place, tokenizer="none"), num_workers=1)
+
+
+def test_an_output_folder_may_be_a_link(make_config: ConfigMaker, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", reasonaug_rows(5))
+    source = SourceConfig(name="mine", format="reasonaug", path=str(path))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "dataset").symlink_to(tmp_path / "disk")
+    prepare(make_config(source), num_workers=1)
+    assert (tmp_path / "disk" / "manifest.json").is_file()
+    assert prepare_status(make_config(source)) == "whole"
