@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Config
 
-from pipeline.config import ModelConfig, StarterConfig, Template
+from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, StarterConfig, Template
+from pipeline.data.prepare import prepare
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter
@@ -19,6 +21,22 @@ def tiny_starter(folder: Path, corpus: Path, **changes: Any) -> Path:
     """A Dream-layout folder of random weights, with a tokenizer trained on the corpus."""
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
     return build_starter(StarterConfig(output_dir=folder, corpus=(corpus,), **{**sizes, **changes}))
+
+
+def prepare_tiny(folder: Path, num_rows: int = 16) -> PrepareConfig:
+    """A model in `folder/model` and shards of a few rows by its tokenizer, in `folder/shards`."""
+    rows = [{"query": f"question {i}", "positives": [f"answer {i}"]} for i in range(num_rows)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PrepareConfig(
+        output_dir=folder / "shards",
+        tokenizer=str(tiny_starter(folder / "model", path, num_layers=1)),
+        sources=(SourceConfig(name="rows", format="columns", path=str(path)),),
+        max_query_length=16,
+        max_document_length=16,
+    )
+    prepare(config, num_workers=1)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

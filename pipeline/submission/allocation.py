@@ -1,22 +1,32 @@
-"""The job that this process runs in, as Slurm sees it from inside."""
+"""The job that this process runs in, as Slurm sees it from inside.
+
+python -m pipeline.submission.allocation
+
+prints the address of the job's first node.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.errors import DiffembedError
-from pipeline.submission.health import FIT, MARK
+from pipeline.errors import DiffembedError, errors_end_the_process
+from pipeline.submission import scheduler
+from pipeline.submission.health import MARK, Health
+from pipeline.submission.scheduler import IN_A_JOB
 
-_HEALTH_SECONDS = 120
-# A controller that moves to another machine is away for a minute or two.
-_WAITS = (2, 5, 10, 20, 40, 80)
-_SILENT = "Unable to contact|timed out|Zero Bytes"
+# More than all checks of a node may take together.
+_HEALTH_SECONDS = 240
+
+
+class NoCheckError(DiffembedError):
+    """The nodes could not be checked, for a reason that is not known to be theirs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +37,14 @@ class State:
     preempted: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Faults:
+    """Faults of a job's nodes, each by its node, and of what all of them share."""
+
+    nodes: Mapping[str, str]
+    shared: str
+
+
 def own_id() -> str:
     """The id by which this job alone can be queued again."""
     # The plain id of an array's last element means the whole array.
@@ -35,8 +53,20 @@ def own_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+def first_address() -> str:
+    """The address by which Slurm itself reaches the first node; a node's name need not resolve."""
+    node = _expand(os.environ["SLURM_JOB_NODELIST"])[0]
+    shown = scheduler.ask("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
+    found = re.search(r"NodeAddr=(\S+)", shown)
+    return found[1] if found else node
+
+
 def read_state(job: str) -> State:
-    """Ask Slurm for the state of a job."""
+    """Ask Slurm for the state of a job.
+
+    Raises:
+        NoAnswerError: Slurm did not answer for an hour; that says nothing about the job.
+    """
     fields = _fields(job)
     return State(
         running=fields.get("JobState") == "RUNNING",
@@ -50,6 +80,18 @@ def excluded_nodes(job: str) -> tuple[str, ...]:
     return () if names == "(null)" else (names,)
 
 
+def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
+    """True when a job's partitions have as many nodes as it needs in addition to some others."""
+    partitions = _fields(job).get("Partition", "")
+    total = 0
+    for name in filter(None, partitions.split(",")):
+        shown = scheduler.ask("scontrol", "show", "partition", name, patience=IN_A_JOB)
+        found = re.search(r"TotalNodes=(\d+)", shown)
+        total += int(found[1]) if found else 0
+    lost = len(_expand(",".join(without)))
+    return not total or total - lost >= int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
 def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
     """Queue this job again; it ends soon after.
 
@@ -60,23 +102,54 @@ def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
     Returns:
         Why Slurm refuses; empty when it does not.
     """
-    done = scontrol("requeue", job)
-    if done.returncode:
-        return done.stderr.strip()
+    done = _order("requeue", job)
+    # An order whose answer was lost is refused when it is given again.
+    if done.returncode and read_state(job).running:
+        return scheduler.complaint(done)
     if without:
         # Only now: the nodes of a job that runs cannot be changed.
-        scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
+        _order("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
     return ""
 
 
-def find_faults(run_folder: Path) -> dict[str, str]:
-    """What is wrong with which node of this job; nodes that are fit are left out.
+def find_faults(run_folder: Path) -> Faults:
+    """Check all nodes of this job; nodes that are fit are left out.
 
     Raises:
-        DiffembedError: the check could not be started at all.
+        NoCheckError: the check could not be started at all.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    nodes = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout.split()
+    nodes = _expand(os.environ["SLURM_JOB_NODELIST"])
+    answers = scheduler.patiently(lambda: _ask_nodes(nodes, run_folder), IN_A_JOB)
+    return judge({node: answers.get(node) for node in nodes})
+
+
+def judge(answers: Mapping[str, Health | None]) -> Faults:
+    """Decide which faults are the nodes' own; None is a node that did not answer.
+
+    What several nodes all say of the run's folder, or of their clocks, is said of the server.
+    """
+    several = len(answers) > 1
+    if several and all(health is None for health in answers.values()):
+        return Faults(nodes={}, shared=f"none of {len(answers)} nodes answers")
+    given = {node: health for node, health in answers.items() if health}
+    shared = [fault for health in given.values() for fault in health.shared]
+    if several and all(health and health.folder for health in answers.values()):
+        shared += [fault for health in given.values() for fault in health.folder]
+    if shared:
+        return Faults(nodes={}, shared=shared[0])
+    if several and all(health and health.clock for health in answers.values()):
+        # No other node would be better, and it stops no training.
+        node, health = next(iter(given.items()))
+        print(
+            f"{node}: {health.clock[0]}, as on all nodes: that of the server is wrong", flush=True
+        )
+        given = {node: dataclasses.replace(health, clock=()) for node, health in given.items()}
+    silent = {node: "its check did not answer" for node in answers if node not in given}
+    unfit = {node: health.words for node, health in given.items() if health.words}
+    return Faults(nodes=silent | unfit, shared="")
+
+
+def _ask_nodes(nodes: list[str], run_folder: Path) -> dict[str, Health]:
     scratch = os.environ.get("NODE_SCRATCH", "/tmp")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
@@ -88,24 +161,31 @@ def find_faults(run_folder: Path) -> dict[str, str]:
         output, complaint = done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
         late, output, complaint = True, (error.stdout or b"").decode(), ""
-    answers = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
-    if not answers and not late:
-        raise DiffembedError(f"the nodes could not be checked: {complaint.strip()}")
-    silent = f"no answer within {_HEALTH_SECONDS} s" if late else "its check died"
-    said = {node: answers.get(node, silent) for node in nodes}
-    return {node: fault for node, fault in said.items() if fault != FIT}
+    found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
+    if not found and not late:
+        if scheduler.is_silence(complaint):
+            raise scheduler.no_answer(f"srun: {complaint.strip().splitlines()[-1]}")
+        raise NoCheckError(f"the nodes could not be checked: {complaint.strip()}")
+    return {node: Health(**json.loads(faults)) for node, faults in found.items()}
+
+
+def _expand(names: str) -> list[str]:
+    """Nodes one by one, from Slurm's notation."""
+    shown = scheduler.ask("scontrol", "show", "hostnames", names, patience=IN_A_JOB)
+    return shown.split()
 
 
 def _fields(job: str) -> dict[str, str]:
-    shown = scontrol("show", "job", job, "--oneliner").stdout
+    words = ("show", "job", job, "--oneliner")
+    shown = scheduler.ask("scontrol", *words, patience=IN_A_JOB, accepted="Invalid job id")
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
-def scontrol(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run `scontrol`, with patience while the controller restarts; a refusal is in the answer."""
-    for wait in (*_WAITS, None):
-        done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
-        if wait is None or not re.search(_SILENT, done.stderr):
-            break
-        time.sleep(wait)
-    return done
+def _order(*words: str) -> subprocess.CompletedProcess[str]:
+    """Give an order, with patience while the controller is away; a refusal is in the answer."""
+    return scheduler.patiently(lambda: scheduler.run("scontrol", *words), IN_A_JOB)
+
+
+if __name__ == "__main__":
+    with errors_end_the_process():
+        print(first_address())

@@ -22,9 +22,16 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.evaluation.score.results import changed_inputs, read_result
 from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.run_dir import RunDir, read_latest
+from pipeline.run_dir import RunDir
+from pipeline.submission.done import (
+    is_exported,
+    is_prepared,
+    is_reported,
+    require_same_run,
+    require_shards,
+    unscored,
+)
 from pipeline.submission.job import Job, digest
 from pipeline.submission.progress import last_step
 
@@ -65,18 +72,34 @@ def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
         files=files,
         exclusive=True,
     )
-    # Shards that nobody submitted with this very config may be of another one; the job finds out.
-    if job.text_path.exists() and (tree.output_dir / "manifest.json").exists():
+    # Preparing would refuse it too, but only after waiting in the queue.
+    if is_prepared(tree):
         return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
     return Chain(jobs=(job,))
 
 
-def train_chain(config: Path, overrides: tuple[str, ...], deepspeed: Path) -> Chain:
-    """The job that trains, through as many restarts as it takes."""
+def train_chain(
+    config: Path, overrides: tuple[str, ...], deepspeed: Path, *, shards_follow: bool = False
+) -> Chain:
+    """The job that trains, through as many restarts as it takes.
+
+    Args:
+        config: of the training run.
+        overrides: changes to it.
+        deepspeed: its DeepSpeed JSON.
+        shards_follow: an earlier job makes the shards; if not, they must be there.
+
+    Raises:
+        UserError: the run has checkpoints of another config, or the shards are missing or made
+            with another tokenizer.
+    """
     tree = load_config(TrainConfig, config, overrides)
     done = last_step(tree.output_dir)
+    require_same_run(tree)
     if done >= tree.num_steps:
         return Chain(finished=(f"train: {tree.output_dir} has all of its {done} steps",))
+    if not shards_follow:
+        require_shards(tree)
     folder = _run_folder(tree.output_dir)
     path, files = _frozen(folder, "train", tree)
     engine = _read(deepspeed)
@@ -110,7 +133,7 @@ def export_chain(
     for step in steps:
         name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
         output = step.output or run.export
-        if (ready or step.checkpoint == "init") and _is_exported(run, step.checkpoint, output):
+        if (ready or step.checkpoint == "init") and is_exported(tree, step.checkpoint, output):
             finished.append(f"{name}: {output} is there")
             continue
         jobs.append(
@@ -148,11 +171,11 @@ def evaluate_chain(
     tree = load_config(EvaluateConfig, config, overrides)
     folder = _run_folder(tree.output_dir)
     path, files = _frozen(folder, "evaluate", tree)
-    left = _unfinished(tree) if ready else tuple(range(len(list_elements(tree))))
+    left = unscored(tree) if ready else tuple(range(len(list_elements(tree))))
     report = _report(tree)
     if not left:
         line = f"evaluate: all {len(list_elements(tree))} elements of {tree.output_dir} are scored"
-        return Chain(jobs=() if _is_reported(tree) else (report,), finished=(line,))
+        return Chain(jobs=() if is_reported(tree) else (report,), finished=(line,))
     common: dict[str, Any] = {"script": "evaluate.sbatch", "folder": folder, "files": files}
     gpu = {**common, "flags": "EVALUATE_FLAGS"}
     if text_elements is None:
@@ -186,7 +209,7 @@ def report_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
 def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     """All jobs of an experiment."""
     tree = load_config(ChainConfig, config, overrides)
-    training = train_chain(tree.train, (), tree.deepspeed)
+    training = train_chain(tree.train, (), tree.deepspeed, shards_follow=bool(tree.prepare))
     # A run that is finished needs its shards no more.
     chain = prepare_chain(tree.prepare) if tree.prepare and training.jobs else Chain()
     exports = export_chain(tree.train, (), tree.exports, ready=not training.jobs)
@@ -227,30 +250,3 @@ def _report(config: EvaluateConfig) -> Job:
         arguments=(str(path),),
         files=files,
     )
-
-
-def _is_exported(run: RunDir, checkpoint: str, output: Path) -> bool:
-    """Whether an export is there and younger than the checkpoint it is made of."""
-    weights = [path.stat().st_mtime for path in output.glob("*.safetensors")]
-    if not weights or checkpoint == "init":
-        return bool(weights)
-    name = read_latest(run.checkpoints) if checkpoint == "latest" else checkpoint
-    state = run.checkpoints / (name or "") / "state.json"
-    return not state.exists() or min(weights) > state.stat().st_mtime
-
-
-def _unfinished(config: EvaluateConfig) -> tuple[int, ...]:
-    """Numbers of the elements without valid scores."""
-    results = ((element, read_result(element)) for element in list_elements(config))
-    return tuple(
-        element.index
-        for element, result in results
-        if changed_inputs(config, element, result or {})
-    )
-
-
-def _is_reported(config: EvaluateConfig) -> bool:
-    """Whether the report is younger than all scores."""
-    report = RunDir(config.output_dir).report / "report.json"
-    newest = max(element.result_path.stat().st_mtime for element in list_elements(config))
-    return report.exists() and report.stat().st_mtime >= newest

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from pipeline.config import ExportStep
 from pipeline.errors import UserError
 from pipeline.submission import chain
+from pipeline.submission.flags import parse_flags, split_flags
 from pipeline.submission.submit import Submission, show, submit
 
 # The array of `slurm/cluster.env` whose jobs `--sbatch` is for.
@@ -67,7 +67,9 @@ def submit_command(
     else:
         jobs = chain.whole_chain(config, overrides)
     submission = Submission(
-        flags=tuple(shlex.split(flags)), flags_of=_MAIN_FLAGS.get(what, ""), after=after
+        flags=parse_flags(split_flags(flags, "--sbatch"), "--sbatch"),
+        flags_of=_MAIN_FLAGS.get(what, ""),
+        after=after,
     )
     if dry_run:
         print(show(jobs, submission))

@@ -1,10 +1,16 @@
-"""Is this node fit to train? One line of answer, from Python's own library, within a minute.
+"""Check that this node is fit to train; one line of answer, from Python's own library.
 
 python -m pipeline.submission.health RUN_FOLDER SCRATCH_FOLDER NUM_GPUS
+
+A fault is the node's own, or that of something all nodes share: a full run folder is full on every
+node. Some faults look the same either way; comparing the nodes tells (see `allocation.judge`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,21 +20,50 @@ import time
 from pathlib import Path
 
 MARK = "health:"
-FIT = "fit"
 # A node below this fails in the middle of a checkpoint or of compiling a kernel.
 _FREE_BYTES = 2**30
 # Beyond it, authentication fails and files seem older than what they were made of.
 _CLOCK_SECONDS = 60
 _GPU_SECONDS = 45
+_FOLDER_SECONDS = 45
 _QUERY = "index,mig.mode.current,ecc.errors.uncorrected.volatile.total"
+# No node can help them, however it reaches the folder.
+_SHARED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def find_faults(run_folder: Path, scratch: Path, num_gpus: int) -> list[str]:
-    """What makes this node unfit, in words; empty when nothing does."""
-    faults = _gpu_faults(num_gpus) if num_gpus else []
-    for folder in (run_folder, scratch):
-        faults += _folder_faults(folder)
-    return faults + _clock_faults(run_folder)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """Faults of a node, in words; all empty when it is fit.
+
+    Args:
+        own: of the node: GPUs, its local disk.
+        shared: of the run's folder itself.
+        folder: of the way to the run's folder: the node's mount, or the server.
+        clock: how far its clock is from the file server's.
+    """
+
+    own: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    folder: tuple[str, ...] = ()
+    clock: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """All faults, or nothing."""
+        return "; ".join((*self.own, *self.shared, *self.folder, *self.clock))
+
+
+def find_faults(run_folder: Path, scratch: Path, num_gpus: int) -> Health:
+    """Check this node, without ever waiting for a disk that hangs."""
+    own = _gpu_faults(num_gpus) if num_gpus else []
+    number, fault = probe(scratch)
+    own += [fault] if fault else []
+    number, fault = probe(run_folder)
+    if not fault:
+        return Health(own=tuple(own), clock=tuple(_clock_faults(run_folder)))
+    if number in _SHARED:
+        return Health(own=tuple(own), shared=(fault,))
+    return Health(own=tuple(own), folder=(fault,))
 
 
 def _gpu_faults(wanted: int) -> list[str]:
@@ -54,38 +89,66 @@ def _gpu_faults(wanted: int) -> list[str]:
     return faults
 
 
-def _folder_faults(folder: Path) -> list[str]:
+def probe(folder: Path) -> tuple[int, str]:
+    """Write a little to a folder and see how much room it has.
+
+    A child does it: a process that waits for a dead mount cannot be interrupted.
+
+    Returns:
+        The number of the error and the fault in words; 0 and nothing when the folder is fit.
+    """
+    words = [sys.executable, "-m", "pipeline.submission.health", "--probe", str(folder)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, complaint = child.communicate(timeout=_FOLDER_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()  # not waited for: it may never end
+        return errno.ETIMEDOUT, f"{folder} did not answer within {_FOLDER_SECONDS} s"
+    if child.returncode:
+        return errno.EIO, f"{folder} could not be checked ({complaint.strip()[-200:]})"
+    number, free = json.loads(output)
+    if number:
+        return number, f"{folder} cannot be written ({os.strerror(number)})"
+    if free < _FREE_BYTES:
+        room = f"{free / 2**30:.2f} GiB free, less than {_FREE_BYTES / 2**30:.0f}"
+        return errno.ENOSPC, f"{folder} has {room}"
+    return 0, ""
+
+
+def _write_a_little(folder: Path) -> tuple[int, int]:
+    """Error number, or 0, and free bytes of a folder."""
     try:
         free = shutil.disk_usage(folder).free
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
-            os.fsync(probe.fileno())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        return [f"{folder} cannot be written ({error.strerror})"]
-    if free < _FREE_BYTES:
-        return [f"{folder} has {free / 2**30:.2f} GiB free, less than {_FREE_BYTES / 2**30:.0f}"]
-    return []
+        return error.errno or errno.EIO, 0
+    return 0, free
 
 
 def _clock_faults(shared: Path) -> list[str]:
     """A shared folder's files carry the time of its server, the same for all nodes."""
     try:
-        with tempfile.NamedTemporaryFile(dir=shared, prefix=".clock-") as probe:
-            away = time.time() - Path(probe.name).stat().st_mtime
+        with tempfile.NamedTemporaryFile(dir=shared, prefix=".clock-") as file:
+            away = time.time() - Path(file.name).stat().st_mtime
     except OSError:
-        return []  # said already
+        return []  # the next use of the folder says so
     if abs(away) > _CLOCK_SECONDS:
-        return [f"its clock is {away:.0f} s away from that of {shared}"]
+        return [f"its clock is {away:.0f} s away from the clock of {shared}"]
     return []
 
 
 def main() -> None:
-    """Print this node's name and what is wrong with it, or that nothing is."""
+    """Print this node's name and its faults."""
+    if sys.argv[1] == "--probe":
+        print(json.dumps(_write_a_little(Path(sys.argv[2]))))
+        return
     run_folder, scratch, num_gpus = sys.argv[1:]
-    faults = find_faults(Path(run_folder), Path(scratch), int(num_gpus))
+    health = find_faults(Path(run_folder), Path(scratch), int(num_gpus))
     node = os.environ.get("SLURMD_NODENAME", "this node")
-    print(f"{MARK} {node}: {'; '.join(faults) or FIT}", flush=True)
+    print(f"{MARK} {node}: {json.dumps(dataclasses.asdict(health))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.submission.flags import Flag, last_value
+
 _DIRECTIVE = "#SBATCH "
+_DEPENDENCY = "--dependency"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +56,14 @@ class Job:
     @property
     def log(self) -> Path:
         """Where the job writes, in Slurm's notation."""
-        return self.folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
+        # The folder's own name is not Slurm's to expand.
+        folder = Path(str(self.folder).replace("%", "%%"))
+        return folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
+
+    @property
+    def slurm_name(self) -> str:
+        """Its name in Slurm, unless a flag changes it."""
+        return f"diffembed-{self.name}"
 
 
 def digest(*parts: str) -> str:
@@ -65,8 +75,8 @@ def batch_text(
     job: Job,
     body: str,
     *,
-    site_flags: Sequence[str],
-    own_flags: Sequence[str] = (),
+    site_flags: Sequence[Flag],
+    own_flags: Sequence[Flag] = (),
     after: Sequence[str] = (),
     array_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
@@ -85,13 +95,17 @@ def batch_text(
         environment: variables for the job, beside those that Slurm hands on.
     """
     header, commands = _split(body)
-    submission = [f"--job-name=diffembed-{job.name}", f"--output={job.log}"]
+    submission = [f"--job-name={job.slurm_name}", f"--output={job.log}"]
     if job.array:
         limit = f"%{array_limit}" if array_limit else ""
         submission.append(f"--array={array_ranges(job.array)}{limit}")
     if after:
         end = "afterany" if job.tells_of_failure else "afterok"
-        submission += [f"--dependency={end}:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+        # Slurm takes the last of several equal flags: the site's or the user's would replace ours.
+        wanted = last_value((*site_flags, *own_flags), _DEPENDENCY, "")
+        all_of = [f"{end}:{':'.join(after)}", *([wanted] if wanted else [])]
+        submission += [f"{_DEPENDENCY}={','.join(all_of)}", "--kill-on-invalid-dep=yes"]
+        own_flags = [flag for flag in own_flags if flag.name != _DEPENDENCY]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
     return "\n".join(
         [
@@ -99,9 +113,10 @@ def batch_text(
             f"# slurm/{job.script}, as `diffembed submit` asks for it",
             *header,
             f"# slurm/cluster.env: SITE_FLAGS and {job.flags}",
-            *map(_directive, site_flags),
+            *(_directive(*flag.words) for flag in site_flags),
             "# this submission",
-            *map(_directive, [*submission, *own_flags]),
+            *map(_directive, submission),
+            *(_directive(*flag.words) for flag in own_flags),
             *exports,
             f"set -- {shlex.join(job.arguments)}",
             commands,
@@ -120,9 +135,9 @@ def array_ranges(indices: Sequence[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def _directive(flag: str) -> str:
+def _directive(*words: str) -> str:
     # Slurm reads quotes in these lines as a shell does.
-    return _DIRECTIVE + shlex.quote(flag)
+    return _DIRECTIVE + shlex.join(words)
 
 
 def _split(body: str) -> tuple[list[str], str]:

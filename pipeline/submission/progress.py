@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
@@ -11,10 +12,11 @@ from pipeline.errors import UserError
 from pipeline.run_dir import RunDir, checkpoint_step, read_latest, write_json
 
 _UNKNOWN = "no word: a node failed, or the job was killed"
+_START = {"time": "", "step": 0, "nodes": "", "end": _UNKNOWN, "unfit": False}
 
 
 def last_step(output_dir: Path) -> int:
-    """Steps in the newest whole checkpoint of a run; 0 when there is none.
+    """Steps in the newest whole checkpoint of a run; 0 without one.
 
     Raises:
         UserError: `latest` does not hold a checkpoint's name.
@@ -32,29 +34,31 @@ def last_step(output_dir: Path) -> int:
 class History:
     """Every start of one job: where it began, on which nodes, and how it ended.
 
-    One file for each job in the run's folder, so that a job submitted anew begins to count anew.
+    One file for each job in the run's folder, so that a new job counts from zero.
     """
 
     def __init__(self, output_dir: Path, job: str) -> None:
         self._path = output_dir / "jobs" / f"starts-{job}.json"
         self._starts: list[dict[str, Any]] = []
         if self._path.exists():
-            self._starts = json.loads(self._path.read_text())
+            # Counting from zero after damage is better than ending the run.
+            with contextlib.suppress(ValueError, TypeError):
+                self._starts = [{**_START, **start} for start in json.loads(self._path.read_text())]
 
     def start(self, step: int, nodes: str) -> None:
         """Note a start; it is on disk when this returns."""
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        entry = {"time": now, "step": step, "nodes": nodes, "end": _UNKNOWN, "unfit": False}
-        self._starts.append(entry)
+        self._starts.append({**_START, "time": now, "step": step, "nodes": nodes})
         write_json(self._path, self._starts)
 
     def end(self, how: str, *, unfit: bool = False) -> None:
         """Note how the newest start ended; `unfit` when it never came to training."""
-        self._starts[-1] |= {"end": how, "unfit": unfit}
+        for entry in self._starts[-1:]:
+            entry |= {"end": how, "unfit": unfit}
         write_json(self._path, self._starts)
 
     def hand_over(self, job: str) -> None:
-        """Let another job that goes on for this one count on."""
+        """Let another job that continues this one keep counting."""
         write_json(self._path.with_name(f"starts-{job}.json"), self._starts)
 
     @property

@@ -1,62 +1,127 @@
-"""`jobs.json`: which jobs were submitted for a folder; one writer at a time."""
+"""`jobs.json`: which jobs were submitted for a folder; one writer at a time.
+
+A number alone is not a job: another cluster, a Slurm that lost its state, and the copy of a folder
+all have jobs of the same numbers. A job in the queue belongs to a folder when its batch script lies
+there, or when it is still exactly what was noted there of a submission from this very folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run_dir import one_at_a_time, write_json
 from pipeline.submission.job import Job
+from pipeline.submission.scheduler import QueuedJob
+
+_SUFFIX = ".sbatch"
 
 
 class Record:
-    """Ids of the jobs of one folder, by key; as many keys as configs were submitted."""
+    """The jobs of one folder, by key; as many keys as configs were submitted.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "jobs.json"
-        self._jobs: dict[str, dict[str, str]] = {}
-        if self._path.exists():
-            self._jobs = json.loads(self._path.read_text())
+    Args:
+        folder: holds the batch scripts and `jobs.json`.
+        cluster: name of the Slurm that is asked.
+    """
+
+    def __init__(self, folder: Path, cluster: str) -> None:
+        self.path = folder / "jobs.json"
+        self._folder, self._cluster = folder.resolve(), cluster
+        self._jobs, self.is_damaged = _read(self.path)
 
     def ids(self) -> list[str]:
-        """All of them, ended ones too."""
-        return [entry["id"] for entry in self._jobs.values()]
+        """Ids that this cluster may know, ended jobs included."""
+        return [entry["id"] for entry in self._jobs.values() if not self._is_elsewhere(entry)]
 
-    def id_of(self, job: Job) -> str:
-        """The job that does the same; empty when none was submitted."""
-        return self._jobs.get(job.key, {}).get("id", "")
+    def elsewhere(self, job: Job) -> str:
+        """The other cluster that has got this job, and its id there; empty when none has."""
+        entry = self._jobs.get(job.key, {})
+        return f"{entry['cluster']} (job {entry['id']})" if self._is_elsewhere(entry) else ""
 
-    def others(self, job: Job) -> list[str]:
-        """Jobs of the same name that do something else."""
-        return [
-            entry["id"]
-            for key, entry in self._jobs.items()
-            if entry["name"] == job.name and key != job.key
-        ]
+    def find(self, queue: Iterable[QueuedJob]) -> dict[str, QueuedJob]:
+        """Those of some jobs that belong to this folder and wait or run, by key."""
+        found: dict[str, QueuedJob] = {}
+        # Of two with one script, the later one goes on for the earlier one.
+        for job in sorted(queue, key=lambda job: int(job.id)):
+            if job.is_active and (key := self._key_of(job)):
+                found[key] = job
+        return found
 
-    def add(self, job: Job, job_id: str) -> None:
-        """Note a submitted job; it is on disk when this returns."""
-        self._note(job.key, job.name, job_id)
-
-    def replace(self, old_id: str, new_id: str) -> None:
-        """Note that a job goes on as another one; it is on disk when this returns."""
+    def _key_of(self, job: QueuedJob) -> str:
+        script = Path(job.command)
+        if script.suffix == _SUFFIX and script.parent.resolve() == self._folder:
+            return script.stem
+        # A site's own sbatch may submit a copy of the script.
         for key, entry in self._jobs.items():
-            if entry["id"] == old_id:
-                self._note(key, entry["name"], new_id)
+            if (
+                entry["id"] == job.id
+                and not self._is_elsewhere(entry)
+                and entry.get("folder") == str(self._folder)
+                and entry.get("seen") == [job.name, job.command]
+                # A job that is queued again counts as submitted later.
+                and entry["submitted"] <= job.submitted
+            ):
+                return key
+        return ""
 
-    def _note(self, key: str, name: str, job_id: str) -> None:
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self._jobs[key] = {"name": name, "id": job_id, "submitted": now}
-        write_json(self._path, self._jobs)
+    def add(self, key: str, job_id: str) -> None:
+        """Note a submitted job; it is on disk when this returns."""
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        self._jobs[key] = {
+            "name": name_of(key),
+            "id": job_id,
+            "submitted": now,
+            "cluster": self._cluster,
+            "folder": str(self._folder),
+        }
+        write_json(self.path, self._jobs)
+
+    def confirm(self, queue: Iterable[QueuedJob]) -> None:
+        """Note how Slurm shows the jobs that were added, by its own clock."""
+        shown = {job.id: job for job in queue}
+        for entry in self._jobs.values():
+            job = shown.get(entry["id"])
+            if job and entry.get("folder") == str(self._folder) and "seen" not in entry:
+                entry |= {"submitted": job.submitted, "seen": [job.name, job.command]}
+        write_json(self.path, self._jobs)
+
+    def _is_elsewhere(self, entry: dict[str, Any]) -> bool:
+        return bool(entry.get("cluster", self._cluster) != self._cluster)
+
+
+def name_of(key: str) -> str:
+    """The name of the job with this key (see `Job.key`)."""
+    return key.rpartition("-")[0]
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The entries of `jobs.json`, and True if it was damaged; Slurm's queue knows the rest."""
+    if not path.exists():
+        return {}, False
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError:
+        return {}, True
+    whole = {
+        key: entry
+        for key, entry in (tree.items() if isinstance(tree, dict) else ())
+        if isinstance(entry, dict)
+        and str(entry.get("id", "")).isdecimal()
+        and isinstance(entry["id"], str)
+        and isinstance(entry.get("submitted"), str)
+    }
+    return whole, not isinstance(tree, dict) or len(whole) < len(tree)
 
 
 @contextlib.contextmanager
-def locked_records(folders: set[Path]) -> Iterator[dict[Path, Record]]:
-    """The records of some folders while nobody else submits to them; waits for who does.
+def locked_records(folders: set[Path], cluster: str) -> Iterator[dict[Path, Record]]:
+    """The records of some folders while no other process submits to them; waits for one that does.
 
     Raises:
         UserError: a folder cannot be written.
@@ -71,4 +136,4 @@ def locked_records(folders: set[Path]) -> Iterator[dict[Path, Record]]:
                     f"{folder}: cannot be written ({error.strerror})",
                     fix="choose an output_dir of your own",
                 ) from error
-        yield {folder: Record(folder) for folder in folders}
+        yield {folder: Record(folder, cluster) for folder in folders}

@@ -11,25 +11,44 @@ again from one step stops.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+)
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.submission import allocation
+from pipeline.submission.health import probe
 from pipeline.submission.progress import History, last_step
 from pipeline.submission.successor import submit_successor
 
 # Requeues without a new checkpoint, and starts on nodes that turn out to be unfit.
 _MAX_IDLE = 3
 _MAX_UNFIT = 3
+# For how long nodes wait for a shared folder that is full, read-only or away.
+_SHARED_SECONDS = 1800
+_LONGEST_WAIT = 30
 
+T = TypeVar("T")
 Verdict = Literal["requeue", "leave", "stuck"]
+
+
+class SharedFaultError(DiffembedError):
+    """Something that all nodes share does not work; no other node would be better."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +61,7 @@ class Ending:
         preempted: whether Slurm takes the nodes for a more urgent job.
         running: whether the job is still Slurm's to run: not cancelled, not queued again.
         idle_starts: starts from the newest checkpoint, this one included.
+        folder_fault: what is wrong with the run's folder now, if it was looked at.
     """
 
     code: int
@@ -49,13 +69,14 @@ class Ending:
     preempted: bool
     running: bool
     idle_starts: int
+    folder_fault: str = ""
 
 
 def decide(ending: Ending) -> tuple[Verdict, str]:
     """What to do with a job whose ranks have ended, and why."""
     if ending.code == 0:
         return "leave", "training is finished"
-    if ending.code == 2:
+    if ending.code == 2 and not ending.folder_fault:
         return "leave", "exit code 2 is a fault of the config or the data: it would fail again"
     if not ending.running:
         # `scontrol requeue` would bring a cancelled job back to life.
@@ -65,32 +86,42 @@ def decide(ending: Ending) -> tuple[Verdict, str]:
         return "leave", "stopped on request; submit again to go on"
     if ending.idle_starts > _MAX_IDLE:
         return "stuck", ""
-    reason = "out of time" if ending.out_of_time else "preempted"
-    return "requeue", reason if asked else f"the ranks ended with exit code {ending.code}"
+    if asked:
+        return "requeue", "out of time" if ending.out_of_time else "preempted"
+    fault = f", {ending.folder_fault}" if ending.folder_fault else ""
+    return "requeue", f"the ranks ended with exit code {ending.code}{fault}"
 
 
 def begin(config: TrainConfig, job: str) -> None:
-    """Note this start and let it go on, unless it is one too many or a node is unfit.
+    """Note this start and let it train, unless it is one too many or a node is unfit.
 
     Raises:
-        DiffembedError: no progress, or unfit nodes; in the latter case the job was queued again
-            without them, as often as that may help.
+        DiffembedError: no progress, a run folder that stays full or away, or unfit nodes; in the
+            last case the job was queued again without them, as often as that may help.
     """
-    history = History(config.output_dir, job)
-    step = last_step(config.output_dir)
-    history.start(step, os.environ.get("SLURM_JOB_NODELIST", ""))
+    history, step = _wait_for_shared(lambda: _note_start(config, job))
     # Nodes that died took the end of their start with them: it has not been counted.
     if history.idle_starts(step) > _MAX_IDLE + 1:
         raise _stuck(config, job, history)
-    faults = allocation.find_faults(config.output_dir)
+    try:
+        faults = _wait_for_shared(lambda: _find_faults(config.output_dir))
+    except allocation.NoCheckError as error:
+        # Counted like the crash of a rank.
+        _note_end(history, str(error))
+        raise DiffembedError(_again(job, history, str(error))) from error
     if not faults:
-        print(f"start {history.num_starts} of job {job}, from step {step}", flush=True)
+        say(f"start {history.num_starts} of job {job}, from step {step}")
         return
     words = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
-    history.end(words, unfit=True)
+    _note_end(history, words, unfit=True)
     if history.num_unfit > _MAX_UNFIT:
         raise DiffembedError(f"unfit nodes {history.num_unfit} times, not queued again: {words}")
-    raise DiffembedError(_again(job, history, f"unfit nodes {words}", without=tuple(faults)))
+    without = (*faults, *allocation.excluded_nodes(job))
+    if not allocation.are_enough_left(job, without):
+        raise DiffembedError(
+            f"too few nodes are left without {','.join(without)}, not queued again: {words}"
+        )
+    raise DiffembedError(_again(job, history, f"unfit nodes {words}", without=without))
 
 
 def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
@@ -100,35 +131,116 @@ def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
         DiffembedError: the job makes no progress, or Slurm takes it neither as this job nor as
             another one.
     """
-    history = History(config.output_dir, job)
     state = allocation.read_state(job)
-    history.end(f"exit code {code}")
+    history, idle_starts = None, 1
+    try:
+        history = History(config.output_dir, job)
+        history.end(_exit_words(code))
+        idle_starts = history.idle_starts(last_step(config.output_dir))
+    except OSError as error:
+        # The next start waits until the folder can be written; this end must not end the chain.
+        say(f"how this start ended could not be noted: {error}")
     verdict, why = decide(
         Ending(
             code=code,
             out_of_time=out_of_time,
             preempted=state.preempted,
             running=state.running,
-            idle_starts=history.idle_starts(last_step(config.output_dir)),
+            idle_starts=idle_starts,
+            folder_fault=probe(config.output_dir)[1] if code == 2 else "",
         )
     )
-    if verdict == "stuck":
+    if verdict == "stuck" and history:
         raise _stuck(config, job, history)
     if verdict == "requeue":
-        print(_again(job, history, why), flush=True)
+        say(_again(job, history, why))
     else:
-        print(f"not queued again: {why}", flush=True)
+        say(f"not queued again: {why}")
 
 
-def _again(job: str, history: History, why: str, *, without: tuple[str, ...] = ()) -> str:
+def say(line: str) -> None:
+    """Print a line to the log, which may be on the disk that is full."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def _exit_words(code: int) -> str:
+    # What the kernel does to a process that takes more memory than the job has.
+    return f"exit code {code}" + (" (killed; out of memory?)" if code == 137 else "")
+
+
+def _note_start(config: TrainConfig, job: str) -> tuple[History, int]:
+    """Note that this job starts, and from which step.
+
+    Raises:
+        SharedFaultError: the run's folder cannot be read or written.
+    """
+    folder = config.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fault = probe(folder)[1]
+        if not fault:
+            history, step = History(folder, job), last_step(folder)
+            history.start(step, os.environ.get("SLURM_JOB_NODELIST", ""))
+            return history, step
+    except OSError as error:
+        fault = f"{folder} cannot be used ({error.strerror})"
+    raise SharedFaultError(fault)
+
+
+def _find_faults(run_folder: Path) -> Mapping[str, str]:
+    """Check the nodes; returns their own faults.
+
+    Raises:
+        SharedFaultError: a fault of what all of them share.
+    """
+    faults = allocation.find_faults(run_folder)
+    if faults.shared:
+        raise SharedFaultError(faults.shared)
+    return faults.nodes
+
+
+def _wait_for_shared(call: Callable[[], T]) -> T:
+    """Repeat a call while something that all nodes share is at fault; give up after a while.
+
+    Raises:
+        DiffembedError: it stayed at fault.
+    """
+
+    def wait(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome:
+            say(f"{state.outcome.exception()}; waiting, up to {_SHARED_SECONDS / 60:.0f} minutes")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(SharedFaultError),
+        wait=wait_exponential(max=_LONGEST_WAIT),
+        stop=stop_after_delay(_SHARED_SECONDS),
+        before_sleep=wait,
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except SharedFaultError as error:
+        raise DiffembedError(
+            f"{error}, for {_SHARED_SECONDS / 60:.0f} minutes, not queued again | fix: free some "
+            f"space or bring the disk back, then submit again"
+        ) from error
+
+
+def _note_end(history: History, how: str, *, unfit: bool = False) -> None:
+    with contextlib.suppress(OSError):  # it counts as a start without an end
+        history.end(how, unfit=unfit)
+
+
+def _again(job: str, history: History | None, why: str, *, without: tuple[str, ...] = ()) -> str:
     """Queue the job again, or another one that does the same; says which, and why."""
-    if without:
-        without += allocation.excluded_nodes(job)
     refusal = allocation.requeue(job, without=without)
     if not refusal:
         return f"queued again: {why}"
     successor = submit_successor(job, without=without)
-    history.hand_over(successor)
+    if history:
+        with contextlib.suppress(OSError):
+            history.hand_over(successor)
     return f"goes on as job {successor}: {why} ({refusal})"
 
 
@@ -137,10 +249,10 @@ def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:
     endings = Counter(history.endings(step))
     words = "; ".join(f"{count} x {ending}" for ending, count in endings.items())
     return DiffembedError(
-        f"job {job} made no progress across {_MAX_IDLE} requeues: each start began at step {step} "
-        f"of {config.output_dir} and ended before the next checkpoint ({words}) | fix: read the "
-        f"log above, then submit again; a shorter checkpoint.every ({config.checkpoint.every}) may "
-        f"do"
+        f"job {job} made no progress across {endings.total() - 1} requeues: each start began at "
+        f"step {step} of {config.output_dir} and ended before the next checkpoint ({words}) | fix: "
+        f"read the log above, then submit again; a shorter checkpoint.every "
+        f"({config.checkpoint.every}) may do"
     )
 
 

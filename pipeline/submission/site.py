@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.submission.flags import Flag, parse_flags
 
 FLAG_ARRAYS = ("SITE_FLAGS", "PREPARE_FLAGS", "TRAIN_FLAGS", "EVALUATE_FLAGS", "CPU_FLAGS")
 _SECONDS = 60
@@ -38,10 +39,10 @@ class Site:
     """
 
     path: Path
-    flags: Mapping[str, tuple[str, ...]]
+    flags: Mapping[str, tuple[Flag, ...]]
     array_limit: int | None
 
-    def flags_of(self, array: str) -> tuple[str, ...]:
+    def flags_of(self, array: str) -> tuple[Flag, ...]:
         """Flags of one kind of job; they come after, and win over, those of every job."""
         return self.flags["SITE_FLAGS"] + self.flags[array]
 
@@ -72,7 +73,8 @@ def read_site() -> Site:
     limit, *values = done.stdout.split("\0")[:-1]
     if limit and not limit.isdecimal():
         raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or nothing")
-    return Site(path=path, flags=_group(values), array_limit=int(limit) if limit else None)
+    flags = {name: parse_flags(words, f"{path}: {name}") for name, words in _group(values).items()}
+    return Site(path=path, flags=flags, array_limit=int(limit) if limit else None)
 
 
 def _group(values: list[str]) -> dict[str, tuple[str, ...]]:

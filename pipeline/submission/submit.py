@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.run_dir import write_text
 from pipeline.submission import scheduler
 from pipeline.submission.chain import Chain
+from pipeline.submission.flags import Flag, expand_log, last_value
 from pipeline.submission.job import Job, batch_text
-from pipeline.submission.record import Record, locked_records
+from pipeline.submission.record import Record, locked_records, name_of
+from pipeline.submission.scheduler import QueuedJob
 from pipeline.submission.site import Site, read_site
 from pipeline.submission.successor import SCRIPT_VARIABLE
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
+# In a path, Slurm reads the first as an order not to expand anything, and no line holds the others.
+_NOT_IN_PATHS = ("\\", "\n", "\r")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """What one command asks for, beside its chain.
+    """What one command asks for, in addition to its chain.
 
     Args:
         flags: of `sbatch`, for the jobs whose flags in the site's file are `flags_of`.
@@ -29,9 +33,28 @@ class Submission:
         after: ids of jobs that the first jobs of the chain wait for.
     """
 
-    flags: tuple[str, ...] = ()
+    flags: tuple[Flag, ...] = ()
     flags_of: str = ""
     after: tuple[str, ...] = ()
+
+    def flags_for(self, job: Job) -> tuple[Flag, ...]:
+        """The flags that this job gets."""
+        return self.flags if job.flags == self.flags_of else ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """What of a chain is in Slurm, and what is left.
+
+    Args:
+        kept: jobs that wait or run, by name.
+        new: jobs to submit.
+        replaced: ids of jobs that wait for a job which is gone; a new one takes the place of each.
+    """
+
+    kept: Mapping[str, QueuedJob]
+    new: tuple[Job, ...]
+    replaced: tuple[str, ...]
 
 
 def show(chain: Chain, submission: Submission) -> str:
@@ -53,53 +76,115 @@ def submit(chain: Chain, submission: Submission) -> None:
     site = read_site()
     for line in chain.finished:
         print(f"finished, not submitted: {line}")
-    with locked_records({job.folder for job in chain.jobs}) as records:
-        active = _active(chain, records)
-        new = [job for job in chain.jobs if records[job.folder].id_of(job) not in active]
-        _check(new, records, active, site, submission)
-        ids: dict[str, str] = {}
-        for job in chain.jobs:
-            record = records[job.folder]
-            if job in new:
-                text = _text(job, site, submission, _waits_for(job, ids, submission))
-                for path, content in {**job.files, job.text_path: text}.items():
-                    write_text(path, content)
-                record.add(job, scheduler.submit_text(job.text_path))
-            ids[job.name] = record.id_of(job)
-            state = "submitted" if job in new else f"{active[ids[job.name]]} already"
-            waits = ", ".join(f"{name} {ids[name]}" for name in job.after)
-            print(f"{job.name} {ids[job.name]} {state}" + (f", after {waits}" if waits else ""))
-    _say_how_to_watch(chain.jobs, ids)
+    if not chain.jobs:
+        return
+    settings = scheduler.read_settings()
+    folders = {job.folder for job in chain.jobs}
+    with locked_records(folders, settings.get("ClusterName", "")) as records:
+        queue = scheduler.list_jobs(i for record in records.values() for i in record.ids())
+        active = {folder: record.find(queue) for folder, record in records.items()}
+        _say_what_is_unclear(chain, records, active)
+        work = _divide(chain, active)
+        _check(work.new, active, settings, site, submission)
+        ids = _submit_new(chain, work, records, site, submission)
+        for job in work.replaced:
+            scheduler.cancel(job)
+        if work.new:
+            shown = scheduler.list_jobs(ids.values())
+            for record in records.values():
+                record.confirm(shown)
+    _say_how_to_watch(chain.jobs, ids, site, submission)
 
 
-def _active(chain: Chain, records: dict[Path, Record]) -> dict[str, str]:
-    """Which of all recorded jobs wait or run, with their states."""
-    ids = [job_id for record in records.values() for job_id in record.ids()]
-    return scheduler.active_jobs(ids)
+def _say_what_is_unclear(
+    chain: Chain, records: Mapping[Path, Record], active: Mapping[Path, Mapping[str, QueuedJob]]
+) -> None:
+    for folder, record in records.items():
+        if record.is_damaged:
+            print(
+                f"{record.path}: damaged; of the jobs noted there, {len(active[folder])} are found "
+                f"in Slurm's queue"
+            )
+    for job in chain.jobs:
+        if other := records[job.folder].elsewhere(job):
+            print(f"{job.name}: also submitted to cluster {other}, which is not asked here")
+
+
+def _divide(chain: Chain, active: Mapping[Path, Mapping[str, QueuedJob]]) -> _Work:
+    """Decide which jobs of a chain are kept as they are in Slurm."""
+    kept: dict[str, QueuedJob] = {}
+    new, replaced = [], []
+    for job in chain.jobs:
+        queued = active[job.folder].get(job.key)
+        if queued and _is_still_right(job, queued, kept):
+            kept[job.name] = queued
+            continue
+        new.append(job)
+        # One that has started reads what is there now; what it still does, the new one finds done.
+        if queued and not queued.has_started:
+            replaced.append(queued.id)
+    return _Work(kept=kept, new=tuple(new), replaced=tuple(replaced))
+
+
+def _is_still_right(job: Job, queued: QueuedJob, kept: Mapping[str, QueuedJob]) -> bool:
+    """True when a job in the queue waits for the very jobs that it must wait for now."""
+    if job.exclusive and queued.has_started:
+        return True  # one at a time
+    return all(name in kept and kept[name].id in queued.waits_for for name in job.after)
+
+
+def _submit_new(
+    chain: Chain,
+    work: _Work,
+    records: Mapping[Path, Record],
+    site: Site,
+    submission: Submission,
+) -> dict[str, str]:
+    """Submit the new jobs in order and print each job of the chain; returns their ids by name."""
+    ids: dict[str, str] = {}
+    for job in chain.jobs:
+        if job in work.new:
+            text = _text(job, site, submission, _waits_for(job, ids, submission))
+            for path, content in {**job.files, job.text_path: text}.items():
+                write_text(path, content)
+            ids[job.name] = scheduler.submit_text(job.text_path)
+            records[job.folder].add(job.key, ids[job.name])
+            state = "submitted"
+        else:
+            ids[job.name] = work.kept[job.name].id
+            state = f"{work.kept[job.name].words} already"
+        waits = ", ".join(f"{name} {ids[name]}" for name in job.after)
+        print(f"{job.name} {ids[job.name]} {state}" + (f", after {waits}" if waits else ""))
+    return ids
 
 
 def _check(
     new: Sequence[Job],
-    records: dict[Path, Record],
-    active: dict[str, str],
+    active: Mapping[Path, Mapping[str, QueuedJob]],
+    settings: Mapping[str, str],
     site: Site,
     submission: Submission,
 ) -> None:
     """Refuse the whole chain before a part of it is in the queue."""
     longest = max((len(job.array) and job.array[-1] for job in new), default=0)
-    if longest and longest >= (limit := scheduler.max_array_size()):
+    limit = int(settings.get("MaxArraySize", "1001"))  # Slurm's default
+    if longest and longest >= limit:
         raise UserError(
             f"an array with element {longest}",
             allowed=f"up to {limit - 1} (MaxArraySize of this Slurm)",
             fix="fewer models in one config, or --texts N",
         )
     for job in new:
-        others = [other for other in records[job.folder].others(job) if other in active]
+        others = [
+            other
+            for key, other in active[job.folder].items()
+            if name_of(key) == job.name and key != job.key
+        ]
         if job.exclusive and others:
             raise UserError(
-                f"{job.folder.parent}: job {others[0]} is {active[others[0]]} there with "
+                f"{job.folder.parent}: job {others[0].id} is {others[0].words} there with "
                 f"another config",
-                fix=f"wait, scancel {others[0]}, or choose another output_dir",
+                fix=f"wait, scancel {others[0].id}, or choose another output_dir",
             )
         scheduler.check_text(job.name, _text(job, site, submission, ()))
 
@@ -112,6 +197,11 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
     script = Path("slurm") / job.script
     if not script.is_file():
         raise UserError(f"{script}: no such file", fix="go to the folder that holds slurm/")
+    if any(character in str(job.folder) for character in _NOT_IN_PATHS):
+        raise UserError(
+            f"{str(job.folder)!r}: Slurm cannot write a log there",
+            fix="choose an output_dir without backslashes and line breaks",
+        )
     environment = {SCRIPT_VARIABLE: str(job.text_path.absolute())}
     if _SITE_FILE in os.environ:
         environment[_SITE_FILE] = str(site.path.absolute())
@@ -119,22 +209,23 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
         job,
         script.read_text(),
         site_flags=site.flags_of(job.flags),
-        own_flags=submission.flags if job.flags == submission.flags_of else (),
+        own_flags=submission.flags_for(job),
         after=after,
         array_limit=site.array_limit,
         environment=environment,
     )
 
 
-def _say_how_to_watch(jobs: Sequence[Job], ids: dict[str, str]) -> None:
-    if not jobs:
-        return
+def _say_how_to_watch(
+    jobs: Sequence[Job], ids: dict[str, str], site: Site, submission: Submission
+) -> None:
     print(f"watch: squeue --jobs={','.join(ids.values())}")
     for job in jobs:
-        log = str(job.log).replace("%x", f"diffembed-{job.name}")
-        for token, value in (("%j", ids[job.name]), ("%A", ids[job.name]), ("%a", "*")):
-            log = log.replace(token, value)
-        print(f"log:   tail -F {log}")
+        # The lines of a submission win over the site's; its own flags win over both.
+        flags = submission.flags_for(job)
+        log = last_value(flags, "--output", str(job.log))
+        name = last_value(flags, "--job-name", job.slurm_name)
+        print(f"log:   tail -F {expand_log(log, job=ids[job.name], name=name)}")
     if any(job.name == "train" for job in jobs):
         run = next(job.folder.parent for job in jobs if job.name == "train")
         print(f"stop:  diffembed stop {run} (saves a checkpoint; submit again to go on)")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from pipeline.errors import DiffembedError
 from pipeline.submission import scheduler
-from pipeline.submission.allocation import scontrol
 from pipeline.submission.record import locked_records
 
 # Set by every batch script that `diffembed submit` writes: where that script is kept.
@@ -34,19 +34,24 @@ def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
         raise DiffembedError("only `diffembed submit` leaves a script to submit again")
     script = Path(os.environ[SCRIPT_VARIABLE])
     flags = (_DELAY, *([f"--exclude={','.join(without)}"] if without else []))
+    cluster = scheduler.read_settings().get("ClusterName", "")
     # Locked: who submits the chain at this moment must find one of the two jobs, not both.
-    with locked_records({script.parent}) as records:
-        successor = scheduler.submit_text(script, *flags)
-        records[script.parent].replace(job, successor)
+    with locked_records({script.parent}, cluster) as records:
+        successor = scheduler.submit_text(script, *flags, patience=scheduler.IN_A_JOB)
+        # On a full disk, the next submission finds it by its script.
+        with contextlib.suppress(OSError):
+            records[script.parent].add(script.stem, successor)
     for dependent, dependency in _dependents(job).items():
         moved = re.sub(rf":{job}\b", f":{successor}", dependency)
-        scontrol("update", f"JobId={dependent}", f"Dependency={moved}")
+        order = ("update", f"JobId={dependent}", f"Dependency={moved}")
+        scheduler.ask("scontrol", *order, patience=scheduler.IN_A_JOB)
     return successor
 
 
 def _dependents(job: str) -> dict[str, str]:
     """What each job waits for, of those that wait for this one."""
-    listing = scheduler.ask("squeue", "--me", "--noheader", "--format=%A %E")
+    words = ("--me", "--noheader", "--format=%A %E")
+    listing = scheduler.ask("squeue", *words, patience=scheduler.IN_A_JOB)
     waiting = dict(line.split(maxsplit=1) for line in listing.splitlines())
     # `afterok:8(unfulfilled),afterok:10_*(unfulfilled)` is told; `afterok:8,afterok:10` is heard.
     plain = {own: re.sub(r"(_\*)?\(\w+\)", "", told) for own, told in waiting.items()}

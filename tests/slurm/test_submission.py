@@ -16,6 +16,7 @@ from cluster import Cluster
 
 from pipeline.errors import UserError
 from tests.support import PATIENCE
+from tests.tiny_models import prepare_tiny
 
 pytestmark = pytest.mark.slurm
 
@@ -71,6 +72,13 @@ def evaluation(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Overrides by which a training config finds shards and the model they were made for."""
+    config = prepare_tiny(tmp_path_factory.mktemp("prepared"))
+    return f"data.path={config.output_dir}", f"model.path={config.tokenizer}"
+
+
 # Crashes the first time.
 TRAINER = """\
 import pathlib, sys
@@ -97,9 +105,14 @@ def names_in_queue(cluster: Cluster) -> list[str]:
     ids=lambda words: words[0],
 )
 def test_slurm_accepts_every_job_with_the_flags_of_the_shipped_cluster_file(
-    words: tuple[object, ...], submit: Submit, cluster: Cluster, tmp_path: Path
+    words: tuple[object, ...],
+    submit: Submit,
+    cluster: Cluster,
+    tmp_path: Path,
+    prepared: tuple[str, str],
 ) -> None:
-    ids = submit(*words, f"output_dir={tmp_path}/out")
+    data = prepared if words[0] == "train" else ()
+    ids = submit(*words, *data, f"output_dir={tmp_path}/out")
 
     assert ids
     assert len(names_in_queue(cluster)) == len(ids)
@@ -146,8 +159,10 @@ def test_two_people_who_submit_at_once_submit_once(
     assert names_in_queue(cluster) == ["diffembed-evaluate", "diffembed-report"]
 
 
-def test_a_run_that_waits_or_trains_refuses_another_config(submit: Submit, tmp_path: Path) -> None:
-    train = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run")
+def test_a_run_that_waits_or_trains_refuses_another_config(
+    submit: Submit, tmp_path: Path, prepared: tuple[str, str]
+) -> None:
+    train = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run", *prepared)
     submit(*train)
 
     with pytest.raises(
@@ -261,6 +276,7 @@ def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
     cluster: Cluster,
     checkout: Path,
     tmp_path: Path,
+    prepared: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "slurm").symlink_to(checkout / "slurm")
@@ -272,6 +288,7 @@ def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
 
     first = submit(
         *("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/run", "--sbatch", "--no-requeue"),
+        *prepared,
         *("--deepspeed", checkout / "ds_configs/zero3.json"),
     )["train"]
     waiting = cluster.command(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.submission.flags import Flag, expand_log, last_value, parse_flags, split_flags
 from pipeline.submission.job import Job, array_ranges, batch_text
 from pipeline.submission.scheduler import submission_environment
 from pipeline.submission.site import read_site
@@ -33,8 +34,12 @@ def flags(text: str) -> list[str]:
     return found
 
 
+def given(*words: str) -> tuple[Flag, ...]:
+    return parse_flags(words, "--sbatch")
+
+
 def test_flags_of_the_submission_win_over_the_site_and_those_over_the_script() -> None:
-    text = batch_text(job(), BODY, site_flags=["--time=2"], own_flags=["--time=3"])
+    text = batch_text(job(), BODY, site_flags=given("--time=2"), own_flags=given("--time=3"))
 
     # Slurm takes the last of several equal flags.
     assert [flag for flag in flags(text) if flag.startswith("--time")] == [
@@ -90,6 +95,10 @@ def test_a_job_submitted_from_inside_another_does_not_take_itself_for_one_of_its
     assert submission_environment(inside) == own
     # On a login node, variables of these names are the user's own.
     assert submission_environment({"RANK": "0"}) == {"RANK": "0"}
+    # To Slurm, these win over the lines of a script.
+    assert submission_environment({"SBATCH_OUTPUT": "/dev/null", "SBATCH_QOS": "q"}) == {
+        "SBATCH_QOS": "q"
+    }
 
 
 def test_the_site_file_is_read_as_bash_reads_it(
@@ -104,15 +113,21 @@ def test_the_site_file_is_read_as_bash_reads_it(
 
     read = read_site()
 
-    assert read.flags_of("TRAIN_FLAGS")[:2] == ("--comment=two words", "--qos=q")
-    assert read.flags_of("TRAIN_FLAGS")[-1] == "--nodes=4"
+    words = [word for flag in read.flags_of("TRAIN_FLAGS") for word in flag.words]
+    assert words[:2] == ["--comment=two words", "--qos=q"]
+    assert words[-1] == "--nodes=4"
     assert read.array_limit == 9
     text = batch_text(job(), BODY, site_flags=read.flags_of("CPU_FLAGS"))
     assert "--comment=two words" in flags(text)
 
 
 @pytest.mark.parametrize(
-    "content", ["SITE_FLAGS=()", "exit 3", "ARRAY_LIMIT=many", "SITE_FLAGS=("], ids=str
+    "content",
+    [
+        *("SITE_FLAGS=()", "exit 3", "ARRAY_LIMIT=many", "SITE_FLAGS=("),
+        *("CPU_FLAGS=(nodes=1) # LIMIT", "CPU_FLAGS=(--chdir=/) # LIMIT"),
+    ],
+    ids=str,
 )
 def test_a_site_file_that_lacks_something_is_refused_by_name(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -124,3 +139,62 @@ def test_a_site_file_that_lacks_something_is_refused_by_name(
 
     with pytest.raises(UserError, match="site.env"):
         read_site()
+
+
+def test_a_percent_sign_in_a_folder_is_not_slurms_to_expand() -> None:
+    own = job(folder=Path("lr1%j/50%"), name="train")
+
+    assert "--output=lr1%%j/50%%/%x-%j.out" in flags(batch_text(own, BODY, site_flags=[]))
+    assert expand_log(str(own.log), job="7", name="x") == "lr1%j/50%/x-7.out"
+
+
+@pytest.mark.parametrize(
+    ("text", "log"),
+    [
+        ("", "out/diffembed-say-7.out"),
+        ("--job-name='my job'", "out/my job-7.out"),
+        ("--job-name 'my job'", "out/my job-7.out"),
+        ("-J own", "out/own-7.out"),
+        ("-Jown --exclusive", "out/own-7.out"),
+        ("--job=own", "out/own-7.out"),
+        ("-J own -o /logs/%x.%j.%A_%4a", "/logs/own.7.7_*"),
+        ("--output=first --output=/logs/%N", "/logs/*"),
+    ],
+)
+def test_the_log_is_found_whatever_flags_name_it(text: str, log: str) -> None:
+    own = given(*split_flags(text, "--sbatch"))
+
+    pattern = last_value(own, "--output", str(job().log))
+    name = last_value(own, "--job-name", "diffembed-say")
+    assert expand_log(pattern, job="7", name=name) == log
+
+
+def test_a_flag_and_its_value_stay_on_one_line() -> None:
+    text = batch_text(job(), BODY, site_flags=given("-A", "nlp", "--exclusive"))
+
+    assert "#SBATCH -A nlp\n#SBATCH --exclusive\n" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("--array=0-3", "-a 0-3", "--chdir=/tmp", "-D /tmp", "--chd=/tmp", "--wait", "-W"),
+        *("--wrap=true", "-M other", "--test-only", "nodes=4", "--comment='open"),
+        "--comment='a\nb'",
+    ],
+)
+def test_flags_that_would_break_a_submission_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--sbatch"):
+        parse_flags(split_flags(text, "--sbatch"), "--sbatch")
+
+
+def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
+    own = given("--dependency=singleton", "--nodes=1")
+
+    waiting = flags(batch_text(job(), BODY, site_flags=given("-d", "after:3"), after=("7",)))
+    assert waiting[-2] == "--dependency=afterok:7,after:3"
+    both = flags(batch_text(job(), BODY, site_flags=[], own_flags=own, after=("7",)))
+    assert [flag for flag in both if "dependency" in flag] == ["--dependency=afterok:7,singleton"]
+    # A job that waits for no other of its chain keeps the flag as it is.
+    alone = flags(batch_text(job(), BODY, site_flags=[], own_flags=own))
+    assert "--dependency=singleton" in alone

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.config import EvaluateConfig, ExportStep, load_config
+from pipeline.config import (
+    EvaluateConfig,
+    ExportStep,
+    PrepareConfig,
+    TrainConfig,
+    as_tree,
+    dump_config,
+    load_config,
+)
+from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.score.results import inputs_of
+from pipeline.evaluation.score.results import inputs_of, results_digest
 from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.submission.chain import Chain, evaluate_chain, export_chain, whole_chain
-from pipeline.submission.job import Job
+from pipeline.run_dir import checkpoint_digest, read_latest
+from pipeline.submission.chain import (
+    Chain,
+    export_chain,
+    prepare_chain,
+    train_chain,
+    whole_chain,
+)
+from pipeline.training.run_identity import run_identity
+from tests.tiny_models import prepare_tiny, tiny_starter
 
 ROOT = Path(__file__).resolve().parents[2]
+ZERO3 = ROOT / "ds_configs/zero3.json"
 RECIPE = ROOT / "launch/recipes/quickstart"
 NUM_STEPS = yaml.safe_load((RECIPE / "train.yaml").read_text())["num_steps"]
 
@@ -35,17 +55,26 @@ def names(chain: Chain) -> dict[str, tuple[str, ...]]:
     return {job.name: job.after for job in chain.jobs}
 
 
+CHECKPOINTS = Path("runs/quickstart/run/checkpoints")
+
+
 def train_to(step: int) -> None:
-    folder = Path("runs/quickstart/run/checkpoints")
-    (folder / f"step-{step:06d}").mkdir(parents=True)
-    (folder / f"step-{step:06d}/state.json").touch()
-    (folder / "latest").write_text(f"step-{step:06d}\n")
+    folder = CHECKPOINTS / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    (CHECKPOINTS / "latest").write_text(f"{folder.name}\n")
 
 
 def export(*folders: str) -> None:
-    for folder in folders:
-        (Path("runs/quickstart") / folder).mkdir(parents=True)
-        (Path("runs/quickstart") / folder / "model.safetensors").touch()
+    """Exports of the newest checkpoint, or of the untrained model, as far as they are looked at."""
+    config = load_config(TrainConfig, RECIPE / "train.yaml")
+    for folder in map(Path("runs/quickstart").joinpath, folders):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        newest = CHECKPOINTS / (read_latest(CHECKPOINTS) or "")
+        digest = None if "untrained" in folder.name else checkpoint_digest(newest)
+        made = {"checkpoint": digest, "model": as_tree(config.model)}
+        (folder / "diffembed.json").write_text(json.dumps(made))
 
 
 def score(config: EvaluateConfig, numbers: range) -> None:
@@ -107,8 +136,10 @@ def test_a_finished_chain_is_nothing_to_submit(chain: Path) -> None:
     score(load_config(EvaluateConfig, RECIPE / "evaluate.yaml"), range(10))
     assert names(whole_chain(chain)) == {"report": ()}
 
-    Path("runs/quickstart/report").mkdir()
-    Path("runs/quickstart/report/report.json").touch()
+    config = load_config(EvaluateConfig, RECIPE / "evaluate.yaml")
+    report = Path("runs/quickstart/report/report.json")
+    report.parent.mkdir()
+    report.write_text(json.dumps({"results_digest": results_digest(config)}))
 
     assert whole_chain(chain).jobs == ()
     assert [line.split(":")[0] for line in whole_chain(chain).finished] == [
@@ -116,27 +147,101 @@ def test_a_finished_chain_is_nothing_to_submit(chain: Path) -> None:
     ]
 
 
-def test_an_export_older_than_the_newest_checkpoint_is_made_again(chain: Path) -> None:
-    export("run/export")
+def test_a_report_of_other_scores_is_written_again_whatever_the_clocks_say(chain: Path) -> None:
     train_to(NUM_STEPS)
-    old = Path("runs/quickstart/run/export/model.safetensors")
-    os.utime(old, (1, 1))
+    export("export-untrained", "run/export")
+    config = load_config(EvaluateConfig, RECIPE / "evaluate.yaml")
+    score(config, range(10))
+    report = Path("runs/quickstart/report/report.json")
+    report.parent.mkdir()
+    report.write_text(json.dumps({"results_digest": results_digest(config)}))
+    result = list_elements(config)[3].result_path
+    result.write_text(json.dumps({**json.loads(result.read_text()), "score": 1}))
+    # A node whose clock is ten minutes behind.
+    os.utime(result, (1, 1))
 
-    (job,) = export_chain(RECIPE / "train.yaml", (), (ExportStep(),)).jobs
-
-    assert job.name == "export-latest"
+    assert names(whole_chain(chain)) == {"report": ()}
 
 
-def test_an_evaluation_without_its_export_is_refused_before_it_is_in_the_queue(
-    chain: Path,
+def test_an_export_of_another_checkpoint_is_made_again_whatever_the_clocks_say(chain: Path) -> None:
+    def jobs(*overrides: str) -> list[str]:
+        made = export_chain(RECIPE / "train.yaml", overrides, (ExportStep(),))
+        return [job.name for job in made.jobs]
+
+    train_to(50)
+    export("run/export")
+    weights = Path("runs/quickstart/run/export/model.safetensors")
+    os.utime(weights, (1, 1))
+    assert jobs() == []
+    assert jobs("model.pooling=last_token") == ["export-latest"]
+
+    train_to(NUM_STEPS)
+    later = time.time() + 600
+    os.utime(weights, (later, later))
+    assert jobs() == ["export-latest"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PrepareConfig:
+    """Shards and the model whose tokenizer made them."""
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+Train = Callable[..., Chain]
+
+
+@pytest.fixture
+def train(prepared: PrepareConfig, chain: Path) -> Train:
+    """The training stage alone, on shards that are there."""
+
+    def train(*overrides: str) -> Chain:
+        return train_chain(RECIPE / "train.yaml", (*own_data(prepared), *overrides), ZERO3)
+
+    return train
+
+
+def own_data(prepared: PrepareConfig) -> tuple[str, str]:
+    return f"data.path={prepared.output_dir}", f"model.path={prepared.tokenizer}"
+
+
+def test_shards_that_are_missing_or_of_another_tokenizer_are_refused_before_the_queue(
+    train: Train, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="no export there"):
-        evaluate_chain(RECIPE / "evaluate.yaml")
+    assert names(train()) == {"train": ()}
+
+    with pytest.raises(UserError, match="no prepared dataset"):
+        train("data.path=nowhere")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("other words make another tokenizer\n" * 20)
+    other = tiny_starter(tmp_path / "other", corpus, num_layers=1)
+    with pytest.raises(UserError, match=r"prepared with the tokenizer .* differs from that of"):
+        train(f"model.path={other}")
 
 
-def test_jobs_are_the_same_exactly_when_their_configs_are(chain: Path) -> None:
-    def array(*overrides: str) -> Job:
-        return evaluate_chain(RECIPE / "evaluate.yaml", overrides, ready=False).jobs[0]
+def test_a_finished_run_whose_config_was_edited_is_refused_by_key(
+    train: Train, prepared: PrepareConfig
+) -> None:
+    config = load_config(TrainConfig, RECIPE / "train.yaml", own_data(prepared))
+    train_to(NUM_STEPS)
+    identity = run_identity(config, Dataset.open(prepared.output_dir, verify=False))
+    state = CHECKPOINTS / f"step-{NUM_STEPS:06d}/state.json"
+    state.write_text(json.dumps({"identity": identity}))
 
-    assert array().key == array("max_length=512").key
-    assert array().key != array("max_length=511").key
+    assert train().finished
+    assert train("log_every=3").finished
+    for key, value in (("optimizer.lr", "0.5"), ("model.attention", "causal"), ("seed", "7")):
+        with pytest.raises(UserError, match=f"^{key} is .*{value}.* began with .* set {key} back"):
+            train(f"{key}={value}")
+
+
+def test_shards_made_from_another_config_are_refused_and_never_called_whole(
+    prepared: PrepareConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.yaml"
+    path.write_text(dump_config(prepared))
+    assert prepare_chain(path).finished == (f"prepare: {prepared.output_dir} is whole",)
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="another config"):
+            prepare_chain(path, ("max_query_length=5",))
+    assert names(prepare_chain(path, (f"output_dir={tmp_path}/new",))) == {"prepare": ()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
-from pipeline.submission.allocation import State, read_state
-from pipeline.submission.health import find_faults
+from pipeline.submission.allocation import State, judge, read_state, requeue
+from pipeline.submission.health import Health, find_faults, probe
 from pipeline.submission.progress import History, last_step
-from pipeline.submission.restart import Ending, begin, decide
+from pipeline.submission.restart import Ending, begin, decide, end
+from pipeline.submission.scheduler import NoAnswerError
 
 
 def ending(code: int, **changes: object) -> Ending:
@@ -27,6 +29,7 @@ def ending(code: int, **changes: object) -> Ending:
         (ending(0), "leave"),
         (ending(0, out_of_time=True), "leave"),
         (ending(2, preempted=True), "leave"),
+        (ending(2, folder_fault="read-only"), "requeue"),
         (ending(75), "leave"),
         (ending(75, out_of_time=True), "requeue"),
         (ending(75, preempted=True), "requeue"),
@@ -61,7 +64,7 @@ def test_a_start_counts_as_idle_until_a_checkpoint_is_newer_than_it(tmp_path: Pa
 
 
 def test_a_node_with_room_and_the_right_time_is_fit(tmp_path: Path) -> None:
-    assert find_faults(tmp_path, tmp_path, 0) == []
+    assert find_faults(tmp_path, tmp_path, 0) == Health()
 
 
 def put_nvidia_smi(folder: Path, commands: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +88,7 @@ def test_a_node_whose_gpus_do_not_all_answer_is_unfit(
 ) -> None:
     put_nvidia_smi(tmp_path, commands, monkeypatch)
 
-    assert find_faults(tmp_path, tmp_path, 2) == [fault]
+    assert find_faults(tmp_path, tmp_path, 2) == Health(own=(fault,))
 
 
 @pytest.mark.parametrize(
@@ -96,15 +99,16 @@ def test_gpus_without_error_counters_or_cut_into_instances_are_fit(
 ) -> None:
     put_nvidia_smi(tmp_path, f"echo '{line}'", monkeypatch)
 
-    assert find_faults(tmp_path, tmp_path, wanted) == []
+    assert find_faults(tmp_path, tmp_path, wanted) == Health()
 
 
 def test_a_node_without_its_scratch_folder_is_unfit(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
 
-    assert find_faults(tmp_path, missing, 0) == [
-        f"{missing} cannot be written (No such file or directory)"
-    ]
+    fault = f"{missing} cannot be written (No such file or directory)"
+    assert find_faults(tmp_path, missing, 0) == Health(own=(fault,))
+    # Of the run's folder it may be the node's mount, or the folder itself.
+    assert find_faults(missing, tmp_path, 0) == Health(folder=(fault,))
 
 
 def test_a_node_with_a_wrong_clock_is_unfit(
@@ -113,64 +117,192 @@ def test_a_node_with_a_wrong_clock_is_unfit(
     now = time.time()
     monkeypatch.setattr("pipeline.submission.health.time.time", lambda: now + 500)
 
-    (fault,) = find_faults(tmp_path, tmp_path, 0)
+    (fault,) = find_faults(tmp_path, tmp_path, 0).clock
     assert fault.startswith("its clock is ")
 
 
-def test_a_node_without_free_space_is_unfit(
+def test_a_full_run_folder_is_a_fault_that_all_nodes_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.submission.health._FREE_BYTES", 2**62)
 
-    assert "GiB free, less than" in find_faults(tmp_path, tmp_path, 0)[0]
+    health = find_faults(tmp_path, tmp_path, 0)
+    assert "GiB free, less than" in health.shared[0]
+    # The same of the node's own disk is the node's.
+    assert "GiB free, less than" in health.own[0]
+
+
+def test_a_folder_that_hangs_is_named_instead_of_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stand-in for the child that waits for a dead mount.
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("pipeline.submission.health.sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr("pipeline.submission.health._FOLDER_SECONDS", 0.1)
+
+    number, fault = probe(tmp_path)
+    assert number == errno.ETIMEDOUT
+    assert fault == f"{tmp_path} did not answer within 0.1 s"
+
+
+FULL = Health(shared=("run is full",))
+AWAY = Health(folder=("run cannot be written (Stale file handle)",))
+LATE = Health(clock=("its clock is 600 s away",))
+
+
+@pytest.mark.parametrize(
+    ("answers", "nodes", "shared"),
+    [
+        ([Health(), Health()], {}, False),
+        ([Health(own=("GPU",)), Health()], {"node0": "GPU"}, False),
+        ([Health(), None], {"node1": "its check did not answer"}, False),
+        ([None], {"node0": "its check did not answer"}, False),
+        # Whatever all nodes say is not theirs.
+        ([None, None], {}, True),
+        ([FULL], {}, True),
+        ([FULL, Health()], {}, True),
+        ([FULL, None], {}, True),
+        ([AWAY, AWAY], {}, True),
+        ([AWAY, Health()], {"node0": AWAY.folder[0]}, False),
+        ([AWAY], {"node0": AWAY.folder[0]}, False),
+        ([LATE, Health()], {"node0": LATE.clock[0]}, False),
+        ([LATE, LATE], {}, False),
+    ],
+)
+def test_what_all_nodes_share_is_held_against_none_of_them(
+    answers: list[Health | None], nodes: dict[str, str], shared: bool
+) -> None:
+    faults = judge({f"node{i}": health for i, health in enumerate(answers)})
+
+    assert (faults.nodes, bool(faults.shared)) == (nodes, shared)
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand-ins for `srun` and `scontrol`: two nodes, the second of which says nothing."""
-    note = f'echo "$*" >>{tmp_path}/orders'
     bodies = {
-        "srun": "echo 'health: node1: fit'",
-        "scontrol": f'[ "$2" = hostnames ] && printf "node1\\nnode2\\n" || {note}',
+        "srun": "echo 'health: node1: {}'",
+        "scontrol": f"""\
+case "$1 $2" in
+  "show hostnames") echo "$3" | tr , "\\n" ;;
+  "show job") echo "Partition=test JobState=RUNNING" ;;
+  "show partition") echo "TotalNodes=${{NODES:-9}}" ;;
+  *) echo "$*" >>{tmp_path}/orders ;;
+esac""",
     }
     for name, body in bodies.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        put_command(tmp_path / name, body)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setattr("pipeline.submission.scheduler._LONGEST_WAIT", 0)
     return tmp_path
 
 
-def test_a_job_avoids_a_node_that_does_not_answer_and_gives_up_after_three_such_starts(
-    slurm: Path,
-) -> None:
-    recipe = Path(__file__).resolve().parents[2] / "launch/recipes/quickstart/train.yaml"
-    config = load_config(TrainConfig, recipe, (f"output_dir={slurm}/run",))
+def put_command(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
 
+
+@pytest.fixture
+def config(slurm: Path) -> TrainConfig:
+    recipe = Path(__file__).resolve().parents[2] / "launch/recipes/quickstart/train.yaml"
+    return load_config(TrainConfig, recipe, (f"output_dir={slurm}/run",))
+
+
+def test_a_job_avoids_a_node_that_does_not_answer_and_gives_up_after_three_such_starts(
+    slurm: Path, config: TrainConfig
+) -> None:
     for _ in range(3):
-        with pytest.raises(DiffembedError, match="queued again: unfit nodes node2: its check died"):
+        with pytest.raises(DiffembedError, match="queued again: unfit nodes node2: its check did"):
             begin(config, "7")
     with pytest.raises(DiffembedError, match="unfit nodes 4 times, not queued again: node2"):
         begin(config, "7")
 
-    orders = [line for line in (slurm / "orders").read_text().splitlines() if "show" not in line]
+    orders = (slurm / "orders").read_text().splitlines()
     assert orders == ["requeue 7", "update JobId=7 ExcNodeList=node2"] * 3
     # None of these starts came to training.
     assert History(config.output_dir, "7").idle_starts(0) == 0
 
 
-def test_an_order_to_slurm_outlives_a_restart_of_its_controller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_does_not_wait_for_nodes_that_its_partition_does_not_have(
+    slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A stand-in: answers the third time.
-    (tmp_path / "scontrol").write_text(
-        f"#!/bin/sh\necho >>{tmp_path}/calls\n"
-        f"if [ $(wc -l <{tmp_path}/calls) -lt 3 ]; then\n"
-        "  echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
-        "fi\necho JobState=RUNNING PreemptTime=None\n"
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("pipeline.submission.allocation._WAITS", (0, 0, 0))
+    monkeypatch.setenv("NODES", "2")
 
+    with pytest.raises(DiffembedError, match="too few nodes are left without node2, not queued"):
+        begin(config, "7")
+    assert not (slurm / "orders").exists()
+
+
+def test_a_check_that_cannot_start_counts_like_a_crash(slurm: Path, config: TrainConfig) -> None:
+    put_command(slurm / "srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
+
+    with pytest.raises(DiffembedError, match="^queued again: the nodes could not be checked"):
+        begin(config, "7")
+    assert History(config.output_dir, "7").idle_starts(0) == 1
+
+
+def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
+    slurm: Path,
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pipeline.submission.restart._LONGEST_WAIT", 0)
+    put_command(slurm / "srun", 'printf "health: node%s: {}\\n" 1 2')
+    # Full on the first look, and not any more on the second.
+    looks = iter([(28, "run has 0.60 GiB free"), (0, "")])
+    monkeypatch.setattr("pipeline.submission.restart.probe", lambda _: next(looks))
+    begin(config, "7")
+    assert "run has 0.60 GiB free; waiting, up to 30 minutes\nstart 1" in capsys.readouterr().out
+
+    monkeypatch.setattr("pipeline.submission.restart.probe", lambda _: (28, "run is full"))
+    monkeypatch.setattr("pipeline.submission.restart._SHARED_SECONDS", 0)
+    with pytest.raises(
+        DiffembedError, match=r"run is full, for 0 minutes, not queued again \| fix:"
+    ):
+        begin(config, "7")
+    assert not (slurm / "orders").exists()
+
+
+def test_a_job_is_queued_again_also_when_its_end_cannot_be_noted(
+    slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeline.submission.progress.write_json", fail)
+    end(config, "7", 1, out_of_time=False)
+
+    assert (slurm / "orders").read_text() == "requeue 7\n"
+
+
+def test_no_answer_is_not_an_answer(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Answers the third time.
+    silence = "slurm_load_jobs error: Unable to contact slurm controller"
+    put_command(
+        slurm / "scontrol",
+        f"echo >>{slurm}/calls\n[ $(wc -l <{slurm}/calls) -lt 3 ] || exec echo JobState=RUNNING\n"
+        f"echo '{silence}' >&2; exit 1",
+    )
     assert read_state("7") == State(running=True, preempted=False)
+
+    monkeypatch.setattr("pipeline.submission.allocation.IN_A_JOB", 0)
+    (slurm / "calls").unlink()
+    with pytest.raises(NoAnswerError, match="Unable to contact slurm controller"):
+        read_state("7")
+
+
+def test_a_requeue_whose_answer_is_lost_is_not_followed_by_another_job(slurm: Path) -> None:
+    # A stand-in: takes the order, says nothing, and refuses it the second time.
+    put_command(
+        slurm / "scontrol",
+        f"[ $1 = requeue ] || exec echo JobState=PENDING\n"
+        f"echo >>{slurm}/calls\n"
+        f"[ $(wc -l <{slurm}/calls) = 1 ] && echo 'Socket timed out on send/recv' >&2 ||"
+        f" echo 'Job is pending execution' >&2\nexit 1",
+    )
+
+    assert requeue("7") == ""

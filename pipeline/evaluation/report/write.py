@@ -18,6 +18,7 @@ from pipeline.evaluation.report.tables import (
     score_rows,
     with_splits,
 )
+from pipeline.evaluation.score.results import results_digest
 from pipeline.model.card import add_evaluation
 from pipeline.model.parts import is_export
 from pipeline.run_dir import RunDir, one_at_a_time, write_json, write_text
@@ -47,6 +48,8 @@ def write_report(config: EvaluateConfig) -> Path:
 
 
 def _write(config: EvaluateConfig, folder: Path) -> None:
+    # Before they are read: scores that change meanwhile make this report an old one.
+    digest = results_digest(config)
     findings = find(config)
     models, tasks = findings.models, findings.tasks
     write_json(
@@ -56,6 +59,7 @@ def _write(config: EvaluateConfig, folder: Path) -> None:
             "tasks": tasks,
             "training": findings.training,
             "by_step": findings.by_step,
+            "results_digest": digest,
         },
     )
     write_text(folder / "report.md", report_page(findings, _draw(findings, folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pipeline.evaluation.models.fingerprints import (
     fingerprint,
     model_settings,
 )
-from pipeline.evaluation.tasks.elements import Element
+from pipeline.evaluation.tasks.elements import Element, list_elements
 from pipeline.evaluation.tasks.instructions import instruction_for
 
 
@@ -61,6 +62,16 @@ def read_result(element: Element) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(element.result_path.read_text())
     return result
+
+
+def results_digest(config: EvaluateConfig) -> str:
+    """Hash of all finished elements' results: tells a report of these from an older one."""
+    digest = hashlib.sha256()
+    for element in list_elements(config):
+        if element.result_path.is_file():
+            digest.update(f"{element.model.name}\0{element.task}\0{element.max_length}\0".encode())
+            digest.update(hashlib.sha256(element.result_path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _data_fingerprint(snapshots: Path | None, dataset: str | None) -> str | None:
