@@ -94,6 +94,11 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
     return None
 
 
+def say_warning(message: str) -> None:
+    """Tell the user on stderr what is left out or replaced, where the command carries on."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
 def say_error(error: DiffembedError) -> None:
     """The one line by which every command tells an error of this package."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

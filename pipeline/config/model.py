@@ -20,7 +20,8 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    targets: tuple[str, ...] = (
+    # Last parts of names, or every linear layer.
+    targets: Literal["all-linear"] | tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     rslora: bool = False

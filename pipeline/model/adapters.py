@@ -1,19 +1,23 @@
-"""Low-rank adapters on a backbone, fresh or from an earlier run, by peft."""
+"""Low-rank adapters that are trained: fresh ones, and those of an earlier run, by peft."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import peft
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
 
 from pipeline.config import LoraConfig
 from pipeline.errors import UserError
-from pipeline.model.weights import Placement
+from pipeline.model.adapter_files import AdapterFiles, attach, read_adapter
+
+# peft's word for every linear layer except the head.
+ALL_LINEAR = "all-linear"
+# Starts that leave the weights below an adapter as they are.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
@@ -24,22 +28,24 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
     """
     # peft ignores a name that matches nothing as long as another one matches.
     names = _linear_names(backbone)
-    unknown = [target for target in config.targets if target not in names]
+    targets = sorted(names) if config.targets == ALL_LINEAR else list(config.targets)
+    unknown = [target for target in targets if target not in names]
     if unknown:
         raise UserError(
             f"model.lora.targets: no layer is called {', '.join(unknown)}",
-            allowed=", ".join(sorted(names)),
+            allowed=f"{ALL_LINEAR}, or some of {', '.join(sorted(names))}",
         )
     adapter = peft.LoraConfig(
         task_type=peft.TaskType.FEATURE_EXTRACTION,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=targets,
         use_rslora=config.rslora,
         bias="none",
     )
-    return _attach(backbone, adapter)
+    adapted: nn.Module = attach(backbone, adapter)
+    return adapted
 
 
 def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module:
@@ -48,111 +54,66 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
     Args:
         backbone: the model the adapter was trained on.
         path: a folder or hub name with adapter_config.json.
-        meta: shapes only; read no weights.
+        meta: shapes only; load no weights.
 
     Raises:
-        UserError: no adapter is there, or it belongs to another model.
+        UserError: no adapter is there, it belongs to another model, or it changes more than it
+            adds.
     """
-    config, weights = _read_adapter(path, with_weights=not meta)
-    adapted = _attach(backbone, config)
+    files = read_adapter(backbone, path)
+    _check_continuable(files)
+    own = _on_backbone(files, backbone)
+    adapted = own.attach(backbone)
     if not meta:
-        _set_weights(adapted, weights, path)
-    return adapted
+        own.load(adapted)
+    trained: nn.Module = adapted
+    return trained
 
 
-def plan_merge(
-    backbone: nn.Module, path: str, placement: Placement | None
-) -> Callable[[nn.Module], None]:
-    """Read an adapter that is to become part of a backbone whose weights may be still to come.
-
-    Args:
-        backbone: the model the adapter was trained on; it is left as it is.
-        path: a folder or hub name with adapter_config.json.
-        placement: where the backbone's weights go; without one, there are only shapes.
-
-    Returns:
-        What merges the adapter's share into a module of the backbone, once that has its weights;
-        does nothing in a process that reads none.
-
-    Raises:
-        UserError: no adapter is there, or it belongs to another model.
-    """
-    config, weights = _read_adapter(path, with_weights=placement is not None and placement.reads)
-    tuners: dict[nn.Module, Any] = {}
-    if placement is not None and placement.reads:
-        base = {id(parameter) for parameter in backbone.parameters()}
-        adapted: Any = _attach(backbone, config)
-        _leave_meta(adapted, base, placement.device)
-        _set_weights(adapted, weights, path)
-        for module in adapted.modules():
-            if isinstance(module, BaseTunerLayer):  # keeps the module that it stands in for
-                tuners[module.get_base_layer()] = module
-        adapted.unload().requires_grad_(True)  # peft froze it
-
-    def merge(module: nn.Module) -> None:
-        if module in tuners:
-            tuners[module].merge()
-
-    return merge
+def _check_continuable(files: AdapterFiles) -> None:
+    config = files.config
+    start = getattr(config, "init_lora_weights", True)
+    faults = {
+        f"modules_to_save: {getattr(config, 'modules_to_save', None)}": getattr(
+            config, "modules_to_save", None
+        ),
+        f"bias: {getattr(config, 'bias', 'none')}": getattr(config, "bias", "none") != "none",
+        f"init_lora_weights: {start}": start not in _PLAIN_STARTS,
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise UserError(
+                f"model.adapter_use: continue, but {files.path} changes weights of its model "
+                f"({fault})",
+                allowed="an adapter that only adds to them",
+                fix="set adapter_use: merge, with a fresh model.lora on top",
+            )
 
 
-def _read_adapter(path: str, *, with_weights: bool) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
-    """An adapter folder's config, made trainable, and its weights if they are asked for."""
-    try:
-        config = peft.PeftConfig.from_pretrained(path)
-        weights = peft.load_peft_weights(path, device="cpu") if with_weights else {}
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.adapter: cannot read an adapter from {path!r}",
-            allowed="a folder with adapter_config.json and adapter_model.safetensors",
-        ) from error
-    if getattr(config, "modules_to_save", None):
-        raise UserError(
-            f"model.adapter: {path} replaces whole modules ({config.modules_to_save})",
-            allowed="an adapter without modules_to_save",
-            fix="merge it into its model with peft and give that as model.path",
-        )
-    config.inference_mode = False
-    return config, weights
-
-
-def _leave_meta(adapted: nn.Module, base: set[int], device: torch.device) -> None:
-    """Make room for an adapter's own weights, which peft puts where the backbone's are."""
-    for module in adapted.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in base:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
-
-
-def _attach(backbone: nn.Module, config: peft.PeftConfig) -> nn.Module:
-    with warnings.catch_warnings():
-        # peft asks for a property that transformers renames, and notes where an adapter came from.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        # Beside weights that are only shapes, adapters are only shapes as well.
-        shapes_only = next(backbone.parameters()).is_meta
-        adapted: nn.Module = peft.get_peft_model(backbone, config, low_cpu_mem_usage=shapes_only)
-    return adapted
-
-
-def _set_weights(adapted: Any, weights: dict[str, Tensor], path: str) -> None:
-    """Load all of an adapter or refuse it: peft leaves what does not fit at its fresh value."""
-    # Adapters of a language model name its backbone, which here stands alone.
+def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
+    """The same adapter by the names of the backbone alone; its patterns become lists of names."""
+    if not files.outer:
+        return files
+    outer = f"{files.outer}."
+    config = files.config
+    modules = [name for name, _ in backbone.named_modules() if name]
+    changes: dict[str, Any] = {}
+    if getattr(config, "target_modules", None) not in (None, ALL_LINEAR):
+        found = [name for name in modules if check_target_module_exists(config, outer + name)]
+        changes |= {"target_modules": found}
+        changes |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        for key, pattern in vars(config).items():
+            if key.endswith("_pattern") and isinstance(pattern, dict) and pattern:
+                hits = {name: get_pattern_key(pattern, outer + name) for name in found}
+                changes[key] = {
+                    f"^{name}": pattern[hit] for name, hit in hits.items() if hit in pattern
+                }
+    for key, value in changes.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     stem = "base_model.model."
-    outer = f"{stem}{adapted.get_base_model().base_model_prefix}."
-    if all(name.startswith(outer) for name in weights):
-        weights = {stem + name.removeprefix(outer): value for name, value in weights.items()}
-    try:
-        loaded = peft.set_peft_model_state_dict(adapted, weights)
-    except RuntimeError as error:
-        raise UserError(f"model.adapter: {path}: {str(error).splitlines()[-1].strip()}") from error
-    missing = [name for name in loaded.missing_keys if "lora_" in name]
-    if missing or loaded.unexpected_keys:
-        raise UserError(
-            f"model.adapter: {path} does not fit the model: missing {missing[:2]}, "
-            f"unexpected {list(loaded.unexpected_keys)[:2]}",
-            fix="give the adapter of this backbone",
-        )
+    weights = {name.replace(stem + outer, stem, 1): value for name, value in files.weights.items()}
+    return dataclasses.replace(files, weights=weights, outer="")
 
 
 def _linear_names(backbone: nn.Module) -> set[str]:

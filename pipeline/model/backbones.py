@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,8 +15,8 @@ from transformers.utils import logging
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.adapters import plan_merge
 from pipeline.model.families import FAMILIES, Family
+from pipeline.model.merging import Merge, plan_merge
 from pipeline.model.native import NATIVE_FORMS, NativeForm
 from pipeline.model.packing import PACKED
 from pipeline.model.remote import REMOTE, PaddedModel, check_behaviour
@@ -40,7 +42,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
         else:
             native, hf_config, family = _resolve(config, published)
             model = _build_shapes(config, hf_config, family)
-        merges = [plan_merge(model, path, placement) for path in config.all_merged]
+        merges = _plan_merges(config, model, placement)
 
     def finish(module: nn.Module) -> None:
         for merge in merges:
@@ -62,6 +64,22 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
                 finish=finish,
             )
     return model, family
+
+
+def _plan_merges(config: ModelConfig, model: nn.Module, placement: Placement | None) -> list[Merge]:
+    """One merge for each adapter, in order; one on the model that the earlier ones made."""
+
+    def load_base(count: int) -> nn.Module:
+        earlier = config.all_merged[:count]
+        base = dataclasses.replace(
+            config, lora=None, adapter=None, adapter_use="merge", merged_adapters=earlier
+        )
+        return load_backbone(base, placement=Placement())[0]
+
+    return [
+        plan_merge(model, path, placement, load_base=functools.partial(load_base, number))
+        for number, path in enumerate(config.all_merged)
+    ]
 
 
 def _resolve(

@@ -26,10 +26,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from pipeline.errors import UserError
+from pipeline import comm
+from pipeline.errors import UserError, say_warning
 
-# Weights of heads that an embedder does not use; anything else that does not fit is an error.
-_HEADS = ("lm_head.", "cls.", "pooler.", "head.", "decoder.", "score.", "classifier.")
+# The head that every language model has, in silence.
+_LANGUAGE_HEAD = "lm_head."
+# Parts that an embedder does not use, as the classes of transformers call them.
+_OUTSIDE = (
+    *("cls", "classifier", "decoder", "head", "pooler", "predictions", "qa_outputs", "score"),
+    *("v_head", "multi_modal_projector", "vision_tower", "vision_model", "audio_tower"),
+)
 
 
 class Placement:
@@ -173,9 +179,10 @@ class WeightReader:
         shapes = {k: torch.empty(size, device="meta") for k, size in self._files.shapes.items()}
         info = self._load(shapes, torch.device("meta"))
         self._model._adjust_missing_and_unexpected_keys(info)
+        heads = [key for key in info.unexpected_keys if self._is_outside(key)]
         faults = {
             "missing": info.missing_keys,
-            "unexpected": [key for key in info.unexpected_keys if not key.startswith(_HEADS)],
+            "unexpected": [key for key in info.unexpected_keys if key not in heads],
             "of another shape": [
                 f"{key} {[*found]} for {[*due]}" for key, found, due in info.mismatched_keys
             ],
@@ -187,6 +194,25 @@ class WeightReader:
                 + ", ".join(f"{what} {sorted(keys)[:3]}" for what, keys in faults.items() if keys),
                 fix="give a complete checkpoint of a supported architecture",
             )
+        said = sorted(key for key in heads if not key.startswith(_LANGUAGE_HEAD))
+        if said and comm.rank() == 0:
+            say_warning(
+                f"model.path: {self._files.path}: {len(said)} tensors of heads are not used, "
+                f"such as {said[0]}"
+            )
+
+    def _is_outside(self, key: str) -> bool:
+        """Whether a tensor belongs to a head: by its name, or by lying beside the whole backbone.
+
+        What lies inside the backbone would change its vectors, so it is no head.
+        """
+        prefix = f"{self._model.base_model_prefix}."
+        inner = key.removeprefix(prefix)
+        if inner.startswith((_LANGUAGE_HEAD, *(f"{part}." for part in _OUTSIDE))):
+            return True
+        own = {name for name, _ in self._model.named_children()}
+        has_prefix = any(name.startswith(prefix) for name in self._files.shapes)
+        return has_prefix and not key.startswith(prefix) and key.partition(".")[0] not in own
 
     def _published_by_module(self) -> dict[str, list[str]]:
         """Published names by the native module that they become weights of."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from pipeline.config import LoraConfig, ModelConfig
+from pipeline.config import LoraConfig, ModelConfig, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 
@@ -91,6 +91,18 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_their_rank(
     lora = LoraConfig(rank=4, alpha=8, rslora=rslora)
     encoder: Any = build_encoder(ModelConfig(path=str(base), lora=lora), meta=True)
     assert encoder.layers[0].self_attn.q_proj.scaling["default"] == scale
+
+
+def test_all_linear_layers_are_the_ones_that_peft_takes(base: Path) -> None:
+    lora = build_config(LoraConfig, {"rank": 2, "targets": "all-linear"}, origin="test")
+    encoder = build_encoder(ModelConfig(path=str(base), lora=lora), meta=True)
+    theirs = peft.get_peft_model(
+        hf.AutoModelForCausalLM.from_pretrained(base),
+        peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    names = {name for name, _ in encoder.backbone.named_parameters() if "lora_" in name}
+    wanted = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+    assert names == {name.replace("model.model.model.", "model.model.") for name in wanted}
 
 
 def test_an_adapter_is_continued_on_another_one_that_is_merged(base: Path, tmp_path: Path) -> None:

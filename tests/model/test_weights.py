@@ -18,6 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.model.weights import Placement
+from tests.tiny_models import save_lifted
 
 
 class Pieces(Placement):
@@ -144,3 +145,28 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no safetensors weights.*fix: .*save_pretrained"):
         build_encoder(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        (["v_head.summary.weight", "v_head.summary.bias"], "2 tensors of heads are not used"),
+        (["qa_outputs.weight", "score.weight"], "2 tensors of heads are not used"),
+        (["linear.weight"], "1 tensors of heads are not used, such as linear.weight"),  # ColBERT
+        (["lm_head.weight"], None),
+    ],
+)
+def test_heads_of_a_complete_checkpoint_are_counted_and_left_out(
+    tmp_path: Path, heads: list[str], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_lifted(tmp_path, hf.Qwen2Model, num_hidden_layers=1)
+    file = tmp_path / "model.safetensors"
+    config = ModelConfig(path=str(tmp_path), dtype="float32")
+    plain = build_encoder(config).backbone
+    weights = {f"model.{name}": value for name, value in load_file(file).items()}
+    extra = {name: torch.ones(3) for name in heads}
+    save_file({**weights, **extra}, file, {"format": "pt"})
+    capsys.readouterr()
+    assert_same_tensors(build_encoder(config).backbone, plain)
+    told = capsys.readouterr().err
+    assert said in told if said else "heads" not in told
