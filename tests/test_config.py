@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies
 
-from pipeline.config import Template, TrainConfig, dump_config, load_config
+from pipeline.config import (
+    ChainConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    ProbeConfig,
+    StarterConfig,
+    Template,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
+from pipeline.config.rules import UserPath, expand_path
+from pipeline.config.strict_yaml import dump_yaml, parse_yaml
 from pipeline.errors import UserError
 
 MINIMAL = "output_dir: run\nnum_steps: 10\nmodel: {path: m}\ndata: {path: d}\n"
@@ -161,3 +178,183 @@ def test_a_template_that_wraps_a_text_does_so_with_an_instruction_and_without() 
 def test_a_query_template_without_an_instruction_holds_for_every_query() -> None:
     template = Template(query="query: {text}", document="passage: {text}")
     assert template.format_query("q") == template.format_query("q", "find it") == "query: q"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "line 6: key 'seed' is given twice, first in line 5"),
+        ("optimizer:\n  lr: 1\n  eps: 1\n  'lr': 2\n", "line 8: key 'lr' is given twice"),
+        ("optimizer: {lr: 1, lr: 2}\n", "line 5: key 'lr' is given twice"),
+        ("a: &a {seed: 1}\n<<: *a\n<<: *a\n", "key '<<' is given twice"),
+        ("optimizer: {lr: .nan}\n", "optimizer.lr: nan is no finite number"),
+        ("optimizer: {lr: 1e999}\n", "optimizer.lr: inf is no finite number"),
+        ("seed: 99999999999999999999\n", "seed: an integer beyond 64 bits"),
+        ("seed: true\n", "seed: a switch .true or false. . allowed: a number"),
+        ("optimizer: {betas: [true, 0.9]}\n", "optimizer.betas.0: a switch"),
+        ("seed: no\n", "seed = 'no' . allowed: a valid integer"),
+        ("seed: 1:30\n", "seed = '1:30' . allowed: a valid integer"),
+        ("seed: 2024-01-01\n", "seed = '2024-01-01' . allowed: a valid integer"),
+        ("chunks: {keep_graphs: most}\n", "chunks.keep_graphs = 'most'.*integer.* or 'auto'"),
+        ("trackers: wandb\n", "trackers = 'wandb' . allowed: a list"),
+        ("optimizer:\n", "optimizer = None . allowed: a section of keys"),
+        ("seed: !!int x\n", "not a YAML file"),
+        ("seed: !!timestamp x\n", "not a YAML file"),
+        ("seed: !!python/name:os.system\n", "not a YAML file .line 5: could not determine"),
+        ("trackers: &a [*a]\n", "line 5: an anchor contains itself"),
+        ("seed: " + "[" * 5000 + "\n", "nested too deeply"),
+        ("? [a]\n: 1\n", "not a YAML file"),
+        ("1: 2\n", "1 = 1 . allowed: "),
+        ('trackers: ["a\\0b"]\n', "trackers.0: .*holds a character"),
+        ('trackers: ["\\ud800"]\n', "trackers.0: .*holds a character"),
+        ("seed: x\nbogus: 1\noptimizer: {lrr: 2}\n", r"seed = 'x' \(and 2 more: .*optimizer.lrr"),
+        ("---\nseed: 1\n", "not a YAML file .line 5: but found another document"),
+        ("#" * 2**20, "more than a megabyte"),
+    ],
+)
+def test_yaml_that_would_be_misread_is_refused(path: Path, content: str, message: str) -> None:
+    path.write_text(MINIMAL + content)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(TrainConfig, path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+    assert len(str(error.value)) < 600
+
+
+def test_a_file_of_many_aliases_is_refused_at_once(path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 8)}]" for k in range(1, 12)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="more than 50,000 values"):
+        load_config(TrainConfig, path)
+
+
+def test_duplicate_keys_are_found_in_bases_and_overrides_too(path: Path) -> None:
+    (path.parent / "base.yaml").write_text("seed: 1\nseed: 1\n")
+    path.write_text("extends: [base.yaml]\n" + MINIMAL)
+    with pytest.raises(UserError, match="base.yaml: line 2: key 'seed' is given twice"):
+        load_config(TrainConfig, path)
+    path.write_text(MINIMAL)
+    for overrides, message in (
+        (("optimizer={lr: 1, lr: 2}",), "override .*line 1: key 'lr' is given twice"),
+        (("seed=1", "seed=2"), "override 'seed=1': seed is given again after it"),
+        (("optimizer.lr=1", "optimizer={eps: 1}"), "'optimizer.lr=1': optimizer is given again"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(TrainConfig, path, overrides)
+    changed = load_config(TrainConfig, path, ("optimizer={eps: 1}", "optimizer.lr=1"))
+    assert (changed.optimizer.eps, changed.optimizer.lr) == (1, 1)
+
+
+def test_plain_words_and_numbers_are_what_they_look_like(path: Path) -> None:
+    path.write_text(
+        MINIMAL.replace("{path: m}", "{path: no, revision: 0123456, normalize: off}")
+        + "seed: 0123\noptimizer: {lr: 1e-3, eps: 1E-9}\nloss: {temperature: .5}\n"
+    )
+    config = load_config(TrainConfig, path, ("data.mixture_cap=1e6", "data.path=2024-01-01"))
+    assert (config.model.path, config.model.revision) == ("no", "0123456")
+    assert (config.model.normalize, config.seed) == (False, 123)
+    assert (config.optimizer.lr, config.optimizer.eps, config.loss.temperature) == (1e-3, 1e-9, 0.5)
+    assert (config.data.mixture_cap, config.data.path) == (10**6, Path("2024-01-01"))
+    again = path.with_name("again.yaml")
+    again.write_text(dump_config(config))
+    assert load_config(TrainConfig, again) == config
+
+
+def test_a_key_may_replace_one_that_comes_by_a_merge(path: Path) -> None:
+    path.write_text(
+        MINIMAL + "optimizer: &o {lr: 1, eps: 2}\nloss: {temperature: 3}\n"
+        "chunks: {<<: &c {max_tokens: 5, min_chunks: 2}, max_tokens: 7}\n"
+    )
+    config = load_config(TrainConfig, path)
+    assert (config.chunks.max_tokens, config.chunks.min_chunks) == (7, 2)
+
+
+@given(
+    strategies.recursive(
+        strategies.none()
+        | strategies.booleans()
+        | strategies.integers(-(2**63) + 1, 2**63 - 1)
+        | strategies.floats(allow_nan=False, allow_infinity=False)
+        | strategies.text(strategies.characters(codec="utf-8", exclude_characters="\0"))
+        | strategies.sampled_from(
+            ["no", "1e3", "0123", "1:30", "~", "<<", "=", "2024-01-01", ".5"]
+        ),
+        lambda inner: (
+            strategies.lists(inner, max_size=4)
+            | strategies.dictionaries(strategies.text("abc", min_size=1), inner, max_size=4)
+        ),
+        max_leaves=8,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_every_value_that_is_dumped_reads_back_equal(value: object) -> None:
+    assert parse_yaml(dump_yaml(value), origin="dump") == value
+
+
+@pytest.mark.parametrize(
+    ("given_path", "expected"),
+    [
+        ("~/shards", "/home/me/shards"),
+        ("$DATA/shards", "/data/shards"),
+        ("${DATA}/shards", "/data/shards"),
+        ("a~b/$", "a~b/$"),
+        ("$MISSING/shards", None),
+        ("~nobody-here/shards", None),
+        ("''", None),
+    ],
+)
+def test_home_and_variables_are_written_out_in_every_path(
+    path: Path, monkeypatch: pytest.MonkeyPatch, given_path: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.delenv("MISSING", raising=False)
+    for key in ("output_dir", "model.path", "data.path", "checkpoint.mirror", "model.adapter"):
+        override = (f"{key}={given_path}",)
+        if expected is None:
+            with pytest.raises(UserError, match=f"{key} = .*allowed: a path"):
+                load_config(TrainConfig, path, override)
+        else:
+            value = load_config(TrainConfig, path, override)
+            for part in key.split("."):
+                value = getattr(value, part)
+            assert str(value) == expected
+    assert expand_path("hub:~/rows") == "hub:/home/me/rows"
+    assert expand_path("s3://bucket/$x") == "s3://bucket/$x"
+
+
+def test_no_path_of_a_config_is_left_as_it_is_written() -> None:
+    kinds: list[Any] = [TrainConfig, PrepareConfig, EvaluateConfig, ProbeConfig, StarterConfig]
+    kinds += [ChainConfig]
+    seen: set[Any] = set()
+    while kinds:
+        kind = kinds.pop()
+        if kind == UserPath:
+            continue
+        kinds += typing.get_args(kind)
+        assert kind is not Path, "a config has a path of type Path; UserPath expands `~`"
+        if dataclasses.is_dataclass(kind) and kind not in seen:
+            seen.add(kind)
+            names = vars(sys.modules[kind.__module__])
+            kinds += [eval(field.type, names) for field in dataclasses.fields(kind)]
+    assert len(seen) > 12
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfes\x00", "byte 1 is not UTF-8.*save the file as UTF-8"),
+        (b"seed: \xe9\n", "byte 7 is not UTF-8"),
+        (b"\xef\xbb\xbf" + MINIMAL.encode() + b"seed: x", "seed = 'x'"),
+        (b"seed: \x00", "not a YAML file"),
+    ],
+)
+def test_bytes_that_are_no_text_are_named(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, path)
+
+
+def test_a_folder_as_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a folder .*name the file inside it"):
+        load_config(TrainConfig, tmp_path)

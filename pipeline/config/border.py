@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
+from pipeline.config.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -35,8 +37,9 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
         UserError: a file is missing or no YAML, a file extends itself, a key is unknown, a value
             has a wrong type or breaks a rule; the message names the file and the whole key path.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tree = _read_tree(path, extended_by=())
+    _refuse_lost(overrides)
     for override in overrides:
         _apply_override(tree, override)
     return build_config(kind, tree, origin=str(path))
@@ -45,11 +48,14 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
 def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
     """Validate a plain tree of values into `kind`; `origin` names it in messages."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
+        config = TypeAdapter(kind).validate_python(tree)
+        for key in _switched_numbers(tree, as_tree(config), ""):
+            raise UserError(f"{key}: a switch (true or false)", allowed="a number")
     except ValidationError as error:
-        raise _explain(kind, error, origin) from error
+        raise _explain(kind, error, tree, origin) from error
     except UserError as error:
         raise UserError(f"{origin}: {error.found}", allowed=error.allowed, fix=error.fix) from error
+    return config
 
 
 def as_tree(config: Any) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def as_tree(config: Any) -> dict[str, Any]:
 
 def dump_config(config: Any) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(as_tree(config))
 
 
 def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -72,12 +78,10 @@ def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
             f"{above}{path} is extended in a circle",
             fix=f"take one of these out: {' -> '.join(file.name for file in extended_by)}",
         )
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{above}{path}: no such file", fix="give the path of a YAML config")
-    try:
-        own = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({error})") from error
+    own = read_yaml(path)
+    own = {} if own is None else own
     if not isinstance(own, dict):
         raise UserError(f"{path}: {type(own).__name__} at the top", allowed="a mapping of keys")
     bases = own.pop("extends", [])
@@ -85,7 +89,8 @@ def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: extends = {bases!r}", allowed="a list of paths of YAML files")
     tree: dict[str, Any] = {}
     for base in bases:
-        _merge(tree, _read_tree(path.parent / base, extended_by=(*extended_by, place)))
+        below = path.parent / Path(base).expanduser()
+        _merge(tree, _read_tree(below, extended_by=(*extended_by, place)))
     _merge(tree, own)
     return tree
 
@@ -110,25 +115,93 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
         tree = node
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: value is not YAML ({error})") from error
+    tree[leaf] = parse_yaml(text, origin=f"override {override!r}")
 
 
-def _explain(kind: type, error: ValidationError, origin: str) -> UserError:
-    """The first fault of a pydantic report, in the user's words."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+def _refuse_lost(overrides: tuple[str, ...]) -> None:
+    """Refuse an override that a later one replaces with the section it is in, or by itself."""
+    keys = [override.partition("=")[0] for override in overrides]
+    for place, key in enumerate(keys):
+        for later in keys[place + 1 :]:
+            if f"{key}.".startswith(f"{later}."):
+                raise UserError(
+                    f"override {overrides[place]!r}: {later} is given again after it",
+                    fix="remove one of the two",
+                )
+
+
+# In the user's words: what a value of a wrong type should have been.
+_WANTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a section of keys",
+    "dataclass_type": "a section of keys",
+    "path_type": "a path",
+    "string_type": "a text",
+}
+
+
+def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: str) -> UserError:
+    """The first fault of a pydantic report, in the user's words, and the keys of the others."""
+    faults: dict[str, list[ErrorDetails]] = {}
+    for fault in error.errors():
+        faults.setdefault(_key_of(tree, fault["loc"]), []).append(fault)
+    (key, own), *others = faults.items()
+    more = f" (and {len(others)} more: {_shorten(', '.join(k for k, _ in others))})"
+    more, first = more if others else "", own[0]
     if first["type"] == "unexpected_keyword_argument":
         return UserError(
-            f"{origin}: unknown key {key!r}",
+            f"{origin}: unknown key {key!r}{more}",
             allowed=", ".join(_keys_beside(kind, first["loc"])),
             fix=_NOT_OFFERED.get(str(first["loc"][-1]), ""),
         )
     if first["type"] in ("missing", "missing_keyword_only_argument"):
-        return UserError(f"{origin}: key {key!r} is missing", fix=f"add {key} to the file")
-    return UserError(f"{origin}: {key} = {first['input']!r}", allowed=first["msg"])
+        return UserError(f"{origin}: key {key!r} is missing{more}", fix=f"add {key} to the file")
+    wanted = (_WANTED.get(fault["type"]) or _plain(fault["msg"]) for fault in own)
+    quoted = first["type"] == "string_type" and isinstance(first["input"], int | float)
+    return UserError(
+        f"{origin}: {key} = {_shorten(repr(first['input']))}{more}",
+        allowed=" or ".join(dict.fromkeys(wanted)),
+        fix="put it in quotes" if quoted else "",
+    )
+
+
+def _key_of(tree: Any, location: tuple[int | str, ...]) -> str:
+    """The key that a fault is about; a location also names branches of a type."""
+    parts = []
+    for part in location:
+        if not isinstance(tree, dict | list):
+            break
+        parts.append(str(part))
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        else:
+            tree = tree[part] if isinstance(part, int) and part < len(tree) else None
+    return ".".join(parts)
+
+
+def _plain(message: str) -> str:
+    for start in ("Input should be ", "Value error, "):
+        message = message.removeprefix(start)
+    return message
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _switched_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
+    """Keys where true or false was taken for 1 or 0."""
+    if isinstance(given, dict) and isinstance(taken, dict):
+        pairs = [(name, value, taken.get(name)) for name, value in given.items()]
+    elif isinstance(given, list) and isinstance(taken, list):
+        pairs = [(n, *pair) for n, pair in enumerate(zip(given, taken, strict=False))]
+    else:
+        if isinstance(given, bool) and isinstance(taken, int | float) and taken is not given:
+            yield key
+        return
+    for name, value, result in pairs:
+        yield from _switched_numbers(value, result, f"{key}.{name}" if key else str(name))
 
 
 def _keys_beside(kind: type, location: tuple[int | str, ...]) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Literal
 
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import PathText, UserPath, require, strict
 from pipeline.config.text import Template
 
 
@@ -30,7 +29,7 @@ class DataConfig:
             into texts of so many tokens; by default a text is what the source gave.
     """
 
-    path: Path
+    path: UserPath
     global_batch_size: int = 1024
     num_positives: int = 1
     num_hard_negatives: int = 1
@@ -81,12 +80,12 @@ class SourceConfig:
 
     name: str
     format: str
-    path: str
+    path: PathText
     split: str = "train"
     instruction: str = ""
     document_instruction: str = ""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    documents: str | None = None
+    documents: PathText | None = None
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     max_rows: int | None = None
     max_negatives: int | None = None
@@ -128,7 +127,7 @@ class EvaluationSetConfig:
     """
 
     name: str
-    path: str
+    path: PathText
     split: str = "test"
     fields: tuple[str, ...] = ("text",)
     queries: bool = True
@@ -175,8 +174,8 @@ class PrepareConfig:
         block_bytes: input that one task reads at a time.
     """
 
-    output_dir: Path
-    tokenizer: str
+    output_dir: UserPath
+    tokenizer: PathText
     sources: tuple[SourceConfig, ...]
     template: Template = dataclasses.field(default_factory=Template)
     max_query_length: int = 512
@@ -184,7 +183,7 @@ class PrepareConfig:
     append_eos: bool = False
     decontaminate: DecontaminateConfig | None = None
     near_duplicates: float | None = None
-    reuse: Path | None = None
+    reuse: UserPath | None = None
     shard_bytes: int = 256 * 2**20
     block_bytes: int = 16 * 2**20
 

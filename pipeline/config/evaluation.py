@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from pipeline.config.model import RopeScaling
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import UserPath, require, strict
 from pipeline.config.text import Template
 
 # `auto`: what is fastest on the machine at the exactness that scores need.
@@ -20,7 +19,7 @@ class EvaluatedModel:
     """An export folder, the name it has in the report, and how its queries are worded."""
 
     name: str
-    path: Path
+    path: UserPath
     # Replaces the template that the export was trained with; a folder of others may have none.
     template: Template | None = None
     # `paper`: the sentences of arXiv 2505.15045, for comparison with its tables.
@@ -55,13 +54,13 @@ _REPORT_KEYS = (
 class EvaluateConfig:
     """Exports to scores: `diffembed evaluate run CONFIG`."""
 
-    output_dir: Path
+    output_dir: UserPath
     models: tuple[EvaluatedModel, ...]
     tasks: tuple[str, ...]
-    snapshots: Path | None = None
+    snapshots: UserPath | None = None
     max_length: int = 4096
     max_tokens: int = 16384
-    training_run: Path | None = None
+    training_run: UserPath | None = None
     # Instructions by task name; they replace those of pipeline/evaluation/tasks/instructions.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # Memory of one GPU, so that planning can refuse texts that would not fit it.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import PathText, UserPath, require, strict
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
@@ -53,7 +52,7 @@ class RopeScaling:
 class ModelConfig:
     """The backbone, how it attends, and how its hidden states become one vector."""
 
-    path: str
+    path: PathText
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Attention = "bidirectional"
@@ -68,10 +67,10 @@ class ModelConfig:
     attention_dropout: float | None = None
     gradient_checkpointing: bool = False
     # A peft adapter to start from: merged into the weights, or trained further.
-    adapter: str | None = None
+    adapter: PathText | None = None
     adapter_use: Literal["merge", "continue"] = "merge"
     # Adapters that are merged into the weights before that one, in this order.
-    merged_adapters: tuple[str, ...] = ()
+    merged_adapters: tuple[PathText, ...] = ()
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +105,8 @@ class ModelConfig:
 class StarterConfig:
     """A small model to begin from, and its tokenizer: `diffembed starter CONFIG`."""
 
-    output_dir: Path
-    corpus: tuple[Path, ...]
+    output_dir: UserPath
+    corpus: tuple[UserPath, ...]
     vocab_size: int = 4096
     hidden_size: int = 128
     num_layers: int = 2

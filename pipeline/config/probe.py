@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import UserPath, require, strict
 
 
 @strict
@@ -27,10 +26,10 @@ class ProbeConfig:
         batch_size: words per update of the classifier.
     """
 
-    output_dir: Path
-    model: Path
-    train: Path
-    test: Path
+    output_dir: UserPath
+    model: UserPath
+    train: UserPath
+    test: UserPath
     task: Literal["pos", "chunk", "ner"]
     labels: Literal["same_token", "next_token"] = "same_token"
     merge_subwords: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import UserPath, require, strict
 
 
 @strict
@@ -19,7 +19,7 @@ class ExportStep:
     """
 
     checkpoint: str = "latest"
-    output: Path | None = None
+    output: UserPath | None = None
 
 
 @strict
@@ -37,11 +37,11 @@ class ChainConfig:
             model and task.
     """
 
-    train: Path
-    prepare: Path | None = None
-    deepspeed: Path = Path("ds_configs/zero3.json")
+    train: UserPath
+    prepare: UserPath | None = None
+    deepspeed: UserPath = Path("ds_configs/zero3.json")
     exports: tuple[ExportStep, ...] = (ExportStep(),)
-    evaluate: Path | None = None
+    evaluate: UserPath | None = None
     text_elements: int | None = None
 
     def __post_init__(self) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.objective import ObjectiveConfig
-from pipeline.config.rules import require, strict
+from pipeline.config.rules import UserPath, require, strict
 
 
 @strict
@@ -131,7 +130,7 @@ class CheckpointConfig:
     # Checkpoints whose step is a multiple of this stay for good.
     keep_every: int | None = None
     # A folder on slower, safer storage that every checkpoint is copied to, in the background.
-    mirror: Path | None = None
+    mirror: UserPath | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "an integer >= 1 (steps)")
@@ -159,7 +158,7 @@ class EvaluateEveryConfig:
     """
 
     every: int
-    config: Path
+    config: UserPath
     where: Literal["slurm", "local"] = "slurm"
     text_elements: int | None = None
 
@@ -169,7 +168,7 @@ class EvaluateEveryConfig:
 class TrainConfig:
     """One training run: `pipeline/train.py CONFIG`."""
 
-    output_dir: Path
+    output_dir: UserPath
     num_steps: int
     model: ModelConfig
     data: DataConfig
