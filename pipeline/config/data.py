@@ -62,42 +62,59 @@ class DataConfig:
         require(block is None or block >= 2, "data.block_length", block, "an integer >= 2 (tokens)")
 
 
+_COLUMNS = (
+    "query",
+    "positives",
+    "negatives",
+    "documents",
+    "labels",
+    "instruction",
+    "concept",
+    "scores",
+)
+# Which of them may be joined from several fields.
+_SEVERAL = ("positives", "negatives", "documents", "labels", "scores")
+
+
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """One data set: where it is, how to read it, how much of it to take.
 
     Args:
-        path: a file, a folder of files, a glob, an fsspec URL, or `hub:OWNER/NAME[:CONFIG]`.
-        columns: for the format `columns`, which field holds query, positives, negatives,
-            instruction, concept and scores; a dotted path reaches inside a field.
+        path: a file, a folder of files, a glob, an fsspec URL, a folder of `save_to_disk`, or
+            `hub:OWNER/NAME[:CONFIG]`.
+        split: which split of a data set that has several; by default train.
+        columns: for the format `columns`, which field holds query, positives, negatives, documents
+            and their labels, instruction, concept and scores; a dotted path reaches inside a field,
+            a list or a glob joins several.
         documents: for `reasonir_hq`, the BRIGHT documents its positives are ids of.
         where: keep only records whose fields equal these values.
         max_rows: take only the first so many records (of each file that is a source of its own).
         max_negatives: keep at most so many hard negatives per query.
+        on_bad_row: whether records that cannot be used stop the build or are dropped and counted.
         weight: share of this source in the mixture, relative to its size.
     """
 
     name: str
     format: str
     path: PathText
-    split: str = "train"
+    split: str | None = None
     instruction: str = ""
     document_instruction: str = ""
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     documents: PathText | None = None
-    where: dict[str, str] = dataclasses.field(default_factory=dict)
+    where: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     max_rows: int | None = None
     max_negatives: int | None = None
     require_negatives: bool = False
+    on_bad_row: Literal["stop", "drop"] = "stop"
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         key = f"sources.{self.name}"
-        known = ("query", "positives", "negatives", "instruction", "concept", "scores")
         require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
-        for column in self.columns:
-            require(column in known, f"{key}.columns", column, ", ".join(known))
+        self._check_columns(f"{key}.columns")
         require(
             self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1"
         )
@@ -114,6 +131,32 @@ class SourceConfig:
             "a number >= 0",
         )
 
+    def _check_columns(self, key: str) -> None:
+        require(
+            not self.columns or self.format == "columns",
+            key,
+            self.columns,
+            "only with format: columns",
+            f"the format {self.format!r} knows its fields; leave `columns` out",
+        )
+        for column, names in self.columns.items():
+            require(column in _COLUMNS, key, column, ", ".join(_COLUMNS))
+            is_list = not isinstance(names, str)
+            require(bool(names), f"{key}.{column}", names, "the name of a field")
+            require(
+                not is_list or column in _SEVERAL,
+                f"{key}.{column}",
+                names,
+                f"one field; several for {', '.join(_SEVERAL)}",
+            )
+        judged = {"documents", "labels"} & set(self.columns)
+        require(
+            len(judged) != 1 and not (judged and {"positives", "negatives"} & set(self.columns)),
+            key,
+            sorted(self.columns),
+            "documents with labels, or positives and negatives",
+        )
+
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +165,14 @@ class EvaluationSetConfig:
 
     Args:
         path: like a source's.
+        split: which split of a data set that has several; by default test.
         fields: which fields of a record hold its texts.
         queries: whether they are queries, with which training queries are compared in full.
     """
 
     name: str
     path: PathText
-    split: str = "test"
+    split: str | None = None
     fields: tuple[str, ...] = ("text",)
     queries: bool = True
 

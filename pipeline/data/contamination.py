@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.similarity import Words, hash_ngrams, hash_words, matching_ratio
-from pipeline.data.sources.records import list_files, plan_blocks, read_records
+from pipeline.data.sources.records import (
+    list_files,
+    plan_blocks,
+    read_records,
+    split_to_read,
+)
 from pipeline.errors import UserError
 from pipeline.run_dir import atomic_path, write_text
 
@@ -33,7 +38,8 @@ class Match:
 
 def contamination_files(evaluation: EvaluationSetConfig) -> list[str]:
     """All files of one evaluation set."""
-    return list_files(evaluation.path, f"decontaminate.{evaluation.name}.path")
+    key = f"decontaminate.{evaluation.name}.path"
+    return list_files(evaluation.path, key, split=evaluation.split, default_split="test")
 
 
 def build_index(config: DecontaminateConfig, folder: Path) -> None:
@@ -69,8 +75,9 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
 def _texts(config: DecontaminateConfig, number: int) -> Iterator[str]:
     evaluation = config.sets[number]
     for file in contamination_files(evaluation):
-        for block in plan_blocks(file, split=evaluation.split, block_bytes=2**62, max_rows=None):
-            for record in read_records(block, split=evaluation.split):
+        split = split_to_read(file, evaluation.split, default="test")
+        for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
+            for record in read_records(block, split=split):
                 for field in evaluation.fields:
                     text = record.value.get(field)
                     if not isinstance(text, str):

@@ -1,7 +1,7 @@
 """Raw retrieval data to a dataset folder: in parallel, resumable anywhere, the same bytes always.
 
-    lookup -> collect -> dedup -> sign -> pair -> catalogue
-    sources   blocks     slices   slices  bands   one
+    lookup -> collect -> check -> dedup -> sign -> pair -> catalogue
+    sources   blocks     one      slices   slices  bands   one
 
     -> tokenise -> relate -> layout -> pack -> manifest
        slices      blocks    one       shards  one
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import PrepareConfig
-from pipeline.data.building.collect import collect_block, dedup_slice
+from pipeline.data.building.collect import check_rows, collect_block, dedup_slice
 from pipeline.data.building.finish import write_manifest
 from pipeline.data.building.lookup import shelve_documents
 from pipeline.data.building.near import pair_band, sign_slice
@@ -72,6 +72,7 @@ def _num_shards(build: Build) -> int:
 _STEPS: tuple[_Step, ...] = (
     ("lookup", shelve_documents, _num_sources),
     ("collect", collect_block, _num_blocks),
+    ("check", check_rows, _one),
     ("dedup", dedup_slice, _num_slices),
     ("sign", sign_slice, _num_signed_slices),
     ("pair", pair_band, _num_bands),

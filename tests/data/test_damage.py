@@ -103,7 +103,7 @@ RECORDS: dict[str, tuple[str, Any, str]] = {
         "'pos' is a str",
     ),
     "too few scores": ("scored", {**GOOD, "s": [1]}, "1 scores"),
-    "scores in words": ("scored", {**GOOD, "s": ["good", "bad"]}, "'s' is a list"),
+    "scores in words": ("scored", {**GOOD, "s": ["good", "bad"]}, "entry 1 of 's' is a str"),
     "scores of null": ("scored", {**GOOD, "s": None}, "'s' is null"),
     "scores missing": ("scored", GOOD, "'s' is missing"),
 }

@@ -217,11 +217,11 @@ def test_reasonaug_rows_carry_task_as_instruction_and_instance_as_concept(tmp_pa
 
 def test_an_e5_folder_is_one_source_per_set_with_its_own_instruction(tmp_path: Path) -> None:
     record = {"query": "who", "positive": "p", "negative": "n"}
-    for name in ("nq", "allnli_split1", "quora_duplicates"):
+    for name in ("nq", "allnli_split2", "quora_duplicates"):
         write_jsonl(tmp_path / f"{name}.jsonl", [record] * 5)
     source = make_source(tmp_path, "e5", max_rows=3)
     expanded = expand_sources([source])
-    assert [own.name for own in expanded] == ["set.allnli_split1", "set.nq", "set.quora_duplicates"]
+    assert [own.name for own in expanded] == ["set.allnli_split2", "set.nq", "set.quora_duplicates"]
     rows = rows_of(source)
     assert len(rows) == 9
     assert "Wikipedia" in rows[3].instruction and rows[3].document_instruction == ""

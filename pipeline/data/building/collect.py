@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -13,13 +12,22 @@ import pyarrow as pa
 
 from pipeline.config import SourceConfig, Template
 from pipeline.data.batch import IntArray
+from pipeline.data.building.dropped import count_dropped, write_dropped
 from pipeline.data.building.lookup import open_shelf
 from pipeline.data.building.plan import Build, Hashes
 from pipeline.data.contamination import ContaminationIndex, Match
 from pipeline.data.shards import map_batch, write_table
-from pipeline.data.sources import Record, Row, read_rows
+from pipeline.data.sources import (
+    EXCERPT,
+    BadRowError,
+    BadRows,
+    Record,
+    Row,
+    read_rows,
+    refuse_bad_rows,
+)
 from pipeline.data.sources.row import stable_hash
-from pipeline.run_dir import atomic_path, write_json, write_text
+from pipeline.run_dir import atomic_path, write_json
 from pipeline.tokenizer import instruction_characters
 
 ROW_SCHEMA = pa.schema(
@@ -46,8 +54,8 @@ _DOCUMENT_SCHEMA = pa.schema(
 )
 # Beyond this many, instructions belong to queries and cannot name groups.
 MAX_INSTRUCTIONS = 1024
-# A dropped text is shown by its beginning.
-EXCERPT = 160
+# Where so many rows at the beginning of a block are bad, all of them are.
+_HOPELESS = 100
 
 
 def hash_text(text: str) -> bytes:
@@ -70,6 +78,7 @@ class _Collector:
     source: SourceConfig
     template: Template
     contamination: ContaminationIndex | None
+    bad: BadRows
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     documents: dict[bytes, FramedText] = dataclasses.field(default_factory=dict)
     matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
@@ -79,7 +88,8 @@ class _Collector:
     def add(self, record: Record, row: Row) -> None:
         """Clean one row's documents, and keep the row or say why not."""
         self.num_read += 1
-        _check(record, row)
+        if self.bad.count:
+            return  # the build will stop; only further bad rows matter
         positives = self._clean(record, "positive", row, row.positives, ())
         negatives = self._clean(record, "negative", row, row.negatives, positives)
         if self.source.max_negatives is not None:
@@ -97,6 +107,21 @@ class _Collector:
             self._drop(record, "query", "no hard negative", row.query)
         else:
             self._keep(row, positives, negatives)
+
+    def add_bad(self, bad: BadRowError) -> None:
+        """Take a row that cannot be used.
+
+        Raises:
+            UserError: none of the block's first rows can be used, so the config is wrong.
+        """
+        self.num_read += 1
+        self.bad.add(bad)
+        if self.bad.count == self.num_read == _HOPELESS:
+            self.refuse_bad()
+
+    def refuse_bad(self) -> None:
+        """Refuse the bad rows that this block has so far."""
+        refuse_bad_rows(self.source.name, [self.bad.summary], self.num_read)
 
     def _clean(
         self,
@@ -167,22 +192,6 @@ class _Collector:
         )
 
 
-def _check(record: Record, row: Row) -> None:
-    texts = row.positives + row.negatives
-    if row.scores and len(row.scores) != len(texts):
-        raise record.fail(
-            f"{len(row.scores)} scores", allowed=f"{len(texts)}, one per positive and negative"
-        )
-    for text in (row.query, row.instruction, row.document_instruction, row.concept, *texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise record.fail(
-                f"a text with half a surrogate pair ({text[error.start]!r})",
-                fix="repair the character in the source",
-            ) from error
-
-
 def collect_block(build: Build, task: int) -> None:
     """Read one block; write its rows, and its distinct documents sorted into slices."""
     planned = build.plan.blocks[task]
@@ -192,30 +201,41 @@ def collect_block(build: Build, task: int) -> None:
         contamination = ContaminationIndex(
             build.config.decontaminate, build.folder / "contamination"
         )
-    collector = _Collector(source, build.config.template, contamination)
-    for record, row in read_rows(source, planned.block, open_shelf(build, planned.source)):
+    bad = BadRows(source)
+    collector = _Collector(source, build.config.template, contamination, bad)
+    shelf = open_shelf(build, planned.source)
+    for record, row in read_rows(source, planned.block, shelf, on_bad=collector.add_bad):
         collector.add(record, row)
     rows = pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA)
     write_table(build.beside("collect", task, "rows"), rows)
     _write_documents(build, task, collector.documents)
-    write_dropped(build, "collect", task, collector.dropped)
-    summary = collections.Counter(f"{e['dropped']}: {e['reason']}" for e in collector.dropped)
+    dropped = [*bad.dropped, *collector.dropped]
+    write_dropped(build, "collect", task, dropped)
     instructions = {str(row["instruction"]) for row in collector.rows}
     write_json(
         build.output("collect", task),
         {
             "read": collector.num_read,
-            "dropped": dict(sorted(summary.items())),
+            "dropped": count_dropped(dropped),
+            **bad.summary,
             "has_scores": any(row["scores"] for row in collector.rows),
             "instructions": sorted(instructions)[: MAX_INSTRUCTIONS + 1],
         },
     )
 
 
-def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, str]]) -> None:
-    """One JSON line per dropped text."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    write_text(build.beside(step, task, "dropped"), "".join(lines))
+def check_rows(build: Build, task: int) -> None:
+    """Refuse all bad rows of all files of a source at once.
+
+    Raises:
+        UserError: a source has bad rows and its `on_bad_row` is `stop`.
+    """
+    plan = build.plan
+    for number, source in enumerate(plan.sources):
+        blocks = [k for k, planned in enumerate(plan.blocks) if planned.source == number]
+        found = [json.loads(build.output("collect", block).read_text()) for block in blocks]
+        refuse_bad_rows(source.name, found, sum(entry["read"] for entry in found))
+    write_json(build.output("check", task), {})
 
 
 def _write_documents(build: Build, task: int, documents: dict[bytes, FramedText]) -> None:

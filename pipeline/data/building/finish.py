@@ -30,6 +30,7 @@ from pipeline.data.manifest import (
     SourceInfo,
 )
 from pipeline.data.order import Group
+from pipeline.data.sources import source_note
 from pipeline.errors import UserError
 from pipeline.run_dir import atomic_path, write_json, write_text
 
@@ -100,7 +101,8 @@ def _sources(
 ) -> Iterator[SourceInfo]:
     for number, source in enumerate(build.plan.sources):
         own = [k for k, planned in enumerate(build.plan.blocks) if planned.source == number]
-        dropped: collections.Counter[str] = collections.Counter()
+        looked_up = _read(build, "lookup", number)
+        dropped = collections.Counter(looked_up["dropped"])
         for block in own:
             dropped.update(collected[block]["dropped"])
         examples = int(counts[own].sum())
@@ -112,11 +114,15 @@ def _sources(
             rows=sum(collected[block]["read"] for block in own),
             examples=examples,
             dropped=dict(sorted(dropped.items())),
-            warnings=tuple(_warnings(source, examples)),
+            warnings=tuple(_warnings(source, examples, looked_up["unjudged"])),
         )
 
 
-def _warnings(source: SourceConfig, examples: int) -> Iterator[str]:
+def _warnings(source: SourceConfig, examples: int, unjudged: int) -> Iterator[str]:
+    if note := source_note(source):
+        yield note
+    if unjudged:
+        yield f"{unjudged} queries have no judgement in the split {source.split or 'train'!r}"
     if not examples:
         yield "no example of it is left, so nothing of it is trained on"
     elif source.format == "reasonir_hq":
@@ -136,7 +142,12 @@ def _groups(build: Build, counts: IntArray) -> tuple[Group, ...]:
 
 
 def _dropped_parts(build: Build) -> Iterator[Path]:
-    for step, count in (("collect", len(build.plan.blocks)), ("tokenise", build.plan.num_slices)):
+    steps = (
+        ("lookup", len(build.plan.sources)),
+        ("collect", len(build.plan.blocks)),
+        ("tokenise", build.plan.num_slices),
+    )
+    for step, count in steps:
         for task in range(count):
             yield build.beside(step, task, "dropped")
 

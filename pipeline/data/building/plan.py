@@ -21,8 +21,8 @@ from pipeline.data.building.recipe import (
 from pipeline.data.contamination import build_index
 from pipeline.data.sources import (
     Block,
+    block_bytes_of,
     expand_sources,
-    file_size,
     plan_source,
 )
 from pipeline.data.tokens import TextEncoder, TokenizerInfo, load_tokenizer
@@ -103,8 +103,7 @@ def make_plan(build: Build) -> None:
         for number, source in enumerate(sources)
         for block in plan_source(source, block_bytes=config.block_bytes)
     )
-    # Bytes where a block counts bytes; a row of a table is taken for a kilobyte.
-    size = sum(_block_bytes(planned.block) for planned in blocks)
+    size = sum(block_bytes_of(planned.block) for planned in blocks)
     plan = Plan(
         recipe=recipe.fingerprint,
         sources=sources,
@@ -117,10 +116,3 @@ def make_plan(build: Build) -> None:
     write_text(build.folder / "tokenizer.json", tokenizer_json)
     write_recipe(build.folder, recipe, began_ns=began)
     write_text(build.output("plan", 0), TypeAdapter(Plan).dump_json(plan).decode())
-
-
-def _block_bytes(block: Block) -> int:
-    if block.stop < 0:
-        return 4 * file_size(block.file)
-    counts_rows = block.file.startswith("hub:") or block.file.endswith(".parquet")
-    return (block.stop - block.start) * (1024 if counts_rows else 1)

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config import PrepareConfig, as_tree, build_config
 from pipeline.data.contamination import contamination_files
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifest
-from pipeline.data.sources import HUB, expand_sources, hub_files, input_files
+from pipeline.data.sources import HUB, expand_sources, hub_files, input_files, split_to_read
 from pipeline.data.tokens import TokenizerInfo, load_tokenizer
 from pipeline.errors import DiffembedError, UserError
 from pipeline.run_dir import write_text
@@ -250,7 +250,8 @@ def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
     rule = config.decontaminate
     for evaluation in rule.sets if rule else ():
         for file in contamination_files(evaluation):
-            for part in hub_files(file, evaluation.split) if file.startswith(HUB) else [file]:
+            split = split_to_read(file, evaluation.split, default="test")
+            for part in hub_files(file, split) if file.startswith(HUB) else [file]:
                 yield f"decontaminate.{evaluation.name}", part
 
 

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.building.collect import (
-    EXCERPT,
     MAX_INSTRUCTIONS,
     FramedText,
     binary_to_numpy,
     fixed_binary,
     read_chosen_texts,
-    write_dropped,
 )
+from pipeline.data.building.dropped import write_dropped
 from pipeline.data.building.near import representatives
 from pipeline.data.building.plan import Build, Hashes
 from pipeline.data.building.reuse import earlier_tokens
@@ -29,6 +28,7 @@ from pipeline.data.shards import (
     ragged_array,
     write_table,
 )
+from pipeline.data.sources import EXCERPT
 from pipeline.run_dir import atomic_path, write_json
 
 _TEXTS_PER_CALL = 512

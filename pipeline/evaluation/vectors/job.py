@@ -29,7 +29,7 @@ from pipeline.run_dir import write_json
 _VERSION = 1
 # Characters of the texts that are embedded, and held in memory, at a time.
 _GROUP_CHARACTERS = 2**20
-_SPLIT = "train"  # of a hub data set
+_SPLIT = None  # of a hub data set: its default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,86 @@
+"""Bad rows of one task: listed as dropped, or counted for the message that refuses them all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline.config import SourceConfig
+from pipeline.data.sources.blocks import BadRowError
+from pipeline.errors import UserError
+
+# So many are shown in a message.
+_NUM_SHOWN = 5
+# A dropped text is shown by its beginning.
+EXCERPT = 160
+
+
+@dataclasses.dataclass(slots=True)
+class BadRows:
+    """What a source's `on_bad_row` makes of each bad row.
+
+    Attributes:
+        dropped: entries of dropped.jsonl, where they are dropped.
+        count: how many there are, where they stop the build.
+        first: what is wrong with the first few of them, and how to mend it.
+    """
+
+    source: SourceConfig
+    dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    count: int = 0
+    first: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, bad: BadRowError) -> None:
+        """Take a bad row."""
+        if self.source.on_bad_row == "drop":
+            self.drop(bad.where, "row", "cannot be used", "", detail=bad.reason)
+            return
+        self.count += 1
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append((f"{bad.where}: {bad.reason}", bad.fix))
+
+    def drop(self, where: str, kind: str, reason: str, text: str, *, detail: str = "") -> None:
+        """List something that is left out."""
+        entry = {
+            "source": self.source.name,
+            "where": where,
+            "dropped": kind,
+            "reason": reason,
+            "text": _whole_characters(text[:EXCERPT]),
+        }
+        self.dropped.append(entry | ({"detail": _whole_characters(detail)} if detail else {}))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For `refuse_bad_rows`, as JSON."""
+        return {"bad": self.count, "first_bad": self.first}
+
+
+def _whole_characters(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def refuse_bad_rows(name: str, summaries: Iterable[Mapping[str, Any]], num_read: int) -> None:
+    """Refuse the bad rows of a source, all at once.
+
+    Args:
+        name: of the source.
+        summaries: of its tasks, in order.
+        num_read: rows read in all; 0 if they were not counted.
+
+    Raises:
+        UserError: there are bad rows; it shows the first few.
+    """
+    summaries = list(summaries)
+    count = sum(summary["bad"] for summary in summaries)
+    if not count:
+        return
+    shown = [entry for summary in summaries for entry in summary["first_bad"]][:_NUM_SHOWN]
+    texts = "; ".join(text for text, _ in shown)
+    fix = f"{shown[0][1] or 'mend them'}, or set sources.{name}.on_bad_row: drop"
+    if count > 1:
+        of = f" of {num_read}" if num_read else ""
+        more = f"; and {count - len(shown)} more" if count > len(shown) else ""
+        texts = f"sources.{name}: {count}{of} rows cannot be used: {texts}{more}"
+    raise UserError(texts, fix=fix)

@@ -1,0 +1,243 @@
+"""Rows of typed tables: Parquet and Arrow files, and hub datasets.
+
+A cell becomes a Python value when a reader asks for it, so that a column nobody asked for cannot
+fail: bytes that are not UTF-8, dates outside of Python's years, unknown time zones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.sources.blocks import BadRowError, Block, Record
+from pipeline.data.sources.files import HUB, file_size, kind_of, open_bytes
+from pipeline.data.sources.splits import canonical
+from pipeline.errors import UserError
+
+_ROWS_PER_PIECE = 1024
+_ROWS_PER_BLOCK = 10_000
+
+
+class _Columns:
+    """A piece of a table whose columns are converted one by one, each when it is first read."""
+
+    def __init__(self, table: Any) -> None:
+        self.names: list[str] = table.schema.names
+        self._table = table
+        self._converted: dict[str, Any] = {}
+
+    def cell(self, name: str, row: int) -> Any:
+        """The Python value of a cell.
+
+        Raises:
+            Exception: whatever its conversion raises.
+        """
+        if name not in self._converted:
+            column = self._table.column(self.names.index(name))
+            try:
+                self._converted[name] = column.to_pylist()
+            except Exception:  # one cell or all of them: each is tried by itself
+                self._converted[name] = column
+        value = self._converted[name][row]
+        return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+class _TableRow(Mapping[str, Any]):
+    """One row; reading a field that cannot be converted is a `BadRowError`."""
+
+    __slots__ = ("_columns", "_file", "_number", "_row")
+
+    def __init__(self, columns: _Columns, row: int, *, file: str, number: int) -> None:
+        self._columns, self._row, self._file, self._number = columns, row, file, number
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._columns.names:
+            raise KeyError(name)
+        try:
+            return self._columns.cell(name, self._row)
+        except UnicodeDecodeError as error:
+            raise self._fail(name, f"byte {error.start + 1} of it is not UTF-8") from error
+        except Exception as error:  # conversions raise errors of several libraries
+            raise self._fail(name, str(error).splitlines()[0]) from error
+
+    def _fail(self, name: str, reason: str) -> BadRowError:
+        return BadRowError(f"{self._file}:{self._number}", f"{name!r} cannot be read ({reason})")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns.names)
+
+    def __len__(self) -> int:
+        return len(self._columns.names)
+
+
+def plan_table(
+    file: str, *, split: str | None, block_bytes: int, max_rows: int | None
+) -> Iterator[Block]:
+    """Cut a table into blocks of rows, of about `block_bytes` each."""
+    if kind_of(file) == "hub":
+        rows, per_block = len(hub_dataset(file, split)), _ROWS_PER_BLOCK
+    else:
+        if kind_of(file) == "parquet":
+            with open_bytes(file) as handle:
+                metadata = _parquet(file, handle).metadata
+                rows = metadata.num_rows
+                groups = range(metadata.num_row_groups)
+                size = sum(metadata.row_group(k).total_byte_size for k in groups)
+        else:
+            rows, size = sum(batch.num_rows for batch in _arrow_batches(file)), file_size(file)
+        per_block = max(1, int(rows * block_bytes / max(size, 1)))
+    rows = rows if max_rows is None else min(rows, max_rows)
+    for start in range(0, rows, per_block):
+        yield Block(file=file, start=start, stop=min(start + per_block, rows))
+
+
+def read_table(block: Block, *, split: str | None) -> Iterator[Record]:
+    """The rows of a block, in order."""
+    file = block.file
+    if kind_of(file) == "hub":
+        pieces, name = _hub_pieces(block, split), f"{file}[{split}]" if split else file
+    else:
+        pieces, name = _file_pieces(block), file
+    for first, piece in pieces:
+        columns = _Columns(piece)
+        for row in range(max(block.start - first, 0), min(piece.num_rows, block.stop - first)):
+            number = first + row + 1
+            value = _TableRow(columns, row, file=name, number=number)
+            yield Record(value=value, file=name, number=number)
+
+
+def _file_pieces(block: Block) -> Iterator[tuple[int, Any]]:
+    """Pieces of a file that overlap a block, each with the number of its first row."""
+    if kind_of(block.file) == "arrow":
+        yield from _overlapping(_arrow_batches(block.file), 0, block)
+        return
+    with open_bytes(block.file) as handle:
+        file = _parquet(block.file, handle)
+        try:
+            first = 0
+            for group in range(file.metadata.num_row_groups):
+                last = first + file.metadata.row_group(group).num_rows
+                if first < block.stop and last > block.start:
+                    batches = file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group])
+                    yield from _overlapping(batches, first, block)
+                first = last
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{block.file}: damaged Parquet file ({error})") from error
+
+
+def _overlapping(batches: Iterator[Any], first: int, block: Block) -> Iterator[tuple[int, Any]]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS_PER_PIECE):
+            piece = batch.slice(start, _ROWS_PER_PIECE)
+            if first < block.stop and first + piece.num_rows > block.start:
+                yield first, piece
+            first += piece.num_rows
+
+
+def _parquet(file: str, handle: IO[bytes]) -> Any:
+    try:
+        return pq.ParquetFile(handle)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a Parquet file ({error})") from error
+
+
+def _arrow_batches(file: str) -> Iterator[Any]:
+    """The record batches of an Arrow IPC file or, as `datasets` writes them, of a stream."""
+    try:
+        with open_bytes(file) as handle:
+            raw = pa.memory_map(file) if "://" not in file else pa.BufferReader(handle.read())
+        try:
+            opened = pa.ipc.open_file(raw)
+            yield from (opened.get_batch(k) for k in range(opened.num_record_batches))
+        except pa.ArrowInvalid:
+            raw.seek(0)
+            yield from pa.ipc.open_stream(raw)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not an Arrow file, or a damaged one ({error})") from error
+
+
+def _hub_pieces(block: Block, split: str | None) -> Iterator[tuple[int, Any]]:
+    dataset = hub_dataset(block.file, split).with_format("arrow")
+    for start in range(block.start, block.stop, _ROWS_PER_PIECE):
+        yield start, dataset[start : min(start + _ROWS_PER_PIECE, block.stop)]
+
+
+def is_single_dataset(file: str) -> bool:
+    """Whether a file is one dataset that `save_to_disk` wrote, not a dict of splits."""
+    return Path(file.removeprefix(HUB), "state.json").expanduser().is_file()
+
+
+@functools.lru_cache(maxsize=4)
+def hub_dataset(file: str, split: str | None) -> Any:
+    """A dataset `hub:OWNER/NAME[:CONFIG]`, from its cache when offline, or `hub:FOLDER`.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    name, config = _name_of(file)
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            return _saved_split(file, datasets.load_from_disk(str(folder)), split)
+        name = str(folder) if folder.exists() else name
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its back ends raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{file}: split {split or 'train'!r} cannot be loaded ({reason})",
+            fix="check the name, or download it first where there is a network",
+        ) from error
+
+
+def _name_of(file: str) -> tuple[str, str]:
+    """Name and config of a hub dataset; a folder's name may hold a colon."""
+    name, config = file.removeprefix(HUB), ""
+    if not Path(name).expanduser().exists():
+        name, _, config = name.partition(":")
+    return name, config
+
+
+def _saved_split(file: str, saved: Any, split: str | None) -> Any:
+    """The split of what `save_to_disk` wrote: one dataset, or a dict of them."""
+    if isinstance(saved, dict):
+        wanted = split or "train"
+        name = next((name for name in saved if canonical(name) == canonical(wanted)), None)
+        if name is None:
+            raise UserError(
+                f"{file}: no split {wanted!r}",
+                allowed=f"the splits found: {', '.join(saved)}",
+                fix="set `split`",
+            )
+        return saved[name]
+    own = str(saved.split or "train")
+    if split is not None and canonical(split) != canonical(own):
+        raise UserError(
+            f"{file}: a single saved dataset (split {own!r}), not the split {split!r}",
+            fix="leave `split` out, or give the folder of the whole DatasetDict",
+        )
+    return saved
+
+
+def hub_files(file: str, split: str | None) -> list[str]:
+    """The local files that hold a hub dataset: those of its folder, or of the library's cache."""
+    folder = Path(_name_of(file)[0]).expanduser()
+    if folder.is_dir():
+        inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return [
+            str(path)
+            for path in inside
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+    return [entry["filename"] for entry in hub_dataset(file, split).cache_files]
