@@ -8,11 +8,13 @@ prints the address of the job's first node.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,6 +74,19 @@ def read_state(job: str) -> State:
         running=fields.get("JobState") == "RUNNING",
         preempted=fields.get("PreemptTime", "None") != "None",
     )
+
+
+def seconds_left(job: str) -> float:
+    """Time until Slurm ends a job.
+
+    Raises:
+        DiffembedError: Slurm does not say.
+    """
+    shown = _fields(job).get("EndTime", "")
+    try:
+        return datetime.datetime.fromisoformat(shown).timestamp() - time.time()
+    except ValueError as error:
+        raise DiffembedError(f"job {job}: Slurm shows no time limit (EndTime={shown})") from error
 
 
 def excluded_nodes(job: str) -> tuple[str, ...]:

@@ -27,18 +27,16 @@ def is_prepared(config: PrepareConfig) -> bool:
         UserError: other shards are there.
     """
     # Inside, because it imports pyarrow.
-    from pipeline.data.building.plan import recipe_of
-    from pipeline.data.manifest import FILE_NAME, read_manifest
+    from pipeline.data.building.recipe import prepare_status
 
-    folder = config.output_dir
-    if not (folder / FILE_NAME).is_file():
-        return False
-    if read_manifest(folder).recipe != recipe_of(config):
+    status = prepare_status(config)
+    if status == "other":
         raise UserError(
-            f"output_dir: {folder} holds a dataset made from another config or other inputs",
-            fix="choose another output_dir, or remove it",
+            f"output_dir: {config.output_dir} holds shards that were made from another config or "
+            f"other inputs",
+            fix="`diffembed prepare` says what differs; choose another output_dir, or remove it",
         )
-    return True
+    return status == "whole"
 
 
 def require_same_run(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Whether a training job starts, ends, or is queued again; called by `slurm/train.sbatch`.
 
     python -m pipeline.submission.restart begin ARGUMENTS-OF-TRAIN.PY
+    python -m pipeline.submission.restart late ARGUMENTS-OF-TRAIN.PY
     python -m pipeline.submission.restart end EXIT-CODE SIGNAL ARGUMENTS-OF-TRAIN.PY
 
 Slurm itself queues a job again whose node dies or that is preempted to the end of its grace; all
@@ -16,6 +17,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +44,8 @@ _MAX_UNFIT = 3
 # For how long nodes wait for a shared folder that is full, read-only or away.
 _SHARED_SECONDS = 1800
 _LONGEST_WAIT = 30
+# Before the time limit: enough for a controller that answers slowly.
+_LAST_SECONDS = 30
 
 T = TypeVar("T")
 Verdict = Literal["requeue", "leave", "stuck"]
@@ -124,8 +128,26 @@ def begin(config: TrainConfig, job: str) -> None:
     raise DiffembedError(_again(job, history, f"unfit nodes {words}", without=without))
 
 
-def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
+def late(config: TrainConfig, job: str) -> None:
+    """Queue the job again shortly before its time limit, unless it ends before.
+
+    The checkpoint that is being written is lost, the ones before stay whole.
+    """
+    time.sleep(max(0, allocation.seconds_left(job) - _LAST_SECONDS))
+    end(config, job, 75, out_of_time=True, how="the save outlasted the time limit")
+
+
+def end(
+    config: TrainConfig, job: str, code: int, *, out_of_time: bool, how: str | None = None
+) -> None:
     """Queue the job again if that helps, and say what was decided.
+
+    Args:
+        config: of the run.
+        job: its id.
+        code: exit code of its ranks.
+        out_of_time: whether Slurm told the job that its time is nearly over.
+        how: the end in words, if not by the exit code.
 
     Raises:
         DiffembedError: the job makes no progress, or Slurm takes it neither as this job nor as
@@ -135,7 +157,7 @@ def end(config: TrainConfig, job: str, code: int, *, out_of_time: bool) -> None:
     history, idle_starts = None, 1
     try:
         history = History(config.output_dir, job)
-        history.end(_exit_words(code))
+        history.end(how or _exit_words(code))
         idle_starts = history.idle_starts(last_step(config.output_dir))
     except OSError as error:
         # The next start waits until the folder can be written; this end must not end the chain.
@@ -257,7 +279,7 @@ def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:
 
 
 def main() -> None:
-    """Run `begin` or `end` for the job of this batch script."""
+    """Run `begin`, `late` or `end` for the job of this batch script."""
     # Queueing a job again ends it, which must not end the order half-way.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     moment, *words = sys.argv[1:]
@@ -272,6 +294,8 @@ def main() -> None:
         config = load_config(TrainConfig, options.config, tuple(options.overrides))
         if moment == "begin":
             begin(config, allocation.own_id())
+        elif moment == "late":
+            late(config, allocation.own_id())
         else:
             end(config, allocation.own_id(), int(code), out_of_time=signalled == "USR1")
 

@@ -207,6 +207,18 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
         self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """End the controller, as for an upgrade, and start it again on leaving."""
+        daemon = self._daemons["slurmctld"]
+        daemon.terminate()
+        daemon.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            self._start("slurmctld", "slurmctld", "-D")
+            self.poll(lambda: self.attempt("scontrol", "ping").stdout.count("UP") == 1)
+
     def _write_files(self) -> None:
         folder = self._folder
         # Slurm's own user must reach its spool below this folder.

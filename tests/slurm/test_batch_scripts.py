@@ -28,6 +28,10 @@ if ending == "stop":
     sys.exit(75)
 if rank == 1 and (ending == "crash-always" or ending == "crash" and restarts == 0):
     sys.exit(1)
+if ending == "slow save" and restarts == 0:
+    signal.signal(signal.SIGUSR1, lambda *_: print("saving", flush=True))
+    for _ in range(300):
+        time.sleep(1)
 if ending in ("crash", "crash-always", "wait") and restarts == 0 or ending == "crash-always":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -46,19 +50,36 @@ for i in 0 1 2 3 4 5 6 7; do echo "$i, Disabled, 0"; done
 
 
 class TrainJob:
-    """`slurm/train.sbatch`, submitted from a folder whose trainer is the stand-in."""
+    """`slurm/train.sbatch`, submitted from a folder whose trainer is the stand-in.
 
-    def __init__(self, cluster: Cluster, folder: Path, ending: str, *flags: str) -> None:
+    Args:
+        cluster: runs it.
+        folder: where it is submitted.
+        ending: what the trainer does.
+        flags: of sbatch.
+        run: the run's folder.
+        site: more lines of the site's file.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        ending: str,
+        *flags: str,
+        run: Path = Path("run"),
+        site: str = "",
+    ) -> None:
         (folder / "pipeline").mkdir(parents=True)
         (folder / "pipeline/train.py").write_text(TRAINER)
         (folder / "bin").mkdir()
         (folder / "bin/nvidia-smi").write_text(NVIDIA_SMI)
         (folder / "bin/nvidia-smi").chmod(0o755)
         config = yaml.safe_load((ROOT / "launch/recipes/quickstart/train.yaml").read_text())
-        (folder / "train.yaml").write_text(yaml.safe_dump({**config, "output_dir": "run"}))
+        (folder / "train.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(run)}))
         # Slurm's patience with the peers of a crashed rank, shortened.
-        site = folder / "cluster.env"
-        site.write_text(f"source {ROOT}/slurm/cluster.env; SRUN_FLAGS=(--wait=2)\n")
+        own = f"source {ROOT}/slurm/cluster.env; SRUN_FLAGS=(--wait=2)\n{site}\n"
+        (folder / "cluster.env").write_text(own)
         self._cluster, self._log = cluster, folder / "log"
         self.id = cluster.attempt(
             *("sbatch", "--parsable", f"--output={self._log}", *flags),
@@ -66,7 +87,7 @@ class TrainJob:
             check=True,
             cwd=folder,
             environment={
-                "DIFFEMBED_CLUSTER_ENV": str(site),
+                "DIFFEMBED_CLUSTER_ENV": str(folder / "cluster.env"),
                 "ENDING": ending,
                 "PATH": f"{folder}/bin:{cluster.environment['PATH']}",
                 "PYTHONPATH": str(ROOT),
@@ -95,6 +116,7 @@ def jobs(
         "gpus": ("finish", two, "--gpus-per-node=2", "--cpus-per-task=4"),
         "no CPU per GPU": ("finish", "--gpus-per-node=2", "--cpus-per-task=1"),
         "out of time": ("wait", two),
+        "slow save": ("slow save", two, "--time=1"),
         "array": ("wait", "--array=0-1"),
         "cancelled": ("wait", two),
         "crash": ("crash", two),
@@ -142,6 +164,17 @@ def test_training_out_of_time_is_requeued_and_goes_on(
 
     assert job.end() == "COMPLETED"
     assert job.find(r"rank (\d) .* restart 0$") != []
+    assert sorted(job.find(r"rank (\d) .* restart 1$")) == ["0", "1"]
+
+
+def test_training_whose_save_outlasts_the_time_limit_is_requeued_before_it(
+    jobs: dict[str, TrainJob],
+) -> None:
+    job = jobs["slow save"]
+
+    assert job.end() == "COMPLETED"
+    assert job.find("saving")
+    assert job.find("^queued again: out of time")
     assert sorted(job.find(r"rank (\d) .* restart 1$")) == ["0", "1"]
 
 

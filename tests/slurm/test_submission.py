@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -323,3 +324,149 @@ def test_scores_of_a_checkpoint_wait_for_its_export_and_are_submitted_once(
     assert waits["diffembed-export-step-000100"] == "(null)"
     assert waits["diffembed-evaluate"].startswith("afterok:")
     assert waits["diffembed-report"].startswith("afterany:")
+
+
+def put_sbatch(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a site's own `sbatch` before Slurm's, which its text calls as `real`."""
+    (folder / "site").mkdir(exist_ok=True)
+    command = folder / "site/sbatch"
+    real = f'real() {{ {shutil.which("sbatch")} "$@"; }}'
+    command.write_text(
+        f'#!/bin/bash\n{real}\n[[ $* == *--test-only* ]] && {{ real "$@"; exit; }}\n{body}\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/site:{os.environ['PATH']}")
+
+
+def test_a_job_whose_answer_was_lost_is_found_instead_of_submitted_again(
+    submit: Submit,
+    cluster: Cluster,
+    evaluation: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The controller takes the job and hangs before it answers.
+    lost = 'real "$@" >/dev/null; echo "sbatch: error: Socket timed out on send/recv" >&2; exit 1'
+    put_sbatch(tmp_path, lost, monkeypatch)
+
+    first = submit("evaluate", evaluation)
+
+    assert names_in_queue(cluster) == ["diffembed-evaluate", "diffembed-report"]
+    # Not even `jobs.json` is needed to know them again: their scripts lie in this folder.
+    for damage in ("", "{", "[]", '{"evaluate-1": {"id": 7}}'):
+        (tmp_path / "scores/jobs/jobs.json").write_text(damage)
+        assert submit("evaluate", evaluation) == first
+    assert len(names_in_queue(cluster)) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'echo "  Welcome to 2 clusters"; echo 2026; echo -----; real "$@"; echo bye',
+        'echo "Submitted batch job $(real "$@")"',
+        'real "$@" >/dev/null',
+        'cp "${@: -1}" "$(dirname "$0")/copy.$$.sbatch"; real "${@:1:$#-1}" "$_"',
+    ],
+    ids=["greets", "drops --parsable", "says nothing", "submits a copy"],
+)
+def test_a_site_whose_sbatch_says_or_does_more_gets_each_job_once(
+    body: str,
+    submit: Submit,
+    cluster: Cluster,
+    evaluation: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_sbatch(tmp_path, body, monkeypatch)
+
+    first = submit("evaluate", evaluation)
+
+    assert submit("evaluate", evaluation) == first
+    shown = cluster.command("squeue", "-h", "-o", "%F %j").splitlines()
+    assert sorted(shown) == sorted(f"{first[n]} diffembed-{n}" for n in ("evaluate", "report"))
+
+
+def test_a_refusal_shows_every_line_of_the_sites_reason(
+    submit: Submit, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_sbatch(
+        tmp_path,
+        'printf "sbatch: *****\\nsbatch: You must give --account\\n'
+        'sbatch: error: Batch job submission failed: Unspecified error\\nsbatch: see docs\\n" >&2\n'
+        "exit 1",
+        monkeypatch,
+    )
+
+    with pytest.raises(
+        UserError,
+        match="You must give --account; Batch job submission failed: Unspecified error; see docs",
+    ):
+        submit("evaluate", evaluation)
+
+
+def test_a_number_in_jobs_json_that_is_another_job_is_not_ours(
+    submit: Submit, cluster: Cluster, tmp_path: Path, prepared: tuple[str, str]
+) -> None:
+    def train(folder: str) -> str:
+        words = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/{folder}", *prepared)
+        return submit(*words)["train"]
+
+    # As after Slurm lost its state: the number is somebody else's now.
+    other = cluster.command("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
+    first = train("run")
+    cluster.command("scancel", first)
+    path = tmp_path / "run/jobs/jobs.json"
+    path.write_text(path.read_text().replace(f'"{first}"', f'"{other}"'))
+    second = train("run")
+    assert second not in (first, other)
+    assert train("run") == second
+
+    # A copy of the folder, while the job of the original waits.
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert train("copy") not in (first, second, other)
+    assert train("run") == second
+
+
+def test_a_report_that_waits_for_jobs_of_a_cancelled_chain_is_replaced(
+    submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    first = submit("evaluate", evaluation)
+    cluster.command("scancel", first["evaluate"])
+    cluster.poll(lambda: cluster.states(first["report"]) == {first["report"]: "PENDING"})
+    # Held: it would start now that the array has ended.
+
+    second = submit("evaluate", evaluation)
+
+    assert second["report"] != first["report"]
+    shown = cluster.command("scontrol", "show", "job", second["report"])
+    assert f"Dependency=afterany:{second['evaluate']}_*(unfulfilled)" in shown
+    assert cluster.states(first["report"]) == {first["report"]: "CANCELLED"}
+    assert submit("evaluate", evaluation) == second
+
+
+def test_the_log_that_is_named_is_the_one_that_slurm_writes(
+    cluster: Cluster,
+    submit: Submit,
+    tmp_path: Path,
+    evaluation: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/diffembed").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    site = tmp_path / "cluster.env"
+    flags = "SITE_FLAGS=(--export=NONE)\nCPU_FLAGS=(--ntasks=1)\nactivate() { :; }\n"
+    site.write_text(site.read_text() + flags)
+    # Slurm's own variables would win over the lines of the script.
+    monkeypatch.setenv("SBATCH_OUTPUT", "/dev/null")
+    logs = {"": None, "-J 'my job'": None, f"--output={tmp_path}/%x.%j --job-name=own": None}
+    for flags in logs:
+        words = ("report", evaluation, f"output_dir={tmp_path}/50%j %x", "--sbatch", flags)
+        job = submit(*words)["report"]
+        assert cluster.wait(job)
+        (logs[flags],) = re.findall(r"^log:   tail -F (.*)$", capsys.readouterr().out, re.MULTILINE)
+    written = [Path(log).name for log in logs.values() if log and Path(log).is_file()]
+    assert [re.sub(r"\d+", "N", name) for name in written] == [
+        *("diffembed-report-N.out", "my job-N.out", "own.N")
+    ]

@@ -195,7 +195,9 @@ def train(prepared: PrepareConfig, chain: Path) -> Train:
     """The training stage alone, on shards that are there."""
 
     def train(*overrides: str) -> Chain:
-        return train_chain(RECIPE / "train.yaml", (*own_data(prepared), *overrides), ZERO3)
+        keys = [override.partition("=")[0] for override in overrides]
+        own = [word for word in own_data(prepared) if word.partition("=")[0] not in keys]
+        return train_chain(RECIPE / "train.yaml", (*own, *overrides), ZERO3)
 
     return train
 
