@@ -70,7 +70,7 @@ class Layout:
         """Row and local column of the block's positives and masked documents on this rank."""
         row, document = self._positives_and_masked(block)
         column = self._local_M[document]
-        here = column >= 0
+        here = torch.nonzero(column >= 0)[:, 0]  # once: on a GPU it waits, as each mask would
         return row[here], column[here]
 
     def pairs(self, block: Block, *, with_negatives: bool) -> BlockPairs:

@@ -106,16 +106,15 @@ class OneWidth:
             self._add_document_direction(waiting, self._columns)
         num_documents = self._document_grad_KE.shape[0]
         self._document.become_gradient_(self._document_grad_KE, slice(0, num_documents))
+        num_correct, best_score = torch.stack([self._num_correct, self._best_score]).tolist()
         return LossOutput(
             loss=self._loss.float(),
             temperature_grad=self._temperature_grad() if self._config.learn_temperature else None,
             query_grad=self._query.rows_BE,
             document_grad=self._document.rows_BE,
             metrics={
-                "accuracy@1": float(self._num_correct) / self._num_queries,
-                "positive_similarity": float(self._best_score)
-                * self._temperature
-                / self._num_queries,
+                "accuracy@1": num_correct / self._num_queries,
+                "positive_similarity": best_score * self._temperature / self._num_queries,
             },
         )
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pipeline.loss.pairs import segment_log_sum_exp
+from pipeline.loss.pairs import segment_log_sum_exp, segment_sum
 
 
 def mean_weights(row_P: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """(P,) share of each positive in the mean over queries of the mean over their positives."""
-    count_R = torch.bincount(row_P, minlength=num_rows).double()
+    # Not `bincount`, which waits for a GPU to find the largest row.
+    count_R = segment_sum(torch.ones_like(row_P, dtype=torch.float64), row_P, num_rows)
     return 1 / (count_R[row_P] * num_queries)
 
 

@@ -58,12 +58,11 @@ class Engine(Protocol):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TensorChunk:
-    """A chunk on the device, and where its rows belong."""
+    """A chunk on the device."""
 
     number: int
     input_ids: torch.Tensor  # (T,)
     lengths: torch.Tensor  # (C,) in host memory
-    texts: torch.Tensor  # (C,) global text index; -1 in a dummy row
     instruction_tokens: torch.Tensor | None  # (C,) at the front of each row; None: no row has any
     packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
 
@@ -75,7 +74,6 @@ def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
         number=number,
         input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
         lengths=torch.from_numpy(chunk.lengths),
-        texts=torch.from_numpy(chunk.texts).to(device, non_blocking=True),
         instruction_tokens=None
         if skipped is None
         else torch.from_numpy(skipped).to(device, non_blocking=True),

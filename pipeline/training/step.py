@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from pipeline import comm
@@ -130,24 +131,29 @@ class _Step:
         """The global loss, and the gradient that each chunk's vectors begin their backward with."""
         batch = self.batch
         rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
-        texts = torch.cat([chunk.texts for chunk in self.chunks])  # (R,)
-        is_query = (texts >= 0) & (texts < batch.num_queries)
+        # On the host: to select rows by a mask on a GPU is to wait for it to count them.
+        texts = np.concatenate([chunk.texts for chunk in batch.chunks])  # (R,)
         is_document = texts >= batch.num_queries
+        queries, documents = (
+            torch.from_numpy(np.flatnonzero(chosen)).to(rows.device, non_blocking=True)
+            for chosen in ((texts >= 0) & ~is_document, is_document)
+        )
+        texts_R = torch.from_numpy(texts).to(rows.device, non_blocking=True)
         output = contrastive_loss(
-            rows[is_query],
-            rows[is_document],
-            _targets(batch, texts[is_query], texts[is_document] - batch.num_queries),
+            rows[queries],
+            rows[documents],
+            _targets(batch, texts_R[queries], texts_R[documents] - batch.num_queries),
             config=self.config.loss,
             temperature=self.temperature,
         )
         if not math.isfinite(output.loss.item()):
             broken = ~torch.isfinite(rows).all(dim=1)
-            raise NonFiniteLossError(output.loss.item(), texts[broken].tolist())
+            raise NonFiniteLossError(output.loss.item(), texts_R[broken].tolist())
         gradients = torch.zeros_like(rows)  # stays zero in dummy rows
         # The engine averages over ranks, each of which holds only its own rows' share of the sum.
-        gradients[is_query] = output.query_grad * comm.world_size()
-        gradients[is_document] = output.document_grad * comm.world_size()
-        return output, torch.split(gradients, [len(chunk.texts) for chunk in self.chunks])
+        gradients[queries] = output.query_grad * comm.world_size()
+        gradients[documents] = output.document_grad * comm.world_size()
+        return output, torch.split(gradients, [len(chunk.texts) for chunk in batch.chunks])
 
 
 def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor) -> Targets:

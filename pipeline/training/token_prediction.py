@@ -134,7 +134,6 @@ def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float)
         number=number,
         input_ids=tensor(prediction.input_ids),
         lengths=torch.from_numpy(chunk.lengths),
-        texts=tensor(chunk.texts),
         instruction_tokens=None,
         states=tensor(prediction.states),
         labels=tensor(prediction.labels),

@@ -1,0 +1,65 @@
+"""Each form of the loss on the pretended device equals the CPU's, and waits as often as written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
+from tests.fake_cuda.fake_cuda import CudaTensor, FakeCuda
+from tests.loss.reference import make_case
+from tests.loss.test_contrastive import RECIPES
+
+# Waits of one width in one tile; the second direction and a teacher add their own.
+MAX_SYNCS = 20
+
+
+def on_device(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return CudaTensor(value.clone())
+    if isinstance(value, RaggedIndex):
+        return RaggedIndex(offsets=on_device(value.offsets), values=on_device(value.values))
+    if isinstance(value, Targets):
+        return Targets(**{name: on_device(getattr(value, name)) for name in value.__slots__})
+    return value
+
+
+@pytest.mark.parametrize("score_bytes", [2**20, 4 * 40 * 64], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_loss_equals_that_of_the_cpu(
+    recipe: str, score_bytes: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    config = RECIPES[recipe]
+    case = make_case(teacher=config.distillation is not None)
+    targets = case.targets(
+        torch.randperm(len(case.query), generator=torch.Generator().manual_seed(1)),
+        torch.randperm(len(case.document), generator=torch.Generator().manual_seed(2)),
+    )
+    rows = case.query[targets.query_index], case.document[targets.document_index]
+    given: Any = {
+        "config": config,
+        "temperature": config.temperature if config.learn_temperature else None,
+        "score_bytes": score_bytes,
+    }
+    wanted = contrastive_loss(*(x.clone() for x in rows), targets, **given)
+    request.getfixturevalue("on_fake_cuda")
+    with FakeCuda() as record:
+        ours: LossOutput = contrastive_loss(*on_device_all(*rows), on_device(targets), **given)
+
+    loss: Any = ours.loss
+    assert torch.equal(loss.inner, wanted.loss)
+    for mine, theirs in (
+        (ours.query_grad, wanted.query_grad),
+        (ours.document_grad, wanted.document_grad),
+    ):
+        tensor: Any = mine
+        torch.testing.assert_close(tensor.inner, theirs, rtol=1e-6, atol=1e-9)
+    assert ours.metrics == pytest.approx(wanted.metrics)
+    if score_bytes == 2**20 and not config.matryoshka_dims:
+        assert record.num_syncs <= MAX_SYNCS, dict(record.syncs)
+
+
+def on_device_all(*tensors: torch.Tensor) -> list[Any]:
+    return [on_device(x) for x in tensors]
