@@ -229,7 +229,7 @@ def test_embedding_gradients_of_many_documents_are_those_of_float64(
     q, d = case.query.double().requires_grad_(), case.document.double().requires_grad_()
     score = F.normalize(q, dim=1) @ F.normalize(d, dim=1).T / temperature
     loss = F.cross_entropy(score, torch.arange(1024))
-    # 0.6e-6 on most processors; the float32 matrix products of some sum in an order that costs twice
+    # 0.6e-6 on most processors; float32 matrix products of some sum in an order that costs twice
     # as much.
     output = whole_loss(case, LossConfig(temperature=temperature))
     assert_matches(output, loss, q, d, tolerance=2e-6)
