@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import DataConfig, PrepareConfig
+from pipeline.config import DataConfig, PrepareConfig, SourceConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
+from pipeline.data.sources import Row, Shelf, expand_sources, plan_source, read_rows
 
 ConfigMaker = Callable[..., PrepareConfig]
 
@@ -53,6 +54,23 @@ def reasonaug_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
             "negative_instance": "",
         }
         for number in range(count)
+    ]
+
+
+def make_source(path: Path | str, format: str = "columns", **options: Any) -> SourceConfig:
+    """A source called `set`."""
+    return SourceConfig(name="set", format=format, path=str(path), **options)
+
+
+def rows_of(
+    source: SourceConfig, *, block_bytes: int = 10**9, shelf: Shelf | None = None
+) -> list[Row]:
+    """All rows of a source, block by block."""
+    return [
+        row
+        for expanded in expand_sources([source])
+        for block in plan_source(expanded, block_bytes=block_bytes)
+        for _, row in read_rows(expanded, block, shelf)
     ]
 
 

@@ -8,43 +8,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_support import write_jsonl
+from data_support import make_source, rows_of, write_jsonl
 
 import pipeline
 from pipeline.config import SourceConfig
-from pipeline.data.sources import (
-    FORMATS,
-    Row,
-    Shelf,
-    expand_sources,
-    plan_source,
-    read_judgements,
-    read_rows,
-)
+from pipeline.data.sources import FORMATS, Row, Shelf, expand_sources, read_judgements
 from pipeline.errors import UserError
 from tests.support import PATIENCE
-
-
-def rows_of(
-    source: SourceConfig, *, block_bytes: int = 10**9, shelf: Shelf | None = None
-) -> list[Row]:
-    return [
-        row
-        for expanded in expand_sources([source])
-        for block in plan_source(expanded, block_bytes=block_bytes)
-        for _, row in read_rows(expanded, block, shelf)
-    ]
-
-
-def make_source(path: Path, format: str, **options: Any) -> SourceConfig:
-    return SourceConfig(name="set", format=format, path=str(path), **options)
-
 
 PAIRS = [{"query": f"question {k}", "positives": [f"answer {k}", f"reply {k}"]} for k in range(50)]
 
@@ -226,7 +201,21 @@ def test_an_e5_folder_is_one_source_per_set_with_its_own_instruction(tmp_path: P
     assert len(rows) == 9
     assert "Wikipedia" in rows[3].instruction and rows[3].document_instruction == ""
     # A split of a symmetric set is still symmetric.
-    assert rows[0].document_instruction == rows[0].instruction != ""
+    assert (
+        rows[0].document_instruction == rows[0].instruction == "Retrieve semantically similar text"
+    )
+
+
+def test_documents_of_entailment_carry_no_instruction(tmp_path: Path) -> None:
+    """A premise retrieves what follows from it: the two sides are not the same kind of text."""
+    records = [{"query": f"q{k}", "positive": "p", "negative": "n"} for k in range(50)]
+    for name in ("allnli", "allnli_split1"):
+        rows = rows_of(make_source(write_jsonl(tmp_path / f"{name}.jsonl", records), "e5"))
+        found = {(row.instruction, row.document_instruction) for row in rows}
+        entailment = "Given a premise, retrieve a hypothesis that is entailed by the premise"
+        assert (entailment, "") in found
+        assert found - {(entailment, "")} <= {("Retrieve semantically similar text",) * 2}
+        assert len(found) == (2 if name == "allnli" else 1)
 
 
 def test_symmetric_sets_use_each_of_their_instructions(tmp_path: Path) -> None:
@@ -252,7 +241,9 @@ def test_msmarco_takes_instruction_negatives_first_and_samples_the_others(tmp_pa
     assert row.positives == ("good 0",)
     assert len(row.negatives) == len(set(row.negatives)) == 15
     assert row.num_first_negatives == 3
-    assert [text.split()[0] for text in row.negatives] == ["new"] * 3 + ["bad"] * 12
+    # As published, the first three.
+    assert row.negatives[:3] == ("new 0", "new 1", "new 2")
+    assert [text.split()[0] for text in row.negatives[3:]] == ["bad"] * 12
     assert rows_of(make_source(path, "msmarco_instructions")) == [row]
 
 
@@ -274,6 +265,25 @@ def test_reasonir_hq_finds_its_positives_by_id(tmp_path: Path) -> None:
         rows_of(source, shelf=empty)
     (plain,) = rows_of(make_source(path, "reasonir_vl"))
     assert plain.positives == ("docs/1.txt",)
+
+
+@pytest.mark.parametrize("text", [" Given a post. ", "Given a post", "Given a post."])
+def test_instructions_of_reasonir_are_trimmed_as_published(tmp_path: Path, text: str) -> None:
+    record = {"query": [text, "why"], "pos": [["", " because. "]], "neg": []}
+    (row,) = rows_of(make_source(write_jsonl(tmp_path / "vl.jsonl", [record]), "reasonir_vl"))
+    assert row.instruction == "Given a post"
+    assert row.positives == (" because. ",)
+
+
+def test_lines_of_a_plain_file_are_stripped_and_fields_are_not(tmp_path: Path) -> None:
+    plain = tmp_path / "wiki.txt"
+    plain.write_text("  A line. \n")
+    (row,) = rows_of(make_source(plain, "lines"))
+    assert row.query == "A line." == row.positives[0]
+    (row,) = rows_of(
+        make_source(write_jsonl(tmp_path / "w.jsonl", [{"text": " = A = \n"}]), "lines")
+    )
+    assert row.query == " = A = \n"
 
 
 def test_lines_are_their_own_positives(tmp_path: Path) -> None:
