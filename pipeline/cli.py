@@ -86,12 +86,20 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="leave out the weights the adapter belongs to")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="compare the vectors of sentence-transformers and transformers with the trained "
+            "model's before the folder takes its place",
+        ),
+    ] = True,
 ) -> None:
     """Write a folder that sentence-transformers and transformers load without this package."""
     from pipeline.training.export import export_run
 
     tree = load(TrainConfig, config, overrides)
-    print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only))
+    print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only, check=check))
 
 
 @app.command()

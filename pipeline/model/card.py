@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.config import ModelConfig, Template
+from pipeline.model.licence import base_licence, licence_words
+from pipeline.model.prompts import Prompt, Prompts, TrainedTexts
+from pipeline.model.serving import serving_table
 from pipeline.run_dir import write_text
 
 _EVALUATION = "## Evaluation"
 _POOLING_CODE = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
-    "weighted_mean": "(hidden * (w := mask * mask.cumsum(1))).sum(1) / w.sum(1)",
+    "weighted_mean": "(hidden * (w := mask * places)).sum(1) / w.sum(1)",
     "last_token": "hidden[range(len(hidden)), batch.attention_mask.sum(1) - 1]",
-    "first_token": "hidden[:, 0]",
+    "first_token": "hidden[range(len(hidden)), mask[..., 0].float().argmax(1)]",
 }
+# Attention that transformers has for a family, where it is not the usual.
+_KERNELS = {"gemma2": "Attention `eager` (the default; there is no `sdpa`)"}
+# Instructions that a card lists.
+_MOST_INSTRUCTIONS = 20
 
 
 def write_card(
@@ -39,22 +44,28 @@ def write_card(
         template: how instructions and texts become strings.
         max_length: tokens after which a text is cut.
         adapter_only: the folder lacks the weights its adapter belongs to.
-        facts: `recipe` (YAML of the training run), `step`, `data` (a Markdown table), `decoder`
-            (whether the model has a causal mask that could be on by mistake), `plain_base` (whether
-            transformers alone loads the base model as the one that was trained).
+        facts: `texts` (`TrainedTexts`), `prompts` (`Prompts`), `family` (its model_type),
+            `similarity`, `decoder` (whether the model has a causal mask that could be on by
+            mistake), `plain_base` (whether transformers alone loads the base model as the one that
+            was trained); optionally `recipe` (YAML of the training run), `step`, `data` (a Markdown
+            table), `checks` (what was found, by library).
     """
     licence = base_licence(config)
     parts = [_header(config, licence, adapter_only), _summary(config, max_length)]
     parts.append(f"## Needs\n\n{_needs(config, adapter_only, facts)}")
-    if adapter_only and facts["plain_base"]:
-        parts.append(f"## Use\n\n{_transformers_usage(config, _ADAPTER_LOADING)}")
-    elif adapter_only:
-        parts.append(f"## Use\n\n{_own_usage(template)}")
-    else:
-        parts += [
-            f"## Use\n\n{_sentence_transformers_usage(config, template)}",
-            f"With transformers alone:\n\n{_transformers_usage(config, _LOADING)}",
-        ]
+    parts.append(f"## Use\n\n{_usage(config, template, adapter_only, facts)}")
+    parts.append(f"## Prompts\n\n{_prompts(template, facts, adapter_only)}")
+    if not adapter_only:
+        table = serving_table(
+            config,
+            family=facts["family"],
+            decoder=facts["decoder"],
+            similarity=facts["similarity"],
+        )
+        parts.append(f"## Serve\n\n{table}")
+    if facts.get("checks"):
+        lines = [f"- {library}: {found}." for library, found in facts["checks"].items()]
+        parts.append("## Checked when it was written\n\n" + "\n".join(lines))
     parts.append(f"{_EVALUATION}\n\nNot evaluated yet.")
     if "data" in facts:
         parts.append(f"## Training data\n\n{facts['data']}")
@@ -76,39 +87,25 @@ def add_evaluation(folder: Path, table: str) -> None:
         write_text(path, f"{before}{_EVALUATION}\n\n{table.strip()}\n{heading}{rest}")
 
 
-def base_licence(config: ModelConfig) -> str | None:
-    """The licence that the base model's own card names; None where no card is at hand."""
-    try:
-        if Path(config.path).is_dir():
-            card = ModelCard.load(Path(config.path) / "README.md")
-        else:
-            card = ModelCard.load(config.path)
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
-    data = card.data.to_dict()
-    licence = data.get("license_name") or data.get("license")
-    return None if licence is None else str(licence)
-
-
-def _header(config: ModelConfig, licence: str | None, adapter_only: bool) -> str:
+def _header(config: ModelConfig, licence: Mapping[str, Any], adapter_only: bool) -> str:
     library = "peft" if adapter_only else "sentence-transformers"
     tree: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "sentence-similarity",
         "tags": [library, "feature-extraction", "diffembed"],
     }
-    if licence is not None:
-        tree["license"] = licence
+    tree.update(licence)
     if not Path(config.path).exists():  # a name on the hub
         tree["base_model"] = config.path
     return f"---\n{yaml.safe_dump(tree, sort_keys=False)}---"
 
 
-def _licence_text(config: ModelConfig, licence: str | None) -> str:
+def _licence_text(config: ModelConfig, licence: Mapping[str, Any]) -> str:
     name = Path(config.path).name
-    if licence is None:
+    if not licence:
         return f"That of the base model, {name}, whose card was not at hand, and of the data."
-    return f"The base model, {name}, is under `{licence}`; the data have licences of their own."
+    words = licence_words(licence)
+    return f"The base model, {name}, is under {words}; the data have licences of their own."
 
 
 def _needs(config: ModelConfig, adapter_only: bool, facts: Mapping[str, Any]) -> str:
@@ -127,7 +124,8 @@ def _needs(config: ModelConfig, adapter_only: bool, facts: Mapping[str, Any]) ->
         return "Any version of transformers that knows the model type in config.json."
     return (
         "`transformers >= 5.17`: earlier versions ignore `is_causal` in config.json and would "
-        "silently mask the future. Attention `sdpa` (the default) or `eager`: "
+        "silently mask the future. "
+        f"{_KERNELS.get(facts['family'], 'Attention `sdpa` (the default) or `eager`')}: "
         "`flash_attention_2` goes by the causal flag of the attention modules instead. "
         "No remote code."
     )
@@ -145,34 +143,101 @@ def _summary(config: ModelConfig, max_length: int) -> str:
     )
 
 
-def _sentence_transformers_usage(config: ModelConfig, template: Template) -> str:
-    query = template.query_prefix("Retrieve text that answers the question")
-    document = template.document_prefix()
-    spaces, note = ["", ""], ""
-    if not config.pool_instruction:
-        # Their count of a prompt's tokens is right where the prompt does not end in a space, which
-        # most tokenizers join with the word behind it.
-        spaces = [prefix[len(prefix.rstrip()) :] for prefix in (query, document)]
-        query, document = query.rstrip(), document.rstrip()
-        note = "\n\nThe space between prompt and text belongs to the text, as here."
+def _usage(
+    config: ModelConfig, template: Template, adapter_only: bool, facts: Mapping[str, Any]
+) -> str:
+    """Code for each library that loads the export, with the prompts of training."""
+    prompts, suffix = facts["prompts"], template.query_suffix()
+    if adapter_only and not facts["plain_base"]:
+        return _own_usage(template, prompts)
+    loading = _ADAPTER_LOADING if adapter_only else _LOADING
+    plain = _transformers_usage(config, loading, prompts, suffix)
+    if adapter_only:
+        return plain
+    usage = _sentence_transformers_usage(config, template, prompts)
+    return f"{usage}\n\nWith transformers alone:\n\n{plain}"
+
+
+def _sentence_transformers_usage(config: ModelConfig, template: Template, prompts: Prompts) -> str:
+    query, document = prompts.example, prompts.document
+    queries, documents = (
+        f"[{prompt.joint + '...' + suffix!r}]"
+        + (f", prompt={prompt.before!r}" * bool(prompt.before))
+        for prompt, suffix in (
+            (query, template.query_suffix()),
+            (document, template.document_suffix()),
+        )
+    )
+    notes = ""
+    if query.joint or document.joint:
+        notes += "\n\nThe space between prompt and text belongs to the text, as here."
+    if template.query_suffix() or template.document_suffix():
+        notes += (
+            "\n\nWhat stands behind a text belongs to it, as here. In training it was kept when a "
+            "text was cut; sentence-transformers cuts it off: keep texts short of the limit."
+        )
     return f"""```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("PATH")
-queries = model.encode([{spaces[0] + "..."!r}], prompt={query!r})
-documents = model.encode([{spaces[1] + "..."!r}], prompt={document!r})
+queries = model.encode({queries})
+documents = model.encode({documents})
 scores = model.similarity(queries, documents)
-```{note}"""
+```{notes}"""
 
 
-def _own_usage(template: Template) -> str:
-    query = template.query_prefix("Retrieve text that answers the question")
+def _prompts(template: Template, facts: Mapping[str, Any], adapter_only: bool) -> str:
+    """What training put before queries and documents, and what of it the folder stores."""
+    texts: TrainedTexts = facts["texts"]
+    query: Prompt = facts["prompts"].query
+    instruction, counts = texts.instruction, texts.instructions
+    if instruction is None:
+        listed = sorted(counts.items(), key=lambda item: -item[1])
+        lines = [
+            f"Queries had {len(counts)} instructions in training. `prompts` in "
+            "config_sentence_transformers.json names none of them, so `encode_query` writes none: "
+            "give the one that fits your task as `prompt`, in the form above.\n",
+            "| instruction | queries |",
+            "|---|---|",
+            *(f"| {_cell(text)} | {count:,} |" for text, count in listed[:_MOST_INSTRUCTIONS]),
+        ]
+        if left := len(listed) - _MOST_INSTRUCTIONS:
+            lines += [f"\n{left:,} more."] if left > 0 else []
+        text = "\n".join(lines)
+    elif prefix := template.query_prefix(instruction):
+        text = f"All queries began with {prefix!r} in training."
+        if not adapter_only:
+            text += ' `encode_query` and `prompt_name="query"` write it'
+            text += ", up to the space that belongs to the text." if query.joint else "."
+    else:
+        text = "Queries had no instruction in training: embed them as they are."
+    prefixes = texts.document_prefixes or {template.document_prefix(): 0}
+    if list(prefixes) == [""]:
+        return f"{text}\n\nDocuments had no prompt."
+    told = ", ".join(f"{prefix!r}" if prefix else "nothing" for prefix in prefixes)
+    return f"{text}\n\nDocuments began with {told}."
+
+
+def _cell(text: str) -> str:
+    """Text for one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ") or "(none)"
+
+
+def _own_usage(template: Template, prompts: Prompts) -> str:
+    frames = (
+        (prompts.example, template.query_suffix()),
+        (prompts.document, template.document_suffix()),
+    )
+    queries, documents = (
+        f"prefix={prompt.before + prompt.joint!r}" + (f", suffix={suffix!r}" if suffix else "")
+        for prompt, suffix in frames
+    )
     return f"""```python
 from pipeline.model.load import load_export
 
 model = load_export("PATH")
-queries = model.encode_texts(["..."], prefix={query!r})
-documents = model.encode_texts(["..."], prefix={template.document_prefix()!r})
+queries = model.encode_texts(["..."], {queries})
+documents = model.encode_texts(["..."], {documents})
 scores = queries @ documents.T
 ```"""
 
@@ -188,16 +253,27 @@ config.is_causal = {causal}
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=config), "PATH")"""
 
 
-def _transformers_usage(config: ModelConfig, loading: str) -> str:
+def _transformers_usage(config: ModelConfig, loading: str, prompts: Prompts, suffix: str) -> str:
+    prompt = prompts.example
     loading = loading.format(base=config.path, causal=config.attention == "causal")
+    offsets, skip = "", ""
+    if not config.pool_instruction:
+        offsets = ", return_offsets_mapping=True"
+        # Tokens from the first that ends behind the prompt on.
+        skip = """
+ends = batch.pop("offset_mapping")[..., 1]
+mask = mask * ((ends > len(prompt)).cumsum(1) > 0)[..., None]"""
+    places = "\nplaces = batch.attention_mask.cumsum(1)[..., None]"
     cut = f"\nvectors = vectors[:, :{config.dimensions}]" if config.dimensions else ""
     normalise = "\nvectors = torch.nn.functional.normalize(vectors)" if config.normalize else ""
     return f"""```python
 import torch
 {loading}
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-batch = tokenizer(["..."], padding=True, truncation=True, return_tensors="pt")
+prompt, texts = {prompt.before!r}, [{prompt.joint + "..." + suffix!r}]
+strings = [prompt + text for text in texts]
+batch = tokenizer(strings, padding=True, truncation=True, return_tensors="pt"{offsets})
+mask = batch.attention_mask[..., None]{places if config.pooling == "weighted_mean" else ""}{skip}
 hidden = model.eval()(**batch).last_hidden_state.float()
-mask = batch.attention_mask[..., None]
 vectors = {_POOLING_CODE[config.pooling]}{cut}{normalise}
 ```"""

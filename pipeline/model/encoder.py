@@ -22,6 +22,7 @@ from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
 from pipeline.model.packing import Rows, check_lengths
 from pipeline.model.pooling import pool
+from pipeline.model.unused_weights import unused_weights
 from pipeline.model.weights import Placement
 
 
@@ -127,9 +128,14 @@ class Encoder(nn.Module):
     def save_backbone(self, folder: Path) -> None:
         """Write weights and config.json for transformers; adapters are merged, for good."""
         self.merge_adapters()
+        unused = unused_weights(self.model, self.family, self.config)
         with quiet():
             # Under native names, not under those of a published diffusion checkpoint.
-            self.model.save_pretrained(folder, save_original_format=False)
+            self.model.save_pretrained(
+                folder,
+                state_dict={**self.model.state_dict(), **unused},
+                save_original_format=False,
+            )
 
     def merge_adapters(self) -> None:
         """Add the adapters to the weights they belong to; they cannot be trained after."""

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
-from safetensors.torch import save_file
-
-from pipeline.config import ModelConfig, Pooling, Template, as_tree
+from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError
 from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
-from pipeline.model.eos import append_eos
+from pipeline.model.export_tokenizer import tokenizer_to_write
+from pipeline.model.load import LoadedExport
+from pipeline.model.outside import Outside, available_bytes, check_vectors
 from pipeline.model.parts import SETTINGS, is_export
-from pipeline.run_dir import sync_dir, write_json
-from pipeline.tokenizer import load_tokenizer
+from pipeline.model.positions import position_limit
+from pipeline.model.prompts import Prompts, TrainedTexts
+from pipeline.model.sentence_files import write_sentence_files
+from pipeline.run_dir import require_writable, sync_dir, write_json
 
-# sentence-transformers' names of our poolings.
-POOLING_NAMES: dict[Pooling, str] = {
-    "mean": "mean",
-    "weighted_mean": "weightedmean",
-    "last_token": "lasttoken",
-    "first_token": "cls",
-}
-_TRUNCATION = "2_Truncation"
+# A ragged batch for the check of an export: padding, a cut and a word of several tokens show in it.
+_PROBES = (
+    "amber",
+    "The river is 31 km long; two bridges cross it.",
+    "Naïve café, x = a * b. " * 40,
+)
+# Longer texts are not cut in the check, which would take long on a CPU.
+_LONGEST_CUT = 512
+# What the libraries take in the process that checks, without the weights.
+_LIBRARY_BYTES = 2**30
 
 
 class TokenizerSource(Protocol):
@@ -53,7 +59,10 @@ def export_encoder(
     max_length: int,
     output_dir: Path,
     card: Mapping[str, Any],
+    texts: TrainedTexts | None = None,
+    similarity: Literal["cosine", "dot"] = "cosine",
     adapter_only: bool = False,
+    outside: Outside | None = None,
 ) -> Path:
     """Write weights, tokenizer, pooling, prompts and model card.
 
@@ -63,51 +72,105 @@ def export_encoder(
 
     Args:
         encoder: whole weights on one process; unless `adapter_only`, adapters are merged in place.
+            A checked one is left in float32.
         config: the model section that the encoder was built from.
         tokenizer: the tokenizer of the training data.
         template: how instructions and texts become strings.
-        max_length: tokens after which a text is cut.
+        max_length: tokens after which a text is cut; fewer where the model has fewer positions.
         output_dir: the folder to write; an earlier export there is replaced.
         card: facts for the model card: `recipe` (YAML), `step`, `checkpoint` (its digest), `data`
             (a table).
+        texts: the instructions that training saw; none if not given.
+        similarity: by which vectors were compared in training.
         adapter_only: write the adapter without the weights it belongs to.
+        outside: a process that loads the folder as others will and compares its vectors with the
+            encoder's, before the folder takes its place; None: not checked.
 
     Raises:
         UserError: `output_dir` holds something that is not an export, the tokenizer is gone, the
-            model needs code of its own, or there is no adapter to write.
+            model needs code of its own, there is no adapter to write, or other libraries give
+            other vectors.
     """
     _check_form(config, adapter_only)
-    loaded = _tokenizer_to_write(tokenizer, max_length)
-    settings = {
-        "version": 1,
-        "template": as_tree(template),
-        "max_length": max_length,
-        "step": card.get("step"),
-        "checkpoint": card.get("checkpoint"),
-        "model": as_tree(config),
+    texts = texts or TrainedTexts()
+    max_length = _length_that_fits(encoder, max_length)
+    model = LoadedExport(
+        encoder=encoder,
+        tokenizer=tokenizer_to_write(
+            tokenizer.path,
+            appends_eos=tokenizer.append_eos,
+            max_length=max_length,
+            num_embeddings=int(encoder.model.config.vocab_size),
+        ),
+        template=template,
+        max_length=max_length,
+        num_dimensions=encoder.num_dimensions,
+        max_tokens=16384,
+    )
+    if config.normalize:
+        similarity = "cosine"  # the dot product of unit vectors
+    facts = {
+        **card,
+        "family": encoder.model.config.model_type,
+        "decoder": encoder.family.decoder,
+        "plain_base": _is_plain(encoder, config),
+        "similarity": similarity,
+        "texts": texts,
+        "prompts": Prompts.of(template, texts, pooled=config.pool_instruction),
     }
     with _replaced(output_dir) as folder:
-        if adapter_only:
-            encoder.save_adapter(folder)
-        else:
-            encoder.save_backbone(folder)
-            width = encoder.model.config.hidden_size
-            _write_sentence_transformers(folder, width, config, template, max_length)
-        loaded.save_pretrained(folder)
-        write_json(folder / SETTINGS, settings)
-        write_card(
+        _write_files(folder, model, config, facts, adapter_only)
+        write = partial(
+            write_card,
             folder,
             config=config,
             template=template,
             max_length=max_length,
             adapter_only=adapter_only,
-            facts={
-                **card,
-                "decoder": encoder.family.decoder,
-                "plain_base": _is_plain(encoder, config),
-            },
         )
+        write(facts=facts)  # its code is part of what is checked
+        if outside is not None:
+            libraries = ["transformers"] if facts["plain_base"] or not adapter_only else []
+            libraries += [] if adapter_only else ["sentence-transformers"]
+            checks = _check(outside, folder, model, facts["prompts"], libraries)
+            write(facts={**facts, "checks": checks})
     return output_dir
+
+
+def _write_files(
+    folder: Path,
+    model: LoadedExport,
+    config: ModelConfig,
+    facts: Mapping[str, Any],
+    adapter_only: bool,
+) -> None:
+    """Write everything but the card."""
+    encoder, prompts = model.encoder, facts["prompts"]
+    if adapter_only:
+        encoder.save_adapter(folder)
+    else:
+        encoder.save_backbone(folder)
+        _drop_remote_code(folder / "config.json")
+        write_sentence_files(
+            folder,
+            width=encoder.model.config.hidden_size,
+            config=config,
+            max_length=model.max_length,
+            prompts={"query": prompts.query.before, "document": prompts.document.before},
+            similarity=facts["similarity"],
+        )
+    model.tokenizer.save_pretrained(folder)
+    write_json(
+        folder / SETTINGS,
+        {
+            "version": 1,
+            "template": as_tree(model.template),
+            "max_length": model.max_length,
+            "step": facts.get("step"),
+            "checkpoint": facts.get("checkpoint"),
+            "model": as_tree(config),
+        },
+    )
 
 
 def _is_plain(encoder: Encoder, config: ModelConfig) -> bool:
@@ -132,91 +195,118 @@ def _check_form(config: ModelConfig, adapter_only: bool) -> None:
         )
 
 
-def _tokenizer_to_write(source: TokenizerSource, max_length: int) -> Any:
-    """The tokenizer of the training data, made to cut and to end texts by itself as they were."""
-    tokenizer = load_tokenizer(source.path)
-    if source.append_eos:
-        append_eos(tokenizer)
-    tokenizer.padding_side = "right"
-    tokenizer.model_max_length = max_length
-    return tokenizer
+def _length_that_fits(encoder: Encoder, max_length: int) -> int:
+    """The data's length limit, or the model's positions where there are fewer."""
+    limit = position_limit(encoder.model.config.to_dict())
+    if limit is None or max_length <= limit:
+        return max_length
+    _say(
+        f"texts are cut at {limit} tokens, the positions of the model; the training data were cut "
+        f"at {max_length}"
+    )
+    return limit
+
+
+def _drop_remote_code(path: Path) -> None:
+    """Remove the names of code that a published config.json asks for and the export lacks."""
+    tree = json.loads(path.read_text())
+    if tree.pop("auto_map", None) is not None:
+        write_json(path, tree)
+
+
+def check_output(output_dir: Path) -> None:
+    """Refuse a folder that an export could not replace, before any work for it.
+
+    Raises:
+        UserError: it holds something else, or cannot be written to.
+    """
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_export(output_dir):
+        raise UserError(
+            f"{output_dir}: not empty and not an export", fix="choose another output folder"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: a file", fix="choose another output folder")
+    require_writable(output_dir.parent, key="--output")
+    _unfinished(output_dir).mkdir()  # a name may be too long
+    _unfinished(output_dir).rmdir()
+
+
+def _unfinished(output_dir: Path) -> Path:
+    return output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def _replaced(output_dir: Path) -> Iterator[Path]:
     """A folder to write that takes the place of `output_dir` at the end, or leaves no trace."""
-    if output_dir.exists() and any(output_dir.iterdir()) and not is_export(output_dir):
-        raise UserError(
-            f"{output_dir}: not empty and not an export", fix="choose another output folder"
-        )
-    work = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    work.mkdir(parents=True)
+    output_dir = output_dir.resolve()  # what a link points to is replaced, not the link
+    check_output(output_dir)
+    work, old = _unfinished(output_dir), output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
+    work.mkdir()
     try:
         yield work
         if output_dir.exists():
-            shutil.rmtree(output_dir)
+            output_dir.rename(old)
         work.rename(output_dir)
         sync_dir(output_dir.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # renamed where all went well
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_truncation(folder: Path, width: int, dimensions: int) -> None:
-    """A linear layer that keeps the first numbers of a vector.
+def _check(
+    outside: Outside,
+    folder: Path,
+    model: LoadedExport,
+    prompts: Prompts,
+    libraries: Sequence[str],
+) -> dict[str, str]:
+    """Compare the vectors that others get from the folder with the trained encoder's.
 
-    Their `truncate_dim` comes after normalising and leaves vectors shorter than 1.
+    On the CPU and in float32, where equal models give equal vectors; so the check needs room for
+    two float32 copies of the weights, and is left out where there is less.
     """
-    write_json(
-        folder / "config.json",
-        {
-            "in_features": width,
-            "out_features": dimensions,
-            "bias": False,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        },
-    )
-    save_file({"linear.weight": torch.eye(dimensions, width)}, folder / "model.safetensors")
+    if not libraries:
+        return {}
+    encoder = model.encoder
+    needed = 8 * sum(parameter.numel() for parameter in encoder.parameters()) + _LIBRARY_BYTES
+    if needed > (free := available_bytes()):
+        why = f"not checked: {needed / 2**30:.0f} GiB of memory needed, {free / 2**30:.0f} free"
+        found = dict.fromkeys(libraries, why)
+    else:
+        batches = _batches(model, prompts)
+        stored = encoder.config.dtype
+        encoder.float()
+        wanted = [model.encode_texts(*batch.pop("ours")) for batch in batches]
+        found = check_vectors(
+            outside, folder, libraries=libraries, dtype=stored, batches=batches, wanted=wanted
+        )
+    for library, result in found.items():
+        _say(f"{library}: {result}")
+    return found
 
 
-def _write_sentence_transformers(
-    folder: Path, width: int, config: ModelConfig, template: Template, max_length: int
-) -> None:
-    """The files by which sentence-transformers finds pooling, normalisation and prompts."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if config.dimensions is not None:
-        modules.append((_TRUNCATION, "Dense"))
-    if config.normalize:
-        modules.append(("3_Normalize", "Normalize"))
-    write_json(
-        folder / "modules.json",
-        [
+def _batches(model: LoadedExport, prompts: Prompts) -> list[dict[str, Any]]:
+    """Texts of both roles, as others take them and (`ours`) as `encode_texts` does."""
+    frames = {
+        "query": (prompts.example, model.template.query_suffix(), prompts.example == prompts.query),
+        "document": (prompts.document, model.template.document_suffix(), True),
+    }
+    batches = []
+    for role, (prompt, suffix, stored) in frames.items():
+        # Others cut a text together with what stands behind it.
+        cuts = model.max_length <= _LONGEST_CUT and not suffix
+        texts = _PROBES if cuts else _PROBES[:-1]
+        batches.append(
             {
-                "idx": index,
-                "name": str(index),
-                "path": path,
-                "type": f"sentence_transformers.models.{kind}",
+                "role": role,
+                "texts": [prompt.joint + text + suffix for text in texts],
+                "prompt": prompt.before,
+                "prompt_name": role if stored else None,
+                "ours": (texts, prompt.before + prompt.joint, suffix),
             }
-            for index, (path, kind) in enumerate(modules)
-        ],
-    )
-    for path, _ in modules[1:]:
-        (folder / path).mkdir()
-    if config.dimensions is not None:
-        _write_truncation(folder / _TRUNCATION, width, config.dimensions)
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode": POOLING_NAMES[config.pooling],
-            "include_prompt": config.pool_instruction,
-        },
-    )
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
-    )
-    # Queries differ by instruction, so the stored prompt is the one without any.
-    prompts = {"query": template.query_prefix(""), "document": template.document_prefix()}
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
+        )
+    return batches
+
+
+def _say(line: str) -> None:
+    print(f"export: {line}", file=sys.stderr, flush=True)

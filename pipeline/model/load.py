@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from torch import Tensor
 from pipeline.config import ModelConfig, Pooling, RopeScaling, Template, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.model.export import POOLING_NAMES
 from pipeline.model.families import FAMILIES
 from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, is_export, read_settings
+from pipeline.model.positions import check_position_limit, position_limit, trained_positions
+from pipeline.model.sentence_files import POOLING_FLAGS, POOLING_NAMES
 from pipeline.tokenizer import (
     cut_before,
     instruction_characters,
@@ -25,15 +27,6 @@ from pipeline.tokenizer import (
     tokens_within,
 )
 
-# sentence-transformers before version 5 kept one boolean per pooling.
-_OLD_POOLING_KEYS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 # Packed tokens that a CPU takes at a time: larger ones leave its caches, and their tensors are so
 # large that the allocator gives each back to the kernel and asks for new pages at every layer.
 _CPU_TOKENS = 2048
@@ -60,6 +53,19 @@ class LoadedExport:
     max_length: int
     num_dimensions: int
     max_tokens: int
+
+    def cut_at(self, length: int, *, key: str) -> LoadedExport:
+        """Return the same model that cuts texts at another length.
+
+        Args:
+            length: in tokens.
+            key: the config key or flag that asks for it.
+
+        Raises:
+            UserError: the model has no positions for it.
+        """
+        check_position_limit(length, self.encoder.model.config.to_dict(), key=key)
+        return dataclasses.replace(self, max_length=length)
 
     def encode_texts(
         self, texts: Sequence[str], prefix: str = "", suffix: str = ""
@@ -211,10 +217,27 @@ def load_export(
         encoder=encoder,
         tokenizer=tokenizer,
         template=_template(folder),
-        max_length=max_length or tokenizer.model_max_length,
+        max_length=_length_that_fits(folder, max_length, tokenizer, encoder),
         num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
+
+
+def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, encoder: Encoder) -> int:
+    """The folder's own length, cut to the positions that its model has."""
+    hf_config = encoder.model.config.to_dict()
+    if asked is None:  # as sentence-transformers does
+        return min(int(tokenizer.model_max_length), trained_positions(hf_config) or sys.maxsize)
+    limit = position_limit(hf_config)
+    if limit is None or asked <= limit:
+        return asked
+    print(
+        f"{folder}: warning: it says {asked} tokens, its model has {limit} positions; "
+        f"texts are cut at {limit}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return limit
 
 
 def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
@@ -257,7 +280,7 @@ def _pooling(folder: Path, name: str) -> Pooling:
     settings = read_settings(folder / name, "config.json")
     mode = settings.get("pooling_mode")
     if mode is None:
-        mode = "+".join(kind for key, kind in _OLD_POOLING_KEYS.items() if settings.get(key))
+        mode = "+".join(kind for key, kind in POOLING_FLAGS.items() if settings.get(key))
     names = {theirs: ours for ours, theirs in POOLING_NAMES.items()}
     if mode not in names:
         raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(names))

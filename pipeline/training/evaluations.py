@@ -222,7 +222,7 @@ def _script(folder: Path) -> str:
     lock = shlex.quote(str(folder.parent / ".lock"))
     command = f"{python} -m pipeline.cli"
     steps = (
-        f"{command} export {train} --checkpoint {folder.name}",
+        f"{command} export {train} --checkpoint {folder.name} --no-check",
         f"{command} evaluate run {evaluate}",
         f"{command} report {evaluate}",
     )

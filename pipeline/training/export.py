@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.config import TrainConfig, dump_config
@@ -11,15 +15,30 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder
-from pipeline.model.export import export_encoder
+from pipeline.model.export import check_output, export_encoder
 from pipeline.model.language import build_model
+from pipeline.model.outside import Outside
+from pipeline.model.prompts import TrainedTexts
 from pipeline.run_dir import RunDir, checkpoint_digest
+from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
 from pipeline.training import checkpoint
 from pipeline.training.engine import seed_random
+from pipeline.training.run_identity import run_identity
+
+# Documents of which the prompts are counted.
+_SAMPLE = 1000
+# What of a run's identity decides the vectors of its export; weights may be read in another type.
+_VECTOR_KEYS = ("data.fingerprint", "loss.similarity", "model.")
+_FREE_KEYS = ("model.dtype", "model.attention_dropout", "model.gradient_checkpointing")
 
 
 def export_run(
-    config: TrainConfig, *, which: str, output: Path | None, adapter_only: bool = False
+    config: TrainConfig,
+    *,
+    which: str,
+    output: Path | None,
+    adapter_only: bool = False,
+    check: bool = True,
 ) -> Path:
     """Write a run's model as a Hugging Face and sentence-transformers folder.
 
@@ -28,34 +47,93 @@ def export_run(
         which: `latest`, a checkpoint's name, or `init` for the model the run starts from.
         output: the folder to write; the run's `export` by default.
         adapter_only: write the adapter without the weights it belongs to.
+        check: load the folder by other libraries and compare vectors before it takes its place.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint, it is damaged, the config would make another model
+            of it than was trained, the output cannot be written, or the check fails.
     """
     run = RunDir(config.output_dir)
+    output = output or run.export
+    check_output(output)
     dataset = Dataset.open(config.data.path)
-    seed_random(config.seed)  # the adapter that training began with
-    encoder = build_model(config)
-    step, digest = 0, None
-    if which != "init":
-        path = _find(run, which)
-        step, digest = _load_weights(encoder, path), checkpoint_digest(path)
+    path = None if which == "init" else _find(run, which)
+    if path is not None:
+        _check_vectors_unchanged(path, run_identity(config, dataset))
     manifest = dataset.manifest
-    return export_encoder(
-        encoder,
-        config=config.model,
-        tokenizer=manifest.tokenizer,
-        template=manifest.template,
-        max_length=max(manifest.max_query_length, manifest.max_document_length),
-        output_dir=output or run.export,
-        card={
-            "step": step,
-            "checkpoint": digest,
-            "recipe": dump_config(config),
-            "data": _data_table(manifest),
-        },
-        adapter_only=adapter_only,
-    )
+    # Imports of other libraries take long; they run while this process reads weights.
+    with Outside() if check else nullcontext() as outside:
+        seed_random(config.seed)  # the adapter that training began with
+        encoder = build_model(config)
+        step, digest = 0, None
+        if path is not None:
+            step, digest = _load_weights(encoder, path), checkpoint_digest(path)
+        return export_encoder(
+            encoder,
+            config=config.model,
+            tokenizer=manifest.tokenizer,
+            template=manifest.template,
+            max_length=max(manifest.max_query_length, manifest.max_document_length),
+            output_dir=output,
+            card={
+                "step": step,
+                "checkpoint": digest,
+                "recipe": dump_config(config),
+                "data": _data_table(manifest),
+            },
+            texts=_trained_texts(dataset),
+            similarity="cosine" if config.loss.similarity == "cosine" else "dot",
+            adapter_only=adapter_only,
+            outside=outside,
+        )
+
+
+def _check_vectors_unchanged(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse a config by which the checkpoint's weights would be another embedder.
+
+    Raises:
+        UserError: with the first key that differs.
+    """
+    trained = checkpoint.read_state(path)["identity"]
+    for key, value in identity.items():
+        decides = key.startswith(_VECTOR_KEYS) and key not in _FREE_KEYS
+        if decides and key in trained and trained[key] != value:
+            known = isinstance(value, str | int | float | None)
+            raise UserError(
+                f"{key} is {value!r}, but checkpoint {path} was trained with {trained[key]!r}"
+                if known and key != "data.fingerprint"
+                else f"{key} differs from what checkpoint {path} was trained with",
+                fix="export with the config and the shards of the run",
+            )
+
+
+def _trained_texts(dataset: Dataset) -> TrainedTexts:
+    """Count the instructions of queries and, in a sample, what stood before documents."""
+    manifest = dataset.manifest
+    instructions: Counter[str] = Counter()
+    for group in manifest.groups:
+        instructions[group.instruction] += group.count
+    # Documents hold their prompt as tokens; whatever made them used one of these.
+    template = manifest.template
+    prefixes = {template.document_prefix(), *map(template.document_prefix, instructions)}
+    tokenizer = load_tokenizer(manifest.tokenizer.path)
+    known = {_leading_tokens(tokenizer, prefix): prefix for prefix in prefixes}
+    size = manifest.num_documents
+    numbers = np.linspace(0, size - 1, min(size, _SAMPLE)).astype(np.int64)
+    lengths = dataset.documents.scalars("instruction_tokens", numbers).tolist()
+    found: Counter[str] = Counter()
+    for tokens, length in zip(dataset.documents.views("tokens", numbers), lengths, strict=True):
+        head = tuple(tokens[:length].tolist())
+        # Of an instruction of their own only the words are left.
+        found[known.get(head) or tokenizer.decode(head, skip_special_tokens=True)] += 1
+    return TrainedTexts(instructions=instructions, document_prefixes=found)
+
+
+def _leading_tokens(tokenizer: Any, prefix: str) -> tuple[int, ...]:
+    """The tokens before a text that shards count as its prompt's."""
+    row = tokenizer(prefix + "a", return_offsets_mapping=True)
+    count = tokens_within(row["offset_mapping"], instruction_characters(prefix))
+    return tuple(row["input_ids"][:count])
 
 
 def _data_table(manifest: Manifest) -> str:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer, PreTraine
 
 from pipeline.data.tokens import TextEncoder, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.eos import append_eos
+from pipeline.model.export_tokenizer import append_eos
 
 TEXTS = ["abba cab", "x", " ".join(WORDS[:60])]
 LIMIT = 12

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.model.outside import Outside
 from tests.tiny_models import tiny_starter
 
 CORPUS = [
@@ -28,3 +30,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starter(corpus: Path) -> Path:
     """A tiny Dream-layout model folder."""
     return tiny_starter(corpus.parent / "starter", corpus, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def outside() -> Iterator[Outside]:
+    """A process without this package, for all tests: its imports are slow."""
+    with Outside() as process:
+        yield process

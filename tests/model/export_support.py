@@ -44,10 +44,12 @@ def card_of(folder: Path) -> str:
     return (folder / "README.md").read_text()
 
 
-def run_card(folder: Path, texts: list[str]) -> np.ndarray:
+def run_card(folder: Path, texts: list[str], prompt: str = "") -> np.ndarray:
     """Run the code of the model card that uses transformers, on `texts`."""
     code = card_of(folder).split("```python\nimport torch")[1].split("```")[0]
-    code = code.replace('"PATH"', repr(str(folder))).replace('["..."]', repr(texts))
+    line = next(line for line in code.splitlines() if line.startswith("prompt, texts = "))
+    code = code.replace('"PATH"', repr(str(folder)))
+    code = code.replace(line, f"prompt, texts = {prompt!r}, {texts!r}")
     scope: dict[str, Any] = {}
     exec("import torch" + code, scope)
     return scope["vectors"].detach().numpy()

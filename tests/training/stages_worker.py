@@ -33,7 +33,7 @@ def export(recipe: Path, name: str, *changes: str, adapter_only: bool) -> Path:
     output = folder / ("adapter" if adapter_only else "merged")
     if comm.rank() == 0:
         config = load_config(TrainConfig, recipe, (f"output_dir={folder}", *changes))
-        export_run(config, which="latest", output=output, adapter_only=adapter_only)
+        export_run(config, which="latest", output=output, adapter_only=adapter_only, check=False)
     comm.barrier()
     return output
 

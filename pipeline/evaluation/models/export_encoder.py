@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pipeline.config import EvaluateConfig, Precision, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, TemplatedEmbedder, revision
@@ -36,7 +34,7 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             allowed=f"at most {_loaded[key].max_tokens} in the free memory of this GPU",
             fix="shorten max_length or lengths, or use a larger GPU",
         )
-    export = dataclasses.replace(_loaded[key], max_length=element.max_length)
+    export = _loaded[key].cut_at(element.max_length, key=f"{element.model.name}: max_length")
     template = element.model.template or export.template
     return EvaluatedEncoder(
         embedder=TemplatedEmbedder(encoder=export, template=template),

@@ -10,6 +10,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.model.parts import backbone_folder
+from pipeline.model.positions import check_position_limit
 
 # The names of the two widths in config.json: those of most models, GPT-2's, LLaDA's.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -42,15 +43,19 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int | No
 
 
 def check_fit(config: EvaluateConfig) -> None:
-    """Refuse a plan whose longest text does not fit the GPU that the config names.
+    """Refuse a plan whose longest text a model has no positions for, or the named GPU no room.
 
     Raises:
         UserError: with the length that would fit.
     """
-    if config.gpu_memory_gib is None:
-        return
     longest = max(element.max_length for element in list_elements(config))
     for model in config.models:
+        backbone = backbone_folder(model.path)
+        if backbone is not None and (backbone / "config.json").is_file():
+            hf_config = json.loads((backbone / "config.json").read_text())
+            check_position_limit(longest, hf_config, key=f"{model.name}: max_length or lengths")
+        if config.gpu_memory_gib is None:
+            continue
         size = 4 if model.precision == "float32" else 2
         fits = tokens_that_fit(model.path, int(config.gpu_memory_gib * 2**30), bytes_per_value=size)
         if fits is not None and fits < longest:

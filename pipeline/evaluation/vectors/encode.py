@@ -127,7 +127,7 @@ def _load(job: EncodeJob) -> LoadedExport:
         precision=job.precision,
         dimensions=job.dimensions,
     )
-    return dataclasses.replace(model, max_length=job.max_length or model.max_length)
+    return model if job.max_length is None else model.cut_at(job.max_length, key="--max-length")
 
 
 def _schema(job: EncodeJob, dimensions: int, recipe: str) -> pa.Schema:

@@ -1,0 +1,100 @@
+"""A program that embeds texts with an export and without this package; see `outside.py`.
+
+One request a line on standard input, one answer a line on standard output, both in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# The line of a card's code that names the texts.
+_PLACE = re.compile(r"^prompt, texts = .*$", re.MULTILINE)
+
+
+class _NoPackage:
+    """Finds nothing of the package that wrote the export, wherever it is installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Refuse one import; leave all others to the next finder."""
+        if name.partition(".")[0] == "pipeline":
+            raise ModuleNotFoundError(f"{name}: an export must load without it")
+
+
+def _with_sentence_transformers(request: dict[str, Any]) -> list[Any]:
+    from sentence_transformers import SentenceTransformer
+
+    dtype = {"dtype": request["dtype"]}
+    # Some callers always trust code; then too the folder must not ask for code that it lacks.
+    model = SentenceTransformer(
+        request["folder"], device="cpu", model_kwargs=dtype, trust_remote_code=True
+    ).float()
+    vectors = []
+    for batch in request["batches"]:
+        name = batch.get("prompt_name")
+        prompt = {"prompt_name": name} if name else {"prompt": batch.get("prompt")}
+        vectors.append(model.encode(batch["texts"], batch_size=8, **prompt).tolist())
+    return vectors
+
+
+def _with_transformers(request: dict[str, Any]) -> list[Any]:
+    """Run the code of the model card, as a reader would."""
+    import torch
+
+    folder, dtype = request["folder"], request["dtype"]
+    card = (Path(folder) / "README.md").read_text()
+    code = "import torch" + card.split("```python\nimport torch")[1].split("```")[0]
+    code = code.replace('"PATH"', repr(folder)).replace("model.eval()", "model.float().eval()")
+    code = re.sub(r"(AutoModel\.from_pretrained\([^()]*)\)", rf"\1, dtype={dtype!r})", code)
+    vectors = []
+    for batch in request["batches"]:
+        given = f"prompt, texts = {batch.get('prompt') or ''!r}, {batch['texts']!r}"
+        scope: dict[str, Any] = {}
+        with torch.no_grad():
+            exec(_PLACE.sub(given.replace("\\", r"\\"), code), scope)
+        vectors.append(scope["vectors"].tolist())
+    return vectors
+
+
+def _missing_keys(folder: str) -> list[str]:
+    """Weights that transformers makes up because the folder lacks them."""
+    from transformers import AutoModel
+
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+    return sorted(info["missing_keys"])
+
+
+_LIBRARIES = {
+    "sentence-transformers": _with_sentence_transformers,
+    "transformers": _with_transformers,
+}
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    sys.meta_path.insert(0, _NoPackage())
+    # Libraries print to standard output too, which is for answers only.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps(find_spec("sentence_transformers") is not None), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            if "library" in request:
+                answer = {"vectors": _LIBRARIES[request["library"]](request)}
+            else:
+                answer = {"missing": _missing_keys(request["folder"])}
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {reason}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
