@@ -157,7 +157,7 @@ def end(
     history, idle_starts = None, 1
     try:
         history = History(config.output_dir, job)
-        history.end(how or _exit_words(code))
+        history.end(how or f"exit code {code}")
         idle_starts = history.idle_starts(last_step(config.output_dir))
     except OSError as error:
         # The next start waits until the folder can be written; this end must not end the chain.
@@ -184,11 +184,6 @@ def say(line: str) -> None:
     """Print a line to the log, which may be on the disk that is full."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
-
-
-def _exit_words(code: int) -> str:
-    # What the kernel does to a process that takes more memory than the job has.
-    return f"exit code {code}" + (" (killed; out of memory?)" if code == 137 else "")
 
 
 def _note_start(config: TrainConfig, job: str) -> tuple[History, int]:

@@ -8,15 +8,17 @@ happened: to the jobs, to the training run, and how the two ends compare.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ TASKS = ("LEMBPasskeyRetrieval", "BrightAopsRetrieval")
 EVERY = 5  # steps between checkpoints
 # Between two disturbances: more than a checkpoint, and no multiple of one.
 STRIDE = 8
+_DISK = "4g"
 # The test machine has fewer cores than the virtual nodes claim, and mpirun may run as root there.
 _SITE = f"""\
 source {ROOT}/slurm/cluster.env
@@ -174,6 +177,13 @@ class ChainRun:
         self.cluster.wait(job, {"RUNNING"}.issuperset)
         return reached
 
+    def is_training(self) -> bool:
+        """True while a rank is there."""
+        try:
+            return self.cluster.find_rank("pipeline/train.py", 0) > 0
+        except AssertionError:
+            return False
+
     def _restarts(self) -> int:
         shown = self.cluster.command("scontrol", "show", "job", self.ids["train"])
         return int(shown.partition("Restarts=")[2].split()[0])
@@ -208,12 +218,44 @@ def the_crash_of_a_rank(run: ChainRun) -> None:
     os.kill(run.cluster.find_rank("pipeline/train.py", 1), signal.SIGKILL)
 
 
+def a_crash_without_the_controller(run: ChainRun) -> None:
+    with run.cluster.without_controller():
+        the_crash_of_a_rank(run)
+        time.sleep(20)
+
+
+def a_full_disk(run: ChainRun) -> None:
+    used = shutil.disk_usage(run.folder).used
+    # Room for neither a checkpoint nor a line of the log.
+    _resize(run.folder, str(used + 4096))
+    try:
+        run.cluster.poll(lambda: not run.is_training())
+        time.sleep(20)
+    finally:
+        _resize(run.folder, _DISK)
+
+
+def _resize(folder: Path, size: str) -> None:
+    place = next(path for path in (folder, *folder.parents) if path.is_mount())
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
+
+@contextlib.contextmanager
+def own_disk(folder: Path) -> Iterator[bool]:
+    """Mount a small file system on a folder; yields False where this user may not."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield mounted
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def _without_times(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {
             key: _without_times(value)
             for key, value in tree.items()
-            if "second" not in key and key != "revision"
+            if "second" not in key and key not in ("revision", "results_digest")
         }
     return [_without_times(value) for value in tree] if isinstance(tree, list) else tree
 
@@ -230,10 +272,15 @@ def main() -> None:
             print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
 
     disturbances = [preemption, scontrol_requeue, a_node_without_power]
-    disturbances += [the_time_limit, the_crash_of_a_rank]
-    num_steps = (len(disturbances) + 2) * STRIDE
-    with tempfile.TemporaryDirectory() as folder, Cluster().running() as cluster:
+    disturbances += [the_time_limit, the_crash_of_a_rank, a_crash_without_the_controller]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        own_disk(Path(folder)) as is_mounted,
+        Cluster().running() as cluster,
+    ):
         material = Path(folder)
+        disturbances += [a_full_disk] if is_mounted else []
+        num_steps = (len(disturbances) + 2) * STRIDE
         make_material(material)
         say("== undisturbed")
         calm = ChainRun(cluster, material, "calm", num_steps=num_steps, say=say)

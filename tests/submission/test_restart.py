@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
 from pipeline.submission.allocation import State, judge, read_state, requeue
-from pipeline.submission.health import Health, find_faults, probe
+from pipeline.submission.health import Health, find_faults
 from pipeline.submission.progress import History, last_step
 from pipeline.submission.restart import Ending, begin, decide, end
 from pipeline.submission.scheduler import NoAnswerError
@@ -132,18 +134,32 @@ def test_a_full_run_folder_is_a_fault_that_all_nodes_share(
     assert "GiB free, less than" in health.own[0]
 
 
-def test_a_folder_that_hangs_is_named_instead_of_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A stand-in for the child that waits for a dead mount.
-    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr("pipeline.submission.health.sys.executable", str(tmp_path / "python"))
-    monkeypatch.setattr("pipeline.submission.health._FOLDER_SECONDS", 0.1)
+@pytest.fixture
+def hung_mount(tmp_path: Path) -> Iterator[Path]:
+    """A file system in user space whose server never answers."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder = tmp_path / "hung"
+    folder.mkdir()
+    place = str(folder).encode()
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no file systems in user space: {error}")
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"fuse", place, b"fuse", 0, options):
+        pytest.skip("only root mounts file systems")
+    yield folder
+    os.close(server)  # ends all that wait for it
+    libc.umount2(place, 2)
 
-    number, fault = probe(tmp_path)
-    assert number == errno.ETIMEDOUT
-    assert fault == f"{tmp_path} did not answer within 0.1 s"
+
+def test_a_folder_that_hangs_is_named_instead_of_waited_for(
+    hung_mount: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.submission.health._FOLDER_SECONDS", 1)
+
+    fault = f"{hung_mount} did not answer within 1 s"
+    assert find_faults(hung_mount, hung_mount.parent, 0) == Health(folder=(fault,))
 
 
 FULL = Health(shared=("run is full",))
