@@ -78,6 +78,10 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
     Libraries written in Rust (safetensors, tokenizers) raise errors of their own types, whose text
     ends in `(os error N)`; they are recognised by it.
     """
+    if _is_out_of_memory(error):
+        lines = str(error).strip().splitlines() or ["out of memory"]
+        cure = "ask for smaller sizes, or for a machine with more memory"
+        return MachineError(f"{lines[-1]} | fix: {cure}")
     number, path = None, ""
     if isinstance(error, OSError):
         number = error.errno
@@ -97,6 +101,35 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
 def say_warning(message: str) -> None:
     """Tell the user on stderr what is left out or replaced, where the command carries on."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell Python's, Arrow's and torch's ways to say that the host has no memory left."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
+    """Turn whatever a library raises over a user's file into one line that names the file.
+
+    For a call that does nothing but read it: a damaged file makes such code fail anywhere, with
+    errors of any type (KeyError, AttributeError, a Rust panic).
+
+    Args:
+        found: the file and what was tried, for the message; the library's reason is added.
+        allowed: what would have been accepted.
+        fix: what to change.
+    """
+    try:
+        yield
+    except (DiffembedError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+        raise UserError(f"{found} ({reason})", allowed=allowed, fix=fix) from error
 
 
 def say_error(error: DiffembedError) -> None:

@@ -234,9 +234,22 @@ def checkpoint_digest(checkpoint: Path) -> str:
 
 
 def read_latest(checkpoints: Path) -> str | None:
-    """Name of the newest whole checkpoint of a folder, as `latest` says; None without one."""
+    """Name of the newest whole checkpoint of a folder, as `latest` says; None without one.
+
+    Raises:
+        UserError: `latest` holds no checkpoint's name.
+    """
     pointer = checkpoints / LATEST
-    return pointer.read_text().strip() if pointer.exists() else None
+    if not pointer.exists():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if checkpoint_step(name) is None:
+        raise UserError(
+            f"{pointer}: {name[:80]!r}",
+            allowed="the name of a checkpoint beside it",
+            fix=f"write one with `diffembed rewind {checkpoints.parent} NAME`",
+        )
+    return name
 
 
 def write_latest(checkpoint: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 
 
 def load_tokenizer(path: str) -> Any:
@@ -20,19 +21,19 @@ def load_tokenizer(path: str) -> Any:
 
     # Dream's tokenizer is remote code around Qwen2's files.
     native = {"Dream": Qwen2Tokenizer}
+    model_type = ""
     try:
         model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type", "")
     except OSError:
-        model_type = ""  # a tokenizer without a model
-    kind = native.get(model_type, AutoTokenizer)
-    try:
+        # A tokenizer without a model may be fine; one whose config.json is damaged may be Dream's.
+        if (Path(path) / "config.json").exists():
+            raise UserError(
+                f"tokenizer: {path}/config.json is not JSON", fix=f"fetch {path} again"
+            ) from None
+    kind = native.get(str(model_type), AutoTokenizer)
+    allowed = "a folder with tokenizer.json, or a model name in the local cache"
+    with blame(f"tokenizer: cannot load {path!r}", allowed=allowed):
         return kind.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"tokenizer: cannot load {path!r} ({reason})",
-            allowed="a folder with tokenizer.json, or a model name in the local cache",
-        ) from error
 
 
 def instruction_characters(prefix: str) -> int:

@@ -27,6 +27,7 @@ FLOORS = (
     {"errors"},
     {"config", "launcher", "world"},
     {"comm", "rank_variables", "run_dir", "tokenizer"},
+    {"files"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
     {"submission"},

@@ -10,7 +10,10 @@ import numpy as np
 from pipeline.data.keyed import permute
 from pipeline.data.manifest import LengthHistogram, Manifest
 from pipeline.data.shards import Dataset
+from pipeline.data.tokens import tokenizer_fingerprint
+from pipeline.errors import UserError
 from pipeline.run_dir import atomic_path
+from pipeline.tokenizer import load_tokenizer
 
 _BAR_WIDTH = 40
 _SHOWN_GROUPS = 20
@@ -94,13 +97,13 @@ def _histogram(name: str, lengths: LengthHistogram, limit: int) -> Iterator[str]
 
 
 def _samples(dataset: Dataset, count: int) -> Iterator[str]:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer.path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        yield f"no samples: the tokenizer {dataset.tokenizer.path} cannot be loaded ({reason})"
+        tokenizer = load_tokenizer(dataset.tokenizer.path)
+    except UserError as error:
+        yield f"no samples: {error}"
+        return
+    if tokenizer_fingerprint(tokenizer) != dataset.tokenizer.fingerprint:
+        yield f"no samples: the tokenizer {dataset.tokenizer.path} has changed since"
         return
     wanted = np.arange(min(count, dataset.num_examples))
     for example in permute(wanted, dataset.num_examples, 0).tolist():

@@ -7,16 +7,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from pipeline.config import Template
 from pipeline.data.batch import IntArray
 from pipeline.data.order import Group
 from pipeline.data.tokens import TokenizerInfo
 from pipeline.errors import UserError
+from pipeline.files import check_kind, read_json, unseal, write_sealed
 
 VERSION = 2
 FILE_NAME = "manifest.json"
@@ -127,6 +127,11 @@ class Manifest:
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically, sealed; equal manifests give equal bytes."""
+    write_sealed(path, json.loads(manifest.to_json()))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a dataset folder.
 
@@ -139,23 +144,22 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no prepared dataset ({FILE_NAME} is missing)",
             fix="run `diffembed prepare` with output_dir set to this folder",
         )
-    try:
-        tree: Any = json.loads(path.read_text())
-        version = tree["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error})", fix="prepare the dataset again") from error
-    if version != VERSION:
+    fix = "prepare the dataset again"
+    tree = read_json(path, fix=fix)
+    if not isinstance(tree, dict) or "version" not in tree:
+        raise UserError(f"{path}: damaged (no version)", fix=fix)
+    if tree["version"] != VERSION:
         raise UserError(
-            f"{path}: version {version}",
+            f"{path}: version {tree['version']}",
             allowed=f"version {VERSION}",
             fix="update diffembed, or prepare the dataset again with this version",
         )
     try:
-        manifest = TypeAdapter(Manifest).validate_python(tree)
-    except (ValidationError, UserError) as error:
-        detail = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
-        raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again") from error
+        manifest = check_kind(unseal(tree, path, fix=fix), Manifest, where=str(path), fix=fix)
+    except UserError as error:
+        if str(path) in error.found:
+            raise
+        raise UserError(f"{path}: damaged ({error})", fix=fix) from error  # a rule of the template
     for reason in _contradictions(manifest):
         raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again")
     return manifest

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
 from pipeline.config import ModelConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.merging import Merge, plan_merge
 from pipeline.model.native import NATIVE_FORMS, NativeForm
@@ -94,7 +94,8 @@ def _resolve(
             fix="take Dream or LLaDA; an export of its text stack could not be loaded by others",
         )
     native = NATIVE_FORMS.get(published["model_type"])
-    hf_config = native.config(published) if native else _native_config(config)
+    with blame(f"model.path: the config.json of {config.path}", fix=f"fetch {config.path} again"):
+        hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise UserError(
@@ -154,15 +155,16 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it names no kind of model.
     """
-    try:
+    with blame(
+        f"model.path: cannot read a config.json from {config.path!r}",
+        allowed="a folder in Hugging Face layout, or a model name in the local cache",
+    ):
         published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
-    except OSError as error:
+    if not isinstance(published.get("model_type"), str):
         raise UserError(
-            f"model.path: cannot read a config.json from {config.path!r}",
-            allowed="a folder in Hugging Face layout, or a model name in the local cache",
-        ) from error
-    if "model_type" not in published:
-        raise UserError(f"model.path: the config.json of {config.path} names no model_type")
+            f"model.path: the config.json of {config.path} names no model_type",
+            fix=f"fetch {config.path} again",
+        )
     return dict(published)
 
 
@@ -195,6 +197,7 @@ def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Fami
         "attn_implementation": PACKED,
         **family.arguments,
     }
-    with torch.device("meta"):
+    found = f"model.path: the config.json of {config.path} describes no model"
+    with blame(found, fix=f"fetch {config.path} again"), torch.device("meta"):
         shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
     return shapes

@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from pipeline import comm
-from pipeline.errors import UserError, say_warning
+from pipeline.errors import UserError, blame, say_warning
 
 # The head that every language model has, in silence.
 _LANGUAGE_HEAD = "lm_head."
@@ -114,7 +114,8 @@ def _find_files(path: str, revision: str | None) -> list[str]:
         pass  # not one file: perhaps several
     try:
         index = cached_file(path, "model.safetensors.index.json", revision=revision)
-        shards, _ = get_checkpoint_shard_files(path, index, revision=revision)
+        with blame(f"model.path: {index}", fix=f"fetch {path} again"):
+            shards, _ = get_checkpoint_shard_files(path, index, revision=revision)
     except OSError as error:
         raise UserError(
             f"model.path: no safetensors weights in {path!r}",

@@ -13,19 +13,18 @@ there is no other state to save.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
 from pipeline import comm
 from pipeline.errors import UserError
+from pipeline.files import check_kind, read_json, unseal
 from pipeline.run_dir import checkpoint_step, read_latest, write_latest
 from pipeline.training.shares import read_share
 
@@ -125,21 +124,16 @@ def read_state(path: Path) -> State:
     Raises:
         UserError: it is missing, damaged, or of a newer format.
     """
-    try:
-        tree = json.loads((path / "state.json").read_text())
-        if (version := tree["format_version"]) > FORMAT_VERSION:
-            raise UserError(
-                f"{path}: checkpoint format {version}",
-                allowed=f"up to {FORMAT_VERSION}",
-                fix="update diffembed",
-            )
-        return TypeAdapter(State).validate_python(tree, strict=True)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
-        raise _damaged(path, f"state.json: {reason}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"state.json cannot be read ({error})") from error
+    file, fix = path / "state.json", _cure(path)
+    tree = read_json(file, fix=fix)
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint format {version}",
+            allowed=f"up to {FORMAT_VERSION}",
+            fix="update diffembed",
+        )
+    return check_kind(unseal(tree, file, fix=fix), State, where=str(file), fix=fix)
 
 
 def verify(path: Path, part: slice = slice(None)) -> State:
@@ -162,11 +156,14 @@ def verify(path: Path, part: slice = slice(None)) -> State:
 
 
 def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"checkpoint {path}: {what}", fix=_cure(path))
+
+
+def _cure(path: Path) -> str:
     older = [name for name in names(path.parent) if name < path.name]
-    fix = "train anew in another output_dir"
     if older:
-        fix = f"`diffembed rewind {path.parent.parent} {older[-1]}` to go on from the one before"
-    return UserError(f"checkpoint {path}: {what}", fix=fix)
+        return f"`diffembed rewind {path.parent.parent} {older[-1]}` to continue from an older one"
+    return "train again in another output_dir"
 
 
 def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:

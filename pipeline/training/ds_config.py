@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
+from pipeline.files import read_json
 
 _OWNED_BY_CONFIG = {
     "optimizer": "optimizer.* of the training config",
@@ -34,6 +34,14 @@ _KNOWN_ZERO = {
     *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
 }
 _KNOWN_OFFLOAD = {"device", "pin_memory", "buffer_count", "fast_init"}
+_SWITCHES = {
+    *("contiguous_gradients", "reduce_scatter", "overlap_comm", "allgather_partitions"),
+    *("round_robin_gradients", "pin_memory", "fast_init", "enabled", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
+_SECTIONS = {"bf16", "fp16", "zero_optimization", "data_types", "comms_logger", "offload_optimizer"}
+_WORDS = {"device", "communication_data_type", "grad_accum_dtype"}
+_OTHERS = {"enabled", "grad_accum_dtype"}
 _ROUNDS = "it rounds what ranks exchange, and gradients would not be exact"
 _WHY = {
     "zero_quantized_weights": _ROUNDS,
@@ -56,10 +64,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file", fix="give a DeepSpeed JSON, see ds_configs/")
-    try:
-        tree = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    tree = read_json(path, fix="give a DeepSpeed JSON, see ds_configs/")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {type(tree).__name__} at the top", allowed="a JSON object")
     return tree
@@ -111,10 +116,29 @@ def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None
             )
 
 
+def _check_kinds(tree: dict[str, Any], prefix: str = "") -> None:
+    """Raise on the first value that is of another kind than its key; numbers are sizes."""
+    for key, value in tree.items():
+        if key in _SECTIONS:
+            fits, allowed = isinstance(value, dict) or value is None, "a JSON object"
+        elif key in _SWITCHES:
+            fits, allowed = isinstance(value, bool), "true or false"
+        elif key in _WORDS:
+            fits, allowed = isinstance(value, str) or value is None, "a word"
+        else:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+            allowed = "a number >= 0"
+        if not fits and value != "auto" and key in _KNOWN | _KNOWN_ZERO | _KNOWN_OFFLOAD | _OTHERS:
+            raise UserError(f"DeepSpeed config sets {prefix}{key} to {value!r}", allowed=allowed)
+        if isinstance(value, dict):
+            _check_kinds(value, f"{prefix}{key}.")
+
+
 def _check_zero(tree: dict[str, Any], world_size: int) -> None:
     """Raise on what cannot be combined with one exact reduction per step."""
     _check_keys(tree, _KNOWN)
-    zero = tree.get("zero_optimization", {})
+    _check_kinds(tree)
+    zero = tree.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(

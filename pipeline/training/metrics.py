@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -15,7 +16,15 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.files import read_json_lines
 from pipeline.run_dir import write_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Line:
+    """What every line of `metrics.jsonl` holds, among others."""
+
+    step: int
 
 
 class Tracker(Protocol):
@@ -54,12 +63,12 @@ class JsonLines:
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A killed process may leave half a last line.
-        if line.endswith("\n") and json.loads(line)["step"] < first_step:
-            kept.append(line)
-    return kept
+    fix = "move it away; the resumed run then begins another one"
+    lines = read_json_lines(path, _Line, fix=fix)
+    kept = [text for text, line in lines if line["step"] < first_step]
+    if first_step and not kept:
+        print(f"{path}: no line of the steps before {first_step}", file=sys.stderr, flush=True)
+    return [f"{text}\n" for text in kept]
 
 
 class Progress:

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.errors import DiffembedError
+from pipeline.files import write_sealed
 from pipeline.run_dir import (
     LATEST,
     checkpoint_name,
     remove_unfinished,
     sync_dir,
     sync_file,
-    write_json,
     write_latest,
 )
 from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file
@@ -162,7 +162,7 @@ def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, A
 
 def _publish(pending: _Pending, files: dict[str, Any]) -> None:
     """Describe the files, and give the folder its name."""
-    write_json(pending.partial / "state.json", {**pending.description, "files": files})
+    write_sealed(pending.partial / "state.json", {**pending.description, "files": files})
     sync_dir(pending.partial)
     target, replaced = pending.target, pending.target.with_name(f".{pending.target.name}.deleted")
     if target.exists():  # of a future that the run was taken back from

@@ -339,13 +339,6 @@ COMMANDS: dict[str, Command] = {
         result=_text,
         weight=2,
     ),
-    "records": Command(
-        argv=("records",),
-        reads=("run/jobs/*.json",),
-        needs=("run",),
-        result=_text,
-        weight=0.7,
-    ),
     "rows": Command(
         argv=(
             *("ReasonAug", "rows", "--generations", "data/generations.jsonl"),
@@ -366,19 +359,6 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def _records() -> None:
-    """Read what the submission notes in a run's folder."""
-    from pipeline.errors import errors_end_the_process
-    from pipeline.submission.progress import History
-    from pipeline.submission.record import locked_records
-
-    with errors_end_the_process():
-        with locked_records({Path("run/jobs")}) as records:
-            print(sorted(records[Path("run/jobs")].ids()))
-        history = History(Path("run"), "7")
-        print(history.num_starts, history.num_unfit, history.endings(0))
-
-
 def run(argv: tuple[str, ...]) -> int:
     """Run a command in this process; its exit code, 1 after a traceback."""
     sys.argv[:] = list(argv)
@@ -387,8 +367,6 @@ def run(argv: tuple[str, ...]) -> int:
             from pipeline.train import main as train
 
             train()
-        elif argv[0] == "records":
-            _records()
         elif argv[0] == "ReasonAug":
             from ReasonAug.__main__ import main as reason
 

@@ -11,8 +11,10 @@ from tests.damage.commands import Command, digest
 from tests.damage.damages import Damage, value_at
 from tests.damage.processes import Ended
 
-RIGHT = ("refused", "same", "legal")
+RIGHT = ("refused", "same", "told", "legal")
 _ERROR = re.compile(r"^(UserError|MachineError|DiffembedError): ")
+# What a command says that continues without something, or does it again.
+_TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
 _KINDS = {
@@ -85,6 +87,11 @@ def _judge_success(
         return "same", ""
     if is_legal(damage, whole=whole, folder=folder):
         return "legal", ""
+    lines = (ended.stdout + ended.stderr).splitlines()
+    for line in lines:
+        named = Path(damage.file).name in line or "no samples: " in line
+        if named and _TOLD.search(line):
+            return "told", line[:300]
     different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     return "silent", f"another {', '.join(different[:4])}: {str(found.get(different[0]))[:120]}"
 

@@ -190,12 +190,6 @@ def write_inputs(folder: Path) -> None:
     shutil.copy(ROOT / "ds_configs/zero2.json", folder / "zero.json")
     shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("__pycache__"))
     _write_hub(folder / "hub")
-    (folder / "run/jobs").mkdir(parents=True)
-    (folder / "run/jobs/jobs.json").write_text(
-        json.dumps({"train-0123": {"name": "train", "id": "7", "submitted": "2026-01-01T00:00"}})
-    )
-    start = {"time": "2026-01-01T00:00", "step": 0, "nodes": "n1", "end": "exit", "unfit": False}
-    (folder / "run/jobs/starts-7.json").write_text(json.dumps([start]))
 
 
 def _write_words(data: Path) -> None:
@@ -273,6 +267,7 @@ def _command(*argv: str) -> Callable[[], int]:
 
 
 def _stopping() -> int:
+    Path("run").mkdir(exist_ok=True)
     Path("run/stop").touch()
     return run(("train", "train.yaml", "--deepspeed", "zero.json"))
 

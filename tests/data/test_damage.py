@@ -308,11 +308,17 @@ def draw(opened: Dataset) -> None:
         loader.batch(step)
 
 
-def edit(**changes: Any) -> Callable[[Path], None]:
-    """Change keys of the manifest; a value of None removes the key."""
+def edit(*, sealed: bool = False, **changes: Any) -> Callable[[Path], None]:
+    """Change keys of the manifest; a value of None removes the key.
+
+    Args:
+        sealed: leave the hash of the content, which an older manifest lacks.
+    """
 
     def apply(folder: Path) -> None:
         tree = json.loads((folder / "manifest.json").read_text())
+        if not sealed:
+            del tree["sha256"]
         for key, value in changes.items():
             if value is None:
                 del tree[key]
@@ -341,6 +347,10 @@ DATASETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest that is no JSON": (put("manifest.json", "{"), "manifest.json: damaged"),
     "a manifest that is a list": (put("manifest.json", "[]"), "manifest.json: damaged"),
     "a manifest of null": (put("manifest.json", "null"), "manifest.json: damaged"),
+    "a manifest with another number": (
+        edit(sealed=True, max_query_length=47),
+        "manifest.json: damaged (its content is not what its sha256 says)",
+    ),
     "a newer manifest": (edit(version=99), "version 99"),
     "a manifest without version": (edit(version=None), "manifest.json: damaged"),
     "a manifest without template": (edit(template=None), "template"),

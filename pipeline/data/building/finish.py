@@ -29,6 +29,7 @@ from pipeline.data.manifest import (
     ShardInfo,
     SourceInfo,
 )
+from pipeline.data.manifest import write_manifest as write_sealed_manifest
 from pipeline.data.order import Group
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError
@@ -49,7 +50,7 @@ def write_manifest(build: Build, task: int) -> None:
         # With its time, which says which stamps in it may be trusted.
         shutil.copy2(build.folder / RECIPE_NAME, temporary)
     write_text(folder / REPORT_NAME, _report(build, manifest, folder / DROPPED_NAME))
-    write_text(folder / FILE_NAME, manifest.to_json())
+    write_sealed_manifest(folder / FILE_NAME, manifest)
     write_json(build.output("manifest", task), {"fingerprint": manifest.fingerprint})
 
 

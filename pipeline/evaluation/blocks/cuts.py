@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
 from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.evaluation.blocks.distinct import SCHEMA, DistinctTexts
 from pipeline.evaluation.blocks.keys import TextKey
+from pipeline.evaluation.blocks.sealed import batch_writer, load_arrays, read_batch, save_arrays
 from pipeline.evaluation.models.fingerprints import model_fingerprint
-from pipeline.run_dir import atomic_path
 
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048
@@ -65,16 +63,11 @@ def write_cut(parent: Path, texts: DistinctTexts) -> Cut:
         places=places,
         costs=np.add.reduceat(texts.costs, starts),
     )
-    with (
-        atomic_path(cut.folder / _TEXTS) as temporary,
-        pa.OSFile(str(temporary), "wb") as file,
-        pyarrow.ipc.new_file(file, SCHEMA) as writer,
-    ):
+    with batch_writer(cut.folder / _TEXTS, SCHEMA) as write:
         for block in blocks:
-            writer.write_batch(texts.block(block))
+            write(texts.block(block))
     # Last: its presence means that the cut is whole.
-    with atomic_path(cut.folder / _INDEX) as temporary, temporary.open("wb") as index:
-        np.savez(index, digests=cut.digests, places=cut.places, costs=cut.costs)
+    save_arrays(cut.folder / _INDEX, digests=cut.digests, places=cut.places, costs=cut.costs)
     return cut
 
 
@@ -82,8 +75,8 @@ def read_cuts(parent: Path) -> list[Cut]:
     """All whole cuts, in the order of their names."""
     found = []
     for path in sorted(parent.glob(f"cut-*/{_INDEX}")):
-        with np.load(path) as index:
-            found.append(Cut(folder=path.parent, **index))
+        arrays = load_arrays(path, "digests", "places", "costs", fix=f"delete {path.parent}")
+        found.append(Cut(folder=path.parent, **arrays))
     return found
 
 
@@ -93,8 +86,8 @@ def read_block(folder: Path, block: int) -> list[TextKey]:
     Args:
         folder: the cut's.
     """
-    with pa.memory_map(str(folder / _TEXTS)) as file:
-        rows = pyarrow.ipc.open_file(file).get_batch(block).to_pylist()
+    fix = f"delete {folder} and run `diffembed evaluate plan` again"
+    rows = read_batch(folder / _TEXTS, block, fix=fix).to_pylist()
     return [TextKey(**row) for row in rows]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import store_folder
 from pipeline.evaluation.blocks.keys import TextKey
 from pipeline.evaluation.blocks.plan import Plan, assign, read_plan
-from pipeline.evaluation.blocks.store import FORMAT
+from pipeline.evaluation.blocks.sealed import save_vectors
+from pipeline.evaluation.blocks.store import FORMAT, StoredModel, read_description
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, LoadEncoder
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.evaluation.tasks.texts import Role
-from pipeline.run_dir import atomic_path, write_json
+from pipeline.files import write_sealed
 
 
 def embed_element(
@@ -105,11 +105,7 @@ class BlockWriter:
             element = dataclasses.replace(self._element, max_length=length)
             self._encoders[length] = self._load(self.config, element)
             _describe(self._store, self._encoders[length])
-        with (
-            atomic_path(self._plan.block_path(self._store, block)) as temporary,
-            temporary.open("wb") as file,
-        ):
-            np.save(file, embed_keys(keys, self._encoders))
+        save_vectors(self._plan.block_path(self._store, block), embed_keys(keys, self._encoders))
 
 
 def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -> np.ndarray:
@@ -131,18 +127,16 @@ def _describe(folder: Path, encoder: EvaluatedEncoder) -> None:
     Raises:
         UserError: the store was begun at another precision.
     """
-    path = folder / "model.json"
-    description = {
-        "query": encoder.template.query,
-        "document": encoder.template.document,
-        "num_dimensions": encoder.num_dimensions,
-        "precision": f"{encoder.precision}, stored as {FORMAT}",
-    }
-    begun = json.loads(path.read_text()) if path.is_file() else description
-    if begun["precision"] != description["precision"]:
+    description = StoredModel(
+        query=encoder.template.query,
+        document=encoder.template.document,
+        num_dimensions=encoder.num_dimensions,
+        precision=f"{encoder.precision}, stored as {FORMAT}",
+    )
+    begun = read_description(folder) if (folder / "model.json").is_file() else description
+    if begun.precision != description.precision:
         raise UserError(
-            f"{folder}: vectors in {begun['precision']}; this machine computes in "
-            f"{encoder.precision}",
-            fix="give the model a precision in the config, or go on with machines of one kind",
+            f"{folder}: vectors in {begun.precision}; this machine computes in {encoder.precision}",
+            fix="give the model a precision in the config, or continue on machines of one kind",
         )
-    write_json(path, description)
+    write_sealed(folder / "model.json", dataclasses.asdict(description))

@@ -39,10 +39,11 @@ from pipeline.evaluation.blocks.cuts import (
 from pipeline.evaluation.blocks.distinct import DistinctTexts
 from pipeline.evaluation.blocks.keys import TextKey
 from pipeline.evaluation.blocks.listing import Listing, Request, list_task
+from pipeline.evaluation.blocks.sealed import save_arrays
 from pipeline.evaluation.models.guard import check_fit
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.evaluation.tasks.instructions import instruction_for
-from pipeline.run_dir import atomic_path, write_json
+from pipeline.files import check_kind, read_json, unseal, write_sealed
 
 _VERSION = 4
 _PLAN = "plan.json"
@@ -118,10 +119,9 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
         (folder / _PLAN).unlink(missing_ok=True)
     places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
     digests_N2, places_N2 = sort_by_digest(distinct.digests, places_N2)
-    with atomic_path(folder / "index.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, digests=digests_N2, places=places_N2)
+    save_arrays(folder / "index.npz", digests=digests_N2, places=places_N2)
     # Last: its presence means that the plan is whole.
-    write_json(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
+    write_sealed(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
     return plan
 
 
@@ -173,11 +173,10 @@ def read_plan(config: EvaluateConfig) -> Plan:
             f"{folder}: no plan for these tasks, lengths, instructions and snapshots",
             fix="run `diffembed evaluate plan` with this config",
         )
-    tree = json.loads((folder / _PLAN).read_text())
-    del tree["version"]
-    tree["blocks"] = tuple((cut, number) for cut, number in tree["blocks"])
-    tree["lengths"], tree["block_costs"] = tuple(tree["lengths"]), tuple(tree["block_costs"])
-    return Plan(folder=folder, **tree)
+    fix = f"delete {folder} and run `diffembed evaluate plan` again"
+    tree = unseal(read_json(folder / _PLAN, fix=fix), folder / _PLAN, fix=fix)
+    tree = {**tree, "folder": str(folder)} if isinstance(tree, dict) else tree
+    return check_kind(tree, Plan, where=str(folder / _PLAN), fix=fix)
 
 
 def plan_folder(config: EvaluateConfig) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +14,23 @@ from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import find_digests, store_folder
 from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.blocks.plan import Plan, read_plan
+from pipeline.evaluation.blocks.sealed import load_arrays, map_vectors
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, revision
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.texts import Role
+from pipeline.files import read_record
 
 FORMAT = "float16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StoredModel:
+    """What a store says about the model of its vectors."""
+
+    query: str
+    document: str
+    num_dimensions: int
+    precision: str
 
 
 def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> list[int]:
@@ -40,8 +52,9 @@ class StoredEmbedder:
         self._plan = plan
         self._store = store
         self._max_length = max_length
-        with np.load(plan.folder / "index.npz") as index:
-            self._digests, self._places = index["digests"], index["places"]
+        fix = f"delete {plan.folder} and run `diffembed evaluate plan` again"
+        index = load_arrays(plan.folder / "index.npz", "digests", "places", fix=fix)
+        self._digests, self._places = index["digests"], index["places"]
         self._blocks: dict[int, np.ndarray] = {}
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
@@ -76,8 +89,20 @@ class StoredEmbedder:
 
     def _block(self, block: int) -> np.ndarray:
         if block not in self._blocks:
-            self._blocks[block] = np.load(self._plan.block_path(self._store, block), mmap_mode="r")
+            path = self._plan.block_path(self._store, block)
+            fix = f"delete {path} and run `diffembed evaluate embed` again"
+            self._blocks[block] = map_vectors(path, fix=fix)
         return self._blocks[block]
+
+
+def read_description(store: Path) -> StoredModel:
+    """What `embed` noted of the model whose vectors are stored.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    fix = f"delete {store} and run `diffembed evaluate embed` again"
+    return read_record(store / "model.json", StoredModel, fix=fix)
 
 
 def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
@@ -97,13 +122,13 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             "`diffembed evaluate embed`: only what is missing is done",
         )
     store = store_folder(config, element.model)
-    description = json.loads((store / "model.json").read_text())
+    description = read_description(store)
     return EvaluatedEncoder(
         embedder=StoredEmbedder(plan, store, element.max_length),
-        template=Template(query=description["query"], document=description["document"]),
+        template=Template(query=description.query, document=description.document),
         name=element.model.name,
         revision=revision(element),
         max_length=element.max_length,
-        num_dimensions=description["num_dimensions"],
-        precision=description["precision"],
+        num_dimensions=description.num_dimensions,
+        precision=description.precision,
     )

@@ -6,7 +6,6 @@ What made them takes as much room as the model, for each step: it goes when the 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.evaluation.report.bootstrap import interval
 from pipeline.evaluation.report.tables import Table
-from pipeline.evaluation.score.results import read_result
+from pipeline.evaluation.score.results import read_result, read_result_file
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.run_dir import RunDir, checkpoint_name, checkpoint_step
 
@@ -34,7 +33,7 @@ def read_curves(training_run: Path | None) -> Curves:
         evaluations = RunDir(training_run).evaluations
         for path in sorted(RunDir(evaluations).results.glob("*/*/*/result.json")):
             name, task, length, _ = path.parts[-4:]
-            step, result = checkpoint_step(name), json.loads(path.read_text())
+            step, result = checkpoint_step(name), read_result_file(path)
             if step is not None and _is_of(evaluations / name, result):
                 found.setdefault((task, int(length)), []).append(_point(step, result))
     lengths: dict[str, int] = {}

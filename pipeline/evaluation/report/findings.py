@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.evaluation.report.by_step import Curves, read_curves
 from pipeline.evaluation.report.references import published_scores
 from pipeline.evaluation.score.results import changed_inputs, read_result
 from pipeline.evaluation.tasks.elements import Element, lengths_of, list_elements
+from pipeline.files import read_json_lines
 
 # Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
 # a task is run at several.
@@ -49,6 +49,14 @@ class Findings:
             "first_loss": self.curve[0]["loss"],
             "last_loss": self.curve[-1]["loss"],
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Line:
+    """What the report reads of a line of metrics; a loss that was not finite is null."""
+
+    step: int
+    loss: float | None = None
 
 
 def find(config: EvaluateConfig) -> Findings:
@@ -155,5 +163,5 @@ def read_curve(training_run: Path | None) -> list[dict[str, float]]:
     path = training_run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"training_run: no {path}", fix="correct training_run, or leave it out")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [line for line in lines if "loss" in line]
+    fix = "correct training_run, or leave it out"
+    return [line for _, line in read_json_lines(path, _Line, fix=fix) if "loss" in line]

@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 
 from pipeline.config import EvaluateConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.score.results import read_result
 from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.files import hash_files
 from pipeline.run_dir import write_text
 
 _SETTINGS = "run_settings.jsonl"
@@ -25,9 +28,10 @@ def merge_results(config: EvaluateConfig) -> Path:
     target = config.output_dir / "mteb"
     settings: dict[Path, list[str]] = {}
     for element in list_elements(config):
-        source = element.folder / "mteb"
-        if not element.result_path.is_file():
+        source, result = element.folder / "mteb", read_result(element)
+        if result is None:
             continue
+        _check_files(source, result.get("mteb_files"))
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
             place = target / path.relative_to(source)
             if path.name == _SETTINGS:
@@ -35,6 +39,22 @@ def merge_results(config: EvaluateConfig) -> Path:
             else:
                 write_text(place, path.read_text())
     for place, lines in settings.items():
-        kept = sorted(set(lines), key=lambda line: json.loads(line)["task"])
+        kept = sorted(set(lines), key=lambda line: str(json.loads(line)["task"]))
         write_text(place, "\n".join(kept) + "\n")
     return target
+
+
+def _check_files(folder: Path, recorded: dict[str, str] | None) -> None:
+    """Refuse mteb's files where they are not what the element wrote.
+
+    Args:
+        folder: the element's.
+        recorded: hashes by path; None for a result from before they were noted.
+    """
+    found = hash_files(folder)
+    for name in sorted({*found, *recorded} if recorded is not None else ()):
+        if recorded is not None and found.get(name) != recorded.get(name):
+            raise UserError(
+                f"{folder / name}: damaged (not the file that was written with result.json)",
+                fix=f"delete {folder.parent} and evaluate again: only what is missing is done",
+            )

@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data.crew import Alone, num_cores
 from pipeline.evaluation.score.results import changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks.elements import Element, element_at, list_elements
-from pipeline.run_dir import write_json
+from pipeline.files import hash_files, write_sealed
 
 if TYPE_CHECKING:
     from pipeline.evaluation.blocks.plan import Plan
@@ -94,8 +94,9 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
         result |= {"inputs": inputs, "checkpoint": checkpoint, "seconds": seconds}
         if scaling := element.model.rope_scaling:
             result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
+        result["mteb_files"] = hash_files(Path(scratch) / "mteb")
         _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
-    write_json(element.result_path, result)
+    write_sealed(element.result_path, result)
     print(
         f"{_label(config, element)}: {result['metric']} {result['score']:.4f} "
         f"({result['seconds']} s)",

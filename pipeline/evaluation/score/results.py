@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.models.fingerprints import (
@@ -15,6 +16,7 @@ from pipeline.evaluation.models.fingerprints import (
 )
 from pipeline.evaluation.tasks.elements import Element, list_elements
 from pipeline.evaluation.tasks.instructions import instruction_for
+from pipeline.files import check_kind, read_json, unseal
 
 
 def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> dict[str, Any]:
@@ -56,12 +58,47 @@ def changed_inputs(
     return tuple(name for name in present if (name, present[name]) not in recorded.items())
 
 
+class Result(TypedDict, total=False):
+    """What the report reads of `result.json`, which holds more."""
+
+    model: str
+    task: str
+    benchmark: str
+    metric: str
+    score: float
+    chance: float | None
+    by_split: dict[str, float]
+    other_scores: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+    worst_queries: dict[str, list[dict[str, Any]]]
+    max_length: int
+    precision: str
+    revision: str
+    dataset_revision: str
+    query_template: str
+    inputs: dict[str, Any]
+    checkpoint: str | None
+
+
 def read_result(element: Element) -> dict[str, Any] | None:
-    """What a finished element wrote, or None."""
-    if not element.result_path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(element.result_path.read_text())
-    return result
+    """What a finished element wrote, or None.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_result_file(element.result_path) if element.result_path.is_file() else None
+
+
+def read_result_file(path: Path) -> dict[str, Any]:
+    """What an element wrote to its `result.json`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    fix = f"delete {path.parent} and evaluate again: only what is missing is done"
+    tree: dict[str, Any] = unseal(read_json(path, fix=fix), path, fix=fix)
+    check_kind(tree, Result, where=str(path), fix=fix)
+    return tree
 
 
 def results_digest(config: EvaluateConfig) -> str:
