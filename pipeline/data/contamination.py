@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
-from pipeline.data.similarity import Words, hash_ngrams, hash_words, matching_ratio
+from pipeline.data.similarity import Wording, Words, hash_ngrams, hash_words, ratio_above
 from pipeline.data.sources.records import (
     list_files,
     plan_blocks,
@@ -99,12 +100,14 @@ class ContaminationIndex:
 
     def __init__(self, config: DecontaminateConfig, folder: Path) -> None:
         self._config = config
-        self._ngrams = np.load(folder / "ngrams.npy", mmap_mode="r")
-        self._owners = np.load(folder / "owners.npy", mmap_mode="r")
-        self._runs = np.load(folder / "runs.npy", mmap_mode="r")
-        self._run_queries = np.load(folder / "run_queries.npy", mmap_mode="r")
+        # As plain arrays: a slice of a memmap takes ten times as long.
+        self._ngrams, self._owners, self._runs, self._run_queries = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("ngrams", "owners", "runs", "run_queries")
+        )
         index = json.loads((folder / "index.json").read_text())
         self._names, self._queries = index["names"], index["queries"]
+        self._wording_of = functools.cache(lambda number: Wording.of(self._queries[number][1]))
 
     def find(self, text: str, *, is_query: bool) -> Match | None:
         """The evaluation set a text is in, if any.
@@ -137,10 +140,13 @@ class ContaminationIndex:
         if not candidates:
             return None
         shared = np.bincount(np.concatenate(candidates))
+        wording = Wording.of(text)
         for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
+            if not shared[number]:
+                break
             owner, query = self._queries[number]
-            ratio = matching_ratio(text, query) if shared[number] else 0.0
-            if ratio > self._config.max_ratio:
+            ratio = ratio_above(wording, self._wording_of(number), self._config.max_ratio)
+            if ratio is not None:
                 return Match(
                     reason=f"matching ratio {ratio:.2f} with an evaluation query",
                     where=f"{self._names[owner]}: {query[:120]}",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import heapq
 import re
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from rapidfuzz.distance import LCSseq
 
 from pipeline.data.keyed import mix
 from pipeline.data.sources.row import stable_hash
@@ -73,14 +77,70 @@ def band_keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return keys
 
 
-def matching_ratio(left: str, right: str) -> float:
-    """Share of two texts in matching blocks, 0 to 1 (Ratcliff and Metzener, 1988).
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wording:
+    """A text as characters and as words, to be matched with others."""
 
-    The larger of difflib's ratio over characters, as published decontamination uses it, and over
-    words: beyond 200 characters the former disregards every frequent letter, and so finds little.
+    characters: str
+    words: list[str]
+
+    @classmethod
+    def of(cls, text: str) -> Wording:
+        """Take a text apart; case, punctuation and spaces do not matter between words."""
+        return cls(text, _WORD.findall(text.lower()))
+
+
+def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
+    """Share of two texts in matching blocks if it is above a limit, else None.
+
+    The share is the larger of difflib's ratio (Ratcliff and Metzener, 1988) over characters, as
+    published decontamination uses it, and over words: beyond 200 characters the former disregards
+    every frequent letter, and so finds little.
     """
-    characters = difflib.SequenceMatcher(None, left, right).ratio()
-    words = difflib.SequenceMatcher(
-        None, _WORD.findall(left.lower()), _WORD.findall(right.lower()), autojunk=False
+    ratios = (
+        _ratio_above(left.characters, right.characters, limit, autojunk=True),
+        _ratio_above(left.words, right.words, limit, autojunk=False),
     )
-    return max(characters, words.ratio())
+    return max((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _ratio_above(
+    left: Sequence[Hashable], right: Sequence[Hashable], limit: float, *, autojunk: bool
+) -> float | None:
+    """`SequenceMatcher(None, left, right, autojunk).ratio()` if it is above a limit, else None.
+
+    Matching blocks are a common subsequence, so the longest one, which is a hundred times faster to
+    find, bounds what a pair of regions can add. Once the bounds do not add up, the search ends.
+    """
+    total = len(left) + len(right)
+    if not total:
+        return 1.0 if limit < 1 else None
+    # Matches that are needed; by difflib's own formula, so that rounding makes no difference.
+    needed = max(0, int(limit * total / 2) - 1)
+    while 2.0 * needed / total <= limit:
+        needed += 1
+    if needed > min(len(left), len(right)):
+        return None
+    possible: int = LCSseq.similarity(left, right, score_cutoff=needed)
+    if possible < needed:
+        return None
+    matcher = difflib.SequenceMatcher(None, left, right, autojunk=autojunk)
+    matched, regions = 0, [(-possible, 0, len(left), 0, len(right))]
+    while regions:
+        bound, left_start, left_stop, right_start, right_stop = heapq.heappop(regions)
+        i, j, size = matcher.find_longest_match(left_start, left_stop, right_start, right_stop)
+        matched += size
+        possible += size + bound
+        if size:
+            for region in (
+                (left_start, i, right_start, j),
+                (i + size, left_stop, j + size, right_stop),
+            ):
+                start, stop, other_start, other_stop = region
+                inside = LCSseq.similarity(left[start:stop], right[other_start:other_stop])
+                if inside:
+                    possible += inside
+                    heapq.heappush(regions, (-inside, *region))
+        if possible < needed:
+            return None
+    return 2.0 * matched / total

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_support import ConfigMaker, words, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import (
     DecontaminateConfig,
@@ -20,7 +24,7 @@ from pipeline.config import (
 from pipeline.data.inspect import inspect
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
-from pipeline.data.similarity import hash_ngrams, hash_words, minhash
+from pipeline.data.similarity import Wording, hash_ngrams, hash_words, minhash, ratio_above
 from pipeline.data.tokens import TextEncoder, load_tokenizer
 
 
@@ -268,3 +272,36 @@ def test_a_source_made_of_evaluation_documents_is_marked_for_whoever_reads_the_s
     (info,) = dataset.manifest.sources
     assert any("not zero-shot" in warning for warning in info.warnings)
     assert "not zero-shot" in inspect(dataset.folder, plot=False)
+
+
+def difflib_ratio(left: str, right: str) -> float:
+    """The definition, as published decontamination computes it, and the same over words."""
+    words = [re.findall(r"\w+", text.lower()) for text in (left, right)]
+    return max(
+        difflib.SequenceMatcher(None, left, right).ratio(),
+        difflib.SequenceMatcher(None, *words, autojunk=False).ratio(),
+    )
+
+
+@st.composite
+def pairs_of_texts(draw: st.DrawFn) -> tuple[str, str]:
+    """Texts with much in common: few letters, shared pieces, another order, and great lengths."""
+    alphabet = draw(st.sampled_from(["ab", "ab ", "abc d,", "etaoin shrdlu"]))
+    pieces = st.lists(st.text(alphabet, max_size=12), max_size=6)
+    shared = draw(pieces)
+    texts = []
+    for _ in range(2):
+        parts = draw(st.permutations(shared + draw(pieces)))
+        # Beyond 200 characters, difflib takes no frequent letter for the start of a match.
+        texts.append("".join(parts) * draw(st.sampled_from([1, 1, 5])))
+    return texts[0], texts[1]
+
+
+@given(pairs_of_texts(), st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]))
+@settings(max_examples=300, deadline=None)
+def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limit: float) -> None:
+    ratio = difflib_ratio(*pair)
+    left, right = map(Wording.of, pair)
+    # The ratio itself is the limit that rounding would first get wrong.
+    for bound in (limit, ratio, np.nextafter(ratio, 0) if ratio else 0.0):
+        assert ratio_above(left, right, bound) == (ratio if ratio > bound else None)
