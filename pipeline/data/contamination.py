@@ -107,7 +107,7 @@ class ContaminationIndex:
         )
         index = json.loads((folder / "index.json").read_text())
         self._names, self._queries = index["names"], index["queries"]
-        self._wording_of = functools.cache(lambda number: Wording.of(self._queries[number][1]))
+        self._wording_of = functools.cache(lambda number: Wording(self._queries[number][1]))
 
     def find(self, text: str, *, is_query: bool) -> Match | None:
         """The evaluation set a text is in, if any.
@@ -140,7 +140,7 @@ class ContaminationIndex:
         if not candidates:
             return None
         shared = np.bincount(np.concatenate(candidates))
-        wording = Wording.of(text)
+        wording = Wording(text)
         for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
             if not shared[number]:
                 break

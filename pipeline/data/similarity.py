@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import bisect
+import collections
 import functools
 import heapq
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,17 +77,24 @@ def band_keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return keys
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Wording:
-    """A text as characters and as words, to be matched with others."""
+    """A text as characters and as words, to be matched with others.
 
-    characters: str
-    words: list[str]
+    Case, punctuation and spaces between words do not matter to its words.
+    """
 
-    @classmethod
-    def of(cls, text: str) -> Wording:
-        """Take a text apart; case, punctuation and spaces do not matter between words."""
-        return cls(text, _WORD.findall(text.lower()))
+    def __init__(self, text: str) -> None:
+        self.characters = text
+        self.words: list[str] = _WORD.findall(text.lower())
+
+    @functools.cached_property
+    def frequent(self) -> frozenset[str]:
+        """Characters that difflib takes for no start of a match; none in a short text."""
+        length = len(self.characters)
+        if length < 200:
+            return frozenset()
+        counts = collections.Counter(self.characters)
+        return frozenset(letter for letter, count in counts.items() if count > length // 100 + 1)
 
 
 def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
@@ -97,50 +104,99 @@ def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
     published decontamination uses it, and over words: beyond 200 characters the former disregards
     every frequent letter, and so finds little.
     """
-    ratios = (
-        _ratio_above(left.characters, right.characters, limit, autojunk=True),
-        _ratio_above(left.words, right.words, limit, autojunk=False),
-    )
+    ratios = []
+    needed = _needed(left.characters, right.characters, limit)
+    if _may_match(left.characters, right.characters, needed):
+        ratios.append(_match(left.characters, right.characters, needed, frequent=right.frequent))
+    needed = _needed(left.words, right.words, limit)
+    if _may_match(left.words, right.words, needed):
+        # A letter for each word: strings are searched faster than lists.
+        letter_of = {word: chr(number) for number, word in enumerate(dict.fromkeys(right.words), 1)}
+        one, other = (
+            "".join(letter_of.get(word, "\0") for word in text.words) for text in (left, right)
+        )
+        ratios.append(_match(one, other, needed, frequent=frozenset()))
     return max((ratio for ratio in ratios if ratio is not None), default=None)
 
 
-def _ratio_above(
-    left: Sequence[Hashable], right: Sequence[Hashable], limit: float, *, autojunk: bool
-) -> float | None:
-    """`SequenceMatcher(None, left, right, autojunk).ratio()` if it is above a limit, else None.
-
-    Matching blocks are a common subsequence, so the longest one, which is a hundred times faster to
-    find, bounds what a pair of regions can add. Once the bounds do not add up, the search ends.
-    """
+def _needed(left: Sequence[str], right: Sequence[str], limit: float) -> int:
+    """Least number of matches whose ratio is above a limit."""
     total = len(left) + len(right)
     if not total:
-        return 1.0 if limit < 1 else None
-    # Matches that are needed; by difflib's own formula, so that rounding makes no difference.
+        return 0 if limit < 1 else 1  # two empty texts are equal
     needed = max(0, int(limit * total / 2) - 1)
+    # By difflib's own formula, so that rounding makes no difference.
     while 2.0 * needed / total <= limit:
         needed += 1
+    return needed
+
+
+def _may_match(left: Sequence[str], right: Sequence[str], needed: int) -> bool:
+    """Say whether so many matches are possible.
+
+    Matching blocks are a common subsequence; the longest one is found a hundred times faster.
+    """
     if needed > min(len(left), len(right)):
-        return None
-    possible: int = LCSseq.similarity(left, right, score_cutoff=needed)
-    if possible < needed:
-        return None
-    matcher = difflib.SequenceMatcher(None, left, right, autojunk=autojunk)
-    matched, regions = 0, [(-possible, 0, len(left), 0, len(right))]
+        return False
+    return bool(LCSseq.similarity(left, right, score_cutoff=needed) >= needed)
+
+
+def _match(left: str, right: str, needed: int, *, frequent: frozenset[str]) -> float | None:
+    """Difflib's ratio if it has the needed matches, else None.
+
+    The longest common subsequence of each pair of regions that is left to search bounds what it can
+    add; once the bounds do not add up, the search ends.
+    """
+    starts: Sequence[int] = range(len(left))
+    if frequent:
+        starts = [place for place, letter in enumerate(left) if letter not in frequent]
+    regions = [(-min(len(left), len(right)), 0, len(left), 0, len(right))]
+    matched, possible = 0, -regions[0][0]
     while regions:
-        bound, left_start, left_stop, right_start, right_stop = heapq.heappop(regions)
-        i, j, size = matcher.find_longest_match(left_start, left_stop, right_start, right_stop)
+        bound, *region = heapq.heappop(regions)
+        i, j, size = _longest_match(left, right, region, starts)
         matched += size
         possible += size + bound
         if size:
-            for region in (
+            left_start, left_stop, right_start, right_stop = region
+            for inner in (
                 (left_start, i, right_start, j),
                 (i + size, left_stop, j + size, right_stop),
             ):
-                start, stop, other_start, other_stop = region
-                inside = LCSseq.similarity(left[start:stop], right[other_start:other_stop])
-                if inside:
+                one, other = left[inner[0] : inner[1]], right[inner[2] : inner[3]]
+                if inside := LCSseq.similarity(one, other):
                     possible += inside
-                    heapq.heappush(regions, (-inside, *region))
+                    heapq.heappush(regions, (-inside, *inner))
         if possible < needed:
             return None
-    return 2.0 * matched / total
+    total = len(left) + len(right)
+    return 2.0 * matched / total if total else 1.0
+
+
+def _longest_match(
+    left: str, right: str, region: Sequence[int], starts: Sequence[int]
+) -> tuple[int, int, int]:
+    """Where and how long the match is that `SequenceMatcher.find_longest_match` finds.
+
+    Args:
+        left, right: the texts.
+        region: start and stop in the left text, start and stop in the right one.
+        starts: places in the left text whose letters are not frequent, in order; a match grows from
+            a run of them, over frequent letters too.
+    """
+    start, stop, right_start, right_stop = region
+    inside = right[right_start:right_stop]
+    best, place = 0, start
+    allowed = starts[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]
+    for number, i in enumerate(allowed):
+        # Longer than the best so far, and without a frequent letter.
+        while number + best < len(allowed) and allowed[number + best] == i + best:
+            if left[i : i + best + 1] not in inside:
+                break
+            best, place = best + 1, i
+    i, j = place, right_start + inside.find(left[place : place + best])
+    while i > start and j > right_start and left[i - 1] == right[j - 1]:
+        i, j, best = i - 1, j - 1, best + 1
+    while i + best < stop and j + best < right_stop and left[i + best] == right[j + best]:
+        best += 1
+    return i, j, best

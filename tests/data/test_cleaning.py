@@ -298,10 +298,10 @@ def pairs_of_texts(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @given(pairs_of_texts(), st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limit: float) -> None:
     ratio = difflib_ratio(*pair)
-    left, right = map(Wording.of, pair)
+    left, right = map(Wording, pair)
     # The ratio itself is the limit that rounding would first get wrong.
     for bound in (limit, ratio, np.nextafter(ratio, 0) if ratio else 0.0):
         assert ratio_above(left, right, bound) == (ratio if ratio > bound else None)
