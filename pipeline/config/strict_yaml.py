@@ -68,6 +68,14 @@ class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which also quotes texts that would be plain values to `_Loader`."""
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Only in double quotes are the rarer line breaks escaped; elsewhere they read back as spaces.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
 for _kind, _pattern, _first in _PLAIN:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(
