@@ -56,11 +56,11 @@ def submit_command(
     if what == "prepare":
         jobs = chain.prepare_chain(config, overrides)
     elif what == "train":
-        jobs = chain.train_chain(config, overrides, deepspeed)
+        # Behind another job, neither the shards nor the exports need be there yet.
+        jobs = chain.train_chain(config, overrides, deepspeed, shards_follow=bool(after))
     elif what == "export":
         jobs = chain.export_chain(config, overrides, (exports,))
     elif what == "evaluate":
-        # Behind another job, the exports need not be there yet.
         jobs = chain.evaluate_chain(config, overrides, text_elements=text_elements, ready=not after)
     elif what == "report":
         jobs = chain.report_chain(config, overrides)

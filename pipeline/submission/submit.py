@@ -58,12 +58,25 @@ class _Work:
 
 
 def show(chain: Chain, submission: Submission) -> str:
-    """All batch scripts as they would be submitted; ids of jobs to come are written as NAME."""
+    """All batch scripts as they would be submitted; ids of jobs to come are written as NAME.
+
+    Raises:
+        UserError: a folder of the chain cannot be written, or a flag is refused.
+    """
+    for folder in {job.folder for job in chain.jobs}:
+        _require_writable(folder)
     site = read_site()
     names = {job.name: job.name.upper() for job in chain.jobs}
     texts = [_text(job, site, submission, _waits_for(job, names, submission)) for job in chain.jobs]
     lines = [f"# finished, not submitted: {line}" for line in chain.finished]
     return "\n".join([*lines, *texts])
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written, without making it."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: cannot be written", fix="choose an output_dir of your own")
 
 
 def submit(chain: Chain, submission: Submission) -> None:

@@ -32,6 +32,7 @@ from pipeline.submission.chain import (
     train_chain,
     whole_chain,
 )
+from pipeline.submission.submit import Submission, show
 from pipeline.training.run_identity import run_identity
 from tests.tiny_models import prepare_tiny, tiny_starter
 
@@ -218,6 +219,15 @@ def test_shards_that_are_missing_or_of_another_tokenizer_are_refused_before_the_
     other = tiny_starter(tmp_path / "other", corpus, num_layers=1)
     with pytest.raises(UserError, match=r"prepared with the tokenizer .* differs from that of"):
         train(f"model.path={other}")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_slurm_is_asked(
+    train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(UserError, match="file/run/jobs: cannot be written"):
+        show(train(f"output_dir={tmp_path}/file/run"), Submission())
 
 
 def test_a_finished_run_whose_config_was_edited_is_refused_by_key(
