@@ -1,4 +1,4 @@
-"""What a chain of Slurm jobs is made of."""
+"""The parts of a chain of Slurm jobs."""
 
 from __future__ import annotations
 

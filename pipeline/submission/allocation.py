@@ -33,7 +33,7 @@ class NoCheckError(DiffembedError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """Whether Slurm still runs a job, and whether it takes its nodes away."""
+    """The state of a job: still run by Slurm, and about to lose its nodes or not."""
 
     running: bool
     preempted: bool
@@ -112,7 +112,7 @@ def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
 
     Args:
         job: its id.
-        without: all nodes that it must not get any more.
+        without: nodes that it must no longer get.
 
     Returns:
         Why Slurm refuses; empty when it does not.
@@ -156,7 +156,7 @@ def judge(answers: Mapping[str, Health | None]) -> Faults:
         # No other node would be better, and it stops no training.
         node, health = next(iter(given.items()))
         print(
-            f"{node}: {health.clock[0]}, as on all nodes: that of the server is wrong", flush=True
+            f"{node}: {health.clock[0]}, as on all nodes: the server's clock is wrong", flush=True
         )
         given = {node: dataclasses.replace(health, clock=()) for node, health in given.items()}
     silent = {node: "its check did not answer" for node in answers if node not in given}

@@ -1,4 +1,4 @@
-"""Which jobs a config stands for, which of them are left to do, and what each waits for.
+"""From a config to its jobs: those left to do, and the jobs that each waits for.
 
     prepare ──> train ──> export ──> evaluate (array) ──────────────────────> report
                                 └──> evaluate-plan ──> -embed (array) ──> -score ──┘

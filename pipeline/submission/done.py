@@ -1,4 +1,4 @@
-"""Which stages of an experiment are done: by what they were made from, never by times of files.
+"""Decide which stages of an experiment are done: by their inputs, never by times of files.
 
 config, inputs ──> shards ──> run ──> export ──> scores ──> report
      recipe        identity   checkpoint's     fingerprints   results'

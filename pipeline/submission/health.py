@@ -2,8 +2,9 @@
 
 python -m pipeline.submission.health RUN_FOLDER SCRATCH_FOLDER NUM_GPUS
 
-A fault is the node's own, or that of something all nodes share: a full run folder is full on every
-node. Some faults look the same either way; comparing the nodes tells (see `allocation.judge`).
+A fault is the node's own, or belongs to something that all nodes share: a full run folder is full
+on every node. Some faults look the same either way until the nodes are compared (see
+`allocation.judge`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _DEPENDENCY = "--dependency"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is asked of Slurm, before its flags and the ids of other jobs are known.
+    """A request to Slurm, before its flags and the ids of other jobs are known.
 
     Args:
         name: what it does, such as `train`; also the job's name in Slurm, after `diffembed-`.
@@ -90,9 +90,9 @@ def batch_text(
         site_flags: flags from `slurm/cluster.env`.
         own_flags: flags of this submission; they win over the site's.
         after: ids of jobs that must have succeeded, unless this one tells of their failure; when
-            one cannot any more, Slurm cancels this job instead of keeping it for ever.
+            one no longer can, Slurm cancels this job instead of keeping it forever.
         array_limit: how many elements of an array may run at a time.
-        environment: variables for the job, beside those that Slurm hands on.
+        environment: variables for the job, in addition to those that Slurm passes on.
     """
     header, commands = _split(body)
     submission = [f"--job-name={job.slurm_name}", f"--output={job.log}"]

@@ -27,7 +27,7 @@ def last_step(output_dir: Path) -> int:
         return 0
     step = checkpoint_step(name)
     if step is None:
-        raise UserError(f"{folder}/latest: {name!r}", allowed="the name of a checkpoint beside it")
+        raise UserError(f"{folder}/latest: {name!r}", allowed="the name of a checkpoint next to it")
     return step
 
 

@@ -47,7 +47,7 @@ class Record:
     def find(self, queue: Iterable[QueuedJob]) -> dict[str, QueuedJob]:
         """Those of some jobs that belong to this folder and wait or run, by key."""
         found: dict[str, QueuedJob] = {}
-        # Of two with one script, the later one goes on for the earlier one.
+        # Of two with one script, the later one continues the earlier one.
         for job in sorted(queue, key=lambda job: int(job.id)):
             if job.is_active and (key := self._key_of(job)):
                 found[key] = job

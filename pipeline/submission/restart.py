@@ -1,4 +1,4 @@
-"""Whether a training job starts, ends, or is queued again; called by `slurm/train.sbatch`.
+"""Decide whether a training job starts, ends, or is queued again; called by `slurm/train.sbatch`.
 
     python -m pipeline.submission.restart begin ARGUMENTS-OF-TRAIN.PY
     python -m pipeline.submission.restart late ARGUMENTS-OF-TRAIN.PY
@@ -77,7 +77,7 @@ class Ending:
 
 
 def decide(ending: Ending) -> tuple[Verdict, str]:
-    """What to do with a job whose ranks have ended, and why."""
+    """Decide what to do with a job whose ranks have ended; returns the reason as well."""
     if ending.code == 0:
         return "leave", "training is finished"
     if ending.code == 2 and not ending.folder_fault:
@@ -87,7 +87,7 @@ def decide(ending: Ending) -> tuple[Verdict, str]:
         return "leave", "Slurm ends this job itself: cancelled, queued again, or a node failed"
     asked = ending.out_of_time or ending.preempted
     if ending.code == 75 and not asked:
-        return "leave", "stopped on request; submit again to go on"
+        return "leave", "stopped on request; submit again to continue"
     if ending.idle_starts > _MAX_IDLE:
         return "stuck", ""
     if asked:
@@ -258,7 +258,7 @@ def _again(job: str, history: History | None, why: str, *, without: tuple[str, .
     if history:
         with contextlib.suppress(OSError):
             history.hand_over(successor)
-    return f"goes on as job {successor}: {why} ({refusal})"
+    return f"continues as job {successor}: {why} ({refusal})"
 
 
 def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:

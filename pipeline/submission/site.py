@@ -1,4 +1,4 @@
-"""What `slurm/cluster.env` says, asked of bash, because that is the language it is written in."""
+"""Read `slurm/cluster.env` with bash, the language it is written in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Site:
     array_limit: int | None
 
     def flags_of(self, array: str) -> tuple[Flag, ...]:
-        """Flags of one kind of job; they come after, and win over, those of every job."""
+        """Flags of one kind of job; they follow, and win over, the flags of every job."""
         return self.flags["SITE_FLAGS"] + self.flags[array]
 
 

@@ -1,4 +1,4 @@
-"""Submits export, scores and report of one checkpoint of a run that goes on.
+"""Submits export, scores and report of one checkpoint while its run continues.
 
 python -m pipeline.submission.step TRAIN_YAML CHECKPOINT EVALUATE_YAML [TEXT_ELEMENTS]
 """

@@ -25,7 +25,7 @@ _NOT_IN_PATHS = ("\\", "\n", "\r")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """What one command asks for, in addition to its chain.
+    """The wishes of one command, in addition to its chain.
 
     Args:
         flags: of `sbatch`, for the jobs whose flags in the site's file are `flags_of`.
@@ -44,7 +44,7 @@ class Submission:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
-    """What of a chain is in Slurm, and what is left.
+    """The jobs of a chain that are in Slurm, and those left to submit.
 
     Args:
         kept: jobs that wait or run, by name.
@@ -241,5 +241,5 @@ def _say_how_to_watch(
         print(f"log:   tail -F {expand_log(log, job=ids[job.name], name=name)}")
     if any(job.name == "train" for job in jobs):
         run = next(job.folder.parent for job in jobs if job.name == "train")
-        print(f"stop:  diffembed stop {run} (saves a checkpoint; submit again to go on)")
+        print(f"stop:  diffembed stop {run} (saves a checkpoint; submit again to continue)")
     print(f"end:   scancel {' '.join(ids.values())}")

@@ -1,4 +1,4 @@
-"""A job that goes on as another one, for sites that forbid `scontrol requeue`."""
+"""Continue a job as another one, for sites that forbid `scontrol requeue`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
 
 
 def _dependents(job: str) -> dict[str, str]:
-    """What each job waits for, of those that wait for this one."""
+    """Dependencies of the jobs that wait for this one, by id."""
     words = ("--me", "--noheader", "--format=%A %E")
     listing = scheduler.ask("squeue", *words, patience=scheduler.IN_A_JOB)
     waiting = dict(line.split(maxsplit=1) for line in listing.splitlines())

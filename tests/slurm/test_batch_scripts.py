@@ -219,7 +219,7 @@ def test_training_that_is_asked_to_stop_stays_down(jobs: dict[str, TrainJob]) ->
     job = jobs["stop"]
 
     assert job.end() == "FAILED"
-    assert job.find("not queued again: stopped on request; submit again to go on")
+    assert job.find("not queued again: stopped on request; submit again to continue")
 
 
 def test_training_goes_on_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -> None:

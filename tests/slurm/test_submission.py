@@ -411,7 +411,7 @@ def test_a_number_in_jobs_json_that_is_another_job_is_not_ours(
         words = ("train", RECIPE / "train.yaml", f"output_dir={tmp_path}/{folder}", *prepared)
         return submit(*words)["train"]
 
-    # As after Slurm lost its state: the number is somebody else's now.
+    # As after Slurm lost its state: the number belongs to another job now.
     other = cluster.command("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true")
     first = train("run")
     cluster.command("scancel", first)

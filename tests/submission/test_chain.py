@@ -1,4 +1,4 @@
-"""Which jobs a config stands for once parts of the work are done."""
+"""The jobs of a config once parts of the work are done."""
 
 from __future__ import annotations
 

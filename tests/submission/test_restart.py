@@ -61,7 +61,7 @@ def test_a_start_counts_as_idle_until_a_checkpoint_is_newer_than_it(tmp_path: Pa
 
     assert history.idle_starts(last_step(tmp_path)) == 0
     assert history.endings(0) == ["no word: a node failed, or the job was killed"] * 2
-    # Another job begins to count anew.
+    # Another job counts from zero.
     assert History(tmp_path, "8").idle_starts(0) == 0
 
 
@@ -268,7 +268,7 @@ def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
 ) -> None:
     monkeypatch.setattr("pipeline.submission.restart._LONGEST_WAIT", 0)
     put_command(slurm / "srun", 'printf "health: node%s: {}\\n" 1 2')
-    # Full on the first look, and not any more on the second.
+    # Full on the first look, not on the second.
     looks = iter([(28, "run has 0.60 GiB free"), (0, "")])
     monkeypatch.setattr("pipeline.submission.restart.probe", lambda _: next(looks))
     begin(config, "7")
