@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +22,8 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError, errors_end_the_process
 
-# Heavy packages are imported inside the commands: `diffembed --help` answers at once.
+# Heavy packages are imported inside the commands, behind the reading of their configs: `--help` and
+# the faults of a config are answered at once.
 app = typer.Typer(
     help="Turn a diffusion or autoregressive language model into a text embedder.",
     no_args_is_help=True,
@@ -37,17 +40,19 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 @app.command()
 def starter(config: Config, overrides: Overrides = None) -> None:
     """Make a small model and its tokenizer to start from."""
+    tree = load(StarterConfig, config, overrides)
     from pipeline.model.starter import build_starter
 
-    print(build_starter(load(StarterConfig, config, overrides)))
+    print(build_starter(tree))
 
 
 @app.command()
 def prepare(config: Config, overrides: Overrides = None) -> None:
     """Tokenise raw data into shards; alone, under mpirun or under srun."""
+    tree = load(PrepareConfig, config, overrides)
     from pipeline.data.prepare import prepare as prepare_shards
 
-    prepare_shards(load(PrepareConfig, config, overrides))
+    prepare_shards(tree)
 
 
 @app.command()
@@ -96,9 +101,9 @@ def export(
     ] = True,
 ) -> None:
     """Write a folder that sentence-transformers and transformers load without this package."""
+    tree = load(TrainConfig, config, overrides)
     from pipeline.training.export import export_run
 
-    tree = load(TrainConfig, config, overrides)
     print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only, check=check))
 
 
@@ -142,24 +147,34 @@ app.command()(encode)
 @app.command()
 def probe(config: Config, overrides: Overrides = None) -> None:
     """Tag words by a linear classifier on a frozen export: accuracy and F1."""
+    tree = load(ProbeConfig, config, overrides)
     from pipeline.evaluation.words.probe import probe as probe_words
 
-    path = probe_words(load(ProbeConfig, config, overrides))
+    path = probe_words(tree)
     print(path.read_text(), end="")
 
 
 @app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
     """Gather the scores of an evaluation into tables and plots."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.report.write import write_report
 
-    write_report(load(EvaluateConfig, config, overrides))
+    write_report(tree)
 
 
 def main() -> None:
     """Run a subcommand; errors of this package become one line and their exit code."""
     with errors_end_the_process():
-        app()
+        app([_expand_home(argument) for argument in sys.argv[1:]])
+
+
+def _expand_home(argument: str) -> str:
+    """Write out `~` in `--output=~/export`: shells do so only at the start of a word."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--") and value.startswith("~"):
+        value = os.path.expanduser(value)  # noqa: PTH111 -- a text that need not be a path
+    return name + equals + value
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_a_query_template_without_an_instruction_holds_for_every_query() -> None
         ("1: 2\n", "1 = 1 . allowed: "),
         ('trackers: ["a\\0b"]\n', "trackers.0: .*holds a character"),
         ('trackers: ["\\ud800"]\n', "trackers.0: .*holds a character"),
-        ("seed: x\nbogus: 1\noptimizer: {lrr: 2}\n", r"seed = 'x' \(and 2 more: .*optimizer.lrr"),
+        ("seed: x\nbogus: 1\noptimizer: {lrr: 2}\n", r"unknown key .*bogus' \(and 2 more: .*seed"),
         ("---\nseed: 1\n", "not a YAML file .line 5: but found another document"),
         ("#" * 2**20, "more than a megabyte"),
     ],
@@ -358,3 +359,33 @@ def test_bytes_that_are_no_text_are_named(path: Path, content: bytes, message: s
 def test_a_folder_as_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a folder .*name the file inside it"):
         load_config(TrainConfig, tmp_path)
+
+
+def test_faults_of_a_config_come_before_heavy_packages(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("bogus: 1\n")
+    code = """
+import sys
+from pipeline.cli import app
+from pipeline.errors import UserError
+
+for command in sys.argv[2:]:
+    try:
+        app([*command.split(), sys.argv[1]], standalone_mode=False)
+    except UserError as error:
+        assert "unknown key 'bogus'" in str(error), (command, error)
+    else:
+        sys.exit(f"{command}: no error")
+heavy = {"torch", "transformers", "datasets", "mteb", "pyarrow", "tokenizers", "numpy"}
+sys.exit(", ".join(heavy & sys.modules.keys()))
+"""
+    commands = ["starter", "prepare", "export", "probe", "report", "plan run"]
+    commands += [f"evaluate {name}" for name in ("count", "run", "prefetch", "plan", "score")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, *commands],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -15,9 +15,10 @@ app = typer.Typer(help="Score exports with mteb.", no_args_is_help=True)
 @app.command()
 def count(config: Config, overrides: Overrides = None) -> None:
     """Print how many array elements an evaluation has (for sbatch --array=0-N)."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.score.array import num_elements
 
-    print(num_elements(load(EvaluateConfig, config, overrides)))
+    print(num_elements(tree))
 
 
 @app.command("run")
@@ -27,9 +28,9 @@ def run_evaluation(
     index: Annotated[int | None, typer.Option(help="one array element; default: all")] = None,
 ) -> None:
     """Score one array element, or all of them one after another."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.score.array import run_all, run_element
 
-    tree = load(EvaluateConfig, config, overrides)
     if index is None:
         run_all(tree)
     else:
@@ -39,17 +40,19 @@ def run_evaluation(
 @app.command()
 def prefetch(config: Config, overrides: Overrides = None) -> None:
     """Download the tasks' data at pinned revisions, on a node that has a network."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.tasks.prefetch import prefetch as fetch_snapshots
 
-    fetch_snapshots(load(EvaluateConfig, config, overrides))
+    fetch_snapshots(tree)
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """List every distinct text of all tasks once, in blocks of equal cost."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.score.array import plan as plan_texts
 
-    plan_texts(load(EvaluateConfig, config, overrides))
+    plan_texts(tree)
 
 
 @app.command()
@@ -64,15 +67,16 @@ def embed(
     ] = None,
 ) -> None:
     """Embed one element's share of the planned texts; blocks already there are skipped."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.score.array import embed as embed_share
 
-    tree = load(EvaluateConfig, config, overrides)
     embed_share(tree, index, of, num_processes=processes)
 
 
 @app.command()
 def score(config: Config, overrides: Overrides = None) -> None:
     """Score all tasks from the embedded texts."""
+    tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.score.array import score_all
 
-    score_all(load(EvaluateConfig, config, overrides))
+    score_all(tree)

@@ -22,11 +22,11 @@ def plan_run(
     memory_gib: Annotated[float, typer.Option(help="device memory of a rank")] = 80.0,
 ) -> None:
     """Print batch arithmetic, schedule and memory of a training run."""
+    tree = load(TrainConfig, config, overrides)
     from pipeline.planning.plan import describe
     from pipeline.planning.plan import plan_run as make_plan
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
-    tree = load(TrainConfig, config, overrides)
     resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=world_size)
     available = memory_gib * 2**30
     print(describe(make_plan(tree, resolved, world_size=world_size, available=available), tree))

@@ -130,6 +130,7 @@ def _refuse_lost(overrides: tuple[str, ...]) -> None:
                 )
 
 
+_UNKNOWN = "unexpected_keyword_argument"
 # In the user's words: what a value of a wrong type should have been.
 _WANTED = {
     "tuple_type": "a list",
@@ -144,12 +145,13 @@ _WANTED = {
 def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: str) -> UserError:
     """The first fault of a pydantic report, in the user's words, and the keys of the others."""
     faults: dict[str, list[ErrorDetails]] = {}
-    for fault in error.errors():
+    # A misspelt key first: that another one is missing follows from it.
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN):
         faults.setdefault(_key_of(tree, fault["loc"]), []).append(fault)
     (key, own), *others = faults.items()
     more = f" (and {len(others)} more: {_shorten(', '.join(k for k, _ in others))})"
     more, first = more if others else "", own[0]
-    if first["type"] == "unexpected_keyword_argument":
+    if first["type"] == _UNKNOWN:
         return UserError(
             f"{origin}: unknown key {key!r}{more}",
             allowed=", ".join(_keys_beside(kind, first["loc"])),
