@@ -208,7 +208,7 @@ def test_a_query_template_without_an_instruction_holds_for_every_query() -> None
         ("1: 2\n", "1 = 1 . allowed: "),
         ('trackers: ["a\\0b"]\n', "trackers.0: .*holds a character"),
         ('trackers: ["\\ud800"]\n', "trackers.0: .*holds a character"),
-        ("seed: x\nbogus: 1\noptimizer: {lrr: 2}\n", r"unknown key .*bogus' \(and 2 more: .*seed"),
+        ("seed: x\nbogus: 1\noptimizer: {lrr: 2}\n", "'optimizer.lrr' .and 2 more: bogus, seed. "),
         ("---\nseed: 1\n", "not a YAML file .line 5: but found another document"),
         ("#" * 2**20, "more than a megabyte"),
     ],
@@ -377,7 +377,7 @@ for command in sys.argv[2:]:
     else:
         sys.exit(f"{command}: no error")
 heavy = {"torch", "transformers", "datasets", "mteb", "pyarrow", "tokenizers", "numpy"}
-sys.exit(", ".join(heavy & sys.modules.keys()))
+sys.exit(", ".join(heavy & sys.modules.keys()) or None)
 """
     commands = ["starter", "prepare", "export", "probe", "report", "plan run"]
     commands += [f"evaluate {name}" for name in ("count", "run", "prefetch", "plan", "score")]
