@@ -26,7 +26,7 @@ TOP_LEVEL = {
 FLOORS = (
     {"errors"},
     {"config", "launcher", "world"},
-    {"comm", "rank_variables", "run_dir", "tokenizer"},
+    {"comm", "limits", "rank_variables", "run_dir", "tokenizer"},
     {"files"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
@@ -173,6 +173,50 @@ def test_a_load_that_runs_code_is_recognised(source: str, safe: bool) -> None:
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "ReasonAug").rglob("*.py"))], ids=name)
 def test_no_file_that_a_stranger_could_have_written_is_run(path: Path) -> None:
     assert unsafe_loads(path.read_text()) == []
+
+
+# Where a model's own code may run: after the user said so, at a revision that the user pinned.
+REMOTE_CODE = "pipeline/model/backbones.py"
+
+
+def untold_loads(source: str) -> list[str]:
+    """Calls into transformers and its kin that would ask whether to run a model's own code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        loads = re.search(r"\.from_(pretrained|config)$", called) or called.endswith(
+            ("SentenceTransformer", "CrossEncoder")
+        )
+        # An adapter's config is JSON, which names no code.
+        told = given.get("trust_remote_code") == "False"
+        if loads and not told and called != "peft.PeftConfig.from_pretrained":
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "safe"),
+    [
+        ("AutoConfig.from_pretrained(path)", False),
+        ("AutoModel.from_config(config, trust_remote_code=True)", False),
+        ("kind.from_pretrained(path, **more)", False),
+        ("SentenceTransformer(path)", False),
+        ("AutoModel.from_config(config, trust_remote_code=False)", True),
+    ],
+)
+def test_a_load_that_may_ask_for_a_models_code_is_recognised(source: str, safe: bool) -> None:
+    assert bool(untold_loads(source)) != safe
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "ReasonAug").rglob("*.py"))], ids=name)
+def test_no_model_is_loaded_with_its_own_code_unless_the_config_says_so(path: Path) -> None:
+    untold = untold_loads(path.read_text())
+    if name(path) == REMOTE_CODE:
+        untold = [call for call in untold if "trust_remote_code=True" not in call]
+    assert untold == []
 
 
 def test_no_module_hides_one_of_python() -> None:

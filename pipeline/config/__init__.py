@@ -13,6 +13,15 @@ from pipeline.config.data import (
     PrepareConfig,
     SourceConfig,
 )
+from pipeline.config.declared import (
+    POOLING_FLAGS,
+    POOLINGS,
+    Declared,
+    Pooling,
+    local_file,
+    pooling_mode,
+    read_declared,
+)
 from pipeline.config.evaluation import (
     EvaluateConfig,
     EvaluatedModel,
@@ -22,7 +31,6 @@ from pipeline.config.model import (
     Attention,
     LoraConfig,
     ModelConfig,
-    Pooling,
     RopeScaling,
     StarterConfig,
 )
@@ -53,11 +61,14 @@ from pipeline.config.training import (
 )
 
 __all__ = [
+    "POOLINGS",
+    "POOLING_FLAGS",
     "Attention",
     "ChainConfig",
     "CheckpointConfig",
     "ChunkConfig",
     "DataConfig",
+    "Declared",
     "DecontaminateConfig",
     "DistillationConfig",
     "EvaluateConfig",
@@ -86,4 +97,7 @@ __all__ = [
     "build_config",
     "dump_config",
     "load_config",
+    "local_file",
+    "pooling_mode",
+    "read_declared",
 ]

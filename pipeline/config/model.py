@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pipeline.config.declared import Pooling, default_pooling
 from pipeline.config.rules import PathText, UserPath, require, strict
 
 Attention = Literal["bidirectional", "causal"]
-Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
 
 
 @strict
@@ -56,7 +56,8 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Attention = "bidirectional"
-    pooling: Pooling = "mean"
+    # Where a config names none, the one that a folder of sentence-transformers declares, or mean.
+    pooling: Pooling = None  # type: ignore[assignment]
     # Whether the tokens of an instruction are pooled; they are attended to in any case.
     pool_instruction: bool = True
     normalize: bool = True
@@ -74,6 +75,9 @@ class ModelConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.pooling is None:
+            chosen = default_pooling(self.path, self.revision)  # type: ignore[unreachable]
+            object.__setattr__(self, "pooling", chosen)
         dimensions = self.dimensions
         require(
             dimensions is None or dimensions >= 1, "model.dimensions", dimensions, "an integer >= 1"

@@ -100,7 +100,8 @@ def _samples(dataset: Dataset, count: int) -> Iterator[str]:
     try:
         tokenizer = load_tokenizer(dataset.tokenizer.path)
     except UserError as error:
-        yield f"no samples: {error}"
+        path, reason = dataset.tokenizer.path, error.found
+        yield f"no samples: the tokenizer {path} cannot be loaded ({reason})"
         return
     if tokenizer_fingerprint(tokenizer) != dataset.tokenizer.fingerprint:
         yield f"no samples: the tokenizer {dataset.tokenizer.path} has changed since"

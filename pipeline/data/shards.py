@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.config import Template
+from pipeline.config import ModelConfig, Template
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.manifest import Manifest, ShardInfo, read_manifest
 from pipeline.data.tokens import TokenizerInfo
 from pipeline.errors import UserError
+from pipeline.limits import read_limits, warn_of_declared
 from pipeline.run_dir import atomic_path
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -258,6 +260,38 @@ class Dataset:
                 f"differs from that of {path!r}",
                 fix="prepare the dataset with the model's own tokenizer",
             )
+
+    def require_model(self, model: ModelConfig) -> None:
+        """Refuse a model that lacks a row or a position for what the shards hold.
+
+        Raises:
+            UserError: with what the model has.
+        """
+        warn_of_declared(model, self.template)
+        factor = 1.0 if model.rope_scaling is None else model.rope_scaling.factor
+        limits = read_limits(model.path, model.revision, factor=factor)
+        manifest = self.manifest
+        lengths = {
+            f"{self.folder}: the longest query": manifest.query_lengths.longest,
+            f"{self.folder}: the longest document": manifest.document_lengths.longest,
+        }
+        limits.require_length(
+            lengths, fix="prepare with shorter max_query_length and max_document_length"
+        )
+        limits.warn_of_length(lengths)
+        # Most tokenizers that are larger than the model are so by tokens that no text has.
+        if limits.tokens is not None and self.tokenizer.vocab_size > limits.tokens:
+            limits.require_token(self.largest_token(), where=str(self.folder))
+
+    def largest_token(self) -> int:
+        """Return the largest token of any text; reads all shards."""
+        manifest = self.manifest
+        columns = [(info.file, "query") for info in manifest.example_shards]
+        columns += [(info.file, "tokens") for info in manifest.document_shards]
+        return max(
+            pc.max(map_batch(self.folder / file).column(name).flatten()).as_py() or 0
+            for file, name in columns
+        )
 
     @property
     def tokenizer(self) -> TokenizerInfo:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError, blame
+from pipeline.limits import embedding_rows
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.merging import Merge, plan_merge
 from pipeline.model.native import NATIVE_FORMS, NativeForm
@@ -41,6 +42,10 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
             model, family = _load_remote(config, placement), REMOTE
         else:
             native, hf_config, family = _resolve(config, published)
+            if native is not None and native.keys:
+                # DiffuGPT's config.json counts one token less than its embedding has rows.
+                rows = embedding_rows(config.path, config.revision)
+                hf_config.vocab_size = rows or hf_config.vocab_size
             model = _build_shapes(config, hf_config, family)
         merges = _plan_merges(config, model, placement)
 
@@ -94,15 +99,12 @@ def _resolve(
             fix="take Dream or LLaDA; an export of its text stack could not be loaded by others",
         )
     native = NATIVE_FORMS.get(published["model_type"])
+    # Before transformers reads the config: to an unknown kind it would offer the folder's code.
+    if native is None and published["model_type"] not in FAMILIES:
+        raise _unknown_kind(config, published)
     with blame(f"model.path: the config.json of {config.path}", fix=f"fetch {config.path} again"):
         hf_config = native.config(published) if native else _native_config(config)
-    family = FAMILIES.get(hf_config.model_type)
-    if family is None:
-        raise UserError(
-            f"model.path: {config.path} has model_type {published['model_type']!r}",
-            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
-            fix="a model's own code runs only with model.trust_remote_code and model.revision",
-        )
+    family = FAMILIES[hf_config.model_type]
     if getattr(hf_config, "use_bidirectional_attention", None):
         # Gemma 3 halves its window each time such a config is read, so a copy is another model.
         raise UserError(
@@ -124,6 +126,25 @@ def _resolve(
     return native, hf_config, family
 
 
+def _unknown_kind(config: ModelConfig, published: dict[str, Any]) -> UserError:
+    """The error for a kind of model that this package does not know."""
+    kind, inner = published["model_type"], published.get("text_config")
+    inside = inner.get("model_type") if isinstance(inner, dict) else None
+    if inside is not None:
+        return UserError(
+            f"model.path: {config.path} has model_type {kind!r}, which holds a text model of "
+            f"model_type {inside!r} among others",
+            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+            fix="give a checkpoint of the text model alone: load the whole with transformers, and "
+            "save_pretrained its language model and its tokenizer",
+        )
+    return UserError(
+        f"model.path: {config.path} has model_type {kind!r}",
+        allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+        fix="a model's own code runs only with model.trust_remote_code and model.revision",
+    )
+
+
 def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
     """Load a model by its own code, at the revision that the config pins.
 
@@ -134,17 +155,21 @@ def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
             f"model.rope_scaling: the code of {config.path} decides about its positions",
             fix="remove model.rope_scaling",
         )
-    pinned = {"revision": config.revision, "trust_remote_code": True}
     dtype = getattr(torch, config.dtype)
     with quiet():
         if placement is None:
-            hf_config = AutoConfig.from_pretrained(config.path, **pinned)
+            hf_config = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=True
+            )
             with torch.device("meta"):
                 inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
             return PaddedModel(inner)
         arguments = {"attention_dropout": config.attention_dropout}
         given = {key: value for key, value in arguments.items() if value is not None}
-        model = PaddedModel(AutoModel.from_pretrained(config.path, dtype=dtype, **given, **pinned))
+        inner = AutoModel.from_pretrained(
+            config.path, dtype=dtype, **given, revision=config.revision, trust_remote_code=True
+        )
+    model = PaddedModel(inner)
     check_behaviour(model, config)
     return model.to(placement.device)
 
@@ -170,7 +195,9 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
 
 def _native_config(config: ModelConfig) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(config.path, revision=config.revision)
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=False
+        )
     except ValueError as error:
         raise UserError(
             f"model.path: {config.path}: {str(error).splitlines()[0]}", allowed=", ".join(FAMILIES)
@@ -199,5 +226,5 @@ def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Fami
     }
     found = f"model.path: the config.json of {config.path} describes no model"
     with blame(found, fix=f"fetch {config.path} again"), torch.device("meta"):
-        shapes: nn.Module = AutoModel.from_config(hf_config, **arguments)
+        shapes: nn.Module = AutoModel.from_config(hf_config, trust_remote_code=False, **arguments)
     return shapes

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.limits import limits_of
 from pipeline.model.adapters import add_lora, continue_adapter
 from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
@@ -48,6 +49,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.config = config
         self.family = family
+        self._positions = limits_of(self.model.config.to_dict(), config.path).positions
 
     def forward(
         self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
@@ -106,6 +108,12 @@ class Encoder(nn.Module):
             device=input_ids.device,
         )
         check_lengths(input_ids, rows)
+        if self._positions is not None and rows.longest > self._positions:
+            raise UserError(
+                f"a text of {rows.longest} tokens, but {self.config.path} has "
+                f"{self._positions} positions",
+                fix="cut texts to that length",
+            )
         hidden, inputs = self.family.embed(
             self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)
         )

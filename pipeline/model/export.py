@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError
+from pipeline.limits import limits_of
 from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
 from pipeline.model.encoder import Encoder
@@ -21,7 +22,6 @@ from pipeline.model.export_tokenizer import tokenizer_to_write
 from pipeline.model.load import LoadedExport
 from pipeline.model.outside import Outside, available_bytes, check_vectors
 from pipeline.model.parts import SETTINGS, is_export
-from pipeline.model.positions import position_limit
 from pipeline.model.prompts import Prompts, TrainedTexts
 from pipeline.model.sentence_files import write_sentence_files
 from pipeline.run_dir import require_writable, sync_dir, write_json
@@ -104,6 +104,7 @@ def export_encoder(
         ),
         template=template,
         max_length=max_length,
+        limits=limits_of(encoder.model.config.to_dict()),
         num_dimensions=encoder.num_dimensions,
         max_tokens=16384,
     )
@@ -197,7 +198,7 @@ def _check_form(config: ModelConfig, adapter_only: bool) -> None:
 
 def _length_that_fits(encoder: Encoder, max_length: int) -> int:
     """The data's length limit, or the model's positions where there are fewer."""
-    limit = position_limit(encoder.model.config.to_dict())
+    limit = limits_of(encoder.model.config.to_dict()).positions
     if limit is None or max_length <= limit:
         return max_length
     _say(

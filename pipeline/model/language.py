@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import UserError
+from pipeline.limits import read_limits
 from pipeline.model.backbones import quiet, read_config
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.native import NATIVE_FORMS
@@ -49,7 +50,9 @@ class LanguageModel(Encoder):
         self.merge_adapters()
         with quiet():
             with torch.device("meta"):
-                whole: Any = AutoModelForCausalLM.from_config(self.model.config)
+                whole: Any = AutoModelForCausalLM.from_config(
+                    self.model.config, trust_remote_code=False
+                )
             setattr(whole, whole.base_model_prefix, self.model)
             whole.lm_head = self.lm_head
             whole.save_pretrained(folder, save_original_format=False)
@@ -144,8 +147,8 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             f"objective: the tokenizer of {config.path} {what}",
             fix="set mask_token in the objective's section to a token of its vocabulary, such as _",
         )
-    size = published.get("embedding_size") or published["vocab_size"]
-    if known >= size:
+    size = read_limits(config.path, config.revision).tokens
+    if size is not None and known >= size:
         raise UserError(
             f"objective: the mask token of {config.path} is number {known}",
             allowed=f"below {size}, the tokens that the model knows",

@@ -13,13 +13,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import ModelConfig, Pooling, RopeScaling, Template, build_config
-from pipeline.errors import UserError
+from pipeline.config import (
+    POOLINGS,
+    ModelConfig,
+    Pooling,
+    RopeScaling,
+    Template,
+    build_config,
+    pooling_mode,
+)
+from pipeline.errors import UserError, say_warning
+from pipeline.limits import ModelLimits, limits_of
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.families import FAMILIES
 from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, is_export, read_settings
-from pipeline.model.positions import check_position_limit, position_limit, trained_positions
-from pipeline.model.sentence_files import POOLING_FLAGS, POOLING_NAMES
 from pipeline.tokenizer import (
     cut_before,
     instruction_characters,
@@ -45,6 +52,7 @@ class LoadedExport:
         max_length: tokens after which a text is cut.
         num_dimensions: width of a vector.
         max_tokens: packed tokens of one forward; a longer text gets a forward of its own.
+        limits: of the model; its number of tokens only where the tokenizer has more.
     """
 
     encoder: Encoder
@@ -53,6 +61,7 @@ class LoadedExport:
     max_length: int
     num_dimensions: int
     max_tokens: int
+    limits: ModelLimits
 
     def cut_at(self, length: int, *, key: str) -> LoadedExport:
         """Return the same model that cuts texts at another length.
@@ -64,7 +73,7 @@ class LoadedExport:
         Raises:
             UserError: the model has no positions for it.
         """
-        check_position_limit(length, self.encoder.model.config.to_dict(), key=key)
+        self.limits.require_length({key: length})
         return dataclasses.replace(self, max_length=length)
 
     def encode_texts(
@@ -145,6 +154,8 @@ class LoadedExport:
         # An empty string of a tokenizer without special tokens has no token to pool.
         filler = [self.tokenizer.pad_token_id or 0]
         rows = [row or filler for row in rows]
+        if self.limits.tokens is not None:
+            self.limits.require_token(max(map(max, rows)), where="a text to embed")
         if not count_prefix:
             return rows, [0] * len(rows)
         return rows, [
@@ -213,29 +224,30 @@ def load_export(
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
     encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
     tokenizer = load_tokenizer(str(folder))
+    limits = limits_of(encoder.model.config.to_dict(), str(folder))
+    if limits.tokens is not None and max(tokenizer.get_vocab().values()) < limits.tokens:
+        limits = dataclasses.replace(limits, tokens=None)
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
         template=_template(folder),
-        max_length=_length_that_fits(folder, max_length, tokenizer, encoder),
+        max_length=_length_that_fits(folder, max_length, tokenizer, limits),
+        limits=limits,
         num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
 
 
-def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, encoder: Encoder) -> int:
+def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, limits: ModelLimits) -> int:
     """The folder's own length, cut to the positions that its model has."""
-    hf_config = encoder.model.config.to_dict()
+    limit = limits.positions
     if asked is None:  # as sentence-transformers does
-        return min(int(tokenizer.model_max_length), trained_positions(hf_config) or sys.maxsize)
-    limit = position_limit(hf_config)
+        return min(int(tokenizer.model_max_length), limit or limits.trained or sys.maxsize)
     if limit is None or asked <= limit:
         return asked
-    print(
-        f"{folder}: warning: it says {asked} tokens, its model has {limit} positions; "
-        f"texts are cut at {limit}",
-        file=sys.stderr,
-        flush=True,
+    say_warning(
+        f"{folder}: it says {asked} tokens, its model has {limit} positions; texts are cut at "
+        f"{limit}"
     )
     return limit
 
@@ -278,13 +290,10 @@ def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
 
 def _pooling(folder: Path, name: str) -> Pooling:
     settings = read_settings(folder / name, "config.json")
-    mode = settings.get("pooling_mode")
-    if mode is None:
-        mode = "+".join(kind for key, kind in POOLING_FLAGS.items() if settings.get(key))
-    names = {theirs: ours for ours, theirs in POOLING_NAMES.items()}
-    if mode not in names:
-        raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(names))
-    return names[mode]
+    mode = pooling_mode(settings)
+    if mode not in POOLINGS:
+        raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(POOLINGS))
+    return POOLINGS[mode]
 
 
 def _pools_prompt(folder: Path, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Diffusion models that publish remote code, read as the transformers models they compute like."""
+"""Published layouts that are read as plain models of transformers: diffusion models, Gemma 3."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import Gemma3Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from pipeline.errors import UserError
 
@@ -46,6 +46,9 @@ _LLADA_IS_LLAMA = {
     "alibi": False,
     "input_emb_norm": False,
     "multi_query_attention": None,
+    "scale_logits": False,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
 }
 
 
@@ -101,6 +104,12 @@ _LLADA_KEYS = {
 }
 
 
+def _gemma3_text_config(published: dict[str, Any]) -> PretrainedConfig:
+    """Gemma 3 from 4B on reads images as well; the text model inside is the one of 1B."""
+    text: PretrainedConfig = Gemma3Config.from_dict(published).text_config
+    return text
+
+
 def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], PretrainedConfig]:
     return lambda published: kind.from_dict(published)
 
@@ -110,10 +119,14 @@ def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], Pretraine
 _DIFFUGPT_KEYS = {r"^embed_tokens\.": "wte.", r"^denoise_model\.": ""}
 _DIFFULLAMA_KEYS = {r"^denoise_model\.": ""}
 
+# As it was published, and as transformers 5 saves it.
+_GEMMA3_KEYS = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
+
 # By the `model_type` of the published config.json.
 NATIVE_FORMS = {
     "gpt2": NativeForm(config=_plain(GPT2Config), keys=_DIFFUGPT_KEYS),
     "llama": NativeForm(config=_plain(LlamaConfig), keys=_DIFFULLAMA_KEYS),
     "Dream": NativeForm(config=_dream_config),
+    "gemma3": NativeForm(config=_gemma3_text_config, keys=_GEMMA3_KEYS),
     "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS, shifted=False),
 }

@@ -9,25 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config import ModelConfig, Pooling
+from pipeline.config import POOLING_FLAGS, POOLINGS, ModelConfig, Pooling
 from pipeline.run_dir import write_json
 
 # sentence-transformers' names of our poolings.
-POOLING_NAMES: dict[Pooling, str] = {
-    "mean": "mean",
-    "weighted_mean": "weightedmean",
-    "last_token": "lasttoken",
-    "first_token": "cls",
-}
-# The older form, one boolean for each pooling; text-embeddings-inference reads nothing else.
-POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+POOLING_NAMES: dict[Pooling, str] = {ours: theirs for theirs, ours in POOLINGS.items()}
 _TRUNCATION = "2_Truncation"
 
 

@@ -198,8 +198,8 @@ class WeightReader:
         said = sorted(key for key in heads if not key.startswith(_LANGUAGE_HEAD))
         if said and comm.rank() == 0:
             say_warning(
-                f"model.path: {self._files.path}: {len(said)} tensors of heads are not used, "
-                f"such as {said[0]}"
+                f"model.path: {self._files.path}: {len(said)} tensors outside of the backbone "
+                f"are not used, such as {said[0]}"
             )
 
     def _is_outside(self, key: str) -> bool:

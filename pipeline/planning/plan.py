@@ -53,6 +53,7 @@ def plan_run(
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
     dataset = Dataset.open(config.data.path)
+    dataset.require_model(config.model)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
     tokens = loader.chunk_tokens(0)
     zero = ds_config["zero_optimization"]

@@ -90,11 +90,13 @@ def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
         verify: read every shard again and compare its hash; a flipped bit may still be a token.
 
     Raises:
-        UserError: a shard is damaged, or was made with another tokenizer than the model's.
+        UserError: a shard is damaged, was made with another tokenizer than the model's, or holds
+            texts that the model cannot take.
     """
     dataset = Dataset.open(config.data.path, verify=verify)
     path = config.model.path
     dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(path)), path)
+    dataset.require_model(config.model)
     return dataset
 
 

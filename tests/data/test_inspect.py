@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def test_inspect_works_where_the_tokenizer_is_gone(copied: Path) -> None:
     path = Dataset.open(copied).tokenizer.path
     manifest.write_text(manifest.read_text().replace(path, str(copied / "gone")))
     assert "no samples: the tokenizer" in inspect(copied, plot=False)
+
+
+def test_inspect_decodes_with_a_tokenizer_that_publishes_code_of_its_own(
+    copied: Path, tmp_path: Path
+) -> None:
+    manifest = copied / "manifest.json"
+    path = Dataset.open(copied).tokenizer.path
+    dream = Path(shutil.copytree(path, tmp_path / "dream"))
+    (dream / "config.json").write_text('{"model_type": "Dream"}')
+    settings = json.loads((dream / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+    (dream / "tokenizer_config.json").write_text(json.dumps(settings))
+    manifest.write_text(manifest.read_text().replace(path, str(dream)))
+    assert "example " in inspect(copied, num_samples=1, plot=False)
 
 
 def test_verify_counts_the_bytes_and_finds_damage(copied: Path) -> None:

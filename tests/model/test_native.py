@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,14 @@ def test_llada_computes_its_papers_equations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("block_type", "sequential"), ("alibi", True), ("include_qkv_bias", True)],
+    [
+        ("block_type", "sequential"),
+        ("alibi", True),
+        ("include_qkv_bias", True),
+        ("scale_logits", True),
+        ("residual_dropout", 0.1),
+        ("embedding_dropout", 0.1),
+    ],
 )
 def test_a_llada_variant_that_is_no_llama_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     llada_folder(tmp_path / "llada", **{key: value})
@@ -158,3 +166,70 @@ def test_adapted_diffusion_checkpoints_give_the_vectors_of_their_plain_layout(
         for name in ("plain", "adapted")
     ]
     torch.testing.assert_close(*vectors, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llada", "gpt2"])
+def test_a_config_that_counts_fewer_tokens_than_there_are_rows_is_corrected(
+    tmp_path: Path, kind: str
+) -> None:
+    """DiffuGPT's mask token has a row that its config.json does not count."""
+    if kind == "llada":
+        llada_folder(tmp_path, embedding_size=None, vocab_size=VOCAB - 3)
+    else:
+        config = hf.GPT2Config(vocab_size=90, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+        state = hf.GPT2Model(config).state_dict()
+        names = {"wte.weight": "embed_tokens.weight"}
+        weights = {names.get(k, f"denoise_model.{k}"): v.clone() for k, v in state.items()}
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        config.vocab_size = 89
+        config.save_pretrained(tmp_path)
+    given = ModelConfig(path=str(tmp_path), dtype="float32")
+    for encoder in (build_encoder(given), build_encoder(given, meta=True)):
+        assert encoder.model.get_input_embeddings().num_embeddings == VOCAB
+        assert encoder.model.config.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_gemma_3_that_reads_images_is_its_text_model(
+    tmp_path: Path, old_names: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = hf.Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=4,
+        sliding_window=6,
+        sliding_window_pattern=2,
+    )
+    eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes = {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text.to_dict(), vision_config={**eye, **sizes})
+    )
+    whole.save_pretrained(tmp_path)
+    if not old_names:
+        weights = load_file(tmp_path / "model.safetensors")
+        new = {
+            re.sub(r"^language_model\.model\.", "model.language_model.", name): value
+            for name, value in weights.items()
+        }
+        save_file(new, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = ModelConfig(path=str(tmp_path), dtype="float32", attention="causal", normalize=False)
+    encoder = build_encoder(config)
+    ids = torch.arange(3, 20)
+    wanted = whole.model.language_model(ids[None]).last_hidden_state.mean(1)
+    torch.testing.assert_close(encoder(ids, torch.tensor([17])), wanted, atol=1e-5, rtol=0)
+    assert "vision_tower" in (told := capsys.readouterr().err) or "projector" in told
+    encoder.save_backbone(tmp_path / "saved")
+    assert type(hf.AutoModel.from_pretrained(tmp_path / "saved")) is hf.Gemma3TextModel
+
+
+def test_a_model_that_holds_a_text_model_of_another_kind_names_it(tmp_path: Path) -> None:
+    tree = {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="'mistral3', which holds a text model .* 'mistral'"):
+        build_encoder(ModelConfig(path=str(tmp_path)))

@@ -133,8 +133,13 @@ def test_code_that_does_not_attend_as_configured_is_refused(tmp_path: Path) -> N
         build_encoder(dataclasses.replace(full, attention="causal"))
 
 
-def test_foreign_code_does_not_run_unasked(tmp_path: Path) -> None:
+def test_foreign_code_does_not_run_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(write(tmp_path / "toy", HONEST), trust_remote_code=False)
     (tmp_path / "toy" / "configuration_toy.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UserError, match="toy"):
+
+    def answer(*_: object) -> str:
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(UserError, match=r"toy.*model\.trust_remote_code and model\.revision"):
         build_encoder(config)

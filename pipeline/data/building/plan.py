@@ -26,6 +26,7 @@ from pipeline.data.sources import (
     plan_source,
 )
 from pipeline.data.tokens import TextEncoder, TokenizerInfo, load_tokenizer
+from pipeline.limits import read_limits
 from pipeline.run_dir import write_text
 
 # Text per slice of the document store; a task holds one slice in memory.
@@ -97,6 +98,13 @@ def make_plan(build: Build) -> None:
     sources = expand_sources(config.sources)
     require_inputs(config)
     tokenizer_json, tokenizer = load_tokenizer(config.tokenizer, append_eos=config.append_eos)
+    read_limits(config.tokenizer).require_length(
+        {
+            "max_query_length": config.max_query_length,
+            "max_document_length": config.max_document_length,
+        },
+        fix="shorten it, so that longer texts are cut",
+    )
     recipe = make_recipe(config, identify_tokenizer(tokenizer_json, tokenizer))
     blocks = tuple(
         PlannedBlock(source=number, block=block)

@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.limits import limits_of
 from pipeline.model.parts import backbone_folder
-from pipeline.model.positions import check_position_limit
 
 # The names of the two widths in config.json: those of most models, GPT-2's, LLaDA's.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -53,7 +53,8 @@ def check_fit(config: EvaluateConfig) -> None:
         backbone = backbone_folder(model.path)
         if backbone is not None and (backbone / "config.json").is_file():
             hf_config = json.loads((backbone / "config.json").read_text())
-            check_position_limit(longest, hf_config, key=f"{model.name}: max_length or lengths")
+            limits = limits_of(hf_config, model.name)
+            limits.require_length({f"{model.name}: max_length or lengths": longest})
         if config.gpu_memory_gib is None:
             continue
         size = 4 if model.precision == "float32" else 2
