@@ -11,12 +11,22 @@ from data_support import reasonaug_rows
 
 from pipeline.data.inspect import inspect, verify
 from pipeline.data.shards import Dataset
+from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
+from pipeline.tokenizer import load_tokenizer
 
 
 @pytest.fixture
 def copied(dataset: Dataset, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset.folder, tmp_path / "copied"))
+
+
+def name_tokenizer(dataset: Path, tokenizer: Path, **changes: str) -> None:
+    """Make a dataset say that its tokenizer lies elsewhere."""
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest.pop("sha256")  # as in a manifest of an earlier version
+    manifest["tokenizer"] |= {"path": str(tokenizer), **changes}
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_inspect_shows_counts_lengths_and_decoded_samples(copied: Path) -> None:
@@ -38,23 +48,19 @@ def test_inspect_draws_the_length_histogram(copied: Path) -> None:
 
 
 def test_inspect_works_where_the_tokenizer_is_gone(copied: Path) -> None:
-    manifest = copied / "manifest.json"
-    path = Dataset.open(copied).tokenizer.path
-    manifest.write_text(manifest.read_text().replace(path, str(copied / "gone")))
+    name_tokenizer(copied, copied / "gone")
     assert "no samples: the tokenizer" in inspect(copied, plot=False)
 
 
 def test_inspect_decodes_with_a_tokenizer_that_publishes_code_of_its_own(
     copied: Path, tmp_path: Path
 ) -> None:
-    manifest = copied / "manifest.json"
-    path = Dataset.open(copied).tokenizer.path
-    dream = Path(shutil.copytree(path, tmp_path / "dream"))
+    dream = Path(shutil.copytree(Dataset.open(copied).tokenizer.path, tmp_path / "dream"))
     (dream / "config.json").write_text('{"model_type": "Dream"}')
     settings = json.loads((dream / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
     (dream / "tokenizer_config.json").write_text(json.dumps(settings))
-    manifest.write_text(manifest.read_text().replace(path, str(dream)))
+    name_tokenizer(copied, dream, fingerprint=tokenizer_fingerprint(load_tokenizer(str(dream))))
     assert "example " in inspect(copied, num_samples=1, plot=False)
 
 
