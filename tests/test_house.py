@@ -19,7 +19,8 @@ from pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {
-    *("pipeline", "ReasonAug", "ds_configs", "launch", "slurm", "tests", ".ci", ".gitignore"),
+    *("pipeline", "ReasonAug", "ds_configs", "docs", "launch", "slurm", "tests", ".ci"),
+    ".gitignore",
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
 }
 # A room imports rooms on lower floors only; rooms on one floor do not know each other.
@@ -67,7 +68,9 @@ SCRIPTS = sorted(
         or path.read_bytes().startswith(b"#!/usr/bin/env bash")
     )
 )
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "launch").rglob("*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").rglob("*.md")]
+)
 
 
 def name(path: Path) -> str:
