@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.config import ModelConfig, Template, as_tree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_warning
 from pipeline.limits import limits_of
 from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
+from pipeline.model.config_file import finish_config
 from pipeline.model.encoder import Encoder
 from pipeline.model.export_tokenizer import tokenizer_to_write
 from pipeline.model.load import LoadedExport
-from pipeline.model.outside import Outside, available_bytes, check_vectors
+from pipeline.model.outside import NOT_CHECKED, Outside, available_bytes, check_vectors
 from pipeline.model.parts import SETTINGS, is_export
 from pipeline.model.prompts import Prompts, TrainedTexts
 from pipeline.model.sentence_files import write_sentence_files
@@ -151,7 +151,7 @@ def _write_files(
         encoder.save_adapter(folder)
     else:
         encoder.save_backbone(folder)
-        _drop_remote_code(folder / "config.json")
+        finish_config(folder / "config.json")
         write_sentence_files(
             folder,
             width=encoder.model.config.hidden_size,
@@ -201,18 +201,11 @@ def _length_that_fits(encoder: Encoder, max_length: int) -> int:
     limit = limits_of(encoder.model.config.to_dict()).positions
     if limit is None or max_length <= limit:
         return max_length
-    _say(
-        f"texts are cut at {limit} tokens, the positions of the model; the training data were cut "
-        f"at {max_length}"
+    say_warning(
+        f"the export's texts are cut at {limit} tokens, the positions of the model; those of the "
+        f"training data at {max_length}"
     )
     return limit
-
-
-def _drop_remote_code(path: Path) -> None:
-    """Remove the names of code that a published config.json asks for and the export lacks."""
-    tree = json.loads(path.read_text())
-    if tree.pop("auto_map", None) is not None:
-        write_json(path, tree)
 
 
 def check_output(output_dir: Path) -> None:
@@ -271,7 +264,7 @@ def _check(
     encoder = model.encoder
     needed = 8 * sum(parameter.numel() for parameter in encoder.parameters()) + _LIBRARY_BYTES
     if needed > (free := available_bytes()):
-        why = f"not checked: {needed / 2**30:.0f} GiB of memory needed, {free / 2**30:.0f} free"
+        why = f"{NOT_CHECKED}: {needed / 2**30:.0f} GiB of memory needed, {free / 2**30:.0f} free"
         found = dict.fromkeys(libraries, why)
     else:
         batches = _batches(model, prompts)
@@ -282,7 +275,10 @@ def _check(
             outside, folder, libraries=libraries, dtype=stored, batches=batches, wanted=wanted
         )
     for library, result in found.items():
-        _say(f"{library}: {result}")
+        if result.startswith(NOT_CHECKED):
+            say_warning(f"{library}: {result}")
+        else:
+            print(f"{library}: {result}", file=sys.stderr, flush=True)
     return found
 
 
@@ -307,7 +303,3 @@ def _batches(model: LoadedExport, prompts: Prompts) -> list[dict[str, Any]]:
             }
         )
     return batches
-
-
-def _say(line: str) -> None:
-    print(f"export: {line}", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.config import ModelConfig
+from pipeline.errors import say_warning
 
 # What `license` may say on the hub (hf.co/docs/hub/repositories-licenses); it refuses other words.
 HUB_LICENCES = {
@@ -49,11 +49,9 @@ def base_licence(config: ModelConfig) -> dict[str, Any]:
         return {}  # the hub is out of reach
     except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(
-            f"export: warning: the model card of {config.path} cannot be read ({reason}); "
-            "the export's card names no licence",
-            file=sys.stderr,
-            flush=True,
+        say_warning(
+            f"the model card of {config.path} cannot be read ({reason}); the export's card names "
+            "no licence"
         )
         return {}
 

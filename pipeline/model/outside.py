@@ -30,6 +30,8 @@ _PATIENCE = 900
 # Largest distance, relative to the length of a vector: rounding stays below a hundredth of it, and
 # one token more or less in a short text far above.
 _TOLERANCE = 1e-3
+# How the result of a check begins that was not made.
+NOT_CHECKED = "not checked"
 _PROGRAM = Path(__file__).with_name("outsider.py")
 
 
@@ -203,12 +205,12 @@ def check_vectors(
     for library in libraries:
         try:
             if library == "sentence-transformers" and not outside.has_sentence_transformers:
-                found[library] = "not checked: it is not installed"
+                found[library] = f"{NOT_CHECKED}: it is not installed"
                 continue
             theirs = outside.embed(folder, library, batches, dtype=dtype)
         except Unfinished as reason:  # nor will it answer for the others
             left = [name for name in libraries if name not in found]
-            return {**found, **dict.fromkeys(left, f"not checked: {reason}")}
+            return {**found, **dict.fromkeys(left, f"{NOT_CHECKED}: {reason}")}
         for batch, ours, vectors in zip(batches, wanted, theirs, strict=True):
             _compare(library, str(batch["role"]), ours, vectors)
         version = metadata.version(library)

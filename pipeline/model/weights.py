@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from pipeline import comm
 from pipeline.errors import UserError, blame, say_warning
+from pipeline.model.parts import is_export
 
 # The head that every language model has, in silence.
 _LANGUAGE_HEAD = "lm_head."
@@ -196,7 +198,8 @@ class WeightReader:
                 fix="give a complete checkpoint of a supported architecture",
             )
         said = sorted(key for key in heads if not key.startswith(_LANGUAGE_HEAD))
-        if said and comm.rank() == 0:
+        # An export keeps its base's heads for other readers; that is no news.
+        if said and comm.rank() == 0 and not is_export(Path(self._files.path)):
             say_warning(
                 f"model.path: {self._files.path}: {len(said)} tensors outside of the backbone "
                 f"are not used, such as {said[0]}"

@@ -99,7 +99,7 @@ def test_a_damaged_card_of_the_base_is_said_and_costs_no_export(
         folder = export(*model, starter, tmp_path / "export")
     finally:
         (starter / "README.md").unlink()
-    assert "export: warning: the model card of" in capsys.readouterr().err
+    assert "WARNING: the model card of" in capsys.readouterr().err
     assert "license:" not in card_of(folder)
 
 

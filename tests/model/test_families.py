@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers as hf
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.config_file import finish_config
 from pipeline.model.encoder import build_encoder
 from pipeline.model.families import FAMILIES
 
@@ -117,6 +119,26 @@ def test_packed_rows_equal_transformers_padded_batch(
         scale = wanted[key].grad.abs().max()
         error = (parameter.grad - wanted[key].grad).abs().max()
         assert error <= 1e-5 * scale + 1e-6, key  # a key bias has no gradient but rounding
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_older_readers_find_rotary_positions_and_newer_ones_read_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    config = CASES[name][0]
+    published = config.to_dict()
+    rope = published.get("rope_parameters")
+    for part in rope.values() if rope and "rope_type" not in rope else [rope] if rope else []:
+        part["rope_theta"] = 12_345.0  # no family's default
+    config = type(config)(**published)
+    config.auto_map = {"AutoModel": "nowhere.Class"}
+    config.save_pretrained(tmp_path)
+    finish_config(tmp_path / "config.json")
+    tree = json.loads((tmp_path / "config.json").read_text())
+    found = {key: value for key, value in tree.items() if "rope" in key and "theta" in key}
+    assert "auto_map" not in tree and set(found.values()) == ({12_345.0} if rope else set())
+    again = hf.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False).to_dict()
+    assert again.get("rope_parameters") == config.to_dict().get("rope_parameters")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DECODERS])

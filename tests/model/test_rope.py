@@ -12,6 +12,7 @@ from test_families import CASES, GROUPED, IDS, LENGTHS, SIZES, padded_means, sav
 
 from pipeline.config import ModelConfig, RopeScaling
 from pipeline.errors import UserError
+from pipeline.model.config_file import finish_config
 from pipeline.model.encoder import build_encoder
 from pipeline.model.families import FAMILIES
 
@@ -31,6 +32,7 @@ def test_rescaled_packed_rows_equal_transformers_reading_the_saved_config(
     scaling = RopeScaling(kind=kind, factor=FACTOR)
     encoder = build_encoder(ModelConfig(**settings, rope_scaling=scaling))
     encoder.save_backbone(tmp_path / "saved")
+    finish_config(tmp_path / "saved" / "config.json")  # both forms mean the same
     reference = hf.AutoModel.from_pretrained(
         tmp_path / "saved", attn_implementation=implementation, dtype=torch.float32
     ).eval()
