@@ -227,3 +227,31 @@ def test_an_output_folder_may_be_a_link(make_config: ConfigMaker, tmp_path: Path
     prepare(make_config(source), num_workers=1)
     assert (tmp_path / "disk" / "manifest.json").is_file()
     assert prepare_status(make_config(source)) == "whole"
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    """The parts of a saved DatasetDict, and train/ and dev/ of a folder."""
+    rows = [{"query": f"query {k}", "positives": [f"answer {k}"]} for k in range(4)]
+    whole = datasets.Dataset.from_list(rows)
+    parts = {"train": whole, "test": whole.select([0])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    files = [tmp_path / "rows" / folder / "a.jsonl" for folder in ("train", "dev", "train/more")]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(file, rows[number : number + 2])
+    sources = [
+        SourceConfig(name=name, format="columns", path=str(tmp_path / name))
+        for name in ("saved", "rows")
+    ]
+    config = make_config(*sources)
+    prepare(config, num_workers=1)
+    assert prepare_status(config) == "whole"
+    first, second = files[0].read_bytes(), files[2].read_bytes()
+    files[0].write_bytes(second)
+    files[2].write_bytes(first)
+    assert prepare_status(config) == "other"
+    files[0].write_bytes(first)
+    files[2].write_bytes(second)
+    assert prepare_status(config) == "whole"

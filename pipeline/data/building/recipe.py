@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -172,16 +173,17 @@ def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> 
     """
     for change in _changed_settings(recipe, _settings(config)):
         return change
-    then = {(entry.key, PurePath(entry.file).name): entry for entry in recipe.inputs}
     listed = list(_list_inputs(config))
-    now = {(key, PurePath(file).name) for key, file in listed}
-    for key, name in sorted(now - then.keys()):
+    # Several files may have one name, in train/ and test/ for example.
+    now = collections.Counter((key, PurePath(file).name) for key, file in listed)
+    then = collections.Counter((entry.key, PurePath(entry.file).name) for entry in recipe.inputs)
+    for key, name in sorted(now - then):
         return f"{key}: {name} is new"
-    for key, name in sorted(then.keys() - now):
+    for key, name in sorted(then - now):
         return f"{key}: {name} is gone"
     known = {entry.file: entry for entry in (*recipe.inputs, *recipe.tokenizer_files)}
-    for entry in _measure(listed, known):
-        if entry.sha256 != then[entry.key, PurePath(entry.file).name].sha256:
+    for entry, earlier in zip(_measure(listed, known), recipe.inputs, strict=True):
+        if entry.identity != earlier.identity:
             return f"{entry.key}: {entry.file} has changed"
     files = _measure(_list_tokenizer(config), known)
     same = [e.identity for e in files] == [e.identity for e in recipe.tokenizer_files]
