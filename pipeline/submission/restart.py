@@ -46,6 +46,7 @@ _SHARED_SECONDS = 1800
 _LONGEST_WAIT = 30
 # Before the time limit: enough for a controller that answers slowly.
 _LAST_SECONDS = 30
+_SLURM_ENDS_IT = "Slurm ends this job itself: cancelled, queued again, or a node failed"
 
 T = TypeVar("T")
 Verdict = Literal["requeue", "leave", "stuck"]
@@ -84,7 +85,7 @@ def decide(ending: Ending) -> tuple[Verdict, str]:
         return "leave", "exit code 2 is a fault of the config or the data: it would fail again"
     if not ending.running:
         # `scontrol requeue` would bring a cancelled job back to life.
-        return "leave", "Slurm ends this job itself: cancelled, queued again, or a node failed"
+        return "leave", _SLURM_ENDS_IT
     asked = ending.out_of_time or ending.preempted
     if ending.code == 75 and not asked:
         return "leave", "stopped on request; submit again to continue"
@@ -112,12 +113,14 @@ def begin(config: TrainConfig, job: str) -> None:
     except allocation.NoCheckError as error:
         # Counted like the crash of a rank.
         _note_end(history, str(error))
+        _require_running(job, str(error))
         raise DiffembedError(_again(job, history, str(error))) from error
     if not faults:
         say(f"start {history.num_starts} of job {job}, from step {step}")
         return
     words = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
     _note_end(history, words, unfit=True)
+    _require_running(job, words)
     if history.num_unfit > _MAX_UNFIT:
         raise DiffembedError(f"unfit nodes {history.num_unfit} times, not queued again: {words}")
     without = (*faults, *allocation.excluded_nodes(job))
@@ -184,6 +187,16 @@ def say(line: str) -> None:
     """Print a line to the log, which may be on the disk that is full."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
+
+
+def _require_running(job: str, why: str) -> None:
+    """Leave a job alone that Slurm ends itself: what it started dies with it.
+
+    Raises:
+        DiffembedError: Slurm ends it; queued again, it would come back to life.
+    """
+    if not allocation.read_state(job).running:
+        raise DiffembedError(f"not queued again: {_SLURM_ENDS_IT} ({why})")
 
 
 def _note_start(config: TrainConfig, job: str) -> tuple[History, int]:

@@ -202,7 +202,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "scontrol": f"""\
 case "$1 $2" in
   "show hostnames") echo "$3" | tr , "\\n" ;;
-  "show job") echo "Partition=test JobState=RUNNING" ;;
+  "show job") echo "Partition=test JobState=${{STATE:-RUNNING}}" ;;
   "show partition") echo "TotalNodes=${{NODES:-9}}" ;;
   *) echo "$*" >>{tmp_path}/orders ;;
 esac""",
@@ -258,6 +258,18 @@ def test_a_check_that_cannot_start_counts_like_a_crash(slurm: Path, config: Trai
     with pytest.raises(DiffembedError, match="^queued again: the nodes could not be checked"):
         begin(config, "7")
     assert History(config.output_dir, "7").idle_starts(0) == 1
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo 'health: node1: {}'"], ids=["none", "one"])
+def test_a_job_that_is_cancelled_during_its_check_stays_cancelled(
+    answer: str, slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_command(slurm / "srun", answer)
+    monkeypatch.setenv("STATE", "CANCELLED")
+
+    with pytest.raises(DiffembedError, match="^not queued again: Slurm ends this job itself"):
+        begin(config, "7")
+    assert not (slurm / "orders").exists()
 
 
 def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
