@@ -119,3 +119,11 @@ class StarterConfig:
     intermediate_size: int = 384
     max_position_embeddings: int = 4096
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(len(self.corpus) > 0, "corpus", "an empty list", "at least one file")
+        for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
+        places = self.max_position_embeddings
+        require(places >= 1, "max_position_embeddings", places, "an integer >= 1 (tokens)")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")

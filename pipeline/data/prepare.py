@@ -181,7 +181,7 @@ def _is_done(config: PrepareConfig, target: Path) -> bool:
             f"output_dir: {target} exists and is no dataset",
             fix="choose another output_dir, or remove it",
         )
-    recipe, dataset = read_recipe(target), Dataset.open(target)
+    recipe, dataset = read_recipe(target), Dataset.open(target, verify=True)
     change = find_change(config, recipe)
     if change is None and recipe.fingerprint != dataset.manifest.recipe:
         change = f"{RECIPE_NAME} is of another dataset"

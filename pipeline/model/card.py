@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import ModelConfig, Template
+from pipeline.errors import blame
 from pipeline.model.licence import base_licence, licence_words
 from pipeline.model.prompts import Prompt, Prompts, TrainedTexts
 from pipeline.model.serving import serving_table
@@ -81,7 +82,8 @@ def write_card(
 def add_evaluation(folder: Path, table: str) -> None:
     """Put a Markdown table of scores into the card of an export, in the place of an earlier one."""
     path = folder / "README.md"
-    before, found, after = path.read_text().partition(f"{_EVALUATION}\n")
+    with blame(f"{path}: the scores are not in it", fix=f"delete it, or export {folder} again"):
+        before, found, after = path.read_text(encoding="utf-8").partition(f"{_EVALUATION}\n")
     if found:
         _, heading, rest = after.partition("\n## ")
         write_text(path, f"{before}{_EVALUATION}\n\n{table.strip()}\n{heading}{rest}")

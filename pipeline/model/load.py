@@ -26,7 +26,19 @@ from pipeline.errors import UserError, say_warning
 from pipeline.limits import ModelLimits, limits_of
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.families import FAMILIES
-from pipeline.model.parts import SETTINGS, adapted_model, is_adapter, is_export, read_settings
+from pipeline.model.parts import (
+    SETTINGS,
+    Backbone,
+    Lengths,
+    Module,
+    PoolingModes,
+    Prompts,
+    Settings,
+    adapted_model,
+    is_adapter,
+    is_export,
+    read_settings,
+)
 from pipeline.tokenizer import (
     cut_before,
     instruction_characters,
@@ -215,7 +227,10 @@ def load_export(
     folder = Path(path)
     max_length: int | None
     if is_adapter(folder):
-        config, max_length = adapted_model(folder), read_settings(folder, SETTINGS)["max_length"]
+        config, max_length = (
+            adapted_model(folder),
+            read_settings(folder, SETTINGS, Settings)["max_length"],
+        )
     else:
         config, max_length = _sentence_transformers_settings(folder)
     asked = {"dimensions": dimensions, "rope_scaling": rope_scaling}
@@ -253,7 +268,7 @@ def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, limits: M
 
 
 def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
-    modules = read_settings(folder, "modules.json")
+    modules = read_settings(folder, "modules.json", list[Module])
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = is_export(folder)
     optional = [kind for kind in _MODULES[2:] if kind in kinds]
@@ -263,21 +278,22 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
             allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
         )
     prompts = folder / "config_sentence_transformers.json"
-    if prompts.is_file() and read_settings(folder, prompts.name).get("truncate_dim") is not None:
+    told = read_settings(folder, prompts.name, Prompts) if prompts.is_file() else {}
+    if told.get("truncate_dim") is not None:
         raise UserError(
             f"{prompts}: truncate_dim, which cuts vectors without normalising them again",
             fix="remove that key, and ask for the number of dimensions where vectors are made",
         )
-    settings = read_settings(folder, "sentence_bert_config.json")
-    bidirectional = _is_bidirectional(read_settings(folder, "config.json"))
-    trained = read_settings(folder, SETTINGS)["model"] if ours else {}
+    settings = read_settings(folder, "sentence_bert_config.json", Lengths)
+    bidirectional = _is_bidirectional(read_settings(folder, "config.json", Backbone))
+    trained = read_settings(folder, SETTINGS, Settings)["model"] if ours else {}
     config = ModelConfig(
         path=str(folder),
         attention="bidirectional" if bidirectional else "causal",
         pooling=_pooling(folder, modules[1]["path"]),
         pool_instruction=_pools_prompt(folder, modules[1]["path"]),
         normalize="Normalize" in kinds,
-        dimensions=trained["dimensions"] if "Dense" in kinds else None,
+        dimensions=trained.get("dimensions") if "Dense" in kinds else None,
     )
     return config, settings.get("max_seq_length")
 
@@ -289,7 +305,7 @@ def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
 
 
 def _pooling(folder: Path, name: str) -> Pooling:
-    settings = read_settings(folder / name, "config.json")
+    settings = read_settings(folder / name, "config.json", PoolingModes)
     mode = pooling_mode(settings)
     if mode not in POOLINGS:
         raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(POOLINGS))
@@ -297,15 +313,18 @@ def _pooling(folder: Path, name: str) -> Pooling:
 
 
 def _pools_prompt(folder: Path, name: str) -> bool:
-    return bool(read_settings(folder / name, "config.json").get("include_prompt", True))
+    return bool(
+        read_settings(folder / name, "config.json", PoolingModes).get("include_prompt", True)
+    )
 
 
 def _template(folder: Path) -> Template:
     """Ours where the folder is our export, else the prompts of sentence-transformers."""
     if is_export(folder):
         origin = str(folder / SETTINGS)
-        return build_config(Template, read_settings(folder, SETTINGS)["template"], origin=origin)
-    prompts = read_settings(folder, "config_sentence_transformers.json").get("prompts", {})
+        template = read_settings(folder, SETTINGS, Settings)["template"]
+        return build_config(Template, template, origin=origin)
+    prompts = read_settings(folder, "config_sentence_transformers.json", Prompts).get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
     )

@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from pipeline.config import ModelConfig, build_config
-from pipeline.errors import UserError
+from pipeline.files import check_kind, read_json
 
 # What every export of ours says about itself.
 SETTINGS = "diffembed.json"
 
 
-def read_settings(folder: Path, name: str) -> Any:
-    """One of an export's JSON files.
+class Settings(TypedDict, total=False):
+    """`diffembed.json`: how the export was made."""
+
+    model: Required[dict[str, Any]]
+    template: Required[dict[str, str]]
+    max_length: Required[Annotated[int, Field(ge=1)]]
+    step: int | None
+    checkpoint: str | None
+
+
+class Backbone(TypedDict, total=False):
+    """What is read of a `config.json` before transformers reads it."""
+
+    model_type: Required[str]
+    is_causal: bool
+
+
+class Module(TypedDict):
+    """An entry of `modules.json`."""
+
+    type: str
+    path: str
+
+
+class Lengths(TypedDict, total=False):
+    """`sentence_bert_config.json`."""
+
+    max_seq_length: Annotated[int, Field(ge=1)] | None
+
+
+class Prompts(TypedDict, total=False):
+    """What is read of `config_sentence_transformers.json`."""
+
+    prompts: dict[str, str]
+    truncate_dim: int | None
+
+
+class PoolingModes(TypedDict, total=False):
+    """What is read of the pooling's `config.json`; before version 5 there was one switch each."""
+
+    pooling_mode: str
+    include_prompt: bool
+    pooling_mode_cls_token: bool
+    pooling_mode_max_tokens: bool
+    pooling_mode_mean_tokens: bool
+    pooling_mode_mean_sqrt_len_tokens: bool
+    pooling_mode_weightedmean_tokens: bool
+    pooling_mode_lasttoken: bool
+
+
+def read_settings(folder: Path, name: str, kind: Any) -> Any:
+    """One of an export's JSON files, with all that it holds.
+
+    Args:
+        folder: the export.
+        name: the file's name there.
+        kind: the keys that are used, and the types of their values.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or a value has another type.
     """
     path = folder / name
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__})",
-            fix="give a folder written by `diffembed export`, or in sentence-transformers layout",
-        ) from error
+    fix = "give a folder written by `diffembed export`, or in sentence-transformers layout"
+    tree = read_json(path, fix=fix)
+    check_kind(tree, kind, where=str(path), fix=fix)
+    return tree
 
 
 def is_export(path: Path) -> bool:
@@ -46,7 +100,7 @@ def adapted_model(export: Path) -> ModelConfig:
     Raises:
         UserError: its settings are missing or damaged.
     """
-    tree = read_settings(export, SETTINGS)["model"]
+    tree = read_settings(export, SETTINGS, Settings)["model"]
     trained = build_config(ModelConfig, tree, origin=str(export / SETTINGS))
     return dataclasses.replace(
         trained,

@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from pipeline.config import StarterConfig
 from pipeline.errors import UserError
+from pipeline.files import parse_json
 from pipeline.run_dir import atomic_path, write_json
 
 _END, _MASK = "<|endoftext|>", "<|mask|>"
@@ -100,7 +101,10 @@ def _train_tokenizer(config: StarterConfig) -> Any:
     tokenizer.train_from_iterator(_texts(config.corpus), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     if not model["merges"]:
-        raise UserError(f"corpus: no text in {', '.join(map(str, config.corpus))}")
+        raise UserError(
+            f"corpus: no text in {', '.join(map(str, config.corpus))}",
+            fix="give a file that holds some words",
+        )
     return Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
@@ -114,16 +118,19 @@ def _train_tokenizer(config: StarterConfig) -> Any:
 def _texts(paths: tuple[Path, ...]) -> Iterator[str]:
     """Every string value of JSONL rows, every line of other files."""
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
+        fix = "give JSON lines (*.jsonl), or plain text in UTF-8"
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if path.suffix != ".jsonl":
-                    yield line
-                    continue
+                where = f"corpus: {path}:{number}"
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}: line {number} is not JSON ({error})") from error
-                yield from _strings(row)
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8", fix=fix) from error
+                if path.suffix == ".jsonl":
+                    if text.strip():
+                        yield from _strings(parse_json(text, where=where, fix=fix))
+                else:
+                    yield text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ A placement that shards keeps its share of every piece, so no process ever holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -161,7 +162,13 @@ class WeightReader:
         with self._files.slices(wanted) as slices:
             info = self._load(slices, self._device)
         for name in names:
-            if self._model.get_parameter(name).is_meta:
+            weight = self._model.get_parameter(name)
+            if not weight.is_meta and not _is_finite(weight):
+                raise UserError(
+                    f"model.path: {self._files.path}: {name} holds NaN or infinity",
+                    fix=f"fetch {self._files.path} again, or take an earlier checkpoint of it",
+                )
+            if weight.is_meta:
                 why = next(iter(info.conversion_errors.values()), "nothing becomes it")
                 raise UserError(
                     f"model.path: {self._files.path}: {name} cannot be read: "
@@ -230,6 +237,13 @@ class WeightReader:
                 native = name
             sources.setdefault(native.rpartition(".")[0], []).append(name)
         return sources
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Tell by the smallest and the largest element, in one pass without a copy."""
+    if not weight.numel() or not weight.is_floating_point():
+        return True
+    return all(math.isfinite(float(end)) for end in weight.detach().aminmax())
 
 
 def fill(

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline import comm
 from pipeline.config import CheckpointConfig
-from pipeline.errors import UserError
-from pipeline.run_dir import RunDir, checkpoint_name
+from pipeline.errors import UserError, say_warning
+from pipeline.run_dir import LATEST, RunDir, checkpoint_name
 from pipeline.training import checkpoint
 from pipeline.training.evaluations import Evaluations
 from pipeline.training.objective import Objective
@@ -39,7 +39,13 @@ def take_over(run: RunDir, mirror: Path | None) -> None:
 def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
     """The run's own, or where its folder holds none the one on slower storage."""
     newest = checkpoint.latest(run.checkpoints)
-    return newest or (checkpoint.latest(mirror) if mirror else None)
+    newest = newest or (checkpoint.latest(mirror) if mirror else None)
+    if newest is None and comm.rank() == 0 and (there := checkpoint.names(run.checkpoints)):
+        say_warning(
+            f"{run.checkpoints}/{LATEST} is missing: the run begins at step 0, beside "
+            f"{', '.join(there)} (`diffembed rewind {run.root} {there[-1]}` continues from there)"
+        )
+    return newest
 
 
 class RunCheckpoints:

@@ -30,6 +30,8 @@ class Command:
         code: exit code where nothing is damaged.
         weight: how often it is drawn, relative to the others.
         replaces: globs of earlier files that it may write anew.
+        fewer: its result lists what need not be done again, which may be less after damage.
+        any_text: it takes every string of a JSON-lines file, whatever the fields.
     """
 
     argv: tuple[str, ...]
@@ -40,6 +42,8 @@ class Command:
     code: int = 0
     weight: float = 1.0
     replaces: tuple[str, ...] = ()
+    fewer: bool = False
+    any_text: bool = False
 
 
 def digest(path: Path) -> str:
@@ -48,6 +52,12 @@ def digest(path: Path) -> str:
 
 def _text(folder: Path, output: str) -> Result:
     return {"output": output}
+
+
+def _finished(folder: Path, output: str) -> Result:
+    """What `submit` need not submit any more."""
+    lines = [line for line in output.splitlines() if line.startswith("# finished")]
+    return {"finished": lines}
 
 
 def _files(*globs: str) -> Callable[[Path, str], Result]:
@@ -148,6 +158,7 @@ COMMANDS: dict[str, Command] = {
         reads=("data/rows.jsonl",),
         result=_files("made/*.safetensors", "made/*.json"),
         weight=1.5,
+        any_text=True,
     ),
     "prepare": Command(
         argv=("diffembed", "prepare", "prepare.yaml"),
@@ -336,8 +347,9 @@ COMMANDS: dict[str, Command] = {
             *("run", "shards", "export", "eval", "hub", "prepare.yaml", "train.yaml", "zero.json"),
             *("evaluate.yaml", "slurm", "base", "data"),
         ),
-        result=_text,
+        result=_finished,
         weight=2,
+        fewer=True,
     ),
     "rows": Command(
         argv=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def _judge_success(
         found = {"no result": repr(error)[:200]}
     if json.dumps(found) == json.dumps(wanted):
         return "same", ""
-    if is_legal(damage, whole=whole, folder=folder):
+    if command.fewer and all(set(found[key]) <= set(wanted[key]) for key in wanted):
+        return "told", "less is finished"
+    if is_legal(damage, whole=whole, folder=folder, any_text=command.any_text):
         return "legal", ""
     lines = (ended.stdout + ended.stderr).splitlines()
     for line in lines:
@@ -105,7 +108,7 @@ def _judge_refusal(
         return "no single line", f"exit code {ended.code}: {last}"
     if ended.code == 1 and lines[0].startswith("UserError"):
         return "no single line", lines[0][:300]
-    if not any(name in lines[0] for name in _names(damage)):
+    if not any(name in lines[0] for name in _names(damage)) and not _tells_value(damage, lines[0]):
         return "unnamed", lines[0][:300]
     if not re.search(r"fix: |allowed: ", lines[0]):
         return "no cure", lines[0][:300]
@@ -121,7 +124,8 @@ def _judge_refusal(
 def _names(damage: Damage) -> set[str]:
     """Words one of which a line must hold to point at the damage."""
     path = Path(damage.file)
-    names = {path.name}
+    # A command line names one DeepSpeed JSON; its keys are named without the file.
+    names = {"DeepSpeed config" if path.name == "zero.json" else path.name, path.name}
     if not damage.key:
         # A folder is named where its files only make sense together.
         names |= {str(parent) for parent in path.parents if str(parent) != "."}
@@ -130,12 +134,18 @@ def _names(damage: Damage) -> set[str]:
     return {own[-1]} if own else names
 
 
+def _tells_value(damage: Damage, line: str) -> bool:
+    """Whether a line shows the value that a key was given, such as a path that is not there."""
+    value = str(damage.value).replace("\n", " ").strip()[:80]
+    return bool(damage.key) and len(value) > 1 and value in line
+
+
 def _runs_long(damage: Damage) -> bool:
     """Whether a number was asked for that takes as long as it says."""
     return isinstance(damage.value, int | float) and damage.value >= 10**6
 
 
-def is_legal(damage: Damage, *, whole: Path, folder: Path) -> bool:
+def is_legal(damage: Damage, *, whole: Path, folder: Path, any_text: bool = False) -> bool:
     """Whether the damaged input says something else, and says it rightly."""
     now, was = folder / damage.file, whole / damage.file
     if damage.key or damage.kind.startswith("key "):
@@ -148,7 +158,7 @@ def is_legal(damage: Damage, *, whole: Path, folder: Path) -> bool:
         open_ = damage.file.startswith(_OPEN)
         return _same_kinds(_parse(was), _parse(now), open_) and open_
     if now.suffix == ".jsonl":
-        return _lines_fit(was, now)
+        return _lines_fit(was, now, any_text=any_text)
     if now.suffix == ".tsv":
         return _table_fits(now)
     if now.suffix == ".parquet":
@@ -181,7 +191,7 @@ def _equal(given: Any, taken: Any) -> bool:
     if isinstance(given, bool) or isinstance(taken, bool) or given is None or taken is None:
         return given is taken
     if isinstance(given, int | float) and isinstance(taken, int | float):
-        return given == taken
+        return math.isclose(given, taken)
     if isinstance(given, str) and isinstance(taken, int | float):
         return float(given) == taken
     if isinstance(given, dict):
@@ -218,7 +228,7 @@ def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
     return type(was) is type(now) or {type(was), type(now)} == {int, float}
 
 
-def _lines_fit(was: Path, now: Path) -> bool:
+def _lines_fit(was: Path, now: Path, *, any_text: bool) -> bool:
     """Whether every line is an object with the fields, of the kinds, that lines had before."""
     try:
         lines = now.read_text(encoding="utf-8").split("\n")
@@ -235,7 +245,7 @@ def _lines_fit(was: Path, now: Path) -> bool:
             return False
     if not found:
         return False
-    return all(any(_same_kinds(row, new, False) for row in rows) for new in found)
+    return any_text or all(any(_same_kinds(row, new, False) for row in rows) for new in found)
 
 
 def _table_fits(path: Path) -> bool:

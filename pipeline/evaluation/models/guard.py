@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 from pipeline.config import EvaluateConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.limits import limits_of
-from pipeline.model.parts import backbone_folder
+from pipeline.model.parts import backbone_folder, read_settings
 
 # The names of the two widths in config.json: those of most models, GPT-2's, LLaDA's.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -35,9 +37,10 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int | No
     backbone = backbone_folder(export)
     if backbone is None or not (backbone / "config.json").is_file():
         return None
-    tree = json.loads((backbone / "config.json").read_text())
-    width = next(tree[key] for key in _WIDTH if key in tree)
-    inner = next((tree[key] for key in _INNER_WIDTH if tree.get(key)), 4 * width)
+    tree = read_settings(backbone, "config.json", dict[str, Any])
+    with blame(f"{backbone}/config.json: no width", fix=f"fetch {backbone} again"):
+        width = next(int(tree[key]) for key in _WIDTH if key in tree)
+        inner = next((int(tree[key]) for key in _INNER_WIDTH if tree.get(key)), 4 * width)
     left = memory * _USABLE - num_parameters(export) * bytes_per_value
     return max(0, int(left // ((2 * width + 3 * inner) * bytes_per_value)))
 
@@ -52,7 +55,7 @@ def check_fit(config: EvaluateConfig) -> None:
     for model in config.models:
         backbone = backbone_folder(model.path)
         if backbone is not None and (backbone / "config.json").is_file():
-            hf_config = json.loads((backbone / "config.json").read_text())
+            hf_config = read_settings(backbone, "config.json", dict[str, Any])
             limits = limits_of(hf_config, model.name)
             limits.require_length({f"{model.name}: max_length or lengths": longest})
         if config.gpu_memory_gib is None:
@@ -76,9 +79,8 @@ def num_parameters(export: Path) -> int:
     folders = {export, backbone_folder(export) or export}
     total = 0
     for path in [file for folder in folders for file in folder.glob("*.safetensors")]:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-        )
+        damaged = blame(f"{path}: damaged", fix=f"fetch {path.parent} again")
+        with damaged, safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 -- not a dict
+                total += math.prod(file.get_slice(name).get_shape())
     return total

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import mteb
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 from pipeline.evaluation.tasks.bright import is_bright, load_columns
 from pipeline.evaluation.tasks.texts import document_texts, query_texts
 
@@ -91,8 +91,10 @@ def load_and_prove(task: Any) -> None:
         UserError: documents, queries, relevance judgements, or for FollowIR the instructions,
             candidates or changed judgements are missing.
     """
-    task.load_data()
-    task.convert_v1_dataset_format_to_v2(num_proc=None)
+    name, path = task.metadata.name, task.metadata.dataset["path"]
+    with blame(f"{name}: cannot load the data set {path}", fix=_PREFETCH):
+        task.load_data()
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset, split, data in evaluated_splits(task):
         where = f"{task.metadata.name} {subset}/{split}"
         _prove_split(where, data)
