@@ -119,14 +119,18 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         finally:
             loader.dispose()
         for key, fault in _faults(value, ""):
-            raise UserError(f"{key}: {fault}" if key else fault)
+            raise UserError(f"{key}: {fault}" if key else fault, fix="give it another value")
     except UserError as error:
         raise UserError(f"{origin}: {error.found}", allowed=error.allowed, fix=error.fix) from error
     except RecursionError as error:
-        raise UserError(f"{origin}: not a YAML file (nested too deeply)") from error
+        raise UserError(
+            f"{origin}: not a YAML file (nested too deeply)", fix="see launch/recipes/"
+        ) from error
     # Explicit tags (`!!int x`) fail in whatever way their constructor does.
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{origin}: not a YAML file ({_reason(error)})") from error
+        raise UserError(
+            f"{origin}: not a YAML file ({_reason(error)})", fix="see launch/recipes/"
+        ) from error
     return value
 
 

@@ -215,7 +215,7 @@ COMMANDS: dict[str, Command] = {
         replaces=_MADE_TRAINING,
     ),
     "export": Command(
-        argv=("diffembed", "export", "train.yaml", "--output", "made"),
+        argv=("diffembed", "export", "train.yaml", "--output", "made", "--no-check"),
         reads=(*_CHECKPOINT, *_SHARDS, *_BASE, _WEIGHTS, "run/config.yaml"),
         needs=("base", "shards", "train.yaml", "run"),
         result=_export,
@@ -224,7 +224,7 @@ COMMANDS: dict[str, Command] = {
     "export init": Command(
         argv=(
             *("diffembed", "export", "train.yaml", "model.path=pieces"),
-            *("--checkpoint", "init", "--output", "made"),
+            *("--checkpoint", "init", "--output", "made", "--no-check"),
         ),
         reads=("pieces/*.json", "pieces/*.safetensors"),
         needs=("pieces", "shards", "train.yaml", "base"),
@@ -233,7 +233,7 @@ COMMANDS: dict[str, Command] = {
     "export adapter": Command(
         argv=(
             *("diffembed", "export", "train.yaml", "model.adapter=adapter"),
-            *("--checkpoint", "init", "--output", "made"),
+            *("--checkpoint", "init", "--output", "made", "--no-check"),
         ),
         reads=("adapter/*",),
         needs=("base", "shards", "train.yaml"),

@@ -13,7 +13,7 @@ from tests.damage.damages import Damage, value_at
 from tests.damage.processes import Ended
 
 RIGHT = ("refused", "same", "told", "legal")
-_ERROR = re.compile(r"^(UserError|MachineError|DiffembedError): ")
+_ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
 # What a command says that continues without something, or does it again.
 _TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
@@ -106,8 +106,6 @@ def _judge_refusal(
     last = (ended.stderr.strip().splitlines() or [""])[-1][:300]
     if len(lines) != 1:
         return "no single line", f"exit code {ended.code}: {last}"
-    if ended.code == 1 and lines[0].startswith("UserError"):
-        return "no single line", lines[0][:300]
     if not any(name in lines[0] for name in _names(damage)) and not _tells_value(damage, lines[0]):
         return "unnamed", lines[0][:300]
     if not re.search(r"fix: |allowed: ", lines[0]):
@@ -137,7 +135,7 @@ def _names(damage: Damage) -> set[str]:
 def _tells_value(damage: Damage, line: str) -> bool:
     """Whether a line shows the value that a key was given, such as a path that is not there."""
     value = str(damage.value).replace("\n", " ").strip()[:80]
-    return bool(damage.key) and len(value) > 1 and value in line
+    return bool(damage.key) and (f" {value}: " in line or (len(value) > 1 and value in line))
 
 
 def _runs_long(damage: Damage) -> bool:
@@ -157,6 +155,8 @@ def is_legal(damage: Damage, *, whole: Path, folder: Path, any_text: bool = Fals
     if now.suffix == ".json":
         open_ = damage.file.startswith(_OPEN)
         return _same_kinds(_parse(was), _parse(now), open_) and open_
+    if now.name == "metrics.jsonl":
+        return _is_log(now)
     if now.suffix == ".jsonl":
         return _lines_fit(was, now, any_text=any_text)
     if now.suffix == ".tsv":
@@ -246,6 +246,16 @@ def _lines_fit(was: Path, now: Path, *, any_text: bool) -> bool:
     if not found:
         return False
     return any_text or all(any(_same_kinds(row, new, False) for row in rows) for new in found)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether every whole line of a log has a step; nothing is computed from the other numbers."""
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
+    except ValueError:
+        return False
+    return bool(rows) and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
 
 
 def _table_fits(path: Path) -> bool:

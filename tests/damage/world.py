@@ -352,7 +352,10 @@ STAGES: dict[str, Stage] = {
     "shards": Stage(_command("diffembed", "prepare", "again.yaml")),
     "one step": Stage(_stopping, code=75),
     "two steps": Stage(_stopping, code=75),
-    "export": Stage(_command("diffembed", "export", "train.yaml", "--output", "export")),
+    "export": Stage(
+        # The check by other libraries takes longer than all other commands together.
+        _command("diffembed", "export", "train.yaml", "--output", "export", "--no-check")
+    ),
     "foreign": Stage(_foreign),
     "begun": Stage(_begin_encoding),
     "plan": Stage(_command("diffembed", "evaluate", "plan", "evaluate.yaml")),

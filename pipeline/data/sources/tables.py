@@ -20,6 +20,8 @@ from pipeline.data.sources.files import HUB, file_size, kind_of, open_bytes
 from pipeline.data.sources.splits import canonical
 from pipeline.errors import UserError
 
+# For a file that is not whole.
+_AGAIN = "write or fetch the file again"
 _ROWS_PER_PIECE = 1024
 _ROWS_PER_BLOCK = 10_000
 
@@ -131,7 +133,7 @@ def _file_pieces(block: Block) -> Iterator[tuple[int, Any]]:
                     yield from _overlapping(batches, first, block)
                 first = last
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{block.file}: damaged Parquet file ({error})") from error
+            raise UserError(f"{block.file}: damaged Parquet file ({error})", fix=_AGAIN) from error
 
 
 def _overlapping(batches: Iterator[Any], first: int, block: Block) -> Iterator[tuple[int, Any]]:
@@ -147,7 +149,7 @@ def _parquet(file: str, handle: IO[bytes]) -> Any:
     try:
         return pq.ParquetFile(handle)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a Parquet file ({error})") from error
+        raise UserError(f"{file}: not a Parquet file ({error})", fix=_AGAIN) from error
 
 
 def _arrow_batches(file: str) -> Iterator[Any]:
@@ -162,7 +164,9 @@ def _arrow_batches(file: str) -> Iterator[Any]:
             raw.seek(0)
             yield from pa.ipc.open_stream(raw)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not an Arrow file, or a damaged one ({error})") from error
+        raise UserError(
+            f"{file}: not an Arrow file, or a damaged one ({error})", fix=_AGAIN
+        ) from error
 
 
 def _hub_pieces(block: Block, split: str | None) -> Iterator[tuple[int, Any]]:

@@ -164,4 +164,7 @@ def read_curve(training_run: Path | None) -> list[dict[str, float]]:
     if not path.is_file():
         raise UserError(f"training_run: no {path}", fix="correct training_run, or leave it out")
     fix = "correct training_run, or leave it out"
-    return [line for _, line in read_json_lines(path, _Line, fix=fix) if "loss" in line]
+    lines = [line for _, line in read_json_lines(path, _Line, fix=fix)]
+    if not lines:
+        raise UserError(f"{path}: no step in it", fix=fix)
+    return [line for line in lines if "loss" in line]

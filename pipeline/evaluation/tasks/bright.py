@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from pipeline.errors import blame
 from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
 
 # Subsets whose name is not that of the task in lower case.
@@ -48,6 +49,8 @@ def load_columns(task: Any) -> dict[str, Any]:
 def _load(task: Any, config: str, subset: str) -> datasets.Dataset:
     """One subset's files alone; by its name, `datasets` would convert all twelve."""
     source = task.metadata.dataset
-    builder = datasets.load_dataset_builder(source["path"], config, revision=source["revision"])
-    files = {subset: builder.config.data_files[subset]}
-    return datasets.load_dataset(builder.name, data_files=files, split=subset)
+    found = f"{task.metadata.name}: cannot load {config} of the data set {source['path']}"
+    with blame(found, fix="fetch it again with `diffembed evaluate prefetch`"):
+        builder = datasets.load_dataset_builder(source["path"], config, revision=source["revision"])
+        files = {subset: builder.config.data_files[subset]}
+        return datasets.load_dataset(builder.name, data_files=files, split=subset)
