@@ -176,6 +176,14 @@ class EvaluationSetConfig:
     fields: tuple[str, ...] = ("text",)
     queries: bool = True
 
+    def __post_init__(self) -> None:
+        require(
+            len(self.fields) > 0,
+            f"decontaminate.sets.{self.name}.fields",
+            "an empty list",
+            "at least one field",
+        )
+
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,7 +59,10 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
             if evaluation.queries:
                 queries.append((number, text))
         if not found:
-            raise UserError(f"decontaminate.{evaluation.name}: no text in {evaluation.path}")
+            raise UserError(
+                f"decontaminate.{evaluation.name}: no text in {evaluation.path}",
+                fix="name the fields that hold its texts, or remove the set",
+            )
         names.append(evaluation.name)
     keys, first = np.unique(np.concatenate(ngrams), return_index=True)
     _save(folder / "ngrams.npy", keys)

@@ -106,7 +106,9 @@ def _judge_refusal(
     last = (ended.stderr.strip().splitlines() or [""])[-1][:300]
     if len(lines) != 1:
         return "no single line", f"exit code {ended.code}: {last}"
-    if not any(name in lines[0] for name in _names(damage)) and not _tells_value(damage, lines[0]):
+    named = any(name in lines[0] for name in _names(damage)) or _tells_value(damage, lines[0])
+    # A value that is right by itself may be wrong for what is there, which then is named.
+    if not named and not (damage.kind in ("key junk", "key dropped") and _is_taken(damage, folder)):
         return "unnamed", lines[0][:300]
     if not re.search(r"fix: |allowed: ", lines[0]):
         return "no cure", lines[0][:300]
@@ -123,6 +125,8 @@ def _names(damage: Damage) -> set[str]:
     """Words one of which a line must hold to point at the damage."""
     path = Path(damage.file)
     # A command line names one DeepSpeed JSON; its keys are named without the file.
+    if path.suffix == ".npy":
+        return {path.name, "blocks are not embedded"}
     names = {"DeepSpeed config" if path.name == "zero.json" else path.name, path.name}
     if not damage.key:
         # A folder is named where its files only make sense together.
@@ -151,7 +155,8 @@ def is_legal(damage: Damage, *, whole: Path, folder: Path, any_text: bool = Fals
             return _is_taken(damage, folder)
         return damage.file.startswith(_OPEN)
     if not now.is_file():
-        return False
+        # Without this file, an export is a folder of sentence-transformers like those of others.
+        return damage.file == "export/diffembed.json" and damage.kind == "deleted"
     if now.suffix == ".json":
         open_ = damage.file.startswith(_OPEN)
         return _same_kinds(_parse(was), _parse(now), open_) and open_
