@@ -17,23 +17,37 @@ def load_tokenizer(path: str) -> Any:
         UserError: nothing there that transformers can read by itself.
     """
     # Inside, because importing transformers takes seconds.
-    from transformers import AutoTokenizer, PretrainedConfig, Qwen2Tokenizer
+    from transformers import AutoTokenizer, Qwen2Tokenizer
 
+    allowed = "a folder with tokenizer.json, or a model name in the local cache"
     # Dream's tokenizer is remote code around Qwen2's files.
     native = {"Dream": Qwen2Tokenizer}
-    model_type = ""
-    try:
-        model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type", "")
-    except OSError:
-        # A tokenizer without a model may be fine; one whose config.json is damaged may be Dream's.
-        if (Path(path) / "config.json").exists():
-            raise UserError(
-                f"tokenizer: {path}/config.json is not JSON", fix=f"fetch {path} again"
-            ) from None
-    kind = native.get(str(model_type), AutoTokenizer)
-    allowed = "a folder with tokenizer.json, or a model name in the local cache"
+    folder, model_type = Path(path), ""
+    # A tokenizer without a model is fine; one whose config.json is damaged may be Dream's.
+    if not folder.is_dir() or (folder / "config.json").exists():
+        found = f"tokenizer: {path}/config.json cannot be read"
+        with blame(found, allowed=allowed, fix=f"fetch {path} again"):
+            model_type = _model_type(path)
+    kind = native.get(model_type, AutoTokenizer)
     with blame(f"tokenizer: cannot load {path!r}", allowed=allowed):
-        return kind.from_pretrained(path, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
+    files = sorted(getattr(tokenizer, "vocab_files_names", {}).values())
+    known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]
+    if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
+        # Transformers makes an empty vocabulary of no file.
+        raise UserError(f"tokenizer: no vocabulary in {path!r}", allowed=", ".join(files))
+    return tokenizer
+
+
+def _model_type(path: str) -> str:
+    from transformers import PretrainedConfig
+
+    try:
+        return str(PretrainedConfig.get_config_dict(path)[0].get("model_type", ""))
+    except OSError:
+        if Path(path).is_dir():
+            raise
+        return ""  # a tokenizer on the hub without a model
 
 
 def instruction_characters(prefix: str) -> int:

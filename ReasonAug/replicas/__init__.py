@@ -91,5 +91,8 @@ def read_entries(path: Path, splits: Sequence[str]) -> list[Entry]:
     present = {entry.split for entry in entries}
     for split in splits:
         if split not in present:
-            raise UserError(found=f"{path} has no row of split {split!r}")
+            raise UserError(
+                found=f"{path} has no row of split {split!r}",
+                fix="write the folder again with `python -m ReasonAug templates`",
+            )
     return entries

@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = peft.PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged file makes of peft's code
         raise UserError(
             f"model.adapter: cannot read an adapter from {path!r} ({_last_line(error)})",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
@@ -146,6 +147,12 @@ def read_adapter(backbone: nn.Module, path: str) -> AdapterFiles:
             f"model.adapter: cannot read the weights of {path!r} ({_last_line(error)})",
             allowed="adapter_model.safetensors as peft writes it",
         ) from error
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"model.adapter: {path}: {name} holds NaN or infinity",
+                fix="take an earlier checkpoint of the adapter",
+            )
     outer, heads = _outer_name(backbone, weights, path)
     if heads and comm.rank() == 0:
         say_warning(

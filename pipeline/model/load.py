@@ -29,11 +29,13 @@ from pipeline.model.families import FAMILIES
 from pipeline.model.parts import (
     SETTINGS,
     Backbone,
+    Cut,
     Lengths,
     Module,
     PoolingModes,
     Prompts,
-    Settings,
+    Trained,
+    Worded,
     adapted_model,
     is_adapter,
     is_export,
@@ -229,7 +231,7 @@ def load_export(
     if is_adapter(folder):
         config, max_length = (
             adapted_model(folder),
-            read_settings(folder, SETTINGS, Settings)["max_length"],
+            read_settings(folder, SETTINGS, Cut)["max_length"],
         )
     else:
         config, max_length = _sentence_transformers_settings(folder)
@@ -286,7 +288,7 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
         )
     settings = read_settings(folder, "sentence_bert_config.json", Lengths)
     bidirectional = _is_bidirectional(read_settings(folder, "config.json", Backbone))
-    trained = read_settings(folder, SETTINGS, Settings)["model"] if ours else {}
+    trained = read_settings(folder, SETTINGS, Trained)["model"] if ours else {}
     config = ModelConfig(
         path=str(folder),
         attention="bidirectional" if bidirectional else "causal",
@@ -322,7 +324,7 @@ def _template(folder: Path) -> Template:
     """Ours where the folder is our export, else the prompts of sentence-transformers."""
     if is_export(folder):
         origin = str(folder / SETTINGS)
-        template = read_settings(folder, SETTINGS, Settings)["template"]
+        template = read_settings(folder, SETTINGS, Worded)["template"]
         return build_config(Template, template, origin=origin)
     prompts = read_settings(folder, "config_sentence_transformers.json", Prompts).get("prompts", {})
     return Template(

@@ -16,12 +16,27 @@ from pipeline.files import check_kind, read_json
 SETTINGS = "diffembed.json"
 
 
-class Settings(TypedDict, total=False):
-    """`diffembed.json`: how the export was made."""
+class Trained(TypedDict):
+    """What `diffembed.json` says of the model."""
 
-    model: Required[dict[str, Any]]
-    template: Required[dict[str, str]]
-    max_length: Required[Annotated[int, Field(ge=1)]]
+    model: dict[str, Any]
+
+
+class Worded(TypedDict):
+    """What it says of instructions and texts."""
+
+    template: dict[str, str]
+
+
+class Cut(TypedDict):
+    """What it says of the length of texts."""
+
+    max_length: Annotated[int, Field(ge=1)]
+
+
+class Origin(TypedDict, total=False):
+    """What it says of the run; nothing for a model that no run has trained."""
+
     step: int | None
     checkpoint: str | None
 
@@ -100,7 +115,7 @@ def adapted_model(export: Path) -> ModelConfig:
     Raises:
         UserError: its settings are missing or damaged.
     """
-    tree = read_settings(export, SETTINGS, Settings)["model"]
+    tree = read_settings(export, SETTINGS, Trained)["model"]
     trained = build_config(ModelConfig, tree, origin=str(export / SETTINGS))
     return dataclasses.replace(
         trained,

@@ -13,6 +13,7 @@ import torch
 from pipeline.config import TrainConfig, dump_config
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
+from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder
 from pipeline.model.export import check_output, export_encoder
@@ -57,6 +58,8 @@ def export_run(
     output = output or run.export
     check_output(output)
     dataset = Dataset.open(config.data.path)
+    own = dataset.tokenizer.path
+    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(own)), own)
     path = None if which == "init" else _find(run, which)
     if path is not None:
         _check_vectors_unchanged(path, run_identity(config, dataset))

@@ -108,7 +108,7 @@ def _judge_refusal(
         return "no single line", f"exit code {ended.code}: {last}"
     named = any(name in lines[0] for name in _names(damage)) or _tells_value(damage, lines[0])
     # A value that is right by itself may be wrong for what is there, which then is named.
-    if not named and not (damage.kind in ("key junk", "key dropped") and _is_taken(damage, folder)):
+    if not named and not (damage.key and _is_right_by_itself(damage, lines[0], folder)):
         return "unnamed", lines[0][:300]
     if not re.search(r"fix: |allowed: ", lines[0]):
         return "no cure", lines[0][:300]
@@ -127,13 +127,38 @@ def _names(damage: Damage) -> set[str]:
     # A command line names one DeepSpeed JSON; its keys are named without the file.
     if path.suffix == ".npy":
         return {path.name, "blocks are not embedded"}
-    names = {"DeepSpeed config" if path.name == "zero.json" else path.name, path.name}
+    if path.name == "zero.json":
+        return {path.name, "DeepSpeed config", "zero_optimization"}
+    names = {path.name}
     if not damage.key:
         # A folder is named where its files only make sense together.
         names |= {str(parent) for parent in path.parents if str(parent) != "."}
         return names
     own = [str(part) for part in damage.key if not isinstance(part, int)]
     return {own[-1]} if own else names
+
+
+def _is_right_by_itself(damage: Damage, line: str, folder: Path) -> bool:
+    """Whether a config is whole after the damage, or breaks a rule about another key."""
+    from pipeline.errors import UserError
+
+    if damage.kind == "key dropped":
+        return damage.file in line or _loads(damage, folder)
+    try:
+        return damage.kind == "key junk" and _is_taken(damage, folder)
+    except UserError:
+        return False
+
+
+def _loads(damage: Damage, folder: Path) -> bool:
+    import pipeline.config as kinds
+    from pipeline.errors import UserError
+
+    try:
+        kinds.load_config(getattr(kinds, _KINDS[damage.file]), folder / damage.file)
+    except UserError:
+        return False
+    return True
 
 
 def _tells_value(damage: Damage, line: str) -> bool:

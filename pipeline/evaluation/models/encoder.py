@@ -13,7 +13,7 @@ from pipeline.config import EvaluateConfig, Template
 from pipeline.evaluation.models.fingerprints import model_fingerprint
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.texts import Role
-from pipeline.model.parts import SETTINGS, Settings, is_export, read_settings
+from pipeline.model.parts import SETTINGS, Origin, is_export, read_settings
 from pipeline.run_dir import checkpoint_name
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _settings(export: Path) -> dict[str, Any]:
     """What `diffembed export` noted; nothing in a folder of others."""
     if not is_export(export):
         return {}
-    settings: dict[str, Any] = read_settings(export, SETTINGS, Settings)
+    settings: dict[str, Any] = read_settings(export, SETTINGS, Origin)
     return settings
 
 

@@ -31,7 +31,9 @@ def read_sentences(path: Path, task: str) -> list[Sentence]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(
+            f"{path}: cannot be read ({error})", allowed="a text file in UTF-8"
+        ) from error
     read = _read_json if path.suffix in (".jsonl", ".json") else _read_columns
     sentences = read(path, lines, task)
     if not sentences:
