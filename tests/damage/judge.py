@@ -135,6 +135,8 @@ def _names(damage: Damage) -> set[str]:
         names |= {str(parent) for parent in path.parents if str(parent) != "."}
         return names
     own = [str(part) for part in damage.key if not isinstance(part, int)]
+    if damage.kind == "key added":
+        return {"surprise"}
     return {own[-1]} if own else names
 
 
