@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -23,14 +26,15 @@ def load_tokenizer(path: str) -> Any:
     # Dream's tokenizer is remote code around Qwen2's files.
     native = {"Dream": Qwen2Tokenizer}
     folder, model_type = Path(path), ""
+    local = folder.is_dir() or not _can_reach_hub()
     # A tokenizer without a model is fine; one whose config.json is damaged may be Dream's.
     if not folder.is_dir() or (folder / "config.json").exists():
         found = f"tokenizer: {path}/config.json cannot be read"
         with blame(found, allowed=allowed, fix=f"fetch {path} again"):
-            model_type = _model_type(path)
+            model_type = _model_type(path, local_only=local)
     kind = native.get(model_type, AutoTokenizer)
     with blame(f"tokenizer: cannot load {path!r}", allowed=allowed):
-        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=local)
     files = sorted(getattr(tokenizer, "vocab_files_names", {}).values())
     known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]
     if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
@@ -39,15 +43,33 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _model_type(path: str) -> str:
+def _model_type(path: str, *, local_only: bool) -> str:
     from transformers import PretrainedConfig
 
     try:
-        return str(PretrainedConfig.get_config_dict(path)[0].get("model_type", ""))
+        found = PretrainedConfig.get_config_dict(path, local_files_only=local_only)
+        return str(found[0].get("model_type", ""))
     except OSError:
         if Path(path).is_dir():
             raise
         return ""  # a tokenizer on the hub without a model
+
+
+def _can_reach_hub() -> bool:
+    """Say whether asking the hub can be of use, before its client tries 15 times over minutes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # the proxy would have to be asked; let the client do so
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def instruction_characters(prefix: str) -> int:

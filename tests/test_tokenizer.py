@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
@@ -89,3 +91,18 @@ def test_a_token_that_reaches_into_the_text_is_no_instruction(
     prefix: int, text: list[tuple[int, int]], wanted: int
 ) -> None:
     assert tokens_within(text, prefix) == wanted
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with pytest.raises(UserError, match="cannot load 'some/where'"):
+        load_tokenizer("some/where")
+    assert "Retrying" not in capfd.readouterr().err

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeline.config import PrepareConfig
 from pipeline.data.building.collect import check_rows, collect_block, dedup_slice
-from pipeline.data.building.finish import write_manifest
+from pipeline.data.building.finish import count_unwanted, write_manifest
 from pipeline.data.building.lookup import shelve_documents
 from pipeline.data.building.near import pair_band, sign_slice
 from pipeline.data.building.pack import lay_out, pack_shard, read_layout
@@ -235,6 +235,7 @@ def _finish(build: Build, target: Path) -> None:
     Raises:
         UserError: an input was changed while it was read.
     """
+    unwanted = count_unwanted(build)
     if change := _change_since_begun(build):
         raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():
@@ -244,6 +245,8 @@ def _finish(build: Build, target: Path) -> None:
     for source in read_manifest(target).sources:
         for warning in source.warnings:
             say(f"warning: {source.name}: {warning}")
+    if unwanted:
+        say(f"records left out by `where`: {unwanted:,}")
     print(_describe(build.config), flush=True)
 
 

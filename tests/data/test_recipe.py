@@ -255,3 +255,28 @@ def test_files_of_one_name_in_several_folders_are_told_apart(
     files[0].write_bytes(first)
     files[2].write_bytes(second)
     assert prepare_status(config) == "whole"
+
+
+def test_the_end_says_what_was_kept_dropped_and_left_out(
+    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"query": "a", "positives": ["one"], "lang": "en"},
+        {"query": "b", "positives": ["two"], "negatives": ["two", ""], "lang": "en"},
+        {"query": "a question of the test set", "positives": ["three"], "lang": "en"},
+        {"query": "c", "positives": ["four"], "lang": "de"},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "a question of the test set"}])
+    source = SourceConfig(name="mine", format="columns", path=str(path), where={"lang": "en"})
+    rule = DecontaminateConfig(
+        sets=(EvaluationSetConfig(name="test", path=str(tmp_path / "test.jsonl")),)
+    )
+    folder = prepare(make_config(source, decontaminate=rule), num_workers=1)
+    out, err = capsys.readouterr()
+    assert out.startswith("2 examples, 2 documents, 3 dropped (1 ")
+    for part in ("1 equals a positive", "1 empty", "1 in an evaluation set", "dataset/report.md"):
+        assert part in out
+    assert "records left out by `where`: 1\n" in err
+    assert "prepare: collect: 3 rows, " in err
+    assert "Records left out by `where`, not listed below: 1." in (folder / "report.md").read_text()

@@ -84,6 +84,11 @@ class _Collector:
     matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
+    num_unwanted: int = 0
+
+    def count_unwanted(self) -> None:
+        """Count a record that `where` leaves out."""
+        self.num_unwanted += 1
 
     def add(self, record: Record, row: Row) -> None:
         """Clean one row's documents, and keep the row or say why not."""
@@ -204,7 +209,13 @@ def collect_block(build: Build, task: int) -> None:
     bad = BadRows(source)
     collector = _Collector(source, build.config.template, contamination, bad)
     shelf = open_shelf(build, planned.source)
-    for record, row in read_rows(source, planned.block, shelf, on_bad=collector.add_bad):
+    for record, row in read_rows(
+        source,
+        planned.block,
+        shelf,
+        on_bad=collector.add_bad,
+        on_unwanted=collector.count_unwanted,
+    ):
         collector.add(record, row)
     rows = pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA)
     write_table(build.beside("collect", task, "rows"), rows)
@@ -216,6 +227,7 @@ def collect_block(build: Build, task: int) -> None:
         build.output("collect", task),
         {
             "read": collector.num_read,
+            "unwanted": collector.num_unwanted,
             "dropped": count_dropped(dropped),
             **bad.summary,
             "has_scores": any(row["scores"] for row in collector.rows),

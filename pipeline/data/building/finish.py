@@ -97,6 +97,11 @@ def _read(build: Build, step: str, task: int) -> dict[str, Any]:
     return summary
 
 
+def count_unwanted(build: Build) -> int:
+    """Count the records that `where` left out of all sources."""
+    return sum(_read(build, "collect", k)["unwanted"] for k in range(len(build.plan.blocks)))
+
+
 def _sources(
     build: Build, collected: list[dict[str, Any]], counts: IntArray
 ) -> Iterator[SourceInfo]:
@@ -168,6 +173,8 @@ def _report(build: Build, manifest: Manifest, dropped: Path) -> str:
     for source in manifest.sources:
         drops = ", ".join(f"{reason} {count}" for reason, count in source.dropped.items())
         lines.append(f"| {source.name} | {source.rows} | {source.examples} | {drops or 'none'} |")
+    if unwanted := count_unwanted(build):
+        lines.append(f"\nRecords left out by `where`, not listed below: {unwanted}.")
     for source in manifest.sources:
         lines += [f"\nWarning, {source.name}: {warning}." for warning in source.warnings]
     rule = build.config.decontaminate

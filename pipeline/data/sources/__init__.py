@@ -132,7 +132,12 @@ def _count_rows(source: SourceConfig, file: str, most: int) -> int:
 
 
 def read_rows(
-    source: SourceConfig, block: Block, shelf: Shelf | None, *, on_bad: OnBadRow | None = None
+    source: SourceConfig,
+    block: Block,
+    shelf: Shelf | None,
+    *,
+    on_bad: OnBadRow | None = None,
+    on_unwanted: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Record, Row]]:
     """Rows of a block with the record each came from, filtered by `where`.
 
@@ -141,6 +146,7 @@ def read_rows(
         block: a stretch of it.
         shelf: the documents it refers to, where it does.
         on_bad: takes records that cannot be used; without it, the first one is raised.
+        on_unwanted: called for each record that `where` leaves out.
     """
     reader = FORMATS[source.format]
     for record in read_records(block, split=source.split, on_bad=on_bad):
@@ -148,6 +154,8 @@ def read_rows(
         try:
             if _is_wanted(record, source):
                 rows = list(reader(record, source, shelf))
+            else:
+                on_unwanted()
             for row in rows:
                 _require_whole_characters(record, row)
         except BadRowError as bad:
