@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline import launcher
-from pipeline.errors import DiffembedError, UserError
+from pipeline.errors import DiffembedError, UserError, explain_os_error
 from pipeline.world import World as World
 from pipeline.world import discover_world as discover_world
-from pipeline.world import meeting_place
+from pipeline.world import gpu_asked_for, meeting_place
 
 T = TypeVar("T")
 
@@ -29,7 +30,8 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
         timeout_seconds: how long to wait for other ranks, here and in every collective call.
 
     Raises:
-        UserError: this rank has no GPU of its own, or nobody said where the ranks meet.
+        UserError: this rank has no GPU of its own, torch sees none where one was asked for, or
+            nobody said where the ranks meet.
         DiffembedError: they did not meet.
     """
     if dist.is_initialized():
@@ -47,6 +49,12 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
                 fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
             )
         torch.cuda.set_device(world.local_rank)
+    elif asked := gpu_asked_for():
+        raise UserError(
+            f"{asked}, but torch {torch.__version__} sees no GPU",
+            allowed="a torch that the driver supports (`nvidia-smi` shows its CUDA version)",
+            fix="install such a torch, or set DS_ACCELERATOR=cpu to train on the CPU",
+        )
     with launcher.ending_with(world.launchers):
         _join(world, timeout_seconds)
 
@@ -94,6 +102,13 @@ def least_memory(world: World) -> float:
         total = ram / int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
     least = torch.tensor([0.9 * total], dtype=torch.float64, device=device())
     return float(all_reduce_(least, "min"))
+
+
+def peak_memory() -> float:
+    """Most bytes that this rank has held: on its GPU, or in host memory where it has none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rank() -> int:
@@ -214,7 +229,7 @@ def on_main(function: Callable[[], T]) -> T:
     """What the call returns on rank 0, on all ranks; they raise alike what it raises there.
 
     Raises:
-        DiffembedError: any error of this package; another one ends rank 0 alone.
+        DiffembedError: any error of this package, or of a disk; another one ends rank 0 alone.
     """
     outcome: T | DiffembedError | None = None
     if rank() == 0:
@@ -222,6 +237,9 @@ def on_main(function: Callable[[], T]) -> T:
             outcome = function()
         except DiffembedError as error:
             outcome = error
+        except OSError as error:
+            if (outcome := explain_os_error(error)) is None:
+                raise
     outcome = broadcast_object(outcome)
     if isinstance(outcome, DiffembedError):
         raise outcome

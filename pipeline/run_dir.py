@@ -22,13 +22,18 @@ from pipeline.errors import UserError, explain_os_error
 
 # The file beside checkpoints that names the newest whole one.
 LATEST = "latest"
+# First line of a run's config.yaml, which tells it from a user's file of that name.
+OWN_CONFIG = (
+    "# The whole config of this run, resolved. Runs overwrite this file; change your own one.\n"
+)
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
 
 
 class RunDir:
     """Names of everything below a run's folder.
 
-    config.yaml ds_config.json environment.json metrics.jsonl checkpoints/ export/ results/ report/
+    config.yaml ds_config.json environment.json metrics.jsonl kinds.json checkpoints/ export/
+    results/ report/
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -37,6 +42,8 @@ class RunDir:
         self.ds_config = self.root / "ds_config.json"
         self.environment = self.root / "environment.json"
         self.metrics = self.root / "metrics.jsonl"
+        # What the kinds of batches in `metrics` are: source and instruction by short name.
+        self.kinds = self.root / "kinds.json"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
         self.results = self.root / "results"
@@ -48,6 +55,29 @@ class RunDir:
         # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
         self.stop_request = self.root / "stop"
         self._lock: TextIO | None = None
+
+    def require_own(self) -> None:
+        """Check that the folder is empty, a run's, or holds only files of other names.
+
+        Raises:
+            UserError: a file that a run writes is there, but no run wrote it.
+        """
+        if _is_own_config(self.config):
+            return
+        fix = "rename or move it, or choose another output_dir"
+        for path in (self.config, self.ds_config, self.environment, self.metrics):
+            if path.exists():
+                raise UserError(
+                    f"output_dir: {path} was not written by a run, and this one would overwrite it",
+                    fix=fix,
+                )
+        for path in sorted(self.checkpoints.glob("*")):
+            if path.name != LATEST and not (path / "state.json").is_file():
+                raise UserError(
+                    f"output_dir: {path} is no checkpoint of a run, and runs write their "
+                    f"checkpoints to {self.checkpoints}",
+                    fix=fix,
+                )
 
     def claim(self, *, patience_seconds: float = 60) -> None:
         """Make sure that no other training works on this run, until this process ends.
@@ -75,6 +105,15 @@ class RunDir:
         self._lock = lock
         for path in (self.config, self.ds_config, self.environment, self.metrics):
             remove_unfinished(path)
+
+
+def _is_own_config(path: Path) -> bool:
+    """Whether a run wrote this config.yaml; runs of earlier versions wrote it without a mark."""
+    if not path.is_file():
+        return False
+    text = path.read_text(errors="replace")
+    beside = path.with_name("environment.json").is_file() and path.with_name("lock").is_file()
+    return text.startswith(OWN_CONFIG) or (beside and "#" not in text)
 
 
 def _lock_now(file: TextIO) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -20,10 +21,12 @@ if __name__ == "__main__":
 
     _launchers = launcher.processes()
 
-from pipeline import comm
 from pipeline.config import TrainConfig, dump_config, load_config
-from pipeline.errors import DiffembedError, explain_os_error, say_error
+from pipeline.data.manifest import read_manifest
+from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
+from pipeline.run_dir import RunDir, require_writable
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+from pipeline.world import World, discover_world, local_ranks
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -48,6 +51,42 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def check_folders(config: TrainConfig, *, writes: bool) -> None:
+    """Refuse what is wrong with the folders of a run before anything large is imported.
+
+    Args:
+        config: the run.
+        writes: whether this process will write to the run's folder.
+
+    Raises:
+        UserError: there are no shards, or the run's folder is somebody else's or not writable.
+    """
+    RunDir(config.output_dir).require_own()
+    read_manifest(config.data.path)
+    if writes:
+        require_writable(config.output_dir, key="output_dir")
+        if config.checkpoint.mirror is not None:
+            require_writable(config.checkpoint.mirror, key="checkpoint.mirror")
+
+
+def share_cores(world: World) -> None:
+    """Give this rank its share of the cores, where the environment does not say how many.
+
+    Every rank would otherwise start a thread for each core of the host, and they would wait for
+    each other.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    cores, ranks = len(os.sched_getaffinity(0)), local_ranks()
+    threads = max(1, cores // ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if world.is_main:
+        print(
+            f"OMP_NUM_THREADS={threads}: {cores} cores for {ranks} ranks on this host", flush=True
+        )
+
+
 def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """Train, or plan, as the command line says.
 
@@ -60,11 +99,20 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """
     options = parse_arguments(arguments)
     config = load_config(TrainConfig, options.config, tuple(options.overrides))
-    world = comm.discover_world()
+    if options.world_size is not None and (options.world_size < 1 or not options.dry_run):
+        raise UserError(
+            f"--world-size {options.world_size}", allowed="a number of ranks, with --dry-run"
+        )
+    world = discover_world()
     if world.launched:
         world = dataclasses.replace(world, launchers=launchers)
     world_size = options.world_size or world.world_size
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
+    check_folders(config, writes=world.is_main and not options.dry_run)
+    share_cores(world)
+    # Here, because what it imports takes longer than all the checks above.
+    from pipeline import comm
+
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
         from pipeline.planning.plan import describe, plan_run
 
@@ -100,6 +148,11 @@ def main(launchers: tuple[int, ...] = ()) -> None:
         code = explained.exit_code if explained else 1
     # Not sys.exit: a rank that fails must be gone at once, so that the launcher ends the others
     # instead of leaving them to wait in a collective.
+    if "pipeline.comm" not in sys.modules:  # nothing was begun, and importing it takes seconds
+        sys.stdout.flush()
+        os._exit(code)
+    from pipeline import comm
+
     comm.leave(code, gracefully=code in (0, 75))
 
 

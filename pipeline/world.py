@@ -8,6 +8,7 @@ import socket
 import subprocess
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.errors import DiffembedError, UserError
 
@@ -21,6 +22,9 @@ _LAUNCHERS = {
     ),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
+
+
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,40 @@ def discover_world(environ: Mapping[str, str] | None = None) -> World:
             )
         return world
     return World()
+
+
+def local_ranks(environ: Mapping[str, str] | None = None) -> int:
+    """Return how many ranks the launcher started on this host, 1 where it does not say."""
+    env = os.environ if environ is None else environ
+    if "SLURM_CPUS_PER_TASK" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return 1  # Slurm has given each rank cores of its own
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if name in env:
+            return max(1, _number(env, name))
+    return 1
+
+
+def gpu_asked_for(
+    environ: Mapping[str, str] | None = None, devices: tuple[str, ...] = _GPU_DEVICES
+) -> str:
+    """Return what says that this process should compute on a GPU, empty where nothing does.
+
+    A driver too old for torch makes every GPU invisible to it: a run would otherwise train on the
+    CPU, for days, without an error.
+
+    Args:
+        environ: variables of the process.
+        devices: files of which a machine with a GPU has one.
+    """
+    env = os.environ if environ is None else environ
+    hidden = env.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+    if hidden or env.get("DS_ACCELERATOR") == "cpu":
+        return ""
+    found = [device for device in devices if Path(device).exists()]
+    granted = [name for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS") if env.get(name)]
+    if not found or ("SLURM_JOB_ID" in env and not granted):
+        return ""
+    return f"{granted[0]}={env[granted[0]]}" if granted else f"there is {found[0]}"
 
 
 def meeting_place(environ: Mapping[str, str] | None = None) -> tuple[str, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from pipeline import comm
 from pipeline.errors import DiffembedError, UserError
-from pipeline.world import World, discover_world, meeting_place
+from pipeline.world import World, discover_world, gpu_asked_for, local_ranks, meeting_place
 from tests.support import PATIENCE, free_port
 
 OPEN_MPI = {
@@ -116,3 +117,42 @@ def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None
         comm.start(rank_0_of_2, timeout_seconds=1)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "asked"),
+    [
+        ({}, "there is "),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "there is "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        ({"DS_ACCELERATOR": "cpu"}, ""),
+        ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
+        ({"SLURM_JOB_ID": "7"}, ""),  # a job without GPUs on a node that has some
+    ],
+)
+def test_a_machine_with_a_gpu_asks_for_it_unless_it_is_hidden(
+    tmp_path: Path, environ: dict[str, str], asked: str
+) -> None:
+    device = tmp_path / "nvidia0"
+    assert gpu_asked_for(environ, (str(device),)) == ""
+    device.touch()
+    found = gpu_asked_for(environ, (str(device),))
+    assert found.startswith(asked)
+    assert bool(found) == bool(asked)
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),  # torchrun
+        ({"LOCAL_SIZE": "2"}, 2),  # deepspeed
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "8"}, 1),  # cores are shared out
+    ],
+)
+def test_ranks_of_a_host_are_counted_as_the_launcher_says(
+    environ: dict[str, str], ranks: int
+) -> None:
+    assert local_ranks(environ) == ranks

@@ -95,6 +95,7 @@ class GlobalBatch:
     masked: Ragged  # (N rows) known false negatives; never the row's positives or negatives
     example_ids: IntArray  # (N,)
     tokens: int  # real tokens of the global batch, over all ranks
+    kind: str = ""  # what its examples have in common (see Order.kinds); empty for a mixture
     # Teacher scores beside `positives` and `negatives`, value for value; None without a teacher.
     positive_scores: Ragged | None = None
     negative_scores: Ragged | None = None

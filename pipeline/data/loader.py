@@ -17,7 +17,7 @@ from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.keyed import make_key
 from pipeline.data.order import Group, Order, source_shares
-from pipeline.data.relevance import Relevance, choose, relate
+from pipeline.data.relevance import Relevance, choose, num_negatives, relate
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
@@ -112,9 +112,27 @@ class Loader:
             masked=relevance.masked,
             example_ids=ids,
             tokens=int(drawn.lengths.sum()),
+            kind=self.order.kind(step),
             positive_scores=scores[0],
             negative_scores=scores[1],
         )
+
+    def num_negatives(self, step: int, *, own: bool) -> IntArray:
+        """(N,) negatives of each query of a step, of its own or of the batch; reads no text."""
+        found = self._draw(step).relevance
+        return num_negatives(
+            positives=found.positives,
+            negatives=found.negatives,
+            masked=found.masked,
+            num_documents=len(found.document_ids),
+            own=own,
+        )
+
+    def num_different(self, step: int) -> tuple[int, int]:
+        """Return how many different queries and documents a step holds."""
+        drawn = self._draw(step)
+        keys = self.dataset.examples.scalars("query_key", drawn.ids)
+        return len(np.unique(keys)), len(drawn.relevance.document_ids)
 
     def chunk_tokens(self, step: int) -> list[list[int]]:
         """Tokens of every rank's chunks of a step, dummies too; reads no text."""
@@ -201,6 +219,13 @@ class Loader:
             if len(full) != total:
                 raise self.dataset.damaged(
                     f"example {ids[row]} has {len(full)} scores for {total} texts"
+                )
+            if len(view) and not np.isfinite(view).all():
+                raise UserError(
+                    f"{self.dataset.folder}: a teacher score of example {ids[row]} is "
+                    f"{view[~np.isfinite(view)][0]}",
+                    allowed="finite numbers",
+                    fix="correct the scores in the source and prepare the dataset again",
                 )
             by_list["positives"].append(full[:split])
             by_list["negatives"].append(full[split:])

@@ -210,6 +210,29 @@ class Order:
         ]
         self._cycle_cache: tuple[int, IntArray, IntArray] | None = None
 
+    @property
+    def kinds(self) -> dict[str, Unit]:
+        """The populations of homogeneous batches by a short name, the same in every run.
+
+        A source's name, with a number where it has several; empty where batches are mixtures.
+        """
+        if self.homogeneous == "none":
+            return {}
+        sources = [unit.groups[0].source for unit in self.units]
+        names = [
+            f"{source}#{sources[: number + 1].count(source)}"
+            if sources.count(source) > 1
+            else source
+            for number, source in enumerate(sources)
+        ]
+        return dict(zip(names, self.units, strict=True))
+
+    def kind(self, step: int) -> str:
+        """Name of the population of a step's examples; empty for a mixture."""
+        if self.homogeneous == "none":
+            return ""
+        return [*self.kinds][self._draw_unit(step)[0]]
+
     def batch(self, step: int) -> IntArray:
         """(global_batch_size,) example ids of a step, all different."""
         if self.homogeneous == "none":

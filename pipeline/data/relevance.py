@@ -20,6 +20,15 @@ class Relevance:
     masked: Ragged
 
 
+def num_negatives(
+    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
+) -> IntArray:
+    """(N,) documents that each query of a batch is told apart from: its own ones, or all."""
+    if own:
+        return negatives.lengths
+    return num_documents - positives.lengths - masked.lengths
+
+
 def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
     """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
 

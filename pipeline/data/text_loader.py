@@ -14,8 +14,31 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.loader import DUMMY, Loader
 from pipeline.data.order import Group
+from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from pipeline.tokenizer import load_tokenizer
+
+# Batches whose queries are checked for negatives before a run starts.
+_CHECKED_STEPS = 8
+
+
+def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
+    """Open the shards and make sure that they are the model's.
+
+    Args:
+        config: where the shards and the model are.
+        verify: read every shard again and compare its hash; a flipped bit may still be a token.
+
+    Raises:
+        UserError: a shard is damaged, was made with another tokenizer than the model's, or holds
+            texts that the model cannot take.
+    """
+    dataset = Dataset.open(config.data.path, verify=verify)
+    path = config.model.path
+    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(path)), path)
+    dataset.require_model(config.model)
+    return dataset
 
 
 def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
@@ -31,6 +54,35 @@ def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size:
         max_chunk_cost=config.chunks.max_cost,
         min_chunks=config.chunks.min_chunks,
     )
+
+
+def require_negatives(loader: Loader, config: TrainConfig) -> str:
+    """Check that queries of the first batches have documents to be told apart from.
+
+    Returns:
+        A warning about the queries that have none; empty where all have some.
+
+    Raises:
+        UserError: no query has any, so that there is nothing to learn.
+    """
+    distilled = config.loss.distillation is not None
+    if config.objective is not None or distilled:
+        return ""
+    steps = min(config.num_steps, _CHECKED_STEPS)
+    own = config.loss.negatives == "own"
+    counts = np.concatenate([loader.num_negatives(step, own=own) for step in range(steps)])
+    lacking = int((counts == 0).sum())
+    what = f"{lacking} of {len(counts)} queries in the first {steps} batches have no negative"
+    if lacking == len(counts):
+        queries, documents = loader.num_different(0)
+        raise UserError(
+            f"data.path: {loader.dataset.folder}: {what}: the first batch holds "
+            f"{queries} different queries and {documents} different documents",
+            allowed="batches in which a query meets documents that do not answer it",
+            fix="check that columns name the right fields, or give hard negatives"
+            + (", or set loss.negatives: batch" if own else ""),
+        )
+    return f"{what}: they teach nothing" if lacking else ""
 
 
 NOTHING = Ragged.from_lengths(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -68,6 +120,7 @@ class TextLoader(Loader):
             masked=NOTHING,
             example_ids=ids,
             tokens=int(lengths.sum()),
+            kind=self.order.kind(step),
         )
 
     def _lengths(self, step: int) -> IntArray:

@@ -91,6 +91,11 @@ class WeightFiles:
                     self.shapes[name] = torch.Size(handle.get_slice(name).get_shape())
                     self._files[name] = file
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files, by name."""
+        return [Path(file) for file in sorted(set(self._files.values()))]
+
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Tensors by name that are read from disk when they are indexed, inside of the block."""

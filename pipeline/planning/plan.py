@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.config import TrainConfig, as_tree
 from pipeline.data.batch import GlobalBatch
-from pipeline.data.shards import Dataset
-from pipeline.data.text_loader import make_loader
+from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.loss.contrastive import check_loss
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.loss.tokens import TILE_BYTES
@@ -36,6 +35,7 @@ class RunPlan:
     layout: Layout
     schedule: Schedule
     keep_graphs: int
+    warning: str  # about queries without negatives, if any
 
 
 def plan_run(
@@ -52,9 +52,9 @@ def plan_run(
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
-    dataset = Dataset.open(config.data.path)
-    dataset.require_model(config.model)
+    dataset = open_dataset(config, verify=False)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
+    warning = require_negatives(loader, config)
     tokens = loader.chunk_tokens(0)
     zero = ds_config["zero_optimization"]
     layout = Layout(
@@ -83,6 +83,7 @@ def plan_run(
         layout=layout,
         schedule=schedule,
         keep_graphs=_keep_graphs(config, shape, layout, schedule, available, len(tokens[0])),
+        warning=warning,
     )
 
 
@@ -129,6 +130,7 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
             f"{plan.keep_graphs} graphs kept, ZeRO stage {layout.stage} "
             f"on {layout.world_size} ranks",
         ),
+        *([("warning", plan.warning)] if plan.warning else []),
         *((f"memory: {name}", _bytes(size)) for name, size in memory.items() if size),
         ("memory: sum per rank", _bytes(sum(memory.values()))),
         ("memory: peak while loading", _bytes(loading_peak(shape, layout))),

@@ -26,6 +26,7 @@ from pipeline import comm
 from pipeline.errors import UserError
 from pipeline.files import check_kind, read_json, unseal
 from pipeline.run_dir import checkpoint_step, read_latest, write_latest
+from pipeline.training.run_identity import require_same_run
 from pipeline.training.shares import read_share
 
 FORMAT_VERSION = 1
@@ -175,7 +176,7 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
 
     def check() -> State:
         state = read_state(path)
-        _check_identity(path, state["identity"], identity)
+        require_same_run(path, state, identity)
         return state
 
     state = comm.on_main(check)
@@ -248,16 +249,6 @@ def _open(path: Path, file: str) -> Iterator[Any]:
             yield tensors
     except (OSError, SafetensorError) as error:
         raise _damaged(path, f"{file} cannot be read ({error})") from error
-
-
-def _check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"{key} is {value!r}, but the run in {path.parent.parent} began with "
-                f"{saved.get(key)!r}",
-                fix=f"set {key} back to resume, or choose another output_dir to start anew",
-            )
 
 
 def describe_file(path: Path) -> dict[str, Any]:

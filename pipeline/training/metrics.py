@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import errno
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +34,8 @@ class _Line:
 class Tracker(Protocol):
     """Anything that takes numbers by step."""
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Take one step's numbers."""
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
+        """Take one step's numbers, and the kind of its batch (see Order.kinds)."""
 
     def close(self) -> None:
         """Write what is not written yet: a rank ends without Python's own end, which would."""
@@ -39,6 +43,9 @@ class Tracker(Protocol):
 
 class JsonLines:
     """`metrics.jsonl`: one JSON object per step.
+
+    `step` counts from 0, as the data order does: the line of step 0 is what the screen calls step
+    1, and checkpoint `step-000001` holds its update.
 
     Args:
         path: the file, appended to.
@@ -49,17 +56,42 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         if path.exists():
             write_text(path, "".join(_lines_before(path, first_step)))
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._waiting = ""
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line."""
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
+        """Append one line; what a full disk does not take waits for the next step."""
         # JSON has no NaN; a reader of another language would stop at it.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        named = {"kind": kind} if kind else {}
+        line = json.dumps({"step": step, **named, **finite}, ensure_ascii=False)
+        self._waiting += line + "\n"
+        self._try_to_write("its lines wait for the next step")
+
+    def _write(self) -> None:
+        """Append the lines that wait, wholly or not at all."""
+        with self._path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            lines = self._waiting.encode()
+            try:
+                if file.write(lines) != len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = ""
+
+    def _try_to_write(self, otherwise: str) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                print(f"{self._path}: {error.strerror}; {otherwise}", flush=True)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what still waits."""
+        if self._waiting:
+            self._try_to_write(f"{self._waiting.count(chr(10))} lines of it are lost")
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
@@ -77,31 +109,52 @@ class Progress:
     def __init__(self, first_step: int, num_steps: int) -> None:
         self._num_steps = num_steps
         self._last_print = 0.0
+        self._first: tuple[int, float] | None = None  # step and time that the pace counts from
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=num_steps, initial=first_step, unit="step")
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
         """Show one step."""
-        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+        now = time.monotonic()
+        text = describe_step(values, kind)
         if self._bar is not None:
             self._bar.set_postfix_str(text)
-            self._bar.update()
-            return
-        now = time.monotonic()
+            # Not every step is logged.
+            self._bar.update(step + 1 - self._bar.n)
         # A log file wants a line every few seconds, not thousands.
-        if now - self._last_print > 5 or step + 1 == self._num_steps:
+        elif now - self._last_print > 5 or step + 1 == self._num_steps:
             self._last_print = now
-            print(
-                f"step {step + 1}/{self._num_steps}  {text}  "
-                f"{values['tokens_per_second']:.0f} tokens/s",
-                flush=True,
-            )
+            line = f"step {step + 1}/{self._num_steps}  {text}{self._left(step, now)}"
+            with contextlib.suppress(OSError):  # a log on a full disk
+                print(line, flush=True)
+        # The first step also pays for what is made only once.
+        self._first = self._first or (step, now)
+
+    def _left(self, step: int, now: float) -> str:
+        """How long the steps that are left take at the pace so far."""
+        if self._first is None or step == self._first[0]:
+            return ""
+        pace = (now - self._first[1]) / (step - self._first[0])
+        seconds = round(pace * (self._num_steps - step - 1))
+        return f"  {datetime.timedelta(seconds=seconds)} left"
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def describe_step(values: dict[str, float], kind: str) -> str:
+    """The numbers of a step that somebody who watches a run wants to see."""
+    parts = [f"loss {values['loss']:.4f}" + (f" ({kind})" if kind else "")]
+    if "accuracy@1" in values:
+        parts.append(f"accuracy@1 {values['accuracy@1']:.3f}")
+    parts.append(f"lr {values['lr']:.2e}")
+    parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+    if "peak_memory_gib" in values:
+        parts.append(f"{values['peak_memory_gib']:.1f} GiB")
+    return "  ".join(parts)
 
 
 class _Wandb:
@@ -120,8 +173,8 @@ class _Wandb:
             config=config,
         )
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
+        self._run.log({**values, **_by_kind(values, kind)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -134,12 +187,17 @@ class _Tensorboard:
         # Readers then leave out what was written after the checkpoint that the run resumes from.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
+        for key, value in {**values, **_by_kind(values, kind)}.items():
             self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _by_kind(values: dict[str, float], kind: str) -> dict[str, float]:
+    """The loss once more, as a curve of batches of one kind."""
+    return {f"loss/{kind}": values["loss"]} if kind else {}
 
 
 def require_trackers(names: Sequence[str]) -> None:

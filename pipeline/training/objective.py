@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from pipeline import comm
 from pipeline.config import TrainConfig
 from pipeline.data.batch import GlobalBatch
+from pipeline.data.relevance import num_negatives
 from pipeline.data.shards import Dataset
 from pipeline.training.agreement import Agreement
 from pipeline.training.engine import Engine
@@ -72,7 +73,19 @@ class Contrastive:
             agreement=agreement,
         )
         self._gradient = output.temperature_grad
-        return {"loss": float(output.loss), **output.metrics, "temperature": value}
+        negatives = num_negatives(
+            positives=batch.positives,
+            negatives=batch.negatives,
+            masked=batch.masked,
+            num_documents=batch.num_documents,
+            own=self._config.loss.negatives == "own",
+        )
+        return {
+            "loss": float(output.loss),
+            **output.metrics,
+            "temperature": value,
+            "queries_without_negatives": int((negatives == 0).sum()),
+        }
 
     def update(self, lr: float) -> None:
         """Update the temperature."""

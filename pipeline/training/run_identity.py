@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig, as_tree
+from pipeline.config import DataConfig, ModelConfig, TrainConfig, as_tree
 from pipeline.data.shards import Dataset
+from pipeline.errors import UserError
+from pipeline.model.digests import model_digests
 
 # What may change when a run is resumed; everything else would make it another run.
 _FREE_KEYS = (
@@ -19,18 +23,153 @@ _FREE_KEYS = (
     "non_finite",
     "trackers",
 )
+# Compared by other means than equality of the key.
+_DATA, _WEIGHTS, _DECAY_END = "data.fingerprint", "model.weights", "optimizer.decay_end"
+# Where weights are does not matter once it is known what they are.
+_PLACES = ("model.path", "model.revision", "model.adapter", "model.merged_adapters")
 
 
-def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The keys of a config that a resumed run may not change, as flat `key.sub: value`."""
+def run_identity(
+    config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The keys of a config that a resumed run may not change, as flat `key.sub: value`.
+
+    Args:
+        config: the run.
+        dataset: its shards, known by their content.
+        weights: digests of the model's files (see `model_digests`).
+    """
+    identity = _keys(config)
+    # The same shards in another folder are the same data.
+    identity[_DATA] = dataset.fingerprint
+    if weights is not None:
+        identity[_WEIGHTS] = weights
+    return identity
+
+
+def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint as another run than the one that wrote it.
+
+    Args:
+        path: the checkpoint.
+        state: its `state.json`.
+        wanted: the identity of the run that would continue it.
+
+    Raises:
+        UserError: names every key that differs.
+    """
+    saved, run = state["identity"], path.parent.parent
+    _require_same_content(run, saved, wanted)
+    differ = _differing(saved, wanted)
+    if differ:
+        key = differ[0]
+        others = f" (also different: {', '.join(differ[1:])})" if differ[1:] else ""
+        raise UserError(
+            f"{key}: {wanted.get(key)!r}{others}",
+            allowed=f"{saved.get(key)!r}, with which the run in {run} began",
+            fix="set it back to resume, or choose another output_dir to start a new run",
+        )
+    _require_same_schedule(run, state["step"], saved, wanted)
+
+
+def require_same_model(
+    path: Path, state: Mapping[str, Any], config: TrainConfig, dataset: Dataset
+) -> None:
+    """Refuse to read a checkpoint's weights into another model than the run trained.
+
+    Compares the files of the base model and its adapters, the shards with their template and
+    tokenizer, and the keys that decide vectors; how the run was trained does not matter.
+
+    Args:
+        path: the checkpoint.
+        state: its `state.json`.
+        config: the config that would be exported.
+        dataset: its shards.
+
+    Raises:
+        UserError: names what differs.
+    """
+    saved, run = state["identity"], path.parent.parent
+    wanted = run_identity(config, dataset, model_digests(config.model))
+    _require_same_content(run, saved, wanted)
+    no_vectors = ("model.attention_dropout", "model.gradient_checkpointing", "model.dtype")
+    for key in _differing(saved, wanted):
+        if key.startswith("model.") and key not in (*no_vectors, "model.lora.dropout"):
+            raise UserError(
+                f"{key}: {wanted.get(key)!r}",
+                allowed=f"{saved.get(key)!r}, with which the run in {run} was trained",
+                fix="export with the config of the run",
+            )
+
+
+def _keys(config: TrainConfig) -> dict[str, Any]:
     tree = as_tree(config)
     for key in _FREE_KEYS:
         tree.pop(key)
     for key in ("path", "prefetch"):
         tree["data"].pop(key)
-    # The same shards in another folder are the same data.
-    tree["data"]["fingerprint"] = dataset.fingerprint
-    return _flatten(tree)
+    end = tree["optimizer"].pop("decay_steps") or config.num_steps
+    keys = _flatten(tree)
+    keys[_DECAY_END] = None if config.optimizer.decay == "constant" else end
+    return keys
+
+
+def _differing(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Keys of different values; one that a checkpoint was written without has its default."""
+    first = TrainConfig(
+        output_dir=Path(), num_steps=1, model=ModelConfig(path=""), data=DataConfig(path=Path())
+    )
+    before = {**_keys(first), **saved}
+    ignored = {_DATA, _WEIGHTS, _DECAY_END, "optimizer.decay_steps"}
+    if _WEIGHTS in saved and _WEIGHTS in wanted:
+        ignored.update(_PLACES)
+    # Sections that one of the two leaves out: their keys are in the other alone.
+    keys = [key for key in {**wanted, **saved} if key not in ignored]
+    return [key for key in keys if before.get(key) != wanted.get(key)]
+
+
+def _require_same_content(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse other shards, or other files of the model, than the run began with."""
+    if _DATA in saved and saved[_DATA] != wanted.get(_DATA, saved[_DATA]):
+        raise UserError(
+            f"data.path: the shards there are not those that the run in {run} began with",
+            fix="set data.path back to them, or prepare them again with the same config and files",
+        )
+    before, now = saved.get(_WEIGHTS), wanted.get(_WEIGHTS)
+    if before is None or now is None:  # a checkpoint of an earlier version has no digests
+        return
+    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if different:
+        key = "model.adapter" if different[0].startswith("adapter ") else "model.path"
+        raise UserError(
+            f"{key}: {', '.join(different[:3])} changed since the run in {run} began: its "
+            "checkpoints belong to the weights of then",
+            fix=f"set {key} back to the files of then, or choose another output_dir to start a "
+            "new run",
+        )
+
+
+def _require_same_schedule(
+    run: Path, step: int, saved: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Refuse an end of the decay that would change learning rates of steps already done."""
+    before, now = saved.get(_DECAY_END), wanted.get(_DECAY_END)
+    if before is None or now is None or before == now:
+        return
+    if step <= wanted["optimizer.warmup_steps"]:  # decay has not begun
+        return
+    fix = f"set optimizer.decay_steps: {before}"
+    if now > before:
+        fix = (
+            f"set num_steps back to {before}; to train longer, export the run and start a new one "
+            "from it (model.path)"
+        )
+    raise UserError(
+        f"num_steps: the learning rate would decay until step {now}, but the run in {run} has "
+        f"made {step} steps of a decay until step {before}: it would jump",
+        allowed=f"a decay until step {before}",
+        fix=fix,
+    )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

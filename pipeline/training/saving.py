@@ -2,6 +2,7 @@
 
     a step boundary    every rank copies its share of the state to host memory     (collective)
     behind its back    each rank writes its file, reads it back, compares, hashes  (next steps run)
+                       and waits, with a limit, for a disk that is full or away
     a later boundary   all have written: state.json, rename, then `latest`         (collective)
 
 A rank whose write fails makes all ranks fail at that later boundary; the checkpoints before stay.
@@ -9,18 +10,22 @@ A rank whose write fails makes all ranks fail at that later boundary; the checkp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline import comm
-from pipeline.errors import DiffembedError
+from pipeline.errors import DiffembedError, MachineError, explain_os_error
 from pipeline.files import write_sealed
 from pipeline.run_dir import (
     LATEST,
@@ -31,6 +36,10 @@ from pipeline.run_dir import (
     write_latest,
 )
 from pipeline.training.checkpoint import FORMAT_VERSION, Stateful, describe_file
+
+T = TypeVar("T")
+# How long a checkpoint waits for a disk; less than ranks wait for each other.
+PATIENCE_SECONDS = 900.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +114,7 @@ class Saver:
                 "parameters": engine.parameter_names,
                 "extra": extra or {},
             },
-            written=self._thread.submit(_write, path, share),
+            written=self._thread.submit(patiently, lambda: _write(path, share), target),
         )
 
     def finish(self) -> Path:
@@ -121,7 +130,7 @@ class Saver:
         faults = [f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)]
         if not faults and comm.rank() == 0:
             try:
-                _publish(pending, dict(outcomes))
+                patiently(lambda: _publish(pending, dict(outcomes)), pending.target)
             except OSError as fault:
                 faults = [repr(fault)]
         faults = comm.broadcast_object(faults)
@@ -131,6 +140,36 @@ class Saver:
                 f"before it are whole, run the same command to resume once this is mended"
             )
         return pending.target
+
+
+def patiently(write: Callable[[], T], target: Path) -> T:
+    """Return what `write` returns, repeated while the disk is full or away.
+
+    The state to write is in memory, and training has the next steps to do meanwhile: a minute's
+    fault of a disk costs nothing. What another path or other permissions would cure is not
+    repeated.
+
+    Args:
+        write: may be called again after it failed.
+        target: what is being written, for messages.
+    """
+    waited = 0.0
+    for pause in itertools.chain((5.0, 10.0, 20.0), itertools.repeat(30.0)):
+        try:
+            return write()
+        except Exception as error:
+            explained = explain_os_error(error)
+            if not isinstance(explained, MachineError) or waited >= PATIENCE_SECONDS:
+                raise
+            with contextlib.suppress(OSError):  # standard output may be on the same disk
+                print(
+                    f"{target.name} is not written yet ({explained}); trying again in {pause:.0f} "
+                    f"s, for {(PATIENCE_SECONDS - waited) / 60:.0f} more minutes",
+                    flush=True,
+                )
+        time.sleep(pause)
+        waited += pause
+    raise AssertionError("the pauses never end")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -162,12 +201,13 @@ def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, A
 
 def _publish(pending: _Pending, files: dict[str, Any]) -> None:
     """Describe the files, and give the folder its name."""
-    write_sealed(pending.partial / "state.json", {**pending.description, "files": files})
-    sync_dir(pending.partial)
     target, replaced = pending.target, pending.target.with_name(f".{pending.target.name}.deleted")
-    if target.exists():  # of a future that the run was taken back from
-        target.rename(replaced)
-    pending.partial.rename(target)
+    if pending.partial.exists():  # not yet renamed by a call that failed after it
+        write_sealed(pending.partial / "state.json", {**pending.description, "files": files})
+        sync_dir(pending.partial)
+        if target.exists():  # of a future that the run was taken back from
+            target.rename(replaced)
+        pending.partial.rename(target)
     sync_dir(target.parent)
     # Last: `latest` must never name a checkpoint that is not whole.
     write_latest(target)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import comm
-from pipeline.config import TrainConfig, as_tree, dump_config
+from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
-from pipeline.data.prepare import tokenizer_fingerprint
-from pipeline.data.shards import Dataset
-from pipeline.data.text_loader import make_loader
-from pipeline.errors import DiffembedError, Stopped
+from pipeline.data.order import Unit
+from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
+from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.loss.contrastive import check_loss
+from pipeline.model.digests import model_digests
 from pipeline.model.language import build_model
-from pipeline.run_dir import RunDir, describe_environment, write_json, write_text
-from pipeline.tokenizer import load_tokenizer
+from pipeline.run_dir import (
+    OWN_CONFIG,
+    RunDir,
+    describe_environment,
+    write_json,
+    write_text,
+)
 from pipeline.training import checkpoint
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from pipeline.training.engine import NonFiniteLossError, seed_random
@@ -33,9 +40,12 @@ from pipeline.training.metrics import (
 from pipeline.training.objective import Objective, make_objective
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
-from pipeline.training.run_identity import run_identity
+from pipeline.training.run_identity import require_same_run, run_identity
 from pipeline.training.signals import StopRequest
 from pipeline.training.zero import ZeroEngine, placement_of
+
+# Steps left out in a row after which no more are: what is wrong is not the batch.
+_MOST_SKIPPED = 20
 
 
 def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> None:
@@ -50,15 +60,17 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     evaluations = Evaluations(config, config.evaluate) if config.evaluate else None
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
+    warning = require_negatives(loader, config)
     objective = make_objective(config, dataset)
     comm.start(world)
     comm.on_main(lambda: require_trackers(config.trackers))
     comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
     newest = newest_checkpoint(run, config.checkpoint.mirror)
-    if newest and checkpoint.read_state(newest)["step"] >= config.num_steps:
-        _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
+    identity = run_identity(config, dataset, model_digests(config.model))
+    if newest and _is_finished(newest, run, config, identity):
         return
-    identity = run_identity(config, dataset)
+    if warning:
+        _say(warning)
     training = Training(
         config,
         ds_config,
@@ -77,27 +89,34 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     if newest:
         _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")
     # After the checks of resuming: a refused run leaves the folder as it was.
-    training.describe(ds_config)
+    training.describe(ds_config, loader)
     loader.load_state_dict({**loader.state_dict(), "step": step})
     training.loop(loader, first_step=step)
 
 
-def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
-    """Open the shards and make sure that they are the model's.
-
-    Args:
-        config: where the shards and the model are.
-        verify: read every shard again and compare its hash; a flipped bit may still be a token.
+def _is_finished(newest: Path, run: RunDir, config: TrainConfig, identity: dict[str, Any]) -> bool:
+    """Whether the run has made its last step; says so.
 
     Raises:
-        UserError: a shard is damaged, was made with another tokenizer than the model's, or holds
-            texts that the model cannot take.
+        UserError: the checkpoint is another run's than the config's, on all ranks alike.
     """
-    dataset = Dataset.open(config.data.path, verify=verify)
-    path = config.model.path
-    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(path)), path)
-    dataset.require_model(config.model)
-    return dataset
+
+    def check() -> int:
+        state = checkpoint.read_state(newest)
+        require_same_run(newest, state, identity)
+        return state["step"]
+
+    step = comm.on_main(check)
+    if step > config.num_steps:
+        raise UserError(
+            f"num_steps: {config.num_steps}, but the run in {run.root} has made {step} steps",
+            allowed=f"at least {step}",
+            fix=f"set num_steps: {step}, `diffembed rewind {run.root} NAME` to an earlier "
+            "checkpoint, or choose another output_dir",
+        )
+    if step == config.num_steps:
+        _say(f"{run.root}: finished, {newest.name} is its last checkpoint")
+    return step == config.num_steps
 
 
 class Training:
@@ -115,6 +134,7 @@ class Training:
         identity: dict[str, Any],
     ) -> None:
         self.config, self.run, self.objective = config, run, objective
+        self._num_skipped = 0  # steps in a row
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         seed_random(config.seed)  # a fresh adapter starts alike on every rank
         model = build_model(config, placement=placement_of(ds_config))
@@ -128,13 +148,18 @@ class Training:
             evaluations=evaluations,
         )
 
-    def describe(self, ds_config: dict[str, Any]) -> None:
+    def describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
         """Write what the run is into its folder."""
-        if comm.rank() == 0:
-            write_text(self.run.config, dump_config(self.config))
-            write_json(self.run.ds_config, ds_config)
-            environment = {**describe_environment(), "world_size": comm.world_size()}
-            write_json(self.run.environment, environment)
+        comm.on_main(lambda: self._describe(ds_config, loader))
+
+    def _describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
+        if not _holds(self.run.config, self.config):  # a user may have added comments
+            write_text(self.run.config, OWN_CONFIG + dump_config(self.config))
+        write_json(self.run.ds_config, ds_config)
+        environment = {**describe_environment(), "world_size": comm.world_size()}
+        write_json(self.run.environment, environment)
+        if kinds := loader.order.kinds:
+            write_json(self.run.kinds, {name: describe_unit(unit) for name, unit in kinds.items()})
 
     def loop(self, loader: Loader, *, first_step: int) -> None:
         """Run the steps that are left.
@@ -158,7 +183,7 @@ class Training:
             last = done == config.num_steps
             if done % config.log_every == 0 or last:
                 for tracker in trackers:
-                    tracker.log(batch.step, values)
+                    tracker.log(batch.step, values, batch.kind)
             if last:
                 _say(f"done: {self.checkpoints.complete(done)}")
                 return
@@ -222,6 +247,7 @@ class Training:
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
             return self._non_finite(batch, f"gradient norm is {grad_norm}", {})
+        self._num_skipped = 0
         self.objective.update(lr)
         seconds = time.perf_counter() - began
         return {
@@ -233,6 +259,7 @@ class Training:
             "tokens": batch.tokens,
             "seconds": seconds,
             "tokens_per_second": batch.tokens / seconds,
+            "peak_memory_gib": comm.peak_memory() / 2**30,
         }
 
     def _non_finite(
@@ -241,18 +268,44 @@ class Training:
         """Leave the step out, or end the run; loss and norm are global, so all ranks do the same.
 
         Raises:
-            DiffembedError: the policy is to stop; a dump names the batch and the broken texts.
+            DiffembedError: the policy is to stop, or leaving steps out is of no use; a dump names
+                the batch and the broken texts.
         """
-        if self.config.non_finite == "skip":
-            _say(f"step {batch.step}: {what}; left out")
+        intact = self.engine.weights_are_finite()
+        self._num_skipped += 1
+        if self.config.non_finite == "skip" and intact and self._num_skipped < _MOST_SKIPPED:
+            _say(f"step {batch.step + 1}: {what}; left out")
             return {"loss": math.nan, "lr": 0.0, "skipped": 1, "tokens_per_second": 0.0}
-        dump = self.run.root / f"non-finite-step-{batch.step}-rank-{comm.rank()}.json"
+        dump = self.run.root / f"non-finite-step-{batch.step + 1}-rank-{comm.rank()}.json"
         examples = batch.example_ids.tolist()
         write_json(dump, {"what": what, **details, "example_ids": examples})
         comm.barrier()  # the first rank to leave ends the others; all dumps come before
         raise DiffembedError(
-            f"{what} at step {batch.step}; the weights are as before it, the batch is in {dump}; "
-            f"lower optimizer.lr, raise loss.temperature, or set non_finite: skip"
+            f"{what} at step {batch.step + 1}, which was not applied"
+            + (f", as in {self._num_skipped - 1} steps before" if self._num_skipped > 1 else "")
+            + f"; the batch is in {dump}; {self._how_weights_are(intact)}"
+        )
+
+    def _how_weights_are(self, intact: bool) -> str:
+        """What is known of the weights after a step that was not finite, and what helps."""
+        names = checkpoint.names(self.run.checkpoints)
+        back = f"`diffembed rewind {self.run.root} NAME` takes the run back to an older checkpoint"
+        resume = "the same command starts again from step 1"
+        if names:
+            resume = f"the same command resumes from {names[-1]} (there are {', '.join(names)})"
+        if not intact:
+            return (
+                "the weights are not finite either: an earlier step ruined them, so that no later "
+                f"step can succeed; {resume}; lower optimizer.lr in a new output_dir, or, where "
+                f"that checkpoint is ruined too, {back}"
+            )
+        helps = "lower optimizer.lr or raise loss.temperature in a new output_dir"
+        if self.config.non_finite == "stop":
+            helps += ", or set non_finite: skip, which may change on resuming"
+        return (
+            "the weights are finite, though an update too large may have spoilt them before: look "
+            f"at loss and grad_norm in {self.run.metrics}; {resume} and meets this batch again; "
+            f"{helps}; where the weights were spoilt, {back}"
         )
 
     def _trackers(self, first_step: int) -> list[Tracker]:
@@ -268,6 +321,26 @@ class Training:
         ]
 
 
+def _holds(path: Path, config: TrainConfig) -> bool:
+    """Whether a file is there and says the same as a config."""
+    try:
+        return path.is_file() and load_config(TrainConfig, path) == config
+    except UserError:
+        return False
+
+
+def describe_unit(unit: Unit) -> dict[str, Any]:
+    """What the examples of a kind of batch have in common, for `kinds.json`."""
+    instructions = [group.instruction for group in unit.groups]
+    return {
+        "source": unit.groups[0].source,
+        "instructions": instructions,
+        "examples": unit.size,
+        "share": unit.share,
+    }
+
+
 def _say(text: str) -> None:
     if comm.rank() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk ends no run
+            print(text, flush=True)

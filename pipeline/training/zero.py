@@ -236,6 +236,11 @@ class ZeroEngine:
         # Not DeepSpeed's own count, which also counts updates that it skipped.
         return int(state["step"]) if "step" in state else 0
 
+    def weights_are_finite(self) -> bool:
+        """Whether all trained weights of all ranks are numbers; a collective call."""
+        finite = all(bool(torch.isfinite(part).all()) for part in self._flat_partitions())
+        return not comm.any_rank(not finite)
+
     @property
     def _has_moments(self) -> bool:
         """Whether the optimizer has made its state, which it does at its first update."""

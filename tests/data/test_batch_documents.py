@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from data_support import ConfigMaker, make_loader, texts_of, write_jsonl
 from transformers import AutoTokenizer
 
-from pipeline.config import SourceConfig
+from pipeline.config import DataConfig, LossConfig, ModelConfig, SourceConfig, TrainConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import make_loader as make_any_loader
+from pipeline.data.text_loader import require_negatives
+from pipeline.errors import UserError
 
 
 def open_rows(make_config: ConfigMaker, folder: Path, rows: list[Any], **source: Any) -> Dataset:
@@ -134,3 +140,71 @@ def test_positives_of_the_same_concept_are_masked(dataset: Dataset) -> None:
         expected -= positives | set(batch.negatives[query].tolist())
         assert set(batch.masked[query].tolist()) == expected
     assert len(batch.masked.values) > 0
+
+
+def train_config(dataset: Dataset, **changes: Any) -> TrainConfig:
+    return TrainConfig(
+        output_dir=Path("run"),
+        num_steps=2,
+        model=ModelConfig(path="model"),
+        data=DataConfig(path=dataset.folder, global_batch_size=8, homogeneous="none"),
+        **changes,
+    )
+
+
+def check(dataset: Dataset, **changes: Any) -> str:
+    """What is said of a run's negatives before it starts."""
+    config = train_config(dataset, **changes)
+    return require_negatives(make_any_loader(dataset, config, rank=0, world_size=1), config)
+
+
+@pytest.mark.parametrize(
+    ("row", "queries", "documents"),
+    [
+        (lambda k: {"query": "what is it", "positives": [f"text {k}"]}, 1, 8),
+        (lambda k: {"query": f"what is {k}", "positives": ["the one text"]}, 8, 1),
+        (lambda k: {"query": f"what is {k}", "positives": [f"text {k}"], "concept": "c"}, 8, 8),
+    ],
+)
+def test_batches_without_a_single_negative_are_refused_with_their_counts(
+    make_config: ConfigMaker, tmp_path: Path, row: Any, queries: int, documents: int
+) -> None:
+    columns = {"columns": {"concept": "concept"}} if "concept" in row(0) else {}
+    opened = open_rows(make_config, tmp_path, [row(k) for k in range(16)], **columns)
+    counts = f"{queries} different queries and {documents} different documents"
+    with pytest.raises(UserError, match=f"16 of 16 queries in the first 2 batches.*{counts}"):
+        check(opened)
+
+
+def test_queries_without_a_negative_among_others_are_counted(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [{"query": f"q {k}", "positives": [f"p {k}"]} for k in range(8)]
+    rows += [
+        {"query": f"q {k}", "positives": [f"p {k}"], "negatives": [f"n {k}"]} for k in range(8, 16)
+    ]
+    opened = open_rows(make_config, tmp_path, rows)
+    assert check(opened) == ""
+    own = LossConfig(negatives="own")
+    assert "8 of 16 queries in the first 2 batches have no negative" in check(opened, loss=own)
+
+
+def test_a_teacher_score_that_is_no_number_is_named_by_the_loader(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "query": f"q {k}",
+            "positives": [f"p {k}"],
+            "negatives": [f"n {k}"],
+            "s": [1.0, 4096.5 + k],
+        }
+        for k in range(8)
+    ]
+    opened = open_rows(make_config, tmp_path, rows, columns={"scores": "s"})
+    (shard,) = opened.folder.glob("*examples*.arrow")
+    damaged = shard.read_bytes().replace(struct.pack("<f", 4099.5), struct.pack("<f", math.nan))
+    assert damaged != shard.read_bytes()
+    shard.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a teacher score of example \d+ is nan"):
+        make_loader(Dataset.open(opened.folder), batch=8).batch(0)

@@ -230,3 +230,27 @@ def test_a_far_step_needs_no_walk() -> None:
     groups = make_groups({("a", str(k)): 2_500_000 for k in range(4)})
     order = make_order(groups, batch=1024, mode="instruction")
     assert len(set(order.batch(1_000_000).tolist())) == 1024
+
+
+@pytest.mark.parametrize("homogeneous", ["source", "instruction", "none"])
+def test_a_batch_is_named_after_what_its_examples_share(homogeneous: Homogeneous) -> None:
+    groups = [
+        Group(source="a", instruction="first", start=0, count=40),
+        Group(source="a", instruction="second", start=40, count=40),
+        Group(source="b", instruction="", start=80, count=40),
+    ]
+    order = Order(
+        groups, global_batch_size=8, homogeneous=homogeneous, seed=1, shares={"a": 0.6, "b": 0.4}
+    )
+    names = {
+        "source": {"a": range(80), "b": range(80, 120)},
+        "instruction": {"a#1": range(40), "a#2": range(40, 80), "b": range(80, 120)},
+        "none": {"": range(120)},
+    }[homogeneous]
+    seen = set()
+    for step in range(40):
+        kind = order.kind(step)
+        seen.add(kind)
+        assert set(order.batch(step).tolist()) <= set(names[kind])
+    assert seen == set(names)
+    assert set(order.kinds) == set(names) - {""}

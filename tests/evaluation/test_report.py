@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import benchmark_replicas
+import numpy as np
 import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation.report import bootstrap
+from pipeline.evaluation.report.findings import compare_ends
+from pipeline.evaluation.report.plots import by_kind, plot_loss, running_mean
 from pipeline.evaluation.report.references import PUBLISHED, published_table
 from pipeline.evaluation.report.tables import aligned_table, latex_table, markdown_table
 from pipeline.evaluation.report.write import write_report
@@ -52,7 +56,13 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
     assert by_name["Core17InstructionRetrieval"]["metric"] == "p-MRR"
     assert by_name["Core17InstructionRetrieval"]["chance"] == 0
     assert len(by_name["LEMBPasskeyRetrieval"]["by_split"]["strong"]) == 8
-    assert report["training"] == {"num_steps": 4, "first_loss": 3.0, "last_loss": 1.5}
+    assert report["training"] == {
+        "num_steps": 4,
+        "kind": "",
+        "averaged": 1,
+        "first_loss": 3.0,
+        "last_loss": 1.5,
+    }
     for name in ("scores.png", "splits.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in (folder / "report.md").read_text()
@@ -266,3 +276,36 @@ def test_tables_keep_columns_apart():
         "task       n",
         "long name  1",
     ]
+
+
+def test_the_ends_of_a_run_are_compared_over_batches_of_one_kind() -> None:
+    """Kind a falls from 9 to 5, kind b from 2 to 1; the run begins with a and ends with b."""
+    losses = {"a": [9.0, 9.0, 8.0, 7.0, 6.0, 6.0, 5.0, 5.0], "b": [2.0, 1.0]}
+    order = "aaaabaaaab"
+    queues = {kind: iter(values) for kind, values in losses.items()}
+    curve = [{"step": n, "kind": kind, "loss": next(queues[kind])} for n, kind in enumerate(order)]
+    found = compare_ends(curve)
+    assert found == {"kind": "a", "averaged": 2, "first_loss": 9.0, "last_loss": 5.0}
+
+
+def test_kinds_of_batches_are_lines_of_their_own_and_smoothed(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    curve = [
+        {"step": n, "kind": "ab"[n % 2], "loss": 5.0 * (n % 2) + generator.normal(), "lr": 1e-4}
+        for n in range(400)
+    ]
+    assert plot_loss(tmp_path / "loss.png", curve).stat().st_size > 0
+    lines = by_kind(curve)
+    assert [len(line) for line in lines.values()] == [200, 200]
+    for kind, level in (("a", 0.0), ("b", 5.0)):
+        smooth = running_mean(np.array([line["loss"] for line in lines[kind]]))
+        assert smooth.shape == (200,)
+        assert abs(smooth.mean() - level) < 0.3
+        assert smooth.std() < 0.5
+
+
+def test_a_running_mean_is_the_mean_around_each_value() -> None:
+    values = np.arange(100.0) ** 2
+    means = running_mean(values)
+    for place in (0, 1, 50, 99):
+        assert means[place] == pytest.approx(values[max(0, place - 2) : place + 3].mean())

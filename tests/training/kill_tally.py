@@ -229,7 +229,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
     text = metrics.read_text() if metrics.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     for line in lines:
-        del line["seconds"], line["tokens_per_second"]
+        del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
     return lines
 
 

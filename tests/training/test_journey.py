@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from pipeline import train
 from pipeline.errors import UserError
@@ -17,10 +21,10 @@ WORKER = Path(__file__).with_name("failure_worker.py")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's lines without what a clock measured."""
+    """The run's lines without what was measured."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["seconds"], line["tokens_per_second"]
+        del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
     return lines
 
 
@@ -84,9 +88,14 @@ def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Pa
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout
     assert metrics(tmp_path / "run") == before
-    other = run_trainer(*arguments, "num_steps=6", "optimizer.lr=0.5")
-    assert other.returncode == 2
-    assert "optimizer.lr is 0.5, but the run in" in other.stderr
+    for changed, message in (
+        (("num_steps=3", "optimizer.lr=0.5"), "optimizer.lr: 0.5 | allowed: 0.001, with which"),
+        (("num_steps=6",), "num_steps: the learning rate would decay until step 6, but the run"),
+        (("num_steps=3", "model.lora={rank: 2}"), "model.lora.rank: 2 (also different: model."),
+    ):
+        other = run_trainer(*arguments, *changed)
+        assert other.returncode == 2
+        assert message in other.stderr
 
 
 def test_dry_run_prints_the_batch_arithmetic_and_trains_nothing(recipe: Path) -> None:
@@ -115,6 +124,49 @@ def test_a_loss_that_model_or_data_cannot_have_is_refused_before_the_run(
         # A dry run, which makes the same plan and joins no process group in this process.
         train.run([str(recipe), "--deepspeed", zero, "--dry-run", change])
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_dry_run_refuses_shards_of_another_tokenizer(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(recipe.parent / "model", other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(other)
+    zero = str(ROOT / "ds_configs/zero3.json")
+    with pytest.raises(UserError, match="prepared with the tokenizer"):
+        train.run([str(recipe), "--deepspeed", zero, "--dry-run", f"model.path={other}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=nowhere"], "nowhere: no prepared dataset"),
+        (["model.poolin=mean"], "unknown key 'model.poolin'"),
+        (["num_steps=0"], "num_steps: 0"),
+        (["output_dir={tmp}/file/run"], "output_dir: {tmp}/file/run: Not a directory"),
+        (["output_dir={tmp}/mine"], "output_dir: {tmp}/mine/config.yaml was not written by a run"),
+    ],
+)
+def test_what_is_wrong_with_config_or_folders_is_said_before_anything_large_is_imported(
+    recipe: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("# lr found by sweep 12\n")
+    words = [argument.format(tmp=tmp_path) for argument in arguments]
+    code = (
+        "import sys; from pipeline import train; from pipeline.errors import UserError\n"
+        "try:\n train.run(sys.argv[1:])\n"
+        "except UserError as error:\n print(error)\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    zero = str(ROOT / "ds_configs/zero3.json")
+    command = [sys.executable, "-c", code, str(recipe), "--deepspeed", zero, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    said, imported = done.stdout.splitlines()
+    assert message.format(tmp=tmp_path) in said
+    assert imported == "[]"
+    assert (tmp_path / "mine/config.yaml").read_text() == "# lr found by sweep 12\n"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.training import metrics
 from pipeline.training.metrics import JsonLines, Tracker, open_trackers, require_trackers
 
 
@@ -91,3 +93,44 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name(
     with pytest.raises(UserError, match="trackers: wandb is not installed here"):
         require_trackers(["wandb"])
     require_trackers([])
+
+
+def test_lines_that_a_full_disk_did_not_take_follow_with_the_next_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonLines(path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker.log(0, {"loss": 0.0})
+    try:
+        # The kernel cuts a write short at this size, as a full disk does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 2.0})
+        lines_meanwhile = path.read_text().splitlines()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log(3, {"loss": 3.0}, "rows#2")
+    tracker.close()
+    assert len(lines_meanwhile) == 1
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line.get("kind") for line in lines] == [None, None, None, "rows#2"]
+    assert "its lines wait for the next step" in capsys.readouterr().out
+
+
+def test_a_line_of_a_log_tells_what_somebody_who_watches_wants_to_see(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    tracker = metrics.Progress(0, 10)
+    values = {"loss": 1.5, "lr": 1e-4, "accuracy@1": 0.25, "tokens_per_second": 1234.0}
+    values["peak_memory_gib"] = 2.0
+    for step in range(3):
+        tracker.log(step, values, "rows#1")
+        now[0] += 60
+    lines = capsys.readouterr().out.splitlines()
+    numbers = "loss 1.5000 (rows#1)  accuracy@1 0.250  lr 1.00e-04  1234 tokens/s  2.0 GiB"
+    assert lines[0] == f"step 1/10  {numbers}"
+    assert lines[2] == f"step 3/10  {numbers}  0:07:00 left"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import TrainConfig, load_config
-from pipeline.training.run_identity import run_identity
+from pipeline.errors import UserError
+from pipeline.training.run_identity import require_same_run, run_identity
 
 
 @pytest.fixture
@@ -56,10 +57,108 @@ def test_the_same_config_on_other_shards_is_another_run(recipe: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *("num_steps=9", "schedule=sweep", "chunks.max_tokens=50", "checkpoint.every=3"),
+        *(
+            "optimizer.decay_steps=6",
+            "schedule=sweep",
+            "chunks.max_tokens=50",
+            "checkpoint.every=3",
+        ),
         *("log_every=5", "trackers=[wandb]", "non_finite=skip", "data.prefetch=false"),
         *("output_dir=elsewhere", "data.path=moved"),
     ],
 )
 def test_what_only_decides_how_fast_and_how_told_may_change(recipe: Path, change: str) -> None:
     assert identity(recipe, change) == identity(recipe)
+
+
+def resume(recipe: Path, began: tuple[str, ...], goes_on: tuple[str, ...], *, step: int) -> None:
+    """Compare two runs as one that resumes after `step` steps does."""
+    state = {"step": step, "identity": identity(recipe, *began)}
+    require_same_run(Path("run/checkpoints/step"), state, identity(recipe, *goes_on))
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on"),
+    [
+        ("num_steps=6", "num_steps=9"),
+        ("num_steps=9", "num_steps=6"),
+        ("optimizer.decay=cosine", "num_steps=9"),
+        ("optimizer.decay_steps=12", "optimizer.decay_steps=20"),
+    ],
+)
+def test_learning_rates_of_steps_already_made_may_not_change(
+    recipe: Path, began: str, goes_on: str
+) -> None:
+    linear = ("optimizer.decay=cosine",) if "cosine" in began else ()
+    with pytest.raises(UserError, match=r"num_steps: the learning rate would decay until step"):
+        resume(recipe, (began,), (*linear, goes_on), step=3)
+    resume(recipe, (began,), (*linear, goes_on), step=2)  # still warming up: nothing changes
+    constant = "optimizer.decay=constant"
+    resume(recipe, (began, constant), (goes_on, constant), step=3)
+
+
+def test_a_run_may_end_earlier_on_the_curve_that_it_began(recipe: Path) -> None:
+    resume(recipe, ("num_steps=9",), ("num_steps=6", "optimizer.decay_steps=9"), step=3)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "model.lora={rank: 2}",
+        "model.rope_scaling={kind: ntk, factor: 2}",
+        "loss.distillation={weight: 0.5}",
+        "data.weights={rows: 2}",
+    ],
+)
+def test_a_section_that_is_left_out_or_added_is_another_run(recipe: Path, section: str) -> None:
+    for began, goes_on in (((section,), ()), ((), (section,))):
+        with pytest.raises(UserError, match=section.partition("=")[0]):
+            resume(recipe, began, goes_on, step=3)
+
+
+def test_all_keys_that_differ_are_named(recipe: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"seed: 7 \(also different: loss.temperature\) \| allowed: 42"
+    ):
+        resume(recipe, (), ("seed=7", "loss.temperature=0.2"), step=3)
+
+
+def test_a_key_that_a_checkpoint_was_written_without_has_its_default(recipe: Path) -> None:
+    saved = identity(recipe)
+    del saved["loss.symmetric"], saved["optimizer.decay_end"]
+    path = Path("run/checkpoints/step")
+    require_same_run(path, {"step": 3, "identity": saved}, identity(recipe))
+    with pytest.raises(UserError, match="loss.symmetric: True"):
+        wanted = identity(recipe, "loss.symmetric=true")
+        require_same_run(path, {"step": 3, "identity": saved}, wanted)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("model.safetensors", "model.path"), ("adapter 1/adapter_config.json", "model.adapter")],
+)
+def test_other_bytes_of_the_base_or_its_adapter_are_refused_and_another_place_is_not(
+    recipe: Path, file: str, key: str
+) -> None:
+    digests = {"config.json": "a", "model.safetensors": "b", "adapter 1/adapter_config.json": "c"}
+    dataset: Any = SimpleNamespace(fingerprint="these")
+
+    def with_digests(weights: dict[str, str], *changes: str) -> dict[str, Any]:
+        return run_identity(load_config(TrainConfig, recipe, changes), dataset, weights)
+
+    path, state = Path("run/checkpoints/step"), {"step": 1, "identity": with_digests(digests)}
+    require_same_run(path, state, with_digests(digests, "model.path=moved"))
+    with pytest.raises(UserError, match=rf"{key}: {file} changed since the run in run began"):
+        require_same_run(path, state, with_digests({**digests, file: "x"}))
+    # A checkpoint of an earlier version knows the model by its place only.
+    old = {"step": 1, "identity": identity(recipe)}
+    require_same_run(path, old, with_digests(digests))
+    with pytest.raises(UserError, match=r"model\.path: 'moved'"):
+        require_same_run(path, old, with_digests(digests, "model.path=moved"))
+
+
+def test_other_shards_are_named_by_the_key_that_the_user_knows(recipe: Path) -> None:
+    state = {"step": 1, "identity": identity(recipe, shards="others")}
+    with pytest.raises(UserError, match=r"data\.path: the shards there are not those") as error:
+        require_same_run(Path("run/checkpoints/step"), state, identity(recipe))
+    assert "fingerprint" not in str(error.value)

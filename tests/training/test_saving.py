@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pipeline import comm
 from pipeline.config import CheckpointConfig
@@ -93,6 +94,56 @@ def test_a_disk_full_for_one_rank_fails_the_save_of_all_and_leaves_the_one_befor
     assert "step-000002 could not be written (rank 1: " in first
     assert "large" in first
     assert "rank 0" not in first
+
+
+def failing(times: int, error: OSError | None = None) -> Any:
+    """A `save_file` that fails a few times, as on a disk that is full for a while."""
+    left, really_save = [times], saving.save_file
+
+    def save_file(*args: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            # In the words of safetensors, whose errors are not the system's.
+            raise error or SafetensorError("Error while serializing: I/O error (os error 28)")
+        really_save(*args)
+
+    return save_file
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(saving, "save_file", failing(3))
+    monkeypatch.setattr(saving.time, "sleep", pauses.append)
+    path = save(tmp_path, Memory(a=1.0), step=1, identity={})
+    assert checkpoint.latest(tmp_path) == path
+    assert pauses == [5, 10, 20]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert "step-000001 is not written yet (" in said[0]
+    assert "os error 28" in said[0]
+    assert "trying again in 5 s" in said[0]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(saving, "save_file", failing(10**6))
+    monkeypatch.setattr(saving.time, "sleep", waited.append)
+    with pytest.raises(DiffembedError, match=r"step-000001 could not be written .*os error 28"):
+        save(tmp_path, Memory(a=1.0), step=1, identity={})
+    assert saving.PATIENCE_SECONDS <= sum(waited) < saving.PATIENCE_SECONDS + 60
+
+
+def test_what_another_path_would_cure_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "save_file", failing(1, PermissionError(13, "no", "x")))
+    monkeypatch.setattr(saving.time, "sleep", pytest.fail)
+    with pytest.raises(DiffembedError, match="could not be written"):
+        save(tmp_path, Memory(a=1.0), step=1, identity={})
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The run's lines without what a clock measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["seconds"], line["tokens_per_second"]
+        del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
     return lines
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.config import EvaluateConfig
@@ -40,15 +43,11 @@ class Findings:
     by_step: Curves
 
     @property
-    def training(self) -> dict[str, float] | None:
-        """The training run in three numbers; None without one."""
+    def training(self) -> dict[str, Any] | None:
+        """The training run in a few numbers; None without one."""
         if not self.curve:
             return None
-        return {
-            "num_steps": len(self.curve),
-            "first_loss": self.curve[0]["loss"],
-            "last_loss": self.curve[-1]["loss"],
-        }
+        return {"num_steps": len(self.curve), **compare_ends(self.curve)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +155,28 @@ def _difference(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compare_ends(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare the loss at both ends of a run, over batches of one kind.
+
+    Kinds differ in loss by more than training changes it, so that the first line and the last say
+    little about a run.
+
+    Returns:
+        `kind`, the one with the most batches; `averaged`, how many of its first and of its last
+        batches the means `first_loss` and `last_loss` are over.
+    """
+    kinds = Counter(line.get("kind", "") for line in curve)
+    kind = kinds.most_common(1)[0][0]
+    losses = [line["loss"] for line in curve if line.get("kind", "") == kind]
+    count = max(1, min(10, len(losses) // 4))
+    return {
+        "kind": kind,
+        "averaged": count,
+        "first_loss": fmean(losses[:count]),
+        "last_loss": fmean(losses[-count:]),
+    }
+
+
 def read_curve(training_run: Path | None) -> list[dict[str, float]]:
     """Lines of the training run's metrics.jsonl that hold a loss; empty without a run."""
     if training_run is None:
@@ -167,4 +188,4 @@ def read_curve(training_run: Path | None) -> list[dict[str, float]]:
     lines = [line for _, line in read_json_lines(path, _Line, fix=fix)]
     if not lines:
         raise UserError(f"{path}: no step in it", fix=fix)
-    return [line for line in lines if "loss" in line]
+    return [line for line in lines if line.get("loss") is not None]

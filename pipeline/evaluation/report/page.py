@@ -69,9 +69,11 @@ def _training(findings: Findings) -> list[str]:
     training = findings.training
     if training is None:
         return []
+    count, kind = training["averaged"], training["kind"]
+    steps = f"the first and the last {count} steps" if count > 1 else "the first and the last step"
     return [
         f"Training: {training['num_steps']} steps, loss {training['first_loss']:.4f} -> "
-        f"{training['last_loss']:.4f}.",
+        f"{training['last_loss']:.4f} (mean of {steps}" + (f" of {kind}" if kind else "") + ").",
         "",
     ]
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+# Further kinds of batches are drawn in gray, without a name.
+_NAMED_KINDS = 10
 
 
 def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
@@ -51,19 +55,45 @@ def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
     return _save(figure, path)
 
 
-def plot_loss(path: Path, curve: Sequence[dict[str, float]]) -> Path:
-    """Loss and learning rate by step."""
-    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+def plot_loss(path: Path, curve: Sequence[Mapping[str, Any]]) -> Path:
+    """Loss by step, a line of running means for each kind of batch, and the learning rate."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    steps = [line["step"] for line in curve]
-    axes.plot(steps, [line["loss"] for line in curve], color="tab:blue")
+    for number, (kind, lines) in enumerate(by_kind(curve).items()):
+        steps = [line["step"] for line in lines]
+        losses = np.array([line["loss"] for line in lines])
+        color = f"C{number % 10}" if number < _NAMED_KINDS else "lightgray"
+        axes.plot(steps, losses, ".", color=color, markersize=2, alpha=0.4)
+        label = kind if number < _NAMED_KINDS else None
+        axes.plot(steps, running_mean(losses), color=color, linewidth=1.5, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss", color="tab:blue")
+    axes.set_ylabel("loss (dots: batches, lines: running means)")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7)
     if all("lr" in line for line in curve):
         right = axes.twinx()
-        right.plot(steps, [line["lr"] for line in curve], color="tab:gray", linewidth=1)
-        right.set_ylabel("learning rate", color="tab:gray")
+        steps = [line["step"] for line in curve]
+        right.plot(steps, [line["lr"] for line in curve], color="black", linewidth=0.7, alpha=0.5)
+        right.set_ylabel("learning rate")
     return _save(figure, path)
+
+
+def by_kind(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Lines of a curve by the kind of their batch, the most frequent kind first."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for line in curve:
+        kinds.setdefault(line.get("kind", ""), []).append(line)
+    return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
+
+def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) means over a twentieth of the values around each one, fewer at the ends."""
+    reach = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    means: NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
+    return means
 
 
 def plot_steps(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
