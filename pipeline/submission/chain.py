@@ -28,7 +28,7 @@ from pipeline.submission.done import (
     is_exported,
     is_prepared,
     is_reported,
-    require_same_run,
+    require_resumable,
     require_shards,
     unscored,
 )
@@ -95,7 +95,7 @@ def train_chain(
     """
     tree = load_config(TrainConfig, config, overrides)
     done = last_step(tree.output_dir)
-    require_same_run(tree)
+    require_resumable(tree)
     if done >= tree.num_steps:
         return Chain(finished=(f"train: {tree.output_dir} has all of its {done} steps",))
     if not shards_follow:

@@ -39,7 +39,7 @@ def is_prepared(config: PrepareConfig) -> bool:
     return status == "whole"
 
 
-def require_same_run(config: TrainConfig) -> None:
+def require_resumable(config: TrainConfig) -> None:
     """Refuse a config whose run folder holds checkpoints of another one.
 
     Raises:
@@ -47,24 +47,19 @@ def require_same_run(config: TrainConfig) -> None:
     """
     from pipeline.data.manifest import FILE_NAME
     from pipeline.data.shards import Dataset
-    from pipeline.training.run_identity import run_identity
+    from pipeline.training.run_identity import require_same_run, run_identity
 
     checkpoints = RunDir(config.output_dir).checkpoints
-    state = checkpoints / (read_latest(checkpoints) or "") / "state.json"
+    newest = checkpoints / (read_latest(checkpoints) or "")
     # Without its shards a finished run is compared by its config alone.
-    if not state.is_file() or not (config.data.path / FILE_NAME).is_file():
+    if not (newest / "state.json").is_file() or not (config.data.path / FILE_NAME).is_file():
         return
-    saved: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, AttributeError):  # damaged: training says what to do
-        saved = json.loads(state.read_text()).get("identity", {})
-    wanted = run_identity(config, Dataset.open(config.data.path, verify=False))
-    for key in sorted(saved.keys() & wanted.keys()):
-        if saved[key] != wanted[key]:
-            raise UserError(
-                f"{key} is {wanted[key]!r}, but the run in {config.output_dir} began with "
-                f"{saved[key]!r}",
-                fix=f"set {key} back, or choose another output_dir for a new run",
-            )
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: training says what to do
+        state = json.loads((newest / "state.json").read_text())
+        found = {"step": state.get("step", 0), "identity": dict(state["identity"])}
+        # The weights are compared where they are loaded.
+        wanted = run_identity(config, Dataset.open(config.data.path, verify=False))
+        require_same_run(newest, found, wanted)
 
 
 def require_shards(config: TrainConfig) -> None:

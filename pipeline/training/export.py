@@ -24,13 +24,10 @@ from pipeline.run_dir import RunDir, checkpoint_digest
 from pipeline.tokenizer import instruction_characters, load_tokenizer, tokens_within
 from pipeline.training import checkpoint
 from pipeline.training.engine import seed_random
-from pipeline.training.run_identity import run_identity
+from pipeline.training.run_identity import require_same_model
 
 # Documents of which the prompts are counted.
 _SAMPLE = 1000
-# What of a run's identity decides the vectors of its export; weights may be read in another type.
-_VECTOR_KEYS = ("data.fingerprint", "loss.similarity", "model.")
-_FREE_KEYS = ("model.dtype", "model.attention_dropout", "model.gradient_checkpointing")
 
 
 def export_run(
@@ -62,7 +59,7 @@ def export_run(
     dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(own)), own)
     path = None if which == "init" else _find(run, which)
     if path is not None:
-        _check_vectors_unchanged(path, run_identity(config, dataset))
+        require_same_model(path, checkpoint.read_state(path), config, dataset)
     manifest = dataset.manifest
     # Imports of other libraries take long; they run while this process reads weights.
     with Outside() if check else nullcontext() as outside:
@@ -89,25 +86,6 @@ def export_run(
             adapter_only=adapter_only,
             outside=outside,
         )
-
-
-def _check_vectors_unchanged(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a config by which the checkpoint's weights would be another embedder.
-
-    Raises:
-        UserError: with the first key that differs.
-    """
-    trained = checkpoint.read_state(path)["identity"]
-    for key, value in identity.items():
-        decides = key.startswith(_VECTOR_KEYS) and key not in _FREE_KEYS
-        if decides and key in trained and trained[key] != value:
-            known = isinstance(value, str | int | float | None)
-            raise UserError(
-                f"{key} is {value!r}, but checkpoint {path} was trained with {trained[key]!r}"
-                if known and key != "data.fingerprint"
-                else f"{key} differs from what checkpoint {path} was trained with",
-                fix="export with the config and the shards of the run",
-            )
 
 
 def _trained_texts(dataset: Dataset) -> TrainedTexts:

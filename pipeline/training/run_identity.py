@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.config import DataConfig, ModelConfig, TrainConfig, as_tree
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.model.digests import model_digests
 
 # What may change when a run is resumed; everything else would make it another run.
 _FREE_KEYS = (
@@ -25,6 +24,12 @@ _FREE_KEYS = (
 )
 # Compared by other means than equality of the key.
 _DATA, _WEIGHTS, _DECAY_END = "data.fingerprint", "model.weights", "optimizer.decay_end"
+# What decides the vectors of an export; weights may be read in another type.
+_VECTOR_KEYS = ("loss.similarity", "model.")
+_NO_VECTOR_KEYS = (
+    *("model.dtype", "model.attention_dropout", "model.gradient_checkpointing"),
+    "model.lora.dropout",
+)
 # Where weights are does not matter once it is known what they are.
 _PLACES = ("model.path", "model.revision", "model.adapter", "model.merged_adapters")
 
@@ -65,9 +70,9 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
         key = differ[0]
         others = f" (also different: {', '.join(differ[1:])})" if differ[1:] else ""
         raise UserError(
-            f"{key}: {wanted.get(key)!r}{others}",
-            allowed=f"{saved.get(key)!r}, with which the run in {run} began",
-            fix="set it back to resume, or choose another output_dir to start a new run",
+            f"{key} is {wanted.get(key)!r}{others}",
+            allowed=f"{saved.get(key)!r}, which the run in {run} began with",
+            fix=f"set {key} back to resume, or choose another output_dir for a new run",
         )
     _require_same_schedule(run, state["step"], saved, wanted)
 
@@ -89,16 +94,18 @@ def require_same_model(
     Raises:
         UserError: names what differs.
     """
+    # Here, because a login node compares runs without torch.
+    from pipeline.model.digests import model_digests
+
     saved, run = state["identity"], path.parent.parent
     wanted = run_identity(config, dataset, model_digests(config.model))
     _require_same_content(run, saved, wanted)
-    no_vectors = ("model.attention_dropout", "model.gradient_checkpointing", "model.dtype")
     for key in _differing(saved, wanted):
-        if key.startswith("model.") and key not in (*no_vectors, "model.lora.dropout"):
+        if key.startswith(_VECTOR_KEYS) and key not in _NO_VECTOR_KEYS:
             raise UserError(
-                f"{key}: {wanted.get(key)!r}",
-                allowed=f"{saved.get(key)!r}, with which the run in {run} was trained",
-                fix="export with the config of the run",
+                f"{key} is {wanted.get(key)!r}",
+                allowed=f"{saved.get(key)!r}, which the run in {run} was trained with",
+                fix="export with the config and the shards of the run",
             )
 
 

@@ -89,9 +89,12 @@ def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Pa
     assert "finished" in again.stdout
     assert metrics(tmp_path / "run") == before
     for changed, message in (
-        (("num_steps=3", "optimizer.lr=0.5"), "optimizer.lr: 0.5 | allowed: 0.001, with which"),
+        (
+            ("num_steps=3", "optimizer.lr=0.5"),
+            "optimizer.lr is 0.5 | allowed: 0.001, which",
+        ),
         (("num_steps=6",), "num_steps: the learning rate would decay until step 6, but the run"),
-        (("num_steps=3", "model.lora={rank: 2}"), "model.lora.rank: 2 (also different: model."),
+        (("num_steps=3", "model.lora={rank: 2}"), "model.lora.rank is 2 (also different: model."),
     ):
         other = run_trainer(*arguments, *changed)
         assert other.returncode == 2

@@ -89,12 +89,13 @@ def resume(recipe: Path, began: tuple[str, ...], goes_on: tuple[str, ...], *, st
 def test_learning_rates_of_steps_already_made_may_not_change(
     recipe: Path, began: str, goes_on: str
 ) -> None:
-    linear = ("optimizer.decay=cosine",) if "cosine" in began else ()
+    cosine = ("optimizer.decay=cosine",) if "cosine" in began else ()
     with pytest.raises(UserError, match=r"num_steps: the learning rate would decay until step"):
-        resume(recipe, (began,), (*linear, goes_on), step=3)
-    resume(recipe, (began,), (*linear, goes_on), step=2)  # still warming up: nothing changes
-    constant = "optimizer.decay=constant"
-    resume(recipe, (began, constant), (goes_on, constant), step=3)
+        resume(recipe, (began,), (*cosine, goes_on), step=3)
+    resume(recipe, (began,), (*cosine, goes_on), step=2)  # still warming up: nothing changes
+    if not cosine:
+        constant = "optimizer.decay=constant"
+        resume(recipe, (began, constant), (goes_on, constant), step=3)
 
 
 def test_a_run_may_end_earlier_on_the_curve_that_it_began(recipe: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_section_that_is_left_out_or_added_is_another_run(recipe: Path, sectio
 
 def test_all_keys_that_differ_are_named(recipe: Path) -> None:
     with pytest.raises(
-        UserError, match=r"seed: 7 \(also different: loss.temperature\) \| allowed: 42"
+        UserError, match=r"seed is 7 \(also different: loss.temperature\) \| allowed: 42"
     ):
         resume(recipe, (), ("seed=7", "loss.temperature=0.2"), step=3)
 
@@ -128,7 +129,7 @@ def test_a_key_that_a_checkpoint_was_written_without_has_its_default(recipe: Pat
     del saved["loss.symmetric"], saved["optimizer.decay_end"]
     path = Path("run/checkpoints/step")
     require_same_run(path, {"step": 3, "identity": saved}, identity(recipe))
-    with pytest.raises(UserError, match="loss.symmetric: True"):
+    with pytest.raises(UserError, match="loss.symmetric is True"):
         wanted = identity(recipe, "loss.symmetric=true")
         require_same_run(path, {"step": 3, "identity": saved}, wanted)
 
@@ -153,7 +154,7 @@ def test_other_bytes_of_the_base_or_its_adapter_are_refused_and_another_place_is
     # A checkpoint of an earlier version knows the model by its place only.
     old = {"step": 1, "identity": identity(recipe)}
     require_same_run(path, old, with_digests(digests))
-    with pytest.raises(UserError, match=r"model\.path: 'moved'"):
+    with pytest.raises(UserError, match=r"model\.path is 'moved'"):
         require_same_run(path, old, with_digests(digests, "model.path=moved"))
 
 
