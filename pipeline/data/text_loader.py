@@ -14,8 +14,8 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.loader import DUMMY, Loader
 from pipeline.data.order import Group
-from pipeline.data.prepare import tokenizer_fingerprint
 from pipeline.data.shards import Dataset
+from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
 from pipeline.tokenizer import load_tokenizer
 
