@@ -84,6 +84,10 @@ def test_a_source_whose_first_rows_are_all_bad_is_refused_without_reading_on(
     with pytest.raises(UserError) as caught:
         prepare(make_config(make_source(path), block_bytes=10**7), num_workers=1)
     assert "100 of 100 rows cannot be used" in str(caught.value)
+    with pytest.raises(UserError) as dropped:
+        prepare(make_config(make_source(path, on_bad_row="drop")), num_workers=1)
+    assert "5000 of 5000 rows cannot be used" in str(dropped.value)
+    assert "on_bad_row" not in str(dropped.value)
     assert f"{path}:1: field 'query' is missing | allowed: fields found: q, p" in str(caught.value)
 
 

@@ -101,7 +101,9 @@ def test_a_table_of_text_is_read_as_the_csv_module_wrote_it(
         writer = csv.writer(file, delimiter=delimiter, lineterminator=end)
         writer.writerows([["anchor", "positive", "negative"], *rows])
     found = rows_of(make_source(path, columns=TRIPLET), block_bytes=block_bytes)
-    assert [[row.query, *row.positives, *row.negatives] for row in found] == rows
+    # An empty cell is no negative.
+    expected = [row if row[2] else row[:2] for row in rows]
+    assert [[row.query, *row.positives, *row.negatives] for row in found] == expected
     capped = rows_of(make_source(path, columns=TRIPLET, max_rows=7), block_bytes=block_bytes)
     assert capped == found[:7]
 
@@ -250,7 +252,9 @@ def test_a_readme_of_the_hub_says_which_files_a_split_has(tmp_path: Path) -> Non
     readme = tmp_path / "README.md"
     readme.write_text(f"---\nconfigs:\n{config.format('pairs')}---\n# Pairs\n")
     assert queries_of(make_source(tmp_path)) == ["a", "b"]
+    assert "left out: test" in source_note(make_source(tmp_path))
     assert queries_of(make_source(tmp_path, split="test")) == ["c"]
+    assert source_note(make_source(tmp_path, split="test")) == ""
     assert "the splits found: train, test" in refused(make_source(tmp_path, split="dev"))
     readme.write_text(f"---\nconfigs:\n{config.format('pairs')}{config.format('more')}---\n")
     assert f"choose one: hub:{tmp_path}:pairs" in refused(make_source(tmp_path))

@@ -10,6 +10,7 @@ from pipeline.config import SourceConfig
 from pipeline.data.sources.blocks import BadRowError
 from pipeline.errors import UserError
 
+_UNUSABLE = "cannot be used"
 # So many are shown in a message.
 _NUM_SHOWN = 5
 # A dropped text is shown by its beginning.
@@ -33,12 +34,12 @@ class BadRows:
 
     def add(self, bad: BadRowError) -> None:
         """Take a bad row."""
-        if self.source.on_bad_row == "drop":
-            self.drop(bad.where, "row", "cannot be used", "", detail=bad.reason)
-            return
-        self.count += 1
         if len(self.first) < _NUM_SHOWN:
             self.first.append((f"{bad.where}: {bad.reason}", bad.fix))
+        if self.source.on_bad_row == "drop":
+            self.drop(bad.where, "row", _UNUSABLE, "", detail=bad.reason)
+        else:
+            self.count += 1
 
     def drop(self, where: str, kind: str, reason: str, text: str, *, detail: str = "") -> None:
         """List something that is left out."""
@@ -54,7 +55,8 @@ class BadRows:
     @property
     def summary(self) -> dict[str, Any]:
         """For `refuse_bad_rows`, as JSON."""
-        return {"bad": self.count, "first_bad": self.first}
+        dropped = sum(entry["reason"] == _UNUSABLE for entry in self.dropped)
+        return {"bad": self.count, "bad_dropped": dropped, "first_bad": self.first}
 
 
 def _whole_characters(text: str) -> str:
@@ -70,15 +72,20 @@ def refuse_bad_rows(name: str, summaries: Iterable[Mapping[str, Any]], num_read:
         num_read: rows read in all; 0 if they were not counted.
 
     Raises:
-        UserError: there are bad rows; it shows the first few.
+        UserError: there are bad rows, or all rows were dropped as such; it shows the first few.
     """
     summaries = list(summaries)
     count = sum(summary["bad"] for summary in summaries)
+    dropped = sum(summary["bad_dropped"] for summary in summaries)
+    if dropped and dropped == num_read:
+        count = dropped  # nothing is left to build from
     if not count:
         return
     shown = [entry for summary in summaries for entry in summary["first_bad"]][:_NUM_SHOWN]
     texts = "; ".join(text for text, _ in shown)
-    fix = f"{shown[0][1] or 'mend them'}, or set sources.{name}.on_bad_row: drop"
+    fix = shown[0][1] or f"mend the {'row' if count == 1 else 'rows'}"
+    if not dropped:
+        fix += f", or set sources.{name}.on_bad_row: drop"
     if count > 1:
         of = f" of {num_read}" if num_read else ""
         more = f"; and {count - len(shown)} more" if count > len(shown) else ""

@@ -12,10 +12,10 @@ from pipeline.data.sources.fields import (
     fields_of,
     numbers,
     optional_text,
-    optional_texts,
     text_or_chat,
     texts_in,
 )
+from pipeline.data.sources.files import kind_of
 from pipeline.data.sources.row import Row
 
 
@@ -49,16 +49,19 @@ _Texts = tuple[tuple[str, ...], tuple[str, ...], list[int]]
 
 def _separate(record: Record, names: _Columns) -> _Texts:
     """Positives and negatives from fields of their own; of several fields, some may be null."""
-    wanted = names.get("positives", ("positives",))
-    found = list(fields_of(record, wanted))
-    if len(found) > 1 and any(value is not None for _, value in found):
-        found = [(key, value) for key, value in found if value is not None]
+    # An empty cell of a table of text is what null is elsewhere.
+    absent = (None, "") if kind_of(record.file) == "csv" else (None,)
+    found = list(fields_of(record, names.get("positives", ("positives",))))
+    if len(found) > 1 and any(value not in absent for _, value in found):
+        found = [(key, value) for key, value in found if value not in absent]
     positives = [item for key, value in found for item in texts_in(record, key, value)]
-    if "negatives" in names:
-        found = [(key, v) for key, v in fields_of(record, names["negatives"]) if v is not None]
-        negatives = [item for key, value in found for item in texts_in(record, key, value)]
-    else:
-        negatives = list(optional_texts(record, "negatives"))
+    wanted = names.get("negatives", ("negatives",) if "negatives" in record.value else ())
+    negatives = [
+        item
+        for key, value in fields_of(record, wanted)
+        if value not in absent
+        for item in texts_in(record, key, value)
+    ]
     return tuple(positives), tuple(negatives), list(range(len(positives) + len(negatives)))
 
 

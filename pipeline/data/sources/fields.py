@@ -156,7 +156,9 @@ def _number(record: Record, name: str, value: Any, allow_bools: bool) -> float:
         try:
             value = float(value)
         except ValueError as error:
-            raise record.fail(f"{name} is {_shown(value)}", allowed="a number") from error
+            raise record.fail(
+                f"{name} is {_shown(value) or 'empty'}", allowed="a number"
+            ) from error
     if isinstance(value, bool) and not allow_bools:
         raise record.fail(f"{name} is {kind_name(value)}", allowed="a number")
     if not isinstance(value, int | float | Decimal):

@@ -149,7 +149,7 @@ def _choose_in_folder(
     named = choose_by_readme(filesystem, folder, wanted, place) if wanted else None
     if named is not None:
         patterns, note = named
-        return Choice(_matching(filesystem, patterns), note)
+        return Choice(_matching(filesystem, patterns), "" if split else note)
     found = list(_files_below(filesystem, folder))
     return choose_by_name(found, folder, split, default, place)
 
