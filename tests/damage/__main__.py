@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import resource
 import shutil
 import sys
 import tempfile
@@ -100,7 +101,12 @@ def main() -> int:
     print(tally(results, "command"), tally(results, "command", "target"), sep="\n\n")
     right = sum(found["outcome"] in RIGHT for found in results.values())
     seconds = time.monotonic() - began
-    print(f"\n{right} of {len(results)} right, seed {options.seed}, {seconds:.0f} s")
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    print(
+        f"\n{right} of {len(results)} right, seed {options.seed}, "
+        f"{seconds:.0f} s, {cpu:.0f} s of CPU"
+    )
     return int(right < len(results))
 
 

@@ -90,8 +90,9 @@ def read_batch(path: Path, number: int, *, fix: str) -> pa.RecordBatch:
     with blame(f"{path}: damaged", fix=fix), pa.memory_map(str(path)) as file:
         batch, metadata = pyarrow.ipc.open_file(file).get_batch_with_custom_metadata(number)
         batch.validate(full=True)
-    seal = (metadata or {}).get(_SEAL.encode())
-    if seal is not None and seal.decode() != _hash_batch(batch).hexdigest():
+        found = _hash_batch(batch).hexdigest().encode()
+        seal = (metadata or {}).get(_SEAL.encode(), found)
+    if seal != found:
         raise UserError(f"{path}: damaged (batch {number} is not what its {_SEAL} says)", fix=fix)
     return batch
 
