@@ -94,16 +94,25 @@ def _training(run: str) -> Callable[[Path, str], Result]:
 
 def _export(folder: Path, output: str) -> Result:
     """Weights and settings; the model card holds the config's text as well."""
-    return _files("made/*.safetensors", "made/*.json", "made/1_Pooling/*")(folder, output)
+    files = _files("made/*.safetensors", "made/*.json", "made/1_Pooling/*")(folder, output)
+    # What no vector depends on is handed on as it was published.
+    published = json.loads((folder / "made/config.json").read_text())
+    kept = {key: value for key, value in published.items() if not key.endswith("_token_id")}
+    return {**files, "made/config.json": kept}
 
 
-def _vectors(folder: Path, output: str) -> Result:
-    import pyarrow as pa
+def _vectors(name: str) -> Callable[[Path, str], Result]:
+    """What an Arrow file of vectors holds; its bytes name the input's place."""
 
-    with pa.OSFile(str(folder / "vectors.arrow")) as file:
-        table = pa.ipc.open_file(file).read_all()
-    values = hashlib.sha256(table["vector"].combine_chunks().flatten().to_numpy().tobytes())
-    return {"ids": table["id"].to_pylist(), "vectors": values.hexdigest()[:16]}
+    def result(folder: Path, output: str) -> Result:
+        import pyarrow as pa
+
+        with pa.OSFile(str(folder / name)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        values = hashlib.sha256(table["vector"].combine_chunks().flatten().to_numpy().tobytes())
+        return {"ids": table["id"].to_pylist(), "vectors": values.hexdigest()[:16]}
+
+    return result
 
 
 def _scores(folder: Path, output: str) -> Result:
@@ -245,7 +254,7 @@ COMMANDS: dict[str, Command] = {
             *("--output", "vectors.arrow"),
         ),
         reads=(*_EXPORTED, "data/texts.jsonl"),
-        result=_vectors,
+        result=_vectors("vectors.arrow"),
         weight=2,
     ),
     "encode foreign": Command(
@@ -254,7 +263,7 @@ COMMANDS: dict[str, Command] = {
             *("--output", "vectors.arrow"),
         ),
         reads=("foreign/*.json", "foreign/*/*.json", "foreign/*.safetensors", "data/texts.parquet"),
-        result=_vectors,
+        result=_vectors("vectors.arrow"),
     ),
     "encode on": Command(
         argv=(
@@ -263,7 +272,7 @@ COMMANDS: dict[str, Command] = {
         ),
         reads=(".begun.arrow.parts/*",),
         needs=("export", "data"),
-        result=lambda folder, output: _files("begun.arrow")(folder, output),
+        result=_vectors("begun.arrow"),
         replaces=(".begun.arrow.parts/*",),
         weight=0.7,
     ),
