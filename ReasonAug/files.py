@@ -75,7 +75,7 @@ def read_jsonl(path: Path, *, fix: str) -> list[dict[str, Any]]:
 def require_texts(
     path: Path, rows: Iterable[Mapping[str, Any]], fields: Iterable[str], *, optional: str = ""
 ) -> None:
-    """Refuse rows that lack one of the text `fields`; `optional` may also be null or missing.
+    """Refuse rows that lack one of the text `fields`; `optional` may also be null.
 
     Raises:
         UserError: names the row by its number among the objects of the file.
@@ -83,7 +83,8 @@ def require_texts(
     for number, row in enumerate(rows, 1):
         for field in (*fields, *((optional,) if optional else ())):
             value = row.get(field)
-            if not isinstance(value, str) and not (field == optional and value is None):
+            may_be_null = field == optional and field in row
+            if not isinstance(value, str) and not (may_be_null and value is None):
                 raise UserError(
                     found=f"{path}: object {number}: {field!r} is {type(value).__name__}",
                     allowed=f"a text in each of: {', '.join(fields)}",

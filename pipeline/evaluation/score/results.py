@@ -86,7 +86,7 @@ def read_result(element: Element) -> dict[str, Any] | None:
     Raises:
         UserError: the file is damaged.
     """
-    return read_result_file(element.result_path) if element.result_path.is_file() else None
+    return read_result_file(element.result_path) if element.result_path.exists() else None
 
 
 def read_result_file(path: Path) -> dict[str, Any]:
