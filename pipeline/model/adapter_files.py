@@ -132,21 +132,26 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
     return config
 
 
-def read_adapter(backbone: nn.Module, path: str) -> AdapterFiles:
+def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -> AdapterFiles:
     """Read an adapter folder for a backbone.
+
+    Args:
+        shapes_only: a config is enough, as for a plan where weights are not here yet.
 
     Raises:
         UserError: no adapter is there, one of a kind that is no change of weights, or one of a
             model with other modules.
     """
     config = read_adapter_config(path)
+    weights: dict[str, Tensor] = {}
     try:
         weights = peft.load_peft_weights(path, device="cpu")
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(
-            f"model.adapter: cannot read the weights of {path!r} ({_last_line(error)})",
-            allowed="adapter_model.safetensors as peft writes it",
-        ) from error
+        if not shapes_only:
+            raise UserError(
+                f"model.adapter: cannot read the weights of {path!r} ({_last_line(error)})",
+                allowed="adapter_model.safetensors as peft writes it",
+            ) from error
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise UserError(
@@ -185,7 +190,7 @@ def _outer_name(
             heads.append(name)
         else:
             outer.add(".".join(parts[:start]))
-    if not outer and not heads:  # everything is shared; such adapters are made on whole models
+    if not outer and not heads:  # none of them names a layer; most are made on whole models
         outer.add(str(backbone.base_model_prefix))
     if len(outer) != 1:
         raise UserError(

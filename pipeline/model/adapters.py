@@ -60,7 +60,7 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
         UserError: no adapter is there, it belongs to another model, or it changes more than it
             adds.
     """
-    files = read_adapter(backbone, path)
+    files = read_adapter(backbone, path, shapes_only=meta)
     _check_continuable(files)
     own = _on_backbone(files, backbone)
     adapted = own.attach(backbone)

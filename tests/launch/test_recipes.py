@@ -32,9 +32,15 @@ TRAINING = sorted(
     for path in (RECIPES / folder).rglob("*.yaml")
 )
 DATA = sorted(path for path in (RECIPES / "data").glob("*.yaml") if path.stem != "common")
-EVALUATION = sorted((RECIPES / "evaluate").glob("*.yaml"))
+EVALUATION = sorted((RECIPES / "evaluate").rglob("*.yaml"))
+# Models whose every text is a turn of a chat in the published code, and what is around it.
+CHATS = {
+    "llama3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "mistral": ("[INST] ", " [/INST]"),
+}
 GIB = 2**30
 LARGE = "-large-batch"
+SUPERVISED = ("instruction", "long", "reason", "theorem")
 
 
 def read(recipe: Path | str) -> TrainConfig:
@@ -249,6 +255,42 @@ def test_every_run_has_a_folder_of_its_own_and_shards_that_a_recipe_makes() -> N
     for path, config in configs.items():
         # Below the data set's folder, one for each tokenizer.
         assert config.data.path.parent in made, path
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_models_with_a_published_chat_template_have_shards_and_scores_in_its_words(
+    chat: str,
+) -> None:
+    before, after = CHATS[chat]
+    shards = {}
+    for path in sorted((RECIPES / "data" / chat).glob("*.yaml")):
+        if path.stem != "common":
+            config = load_config(PrepareConfig, path)
+            shards[config.output_dir] = config
+            plain = load_config(PrepareConfig, RECIPES / "data" / path.name)
+            assert config.sources == plain.sources, path
+    # All but the two unsupervised trainings, which take bare sentences.
+    runs = [path for path in TRAINING if path.parts[0] == "published"]
+    runs = [path for path in runs if path.stem.startswith(chat) and path.parts[1] in SUPERVISED]
+    assert {read(path).data.path for path in runs} == set(shards)
+    for config in shards.values():
+        assert config.tokenizer in {read(path).model.path for path in runs}
+        template = config.template
+        assert template.format_query("q", "find it") == f"{before}find it; q{after}"
+        assert template.format_document("d") == f"{before}d{after}"
+    for path in EVALUATION:
+        if path.parent.name == chat:
+            for model in load_config(EvaluateConfig, path).models:
+                assert model.template is not None
+                assert model.template.format_query("q", "find it:") == f"{before}find it: q{after}"
+                assert model.template.format_document("d") == f"{before}d{after}"
+
+
+def test_unsupervised_contrast_decays_over_three_epochs_of_a_million_sentences() -> None:
+    for name, batch in (("dream", 64), ("llama3-mntp", 128), ("mistral-mntp", 128)):
+        config = read(f"published/simcse/{name}.yaml")
+        assert config.optimizer.decay_steps == 3 * (-(-1_000_000 // batch)), name
+    assert read("published/simcse/qwen2.5-mntp.yaml").optimizer.decay_steps == 3 * 15_625
 
 
 def test_data_recipes_read_the_published_layouts(tmp_path: Path) -> None:
