@@ -9,12 +9,19 @@ import typer
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an export")]
 Input = Annotated[
-    str, typer.Option("--input", help="JSON lines, Parquet or text; file, folder, glob or URL")
+    str, typer.Option("--input", help="JSON lines, Parquet or text: file, folder, glob or URL")
 ]
-Output = Annotated[Path, typer.Option(help="an Arrow file: id, vector")]
+Output = Annotated[
+    Path, typer.Option(help="file of ids and vectors: .arrow, .parquet or .npy (with .ids.json)")
+]
 Field = Annotated[str, typer.Option(help="the field that holds the text")]
 IdField = Annotated[
-    str, typer.Option(help="the field that names a record; without it, row numbers do")
+    str | None,
+    typer.Option(help="the field that names a record; default: id or _id; '': row numbers"),
+]
+TitleField = Annotated[
+    str | None,
+    typer.Option(help="the field that stands before the text; default: a document's title"),
 ]
 Role = Annotated[Literal["query", "document"], typer.Option(help="of all texts")]
 Instruction = Annotated[str, typer.Option(help="of all texts")]
@@ -38,7 +45,8 @@ def encode(
     source: Input,
     output: Output,
     field: Field = "text",
-    id_field: IdField = "id",
+    id_field: IdField = None,
+    title_field: TitleField = None,
     role: Role = "document",
     instruction: Instruction = "",
     max_length: MaxLength = None,
@@ -58,6 +66,7 @@ def encode(
         output=output,
         field=field,
         id_field=id_field,
+        title_field=title_field,
         role=role,
         instruction=instruction,
         max_length=max_length,

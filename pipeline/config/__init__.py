@@ -25,6 +25,7 @@ from pipeline.config.declared import (
 from pipeline.config.evaluation import (
     EvaluateConfig,
     EvaluatedModel,
+    OwnTask,
     Precision,
 )
 from pipeline.config.model import (
@@ -84,6 +85,7 @@ __all__ = [
     "NextTokenConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OwnTask",
     "Pooling",
     "Precision",
     "PrepareConfig",

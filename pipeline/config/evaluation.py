@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+
+from pipeline.config.border import build_config
 from pipeline.config.model import RopeScaling
 from pipeline.config.rules import UserPath, require, strict
 from pipeline.config.text import Template
@@ -24,7 +27,7 @@ class EvaluatedModel:
     template: Template | None = None
     # `paper`: the sentences of arXiv 2505.15045, for comparison with its tables.
     instruction_set: Literal["diffembed", "paper"] = "diffembed"
-    # Instructions by task name for this model alone.
+    # Instructions by task or benchmark name for this model alone.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # For texts longer than the export was trained on.
     rope_scaling: RopeScaling | None = None
@@ -33,13 +36,17 @@ class EvaluatedModel:
 
     def __post_init__(self) -> None:
         # The name is a folder of the results and a key of report.json.
-        plain = self.name.replace("-", "").replace("_", "").replace(".", "")
         require(
-            plain.isalnum() and self.name not in _REPORT_KEYS,
+            _is_plain(self.name) and self.name not in _REPORT_KEYS,
             "models.name",
             self.name,
             f"letters, digits and . _ - only, and not {', '.join(_REPORT_KEYS)}",
         )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name may be that of a folder on any file system."""
+    return name.replace("-", "").replace("_", "").replace(".", "").isalnum()
 
 
 _REPORT_KEYS = (
@@ -51,17 +58,46 @@ _REPORT_KEYS = (
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OwnTask:
+    """A retrieval task of the user's own, scored by nDCG@10 like those of mteb.
+
+    Args:
+        name: its name in results and report; not that of a task of mteb.
+        path: a folder with corpus, queries and qrels, as of BEIR or of the hub.
+        split: which judgements are scored.
+    """
+
+    name: str
+    path: UserPath
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        require(_is_plain(self.name), "tasks.name", self.name, "letters, digits and . _ - only")
+
+
+def _read_task(value: Any) -> Any:
+    """Build an own task here: pydantic would report the faults of both kinds of tasks."""
+    return build_config(OwnTask, value, origin="tasks") if isinstance(value, dict) else value
+
+
+Task = Annotated[str | OwnTask, BeforeValidator(_read_task)]
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """Exports to scores: `diffembed evaluate run CONFIG`."""
 
     output_dir: UserPath
     models: tuple[EvaluatedModel, ...]
-    tasks: tuple[str, ...]
+    # Names of mteb's tasks and benchmarks, and own tasks as `{name: mine, path: FOLDER}`.
+    tasks: tuple[Task, ...]
     snapshots: UserPath | None = None
     max_length: int = 4096
     max_tokens: int = 16384
     training_run: UserPath | None = None
-    # Instructions by task name; they replace those of pipeline/evaluation/tasks/instructions.py.
+    # Instructions by task or benchmark name; they replace those of
+    # pipeline/evaluation/tasks/instructions.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # Memory of one GPU, so that planning can refuse texts that would not fit it.
     gpu_memory_gib: float | None = None
@@ -86,3 +122,11 @@ class EvaluateConfig:
                 f"at least {max(lengths)}: one forward must hold the longest text",
             )
         require(len(self.tasks) > 0, "tasks", "an empty list", "at least one mteb task name")
+        own = [task.name for task in self.tasks if isinstance(task, OwnTask)]
+        mteb = [task for task in self.tasks if isinstance(task, str)]
+        require(
+            len({*own, *mteb}) == len(own) + len(set(mteb)),
+            "tasks",
+            own,
+            "names of own tasks that differ from all others",
+        )

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.vectors import encode
 from pipeline.evaluation.vectors.encode import encode_file
 from pipeline.evaluation.vectors.job import EncodeJob
-from pipeline.model.load import load_export
+from pipeline.model.load import LoadedExport, load_export
 from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")
@@ -146,6 +146,7 @@ def test_every_container_gives_the_same_vectors_in_half_precision_and_fewer_dime
     else:
         path.write_bytes(gzip.compress("".join(f'{{"text": "{t}"}}\n' for t in texts).encode()))
     changes = {"role": "document", "instruction": "", "dtype": "float16", "dimensions": 8}
+    changes["id_field"] = ""
     changed = dataclasses.replace(job, input=str(path), **changes)  # type: ignore[arg-type]
     names, vectors = read(encode_file(changed, num_processes=1))
     assert names == [str(k) for k in range(40)]
@@ -154,12 +155,125 @@ def test_every_container_gives_the_same_vectors_in_half_precision_and_fewer_dime
     np.testing.assert_allclose(vectors, wanted, atol=1e-3)
 
 
+@pytest.fixture
+def plain(job: EncodeJob) -> EncodeJob:
+    """Documents without names or instruction."""
+    return dataclasses.replace(job, id_field=None, role="document", instruction="")
+
+
+def encode_rows(job: EncodeJob, name: str, content: str) -> tuple[list[str], np.ndarray]:
+    path = job.output.with_name(name)
+    path.write_text(content)
+    changed = dataclasses.replace(job, input=str(path), output=path.with_suffix(".arrow"))
+    return read(encode_file(changed, num_processes=1))
+
+
+def test_vector_i_belongs_to_line_i_also_where_lines_are_blank(
+    plain: EncodeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dataclasses.replace(plain, block_bytes=8)  # blocks may begin and end with blank lines
+    names, vectors = encode_rows(small, "lines.txt", "\nriver\n\n   \nstone\n\n")
+    wanted = load_export(plain.model).encode_texts(["", "river", "", "   ", "stone", ""])
+    assert names == [str(line) for line in range(6)]
+    np.testing.assert_allclose(vectors, wanted, atol=1e-6)
+    assert "4 of 6 texts are blank; each keeps its place" in capsys.readouterr().err
+
+
+def test_blank_lines_between_json_records_are_left_out_and_counted(
+    plain: EncodeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = '{"text": "river"}\n\n{"text": "stone"}\n \n'
+    names, vectors = encode_rows(plain, "rows.json", rows)
+    assert names == ["0", "1"]
+    np.testing.assert_allclose(
+        vectors, load_export(plain.model).encode_texts(["river", "stone"]), atol=1e-6
+    )
+    assert "left out and not numbered: 2" in capsys.readouterr().err
+
+
+def test_a_beir_corpus_has_its_ids_and_its_titles_before_the_texts(
+    plain: EncodeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"_id": "a", "title": "River", "text": "stone"},
+        {"_id": 7, "title": None, "text": "cloud"},
+        {"_id": 7, "text": "amber"},
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    names, vectors = encode_rows(plain, "corpus.jsonl", content)
+    assert names == ["a", "7", "7"]
+    model = load_export(plain.model)
+    np.testing.assert_allclose(
+        vectors, model.encode_texts(["River stone", "cloud", "amber"]), atol=1e-6
+    )
+    said = capsys.readouterr().err
+    assert "'title' stands before the text" in said
+    assert "1 of 3 records repeat an earlier _id" in said
+    bare = dataclasses.replace(plain, id_field="", title_field="")
+    names, vectors = encode_rows(bare, "bare.jsonl", content)
+    assert names == ["0", "1", "2"]
+    np.testing.assert_allclose(vectors, model.encode_texts(["stone", "cloud", "amber"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_and_numpy_hold_what_arrow_holds(job: EncodeJob, dtype: str) -> None:
+    job = dataclasses.replace(job, dtype=dtype)  # type: ignore[arg-type]
+    names, vectors = read(encode_file(job, num_processes=1))
+    parquet, numpy = (job.output.with_suffix(suffix) for suffix in (".parquet", ".npy"))
+    for output in (parquet, numpy):
+        other = dataclasses.replace(job, output=output)
+        encode_file(other, num_processes=1)
+        assert encode_file(other) == output  # known again as finished
+    table = pq.read_table(parquet)
+    assert table["id"].to_pylist() == names
+    rows = np.stack([np.asarray(row, dtype) for row in table["vector"].to_pylist()])
+    np.testing.assert_array_equal(rows, vectors)
+    loaded = np.load(numpy)
+    assert loaded.dtype == dtype
+    np.testing.assert_array_equal(loaded, vectors)
+    assert json.loads(numpy.with_suffix(".ids.json").read_text())["ids"] == names
+
+
+@pytest.mark.parametrize("name", ["out.txt", "out", "out.npz"])
+def test_a_name_of_another_format_is_refused(job: EncodeJob, name: str) -> None:
+    with pytest.raises(UserError, match=r"allowed: a name in \.arrow, \.parquet, \.npy"):
+        dataclasses.replace(job, output=job.output.with_name(name))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_load", None)
+    (job.output.parent / "file").touch()
+    changed = dataclasses.replace(job, output=job.output.parent / "file" / "out.arrow")
+    with pytest.raises(UserError, match=r"--output: .*/file: "):
+        encode_file(changed, num_processes=1)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (1e6, "float16")])
+def test_vectors_that_are_not_finite_are_never_written(
+    job: EncodeJob, value: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LoadedExport.encode_tokens
+
+    def broken(self: LoadedExport, *tokens: list[list[int]]) -> np.ndarray:
+        vectors = whole(self, *tokens)
+        vectors[3, 1] = value
+        return vectors
+
+    monkeypatch.setattr(LoadedExport, "encode_tokens", broken)
+    changed = dataclasses.replace(job, dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"rows.jsonl:4: the vector of this text is not finite"):
+        encode_file(changed, num_processes=1)
+    assert not job.output.exists()
+
+
 def test_memory_does_not_grow_with_the_input(job: EncodeJob, tmp_path: Path) -> None:
     # The worst case: a compressed file is one block. Long texts, of which few tokens are used.
     line = json.dumps({"text": " ".join(WORDS) * 40}) + "\n"
     path = tmp_path / "large.jsonl.gz"
     path.write_bytes(gzip.compress((line * 4000).encode(), 1))
-    large = dataclasses.replace(job, input=str(path), max_length=4, instruction="")
+    large = dataclasses.replace(job, input=str(path), max_length=4, instruction="", id_field="")
     encode_file(
         dataclasses.replace(job, output=job.output.with_name("warm.arrow")), num_processes=1
     )
@@ -177,8 +291,20 @@ def test_memory_does_not_grow_with_the_input(job: EncodeJob, tmp_path: Path) -> 
     ("changes", "rows", "message"),
     [
         ({"field": "body"}, None, r"rows.jsonl:1: body: no such field .*fields are name, text"),
-        ({}, [{"name": 1, "text": "a"}, {"text": "b"}], r"rows.jsonl:2: name: missing"),
+        ({}, [{"name": 1, "text": "a"}, {"text": "b"}], r"name: missing in .*rows.jsonl:2; 1 of 2"),
+        ({"id_field": None}, [{"text": "a"}, {"id": 7, "text": "b"}], r"id: missing in .*:1; 1 of"),
+        ({"id_field": None}, [{"id": None, "text": "a"}, {"id": 7, "text": "b"}], r"id: missing"),
+        ({"id_field": "nam"}, None, r"nam: missing in 300 records: .*:1, .*:2, .*:3, \.\.\."),
+        ({}, [{"name": True, "text": "a"}], r":1: name: bool .*allowed: a text or a number"),
         ({}, [{"name": 1, "text": ["a"]}], r"text: list .*allowed: a text"),
+        ({}, [{"name": 1, "text": None}], r"rows.jsonl:1: text: null \| allowed: a text"),
+        (
+            {},
+            [{"name": 1}, {"name": 2, "text": 3}],
+            r"no such field \(wrong in 2 records: .*:1, .*:2",
+        ),
+        ({"title_field": "head"}, None, "--title-field: no record has a text in 'head'"),
+        ({"id_field": None}, [{"text": " "}], "holds no text"),
         ({}, [], "holds no text"),
         ({"dimensions": 64}, None, "allowed: 1 to 32"),
         ({"model": Path("nowhere")}, None, "nowhere: no export there"),
@@ -196,6 +322,6 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
 
 def test_a_file_that_was_made_otherwise_is_kept(job: EncodeJob) -> None:
     job.output.write_text("precious")
-    with pytest.raises(UserError, match="exists and was made otherwise"):
+    with pytest.raises(UserError, match="exists, but was not made from this input"):
         encode_file(job, num_processes=1)
     assert job.output.read_text() == "precious"

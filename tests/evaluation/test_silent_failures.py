@@ -126,6 +126,8 @@ def test_a_missing_snapshot_and_an_unknown_task_are_the_users_errors(tmp_path):
         localise(get_task(FOLLOW_IR), tmp_path)
     with pytest.raises(UserError, match="no such task"):
         get_task("Core18InstructionRetrieval")
+    with pytest.raises(UserError, match=r"for a folder, write \{name: NAME, path: "):
+        get_task(str(tmp_path))
     with pytest.raises(UserError, match="allowed: retrieval"):
         get_task("STS12")
 

@@ -162,14 +162,15 @@ def read_judgements(source: SourceConfig) -> Judgements:
 @functools.lru_cache(maxsize=2)
 def _judgements_of(files: tuple[str, ...]) -> Judgements:
     judgements: Judgements = {}
-    for _, query, document, score in _judgement_records(files, lambda bad: None):
+    for _, query, document, score in judgement_records(files, lambda bad: None):
         judgements.setdefault(query, []).append((document, score))
     return judgements
 
 
-def _judgement_records(
+def judgement_records(
     files: tuple[str, ...], on_bad: OnBadRow
 ) -> Iterator[tuple[Record, str, str, float]]:
+    """Record, query id, document id and score of every judgement in some files."""
     for file in files:
         # A TSV of judgements need not have a header.
         is_text = kind_of(file) in ("csv", "lines")
@@ -238,7 +239,7 @@ def survey_queries(
         if name in judgements and isinstance(text, str) and first.setdefault(name, text) != text:
             repeated[name] = first[name]
             rows.drop(record.where, "query", "another text of the same id precedes it", text)
-    for record, query, document, _ in _judgement_records(tuple(judgement_files(source)), rows.add):
+    for record, query, document, _ in judgement_records(tuple(judgement_files(source)), rows.add):
         if query not in seen:
             rows.drop(record.where, "judgement", "query without text", query)
         elif find(document) is None:

@@ -48,7 +48,11 @@ def _end_of_rows(file: str, max_rows: int) -> int:
 
 
 def read_lines(
-    block: Block, *, on_bad: OnBadRow | None = None, as_text: bool = False
+    block: Block,
+    *,
+    on_bad: OnBadRow | None = None,
+    as_text: bool = False,
+    blank_lines: bool = False,
 ) -> Iterator[Record]:
     """Lines that start within the block; the line over its end belongs to it.
 
@@ -56,6 +60,8 @@ def read_lines(
         block: the stretch to read.
         on_bad: takes lines that hold no record; without it, the first one is raised.
         as_text: take lines as they are, whatever the file is called.
+        blank_lines: also yield blank lines: as texts where each line is a text, with the value None
+            where each line is JSON.
     """
     is_json = kind_of(block.file) == "json" and not as_text
     with open_bytes(block.file) as handle:
@@ -71,12 +77,13 @@ def read_lines(
                 return
             number += 1
             position += len(line)
-            if line.strip():
-                taken += 1
+            blank = not line.strip()
+            if not blank or blank_lines:
+                taken += not blank
                 raw = Record(value=line, file=block.file, number=number, base=base)
                 try:
                     text = _decode(raw)
-                    value = _parse_json(text, raw) if is_json else {"text": text.rstrip("\r\n")}
+                    value = _value_of(text, raw, is_json=is_json)
                 except BadRowError as bad:
                     give_up(bad, on_bad)
                 else:
@@ -91,6 +98,13 @@ def _decode(raw: Record) -> str:
             f"byte {error.start + 1} of the line is not UTF-8", fix="save the file as UTF-8"
         ) from error
     return text.removeprefix("\ufeff")
+
+
+def _value_of(text: str, raw: Record, *, is_json: bool) -> dict[str, Any] | None:
+    """Return the fields of a line; None for a blank line between JSON objects."""
+    if not is_json:
+        return {"text": text.rstrip("\r\n")}
+    return _parse_json(text, raw) if text.strip() else None
 
 
 def _parse_json(text: str, raw: Record) -> dict[str, Any]:

@@ -52,7 +52,11 @@ def plan_blocks(
 
 
 def read_records(
-    block: Block, *, split: str | None, on_bad: OnBadRow | None = None
+    block: Block,
+    *,
+    split: str | None,
+    on_bad: OnBadRow | None = None,
+    blank_lines: bool = False,
 ) -> Iterator[Record]:
     """The records of a block, in file order.
 
@@ -61,12 +65,13 @@ def read_records(
         split: of a hub dataset; None for its default.
         on_bad: takes what holds no record, such as a line that is not JSON; without it, the first
             such line is raised as a `BadRowError`.
+        blank_lines: also yield the blank lines of files of lines; see `read_lines`.
     """
     if counts_rows(block.file):
         return read_table(block, split=split)
     if kind_of(block.file) == "csv":
         return read_delimited(block, on_bad=on_bad)
-    return read_lines(block, on_bad=on_bad)
+    return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
 
 
 def split_to_read(file: str, split: str | None, *, default: str) -> str | None:

@@ -23,6 +23,7 @@ from pipeline.evaluation.blocks.plan import Plan, assign, read_plan
 from pipeline.evaluation.blocks.sealed import save_vectors
 from pipeline.evaluation.blocks.store import FORMAT, StoredModel, read_description
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, LoadEncoder
+from pipeline.evaluation.models.finite import require_finite
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.evaluation.tasks.texts import Role
 from pipeline.files import write_sealed
@@ -117,7 +118,14 @@ def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -
     vectors_ND = np.empty((len(keys), width), dtype=FORMAT)
     for (role, instruction, length), rows in groups.items():
         texts = [keys[row].text for row in rows]
-        vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, texts)
+        with np.errstate(over="ignore"):
+            vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, texts)
+    require_finite(
+        vectors_ND,
+        [key.text for key in keys],
+        source=f"vectors stored as {FORMAT}",
+        fix="score this model with `diffembed evaluate run`, which stores none",
+    )
     return vectors_ND
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
+from pipeline.config import OwnTask
 from pipeline.evaluation.blocks.keys import byte_sizes, costs, digests, effective_lengths
 from pipeline.evaluation.tasks.texts import Role
 
@@ -28,6 +29,7 @@ class Request:
     task: str
     instructions: tuple[str, ...]
     lengths: tuple[int, ...]
+    own: OwnTask | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ def list_task(
     # Here, not at the top: reading a plan must not load mteb.
     from pipeline.evaluation.tasks.snapshots import task_texts
 
-    documents, queries = task_texts(request.task, snapshots=snapshots)
+    documents, queries = task_texts(request.task, snapshots=snapshots, own=request.own)
     texts = pa.array(documents + queries, type=pa.large_string())
     heads: tuple[Head, ...] = (("document", ""), *(("query", i) for i in request.instructions))
     parts = []

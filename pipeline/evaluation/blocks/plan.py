@@ -41,7 +41,7 @@ from pipeline.evaluation.blocks.keys import TextKey
 from pipeline.evaluation.blocks.listing import Listing, Request, list_task
 from pipeline.evaluation.blocks.sealed import save_arrays
 from pipeline.evaluation.models.guard import check_fit
-from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.tasks.elements import list_elements, tasks_of
 from pipeline.evaluation.tasks.instructions import instruction_for
 from pipeline.files import check_kind, read_json, unseal, write_sealed
 
@@ -181,7 +181,10 @@ def read_plan(config: EvaluateConfig) -> Plan:
 
 def plan_folder(config: EvaluateConfig) -> Path:
     """Where the plan of these tasks, lengths, instructions and snapshots is."""
-    requests = [dataclasses.astuple(request) for request in _requests(config)]
+    requests = [
+        [r.task, r.instructions, r.lengths, *([str(r.own.path), r.own.split] if r.own else [])]
+        for r in _requests(config)
+    ]
     inputs = [_VERSION, str(config.snapshots), requests]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     return config.output_dir / "plan" / digest
@@ -213,9 +216,15 @@ def _requests(config: EvaluateConfig) -> list[Request]:
         wording = instruction_for(element.task, element.model, config)
         instructions.setdefault(element.task, {})[wording] = None
         lengths.setdefault(element.task, {})[element.max_length] = None
+    tasks = tasks_of(config)
     return [
-        Request(task=task, instructions=tuple(sorted(own)), lengths=tuple(sorted(lengths[task])))
-        for task, own in sorted(instructions.items())
+        Request(
+            task=task,
+            instructions=tuple(sorted(wordings)),
+            lengths=tuple(sorted(lengths[task])),
+            own=tasks[task],
+        )
+        for task, wordings in sorted(instructions.items())
     ]
 
 

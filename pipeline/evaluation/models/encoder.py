@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.config import EvaluateConfig, Template
+from pipeline.config import EvaluateConfig, Precision, Template
 from pipeline.evaluation.models.fingerprints import model_fingerprint
+from pipeline.evaluation.models.finite import not_finite_fix, require_finite
 from pipeline.evaluation.tasks.elements import Element
+from pipeline.evaluation.tasks.library import load_mteb
 from pipeline.evaluation.tasks.texts import Role
 from pipeline.model.parts import SETTINGS, Origin, is_export, read_settings
 from pipeline.run_dir import checkpoint_name
@@ -36,14 +38,23 @@ class Embedder(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TemplatedEmbedder:
-    """Puts each text into the model's template and encodes it."""
+    """Puts each text into the model's template and encodes it; `name` is the model's."""
 
     encoder: TextEncoder
     template: Template
+    name: str = "the model"
+    precision: Precision = "auto"
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
-        """(N,) texts of one role and instruction -> (N, D) float32."""
-        return self.encoder.encode_texts(texts, *self.template.frame(role, instruction))
+        """(N,) texts of one role and instruction -> (N, D) float32.
+
+        Raises:
+            UserError: a vector is not finite.
+        """
+        vectors_ND = self.encoder.encode_texts(texts, *self.template.frame(role, instruction))
+        fix = not_finite_fix(self.precision)
+        require_finite(vectors_ND, texts, source=self.name, fix=fix)
+        return vectors_ND
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +72,7 @@ class EvaluatedEncoder:
     def meta(self) -> ModelMeta:
         """mteb's description of the model; name and revision key its result files."""
         # Here, not at the top: embedding needs no mteb, and every element of an array would wait.
+        load_mteb()
         from mteb.models import ModelMeta
         from mteb.models.model_meta import ScoringFunction
 

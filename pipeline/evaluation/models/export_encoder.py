@@ -37,7 +37,12 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     export = _loaded[key].cut_at(element.max_length, key=f"{element.model.name}: max_length")
     template = element.model.template or export.template
     return EvaluatedEncoder(
-        embedder=TemplatedEmbedder(encoder=export, template=template),
+        embedder=TemplatedEmbedder(
+            encoder=export,
+            template=template,
+            name=f"{model.name} ({model.path})",
+            precision=export.encoder.config.dtype,
+        ),
         template=template,
         name=element.model.name,
         revision=revision(element),

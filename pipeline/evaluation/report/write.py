@@ -21,7 +21,7 @@ from pipeline.evaluation.report.tables import (
 from pipeline.evaluation.score.results import results_digest
 from pipeline.model.card import add_evaluation
 from pipeline.model.parts import is_export
-from pipeline.run_dir import RunDir, one_at_a_time, write_json, write_text
+from pipeline.run_dir import RunDir, one_at_a_time, require_writable, write_json, write_text
 
 
 def write_report(config: EvaluateConfig) -> Path:
@@ -37,6 +37,7 @@ def write_report(config: EvaluateConfig) -> Path:
         UserError: an element has not finished.
     """
     folder = RunDir(config.output_dir).report
+    require_writable(folder, key="output_dir")
     # Checkpoints of a run are scored side by side: whoever writes last must have read last.
     with one_at_a_time(folder / ".lock"):
         _write(config, folder)
@@ -69,7 +70,11 @@ def _write(config: EvaluateConfig, folder: Path) -> None:
     for model in config.models:
         as_exported = model.template is None and model.rope_scaling is None
         if as_exported and is_export(model.path):
-            add_evaluation(model.path, markdown_table(*card_rows(model.name, tasks)))
+            try:
+                add_evaluation(model.path, markdown_table(*card_rows(model.name, tasks)))
+            except OSError as error:
+                # A shared export may be read-only; the report is whole without its card.
+                print(f"{model.path}: scores not added to its card ({error})", flush=True)
     print(aligned_table(*score_rows(models, tasks)))
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import EvaluateConfig
 from pipeline.data.crew import Alone, num_cores
 from pipeline.evaluation.score.results import changed_inputs, inputs_of, read_result
-from pipeline.evaluation.tasks.elements import Element, element_at, list_elements
+from pipeline.evaluation.tasks.elements import Element, element_at, list_elements, tasks_of
 from pipeline.files import hash_files, write_sealed
+from pipeline.run_dir import require_writable
 
 if TYPE_CHECKING:
     from pipeline.evaluation.blocks.plan import Plan
@@ -77,8 +78,10 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
     from pipeline.evaluation.tasks.snapshots import get_task
 
     started = time.monotonic()
+    # Before hours of work for a result that could not be written.
+    require_writable(element.folder, key="output_dir")
     # Before anything is loaded: what changes meanwhile must not pass for what was scored.
-    dataset = get_task(element.task).metadata.dataset["path"]
+    dataset = get_task(element.task, element.own).metadata.dataset["path"]
     inputs = inputs_of(config, element, dataset)
     checkpoint = checkpoint_of(element.model.path)
     encoder = load(config, element)
@@ -89,6 +92,7 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
             instruction=inputs["instruction"],
             snapshots=config.snapshots,
             scratch=Path(scratch),
+            own=element.own,
         )
         seconds = round(time.monotonic() - started, 2)
         result |= {"inputs": inputs, "checkpoint": checkpoint, "seconds": seconds}
@@ -106,8 +110,26 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
 
 
 def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
-    """Score every element, one after another; run again, it continues where it was stopped."""
+    """Score every element, one after another; run again, it continues where it was stopped.
+
+    Raises:
+        UserError: a task is unknown or has no data, or a result could not be written; before the
+            first one is scored.
+    """
+    _check_ahead(config)
     return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def _check_ahead(config: EvaluateConfig) -> None:
+    """Find what would stop one of the elements, before hours are spent on others."""
+    left = [element for element in list_elements(config) if read_result(element) is None]
+    for element in left:
+        require_writable(element.folder, key="output_dir")
+    if left:
+        from pipeline.evaluation.tasks.snapshots import check_tasks
+
+        tasks = tasks_of(config)
+        check_tasks({e.task: tasks[e.task] for e in left}, config.snapshots)
 
 
 def plan(config: EvaluateConfig) -> Plan:
@@ -117,7 +139,10 @@ def plan(config: EvaluateConfig) -> Plan:
         UserError: a task's data are incomplete, or a text cannot fit the GPU.
     """
     from pipeline.evaluation.blocks.plan import write_plan
+    from pipeline.evaluation.tasks.snapshots import check_tasks
 
+    require_writable(config.output_dir, key="output_dir")
+    check_tasks(tasks_of(config), config.snapshots)
     written = write_plan(config, num_workers=min(num_cores(), _MAX_WORKERS))
     print(
         f"{written.num_texts} distinct texts of {written.num_occurrences} in "
@@ -149,6 +174,7 @@ def embed(
     from pipeline.evaluation.blocks.embed import embed_element
     from pipeline.evaluation.models.place import processes_here
 
+    require_writable(config.output_dir, key="output_dir")
     world = discover_world()
     if num_processes is None:
         exports = [model.path for model in config.models]
@@ -178,6 +204,8 @@ def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
     # A process takes as long to start as a small task to be scored.
     num_workers = min(num_cores(), _MAX_WORKERS, len(open_ones) // 2)
     with contextlib.closing(Alone(num_workers)) as crew:
+        for index in open_ones:
+            require_writable(elements[index].folder, key="output_dir")
         for index in crew.each(functools.partial(_score_stored, config), open_ones):
             results[index] = read_result(elements[index])
     return [result for result in results.values() if result is not None]

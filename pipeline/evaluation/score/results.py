@@ -25,7 +25,7 @@ def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> 
     Data that no folder of ours holds are those of the revision that mteb pins.
 
     Args:
-        dataset: the task's data set, by its name on the hub.
+        dataset: the task's data set, by its name on the hub; ignored for an own task.
 
     Raises:
         UserError: there is no export.
@@ -35,8 +35,8 @@ def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> 
         **model_settings(element.model),
         "instruction": instruction_for(element.task, element.model, config),
         "max_length": element.max_length,
-        "dataset": dataset,
-        "data": _data_fingerprint(config.snapshots, dataset),
+        "dataset": f"own, split {element.own.split}" if element.own else dataset,
+        "data": _data_fingerprint(_data_folder(config, element, dataset)),
     }
 
 
@@ -52,8 +52,10 @@ def changed_inputs(
     """
     recorded = result.get("inputs", {})
     # By its recorded name: which data set a task has, only mteb knows, and it is slow to import.
-    present = inputs_of(config, element, recorded.get("dataset"))
-    if config.snapshots and not (config.snapshots / str(present["dataset"])).is_dir():
+    dataset = recorded.get("dataset")
+    present = inputs_of(config, element, dataset)
+    folder = _data_folder(config, element, dataset)
+    if folder and not folder.is_dir():
         del present["data"]
     return tuple(name for name in present if (name, present[name]) not in recorded.items())
 
@@ -111,10 +113,16 @@ def results_digest(config: EvaluateConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def _data_fingerprint(snapshots: Path | None, dataset: str | None) -> str | None:
-    if snapshots is None or dataset is None:
+def _data_folder(config: EvaluateConfig, element: Element, dataset: str | None) -> Path | None:
+    """Where a task's data are on this machine; None where mteb keeps them."""
+    if element.own:
+        return element.own.path
+    return config.snapshots / dataset if config.snapshots and dataset else None
+
+
+def _data_fingerprint(folder: Path | None) -> str | None:
+    if folder is None:
         return None
-    folder = snapshots / dataset
     # Hidden is what downloads note for themselves.
     return fingerprint(
         folder,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mteb
-from mteb.cache import ResultCache
-
+from pipeline.config import OwnTask
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, MtebEncoder
 from pipeline.evaluation.score.examples import worst_queries
 from pipeline.evaluation.score.scoring import chance_level, p_mrr_per_query, per_query_scores
 from pipeline.evaluation.score.search import ExactSearch
 from pipeline.evaluation.tasks.benchmarks import benchmark_of
+from pipeline.evaluation.tasks.library import load_mteb
 from pipeline.evaluation.tasks.snapshots import (
     changed_judgements,
     data_revision,
@@ -36,6 +35,7 @@ def score_task(
     instruction: str,
     snapshots: Path | None,
     scratch: Path,
+    own: OwnTask | None = None,
 ) -> dict[str, Any]:
     """Evaluate, and check that our per-query scores add up to mteb's number.
 
@@ -43,19 +43,21 @@ def score_task(
         instruction: what the task's queries ask of the model.
         snapshots: folder of data set snapshots in the hub's layout; None reads from the hub.
         scratch: an empty folder; mteb's own result files are left in `scratch/mteb`.
+        own: where the task's data are, unless mteb has it.
 
     Returns:
         Everything the report needs, ready for JSON.
     """
+    mteb = load_mteb()
     with private_cache(scratch / "datasets"):
-        task = localise(get_task(task_name), snapshots)
+        task = localise(get_task(task_name, own), snapshots)
         load_and_prove(task)
         search = ExactSearch(MtebEncoder(model, instruction))
         outcome = mteb.evaluate(
             search,
             task,
             # A cache of its own: elements that share one lose lines of run_settings.jsonl.
-            cache=ResultCache(scratch / "mteb"),
+            cache=mteb.ResultCache(scratch / "mteb"),
             overwrite_strategy="always",
             co2_tracker=False,
             show_progress_bar=False,

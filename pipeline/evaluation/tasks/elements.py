@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask
 from pipeline.errors import UserError
-from pipeline.evaluation.tasks.benchmarks import benchmark_of, expand
+from pipeline.evaluation.tasks.benchmarks import BENCHMARKS, benchmark_of, expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Element:
-    """One element of the job array."""
+    """One element of the job array; `own` is its task's folder where the task is not mteb's."""
 
     index: int
     model: EvaluatedModel
     task: str
     max_length: int
     folder: Path
+    own: OwnTask | None = None
 
     @property
     def result_path(self) -> Path:
@@ -34,12 +37,61 @@ def lengths_of(config: EvaluateConfig, task: str) -> tuple[int, ...]:
     return (config.max_length,)
 
 
+def tasks_of(config: EvaluateConfig) -> dict[str, OwnTask | None]:
+    """All tasks by name in order, benchmarks replaced by their tasks; None for those of mteb.
+
+    Raises:
+        UserError: an own task has the name of one of the benchmarks' tasks.
+    """
+    tasks: dict[str, OwnTask | None] = {}
+    for task in config.tasks:
+        if isinstance(task, str):
+            tasks.update(dict.fromkeys(expand([task])))
+        elif task.name in BENCHMARKS or benchmark_of(task.name) != "other":
+            raise UserError(f"tasks: {task.name!r} is a name of mteb", fix="give it another name")
+        else:
+            tasks[task.name] = task
+    return tasks
+
+
+def check_names(config: EvaluateConfig) -> None:
+    """Refuse lengths and instructions of tasks that are not evaluated.
+
+    Raises:
+        UserError: a key is no such task or benchmark, most likely because it is misspelt.
+    """
+    tasks = tasks_of(config)
+    benchmarks = [name for name in BENCHMARKS if any(benchmark_of(task) == name for task in tasks)]
+    allowed = [*tasks, *benchmarks]
+    _refuse_unknown("lengths", config.lengths, allowed)
+    _refuse_unknown("instructions", config.instructions, allowed)
+    for number, model in enumerate(config.models):
+        _refuse_unknown(f"models.{number}.instructions", model.instructions, allowed)
+
+
+def _refuse_unknown(key: str, names: Iterable[str], allowed: list[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            raise UserError(
+                f"{key}: {name!r} is not evaluated",
+                allowed=", ".join(allowed),
+                fix=f"write {near[0]}" if near else f"take it out, or add {name} to tasks",
+            )
+
+
 def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
-    """All elements in array order: model by model, task by task, length by length."""
+    """All elements in array order: model by model, task by task, length by length.
+
+    Raises:
+        UserError: lengths or instructions are given for a task that is not evaluated.
+    """
+    check_names(config)
+    tasks = tasks_of(config)
     triples = [
         (model, task, length)
         for model in config.models
-        for task in expand(config.tasks)
+        for task in tasks
         for length in lengths_of(config, task)
     ]
     return tuple(
@@ -49,6 +101,7 @@ def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
             task=task,
             max_length=length,
             folder=config.output_dir / "results" / model.name / task / str(length),
+            own=tasks[task],
         )
         for index, (model, task, length) in enumerate(triples)
     )

@@ -7,7 +7,7 @@ without any message, so this package asks only this file.
 from __future__ import annotations
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
+from pipeline.evaluation.tasks.benchmarks import BENCHMARKS, benchmark_of
 
 DEFAULT_INSTRUCTION = "Retrieve text based on user query"
 
@@ -73,8 +73,9 @@ def instruction_for(task: str, model: EvaluatedModel, config: EvaluateConfig) ->
     empty. FollowIR's instructions belong to single queries and are part of their texts already;
     what stands here comes before them.
     """
-    for own in (model.instructions, config.instructions):
-        if task in own:
-            return own[task]
+    for given in (model.instructions, config.instructions):
+        for name in (task, benchmark_of(task)):
+            if name in given:
+                return given[name]
     table, default = _SETS[model.instruction_set]
     return table.get(task, default)

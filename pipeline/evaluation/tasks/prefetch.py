@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.tasks.benchmarks import expand
+from pipeline.evaluation.tasks.elements import check_names, tasks_of
 from pipeline.evaluation.tasks.snapshots import (
     REVISION_FILE,
     get_task,
@@ -18,7 +18,7 @@ from pipeline.evaluation.tasks.snapshots import (
     localise,
     private_cache,
 )
-from pipeline.run_dir import write_text
+from pipeline.run_dir import require_writable, write_text
 
 # BRIGHT's repositories also hold queries rewritten by other models; no task reads them.
 _ONLY = {
@@ -30,7 +30,8 @@ _ONLY = {
 def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
     """Fetch every task's data set at the revision mteb pins, then prove each task complete.
 
-    What is already there at that revision is kept; run again, it continues.
+    What is already there at that revision is kept; run again, it continues. Own tasks are only
+    proved complete.
 
     Args:
         endpoint: address of a hub other than the configured one.
@@ -39,16 +40,22 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
         The folder of snapshots.
 
     Raises:
-        UserError: `snapshots` is not set, or the hub cannot be reached.
+        UserError: `snapshots` is not set or cannot be written, or the hub cannot be reached.
     """
+    check_names(config)
     if config.snapshots is None:
         raise UserError("snapshots: not set", fix="name the folder that the data sets go to")
-    tasks = [get_task(name) for name in expand(config.tasks)]
-    sources = {(t.metadata.dataset["path"], t.metadata.dataset["revision"]) for t in tasks}
+    require_writable(config.snapshots, key="snapshots")
+    tasks = {name: get_task(name, own) for name, own in tasks_of(config).items()}
+    sources = {
+        (tasks[name].metadata.dataset["path"], tasks[name].metadata.dataset["revision"])
+        for name, own in tasks_of(config).items()
+        if own is None
+    }
     for number, (repository, revision) in enumerate(sorted(sources), start=1):
         print(f"data set {number}/{len(sources)}: {repository} at {revision[:12]}", flush=True)
         _fetch(config.snapshots / repository, repository, revision, endpoint)
-    for task in tasks:
+    for task in tasks.values():
         with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
             load_and_prove(localise(task, config.snapshots))
         print(f"{task.metadata.name}: complete", flush=True)

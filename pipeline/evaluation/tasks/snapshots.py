@@ -8,51 +8,81 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-import mteb
 
+from pipeline.config import OwnTask
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.tasks.bright import is_bright, load_columns
+from pipeline.evaluation.tasks.library import load_mteb
+from pipeline.evaluation.tasks.own import make_task
 from pipeline.evaluation.tasks.texts import document_texts, query_texts
 
 # Written beside a fetched data set when it is whole; holds its revision.
 REVISION_FILE = ".revision"
+_LOCAL = "local"
 _PREFETCH = "run `diffembed evaluate prefetch` on a machine with network"
 
 
-def get_task(name: str) -> Any:
-    """mteb's own task object, unmodified.
+def get_task(name: str, own: OwnTask | None = None) -> Any:
+    """mteb's own task object, unmodified, or a task of the same kind for the user's own folder.
 
     Raises:
-        UserError: mteb has no task of that name, or it is no retrieval task.
+        UserError: mteb has no task of that name, or it is no retrieval task, or an own task has the
+            name of a task of mteb.
     """
+    mteb = load_mteb()
     try:
         task = mteb.get_task(name)
     except KeyError as error:
+        if own is not None:
+            return make_task(own)
+        folder = f"for a folder, write {{name: NAME, path: {name}}}" if Path(name).is_dir() else ""
         raise UserError(
             f"tasks: {name!r}: mteb has no such task",
-            allowed="a benchmark (FollowIR, LongEmbed, BRIGHT, BRIGHT-long) or an mteb task name",
+            allowed="a benchmark (FollowIR, LongEmbed, BRIGHT, BRIGHT-long), an mteb task name, or "
+            "{name: NAME, path: FOLDER} for a retrieval task of your own",
+            fix=folder,
         ) from error
+    if own is not None:
+        raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own another name")
     if not hasattr(task, "convert_v1_dataset_format_to_v2"):
         raise UserError(f"tasks: {name!r} is of type {task.metadata.type}", allowed="retrieval")
     return task
 
 
+def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> None:
+    """Find unknown tasks and missing folders before the first task is loaded.
+
+    Raises:
+        UserError: names the first such task.
+    """
+    found = [get_task(name, own) for name, own in tasks.items()]
+    for task, own in zip(found, tasks.values(), strict=True):
+        if own is None:
+            localise(task, snapshots)
+        elif not own.path.is_dir():
+            raise UserError(
+                f"tasks.{own.name}: {own.path} is no folder",
+                allowed="a folder with corpus, queries and qrels",
+            )
+
+
 def localise(task: Any, snapshots: Path | None) -> Any:
     """Point one task object at its data set's folder below `snapshots`, laid out as on the hub.
 
-    Only this object changes: mteb keeps metadata on the class, so it is copied first.
+    Only this object changes: mteb keeps metadata on the class, so it is copied first. A task of the
+    user's own has its folder already.
 
     Raises:
         UserError: the data set is not among the snapshots, or was fetched at another revision.
     """
-    if snapshots is None:
-        return task
     source = task.metadata.dataset
+    if snapshots is None or source["revision"] == _LOCAL:
+        return task
     folder = snapshots / source["path"]
     if not folder.is_dir():
         raise UserError(
@@ -80,7 +110,7 @@ def data_revision(task: Any, snapshots: Path | None) -> str:
     if snapshots is not None:
         marker = Path(task.metadata.dataset["path"]) / REVISION_FILE
         if not marker.is_file():
-            return "local"
+            return _LOCAL
     return str(task.metadata.dataset["revision"])
 
 
@@ -91,16 +121,33 @@ def load_and_prove(task: Any) -> None:
         UserError: documents, queries, relevance judgements, or for FollowIR the instructions,
             candidates or changed judgements are missing.
     """
-    name, path = task.metadata.name, task.metadata.dataset["path"]
-    with blame(f"{name}: cannot load the data set {path}", fix=_PREFETCH):
+    fix = _fix_of(task)
+    with blame(_cannot_load(task), fix=fix):
         task.load_data()
         task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset, split, data in evaluated_splits(task):
         where = f"{task.metadata.name} {subset}/{split}"
-        _prove_split(where, data)
+        _prove_split(where, data, fix)
         if task.metadata.type == "InstructionReranking":
-            _prove_instructions(where, data)
-            _prove_changed_judgements(where, task, set(data["queries"]["id"][:]))
+            _prove_instructions(where, data, fix)
+            _prove_changed_judgements(where, task, set(data["queries"]["id"][:]), fix)
+
+
+def _cannot_load(task: Any) -> str:
+    return f"{task.metadata.name}: cannot load the data set {task.metadata.dataset['path']}"
+
+
+def _fix_of(task: Any) -> str:
+    """What helps against missing or damaged data, by where they come from."""
+    source = task.metadata.dataset
+    folder = Path(source["path"])
+    if not folder.is_dir():
+        return f"set snapshots to a folder, and {_PREFETCH}"
+    if (folder / REVISION_FILE).is_file():
+        return f"remove {folder} and {_PREFETCH}"
+    if source["revision"] == _LOCAL:
+        return f"mend the files in {folder}"
+    return f"mend the files in {folder}, or name another snapshots folder and {_PREFETCH}"
 
 
 def evaluated_splits(task: Any) -> Iterator[tuple[str, str, Any]]:
@@ -111,34 +158,50 @@ def evaluated_splits(task: Any) -> Iterator[tuple[str, str, Any]]:
                 yield subset, split, data
 
 
-def _require(condition: bool, where: str, missing: str) -> None:
+def _require(condition: bool, where: str, missing: str, fix: str) -> None:
     if not condition:
-        raise UserError(f"{where}: {missing}", fix=_PREFETCH)
+        raise UserError(f"{where}: {missing}", fix=fix)
 
 
-def _prove_split(where: str, data: Any) -> None:
-    _require(len(data["corpus"]) > 0, where, "no documents")
-    _require(len(data["queries"]) > 0, where, "no queries")
+def _prove_split(where: str, data: Any, fix: str) -> None:
+    _require(len(data["corpus"]) > 0, where, "no documents", fix)
+    _require(len(data["queries"]) > 0, where, "no queries", fix)
+    _prove_texts(f"{where}: document", data["corpus"], fix)
+    _prove_texts(f"{where}: query", data["queries"], fix)
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
-    _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}")
+    _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
 
 
-def _prove_instructions(where: str, data: Any) -> None:
+def _prove_texts(where: str, table: Any, fix: str) -> None:
+    """Refuse texts that are no strings; a title or an instruction may be null."""
+    ids = table["id"][:]
+    for column in ("text", "title", "instruction"):
+        if column not in table.column_names:
+            _require(column != "text", where, "no column of texts", fix)
+            continue
+        for name, value in zip(ids, table[column][:], strict=True):
+            if not isinstance(value, str) and (value is not None or column == "text"):
+                kind = "null" if value is None else type(value).__name__
+                raise UserError(f"{where} {name!r}: {column} is {kind}", allowed="a text", fix=fix)
+
+
+def _prove_instructions(where: str, data: Any, fix: str) -> None:
     queries = data["queries"]
     given = queries["instruction"][:] if "instruction" in queries.column_names else []
-    _require(any(given), where, "no instructions")
+    _require(any(given), where, "no instructions", fix)
     candidates = data["top_ranked"] or {}
     without = [query for query in queries["id"][:] if not candidates.get(query)]
-    _require(not without, where, f"no candidates (top_ranked) for queries {without[:3]}")
+    _require(not without, where, f"no candidates (top_ranked) for queries {without[:3]}", fix)
 
 
-def _prove_changed_judgements(where: str, task: Any, queries: set[str]) -> None:
+def _prove_changed_judgements(where: str, task: Any, queries: set[str], fix: str) -> None:
     """mteb loads these only after encoding, when their absence has become expensive."""
     changed = changed_judgements(task)
-    _require(bool(changed), where, "no changed judgements (qrel_diff)")
+    _require(bool(changed), where, "no changed judgements (qrel_diff)", fix)
     lonely = [q for q in changed if not {f"{q}-og", f"{q}-changed"} <= queries]
-    _require(not lonely, where, f"queries {lonely[:3]} of qrel_diff lack an -og or -changed twin")
+    missing = f"queries {lonely[:3]} of qrel_diff lack an -og or -changed twin"
+    _require(not lonely, where, missing, fix)
 
 
 def changed_judgements(task: Any) -> dict[str, list[str]]:
@@ -150,20 +213,23 @@ def changed_judgements(task: Any) -> dict[str, list[str]]:
         )
     except (ValueError, FileNotFoundError) as error:
         raise UserError(
-            f"{task.metadata.name}: no changed judgements (qrel_diff): {error}", fix=_PREFETCH
+            f"{task.metadata.name}: no changed judgements (qrel_diff): {error}", fix=_fix_of(task)
         ) from error
     return {row["query-id"]: list(row["corpus-ids"]) for row in rows}
 
 
-def task_texts(name: str, *, snapshots: Path | None) -> tuple[list[str], list[str]]:
+def task_texts(
+    name: str, *, snapshots: Path | None, own: OwnTask | None = None
+) -> tuple[list[str], list[str]]:
     """Every document and every query of a task, as mteb will ask for them, after the proof."""
     documents: list[str] = []
     queries: list[str] = []
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
-        task = localise(get_task(name), snapshots)
+        task = localise(get_task(name, own), snapshots)
         if is_bright(name):
-            splits = [load_columns(task)]
-            _prove_split(name, splits[0])
+            with blame(_cannot_load(task), fix=_fix_of(task)):
+                splits = [load_columns(task)]
+            _prove_split(name, splits[0], _fix_of(task))
         else:
             load_and_prove(task)
             splits = [data for _, _, data in evaluated_splits(task)]

@@ -1,4 +1,4 @@
-"""Texts to vectors in one Arrow file, in blocks, by any number of processes, continued if killed.
+"""Texts to vectors in one file, in blocks, by any number of processes, continued if killed.
 
     input --blocks--> read | tokenise | embed, longest first --parts--> output, in input order
 
@@ -12,7 +12,7 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -23,19 +23,21 @@ from numpy.typing import NDArray
 
 from pipeline.data.crew import gather_crew
 from pipeline.errors import UserError
+from pipeline.evaluation.models.finite import not_finite_fix
 from pipeline.evaluation.models.place import load_here, processes_here, resolve
+from pipeline.evaluation.vectors.files import read_recipe, schema_of, write_vectors
 from pipeline.evaluation.vectors.job import (
     EncodeJob,
     Plan,
+    Text,
     begin,
     read_groups,
     read_plan,
     recipe_of,
 )
 from pipeline.model.load import LoadedExport
-from pipeline.run_dir import atomic_path
+from pipeline.run_dir import atomic_path, require_writable
 
-_METADATA = b"diffembed"
 Item = TypeVar("Item")
 
 
@@ -49,7 +51,8 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         num_processes: processes to start; by default one per GPU, else one per core.
 
     Returns:
-        The Arrow file: `id` (string) and `vector` (fixed-size list), in the input's order.
+        The file: `id` (string) and `vector` (fixed-size list) in the input's order, as Arrow or
+        Parquet; for NumPy the vectors alone, with their ids in a JSON file.
 
     Raises:
         UserError: input, model or output are not usable.
@@ -61,6 +64,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         _check_finished(job, recipe)
         print(f"{job.output}: finished")
         return job.output
+    require_writable(job.output.parent, key="--output")
     meeting = job.output.with_name(f".{job.output.name}.step")
     num_processes = num_processes or processes_here([job.model])
     with gather_crew(num_processes, meeting_folder=meeting) as crew:
@@ -80,14 +84,9 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
 
 def _check_finished(job: EncodeJob, recipe: str) -> None:
     """Accept the file of this very job as done."""
-    try:
-        with pa.memory_map(str(job.output)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
-    except (pa.ArrowException, OSError):
-        metadata = {}
-    if metadata.get(_METADATA) != recipe.encode():
+    if read_recipe(job.output) != recipe:
         raise UserError(
-            f"--output: {job.output} exists and was made otherwise",
+            f"--output: {job.output} exists, but was not made from this input with these settings",
             fix="remove it, or choose another name",
         )
 
@@ -96,18 +95,18 @@ def _encode_block(job: EncodeJob, number: int) -> None:
     """Write the part of one block."""
     plan = read_plan(job.folder)
     model = _load(job)
-    schema = _schema(job, model.num_dimensions, plan.recipe)
+    schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
     started, num_texts, num_tokens = time.monotonic(), 0, 0
     with (
         atomic_path(job.part(number)) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
     ):
-        for names, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
-            vectors = _stored(job, model.encode_tokens(ids, skipped))
-            columns = [pa.array(names, pa.string()), vectors]
+        for texts, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
+            vectors = _stored(job, model.encode_tokens(ids, skipped), texts)
+            columns = [pa.array([text.id for text in texts], pa.string()), vectors]
             writer.write_batch(pa.record_batch(columns, schema=schema))
-            num_texts += len(names)
+            num_texts += len(texts)
             num_tokens += sum(map(len, ids))
     seconds = time.monotonic() - started
     print(
@@ -130,28 +129,37 @@ def _load(job: EncodeJob) -> LoadedExport:
     return model if job.max_length is None else model.cut_at(job.max_length, key="--max-length")
 
 
-def _schema(job: EncodeJob, dimensions: int, recipe: str) -> pa.Schema:
-    kind = pa.float32() if job.dtype == "float32" else pa.float16()
-    fields = [("id", pa.string()), ("vector", pa.list_(kind, dimensions))]
-    return pa.schema(fields, metadata={_METADATA: recipe})
+def _stored(
+    job: EncodeJob, vectors_ND: NDArray[np.float32], texts: Sequence[Text]
+) -> pa.FixedSizeListArray:
+    """The vectors in the type that they are stored in.
 
-
-def _stored(job: EncodeJob, vectors_ND: NDArray[np.float32]) -> pa.FixedSizeListArray:
+    Raises:
+        UserError: a vector is not finite, so that nothing could be found by it.
+    """
     with np.errstate(over="ignore"):
         stored_ND = vectors_ND.astype(job.dtype)
-    if not np.isfinite(stored_ND).all() and np.isfinite(vectors_ND).all():
-        raise UserError("--dtype: float16 is too small for these vectors", allowed="float32")
+    for found_ND, cause in ((vectors_ND, f"by {job.model}"), (stored_ND, f"as {job.dtype}")):
+        broken_N = ~np.isfinite(found_ND).all(axis=1)
+        if broken_N.any():
+            first = texts[int(np.argmax(broken_N))].record
+            raise first.fail(
+                f"the vector of this text is not finite {cause} (as are {broken_N.sum()} of "
+                f"{len(texts)})",
+                fix=not_finite_fix(job.precision)
+                if found_ND is vectors_ND
+                else "store float32 vectors: --dtype float32",
+            )
     return pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), stored_ND.shape[1])
 
 
 def _tokenised(
     job: EncodeJob, plan: Plan, model: LoadedExport, number: int
-) -> Iterator[tuple[list[str | None], list[list[int]], list[int]]]:
-    """Names, token ids and instruction tokens of the texts that are packed together."""
+) -> Iterator[tuple[list[Text], list[list[int]], list[int]]]:
+    """Texts that are packed together, their token ids, and how many of these the prefix has."""
     prefix, suffix = model.template.frame(job.role, job.instruction)
-    for group in read_groups(job, plan, number):
-        names = [name for name, _ in group]
-        yield names, *model.tokenize([text for _, text in group], prefix, suffix)
+    for group in read_groups(plan, number):
+        yield group, *model.tokenize([text.text for text in group], prefix, suffix)
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -164,24 +172,30 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _assemble(job: EncodeJob) -> None:
-    """Put the parts together in the input's order, batch by batch, and remove them."""
+    """Put the parts together in the input's order and remove them."""
     plan = read_plan(job.folder)
-    with pa.memory_map(str(job.part(0))) as source:
-        schema = pa.ipc.open_file(source).schema
-    row = 0
-    with (
-        atomic_path(job.output) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        for number in range(len(plan.blocks)):
-            with pa.memory_map(str(job.part(number))) as source:
-                reader = pa.ipc.open_file(source)
-                for k in range(reader.num_record_batches):
-                    batch = reader.get_batch(k)
-                    if not plan.has_ids:
-                        names = map(str, range(row, row + len(batch)))
-                        batch = batch.set_column(0, schema.field(0), pa.array(names, pa.string()))
-                    row += len(batch)
-                    writer.write_batch(batch)
+    parts = [job.part(number) for number in range(len(plan.blocks))]
+    try:
+        with pa.memory_map(str(parts[0])) as source:
+            schema = pa.ipc.open_file(source).schema
+        write_vectors(job.output, schema, _batches(parts, numbered=plan.fields.id is None))
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{job.folder}: a part is damaged ({error})", fix="remove this folder and run again"
+        ) from error
     shutil.rmtree(job.folder)
+
+
+def _batches(parts: Sequence[Path], *, numbered: bool) -> Iterator[pa.RecordBatch]:
+    """The batches of all parts, named by row numbers where the records have no ids."""
+    row = 0
+    for path in parts:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            for k in range(reader.num_record_batches):
+                batch = reader.get_batch(k)
+                if numbered:
+                    names = map(str, range(row, row + len(batch)))
+                    batch = batch.set_column(0, batch.schema.field(0), pa.array(names, pa.string()))
+                row += len(batch)
+                yield batch

@@ -21,15 +21,17 @@ from pipeline.data.sources.records import (
     plan_blocks,
     read_records,
 )
-from pipeline.errors import UserError
 from pipeline.evaluation.models.fingerprints import export_fingerprint
 from pipeline.evaluation.tasks.texts import Role
+from pipeline.evaluation.vectors.files import SUFFIXES
+from pipeline.evaluation.vectors.texts import Fields, survey
 from pipeline.run_dir import write_json
 
-_VERSION = 1
+_VERSION = 2
 # Characters of the texts that are embedded, and held in memory, at a time.
 _GROUP_CHARACTERS = 2**20
 _SPLIT = None  # of a hub data set: its default
+_PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +41,12 @@ class EncodeJob:
     Attributes:
         model: an export.
         input: JSON lines, Parquet or plain lines; a file, a folder, a glob or an fsspec URL.
-        output: the Arrow IPC file to write.
+        output: the file to write: .arrow (IPC), .parquet or .npy.
         field: which field of a record is the text; plain lines have only `text`.
-        id_field: which field names a record; where the first record has none, the names are row
-            numbers.
+        id_field: which field names a record; None for `id` or `_id` where the records have one,
+            empty for row numbers.
+        title_field: which field stands before the text; None for the `title` of documents whose
+            text is in `text`, empty for no title.
         role: whether texts are queries or documents, for the model's template.
         instruction: of all texts; empty for none.
         max_length: tokens after which a text is cut; None for the export's own limit.
@@ -58,7 +62,8 @@ class EncodeJob:
     input: str
     output: Path
     field: str = "text"
-    id_field: str = "id"
+    id_field: str | None = None
+    title_field: str | None = None
     role: Role = "document"
     instruction: str = ""
     max_length: int | None = None
@@ -73,6 +78,10 @@ class EncodeJob:
         require(length is None or length >= 1, "--max-length", length, "an integer >= 1 (tokens)")
         require(width is None or width >= 1, "--dim", width, "an integer >= 1")
         require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "an integer >= 1")
+        suffix = self.output.suffix
+        require(
+            suffix in SUFFIXES, "--output", str(self.output), f"a name in {', '.join(SUFFIXES)}"
+        )
 
     @property
     def folder(self) -> Path:
@@ -90,7 +99,7 @@ class Plan:
 
     recipe: str  # hash of all that decides the vectors
     blocks: tuple[Block, ...]
-    has_ids: bool
+    fields: Fields
 
 
 def recipe_of(job: EncodeJob) -> str:
@@ -109,10 +118,13 @@ def recipe_of(job: EncodeJob) -> str:
 
 
 def begin(job: EncodeJob, recipe: str) -> None:
-    """Continue the same job where it was left, start over otherwise."""
-    plan_file = job.folder / "plan.json"
+    """Continue the same job where it was left, start over otherwise.
+
+    Raises:
+        UserError: a record cannot be embedded.
+    """
     shutil.rmtree(job.folder / "claims", ignore_errors=True)
-    if plan_file.is_file() and read_plan(job.folder).recipe == recipe:
+    if _begun_recipe(job.folder) == recipe:
         return
     shutil.rmtree(job.folder, ignore_errors=True)
     files = list_files(job.input, "--input")
@@ -122,47 +134,59 @@ def begin(job: EncodeJob, recipe: str) -> None:
         for file in files
         for block in plan_blocks(file, split=_SPLIT, block_bytes=size, max_rows=None)
     ]
-    first = next((record for block in blocks for record in _read(block)), None)
-    if first is None:
-        raise UserError(f"--input: {job.input} holds no text")
-    _text_of(first, job.field)
+    fields = survey(
+        (record for block in blocks for record in _read(block)),
+        source=job.input,
+        field=job.field,
+        id_field=job.id_field,
+        title_field=job.title_field,
+        role=job.role,
+    )
     job.folder.mkdir(parents=True)
-    plan = Plan(recipe=recipe, blocks=tuple(blocks), has_ids=job.id_field in first.value)
-    write_json(plan_file, dataclasses.asdict(plan))
+    plan = Plan(recipe=recipe, blocks=tuple(blocks), fields=fields)
+    write_json(job.folder / _PLAN, dataclasses.asdict(plan))
     read_plan.cache_clear()
+
+
+def _begun_recipe(folder: Path) -> str | None:
+    """The recipe of what is begun in a job's folder; None for nothing, or a damaged plan."""
+    try:
+        return read_plan(folder).recipe
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)
 def read_plan(folder: Path) -> Plan:
     """The plan that `begin` left in a job's folder."""
-    tree = json.loads((folder / "plan.json").read_text())
-    return Plan(**{**tree, "blocks": tuple(Block(**block) for block in tree["blocks"])})
+    tree = json.loads((folder / _PLAN).read_text())
+    blocks = tuple(Block(**block) for block in tree["blocks"])
+    return Plan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
 
 
 def _read(block: Block) -> Iterator[Record]:
-    return read_records(block, split=_SPLIT)
+    return read_records(block, split=_SPLIT, blank_lines=True)
 
 
-def _text_of(record: Record, field: str) -> str:
-    value = record.value.get(field)
-    if not isinstance(value, str):
-        found = "no such field" if value is None else type(value).__name__
-        raise record.fail(
-            f"{field}: {found}", allowed=f"a text; fields are {', '.join(record.value)}"
-        )
-    return value
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A text to embed; `id` is None where row numbers name the vectors."""
+
+    id: str | None
+    text: str
+    record: Record
 
 
-def read_groups(job: EncodeJob, plan: Plan, number: int) -> Iterator[list[tuple[str | None, str]]]:
-    """Names and texts of a block, a bounded number of characters at a time."""
-    group: list[tuple[str | None, str]] = []
+def read_groups(plan: Plan, number: int) -> Iterator[list[Text]]:
+    """The texts of a block, a bounded number of characters at a time."""
+    group: list[Text] = []
     characters = 0
     for record in _read(plan.blocks[number]):
-        text, name = _text_of(record, job.field), record.value.get(job.id_field)
-        if plan.has_ids and name is None:
-            raise record.fail(f"{job.id_field}: missing, though the first record has one")
-        group.append((str(name) if plan.has_ids else None, text))
-        characters += len(text)
+        if record.value is None:
+            continue
+        fields = plan.fields
+        group.append(Text(id=fields.id_of(record), text=fields.text_of(record), record=record))
+        characters += len(group[-1].text)
         if characters >= _GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
