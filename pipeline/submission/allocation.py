@@ -179,7 +179,8 @@ def _ask_nodes(nodes: list[str], run_folder: Path) -> dict[str, Health]:
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:
         if scheduler.is_silence(complaint):
-            raise scheduler.no_answer(f"srun: {complaint.strip().splitlines()[-1]}")
+            said = filter(scheduler.is_silence, complaint.splitlines())
+            raise scheduler.no_answer(next(said))
         raise NoCheckError(f"the nodes could not be checked: {complaint.strip()}")
     return {node: Health(**json.loads(faults)) for node, faults in found.items()}
 
