@@ -35,7 +35,7 @@ _SECONDS = 120
 # For how long a question is repeated: while a person waits, and while a job does.
 AT_SUBMISSION = 60
 IN_A_JOB = 3600
-_LONGEST_WAIT = 60
+_LONGEST_WAIT = 30
 # A job whose submission was cut off may enter the queue shortly after the controller answers again.
 _SETTLING = (0, 2, 5)
 _SILENT = re.compile(
