@@ -233,11 +233,12 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
     work = functools.partial(
         list_task, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
     )
+    num_workers = min(num_workers, len(requests))
     if num_workers == 1:
         return [work(request) for request in requests]
     # Spawned, because forking a process that has loaded torch may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(requests)), mp_context=context) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         return list(pool.map(work, requests))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from pipeline.errors import UserError, blame
+from pipeline.errors import blame
 from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
 
 # Subsets whose name is not that of the task in lower case.
@@ -36,13 +36,6 @@ def load_columns(task: Any) -> dict[str, Any]:
     subset = _SPELLED.get(topic, topic.lower())
     documents = _load(task, "long_documents" if long else "documents", subset)
     examples = _load(task, "examples", subset)
-    for rows, keys in ((documents, ("id", "content")), (examples, ("id", "query"))):
-        for key in keys:
-            if None in rows[key][:]:
-                raise UserError(
-                    f"{task.metadata.name}: {task.metadata.dataset['path']}: a row without {key}",
-                    fix="fetch it again with `diffembed evaluate prefetch`",
-                )
     gold = examples["gold_ids_long" if long else "gold_ids"]
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),

@@ -176,6 +176,7 @@ def _prove_split(where: str, data: Any, fix: str) -> None:
 def _prove_texts(where: str, table: Any, fix: str) -> None:
     """Refuse texts that are no strings; a title or an instruction may be null."""
     ids = table["id"][:]
+    _require(None not in ids, where, "an id is null", fix)
     for column in ("text", "title", "instruction"):
         if column not in table.column_names:
             _require(column != "text", where, "no column of texts", fix)
