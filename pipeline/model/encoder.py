@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from pipeline.limits import limits_of
 from pipeline.model.adapters import add_lora, continue_adapter
 from pipeline.model.backbones import load_backbone, quiet
 from pipeline.model.families import Family
-from pipeline.model.packing import Rows, check_lengths
+from pipeline.model.packing import Rows, check_lengths, describe_kernel
 from pipeline.model.pooling import pool
 from pipeline.model.unused_weights import unused_weights
 from pipeline.model.weights import Placement
@@ -72,6 +73,20 @@ class Encoder(nn.Module):
     def num_dimensions(self) -> int:
         """Width of a vector."""
         return self.config.dimensions or int(self.model.config.hidden_size)
+
+    def describe_attention(self, device: torch.device) -> str:
+        """Return the line by which a run says how it computes attention on `device`."""
+        config = self.model.config
+        if self.config.trust_remote_code:
+            return "attention: the model's own code"
+        heads = int(config.num_attention_heads)
+        return describe_kernel(
+            device,
+            next(self.parameters()).dtype,
+            int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            dropout=float(getattr(config, self.family.attention_dropout, 0) or 0),
+            softcap=getattr(config, "attn_logit_softcapping", None),
+        )
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rows of packed tokens, as for `forward`, to (T, D) hidden states after the final norm."""

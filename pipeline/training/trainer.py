@@ -85,6 +85,7 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
         width=training.engine.encoder.num_dimensions,
         has_scores=dataset.manifest.has_scores,
     )
+    _say(training.engine.encoder.describe_attention(comm.device()))
     step = training.checkpoints.resume(newest) if newest else 0
     if newest:
         _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")

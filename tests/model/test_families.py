@@ -96,6 +96,7 @@ def test_packed_rows_equal_transformers_padded_batch(
     encoder = build_encoder(
         ModelConfig(path=str(folder), dtype="float32", attention=attention, normalize=False)
     )
+    assert encoder.describe_attention(torch.device("cpu")) == "attention: row by row (on a CPU)"
     # What we save must mean the same to transformers alone, also without a causal mask.
     encoder.save_backbone(tmp_path / "saved")
     reference, info = hf.AutoModel.from_pretrained(
