@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ def _loads(damage: Damage, folder: Path) -> bool:
 
 def _tells_value(damage: Damage, line: str) -> bool:
     """Whether a line shows the value that a key was given, such as a path that is not there."""
-    value = os.path.expanduser(str(damage.value)).replace("\n", " ").strip()[:80]
+    value = str(Path(str(damage.value)).expanduser()).replace("\n", " ").strip()[:80]
     return bool(damage.key) and (f" {value}: " in line or (len(value) > 1 and value in line))
 
 
