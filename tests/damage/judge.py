@@ -165,7 +165,8 @@ def _loads(damage: Damage, folder: Path) -> bool:
 
 def _tells_value(damage: Damage, line: str) -> bool:
     """Whether a line shows the value that a key was given, such as a path that is not there."""
-    value = str(Path(str(damage.value)).expanduser()).replace("\n", " ").strip()[:80]
+    value = str(damage.value).replace("\n", " ").strip()[:80]
+    value = str(Path.home()) if value == "~" else value
     return bool(damage.key) and (f" {value}: " in line or (len(value) > 1 and value in line))
 
 
