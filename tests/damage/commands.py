@@ -84,7 +84,8 @@ def _training(run: str) -> Callable[[Path, str], Result]:
     def result(folder: Path, output: str) -> Result:
         lines = (folder / run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        timeless = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+        machine = ("seconds", "tokens_per_second", "peak_memory_gib")
+        timeless = [{k: v for k, v in row.items() if k not in machine} for row in rows]
         newest = (folder / run / "checkpoints/latest").read_text().strip()
         tensors = _files(f"{run}/checkpoints/{newest}/*.safetensors")(folder, output)
         return {"steps": timeless, "newest": newest, **tensors}
