@@ -103,19 +103,18 @@ def export_encoder(
             num_embeddings=int(encoder.model.config.vocab_size),
         ),
         template=template,
+        similarity="cosine" if config.normalize else similarity,  # of unit vectors they are equal
         max_length=max_length,
         limits=limits_of(encoder.model.config.to_dict()),
         num_dimensions=encoder.num_dimensions,
         max_tokens=16384,
     )
-    if config.normalize:
-        similarity = "cosine"  # the dot product of unit vectors
     facts = {
         **card,
         "family": encoder.model.config.model_type,
         "decoder": encoder.family.decoder,
         "plain_base": _is_plain(encoder, config),
-        "similarity": similarity,
+        "similarity": model.similarity,
         "texts": texts,
         "prompts": Prompts.of(template, texts, pooled=config.pool_instruction),
     }
@@ -169,6 +168,7 @@ def _write_files(
             "max_length": model.max_length,
             "step": facts.get("step"),
             "checkpoint": facts.get("checkpoint"),
+            "similarity": facts["similarity"],
             "model": as_tree(config),
         },
     )

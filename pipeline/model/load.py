@@ -29,6 +29,7 @@ from pipeline.model.families import FAMILIES
 from pipeline.model.parts import (
     SETTINGS,
     Backbone,
+    Compared,
     Cut,
     Lengths,
     Module,
@@ -48,6 +49,8 @@ from pipeline.tokenizer import (
     tokens_within,
 )
 
+Similarity = Literal["cosine", "dot"]
+
 # Packed tokens that a CPU takes at a time: larger ones leave its caches, and their tensors are so
 # large that the allocator gives each back to the kernel and asks for new pages at every layer.
 _CPU_TOKENS = 2048
@@ -63,6 +66,7 @@ class LoadedExport:
         encoder: the packed encoder, in evaluation mode on its device.
         tokenizer: a Hugging Face tokenizer.
         template: how instructions and texts become strings.
+        similarity: by which vectors are compared.
         max_length: tokens after which a text is cut.
         num_dimensions: width of a vector.
         max_tokens: packed tokens of one forward; a longer text gets a forward of its own.
@@ -72,6 +76,7 @@ class LoadedExport:
     encoder: Encoder
     tokenizer: Any
     template: Template
+    similarity: Similarity
     max_length: int
     num_dimensions: int
     max_tokens: int
@@ -248,11 +253,31 @@ def load_export(
         encoder=encoder,
         tokenizer=tokenizer,
         template=_template(folder),
+        similarity=_similarity(folder),
         max_length=_length_that_fits(folder, max_length, tokenizer, limits),
         limits=limits,
         num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
+
+
+def _similarity(folder: Path) -> Similarity:
+    """Return the folder's own similarity; that of sentence-transformers is the cosine by default.
+
+    Raises:
+        UserError: it is another one, which no score here is made of.
+    """
+    name = "config_sentence_transformers.json"
+    told = read_settings(folder, SETTINGS, Compared) if is_export(folder) else {}
+    if "similarity" in told:
+        similarity: Similarity = told["similarity"]
+        return similarity
+    if (folder / name).is_file():
+        told = read_settings(folder, name, Compared)
+    found = told.get("similarity_fn_name") or "cosine"
+    if found not in ("cosine", "dot"):
+        raise UserError(f"{folder / name}: similarity_fn_name {found!r}", allowed="cosine, dot")
+    return "dot" if found == "dot" else "cosine"
 
 
 def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, limits: ModelLimits) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Literal, Required
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -20,6 +20,13 @@ class Trained(TypedDict):
     """What `diffembed.json` says of the model."""
 
     model: dict[str, Any]
+
+
+class Compared(TypedDict, total=False):
+    """How vectors are compared, in either file that says so."""
+
+    similarity: Literal["cosine", "dot"]
+    similarity_fn_name: str | None
 
 
 class Worded(TypedDict):

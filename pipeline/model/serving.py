@@ -29,9 +29,11 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
         similarity: `cosine` or `dot`.
     """
     bidirectional = decoder and config.attention == "bidirectional"
+    kinds = "`eager`" if family == "gemma2" else "`sdpa` or `eager`"
+    attention = f"`transformers >= 5.17`, attention {kinds}" if bidirectional else ""
     rows = [
-        ("sentence-transformers", "yes", _attention(bidirectional)),
-        ("transformers", "yes", f"the code above{'; ' * bidirectional}{_attention(bidirectional)}"),
+        ("sentence-transformers", "yes", attention),
+        ("transformers", "yes", f"the code above{'; ' * bidirectional}{attention}"),
         ("vLLM", *_vllm(config, family, decoder, bidirectional)),
         ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
         ("infinity", *_infinity(bidirectional, similarity)),
@@ -51,10 +53,6 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
         "text-embeddings-inference 1.9, infinity 0.0.78), not run."
     )
     return "\n".join(lines)
-
-
-def _attention(bidirectional: bool) -> str:
-    return "`transformers >= 5.17`, attention `sdpa` or `eager`" if bidirectional else ""
 
 
 def _vllm(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) -> tuple[str, str]:

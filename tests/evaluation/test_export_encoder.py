@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 from pathlib import Path
 
 import mteb
@@ -46,6 +48,28 @@ def test_scores_equal_those_of_mteb_with_sentence_transformers(pretrained):
             show_progress_bar=False,
         )[0]
         assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_vectors_of_any_length_are_compared_as_the_folder_says(config, tmp_path, similarity):
+    folder = shutil.copytree(get_model_path(), tmp_path / "folder")
+    modules = json.loads((folder / "modules.json").read_text())
+    without = [module for module in modules if not module["type"].endswith("Normalize")]
+    (folder / "modules.json").write_text(json.dumps(without))
+    settings = folder / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"similarity_fn_name": similarity}))
+    model = EvaluatedModel(name="minilm", path=folder)
+    (ours,) = run_all(dataclasses.replace(config, models=(model,), tasks=(TASKS[0],)))
+    reference = SentenceTransformer(str(folder), device="cpu")
+    reference.max_seq_length = config.max_length
+    theirs = mteb.evaluate(
+        reference,
+        localise(get_task(ours["task"]), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-5)
 
 
 def test_plan_embed_and_score_give_the_scores_of_a_direct_run(pretrained):

@@ -14,10 +14,11 @@ from benchmark_replicas import documents_of
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.comm import World
+from pipeline.config import Template
 from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import cut_blocks, find_digests, sort_by_digest, store_folder
 from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
+from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths, require_short
 from pipeline.evaluation.blocks.plan import assign, read_plan, write_plan
 from pipeline.evaluation.blocks.store import missing_blocks
 from pipeline.evaluation.score.array import run_all, score_all
@@ -162,6 +163,13 @@ def test_a_text_shares_the_shortest_length_at_which_it_surely_is_not_cut():
     assert found(90_000, 32768) == 32768
     # Three bytes each: bytes bound tokens, characters do not.
     assert byte_sizes(pa.array(["x", "語" * 300], type=pa.large_string())).tolist() == [1, 900]
+
+
+def test_a_template_that_may_push_a_text_over_its_length_is_refused():
+    require_short(Template(), model="m")
+    chat = Template(query="<system>" + "x" * 200 + "</system>{instruction}; {text}")
+    with pytest.raises(UserError, match=r"m: the template of a query adds 2\d\d bytes"):
+        require_short(chat, model="m")
 
 
 def test_digests_are_found_as_in_a_dictionary_and_no_others():

@@ -15,6 +15,7 @@ from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.model.load import load_export
+from pipeline.model.outside import Outside
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
 
@@ -36,7 +37,7 @@ def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
-    starter: Path, tmp_path: Path, attention: Any
+    starter: Path, tmp_path: Path, attention: Any, outside: Outside
 ) -> None:
     # The base must be one that transformers knows, for the card's own code.
     plain, _ = make(starter)
@@ -47,7 +48,10 @@ def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
         for name, parameter in encoder.model.named_parameters():
             if "lora_" not in name:
                 parameter.copy_(disk[name.replace(".base_layer", "")])
-    folder = export(encoder, config, starter, tmp_path / "export", adapter_only=True)
+    folder = export(
+        encoder, config, starter, tmp_path / "export", adapter_only=True, outside=outside
+    )
+    assert "transformers: version" in card_of(folder)
     assert not (folder / "model.safetensors").exists()
     loaded = load_export(folder)
     assert loaded.max_length == 64

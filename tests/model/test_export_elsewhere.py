@@ -203,7 +203,7 @@ def test_a_folder_that_a_library_cannot_load_is_one_line(tmp_path: Path, outside
         outside.embed(tmp_path, "sentence-transformers", [{"texts": ["a"]}])
 
 
-def test_weights_in_bfloat16_and_adapters_alone_are_checked_as_they_are_stored(
+def test_weights_in_bfloat16_are_checked_as_they_are_stored(
     starter: Path, tmp_path: Path, outside: Outside
 ) -> None:
     config = ModelConfig(path=str(starter), dtype="bfloat16")

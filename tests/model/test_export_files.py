@@ -129,6 +129,7 @@ def test_a_card_tells_which_servers_would_mask_a_bidirectional_decoder() -> None
 
     assert "honours `is_causal: false`" in table("qwen2")["vLLM"]
     assert table("gemma2")["vLLM"].startswith("**no**")
+    assert "attention `eager`" in table("gemma2")["transformers"]
     assert "use_bidirectional_attention" in table("llama")["text-embeddings-inference"]
     assert table("qwen2")["infinity"].startswith("**no**")
     causal = table("gemma2", attention="causal", normalize=False)

@@ -18,7 +18,7 @@ from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.data.crew import Alone
 from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import store_folder
-from pipeline.evaluation.blocks.keys import TextKey
+from pipeline.evaluation.blocks.keys import TextKey, require_short
 from pipeline.evaluation.blocks.plan import Plan, assign, read_plan
 from pipeline.evaluation.blocks.sealed import save_vectors
 from pipeline.evaluation.blocks.store import FORMAT, StoredModel, read_description
@@ -133,8 +133,9 @@ def _describe(folder: Path, encoder: EvaluatedEncoder) -> None:
     """Write what the scoring job reports; the same from every element and at every length.
 
     Raises:
-        UserError: the store was begun at another precision.
+        UserError: the store was begun at another precision, or the template is too long.
     """
+    require_short(encoder.template, model=encoder.name)
     description = StoredModel(
         query=encoder.template.query,
         document=encoder.template.document,

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.config import Template
+from pipeline.errors import UserError
 from pipeline.evaluation.tasks.texts import Role
 
 # Characters of a token, at the dense end of what the benchmarks hold (mathematics 3.0, prose 4.3).
@@ -55,6 +57,23 @@ def effective_lengths(
     choices = np.array([*lengths, np.iinfo(np.int32).max], dtype=np.int32)
     found_N = choices[np.searchsorted(choices, bounds_N)]
     return np.minimum(found_N, np.int32(wanted))
+
+
+def require_short(template: Template, *, model: str) -> None:
+    """Check that a template adds no more than `effective_lengths` allows for.
+
+    Raises:
+        UserError: it adds more: texts of two lengths that are cut differently would share a vector.
+    """
+    for role in ("query", "document"):
+        frame = getattr(template, role).replace("{text}", "").replace("{instruction}", "")
+        added = len(frame.encode())
+        if added > _TEMPLATE_BYTES:
+            raise UserError(
+                f"{model}: the template of a {role} adds {added} bytes to a text",
+                allowed=f"{_TEMPLATE_BYTES} where texts share vectors",
+                fix="score this model with `diffembed evaluate run`, or shorten its template",
+            )
 
 
 def costs(

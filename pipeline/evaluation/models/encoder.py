@@ -38,12 +38,21 @@ class Embedder(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TemplatedEmbedder:
-    """Puts each text into the model's template and encodes it; `name` is the model's."""
+    """Puts each text into the model's template and encodes it.
+
+    Args:
+        encoder: the model.
+        template: what is put around texts.
+        name: the model's, for messages.
+        precision: what its vectors are computed in, for messages.
+        normalize: scale vectors to unit length, so that their dot product is the cosine.
+    """
 
     encoder: TextEncoder
     template: Template
     name: str = "the model"
     precision: Precision = "auto"
+    normalize: bool = False
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
         """(N,) texts of one role and instruction -> (N, D) float32.
@@ -54,6 +63,9 @@ class TemplatedEmbedder:
         vectors_ND = self.encoder.encode_texts(texts, *self.template.frame(role, instruction))
         fix = not_finite_fix(self.precision)
         require_finite(vectors_ND, texts, source=self.name, fix=fix)
+        if self.normalize:
+            norms_N = np.linalg.norm(vectors_ND, axis=1)
+            vectors_ND = vectors_ND / np.maximum(norms_N, 1e-12)[:, None]
         return vectors_ND
 
 

@@ -42,6 +42,7 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             template=template,
             name=f"{model.name} ({model.path})",
             precision=export.encoder.config.dtype,
+            normalize=export.similarity == "cosine" and not export.encoder.config.normalize,
         ),
         template=template,
         name=element.model.name,
