@@ -15,6 +15,6 @@ DIFFEMBED_LATEST=1 source launch/install.sh
   echo "# Versions that the test-suite passed with, for CPUs and GPUs: torch brings its own CUDA"
   echo "# packages. Written by launch/freeze.sh; certificates and pip are left to the system."
   # 2.13.0+cpu is the CPU build of 2.13.0; a constraint without the suffix allows both.
-  python -m pip freeze --exclude-editable --exclude certifi | sed 's/+cpu$//'
+  python -m pip freeze --exclude diffembed --exclude certifi | sed 's/+cpu$//'
 } >launch/constraints.txt
 git --no-pager diff --stat -- launch/constraints.txt
