@@ -28,7 +28,7 @@ FLOORS = (
     {"errors"},
     {"config", "launcher", "world"},
     {"comm", "limits", "rank_variables", "run_dir", "tokenizer"},
-    {"files"},
+    {"files", "sealed"},
     {"data", "model", "loss"},
     {"training", "evaluation", "planning"},
     {"submission"},

@@ -124,6 +124,13 @@ def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
         encode_block(job, number)
 
     monkeypatch.setattr(encode, "_encode_block", counting)
+    part = job.part(0)
+    content = part.read_bytes()
+    middle = len(content) // 2  # among the vectors
+    part.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(UserError, match=f"{part.name}: damaged"):
+        encode_file(job, num_processes=1)
+    part.write_bytes(content)
     names, vectors = read(encode_file(job, num_processes=1))
     assert numbers == list(range(3, 3 + len(numbers)))
     assert len(numbers) > 3

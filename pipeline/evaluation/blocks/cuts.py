@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.evaluation.blocks.distinct import SCHEMA, DistinctTexts
 from pipeline.evaluation.blocks.keys import TextKey
-from pipeline.evaluation.blocks.sealed import batch_writer, load_arrays, read_batch, save_arrays
 from pipeline.evaluation.models.fingerprints import model_fingerprint
+from pipeline.sealed import batch_writer, load_arrays, read_batch, save_arrays
 
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048

@@ -20,13 +20,13 @@ from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import store_folder
 from pipeline.evaluation.blocks.keys import TextKey, require_short
 from pipeline.evaluation.blocks.plan import Plan, assign, read_plan
-from pipeline.evaluation.blocks.sealed import save_vectors
 from pipeline.evaluation.blocks.store import FORMAT, StoredModel, read_description
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, LoadEncoder
 from pipeline.evaluation.models.finite import require_finite
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.evaluation.tasks.texts import Role
 from pipeline.files import write_sealed
+from pipeline.sealed import save_vectors
 
 
 def embed_element(

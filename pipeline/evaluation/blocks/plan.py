@@ -39,11 +39,11 @@ from pipeline.evaluation.blocks.cuts import (
 from pipeline.evaluation.blocks.distinct import DistinctTexts
 from pipeline.evaluation.blocks.keys import TextKey
 from pipeline.evaluation.blocks.listing import Listing, Request, list_task
-from pipeline.evaluation.blocks.sealed import save_arrays
 from pipeline.evaluation.models.guard import check_fit
 from pipeline.evaluation.tasks.elements import list_elements, tasks_of
 from pipeline.evaluation.tasks.instructions import instruction_for
 from pipeline.files import check_kind, read_json, unseal, write_sealed
+from pipeline.sealed import save_arrays
 
 _VERSION = 4
 _PLAN = "plan.json"

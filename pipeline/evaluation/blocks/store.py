@@ -14,11 +14,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.blocks.cuts import find_digests, store_folder
 from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths
 from pipeline.evaluation.blocks.plan import Plan, read_plan
-from pipeline.evaluation.blocks.sealed import load_arrays, map_vectors
 from pipeline.evaluation.models.encoder import EvaluatedEncoder, revision
 from pipeline.evaluation.tasks.elements import Element
 from pipeline.evaluation.tasks.texts import Role
 from pipeline.files import read_record
+from pipeline.sealed import load_arrays, map_vectors
 
 FORMAT = "float16"
 

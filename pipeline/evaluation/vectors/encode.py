@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.crew import gather_crew
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 from pipeline.evaluation.models.finite import not_finite_fix
 from pipeline.evaluation.models.place import load_here, processes_here, resolve
 from pipeline.evaluation.vectors.files import read_recipe, schema_of, write_vectors
@@ -36,7 +36,8 @@ from pipeline.evaluation.vectors.job import (
     recipe_of,
 )
 from pipeline.model.load import LoadedExport
-from pipeline.run_dir import atomic_path, require_writable
+from pipeline.run_dir import require_writable
+from pipeline.sealed import batch_writer, read_batch
 
 Item = TypeVar("Item")
 
@@ -97,15 +98,11 @@ def _encode_block(job: EncodeJob, number: int) -> None:
     model = _load(job)
     schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
     started, num_texts, num_tokens = time.monotonic(), 0, 0
-    with (
-        atomic_path(job.part(number)) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
+    with batch_writer(job.part(number), schema) as write:
         for texts, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
             vectors = _stored(job, model.encode_tokens(ids, skipped), texts)
             columns = [pa.array([text.id for text in texts], pa.string()), vectors]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            write(pa.record_batch(columns, schema=schema))
             num_texts += len(texts)
             num_tokens += sum(map(len, ids))
     seconds = time.monotonic() - started
@@ -175,27 +172,27 @@ def _assemble(job: EncodeJob) -> None:
     """Put the parts together in the input's order and remove them."""
     plan = read_plan(job.folder)
     parts = [job.part(number) for number in range(len(plan.blocks))]
-    try:
-        with pa.memory_map(str(parts[0])) as source:
-            schema = pa.ipc.open_file(source).schema
-        write_vectors(job.output, schema, _batches(parts, numbered=plan.fields.id is None))
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{job.folder}: a part is damaged ({error})", fix="remove this folder and run again"
-        ) from error
+    fix = f"remove {job.folder} and run the same command again"
+    with blame(f"{parts[0]}: damaged", fix=fix), pa.memory_map(str(parts[0])) as source:
+        schema = pa.ipc.open_file(source).schema
+    write_vectors(job.output, schema, _batches(parts, numbered=plan.fields.id is None, fix=fix))
     shutil.rmtree(job.folder)
 
 
-def _batches(parts: Sequence[Path], *, numbered: bool) -> Iterator[pa.RecordBatch]:
-    """The batches of all parts, named by row numbers where the records have no ids."""
+def _batches(parts: Sequence[Path], *, numbered: bool, fix: str) -> Iterator[pa.RecordBatch]:
+    """The batches of all parts, named by row numbers where the records have no ids.
+
+    Raises:
+        UserError: a part is damaged.
+    """
     row = 0
     for path in parts:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            for k in range(reader.num_record_batches):
-                batch = reader.get_batch(k)
-                if numbered:
-                    names = map(str, range(row, row + len(batch)))
-                    batch = batch.set_column(0, batch.schema.field(0), pa.array(names, pa.string()))
-                row += len(batch)
-                yield batch
+        with blame(f"{path}: damaged", fix=fix), pa.memory_map(str(path)) as source:
+            num_batches = pa.ipc.open_file(source).num_record_batches
+        for k in range(num_batches):
+            batch = read_batch(path, k, fix=fix)
+            if numbered:
+                names = map(str, range(row, row + len(batch)))
+                batch = batch.set_column(0, batch.schema.field(0), pa.array(names, pa.string()))
+            row += len(batch)
+            yield batch

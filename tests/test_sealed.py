@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.sealed import (
+from pipeline.sealed import (
     batch_writer,
     load_arrays,
     map_vectors,
