@@ -173,6 +173,23 @@ def test_a_column_nobody_asks_for_is_never_converted(suffix: str, tmp_path: Path
     assert "damaged" not in message and "'zone'" in message
 
 
+def test_a_parquet_column_that_cannot_be_decoded_fails_only_where_it_is_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.parquet"
+    # A category whose text is not UTF-8 fails as the file is decoded, before any cell is asked for.
+    codes = pa.array([0] * 1500 + [1] * 1500, pa.int16())
+    kinds = pa.DictionaryArray.from_arrays(codes, invalid_text([b"fine", b"R\xc9UNION"]))
+    anchors = [f"fox {k}" for k in range(3000)]
+    table = pa.table({"kind": kinds, "anchor": anchors, "positive": [f"river {k}" for k in codes]})
+    pq.write_table(table, path, row_group_size=2000)
+    columns = {"query": "anchor", "positives": "positive"}
+    assert queries_of(make_source(path, columns=columns)) == anchors
+    assert queries_of(make_source(path, columns=columns), block_bytes=9000) == anchors
+    message = refused(make_source(path, columns={**columns, "query": "kind"}))
+    assert f"{path}: damaged Parquet file (column 'kind'" in message
+
+
 def save(folder: Path) -> Path:
     """A DatasetDict as `save_to_disk` writes it, and its train part alone."""
     whole = datasets.Dataset.from_list(PAIRS)

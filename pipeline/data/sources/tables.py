@@ -29,17 +29,20 @@ _ROWS_PER_BLOCK = 10_000
 class _Columns:
     """A piece of a table whose columns are converted one by one, each when it is first read."""
 
-    def __init__(self, table: Any) -> None:
-        self.names: list[str] = table.schema.names
-        self._table = table
+    def __init__(self, table: Any, broken: Mapping[str, UserError]) -> None:
+        self.names: list[str] = [*table.schema.names, *broken]
+        self._table, self._broken = table, broken
         self._converted: dict[str, Any] = {}
 
     def cell(self, name: str, row: int) -> Any:
         """The Python value of a cell.
 
         Raises:
+            UserError: the file's whole column cannot be decoded.
             Exception: whatever its conversion raises.
         """
+        if name in self._broken:
+            raise self._broken[name]
         if name not in self._converted:
             column = self._table.column(self.names.index(name))
             try:
@@ -63,6 +66,8 @@ class _TableRow(Mapping[str, Any]):
             raise KeyError(name)
         try:
             return self._columns.cell(name, self._row)
+        except UserError:
+            raise
         except UnicodeDecodeError as error:
             raise self._fail(name, f"byte {error.start + 1} of it is not UTF-8") from error
         except Exception as error:  # conversions raise errors of several libraries
@@ -109,18 +114,22 @@ def read_table(block: Block, *, split: str | None) -> Iterator[Record]:
         pieces, name = _hub_pieces(block, split), f"{file}[{split}]" if split else file
     else:
         pieces, name = _file_pieces(block), file
-    for first, piece in pieces:
-        columns = _Columns(piece)
+    for first, piece, broken in pieces:
+        columns = _Columns(piece, broken)
         for row in range(max(block.start - first, 0), min(piece.num_rows, block.stop - first)):
             number = first + row + 1
             value = _TableRow(columns, row, file=name, number=number)
             yield Record(value=value, file=name, number=number)
 
 
-def _file_pieces(block: Block) -> Iterator[tuple[int, Any]]:
-    """Pieces of a file that overlap a block, each with the number of its first row."""
+# The number of its first row, the piece, and the columns that it lacks because they are damaged.
+_Piece = tuple[int, Any, Mapping[str, UserError]]
+
+
+def _file_pieces(block: Block) -> Iterator[_Piece]:
+    """Pieces of a file that overlap a block."""
     if kind_of(block.file) == "arrow":
-        yield from _overlapping(_arrow_batches(block.file), 0, block)
+        yield from _overlapping(((batch, {}) for batch in _arrow_batches(block.file)), 0, block)
         return
     with open_bytes(block.file) as handle:
         file = _parquet(block.file, handle)
@@ -129,19 +138,54 @@ def _file_pieces(block: Block) -> Iterator[tuple[int, Any]]:
             for group in range(file.metadata.num_row_groups):
                 last = first + file.metadata.row_group(group).num_rows
                 if first < block.stop and last > block.start:
-                    batches = file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group])
-                    yield from _overlapping(batches, first, block)
+                    yield from _overlapping(_group_batches(file, group, block.file), first, block)
                 first = last
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{block.file}: damaged Parquet file ({error})", fix=_AGAIN) from error
 
 
-def _overlapping(batches: Iterator[Any], first: int, block: Block) -> Iterator[tuple[int, Any]]:
-    for batch in batches:
+def _group_batches(
+    file: Any, group: int, name: str
+) -> Iterator[tuple[Any, Mapping[str, UserError]]]:
+    """The batches of a row group; a damaged column is an error only where it is read."""
+    done = 0
+    try:
+        for batch in file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group]):
+            done += batch.num_rows
+            yield batch, {}
+        return
+    except (pa.ArrowException, OSError):
+        broken = _broken_columns(file, group, name)
+        whole = [column for column in file.schema_arrow.names if column not in broken]
+        if not broken or not whole:
+            raise
+    seen = 0
+    for batch in file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group], columns=whole):
+        seen += batch.num_rows
+        if seen > done:
+            yield batch.slice(max(0, batch.num_rows - (seen - done))), broken
+
+
+def _broken_columns(file: Any, group: int, name: str) -> dict[str, UserError]:
+    broken = {}
+    for column in file.schema_arrow.names:
+        try:
+            file.read_row_group(group, columns=[column])
+        except (pa.ArrowException, OSError) as error:
+            broken[column] = UserError(
+                f"{name}: damaged Parquet file (column {column!r}: {error})", fix=_AGAIN
+            )
+    return broken
+
+
+def _overlapping(
+    batches: Iterator[tuple[Any, Mapping[str, UserError]]], first: int, block: Block
+) -> Iterator[_Piece]:
+    for batch, broken in batches:
         for start in range(0, batch.num_rows, _ROWS_PER_PIECE):
             piece = batch.slice(start, _ROWS_PER_PIECE)
             if first < block.stop and first + piece.num_rows > block.start:
-                yield first, piece
+                yield first, piece, broken
             first += piece.num_rows
 
 
@@ -169,10 +213,10 @@ def _arrow_batches(file: str) -> Iterator[Any]:
         ) from error
 
 
-def _hub_pieces(block: Block, split: str | None) -> Iterator[tuple[int, Any]]:
+def _hub_pieces(block: Block, split: str | None) -> Iterator[_Piece]:
     dataset = hub_dataset(block.file, split).with_format("arrow")
     for start in range(block.start, block.stop, _ROWS_PER_PIECE):
-        yield start, dataset[start : min(start + _ROWS_PER_PIECE, block.stop)]
+        yield start, dataset[start : min(start + _ROWS_PER_PIECE, block.stop)], {}
 
 
 def is_single_dataset(file: str) -> bool:
