@@ -133,8 +133,9 @@ def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
 
 
 def say_error(error: DiffembedError) -> None:
-    """The one line by which every command tells an error of this package."""
-    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    """Print the one line with which every command reports an error of this package."""
+    name = "UserError" if isinstance(error, UserError) else type(error).__name__
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.sources.blocks import BadRowError
 from pipeline.errors import MachineError, UserError, errors_end_the_process, explain_os_error
 from pipeline.run_dir import require_writable
 
@@ -57,3 +58,11 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"output_dir: .*file/out: Not a directory"):
         require_writable(tmp_path / "file" / "out", key="output_dir")
+
+
+def test_an_error_of_a_row_is_reported_as_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors_end_the_process():
+        raise BadRowError("rows.jsonl:2", "text: null")
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "UserError: rows.jsonl:2: text: null\n"

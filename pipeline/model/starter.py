@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from pipeline.config import StarterConfig
 from pipeline.errors import UserError
 from pipeline.files import parse_json
-from pipeline.run_dir import atomic_path, write_json
+from pipeline.run_dir import atomic_path, require_writable, write_json
 
 _END, _MASK = "<|endoftext|>", "<|mask|>"
 
@@ -29,8 +29,8 @@ def build_starter(config: StarterConfig) -> Path:
         UserError: a corpus file is missing or empty, or the sizes do not fit together.
     """
     _check(config)
+    require_writable(config.output_dir, key="output_dir")
     tokenizer = _train_tokenizer(config)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(config.output_dir)
     torch.manual_seed(config.seed)
     native = Qwen2Config(**_sizes(config), is_causal=False)

@@ -78,6 +78,15 @@ def test_faults_of_the_config_are_named(corpus: Path, tmp_path: Path) -> None:
             build_starter(dataclasses.replace(good, **change))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = StarterConfig(output_dir=tmp_path / "file/m", corpus=(tmp_path / "file",))
+    with pytest.raises(UserError, match="output_dir: .*Not a directory"):
+        build_starter(config)
+
+
 def test_a_damaged_checkpoint_is_refused(starter: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

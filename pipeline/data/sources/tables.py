@@ -71,7 +71,10 @@ class _TableRow(Mapping[str, Any]):
         except UnicodeDecodeError as error:
             raise self._fail(name, f"byte {error.start + 1} of it is not UTF-8") from error
         except Exception as error:  # conversions raise errors of several libraries
-            raise self._fail(name, str(error).splitlines()[0]) from error
+            reason = str(error).splitlines()[0]
+            if "zoneinfo" in reason:  # Arrow's words for a zone that is not in the database
+                reason = "its time zone is unknown on this machine"
+            raise self._fail(name, reason) from error
 
     def _fail(self, name: str, reason: str) -> BadRowError:
         return BadRowError(f"{self._file}:{self._number}", f"{name!r} cannot be read ({reason})")
