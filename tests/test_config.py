@@ -109,6 +109,15 @@ def test_a_wrong_file_is_named(path: Path, content: str, message: str) -> None:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["[en, de]", "{en: de}"])
+def test_a_value_of_no_allowed_type_is_named_by_its_key(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "prepare.yaml"
+    source = f"{{name: a, format: columns, path: a.jsonl, where: {{meta.lang: {value}}}}}"
+    path.write_text(f"output_dir: out\ntokenizer: t\nsources: [{source}]\n")
+    with pytest.raises(UserError, match="sources.0.where.meta.lang = .*boolean or .* or a text"):
+        load_config(PrepareConfig, path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         load_config(TrainConfig, tmp_path / "nowhere.yaml")

@@ -147,7 +147,7 @@ def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: s
     faults: dict[str, list[ErrorDetails]] = {}
     # A misspelt key first: that another one is missing follows from it.
     for fault in sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN):
-        faults.setdefault(_key_of(tree, fault["loc"]), []).append(fault)
+        faults.setdefault(_key_of(tree, fault), []).append(fault)
     (key, own), *others = faults.items()
     more = f" (and {len(others)} more: {_shorten(', '.join(k for k, _ in others))})"
     more, first = more if others else "", own[0]
@@ -168,17 +168,17 @@ def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: s
     )
 
 
-def _key_of(tree: Any, location: tuple[int | str, ...]) -> str:
-    """The key that a fault is about; a location also names branches of a type."""
-    parts = []
-    for part in location:
-        if not isinstance(tree, dict | list):
-            break
-        parts.append(str(part))
-        if isinstance(tree, dict):
+def _key_of(tree: Any, fault: ErrorDetails) -> str:
+    """The key that a fault is about; its location also names branches of a type."""
+    parts: list[str] = []
+    for part in fault["loc"]:
+        if isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        elif isinstance(tree, dict) and (part in tree or fault["type"].startswith("missing")):
             tree = tree.get(part)
         else:
-            tree = tree[part] if isinstance(part, int) and part < len(tree) else None
+            break
+        parts.append(str(part))
     return ".".join(parts)
 
 
