@@ -95,7 +95,7 @@ def gpu_asked_for(
         devices: files of which a machine with a GPU has one.
     """
     env = os.environ if environ is None else environ
-    hidden = env.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+    hidden = env.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
     if hidden or env.get("DS_ACCELERATOR") == "cpu":
         return ""
     found = [device for device in devices if Path(device).exists()]

@@ -304,7 +304,7 @@ def test_every_value_that_is_dumped_reads_back_equal(value: object) -> None:
 @pytest.mark.parametrize(
     ("given_path", "expected"),
     [
-        ("~/shards", "/home/me/shards"),
+        ("~/shards", "/opt/me/shards"),
         ("$DATA/shards", "/data/shards"),
         ("${DATA}/shards", "/data/shards"),
         ("a~b/$", "a~b/$"),
@@ -316,7 +316,7 @@ def test_every_value_that_is_dumped_reads_back_equal(value: object) -> None:
 def test_home_and_variables_are_written_out_in_every_path(
     path: Path, monkeypatch: pytest.MonkeyPatch, given_path: str, expected: str | None
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/opt/me")
     monkeypatch.setenv("DATA", "/data")
     monkeypatch.delenv("MISSING", raising=False)
     for key in ("output_dir", "model.path", "data.path", "checkpoint.mirror", "model.adapter"):
@@ -329,7 +329,7 @@ def test_home_and_variables_are_written_out_in_every_path(
             for part in key.split("."):
                 value = getattr(value, part)
             assert str(value) == expected
-    assert expand_path("hub:~/rows") == "hub:/home/me/rows"
+    assert expand_path("hub:~/rows") == "hub:/opt/me/rows"
     assert expand_path("s3://bucket/$x") == "s3://bucket/$x"
 
 

@@ -123,7 +123,7 @@ def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None
     ("environ", "asked"),
     [
         ({}, "there is "),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "there is "),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "there is "),
         ({"CUDA_VISIBLE_DEVICES": ""}, ""),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, ""),
         ({"DS_ACCELERATOR": "cpu"}, ""),

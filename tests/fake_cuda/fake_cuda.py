@@ -1,6 +1,6 @@
 """A pretended CUDA device: real numbers, computed on the CPU under the rules of CUDA.
 
-A `CudaTensor` wraps a CPU tensor and reports the device cuda:0. Each ATen operation on one
+A `CudaTensor` wraps a CPU tensor and reports a CUDA device. Each ATen operation on one
 
 - is refused if CUDA would refuse it (a CPU tensor next to a CUDA tensor, unless it is a scalar, an
   index or one side of a copy);
@@ -126,7 +126,7 @@ class CudaTensor(Tensor):
         return self.inner.clone()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError("can't convert a CUDA tensor to numpy")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,7 +205,7 @@ class _Factories(TorchDispatchMode):
 
 
 class FakeCuda(TorchFunctionMode):
-    """Context in which the device cuda:0 exists; yields the record of what it did."""
+    """Context in which one CUDA device exists; yields the record of what it did."""
 
     def __enter__(self) -> Record:  # type: ignore[override]
         global _record
@@ -243,7 +243,7 @@ class FakeCuda(TorchFunctionMode):
 
 
 def _move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Do what `Tensor.to` does, with cuda:0 among the devices."""
+    """Do what `Tensor.to` does, with one CUDA device."""
     target, rest = kwargs.pop("device", None), []
     for argument in args:
         if isinstance(argument, str | torch.device):

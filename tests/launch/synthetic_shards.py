@@ -51,11 +51,14 @@ class Shape:
     num_negatives: int
 
 
-def write_shards(folder: Path, shape: Shape) -> Path:
+def write_shards(folder: Path, shape: Shape, *, tokenizer: str = "") -> Path:
     """A dataset folder whose examples have one positive and negatives of their own.
 
     The examples of another group point to the same documents again: a batch of one group never
     holds one twice, and the store stays small.
+
+    Args:
+        tokenizer: fingerprint of the tokenizer that the shards claim to be made with.
     """
     folder.mkdir(parents=True)
     counts = [count for _, _, count in shape.groups]
@@ -78,7 +81,7 @@ def write_shards(folder: Path, shape: Shape) -> Path:
         version=VERSION,
         recipe="",
         tokenizer=TokenizerInfo(
-            path="", fingerprint="", vocab_size=10, eos_id=None, append_eos=False
+            path="", fingerprint=tokenizer, vocab_size=10, eos_id=None, append_eos=False
         ),
         template=Template(),
         max_query_length=shape.query.limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,14 @@ from synthetic_shards import Lengths, Shape, write_shards
 
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
+from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.evaluation.tasks.elements import list_elements
 from pipeline.planning import plan as planning
 from pipeline.planning.memory import memory_per_rank
+from pipeline.tokenizer import load_tokenizer
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from tests.support import PATIENCE
+from tests.tiny_models import tiny_starter
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch" / "recipes"
@@ -102,13 +106,21 @@ SHAPES = {
 def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A recipe's config with local stand-ins of the published sizes for what lies on the hub."""
     folder = tmp_path_factory.mktemp("hub")
+    (folder / "corpus.jsonl").write_text('{"text": "a few words"}\n')
+    tokenizer = tiny_starter(folder / "starter", folder / "corpus.jsonl")
+    fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer)))
     for name, config in ARCHITECTURES.items():
         (folder / name).mkdir(parents=True)
+        for file in tokenizer.glob("*token*"):
+            shutil.copy(file, folder / name)
         (folder / name / "config.json").write_text(json.dumps(config))
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers)
     adapter.save_pretrained(str(folder / "adapter"))
-    shards = {task: write_shards(folder / "shards" / task, s) for task, s in SHAPES.items()}
+    shards = {
+        task: write_shards(folder / "shards" / task, shape, tokenizer=fingerprint)
+        for task, shape in SHAPES.items()
+    }
 
     def localise(recipe: Path) -> TrainConfig:
         config = read(recipe)
