@@ -9,6 +9,7 @@ import typer
 
 from pipeline.errors import errors_end_the_process
 from ReasonAug.generation_rows import write_generation_rows
+from ReasonAug.long_rows import write_long_rows
 from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
 from ReasonAug.texts import write_texts
@@ -93,6 +94,17 @@ def texts(
 ) -> None:
     """Write plain texts to pre-train on, and rows that ask for what a short text hides."""
     write_texts(data, seed=seed, num_long=num_long, max_tokens=max_tokens)
+
+
+@app.command()
+def long(
+    data: Annotated[Path, typer.Option(help="folder written by `templates`")],
+    seed: Seed = 0,
+    rows: Annotated[int, typer.Option(help="training rows, notes and needles in turn")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="length of the longest document")] = 4096,
+) -> None:
+    """Write training rows whose long documents hide what the query asks for."""
+    write_long_rows(data, seed=seed, num_rows=rows, max_tokens=max_tokens)
 
 
 def main() -> None:
