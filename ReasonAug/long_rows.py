@@ -25,6 +25,8 @@ from ReasonAug.triplets import TASKS, Row
 _SHORTEST = 64  # tokens of a document
 _SCENE_SENTENCES = 16  # sentences about one scene before the next one begins
 
+_SYLLABLE = ("bcdfghklmnprstvw", "aeiou", ("", "l", "n", "r", "s", "t"))  # sounds in order
+
 NOTE_TASK = "Given a question about a note, retrieve the text that holds the note"
 # What a document says about a topic, and the question that only this document answers.
 NOTES = (
@@ -115,7 +117,10 @@ def _note(topic: str, rng: Random) -> Row:
 
 
 def _topics(rng: Random, names: Sequence[str]) -> Iterator[str]:
-    """Names of training concepts, and pairs of words out of their definitions, without end."""
+    """Yield names of training concepts, pairs of words of their definitions, and invented names.
+
+    Invented names make the pieces of words that training never shows count as content.
+    """
     known = set(names)
     texts = [concept.definition for concept in CONCEPTS if concept.name in known]
     words = sorted({word for text in texts for word in re.findall(r"\b[a-z]{5,}\b", text)})
@@ -123,6 +128,13 @@ def _topics(rng: Random, names: Sequence[str]) -> Iterator[str]:
         for name in rng.sample(names, len(names)):
             yield name
             yield " ".join(rng.sample(words, 2))
+            yield " ".join(_invented(rng) for _ in range(2))
+
+
+def _invented(rng: Random) -> str:
+    """A word of two to four random syllables."""
+    syllables = ("".join(map(rng.choice, _SYLLABLE)) for _ in range(rng.randint(2, 4)))
+    return "".join(syllables)
 
 
 def hide_once(hidden: str, length: int, rng: Random) -> str:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Long documents: a small model learns to find what a document of up to 2,048 words hides once, and
+# Long documents: a small model learns to find what a document of up to 1,024 words hides once, and
 # is scored on needles and passkeys in documents of up to 8,192, before and after. No GPU needed, no
-# network except for the installation. Training shares no hidden text, question or wording with the
-# scored documents; only the background sentences around them come from the same templates.
+# network except for the installation. Training shares no hidden text and no question with the scored
+# documents, and words a passkey differently; needles are problems of concepts that it never meets.
+# Shared are the templates of the background, and the names of the other concepts as topics.
 # Results: runs/long_documents/report/report.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,7 @@ SECONDS=0
 
 say "1. Data: problems, training rows with long documents, and replicas of LongEmbed"
 run python -m ReasonAug templates --out $out/data
-run python -m ReasonAug long --data $out/data --max-tokens 2048
+run python -m ReasonAug long --data $out/data --rows 8192 --max-tokens 1024
 run python -m ReasonAug replicas --data $out/data --out $out/hub --max-tokens 8192 \
   --divide-lengths 4 --long-queries 20
 

@@ -52,7 +52,7 @@ def _is_plain(name: str) -> bool:
 _REPORT_KEYS = (
     "name", "task", "benchmark", "metric", "chance", "intervals", "by_split", "other_scores",
     "num_queries", "max_length", "difference", "ci_low", "ci_high", "significant", "published",
-    "pairs", "replica",
+    "pairs", "replica", "split_differences",
 )  # fmt: skip
 
 

@@ -55,7 +55,15 @@ def test_the_report_holds_every_score_in_every_form(reported, capsys):
     assert by_name["LEMBPasskeyRetrieval"]["chance"] == pytest.approx(1 / 6)
     assert by_name["Core17InstructionRetrieval"]["metric"] == "p-MRR"
     assert by_name["Core17InstructionRetrieval"]["chance"] == 0
-    assert len(by_name["LEMBPasskeyRetrieval"]["by_split"]["strong"]) == 8
+    passkey = by_name["LEMBPasskeyRetrieval"]
+    assert len(passkey["by_split"]["strong"]) == 8
+    for split, found in passkey["split_differences"].items():
+        scores = [passkey["by_split"][model][split] for model in ("weak", "strong")]
+        assert found["difference"] == pytest.approx(scores[1] - scores[0], abs=4e-5)
+        assert found["ci_low"] <= found["difference"] <= found["ci_high"]
+        row = f"| LEMBPasskeyRetrieval | {split} | {scores[0]:.4f} | {scores[1]:.4f} | "
+        assert f"{row}{found['difference']:+.4f} | [" in (folder / "report.md").read_text()
+    assert len(passkey["split_differences"]) == 8
     assert report["training"] == {
         "num_steps": 4,
         "kind": "",

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.report.bootstrap import interval, paired_difference
+from pipeline.evaluation.report.bootstrap import Strata, interval, paired_difference
 from pipeline.evaluation.report.by_step import Curves, read_curves
 from pipeline.evaluation.report.references import published_scores
 from pipeline.evaluation.score.results import changed_inputs, read_result
@@ -136,17 +136,31 @@ def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]])
     }
     entry["published"] = {} if local else published_scores(entry)
     if len(models) > 1:
-        entry |= _difference(last, first)
+        entry |= _difference(last["per_query"], first["per_query"])
+        entry["split_differences"] = {
+            split: _difference(_within(split, last), _within(split, first))
+            for split in first["by_split"]
+        }
     if len(models) > 2:
         entry["pairs"] = [
-            {"model": over, "minus": under, **_difference(by_model[over], by_model[under])}
+            {
+                "model": over,
+                "minus": under,
+                **_difference(by_model[over]["per_query"], by_model[under]["per_query"]),
+            }
             for under, over in itertools.combinations(models, 2)
         ]
     return entry
 
 
-def _difference(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
-    difference, low, high = paired_difference(over["per_query"], under["per_query"])
+def _within(split: str, result: dict[str, Any]) -> Strata:
+    """Query scores of one split, in all of its subsets; strata are named `subset/split`."""
+    strata: Strata = result["per_query"]
+    return {name: scores for name, scores in strata.items() if name.endswith(f"/{split}")}
+
+
+def _difference(over: Strata, under: Strata) -> dict[str, Any]:
+    difference, low, high = paired_difference(over, under)
     return {
         "difference": difference,
         "ci_low": low,

@@ -56,13 +56,23 @@ def with_splits(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
-    """Scores by split for the tasks that have several, or None."""
-    rows = [
-        [task["name"], split, *(f"{task['by_split'][model][split]:.4f}" for model in models)]
-        for task in with_splits(tasks)
-        for split in task["by_split"][models[0]]
-    ]
-    return (["task", "split", *models], rows) if rows else None
+    """Scores by split for the tasks that have several, with the difference; None for no such task.
+
+    A split is usually a document length.
+    """
+    header = ["task", "split", *models]
+    if len(models) > 1:
+        header += ["difference", "95 % interval"]
+    rows = []
+    for task in with_splits(tasks):
+        for split in task["by_split"][models[0]]:
+            scores = (f"{task['by_split'][model][split]:.4f}" for model in models)
+            row = [task["name"], split, *scores]
+            if len(models) > 1:
+                found = task["split_differences"][split]
+                row += [f"{found['difference']:+.4f}", _interval(found)]
+            rows.append(row)
+    return (header, rows) if rows else None
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
