@@ -33,6 +33,12 @@ run diffembed export $recipe/train.yaml --checkpoint init --output $out/export-u
 run diffembed export $recipe/train.yaml
 
 say "4. Before and after"
-run diffembed evaluate run $recipe/evaluate.yaml
+# One model and task per element of the array; two run at a time, one on each core.
+for pair in "0 1" "2 3"; do
+  for index in $pair; do
+    run diffembed evaluate run $recipe/evaluate.yaml --index "$index" &
+  done
+  wait
+done
 run diffembed report $recipe/evaluate.yaml
 printf '\nDone in %d min %02d s after installation.\n' $((SECONDS / 60)) $((SECONDS % 60))
