@@ -76,8 +76,8 @@ def require_negatives(loader: Loader, config: TrainConfig) -> str:
     if lacking == len(counts):
         queries, documents = loader.num_different(0)
         raise UserError(
-            f"data.path: {loader.dataset.folder}: {what}: the first batch holds "
-            f"{queries} different queries and {documents} different documents",
+            f"data.path: {loader.dataset.folder}: {what} "
+            f"(different queries in the first batch: {queries}, different documents: {documents})",
             allowed="batches in which a query meets documents that do not answer it",
             fix="check that columns name the right fields, or give hard negatives"
             + (", or set loss.negatives: batch" if own else ""),

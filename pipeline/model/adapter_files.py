@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -115,6 +116,7 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
         raise UserError(
             f"model.adapter: cannot read an adapter from {path!r} ({_last_line(error)})",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
+            fix=_inner_adapters(path),
         ) from error
     for warning in caught:  # keys that this version of peft does not know
         say_warning(f"model.adapter: {path}: {str(warning.message).splitlines()[0]}")
@@ -130,6 +132,12 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
             f"model.adapter: {path} repeats layers of its model (layer_replication)", fix=_MERGE_IT
         )
     return config
+
+
+def _inner_adapters(path: str) -> str:
+    """Name adapters one folder below: peft saves named ones there, trainers their checkpoints."""
+    inner = sorted(str(file.parent) for file in Path(path).glob("*/adapter_config.json"))
+    return f"give {' or '.join(inner[-2:])}" if inner else ""
 
 
 def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -> AdapterFiles:
@@ -161,8 +169,8 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
     outer, heads = _outer_name(backbone, weights, path)
     if heads and comm.rank() == 0:
         say_warning(
-            f"model.adapter: {path}: {len(heads)} tensors outside of the backbone are not used, "
-            f"such as {heads[0]}"
+            f"model.adapter: {path}: tensors outside of the backbone are not used "
+            f"({len(heads)}, such as {heads[0]})"
         )
     saved = getattr(config, "modules_to_save", None)
     if saved:

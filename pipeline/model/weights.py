@@ -213,8 +213,8 @@ class WeightReader:
         # An export keeps its base's heads for other readers; that is no news.
         if said and comm.rank() == 0 and not is_export(Path(self._files.path)):
             say_warning(
-                f"model.path: {self._files.path}: {len(said)} tensors outside of the backbone "
-                f"are not used, such as {said[0]}"
+                f"model.path: {self._files.path}: tensors outside of the backbone are not used "
+                f"({len(said)}, such as {said[0]})"
             )
 
     def _is_outside(self, key: str) -> bool:

@@ -171,7 +171,7 @@ def test_batches_without_a_single_negative_are_refused_with_their_counts(
 ) -> None:
     columns = {"columns": {"concept": "concept"}} if "concept" in row(0) else {}
     opened = open_rows(make_config, tmp_path, [row(k) for k in range(16)], **columns)
-    counts = f"{queries} different queries and {documents} different documents"
+    counts = f"different queries in the first batch: {queries}, different documents: {documents}"
     with pytest.raises(UserError, match=f"16 of 16 queries in the first 2 batches.*{counts}"):
         check(opened)
 

@@ -208,6 +208,15 @@ def test_lora_that_is_no_change_of_the_backbones_weights_is_refused(
         build_encoder(config_of(base, tmp_path))
 
 
+def test_a_folder_of_adapters_is_refused_with_the_names_of_the_adapters_in_it(
+    base: Path, tmp_path: Path
+) -> None:
+    write_adapter(base, tmp_path / "query", "CAUSAL_LM", lora())
+    with pytest.raises(UserError, match="cannot read an adapter") as caught:
+        build_encoder(config_of(base, tmp_path))
+    assert caught.value.fix == f"give {tmp_path / 'query'}"
+
+
 def test_an_adapter_with_added_tokens_is_refused_and_one_with_as_many_is_taken(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +230,7 @@ def test_an_adapter_with_added_tokens_is_refused_and_one_with_as_many_is_taken(
     encoder = build_encoder(config_of(base, tmp_path / "same"))
     wanted = merged_by_peft(base, tmp_path / "same", "CAUSAL_LM")["embed_tokens.weight"]
     torch.testing.assert_close(encoder.model.embed_tokens.weight, wanted)
-    assert "1 tensors outside of the backbone are not used" in capsys.readouterr().err
+    assert "tensors outside of the backbone are not used (1, such as" in capsys.readouterr().err
     with pytest.raises(UserError, match="size mismatch"):
         build_encoder(config_of(base, tmp_path / "more"))
 

@@ -150,15 +150,9 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("heads", "said"),
     [
-        (
-            ["v_head.summary.weight", "v_head.summary.bias"],
-            "2 tensors outside",
-        ),
-        (["qa_outputs.weight", "score.weight"], "2 tensors outside"),
-        (
-            ["linear.weight"],
-            "1 tensors outside of the backbone are not used, such as linear",
-        ),  # ColBERT
+        (["v_head.summary.weight", "v_head.summary.bias"], "are not used (2, such as v_head"),
+        (["qa_outputs.weight", "score.weight"], "are not used (2, such as qa_outputs"),
+        (["linear.weight"], "are not used (1, such as linear"),  # ColBERT
         (["lm_head.weight"], None),
     ],
 )
