@@ -65,7 +65,11 @@ class RunDir:
         if _is_own_config(self.config):
             return
         fix = "rename or move it, or choose another output_dir"
-        for path in (self.config, self.ds_config, self.environment, self.metrics):
+        written = [self.config, self.ds_config, self.environment, self.metrics]
+        # Somebody who copies a run may leave its config.yaml behind; its checkpoints tell.
+        if any(self.checkpoints.glob("*/state.json")):
+            written = [self.config]
+        for path in written:
             if path.exists():
                 raise UserError(
                     f"output_dir: {path} was not written by a run, and this one would overwrite it",

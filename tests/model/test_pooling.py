@@ -6,7 +6,7 @@ import pytest
 import torch
 from sentence_transformers.models import Pooling
 
-from pipeline.model.export import POOLING_NAMES
+from pipeline.config import POOLINGS
 from pipeline.model.packing import Rows
 from pipeline.model.pooling import pool
 
@@ -33,7 +33,8 @@ def test_a_pooling_without_instructions_equals_sentence_transformers(how: Any) -
     hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     skipped = [2, 0, 3]
     rows = Rows.of(torch.tensor(LENGTHS), causal=False, skipped=torch.tensor(skipped))
-    theirs = Pooling(4, POOLING_NAMES[how], include_prompt=False)
+    (mode,) = (mode for mode, pooling in POOLINGS.items() if pooling == how)
+    theirs = Pooling(4, mode, include_prompt=False)
     wanted = [
         theirs(
             {

@@ -98,6 +98,6 @@ def test_a_refused_option_that_is_off_may_stay() -> None:
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text("[]")
-    for name, message in (("a.json", "not JSON"), ("b.json", "list"), ("c.json", "no such file")):
+    for name, message in (("a.json", "damaged"), ("b.json", "list"), ("c.json", "no such file")):
         with pytest.raises(UserError, match=message):
             load_ds_config(tmp_path / name)

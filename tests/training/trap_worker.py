@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_worker import TwoGroups
+from checkpoint_worker import WIDTH, TwoGroups
 from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 
 from pipeline import comm
@@ -178,7 +178,7 @@ def drift(stage: int) -> dict[str, float]:
 def _chunk_loss(embed: Any, chunk: int, rank: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * rank + chunk)
     ids = torch.randint(0, 50, (8,), generator=generator)
-    target = torch.randn(8, 16, generator=generator) + 1
+    target = torch.randn(8, WIDTH, generator=generator) + 1
     loss: torch.Tensor = ((embed(ids, torch.ones_like(ids)).float() - target) ** 2).mean()
     return loss / NUM_CHUNKS
 
