@@ -53,11 +53,31 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
     hosts = comm.all_gather_object(platform.node())
     sharing = [rank for rank, host in enumerate(hosts) if host == hosts[0]]
     own = blocks[sharing.index(comm.rank()) :: len(sharing)] if comm.rank() in sharing else []
-    threads = max(1, min(4, (os.cpu_count() or 1) // len(sharing)))
-    with comm.together(), ThreadPoolExecutor(threads) as pool:
-        hashed = dict(zip(own, pool.map(_Block.hash, own), strict=True))
+    with comm.together():
+        hashed = _hash(own, num_sharing=len(sharing))
     for part in comm.all_gather_object(hashed):
         hashed.update(part)
+    return _by_file(blocks, hashed)
+
+
+def model_digests_here(config: ModelConfig) -> dict[str, str]:
+    """Return what `model_digests` returns, by this process alone.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    blocks = [*_blocks(config)]
+    return _by_file(blocks, _hash(blocks, num_sharing=1))
+
+
+def _hash(blocks: list[_Block], *, num_sharing: int) -> dict[_Block, bytes]:
+    """Hash blocks on this process's share of the cores."""
+    threads = max(1, min(4, (os.cpu_count() or 1) // num_sharing))
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(blocks, pool.map(_Block.hash, blocks), strict=True))
+
+
+def _by_file(blocks: list[_Block], hashed: dict[_Block, bytes]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name in dict.fromkeys(block.name for block in blocks):
         parts = [digest for block, digest in sorted(hashed.items()) if block.name == name]

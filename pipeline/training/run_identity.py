@@ -95,10 +95,11 @@ def require_same_model(
         UserError: names what differs.
     """
     # Here, because a login node compares runs without torch.
-    from pipeline.model.digests import model_digests
+    from pipeline.model.digests import model_digests_here
 
     saved, run = state["identity"], path.parent.parent
-    wanted = run_identity(config, dataset, model_digests(config.model))
+    # One process exports: other ranks, if there are any, take no part in this.
+    wanted = run_identity(config, dataset, model_digests_here(config.model))
     _require_same_content(run, saved, wanted)
     for key in _differing(saved, wanted):
         if key.startswith(_VECTOR_KEYS) and key not in _NO_VECTOR_KEYS:

@@ -12,7 +12,7 @@ from transformers import Qwen2Model
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import digests
-from pipeline.model.digests import model_digests
+from pipeline.model.digests import model_digests, model_digests_here
 from tests.support import run_ranks
 from tests.tiny_models import save_lifted
 
@@ -27,11 +27,15 @@ def digests_of(path: str) -> dict[str, str]:
     return model_digests(ModelConfig(path=path))
 
 
-def test_digests_are_the_same_on_any_number_of_ranks(base: Path) -> None:
+def test_digests_are_the_same_on_any_number_of_ranks(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = (base / "model.safetensors").read_bytes()
     blocks = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, len(content), 1000)]
     first, second = run_ranks(2, digests_of, str(base))
     assert first == second
+    monkeypatch.setattr(digests, "BLOCK", 1000)
+    assert model_digests_here(ModelConfig(path=str(base))) == first
     assert first.keys() == {"config.json", "model.safetensors"}
     assert first["model.safetensors"] == hashlib.sha256(b"".join(blocks)).hexdigest()
 
