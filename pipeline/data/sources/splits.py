@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import yaml
@@ -126,13 +126,7 @@ def choose_by_readme(
             fix=f"choose one: hub:{folder}:{next(iter(configs))}",
         )
     splits = dict(_patterns((chosen or list(configs.values()))[0]["data_files"]))
-    name = next((name for name in splits if canonical(name) == canonical(split)), None)
-    if name is None:
-        raise UserError(
-            f"{place}: its README.md names no split {split!r}",
-            allowed=f"the splits found: {', '.join(splits)}",
-            fix="set `split`",
-        )
+    name = find_split(splits, split, missing=f"{place}: its README.md names no split {split!r}")
     others = [other for other in splits if other != name]
     note = f"only the split {name!r} is read; left out: {', '.join(others)}" if others else ""
     return [f"{folder.rstrip('/')}/{pattern}" for pattern in splits[name]], note
@@ -170,3 +164,16 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _strings(paths: Any) -> list[str]:
     return [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+
+
+def find_split(names: Collection[str], wanted: str, *, missing: str) -> str:
+    """Return which of the splits found is the wanted one, however it is spelt.
+
+    Raises:
+        UserError: none of them; `missing` says so.
+    """
+    for name in names:
+        if canonical(name) == canonical(wanted):
+            return name
+    allowed = f"the splits found: {', '.join(names)}"
+    raise UserError(missing, allowed=allowed, fix="set `split`")

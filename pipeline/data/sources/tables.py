@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.sources.blocks import BadRowError, Block, Record
 from pipeline.data.sources.files import HUB, file_size, kind_of, open_bytes
-from pipeline.data.sources.splits import canonical
+from pipeline.data.sources.splits import canonical, find_split
 from pipeline.errors import UserError
 
 # For a file that is not whole.
@@ -271,14 +271,7 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
     """The split of what `save_to_disk` wrote: one dataset, or a dict of them."""
     if isinstance(saved, dict):
         wanted = split or "train"
-        name = next((name for name in saved if canonical(name) == canonical(wanted)), None)
-        if name is None:
-            raise UserError(
-                f"{file}: no split {wanted!r}",
-                allowed=f"the splits found: {', '.join(saved)}",
-                fix="set `split`",
-            )
-        return saved[name]
+        return saved[find_split(saved, wanted, missing=f"{file}: no split {wanted!r}")]
     own = str(saved.split or "train")
     if split is not None and canonical(split) != canonical(own):
         raise UserError(
