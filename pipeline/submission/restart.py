@@ -23,18 +23,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_exponential,
-)
-
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.submission import allocation
 from pipeline.submission.health import probe
+from pipeline.submission.patience import repeat
 from pipeline.submission.progress import History, last_step
 from pipeline.submission.successor import submit_successor
 
@@ -43,7 +36,6 @@ _MAX_IDLE = 3
 _MAX_UNFIT = 3
 # For how long nodes wait for a shared folder that is full, read-only or away.
 _SHARED_SECONDS = 1800
-_LONGEST_WAIT = 30
 # Before the time limit: enough for a controller that answers slowly.
 _LAST_SECONDS = 30
 _SLURM_ENDS_IT = "Slurm ends this job itself: cancelled, queued again, or a node failed"
@@ -237,22 +229,17 @@ def _wait_for_shared(call: Callable[[], T]) -> T:
         DiffembedError: it stayed at fault.
     """
 
-    def wait(state: RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome:
-            say(f"{state.outcome.exception()}; waiting, up to {_SHARED_SECONDS / 60:.0f} minutes")
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(SharedFaultError),
-        wait=wait_exponential(max=_LONGEST_WAIT),
-        stop=stop_after_delay(_SHARED_SECONDS),
-        before_sleep=wait,
-        reraise=True,
-    )
+    limit = f"{_SHARED_SECONDS / 60:.0f} minutes"
     try:
-        return retrying(call)
+        return repeat(
+            call,
+            on=SharedFaultError,
+            seconds=_SHARED_SECONDS,
+            tell=lambda error: say(f"{error}; waiting, up to {limit}"),
+        )
     except SharedFaultError as error:
         raise DiffembedError(
-            f"{error}, for {_SHARED_SECONDS / 60:.0f} minutes, not queued again | fix: free some "
+            f"{error}, for {limit}, not queued again | fix: free some "
             f"space or bring the disk back, then submit again"
         ) from error
 

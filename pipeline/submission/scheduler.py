@@ -17,16 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_exponential,
-)
-
 from pipeline.errors import UserError
 from pipeline.rank_variables import without_rank
+from pipeline.submission.patience import repeat
 
 T = TypeVar("T")
 
@@ -35,7 +28,6 @@ _SECONDS = 120
 # For how long a question is repeated: while a person waits, and while a job does.
 AT_SUBMISSION = 60
 IN_A_JOB = 3600
-_LONGEST_WAIT = 30
 # A job whose submission was cut off may enter the queue shortly after the controller answers again.
 _SETTLING = (0, 2, 5)
 _SILENT = re.compile(
@@ -250,19 +242,11 @@ def patiently(call: Callable[[], T], seconds: float) -> T:
         NoAnswerError: Slurm never answered.
     """
 
-    def say(state: RetryCallState) -> None:
-        error = state.outcome and state.outcome.exception()
-        if state.attempt_number == 1 and isinstance(error, NoAnswerError):
-            print(f"{error.found}; waiting for it, up to {seconds:.0f} s", file=sys.stderr)
+    def tell(error: BaseException) -> None:
+        assert isinstance(error, NoAnswerError)
+        print(f"{error.found}; waiting for it, up to {seconds:.0f} s", file=sys.stderr)
 
-    retrying = Retrying(
-        retry=retry_if_exception_type(NoAnswerError),
-        wait=wait_exponential(max=_LONGEST_WAIT),
-        stop=stop_after_delay(seconds),
-        before_sleep=say,
-        reraise=True,
-    )
-    return retrying(call)
+    return repeat(call, on=NoAnswerError, seconds=seconds, tell=tell)
 
 
 def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -212,7 +212,7 @@ esac""",
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setattr("pipeline.submission.scheduler._LONGEST_WAIT", 0)
+    monkeypatch.setattr("pipeline.submission.patience.LONGEST_WAIT", 0)
     return tmp_path
 
 
@@ -278,7 +278,7 @@ def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.submission.restart._LONGEST_WAIT", 0)
+    monkeypatch.setattr("pipeline.submission.patience.LONGEST_WAIT", 0)
     put_command(slurm / "srun", 'printf "health: node%s: {}\\n" 1 2')
     # Full on the first look, not on the second.
     looks = iter([(28, "run has 0.60 GiB free"), (0, "")])
