@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
-from pipeline.data.similarity import Wording, Words, hash_ngrams, hash_words, ratio_above
+from pipeline.data.similarity import Wording, Words, hash_runs, hash_words, ratio_above
 from pipeline.data.sources.records import (
     list_files,
     plan_blocks,
@@ -53,7 +53,7 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
         found = 0
         for text in _texts(config, number):
             found += 1
-            own = np.unique(hash_ngrams(hash_words(text), config.ngram))
+            own = np.unique(hash_runs(hash_words(text), config.ngram))
             ngrams.append(own)
             owners.append(np.full(len(own), number, dtype=np.int32))
             if evaluation.queries:
@@ -67,7 +67,7 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
     keys, first = np.unique(np.concatenate(ngrams), return_index=True)
     _save(folder / "ngrams.npy", keys)
     _save(folder / "owners.npy", np.concatenate(owners)[first])
-    short = [hash_ngrams(hash_words(text), _CANDIDATE_WORDS) for _, text in queries]
+    short = [hash_runs(hash_words(text), _CANDIDATE_WORDS) for _, text in queries]
     of_query = np.repeat(np.arange(len(short)), [len(part) for part in short])
     runs = np.concatenate(short) if short else np.empty(0, dtype=np.uint64)
     order = np.argsort(runs, kind="stable")
@@ -119,31 +119,29 @@ class ContaminationIndex:
         2005.14165, appendix C, use 13), or, for a query, its matching ratio with an evaluation
         query is above `max_ratio`.
         """
-        words = hash_words(text)
-        ngrams = hash_ngrams(words, self._config.ngram)
+        wording = Wording(text)
+        ngrams = hash_runs(wording.hashes, self._config.ngram)
         places = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
         hits = self._ngrams[places] == ngrams
-        if hits.any() and hits.mean() > self._config.max_overlap:
+        share = np.count_nonzero(hits) / max(1, len(hits))
+        if share > self._config.max_overlap:
             owner = np.bincount(self._owners[places[hits]]).argmax()
             return Match(
-                reason=f"shares {hits.mean():.0%} of its {self._config.ngram}-grams",
+                reason=f"shares {share:.0%} of its {self._config.ngram}-grams",
                 where=self._names[owner],
             )
-        return self._find_query(text, words) if is_query else None
+        return self._find_query(wording) if is_query else None
 
-    def _find_query(self, text: str, words: Words) -> Match | None:
-        runs = np.unique(hash_ngrams(words, _CANDIDATE_WORDS))
+    def _find_query(self, wording: Wording) -> Match | None:
+        runs = hash_runs(wording.hashes, _CANDIDATE_WORDS)
         starts = np.searchsorted(self._runs, runs, side="left")
         stops = np.searchsorted(self._runs, runs, side="right")
-        candidates = [
-            self._run_queries[start:stop]
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-            if stop > start
-        ]
+        # A run that the text repeats counts once.
+        spans = set(zip(starts.tolist(), stops.tolist(), strict=True))
+        candidates = [self._run_queries[start:stop] for start, stop in spans if stop > start]
         if not candidates:
             return None
         shared = np.bincount(np.concatenate(candidates))
-        wording = Wording(text)
         for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
             if not shared[number]:
                 break

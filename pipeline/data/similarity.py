@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
 import functools
 import heapq
 import re
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +22,7 @@ NUM_HASHES = NUM_BANDS * _ROWS_PER_BAND
 _SHINGLE_WORDS = 5
 _WORD = re.compile(r"\w+")
 _GOLDEN = 0x9E3779B97F4A7C15
+_INVERSE = pow(_GOLDEN, -1, 2**64)
 
 
 @functools.lru_cache(maxsize=2**17)
@@ -33,7 +32,8 @@ def _word_hash(word: str) -> int:
 
 def hash_words(text: str) -> Words:
     """(W,) hash of each word; case, punctuation and spaces do not matter."""
-    return np.array([_word_hash(word) for word in _WORD.findall(text.lower())], dtype=np.uint64)
+    words = _WORD.findall(text.lower())
+    return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
 
 
 def hash_ngrams(words: Words, size: int) -> Words:
@@ -46,6 +46,26 @@ def hash_ngrams(words: Words, size: int) -> Words:
     for place in range(size):
         ngrams = mix(ngrams * np.uint64(_GOLDEN) + words[place : place + count])
     return ngrams
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(factor: int, bits: int) -> Words:
+    """(2^bits,) powers of a factor modulo 2^64."""
+    return np.full(2**bits, factor, dtype=np.uint64).cumprod()
+
+
+def hash_runs(words: Words, size: int) -> Words:
+    """Return other hashes of the same runs as `hash_ngrams`, in a time independent of the size.
+
+    A run is a polynomial of its words, the difference of two running sums (Karp and Rabin, 1987).
+    """
+    if not len(words):
+        return np.empty(0, dtype=np.uint64)
+    size = min(size, len(words))
+    bits = len(words).bit_length()
+    sums = np.zeros(len(words) + 1, dtype=np.uint64)
+    np.cumsum(words * _powers(_GOLDEN, bits)[: len(words)], out=sums[1:])
+    return (sums[size:] - sums[:-size]) * _powers(_INVERSE, bits)[: len(words) - size + 1]
 
 
 _SALTS = mix(np.arange(1, NUM_HASHES + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
@@ -78,23 +98,30 @@ def band_keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
 
 
 class Wording:
-    """A text as characters and as words, to be matched with others.
-
-    Case, punctuation and spaces between words do not matter to its words.
-    """
+    """A text as characters and as words, to be matched with others."""
 
     def __init__(self, text: str) -> None:
         self.characters = text
-        self.words: list[str] = _WORD.findall(text.lower())
+        self.hashes = hash_words(text)
 
     @functools.cached_property
-    def frequent(self) -> frozenset[str]:
+    def words(self) -> list[str]:
+        """Words in lower case, without what stands between them."""
+        return _WORD.findall(self.characters.lower())
+
+    @functools.cached_property
+    def letters(self) -> bytes:
+        """A letter for each word; equal words have equal ones, and most others do not."""
+        return self.hashes.astype(np.uint8).tobytes()
+
+    @functools.cached_property
+    def frequent(self) -> str:
         """Characters that difflib takes for no start of a match; none in a short text."""
         length = len(self.characters)
         if length < 200:
-            return frozenset()
+            return ""
         counts = collections.Counter(self.characters)
-        return frozenset(letter for letter, count in counts.items() if count > length // 100 + 1)
+        return "".join(letter for letter, count in counts.items() if count > length // 100 + 1)
 
 
 def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
@@ -104,22 +131,33 @@ def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
     published decontamination uses it, and over words: beyond 200 characters the former disregards
     every frequent letter, and so finds little.
     """
-    ratios = []
-    needed = _needed(left.characters, right.characters, limit)
-    if _may_match(left.characters, right.characters, needed):
-        ratios.append(_match(left.characters, right.characters, needed, frequent=right.frequent))
-    needed = _needed(left.words, right.words, limit)
-    if _may_match(left.words, right.words, needed):
-        # A letter for each word: strings are searched faster than lists.
+    found = None
+    if _may_exceed(left.letters, right.letters, limit):
+        # Strings are searched faster than lists, but here no two words may have one letter.
         letter_of = {word: chr(number) for number, word in enumerate(dict.fromkeys(right.words), 1)}
         one, other = (
-            "".join(letter_of.get(word, "\0") for word in text.words) for text in (left, right)
+            "".join([letter_of.get(word, "\0") for word in text.words]) for text in (left, right)
         )
-        ratios.append(_match(one, other, needed, frequent=frozenset()))
-    return max((ratio for ratio in ratios if ratio is not None), default=None)
+        found = _match(one, other, limit, frequent="")
+    limit = limit if found is None else found
+    if _may_exceed(left.characters, right.characters, limit):
+        ratio = _match(left.characters, right.characters, limit, frequent=right.frequent)
+        found = found if ratio is None else ratio
+    return found
 
 
-def _needed(left: Sequence[str], right: Sequence[str], limit: float) -> int:
+def _may_exceed(left: str | bytes, right: str | bytes, limit: float) -> bool:
+    """Say whether the ratio of two texts may be above a limit.
+
+    Matching blocks are a common subsequence; the longest one is found a hundred times faster.
+    """
+    least = int(limit * (len(left) + len(right)) / 2)
+    if least > min(len(left), len(right)):
+        return False
+    return bool(LCSseq.similarity(left, right, score_cutoff=least) >= least)
+
+
+def _needed(left: str, right: str, limit: float) -> int:
     """Least number of matches whose ratio is above a limit."""
     total = len(left) + len(right)
     if not total:
@@ -131,72 +169,64 @@ def _needed(left: Sequence[str], right: Sequence[str], limit: float) -> int:
     return needed
 
 
-def _may_match(left: Sequence[str], right: Sequence[str], needed: int) -> bool:
-    """Say whether so many matches are possible.
-
-    Matching blocks are a common subsequence; the longest one is found a hundred times faster.
-    """
-    if needed > min(len(left), len(right)):
-        return False
-    return bool(LCSseq.similarity(left, right, score_cutoff=needed) >= needed)
-
-
-def _match(left: str, right: str, needed: int, *, frequent: frozenset[str]) -> float | None:
-    """Difflib's ratio if it has the needed matches, else None.
+def _match(left: str, right: str, limit: float, *, frequent: str) -> float | None:
+    """Difflib's ratio if it is above a limit, else None.
 
     The longest common subsequence of each pair of regions that is left to search bounds what it can
     add; once the bounds do not add up, the search ends.
     """
-    starts: Sequence[int] = range(len(left))
-    if frequent:
-        starts = [place for place, letter in enumerate(left) if letter not in frequent]
+    needed = _needed(left, right, limit)
     regions = [(-min(len(left), len(right)), 0, len(left), 0, len(right))]
     matched, possible = 0, -regions[0][0]
-    while regions:
-        bound, *region = heapq.heappop(regions)
-        i, j, size = _longest_match(left, right, region, starts)
+    while regions and possible >= needed:
+        bound, start, stop, right_start, right_stop = heapq.heappop(regions)
+        i, j, size = _longest_match(left[start:stop], right[right_start:right_stop], frequent)
         matched += size
         possible += size + bound
-        if size:
-            left_start, left_stop, right_start, right_stop = region
-            for inner in (
-                (left_start, i, right_start, j),
-                (i + size, left_stop, j + size, right_stop),
-            ):
-                one, other = left[inner[0] : inner[1]], right[inner[2] : inner[3]]
-                if inside := LCSseq.similarity(one, other):
-                    possible += inside
-                    heapq.heappush(regions, (-inside, *inner))
-        if possible < needed:
-            return None
+        if not size:
+            continue
+        i, j = start + i, right_start + j
+        for inner in ((start, i, right_start, j), (i + size, stop, j + size, right_stop)):
+            one, other = left[inner[0] : inner[1]], right[inner[2] : inner[3]]
+            if one and other and (inside := LCSseq.similarity(one, other)):
+                possible += inside
+                heapq.heappush(regions, (-inside, *inner))
+    if possible < needed:
+        return None
     total = len(left) + len(right)
     return 2.0 * matched / total if total else 1.0
 
 
-def _longest_match(
-    left: str, right: str, region: Sequence[int], starts: Sequence[int]
-) -> tuple[int, int, int]:
-    """Where and how long the match is that `SequenceMatcher.find_longest_match` finds.
+def _longest_match(left: str, right: str, frequent: str) -> tuple[int, int, int]:
+    """Return place and length of the match that `SequenceMatcher.find_longest_match` finds.
 
-    Args:
-        left, right: the texts.
-        region: start and stop in the left text, start and stop in the right one.
-        starts: places in the left text whose letters are not frequent, in order; a match grows from
-            a run of them, over frequent letters too.
+    The longest match of letters that are not frequent grows at both ends over any letters.
     """
-    start, stop, right_start, right_stop = region
-    inside = right[right_start:right_stop]
-    best, place = 0, start
-    allowed = starts[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, stop)]
-    for number, i in enumerate(allowed):
-        # Longer than the best so far, and without a frequent letter.
-        while number + best < len(allowed) and allowed[number + best] == i + best:
-            if left[i : i + best + 1] not in inside:
-                break
-            best, place = best + 1, i
-    i, j = place, right_start + inside.find(left[place : place + best])
-    while i > start and j > right_start and left[i - 1] == right[j - 1]:
-        i, j, best = i - 1, j - 1, best + 1
-    while i + best < stop and j + best < right_stop and left[i + best] == right[j + best]:
-        best += 1
-    return i, j, best
+    runs = [left]
+    if frequent:
+        divider = frequent[0]
+        runs = left.translate(dict.fromkeys(map(ord, frequent), divider)).split(divider)
+    best, size = "", 0
+    for run in runs:
+        place = 0
+        while place + size < len(run):  # look for one that is longer than the best so far
+            half, end = place + (size + 1) // 2, place + size + 1
+            if run[half:end] not in right:
+                place = half + 1  # no match holds all of this half
+            elif (found := right.find(run[place:end])) < 0:
+                place += 1
+            else:
+                size += 1 + _common_start(run[end:], right[found + size + 1 :])
+                best = run[place : place + size]
+    i, j = left.find(best), right.find(best)
+    while i and j and left[i - 1] == right[j - 1]:
+        i, j, size = i - 1, j - 1, size + 1
+    return i, j, size + _common_start(left[i + size :], right[j + size :])
+
+
+def _common_start(left: str, right: str) -> int:
+    """Count the letters that two texts have in common at their start."""
+    for count, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return count
+    return min(len(left), len(right))

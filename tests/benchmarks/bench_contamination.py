@@ -1,11 +1,14 @@
 """Decontamination against plain difflib: python tests/benchmarks/bench_contamination.py.
 
-Long generated problems are checked against as many queries as BRIGHT has, in CPU seconds of one
-process, both ways interleaved. The verdicts must be equal; otherwise it exits with 1.
+Generated problems are checked against queries in three cases: long texts against as many queries as
+BRIGHT has, short ones that were made from the same templates as the queries, and the rows of
+`python -m ReasonAug templates` against 400 problems that were held out. It counts CPU seconds of
+one process, both ways interleaved on the same texts, and exits with 1 if two verdicts differ.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import random
@@ -15,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data import contamination
@@ -22,10 +26,10 @@ from pipeline.data.contamination import ContaminationIndex, Match, build_index
 from pipeline.data.similarity import Wording
 from ReasonAug.templates import write_templates
 
-_QUERIES = 1384
 # ReasonIR's rows (arXiv 2504.20595): each has a query, a positive and a hard negative.
-_ROWS, _DOCUMENTS = 320_000, 2
-_ROUNDS, _OF_ROUND, _ALONE = 4, 8, 300
+_ROWS, _QUERIES, _DOCUMENTS = 320_000, 1384, 2
+_TEMPLATE_ROWS, _TEMPLATE_QUERIES = 6816, 400
+_ROUNDS, _OF_ROUND, _ALONE = 6, 8, 300
 
 
 def plain_ratio(left: Wording, right: Wording, limit: float) -> float | None:
@@ -46,32 +50,71 @@ def timed(work: Callable[[str], Match | None], texts: list[str]) -> tuple[list[o
 
 
 def main() -> None:
-    """Print a table; the projection is the measured share times the rows."""
-    rng = random.Random(0)
+    """Print a table of the three cases."""
+    print("| case | characters | found | plain | bounded | ratio |")
+    print("|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_templates(folder, seed=0, problems_per_concept=32, max_tokens=1500)
-        lines = (folder / "train.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        rng.shuffle(rows)
+        rows, problems = generate(folder / "long", max_tokens=1500)
         # Queries of some concepts against texts of the others: much in common, and little found.
         asked = set(sorted({row["instance"] for row in rows})[::2])
-        queries = [row["user_query"] for row in rows if row["instance"] in asked][:_QUERIES]
-        path = folder / "queries.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in queries))
-        rule = DecontaminateConfig(sets=(EvaluationSetConfig(name="queries", path=str(path)),))
-        build_index(rule, folder / "index")
-        index = ContaminationIndex(rule, folder / "index")
-        rest = [row for row in rows if row["instance"] not in asked]
-        report(index, [r["user_query"] for r in rest], [r["positive_document"] for r in rest])
+        others = [row for row in rows if row["instance"] not in asked]
+        index = make_index(
+            folder / "1", [row["user_query"] for row in rows if row["instance"] in asked][:_QUERIES]
+        )
+        query = report("long problems", index, [row["user_query"] for row in others])
+        documents = [row["positive_document"] for row in others[:_ALONE]]
+        _, document = timed(lambda text: index.find(text, is_query=False), documents)
+
+        _, short = generate(folder / "short", max_tokens=300)
+        held_out = [p["statement"] for p in short if p["split"] == "unseen_problems"]
+        trained = [p["statement"] for p in short if p["split"] == "train"]
+        report("short problems", make_index(folder / "2", held_out[:_TEMPLATE_QUERIES]), trained)
+
+        held_out = [p["statement"] for p in problems if p["split"] != "train"]
+        index = make_index(folder / "3", held_out[:_TEMPLATE_QUERIES])
+        trained = [row["user_query"] for row in rows[:_TEMPLATE_ROWS]]
+        report("template rows", index, trained, whole=True)
+    minutes = _ROWS * (query + _DOCUMENTS * document) / 60 / 2
+    print(f"\nA document: {1e3 * document:.2f} ms. {_ROWS:,} rows of a query and {_DOCUMENTS}")
+    print(f"documents against {_QUERIES:,} queries on two cores, projected: {minutes:.1f} min")
 
 
-def report(index: ContaminationIndex, texts: list[str], documents: list[str]) -> None:
-    """Time both ways on the same texts, then ours alone on more of them."""
+def generate(folder: Path, *, max_tokens: int) -> tuple[list[Any], list[Any]]:
+    """Make training rows and problems by the offline generator, shuffled."""
+    with contextlib.redirect_stdout(None):
+        write_templates(folder, seed=0, problems_per_concept=64, max_tokens=max_tokens)
+    parts = []
+    for name in ("train", "problems"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        parts.append([json.loads(line) for line in lines])
+        random.Random(0).shuffle(parts[-1])
+    return parts[0], parts[1]
+
+
+def make_index(folder: Path, queries: list[str]) -> ContaminationIndex:
+    """Index queries as `prepare` does."""
+    folder.mkdir()
+    path = folder / "queries.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in queries))
+    rule = DecontaminateConfig(sets=(EvaluationSetConfig(name="queries", path=str(path)),))
+    build_index(rule, folder / "index")
+    return ContaminationIndex(rule, folder / "index")
+
+
+def report(case: str, index: ContaminationIndex, texts: list[str], *, whole: bool = False) -> float:
+    """Print a row: CPU time of one text, or of the whole list, where we search each text once.
+
+    Returns:
+        CPU seconds of one text.
+    """
 
     def check(text: str) -> Match | None:
         return index.find(text, is_query=True)
 
+    # `prepare` searches for a repeated text once.
+    alone = list(dict.fromkeys(texts)) if whole else texts[:_ALONE]
+    found, seconds = timed(check, alone)
     bounded, ours, plain = contamination.ratio_above, 0.0, 0.0
     for number in range(_ROUNDS):
         part = texts[number * _OF_ROUND :][:_OF_ROUND]
@@ -83,17 +126,15 @@ def report(index: ContaminationIndex, texts: list[str], documents: list[str]) ->
         plain += seconds / _ROUNDS
         if fast != slow:
             sys.exit("the verdicts differ")
-    found, query = timed(check, texts[:_ALONE])
-    _, document = timed(lambda text: index.find(text, is_query=False), documents[:_ALONE])
-    mean = sum(map(len, texts[:_ALONE])) / _ALONE
-    hours = _ROWS * (query + _DOCUMENTS * document) / 3600
-    print(f"| queries of {mean:.0f} characters, {sum(map(bool, found))} of {_ALONE} found | CPU |")
-    print("|---|---|")
-    print(f"| a query, plain difflib | {1e3 * plain:.1f} ms |")
-    print(f"| a query, bounded | {1e3 * ours:.2f} ms |")
-    print(f"| ratio | {plain / ours:.0f} |")
-    print(f"| a document | {1e3 * document:.2f} ms |")
-    print(f"| {_ROWS:,} rows against {_QUERIES:,} queries, two cores | {60 * hours / 2:.1f} min |")
+    mean, share = sum(map(len, alone)) / len(alone), sum(map(bool, found)) / len(alone)
+    if whole:
+        case = f"{len(texts):,} {case}, {len(alone):,} distinct (plain projected)"
+        before, after = plain * len(texts), seconds * len(alone)
+        times = f"{before:.0f} s | {after:.1f} s | {before / after:.0f}"
+    else:
+        times = f"{1e3 * plain:.1f} ms | {1e3 * ours:.2f} ms | {plain / ours:.0f}"
+    print(f"| {case} | {mean:.0f} | {share:.0%} | {times} |", flush=True)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class _Collector:
     bad: BadRows
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     documents: dict[bytes, FramedText] = dataclasses.field(default_factory=dict)
-    matches: dict[bytes, Match | None] = dataclasses.field(default_factory=dict)
+    matches: dict[tuple[bytes, bool], Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
     num_unwanted: int = 0
@@ -99,9 +99,7 @@ class _Collector:
         negatives = self._clean(record, "negative", row, row.negatives, positives)
         if self.source.max_negatives is not None:
             negatives = dict(list(negatives.items())[: self.source.max_negatives])
-        match = None
-        if self.contamination is not None:
-            match = self.contamination.find(row.query, is_query=True)
+        match = self._match(hash_text(row.query), row.query, is_query=True)
         if not row.query.strip():
             self._drop(record, "query", "empty", row.query)
         elif match is not None:
@@ -144,18 +142,19 @@ class _Collector:
                 self._drop(record, kind, "empty", text)
             elif key in taken:
                 self._drop(record, kind, "equals a positive", text)
-            elif (match := self._match(key, text)) is not None:
+            elif (match := self._match(key, text, is_query=False)) is not None:
                 self._drop(record, kind, "in an evaluation set", text, match)
             else:
                 kept.setdefault(key, place)
         return kept
 
-    def _match(self, key: bytes, text: str) -> Match | None:
+    def _match(self, key: bytes, text: str, *, is_query: bool) -> Match | None:
+        """Search for a text of this key in the evaluation sets, once for each block."""
         if self.contamination is None:
             return None
-        if key not in self.matches:
-            self.matches[key] = self.contamination.find(text, is_query=False)
-        return self.matches[key]
+        if (key, is_query) not in self.matches:
+            self.matches[key, is_query] = self.contamination.find(text, is_query=is_query)
+        return self.matches[key, is_query]
 
     def _drop(
         self, record: Record, kind: str, reason: str, text: str, match: Match | None = None
