@@ -114,7 +114,7 @@ def report(case: str, index: ContaminationIndex, texts: list[str], *, whole: boo
 
     # `prepare` searches for a repeated text once.
     alone = list(dict.fromkeys(texts)) if whole else texts[:_ALONE]
-    found, seconds = timed(check, alone)
+    found, each = timed(check, alone)
     bounded, ours, plain = contamination.ratio_above, 0.0, 0.0
     for number in range(_ROUNDS):
         part = texts[number * _OF_ROUND :][:_OF_ROUND]
@@ -129,12 +129,12 @@ def report(case: str, index: ContaminationIndex, texts: list[str], *, whole: boo
     mean, share = sum(map(len, alone)) / len(alone), sum(map(bool, found)) / len(alone)
     if whole:
         case = f"{len(texts):,} {case}, {len(alone):,} distinct (plain projected)"
-        before, after = plain * len(texts), seconds * len(alone)
+        before, after = plain * len(texts), each * len(alone)
         times = f"{before:.0f} s | {after:.1f} s | {before / after:.0f}"
     else:
         times = f"{1e3 * plain:.1f} ms | {1e3 * ours:.2f} ms | {plain / ours:.0f}"
     print(f"| {case} | {mean:.0f} | {share:.0%} | {times} |", flush=True)
-    return seconds
+    return each
 
 
 if __name__ == "__main__":

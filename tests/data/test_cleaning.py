@@ -21,10 +21,18 @@ from pipeline.config import (
     SourceConfig,
     Template,
 )
+from pipeline.data.contamination import ContaminationIndex
 from pipeline.data.inspect import inspect
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
-from pipeline.data.similarity import Wording, hash_ngrams, hash_words, minhash, ratio_above
+from pipeline.data.similarity import (
+    Wording,
+    hash_ngrams,
+    hash_runs,
+    hash_words,
+    minhash,
+    ratio_above,
+)
 from pipeline.data.tokens import TextEncoder, load_tokenizer
 
 
@@ -305,3 +313,45 @@ def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limi
     # The ratio itself is the limit that rounding would first get wrong.
     for bound in (limit, ratio, np.nextafter(ratio, 0) if ratio else 0.0):
         assert ratio_above(left, right, bound) == (ratio if ratio > bound else None)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 14))
+@settings(max_examples=60, deadline=None)
+def test_runs_of_words_have_equal_hashes_only_where_they_are_equal(
+    letters: list[str], size: int
+) -> None:
+    words = hash_words(" ".join(letters))
+    runs = hash_runs(words, size)
+    size = min(size, len(letters))
+    expected = [tuple(letters[k : k + size]) for k in range(len(letters) - size + 1)]
+    assert len(runs) == (len(expected) if letters else 0)
+    # Also of a run elsewhere, so that one index serves all texts.
+    alone = [hash_runs(hash_words(" ".join(run)), size)[0] for run in expected if run]
+    assert runs.tolist() == alone
+    assert len(set(runs.tolist())) == len({run for run in expected if run})
+
+
+def test_a_repeated_query_is_searched_for_once_and_dropped_each_time(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(6)
+    known, other = words(rng, 14), words(rng, 14)
+    write_jsonl(tmp_path / "queries.jsonl", [{"text": known}])
+    rule = DecontaminateConfig(
+        sets=(EvaluationSetConfig(name="bench", path=str(tmp_path / "queries.jsonl")),)
+    )
+    searched: list[str] = []
+    find = ContaminationIndex.find
+
+    def counting(self: ContaminationIndex, text: str, *, is_query: bool) -> Any:
+        searched.extend([text] * is_query)
+        return find(self, text, is_query=is_query)
+
+    monkeypatch.setattr(ContaminationIndex, "find", counting)
+    records = [
+        {"query": query, "positives": [words(rng, 40)]} for query in (known, other, known, other)
+    ]
+    dataset = build(records, decontaminate=rule)
+    assert dataset.num_examples == 2
+    assert [text for _, _, text in dropped(dataset)] == [known, known]
+    assert sorted(searched) == sorted([known, other])
