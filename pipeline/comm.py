@@ -237,7 +237,7 @@ def on_main(function: Callable[[], T]) -> T:
             outcome = function()
         except DiffembedError as error:
             outcome = error
-        except OSError as error:
+        except Exception as error:
             if (outcome := explain_os_error(error)) is None:
                 raise
     outcome = broadcast_object(outcome)

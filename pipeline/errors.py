@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class DiffembedError(Exception):
@@ -82,20 +83,36 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
         lines = str(error).strip().splitlines() or ["out of memory"]
         cure = "ask for smaller sizes, or for a machine with more memory"
         return MachineError(f"{lines[-1]} | fix: {cure}")
-    number, path = None, ""
-    if isinstance(error, OSError):
-        number = error.errno
-        path = ": ".join(str(name) for name in (error.filename, error.filename2) if name)
-    elif found := re.search(r"\(os error (\d+)\)", str(error)):
-        number = int(found[1])
+    number, path = _number_of(error), ""
     if number is None:
         return None
+    if isinstance(error, OSError):
+        path = ": ".join(str(name) for name in (error.filename, error.filename2) if name)
     text = f"{path}: {os.strerror(number)}" if path else str(error)
     if fix := _PATH_FAULTS.get(number):
         return UserError(text, fix=fix)
     if fix := _MACHINE_FAULTS.get(number):
         return MachineError(f"{text} | fix: {fix}")
     return None
+
+
+def _number_of(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def name_full_disk(path: Path) -> Iterator[None]:
+    """Name the path that is written in an error about a full disk; Arrow's and Rust's name none."""
+    try:
+        yield
+    except Exception as error:
+        number = _number_of(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def say_warning(message: str) -> None:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import UserError, explain_os_error
+from pipeline.errors import UserError, explain_os_error, name_full_disk
 
 # The file beside checkpoints that names the newest whole one.
 LATEST = "latest"
@@ -218,8 +218,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # Random, because two nodes that share the folder may run processes of the same number.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
-        sync_file(temporary)
+        with name_full_disk(path):
+            yield temporary
+            sync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.declared import model_fix, require_model_place
 from pipeline.errors import UserError, blame
+
+_CODE_FIX = (
+    "its own code is never run; copy the folder, remove auto_map from its tokenizer_config.json, "
+    "and keep a tokenizer.json in it"
+)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -21,10 +27,12 @@ def load_tokenizer(path: str) -> Any:
     """
     # Inside, because importing transformers takes seconds.
     from transformers import AutoTokenizer, Qwen2Tokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     allowed = "a folder with tokenizer.json, or a model name in the local cache"
     # Dream's tokenizer is remote code around Qwen2's files.
     native = {"Dream": Qwen2Tokenizer}
+    require_model_place(path, key="tokenizer")
     folder, model_type = Path(path), ""
     local = folder.is_dir() or not _can_reach_hub()
     # A tokenizer without a model is fine; one whose config.json is damaged may be Dream's.
@@ -33,7 +41,10 @@ def load_tokenizer(path: str) -> Any:
         with blame(found, allowed=allowed, fix=f"fetch {path} again"):
             model_type = _model_type(path, local_only=local)
     kind = native.get(model_type, AutoTokenizer)
-    with blame(f"tokenizer: cannot load {path!r}", allowed=allowed):
+    found, fix = f"tokenizer: cannot load {path!r}", model_fix(path)
+    with blame(found, allowed=allowed, fix=fix):
+        own_code = "auto_map" in get_tokenizer_config(path, local_files_only=local)
+    with blame(found, allowed=allowed, fix=_CODE_FIX if own_code else fix):
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=local)
     files = sorted(getattr(tokenizer, "vocab_files_names", {}).values())
     known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]

@@ -56,7 +56,11 @@ def discover_world(environ: Mapping[str, str] | None = None) -> World:
         if rank not in present or size not in present:
             continue
         if local_rank not in present:
-            raise UserError(f"{launcher} set {rank} and {size} but not {local_rank}")
+            raise UserError(
+                f"{launcher} set {rank} and {size} but not {local_rank}",
+                fix=f"if they are left from another job, run `unset {rank} {size}`; else start "
+                f"the ranks by {launcher}",
+            )
         world = World(
             rank=_number(env, rank),
             world_size=_number(env, size),

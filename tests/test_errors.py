@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.sources.blocks import BadRowError
 from pipeline.errors import MachineError, UserError, errors_end_the_process, explain_os_error
-from pipeline.run_dir import require_writable
+from pipeline.run_dir import atomic_path, require_writable
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,27 @@ from pipeline.run_dir import require_writable
 )
 def test_a_failed_disk_access_is_explained(error: Exception, kind: type) -> None:
     assert isinstance(explain_os_error(error), kind)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "Error writing bytes to file"),  # Arrow's
+        Exception("I/O error: No space left on device (os error 28)"),  # Rust's
+    ],
+)
+def test_a_full_disk_names_the_file_that_was_written(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    with pytest.raises(OSError) as raised, atomic_path(path):
+        raise error
+    told = f"{path}: {os.strerror(errno.ENOSPC)} | fix: free some space"
+    assert str(explain_os_error(raised.value)).startswith(told)
+
+
+def test_an_error_of_what_is_read_does_not_blame_the_file_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised, atomic_path(tmp_path / "x.arrow"):
+        raise OSError(errno.EIO, "Error reading bytes from file")
+    assert raised.value.filename is None
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,33 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
         json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
     )
     (tmp_path / "tokenization_x.py").write_text("raise SystemExit('it ran')")
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="tokenizer: cannot load"):
-            load_tokenizer(str(folder))
+    with pytest.raises(UserError, match="tokenizer: cannot load .*its own code is never run"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_cure_for_a_tokenizer_with_code_works(starter: Path, tmp_path: Path) -> None:
+    wanted = AutoTokenizer.from_pretrained(starter)
+    wanted.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    tree = {**json.loads(settings.read_text()), "tokenizer_class": "X"}
+    settings.write_text(json.dumps({**tree, "auto_map": {"AutoTokenizer": ["x.X", None]}}))
+    with pytest.raises(UserError, match=r"remove auto_map from its tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path))
+    settings.write_text(json.dumps(tree))
+    assert load_tokenizer(str(tmp_path))(TEXT) == wanted(TEXT)
+
+
+def test_a_path_is_never_taken_for_a_name_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, message in (
+        (str(tmp_path / "nowhere"), "no such folder .* fix: correct tokenizer"),
+        ("./nowhere", "no such folder"),
+        ("a/b/c", "no such folder"),
+        (str(tmp_path / "file"), "is a file .* fix: name its folder"),
+        ("some/where", r"cannot load 'some/where' .*hf download some/where"),
+    ):
+        with pytest.raises(UserError, match=f"^tokenizer: .*{message}"):
+            load_tokenizer(path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ def test_a_rank_is_what_the_innermost_launcher_says(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "set RANK and WORLD_SIZE but not LOCAL_RANK"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "set RANK and WORLD_SIZE but not LOCAL_RANK .*run `unset RANK WORLD_SIZE`",
+        ),
         ({**TORCHRUN, "RANK": "8"}, r"RANK=8 \| allowed: 0 to WORLD_SIZE-1 \(7\)"),
         ({**TORCHRUN, "WORLD_SIZE": "two"}, r"WORLD_SIZE=two \| allowed: a whole number"),
     ],

@@ -104,6 +104,38 @@ def _read(path: str, name: str, revision: str | None) -> Any:
         return None
 
 
+def require_model_place(path: str, *, key: str) -> None:
+    """Refuse a path without a folder; what may be a name on the hub is left to its client.
+
+    Args:
+        path: a folder of this machine, or a name on the hub.
+        key: the config key that gives it.
+
+    Raises:
+        UserError: it is a file, or a path where nothing is.
+    """
+    if Path(path).is_dir():
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    allowed = "a folder in Hugging Face layout, or a model name in the local cache"
+    if Path(path).exists():
+        raise UserError(f"{key}: {path} is a file", allowed=allowed, fix="name its folder")
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        found = f"{key}: {path}: no such folder"
+        raise UserError(found, allowed=allowed, fix=f"correct {key}") from None
+
+
+def model_fix(path: str) -> str:
+    """Return what helps where the files of a model cannot be read."""
+    if Path(path).is_dir():
+        return f"fetch {path} again, or name another folder"
+    return f"correct the name, or run `hf download {path}` where there is a network"
+
+
 def local_file(path: str, name: str, revision: str | None = None) -> Path | None:
     """Find a file of a model's folder, or of a hub name's in the local cache; asks no network."""
     folder = Path(path)

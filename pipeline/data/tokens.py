@@ -51,7 +51,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         tokenizer: a Hugging Face tokenizer.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    probes = [list(tokenizer(text)["input_ids"]) for text in _PROBES]
+    # Else a probe longer than the model's length is warned of.
+    probes = [list(tokenizer(text, verbose=False)["input_ids"]) for text in _PROBES]
     return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
 from pipeline.config import ModelConfig
+from pipeline.config.declared import model_fix, require_model_place
 from pipeline.errors import UserError, blame
 from pipeline.limits import embedding_rows
 from pipeline.model.families import FAMILIES, Family
@@ -141,7 +142,8 @@ def _unknown_kind(config: ModelConfig, published: dict[str, Any]) -> UserError:
     return UserError(
         f"model.path: {config.path} has model_type {kind!r}",
         allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
-        fix="a model's own code runs only with model.trust_remote_code and model.revision",
+        fix="take a model of one of these kinds; any other one is loaded only by its own code, "
+        "with model.trust_remote_code and model.revision",
     )
 
 
@@ -180,9 +182,11 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it names no kind of model.
     """
+    require_model_place(config.path, key="model.path")
     with blame(
         f"model.path: cannot read a config.json from {config.path!r}",
         allowed="a folder in Hugging Face layout, or a model name in the local cache",
+        fix=model_fix(config.path),
     ):
         published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
     if not isinstance(published.get("model_type"), str):

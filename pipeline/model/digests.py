@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from pipeline import comm
 from pipeline.config import ModelConfig
+from pipeline.config.declared import model_fix, require_model_place
 from pipeline.errors import UserError
 from pipeline.model.weights import WeightFiles
 
@@ -105,11 +106,13 @@ def _files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
 
 
 def _files_of_base(config: ModelConfig) -> Iterator[tuple[str, Path]]:
+    require_model_place(config.path, key="model.path")
     settings = _cached(config.path, "config.json", config.revision)
     if settings is None:
         raise UserError(
             f"model.path: cannot read a config.json from {config.path!r}",
             allowed="a folder in Hugging Face layout, or a model name in the local cache",
+            fix=model_fix(config.path),
         )
     yield settings.name, settings
     if config.trust_remote_code:  # may load any of them

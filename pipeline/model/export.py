@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.config import ModelConfig, Template, as_tree
-from pipeline.errors import UserError, say_warning
+from pipeline.errors import UserError, name_full_disk, say_warning
 from pipeline.limits import limits_of
 from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
@@ -237,7 +237,8 @@ def _replaced(output_dir: Path) -> Iterator[Path]:
     work, old = _unfinished(output_dir), output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
     work.mkdir()
     try:
-        yield work
+        with name_full_disk(output_dir):
+            yield work
         if output_dir.exists():
             output_dir.rename(old)
         work.rename(output_dir)

@@ -59,22 +59,46 @@ def read_site() -> Site:
             f"{path}: no such file",
             fix="go to the folder that holds slurm/, or let DIFFEMBED_CLUSTER_ENV name the file",
         )
-    done = subprocess.run(
-        ["bash", "-c", _SCRIPT, "bash", path.absolute(), *FLAG_ARRAYS],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-    )
-    if done.returncode:
-        raise UserError(
-            f"{path}: {done.stderr.strip() or 'bash refuses it'}",
-            allowed=f"bash with the arrays {', '.join(FLAG_ARRAYS)}",
-        )
-    limit, *values = done.stdout.split("\0")[:-1]
+    limit, *values = _run_site_file(path).split("\0")[:-1]
     if limit and not limit.isdecimal():
         raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or nothing")
     flags = {name: parse_flags(words, f"{path}: {name}") for name, words in _group(values).items()}
     return Site(path=path, flags=flags, array_limit=int(limit) if limit else None)
+
+
+def _run_site_file(path: Path) -> str:
+    """What `_SCRIPT` prints for a site file; batch scripts read it under `set -eu` too."""
+    allowed = f"bash with the arrays {', '.join(FLAG_ARRAYS)}"
+    try:
+        if b"\r\n" in path.read_bytes():
+            raise UserError(
+                f"{path}: lines end as on Windows (CR LF)",
+                allowed=allowed,
+                fix=f"run `sed -i 's/\\r$//' {path}`",
+            )
+        done = subprocess.run(
+            ["bash", "-c", _SCRIPT, "bash", path.absolute(), *FLAG_ARRAYS],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{path}: bash has not read it after {_SECONDS} s",
+            allowed=allowed,
+            fix="take out what waits or asks",
+        ) from error
+    if done.returncode:
+        silent = f"a command in it ends with exit code {done.returncode} and says nothing"
+        raise UserError(
+            f"{path}: {done.stderr.strip() or silent}",
+            allowed=allowed,
+            fix="let every command in it succeed under `set -eu`, as batch scripts read it; "
+            f"`bash -eux {path}` shows where it ends",
+        )
+    return done.stdout
 
 
 def _group(values: list[str]) -> dict[str, tuple[str, ...]]:

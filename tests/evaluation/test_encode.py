@@ -186,6 +186,14 @@ def test_vector_i_belongs_to_line_i_also_where_lines_are_blank(
     assert "4 of 6 texts are blank; each keeps its place" in capsys.readouterr().err
 
 
+def test_texts_that_reach_the_maximum_length_are_counted(
+    plain: EncodeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = dataclasses.replace(plain, max_length=8)
+    encode_rows(short, "lines.txt", "river\n" + "stone " * 40 + "\n" + "amber " * 40 + "\n")
+    assert ", 2 texts at the limit of 8 tokens, " in capsys.readouterr().err
+
+
 def test_blank_lines_between_json_records_are_left_out_and_counted(
     plain: EncodeJob, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,10 @@ FAULTS = {
         lambda rows: rows["corpus"].append({**rows["corpus"][0], "text": "other"}),
         "two documents of .* have the id",
     ),
+    "two queries": (
+        lambda rows: rows["queries"].append({**rows["queries"][0], "text": "other"}),
+        r"queries.jsonl:\d+: an earlier query has the id",
+    ),
     "no query": (lambda rows: rows["queries"].clear(), "no query of .* has judgements"),
     "a query without text": (
         lambda rows: rows["queries"][0].pop("text"),

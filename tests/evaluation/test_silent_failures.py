@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 import benchmark_replicas as replicas
 import mteb
 import numpy as np
@@ -111,6 +114,30 @@ def test_excluded_documents_are_never_found(snapshots, tmp_path, minilm):
         excluded = {f"aops/{topic}-{a}".replace(" ", "_") for a in replicas.ASPECTS[:2]}
         assert len(rankings[str(number)]) == 48 - 2
         assert not excluded & set(rankings[str(number)])
+
+
+def test_doubtful_rows_of_a_snapshot_are_counted(tmp_path, capsys):
+    replicas.write_follow_ir(tmp_path / "hub")
+    folder = tmp_path / "hub/mteb" / FOLLOW_IR
+
+    def add(part: str, change: Callable[[list[dict]], list[dict]]) -> None:
+        (path,) = (folder / part).glob("*.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *change(rows)]))
+
+    add("corpus", lambda rows: [rows[0], {**rows[1], "text": "other"}])
+    add("queries", lambda rows: [rows[0], {**rows[1], "text": "other"}])
+    add("default", lambda rows: [{**rows[0], "corpus-id": "nowhere"}])
+    with private_cache(tmp_path):
+        load_and_prove(localise(get_task(FOLLOW_IR), tmp_path / "hub"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{FOLLOW_IR} default/test: {what}: 1"
+        for what in (
+            "judged documents that the corpus lacks, never found",
+            "documents with an earlier document's id and another text, of which one counts",
+            "queries with an earlier query's id and another text, of which one counts",
+        )
+    ]
 
 
 def test_localising_a_task_leaves_mtebs_own_metadata_alone(snapshots):

@@ -153,8 +153,16 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     hf.T5Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"'t5'.*Dream.*qwen2"):
         build_encoder(ModelConfig(path=str(tmp_path)))
-    with pytest.raises(UserError, match=r"cannot read a config\.json"):
-        build_encoder(ModelConfig(path=str(tmp_path / "nowhere")))
+    for path, message in (
+        (str(tmp_path / "nowhere"), "nowhere: no such folder .* fix: correct model.path"),
+        (str(tmp_path / "config.json"), "is a file .* fix: name its folder"),
+        ("some/where", r"cannot read a config\.json .* fix: .*hf download some/where"),
+    ):
+        with pytest.raises(UserError, match=f"^model.path: .*{message}"):
+            build_encoder(ModelConfig(path=path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"fix: fetch {tmp_path} again, or name another"):
+        build_encoder(ModelConfig(path=str(tmp_path)))
 
 
 def test_diffusion_gemma_is_refused_with_the_reason(tmp_path: Path) -> None:

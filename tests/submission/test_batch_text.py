@@ -141,6 +141,30 @@ def test_a_site_file_that_lacks_something_is_refused_by_name(
         read_site()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("SITE_FLAGS=()\r\n", r"lines end as on Windows .*sed -i 's/\\r\$//'"),
+        ("[[ -n ${NOPE:-} ]] && X=1\n", ".* exit code 1 and says nothing .*bash -eux .*site.env"),
+        ("echo hello >&2\nfalse\n", "hello .*bash -eux"),
+        ("read -r answer\n", ".* exit code 1 and says nothing"),
+        ("sleep 9\n", "bash has not read it after 1 s .* fix: take out what waits"),
+    ],
+    ids=["CR LF", "a test that fails", "a command that fails", "a question", "waiting"],
+)
+def test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.env"
+    site.write_bytes(f"source {ROOT}/slurm/cluster.env\n{content}".encode())
+    monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
+    if "sleep" in content:
+        monkeypatch.setattr("pipeline.submission.site._SECONDS", 1)
+
+    with pytest.raises(UserError, match=f"site.env: {message}"):
+        read_site()
+
+
 def test_a_percent_sign_in_a_folder_is_not_slurms_to_expand() -> None:
     own = job(folder=Path("lr1%j/50%"), name="train")
 

@@ -50,8 +50,7 @@ def make_task(own: OwnTask) -> Any:
 def read_split(own: OwnTask) -> dict[str, Any]:
     """Read corpus, queries and judgements, as mteb holds a split.
 
-    As with mteb's own tasks, queries without judgements do not count and judged documents that the
-    corpus lacks count as not found; both are said.
+    As with mteb's own tasks, queries without judgements do not count; how many is said.
 
     Raises:
         UserError: a file is missing or damaged, or no query is left; names file and line.
@@ -59,7 +58,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
     source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
     try:
         corpus = _distinct(own, ((name, text) for name, text, _ in corpus_records(source)))
-        queries = {identifier(record): record for record in _records(source, "queries")}
+        queries = _distinct_queries(_records(source, "queries"))
         judged: dict[str, dict[str, int]] = {}
         files = tuple(judgement_files(source))
         for record, query, document, score in judgement_records(files, _refuse):
@@ -73,7 +72,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
             f"tasks.{own.name}: no query of {own.path} has judgements in split {own.split!r}",
             fix="check the ids in queries and qrels, or give the task another split",
         )
-    _say_left_out(own, corpus, queries, judged)
+    _say_left_out(own, queries, judged)
     return {
         "corpus": datasets.Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
         "queries": _query_table({query: queries[query] for query in queries if query in relevant}),
@@ -98,6 +97,26 @@ def _distinct(own: OwnTask, documents: Iterator[tuple[str, str]]) -> dict[str, s
     return corpus
 
 
+def _distinct_queries(records: Iterator[Record]) -> dict[str, Record]:
+    """Records by id.
+
+    Raises:
+        UserError: two queries have one id, so that judgements of it mean nothing.
+    """
+    queries: dict[str, Record] = {}
+    for record in records:
+        first = queries.setdefault(name := identifier(record), record)
+        if _asked(first) != _asked(record):
+            raise record.fail(f"an earlier query has the id {name!r}", allowed="an id a query")
+    return queries
+
+
+def _asked(record: Record) -> tuple[object, object]:
+    """Text and instruction of a query."""
+    value = record.value
+    return value.get("text", value.get("query")), value.get("instruction")
+
+
 def _records(source: SourceConfig, part: str) -> Iterator[Record]:
     for file in folder_part(source, part):
         for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
@@ -120,7 +139,7 @@ def _query_table(queries: dict[str, Record]) -> datasets.Dataset:
     """Ids and texts, with the queries' own instructions where there are any."""
     columns: dict[str, list[str | None]] = {"id": list(queries), "text": []}
     for record in queries.values():
-        text = record.value.get("text", record.value.get("query"))
+        text, _ = _asked(record)
         if not isinstance(text, str):
             raise record.fail("no text", allowed="a text in the field text or query")
         columns["text"].append(text)
@@ -129,14 +148,10 @@ def _query_table(queries: dict[str, Record]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _say_left_out(
-    own: OwnTask, corpus: dict[str, str], queries: dict[str, Record], judged: dict[str, Any]
-) -> None:
-    lost = {d for query in judged if query in queries for d in judged[query]} - corpus.keys()
+def _say_left_out(own: OwnTask, queries: dict[str, Record], judged: dict[str, Any]) -> None:
     counts = {
         "queries without judgements, left out": len(queries.keys() - judged.keys()),
         "judged queries without text, left out": len(judged.keys() - queries.keys()),
-        "judged documents that the corpus lacks, never found": len(lost),
     }
     for what, count in counts.items():
         if count:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,32 @@ def _prove_split(where: str, data: Any, fix: str) -> None:
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
+    _say_doubtful(where, data)
+
+
+def _say_doubtful(where: str, data: Any) -> None:
+    """Count what mteb scores all the same, though it may be a fault of the files."""
+    documents, queries = data["corpus"], data["queries"]
+    known = set(documents["id"][:])
+    judged = {d for query in queries["id"][:] for d in data["relevant_docs"][query]}
+    doubtful = {
+        "judged documents that the corpus lacks, never found": len(judged - known),
+        "documents with an earlier document's id and another text, of which one counts": (
+            _num_ambiguous(documents, document_texts) if len(known) < len(documents) else 0
+        ),
+        "queries with an earlier query's id and another text, of which one counts": _num_ambiguous(
+            queries, query_texts
+        ),
+    }
+    for what, count in doubtful.items():
+        if count:
+            print(f"{where}: {what}: {count}", flush=True)
+
+
+def _num_ambiguous(table: Any, texts_of: Callable[[Any], list[str]]) -> int:
+    first: dict[str, str] = {}
+    pairs = zip(table["id"][:], texts_of(table), strict=True)
+    return sum(first.setdefault(name, text) != text for name, text in pairs)
 
 
 def _prove_texts(where: str, table: Any, fix: str) -> None:

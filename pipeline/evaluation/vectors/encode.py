@@ -97,7 +97,7 @@ def _encode_block(job: EncodeJob, number: int) -> None:
     plan = read_plan(job.folder)
     model = _load(job)
     schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
-    started, num_texts, num_tokens = time.monotonic(), 0, 0
+    started, num_texts, num_tokens, num_full = time.monotonic(), 0, 0, 0
     with batch_writer(job.part(number), schema) as write:
         for texts, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
             vectors = _stored(job, model.encode_tokens(ids, skipped), texts)
@@ -105,10 +105,12 @@ def _encode_block(job: EncodeJob, number: int) -> None:
             write(pa.record_batch(columns, schema=schema))
             num_texts += len(texts)
             num_tokens += sum(map(len, ids))
+            num_full += sum(len(row) >= model.max_length for row in ids)
     seconds = time.monotonic() - started
     print(
         f"encode: block {number + 1} of {len(plan.blocks)}, {num_texts} texts, "
-        f"{num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s",
+        f"{num_tokens:,} tokens, {num_full} texts at the limit of {model.max_length} tokens, "
+        f"{num_tokens / seconds:,.0f} tokens/s",
         file=sys.stderr,
         flush=True,
     )
