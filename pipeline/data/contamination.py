@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.similarity import Wording, Words, hash_runs, hash_words, ratio_above
+from pipeline.data.sources.bad_rows import BadRecords
 from pipeline.data.sources.records import (
     list_files,
     plan_blocks,
@@ -49,21 +50,23 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
     owners: list[NDArray[np.int32]] = []
     names: list[str] = []
     queries: list[tuple[int, str]] = []
+    bad = BadRecords("decontaminate.sets")
     for number, evaluation in enumerate(config.sets):
         found = 0
-        for text in _texts(config, number):
+        for text in _texts(config, number, bad):
             found += 1
             own = np.unique(hash_runs(hash_words(text), config.ngram))
             ngrams.append(own)
             owners.append(np.full(len(own), number, dtype=np.int32))
             if evaluation.queries:
                 queries.append((number, text))
-        if not found:
+        if not found and not bad.count:
             raise UserError(
                 f"decontaminate.{evaluation.name}: no text in {evaluation.path}",
                 fix="name the fields that hold its texts, or remove the set",
             )
         names.append(evaluation.name)
+    bad.refuse()
     keys, first = np.unique(np.concatenate(ngrams), return_index=True)
     _save(folder / "ngrams.npy", keys)
     _save(folder / "owners.npy", np.concatenate(owners)[first])
@@ -76,21 +79,25 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
     write_text(folder / "index.json", json.dumps({"names": names, "queries": queries}))
 
 
-def _texts(config: DecontaminateConfig, number: int) -> Iterator[str]:
+def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterator[str]:
+    """Texts of one evaluation set; records without one go to `bad`."""
     evaluation = config.sets[number]
     for file in contamination_files(evaluation):
         split = split_to_read(file, evaluation.split, default="test")
         for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
-            for record in read_records(block, split=split):
+            for record in read_records(block, split=split, on_bad=bad.add):
                 for field in evaluation.fields:
                     text = record.value.get(field)
-                    if not isinstance(text, str):
-                        raise record.fail(
-                            f"field {field!r} is missing or no text",
-                            allowed=f"fields found: {', '.join(map(str, record.value))}",
-                            fix=f"set decontaminate.{evaluation.name}.fields",
-                        )
-                    yield text
+                    if isinstance(text, str):
+                        yield text
+                        continue
+                    fault = record.fail(
+                        f"field {field!r} is missing or no text",
+                        allowed=f"fields found: {', '.join(map(str, record.value))}",
+                        fix=f"set decontaminate.{evaluation.name}.fields",
+                    )
+                    bad.add(fault)
+                    break
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

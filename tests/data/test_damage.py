@@ -193,6 +193,8 @@ def test_a_bad_file_is_named(kind: str, make_config: ConfigMaker, tmp_path: Path
     with pytest.raises(UserError) as caught:
         prepare(make_config(source), num_workers=1)
     one_line(caught.value, str(tmp_path / name))
+    if "damaged" in caught.value.found:
+        assert caught.value.fix == "write or fetch the file again"
 
 
 def test_sources_that_leave_no_example_are_refused(
@@ -203,8 +205,32 @@ def test_sources_that_leave_no_example_are_refused(
     blank = write_jsonl(tmp_path / "blank.jsonl", [{"query": "", "positives": ["p"]}])
     for number, path in enumerate((empty, blank)):
         source = SourceConfig(name="s", format="columns", path=str(path))
-        with pytest.raises(UserError, match="no example is left"):
+        with pytest.raises(UserError, match="no example is left") as caught:
             prepare(make_config(source, name=f"d{number}"), num_workers=1)
+        said = "rows read 0 (only" if path == empty else "rows read 1, query: empty 1"
+        one_line(caught.value, f"s ({path}): {said}")
+
+
+def test_each_source_says_why_no_example_of_it_is_left(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [{**GOOD, "language": "de"}, {"query": "q", "positives": [" "], "language": "en"}]
+    one = write_jsonl(tmp_path / "one.jsonl", rows)
+    other = write_jsonl(
+        tmp_path / "other.jsonl", [{"query": q, "positives": ["p"]} for q in ("q", "")]
+    )
+    sources = (
+        SourceConfig(name="a", format="columns", path=str(one), where={"language": "en"}),
+        SourceConfig(name="b", format="columns", path=str(other), require_negatives=True),
+    )
+    with pytest.raises(UserError) as caught:
+        prepare(make_config(*sources), num_workers=1)
+    one_line(
+        caught.value,
+        f"a ({one}): rows read 2, positive: empty 1, query: no positive left 1, "
+        "left out by `where` 1",
+        f"b ({other}): rows read 2, query: empty 1, query: no hard negative 1",
+    )
 
 
 def test_a_hub_dataset_that_is_not_there_is_named(make_config: ConfigMaker, tmp_path: Path) -> None:
@@ -288,6 +314,29 @@ def test_a_bad_evaluation_set_is_named(make_config: ConfigMaker, tmp_path: Path)
         with pytest.raises(UserError) as caught:
             prepare(make_config(source, decontaminate=rule), num_workers=1)
         one_line(caught.value, place, said)
+
+
+def test_bad_rows_of_all_evaluation_sets_are_told_at_once(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.csv"
+    lines = [b'{"text": "a"}', b"{", b'{"text": null}', b'{"body": "a"}', b"\xff"]
+    one.write_bytes(b"\n".join(lines))
+    other.write_text("body\na\nb\n")
+    sets = (
+        EvaluationSetConfig(name="one", path=str(one)),
+        EvaluationSetConfig(name="other", path=str(other)),
+    )
+    source = SourceConfig(name="s", format="columns", path=str(path))
+    with pytest.raises(UserError) as caught:
+        prepare(make_config(source, decontaminate=DecontaminateConfig(sets=sets)), num_workers=1)
+    one_line(caught.value, str(one), "decontaminate.sets: 6 rows cannot be used", "; and 1 more")
+    for place in (f"{one}:2: not JSON", f"{one}:3: field 'text'", f"{one}:4: ", f"{one}:5: byte 1"):
+        assert place in caught.value.found
+    assert f"{other}:2: field 'text' is missing" in caught.value.found
+    for name in ("one", "other"):
+        assert f"set decontaminate.{name}.fields" in caught.value.fix
 
 
 @pytest.fixture

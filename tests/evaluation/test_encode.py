@@ -316,7 +316,7 @@ def test_memory_does_not_grow_with_the_input(job: EncodeJob, tmp_path: Path) -> 
         (
             {},
             [{"name": 1}, {"name": 2, "text": 3}],
-            r"no such field \(wrong in 2 records: .*:1, .*:2",
+            r"2 rows cannot be used: .*:1: text: no such field .*; .*:2: text: int \| allowed",
         ),
         ({"title_field": "head"}, None, "--title-field: no record has a text in 'head'"),
         ({"id_field": None}, [{"text": " "}], "holds no text"),
@@ -332,6 +332,20 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
         Path(job.input).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=message):
         encode_file(dataclasses.replace(job, **changes), num_processes=1)  # type: ignore[arg-type]
+    assert not job.output.exists()
+
+
+def test_bad_rows_of_every_kind_are_told_at_once(job: EncodeJob) -> None:
+    good = json.dumps({"name": "q", "text": "a"})
+    bad = ["{", "[1]", '{"name": 1}', '{"name": [1], "text": "b"}', '{"name": 1, "text": 2}', "]"]
+    lines = [line for row in bad for line in (good, row)]
+    Path(job.input).write_bytes(b"\n".join([*map(str.encode, lines), b"\xff\xfe", good.encode()]))
+    with pytest.raises(UserError) as caught:
+        encode_file(job, num_processes=1)
+    assert caught.value.found.startswith("--input: 7 rows cannot be used: ")
+    for number, reason in ((2, "not JSON"), (4, "a JSON list"), (6, "no such"), (8, "name: list")):
+        assert f"{job.input}:{number}: {reason}" in caught.value.found.replace("text: no", "no")
+    assert caught.value.found.endswith("; and 2 more")
     assert not job.output.exists()
 
 

@@ -65,9 +65,11 @@ def _sum_up(build: Build) -> Manifest:
         own = TypeAdapter(LengthHistogram).validate_python(packed["lengths"])
         lengths[kind] = lengths[kind].plus(own)
     counts = group_counts(build)
+    sources = tuple(_sources(build, collected, counts))
     if not counts.sum():
         raise UserError(
-            "sources: no example is left after cleaning",
+            "sources: no example is left after cleaning: "
+            + "; ".join(_losses(build, collected, sources)),
             fix="see the files, and the filters `where`, `require_negatives`, `decontaminate`",
         )
     return Manifest(
@@ -83,7 +85,7 @@ def _sum_up(build: Build) -> Manifest:
             _read(build, "tokenise", number)["near_duplicates"] for number in range(plan.num_slices)
         ),
         has_scores=any(entry["has_scores"] for entry in collected),
-        sources=tuple(_sources(build, collected, counts)),
+        sources=sources,
         groups=_groups(build, counts.sum(axis=0)),
         query_lengths=lengths["examples"],
         document_lengths=lengths["documents"],
@@ -122,6 +124,21 @@ def _sources(
             dropped=dict(sorted(dropped.items())),
             warnings=tuple(_warnings(source, examples, looked_up["unjudged"])),
         )
+
+
+def _losses(
+    build: Build, collected: list[dict[str, Any]], sources: tuple[SourceInfo, ...]
+) -> Iterator[str]:
+    """Say of each source how many rows were read, and why none of them is left."""
+    for number, source in enumerate(sources):
+        own = [k for k, planned in enumerate(build.plan.blocks) if planned.source == number]
+        unwanted = sum(collected[block]["unwanted"] for block in own)
+        reasons = [f"{reason} {count:,}" for reason, count in source.dropped.items()]
+        if unwanted:
+            reasons.append(f"left out by `where` {unwanted:,}")
+        read = source.rows + unwanted
+        reasons.insert(0, f"rows read {read:,}" + ("" if read else " (only blank lines)"))
+        yield f"{source.name} ({source.path}): {', '.join(reasons)}"
 
 
 def _warnings(source: SourceConfig, examples: int, unjudged: int) -> Iterator[str]:

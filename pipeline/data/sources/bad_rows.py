@@ -82,12 +82,52 @@ def refuse_bad_rows(name: str, summaries: Iterable[Mapping[str, Any]], num_read:
     if not count:
         return
     shown = [entry for summary in summaries for entry in summary["first_bad"]][:_NUM_SHOWN]
-    texts = "; ".join(text for text, _ in shown)
     fix = shown[0][1] or f"mend the {'row' if count == 1 else 'rows'}"
     if not dropped:
         fix += f", or set sources.{name}.on_bad_row: drop"
-    if count > 1:
-        of = f" of {num_read}" if num_read else ""
-        more = f"; and {count - len(shown)} more" if count > len(shown) else ""
-        texts = f"sources.{name}: {count}{of} rows cannot be used: {texts}{more}"
-    raise UserError(texts, fix=fix)
+    texts = [text for text, _ in shown]
+    raise UserError(_list_bad(f"sources.{name}", texts, count, num_read=num_read), fix=fix)
+
+
+@dataclasses.dataclass(slots=True)
+class BadRecords:
+    """Bad records of an input that has no `on_bad_row`, to be refused all at once.
+
+    Attributes:
+        key: config key or option that names the input.
+        count: how many there are.
+        first: the first few of them.
+    """
+
+    key: str
+    count: int = 0
+    first: list[BadRowError] = dataclasses.field(default_factory=list)
+
+    def add(self, bad: BadRowError) -> None:
+        """Take a bad record."""
+        self.count += 1
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append(bad)
+
+    def refuse(self) -> None:
+        """Refuse the input if it has bad records.
+
+        Raises:
+            UserError: the count, and what is wrong with the first few.
+        """
+        if self.count == 1:
+            raise self.first[0]
+        if self.count:
+            texts = [f"{bad.where}: {bad.reason}" for bad in self.first]
+            fixes = dict.fromkeys(bad.fix for bad in self.first if bad.fix)
+            fix = "; ".join(fixes) or "mend the rows, or leave them out"
+            raise UserError(_list_bad(self.key, texts, self.count), fix=fix)
+
+
+def _list_bad(key: str, texts: list[str], count: int, *, num_read: int = 0) -> str:
+    """Say what is wrong with the first rows of an input, and how many there are."""
+    if count == 1:
+        return texts[0]
+    of = f" of {num_read}" if num_read else ""
+    more = f"; and {count - len(texts)} more" if count > len(texts) else ""
+    return f"{key}: {count}{of} rows cannot be used: {'; '.join(texts)}{more}"

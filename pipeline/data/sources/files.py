@@ -17,6 +17,8 @@ from pipeline.data.sources.splits import Choice, choose_by_name, choose_by_readm
 from pipeline.errors import UserError
 
 HUB = "hub:"
+# What to do about a damaged file.
+FETCH_AGAIN = "write or fetch the file again"
 _KINDS = {
     ".jsonl": "json",
     ".ndjson": "json",

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from pipeline.data.sources.blocks import BadRowError, Block, OnBadRow, Record, give_up
-from pipeline.data.sources.files import file_size, kind_of, open_bytes
+from pipeline.data.sources.files import FETCH_AGAIN, file_size, kind_of, open_bytes
 from pipeline.errors import UserError
 
 
@@ -25,7 +25,7 @@ def next_line(handle: IO[bytes], file: str) -> bytes:
     try:
         return handle.readline()
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise UserError(f"{file}: damaged compressed file ({error})") from error
+        raise UserError(f"{file}: damaged compressed file ({error})", fix=FETCH_AGAIN) from error
 
 
 def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[Block]:

@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.sources.blocks import BadRowError, Block, Record
-from pipeline.data.sources.files import HUB, file_size, kind_of, open_bytes
+from pipeline.data.sources.files import FETCH_AGAIN, HUB, file_size, kind_of, open_bytes
 from pipeline.data.sources.splits import canonical, find_split
 from pipeline.errors import UserError
 
 # For a file that is not whole.
-_AGAIN = "write or fetch the file again"
 _ROWS_PER_PIECE = 1024
 _ROWS_PER_BLOCK = 10_000
 
@@ -144,7 +143,9 @@ def _file_pieces(block: Block) -> Iterator[_Piece]:
                     yield from _overlapping(_group_batches(file, group, block.file), first, block)
                 first = last
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{block.file}: damaged Parquet file ({error})", fix=_AGAIN) from error
+            raise UserError(
+                f"{block.file}: damaged Parquet file ({error})", fix=FETCH_AGAIN
+            ) from error
 
 
 def _group_batches(
@@ -176,7 +177,7 @@ def _broken_columns(file: Any, group: int, name: str) -> dict[str, UserError]:
             file.read_row_group(group, columns=[column])
         except (pa.ArrowException, OSError) as error:
             broken[column] = UserError(
-                f"{name}: damaged Parquet file (column {column!r}: {error})", fix=_AGAIN
+                f"{name}: damaged Parquet file (column {column!r}: {error})", fix=FETCH_AGAIN
             )
     return broken
 
@@ -196,7 +197,7 @@ def _parquet(file: str, handle: IO[bytes]) -> Any:
     try:
         return pq.ParquetFile(handle)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a Parquet file ({error})", fix=_AGAIN) from error
+        raise UserError(f"{file}: not a Parquet file ({error})", fix=FETCH_AGAIN) from error
 
 
 def _arrow_batches(file: str) -> Iterator[Any]:
@@ -212,7 +213,7 @@ def _arrow_batches(file: str) -> Iterator[Any]:
             yield from pa.ipc.open_stream(raw)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{file}: not an Arrow file, or a damaged one ({error})", fix=_AGAIN
+            f"{file}: not an Arrow file, or a damaged one ({error})", fix=FETCH_AGAIN
         ) from error
 
 

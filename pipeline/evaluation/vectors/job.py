@@ -13,8 +13,10 @@ from typing import Literal
 
 from pipeline.config import Precision
 from pipeline.config.rules import require
+from pipeline.data.sources.bad_rows import BadRecords
 from pipeline.data.sources.records import (
     Block,
+    OnBadRow,
     Record,
     file_size,
     list_files,
@@ -134,8 +136,10 @@ def begin(job: EncodeJob, recipe: str) -> None:
         for file in files
         for block in plan_blocks(file, split=_SPLIT, block_bytes=size, max_rows=None)
     ]
+    bad = BadRecords("--input")
     fields = survey(
-        (record for block in blocks for record in _read(block)),
+        (record for block in blocks for record in _read(block, on_bad=bad.add)),
+        bad,
         source=job.input,
         field=job.field,
         id_field=job.id_field,
@@ -164,8 +168,8 @@ def read_plan(folder: Path) -> Plan:
     return Plan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
 
 
-def _read(block: Block) -> Iterator[Record]:
-    return read_records(block, split=_SPLIT, blank_lines=True)
+def _read(block: Block, on_bad: OnBadRow | None = None) -> Iterator[Record]:
+    return read_records(block, split=_SPLIT, on_bad=on_bad, blank_lines=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

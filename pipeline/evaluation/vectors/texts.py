@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pipeline.data.sources.records import Record
+from pipeline.data.sources.bad_rows import BadRecords
+from pipeline.data.sources.records import BadRowError, Record
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks.texts import Role
 
@@ -69,6 +70,7 @@ class _Count:
 
 def survey(
     records: Iterable[Record],
+    bad: BadRecords,
     *,
     source: str,
     field: str,
@@ -82,6 +84,7 @@ def survey(
 
     Args:
         records: blank lines of plain text among them; those of JSON lines have the value None.
+        bad: takes records that cannot be embedded, and has those that could not be read.
         source: names the records in messages.
         field: holds the text.
         id_field: names a record; None for the usual names, empty for row numbers.
@@ -96,8 +99,11 @@ def survey(
         title_field = _TITLE if field == _TEXT and role == "document" else ""
     found = _Survey(field=field, title=title_field, id_fields=_wanted_ids(id_field))
     for record in records:
-        found.add(record)
-    found.raise_fault()
+        try:
+            found.add(record)
+        except BadRowError as fault:
+            bad.add(fault)
+    bad.refuse()
     if not found.num_texts:
         raise UserError(f"--input: {source} holds no text")
     if explicit_title and not found.num_titles:
@@ -128,22 +134,17 @@ class _Survey:
         # 8 bytes of a hash per id: the ids of a large input would not fit in memory.
         self._ids = {name: array.array("Q") for name in id_fields}
         self._plain = True
-        self._fault: UserError | None = None
-        self._faults = _Count()
 
     def add(self, record: Record) -> None:
-        """Count a record, and what is wrong with it."""
+        """Count a record.
+
+        Raises:
+            BadRowError: it cannot be embedded.
+        """
         if record.value is None:
             self._skipped += 1
             return
         self.num_records += 1
-        try:
-            self._check(record)
-        except UserError as error:
-            self._fault = self._fault or error
-            self._faults.add(record)
-
-    def _check(self, record: Record) -> None:
         self._plain &= set(record.value) == {_TEXT}
         text = record.value.get(self._field)
         if not isinstance(text, str):
@@ -172,18 +173,6 @@ class _Survey:
         else:
             digest = hashlib.blake2b(str(value).encode("utf-8", "replace"), digest_size=8)
             self._ids[name].append(int.from_bytes(digest.digest(), "little"))
-
-    def raise_fault(self) -> None:
-        """Refuse records of a wrong shape, all at once.
-
-        Raises:
-            UserError: the first fault, with the number and places of all.
-        """
-        if self._fault and self._faults.total > 1:
-            found = f"{self._fault.found} (wrong in {self._faults})"
-            raise UserError(found, allowed=self._fault.allowed, fix=self._fault.fix)
-        if self._fault:
-            raise self._fault
 
     def choose_id(self, *, explicit: bool) -> str | None:
         """Return the first field that every record has; None where no record has one.
