@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from ReasonAug.files import read_jsonl, require_texts
 from ReasonAug.triplets import CODING
 
@@ -103,9 +104,12 @@ def read_generations(path: Path) -> tuple[list[GeneratedProblem], Counter[str]]:
     """Accepted problems in the order of the file, and how many generations met which fate.
 
     Raises:
-        UserError: The file is missing or a row lacks a field.
+        UserError: The file is missing or empty, or a row lacks a field.
     """
-    rows = read_jsonl(path, fix="name a file of generations")
+    fix = "name a file of generations"
+    rows = read_jsonl(path, fix=fix)
+    if not rows:
+        raise UserError(f"{path}: holds no generation", fix=fix)
     require_texts(path, rows, ("domain", "concept", "generation"), optional="check")
     judged = [judge(row) for row in rows]
     fates = Counter(fate if isinstance(fate, str) else ACCEPTED for fate in judged)

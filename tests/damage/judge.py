@@ -16,6 +16,8 @@ RIGHT = ("refused", "same", "told", "legal")
 _ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
 # What a command says that continues without something, or does it again.
 _TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
+# What `prepare` counts as dropped, by reason; no file is named.
+_DROPPED = re.compile(r"no positive left")
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
 _KINDS = {
@@ -93,7 +95,7 @@ def _judge_success(
     lines = (ended.stdout + ended.stderr).splitlines()
     for line in lines:
         named = Path(damage.file).name in line or "no samples: " in line
-        if named and _TOLD.search(line):
+        if (named and _TOLD.search(line)) or _DROPPED.search(line):
             return "told", line[:300]
     different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     return "silent", f"another {', '.join(different[:4])}: {str(found.get(different[0]))[:120]}"
@@ -130,6 +132,9 @@ def _names(damage: Damage) -> set[str]:
     if path.name == "zero.json":
         return {path.name, "DeepSpeed config", "zero_optimization"}
     names = {path.name}
+    if path.name.startswith("tokenizer") or path.name == "special_tokens_map.json":
+        # Shards that other tokens were made for are told so, whatever the token.
+        names.add("another tokenizer")
     if not damage.key:
         # A folder is named where its files only make sense together.
         names |= {str(parent) for parent in path.parents if str(parent) != "."}
@@ -137,7 +142,7 @@ def _names(damage: Damage) -> set[str]:
     own = [str(part) for part in damage.key if not isinstance(part, int)]
     if damage.kind == "key added":
         return {"surprise"}
-    return {own[-1]} if own else names
+    return {own[-1], *(names - {path.name})} if own else names
 
 
 def _is_right_by_itself(damage: Damage, line: str, folder: Path) -> bool:
@@ -251,6 +256,8 @@ def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
     if isinstance(was, dict) and isinstance(now, dict):
         if not open_ and was.keys() != now.keys():
             return False
+        if isinstance(now.get("id"), int | str) and not isinstance(now["id"], bool):
+            was = {**was, "id": now["id"]}  # any text or whole number is an id
         return all(_same_kinds(was[key], now[key], open_) for key in was.keys() & now.keys())
     if isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):

@@ -45,7 +45,8 @@ def open_earlier(build: Build) -> Dataset:
     earlier, own = dataset.tokenizer, build.plan.tokenizer
     if (earlier.fingerprint, earlier.append_eos) != (own.fingerprint, own.append_eos):
         raise UserError(
-            f"reuse: {build.config.reuse} was prepared with another tokenizer or append_eos",
+            f"reuse: {build.config.reuse} was prepared with another tokenizer or append_eos than "
+            f"{build.config.tokenizer}",
             fix="remove `reuse` from the config",
         )
     return dataset

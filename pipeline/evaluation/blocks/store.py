@@ -91,7 +91,13 @@ class StoredEmbedder:
         if block not in self._blocks:
             path = self._plan.block_path(self._store, block)
             fix = f"delete {path} and run `diffembed evaluate embed` again"
-            self._blocks[block] = map_vectors(path, fix=fix)
+            vectors_ND = map_vectors(path, fix=fix)
+            num_rows = int(self._places[self._places[:, 0] == block, 1].max()) + 1
+            if len(vectors_ND) < num_rows:
+                raise UserError(
+                    f"{path}: damaged ({len(vectors_ND)} vectors, the plan has {num_rows})", fix=fix
+                )
+            self._blocks[block] = vectors_ND
         return self._blocks[block]
 
 

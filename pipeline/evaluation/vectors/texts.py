@@ -105,7 +105,9 @@ def survey(
             bad.add(fault)
     bad.refuse()
     if not found.num_texts:
-        raise UserError(f"--input: {source} holds no text")
+        raise UserError(
+            f"--input: {source} holds no text", fix="name a file with at least one record"
+        )
     if explicit_title and not found.num_titles:
         raise UserError(f"--title-field: no record has a text in {title_field!r}")
     fields = Fields(
