@@ -132,6 +132,9 @@ def _names(damage: Damage) -> set[str]:
     if path.name == "zero.json":
         return {path.name, "DeepSpeed config", "zero_optimization"}
     names = {path.name}
+    if path.suffix == ".safetensors":
+        # Weights out of all proportion are known by their gradient only.
+        names.add("gradient norm is")
     if path.name.startswith("tokenizer") or path.name == "special_tokens_map.json":
         # Shards that other tokens were made for are told so, whatever the token.
         names.add("another tokenizer")

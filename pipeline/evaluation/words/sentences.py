@@ -69,13 +69,17 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
             record: Any = json.loads(line)
             words, tags = record["tokens"], record[f"{task}_tags"]
             fits = len(words) == len(tags) > 0 and all(isinstance(word, str) for word in words)
+            fits = fits and all(isinstance(tag, str | int) for tag in tags)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{number}: {type(error).__name__}: {error}",
                 allowed=f"a JSON object with the lists tokens and {task}_tags",
             ) from error
         if not fits:
-            raise UserError(f"{path}:{number}: a word without tag, or no words", allowed="one each")
+            raise UserError(
+                f"{path}:{number}: a word without tag, or no words",
+                allowed=f"as many texts in tokens as texts or numbers in {task}_tags",
+            )
         sentences.append(Sentence(words=tuple(words), tags=tuple(map(str, tags))))
     return sentences
 
