@@ -14,6 +14,8 @@ from tests.damage.processes import Ended
 
 RIGHT = ("refused", "same", "told", "legal")
 _ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
+# What to change: as a rule in so many words, after a step that is not finite in a sentence.
+_CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
 # What a command says that continues without something, or does it again.
 _TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
 # What `prepare` counts as dropped, by reason; no file is named.
@@ -112,7 +114,7 @@ def _judge_refusal(
     # A value that is right by itself may be wrong for what is there, which then is named.
     if not named and not (damage.key and _is_right_by_itself(damage, lines[0], folder)):
         return "unnamed", lines[0][:300]
-    if not re.search(r"fix: |allowed: ", lines[0]):
+    if not _CURE.search(lines[0]):
         return "no cure", lines[0][:300]
     lost = [
         name
