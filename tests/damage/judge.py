@@ -241,7 +241,8 @@ def _equal(given: Any, taken: Any) -> bool:
         return isinstance(taken, dict) and all(_equal(v, taken.get(k)) for k, v in given.items())
     if isinstance(given, list):
         return isinstance(taken, list) and list(map(str, given)) == list(map(str, taken))
-    return str(given) == str(taken) or (given == "" and taken == ".")
+    paths = {"": ".", "~": str(Path.home())}
+    return str(taken) in (str(given), paths.get(str(given)))
 
 
 def _parse(path: Path) -> Any:

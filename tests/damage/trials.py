@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -61,6 +62,9 @@ class Fuzzer:
         damage = self._damage(folder, command, rng)
         before = snapshot(folder)
         output = self._output(f"trial-{number}")
+        # A trial runs in a process of its own; a damaged path may be `~`.
+        home = self._output(f"trial-{number}/home")
+        os.environ["HOME"] = str(home)
         ended = run_child(folder, output, lambda: run(command.argv), _SECONDS)
         wanted = json.loads((self.scratch / f"{name.replace(' ', '-')}.result").read_text())
         outcome, detail = judge(
@@ -75,8 +79,7 @@ class Fuzzer:
         if keep:
             print(f"{' '.join(command.argv)}  (in {folder})", ended.stdout, ended.stderr, sep="\n")
         else:
-            shutil.rmtree(folder)
-            shutil.rmtree(output)
+            shutil.rmtree(folder.parent)
         return {
             "command": name,
             "target": "config" if damage.key else _family(damage.file),
