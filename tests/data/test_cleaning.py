@@ -34,6 +34,7 @@ from pipeline.data.similarity import (
     ratio_above,
 )
 from pipeline.data.tokens import TextEncoder, load_tokenizer
+from pipeline.errors import UserError
 
 
 @pytest.fixture
@@ -212,6 +213,19 @@ def test_documents_that_were_not_cut_are_not_tokenised_again(
     reused = build(records, name="reused", max_document_length=60, reuse=short.folder)
     assert sum(counted) == short.manifest.document_lengths.cut == 10
     assert reused.manifest == fresh.manifest
+
+
+def test_tokens_of_a_damaged_dataset_are_not_taken_over(build: Any) -> None:
+    records = [{"query": f"query {k}", "positives": [f"positive number {k}"]} for k in range(20)]
+    earlier = build(records, name="earlier")
+    shard = earlier.folder / "documents-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    place = bytes(data).index(earlier.documents.views("tokens", np.array([3]))[0].tobytes())
+    data[place] ^= 1  # another token, just as valid
+    shard.write_bytes(bytes(data))
+
+    with pytest.raises(UserError, match="documents-00000"):
+        build(records, name="reused", reuse=earlier.folder)
 
 
 def test_a_truncated_text_keeps_its_eos(build: Any, tokenizer_path: Path) -> None:

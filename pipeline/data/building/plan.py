@@ -19,6 +19,7 @@ from pipeline.data.building.recipe import (
     write_recipe,
 )
 from pipeline.data.contamination import build_index
+from pipeline.data.shards import Dataset
 from pipeline.data.sources import (
     Block,
     block_bytes_of,
@@ -119,6 +120,9 @@ def make_plan(build: Build) -> None:
         num_slices=min(max(1, -(-size // _SLICE_BYTES)), _MAX_SLICES),
         tokenizer=tokenizer,
     )
+    if config.reuse is not None:
+        # Once, by the bytes: a flipped bit of the earlier dataset may still be a token.
+        Dataset.open(config.reuse, verify=True)
     if config.decontaminate is not None:
         build_index(config.decontaminate, build.folder / "contamination")
     write_text(build.folder / "tokenizer.json", tokenizer_json)
