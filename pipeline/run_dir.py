@@ -197,17 +197,20 @@ def require_writable(folder: str | Path, *, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
     except OSError as error:
-        explained = explain_os_error(error)
+        # Name the folder that the user gave instead of the probe.
+        named = OSError(error.errno, os.strerror(error.errno or 0), str(folder))
+        explained = explain_os_error(named)
         if explained is None:
             raise
-        # Name the folder that the user gave instead of the probe.
-        reason = os.strerror(error.errno or 0)
         if isinstance(explained, UserError):
             fix = f"{explained.fix}, as {key}"
-            raise UserError(f"{key}: {folder}: {reason}", fix=fix) from error
-        raise type(explained)(f"{key}: {folder}: {reason}") from error
+            raise UserError(f"{key}: {explained.found}", fix=fix) from error
+        raise type(explained)(f"{key}: {explained}") from error
+    finally:
+        # A full disk takes the name of a file but not its content.
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 @contextlib.contextmanager

@@ -19,8 +19,32 @@ _CODE_FIX = (
 )
 
 
-def load_tokenizer(path: str) -> Any:
+def load_model_tokenizer(path: str) -> Any:
+    """Load the tokenizer of the model that `model.path` names.
+
+    Raises:
+        UserError: no whole model is there, or transformers cannot read its tokenizer by itself.
+    """
+    # Without it transformers makes another tokenizer of the same files.
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UserError(
+            f"model.path: no config.json in {path}",
+            allowed="a folder in Hugging Face layout, or a model name in the local cache",
+            fix="it holds an adapter: name its base here, and this folder as model.adapter"
+            if adapter
+            else "name the folder that holds the whole model",
+        )
+    return load_tokenizer(path, key="model.path")
+
+
+def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     """Load a Hugging Face tokenizer folder or hub name, never running code that comes with it.
+
+    Args:
+        path: of the folder, or the name.
+        key: what names it, for messages.
 
     Raises:
         UserError: nothing there that transformers can read by itself.
@@ -32,16 +56,16 @@ def load_tokenizer(path: str) -> Any:
     allowed = "a folder with tokenizer.json, or a model name in the local cache"
     # Dream's tokenizer is remote code around Qwen2's files.
     native = {"Dream": Qwen2Tokenizer}
-    require_model_place(path, key="tokenizer")
+    require_model_place(path, key=key)
     folder, model_type = Path(path), ""
     local = folder.is_dir() or not _can_reach_hub()
     # A tokenizer without a model is fine; one whose config.json is damaged may be Dream's.
     if not folder.is_dir() or (folder / "config.json").exists():
-        found = f"tokenizer: {path}/config.json cannot be read"
-        with blame(found, allowed=allowed, fix=f"fetch {path} again"):
+        found = f"{key}: {path}/config.json cannot be read"
+        with blame(found, allowed=allowed, fix=model_fix(path)):
             model_type = _model_type(path, local_only=local)
     kind = native.get(model_type, AutoTokenizer)
-    found, fix = f"tokenizer: cannot load {path!r}", model_fix(path)
+    found, fix = f"{key}: cannot load the tokenizer {path!r}", model_fix(path)
     with blame(found, allowed=allowed, fix=fix):
         own_code = "auto_map" in get_tokenizer_config(path, local_files_only=local)
     with blame(found, allowed=allowed, fix=_CODE_FIX if own_code else fix):
@@ -50,7 +74,7 @@ def load_tokenizer(path: str) -> Any:
     known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]
     if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
         # Transformers makes an empty vocabulary of no file.
-        raise UserError(f"tokenizer: no vocabulary in {path!r}", allowed=", ".join(files))
+        raise UserError(f"{key}: no vocabulary in {path!r}", allowed=", ".join(files))
     return tokenizer
 
 

@@ -74,6 +74,22 @@ def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+def test_a_disk_that_takes_no_byte_keeps_no_trace_and_names_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "full", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(MachineError) as raised:
+        require_writable(tmp_path / "out", key="output_dir")
+
+    told = f"output_dir: {tmp_path}/out: {os.strerror(errno.ENOSPC)} | fix: free some space"
+    assert str(raised.value).startswith(told)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
-from pipeline.tokenizer import load_tokenizer, tokens_within
+from pipeline.tokenizer import load_model_tokenizer, load_tokenizer, tokens_within
 from tests.tiny_models import tiny_starter
 
 TEXT = "Hello wörld,  3.14 <|mask|> don't\n"
@@ -72,7 +73,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
         json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
     )
     (tmp_path / "tokenization_x.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UserError, match="tokenizer: cannot load .*its own code is never run"):
+    with pytest.raises(UserError, match="cannot load the tokenizer .*its own code is never run"):
         load_tokenizer(str(tmp_path))
 
 
@@ -88,6 +89,32 @@ def test_the_cure_for_a_tokenizer_with_code_works(starter: Path, tmp_path: Path)
     assert load_tokenizer(str(tmp_path))(TEXT) == wanted(TEXT)
 
 
+def test_files_that_git_lfs_has_not_fetched_are_named_as_such(
+    starter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(starter, folder := tmp_path / "m")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"fix: run `git lfs pull` in {folder}"):
+            load_tokenizer(str(folder))
+
+
+def test_the_tokenizer_of_a_model_is_loaded_from_a_whole_model_only(
+    starter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(starter, folder := tmp_path / "m")
+    assert load_model_tokenizer(str(folder))(TEXT) == load_tokenizer(str(starter))(TEXT)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"^model.path: no config.json .* the whole model"):
+        load_model_tokenizer(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it holds an adapter: .* as model.adapter"):
+        load_model_tokenizer(str(folder))
+    with pytest.raises(UserError, match="^model.path: .*no such folder .* correct model.path"):
+        load_model_tokenizer(str(tmp_path / "nowhere"))
+
+
 def test_a_path_is_never_taken_for_a_name_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, message in (
@@ -95,7 +122,7 @@ def test_a_path_is_never_taken_for_a_name_on_the_hub(tmp_path: Path) -> None:
         ("./nowhere", "no such folder"),
         ("a/b/c", "no such folder"),
         (str(tmp_path / "file"), "is a file .* fix: name its folder"),
-        ("some/where", r"cannot load 'some/where' .*hf download some/where"),
+        ("some/where", r"cannot load the tokenizer 'some/where' .*hf download some/where"),
     ):
         with pytest.raises(UserError, match=f"^tokenizer: .*{message}"):
             load_tokenizer(path)
@@ -127,6 +154,6 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    with pytest.raises(UserError, match="cannot load 'some/where'"):
+    with pytest.raises(UserError, match="cannot load the tokenizer 'some/where'"):
         load_tokenizer("some/where")
     assert "Retrying" not in capfd.readouterr().err

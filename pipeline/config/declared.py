@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 
+# What git-lfs leaves in place of a file that it has not fetched.
+_LFS = b"version https://git-lfs"
+
 Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
 
 # Our poolings by their name there.
@@ -126,14 +129,26 @@ def require_model_place(path: str, *, key: str) -> None:
         validate_repo_id(path)
     except HFValidationError:
         found = f"{key}: {path}: no such folder"
-        raise UserError(found, allowed=allowed, fix=f"correct {key}") from None
+        fix = f"correct {key}, or put the folder back"
+        raise UserError(found, allowed=allowed, fix=fix) from None
 
 
 def model_fix(path: str) -> str:
     """Return what helps where the files of a model cannot be read."""
-    if Path(path).is_dir():
+    folder = Path(path)
+    if any(_is_pointer(file) for file in folder.glob("*")):
+        return f"run `git lfs pull` in {path}, whose large files are not there yet"
+    if folder.is_dir():
         return f"fetch {path} again, or name another folder"
     return f"correct the name, or run `hf download {path}` where there is a network"
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def local_file(path: str, name: str, revision: str | None = None) -> Path | None:

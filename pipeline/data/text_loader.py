@@ -17,7 +17,7 @@ from pipeline.data.order import Group
 from pipeline.data.shards import Dataset
 from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_model_tokenizer
 
 # Batches whose queries are checked for negatives before a run starts.
 _CHECKED_STEPS = 8
@@ -36,7 +36,7 @@ def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
     """
     dataset = Dataset.open(config.data.path, verify=verify)
     path = config.model.path
-    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(path)), path)
+    dataset.require_tokenizer(tokenizer_fingerprint(load_model_tokenizer(path)), path)
     dataset.require_model(config.model)
     return dataset
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline import comm
+from pipeline.config.declared import model_fix
 from pipeline.errors import UserError, say_warning
 
 _STEM = "base_model.model."
@@ -159,6 +160,7 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
             raise UserError(
                 f"model.adapter: cannot read the weights of {path!r} ({_last_line(error)})",
                 allowed="adapter_model.safetensors as peft writes it",
+                fix=model_fix(path),
             ) from error
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():

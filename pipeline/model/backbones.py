@@ -103,7 +103,7 @@ def _resolve(
     # Before transformers reads the config: to an unknown kind it would offer the folder's code.
     if native is None and published["model_type"] not in FAMILIES:
         raise _unknown_kind(config, published)
-    with blame(f"model.path: the config.json of {config.path}", fix=f"fetch {config.path} again"):
+    with blame(f"model.path: the config.json of {config.path}", fix=model_fix(config.path)):
         hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES[hf_config.model_type]
     if getattr(hf_config, "use_bidirectional_attention", None):
@@ -192,7 +192,7 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(published.get("model_type"), str):
         raise UserError(
             f"model.path: the config.json of {config.path} names no model_type",
-            fix=f"fetch {config.path} again",
+            fix=model_fix(config.path),
         )
     return dict(published)
 
@@ -229,6 +229,6 @@ def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Fami
         **family.arguments,
     }
     found = f"model.path: the config.json of {config.path} describes no model"
-    with blame(found, fix=f"fetch {config.path} again"), torch.device("meta"):
+    with blame(found, fix=model_fix(config.path)), torch.device("meta"):
         shapes: nn.Module = AutoModel.from_config(hf_config, trust_remote_code=False, **arguments)
     return shapes

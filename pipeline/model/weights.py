@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from pipeline import comm
+from pipeline.config.declared import model_fix
 from pipeline.errors import UserError, blame, say_warning
 from pipeline.model.parts import is_export
 
@@ -110,7 +111,7 @@ class WeightFiles:
             return safe_open(file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"model.path: {file} cannot be read ({error})", fix=f"fetch {self.path} again"
+                f"model.path: {file} cannot be read ({error})", fix=model_fix(self.path)
             ) from error
 
 
@@ -122,7 +123,7 @@ def _find_files(path: str, revision: str | None) -> list[str]:
         pass  # not one file: perhaps several
     try:
         index = cached_file(path, "model.safetensors.index.json", revision=revision)
-        with blame(f"model.path: {index}", fix=f"fetch {path} again"):
+        with blame(f"model.path: {index}", fix=model_fix(path)):
             shards, _ = get_checkpoint_shard_files(path, index, revision=revision)
     except OSError as error:
         raise UserError(

@@ -72,12 +72,12 @@ def require_shards(config: TrainConfig) -> None:
     """
     from pipeline.data.shards import Dataset
     from pipeline.data.tokens import tokenizer_fingerprint
-    from pipeline.tokenizer import load_tokenizer
+    from pipeline.tokenizer import load_model_tokenizer
 
     dataset = Dataset.open(config.data.path, verify=False)
     path = config.model.path
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_model_tokenizer(path)
     except UserError:
         if Path(path).is_dir():
             raise

@@ -56,7 +56,8 @@ def export_run(
     check_output(output)
     dataset = Dataset.open(config.data.path)
     own = dataset.tokenizer.path
-    dataset.require_tokenizer(tokenizer_fingerprint(load_tokenizer(own)), own)
+    tokenizer = load_tokenizer(own, key=f"tokenizer of {config.data.path}")
+    dataset.require_tokenizer(tokenizer_fingerprint(tokenizer), own)
     path = None if which == "init" else _find(run, which)
     if path is not None:
         require_same_model(path, checkpoint.read_state(path), config, dataset)
@@ -97,7 +98,7 @@ def _trained_texts(dataset: Dataset) -> TrainedTexts:
     # Documents hold their prompt as tokens; whatever made them used one of these.
     template = manifest.template
     prefixes = {template.document_prefix(), *map(template.document_prefix, instructions)}
-    tokenizer = load_tokenizer(manifest.tokenizer.path)
+    tokenizer = load_tokenizer(manifest.tokenizer.path, key="tokenizer of the dataset")
     known = {_leading_tokens(tokenizer, prefix): prefix for prefix in prefixes}
     size = manifest.num_documents
     numbers = np.linspace(0, size - 1, min(size, _SAMPLE)).astype(np.int64)

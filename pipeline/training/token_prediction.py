@@ -23,7 +23,7 @@ from pipeline.data.masking import Prediction, Vocabulary, predict
 from pipeline.data.shards import Dataset
 from pipeline.loss.tokens import TokenSums, cross_entropy_in_tiles, tile_rows
 from pipeline.model.language import LanguageModel, find_mask_token, predicts_shifted
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_model_tokenizer
 from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from pipeline.training.engine import Engine, NonFiniteLossError, TensorChunk, seed_of_chunks
 from pipeline.training.layer_sweep import LayerSweep
@@ -225,7 +225,7 @@ def _vocabulary(config: TrainConfig, objective: ObjectiveConfig, dataset: Datase
     masked = objective.mntp or objective.masked_diffusion
     if masked is None:
         return Vocabulary(size=size, mask=-1)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_model_tokenizer(config.model.path)
     return Vocabulary(
         size=size,
         mask=find_mask_token(config.model, tokenizer, masked.mask_token),

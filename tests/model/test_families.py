@@ -163,6 +163,12 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"fix: fetch {tmp_path} again, or name another"):
         build_encoder(ModelConfig(path=str(tmp_path)))
+    hf.Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    with pytest.raises(UserError, match=f"run `git lfs pull` in {tmp_path}, "):
+        build_encoder(ModelConfig(path=str(tmp_path)))
 
 
 def test_diffusion_gemma_is_refused_with_the_reason(tmp_path: Path) -> None:
