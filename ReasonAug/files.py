@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import write_text
+from pipeline.files import write_text
 
 
 def make_folder(path: Path) -> None:

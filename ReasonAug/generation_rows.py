@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import write_json
+from pipeline.files import write_json
 from ReasonAug.files import make_folder, write_jsonl
 from ReasonAug.generations import GeneratedProblem, by_domain, read_definitions, read_generations
 from ReasonAug.replicas.generated import write_generated_bright

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import write_json, write_text
+from pipeline.files import write_json, write_text
 from ReasonAug.concepts import CONCEPTS
 from ReasonAug.files import make_folder, write_jsonl
 from ReasonAug.problem import DOMAINS, num_tokens

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline import launcher
+from pipeline import launch
 from pipeline.errors import DiffembedError, UserError, explain_os_error
-from pipeline.world import World as World
-from pipeline.world import discover_world as discover_world
-from pipeline.world import gpu_asked_for, meeting_place
+from pipeline.launch import World as World
+from pipeline.launch import discover_world as discover_world
+from pipeline.launch import gpu_asked_for, meeting_place
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     """
     if dist.is_initialized():
         return
-    launcher.require_it()
+    launch.require_it()
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -55,7 +55,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
             allowed="a torch that the driver supports (`nvidia-smi` shows its CUDA version)",
             fix="install such a torch, or set DS_ACCELERATOR=cpu to train on the CPU",
         )
-    with launcher.ending_with(world.launchers):
+    with launch.ending_with(world.launchers):
         _join(world, timeout_seconds)
 
 

@@ -1,19 +1,29 @@
-"""JSON that programs write and read again: a damaged file is one line that names it."""
+"""Write files atomically, lock folders, and read files that may be damaged."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import UserError
-from pipeline.run_dir import write_json
+from pipeline.errors import UserError, blame, explain_os_error, name_full_disk
 
 T = TypeVar("T")
-
 # What git-lfs leaves in place of a file that it has not fetched.
 _LFS = "version https://git-lfs.github.com/"
 # The key under which a sealed file holds the hash of its other keys.
@@ -150,3 +160,242 @@ def hash_files(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """Write arrays to an npz file atomically, with a hash of their content."""
+    sealed: dict[str, Any] = {
+        **arrays,
+        _SEAL: np.frombuffer(_hash_arrays(arrays).digest(), dtype=np.uint8),
+    }
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **sealed)
+
+
+def load_arrays(path: Path, *names: str, fix: str) -> dict[str, NDArray[Any]]:
+    """Read arrays of an npz file by name; a file from before there was a hash is taken as it is.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with blame(f"{path}: damaged", fix=fix), np.load(path) as file:
+        found = {name: file[name] for name in names}
+        seal = file[_SEAL].tobytes() if _SEAL in file else None
+    if seal is not None and _hash_arrays(found).digest() != seal:
+        raise UserError(f"{path}: damaged (its content is not what its {_SEAL} says)", fix=fix)
+    return found
+
+
+def save_vectors(path: Path, vectors_ND: NDArray[Any]) -> None:
+    """Write one array as a npy file atomically, followed by a hash, which numpy does not read."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, vectors_ND)
+        file.write(hashlib.sha256(vectors_ND.tobytes()).digest())
+
+
+def map_vectors(path: Path, *, fix: str) -> NDArray[Any]:
+    """Map the array of a npy file; a file from before there was a hash is taken as it is.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with blame(f"{path}: damaged", fix=fix):
+        vectors_ND: Any = np.load(path, mmap_mode="r")
+        end = vectors_ND.offset + vectors_ND.nbytes
+        with path.open("rb") as file:
+            file.seek(end)
+            seal = file.read(64)
+        whole = not seal or hashlib.sha256(vectors_ND.tobytes()).digest() == seal
+        if not whole or vectors_ND.ndim != 2:
+            raise UserError(f"{path}: damaged (its content is not what was written)", fix=fix)
+    return np.asarray(vectors_ND)
+
+
+@contextmanager
+def batch_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a function that appends record batches, each with its hash, to a new Arrow file."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pyarrow.ipc.new_file(file, schema) as writer,
+    ):
+        yield lambda batch: writer.write_batch(
+            batch, custom_metadata={_SEAL: _hash_batch(batch).hexdigest()}
+        )
+
+
+def read_batch(path: Path, number: int, *, fix: str) -> pa.RecordBatch:
+    """Read one record batch of an Arrow file, and no other.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with blame(f"{path}: damaged", fix=fix), pa.memory_map(str(path)) as file:
+        batch, metadata = pyarrow.ipc.open_file(file).get_batch_with_custom_metadata(number)
+        batch.validate(full=True)
+        found = _hash_batch(batch).hexdigest().encode()
+        seal = (metadata or {}).get(_SEAL.encode(), found)
+    if seal != found:
+        raise UserError(f"{path}: damaged (batch {number} is not what its {_SEAL} says)", fix=fix)
+    return batch
+
+
+def _hash_arrays(arrays: dict[str, NDArray[Any]]) -> Any:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())  # in the order of rows, however the array lies in memory
+    return digest
+
+
+def _hash_batch(batch: pa.RecordBatch) -> Any:
+    """Hash of the values; buffers may be padded or cut out of longer ones."""
+    digest = hashlib.sha256(str(batch.schema.names).encode())
+    for column in batch.columns:
+        if pa.types.is_fixed_size_list(column.type):  # vectors: as Python numbers far too slow
+            digest.update(column.flatten().to_numpy().tobytes())
+        else:
+            digest.update(repr(column.to_pylist()).encode())
+    return digest
+
+
+def try_lock(file: TextIO) -> bool:
+    """Lock an open file unless another process holds it; return whether this process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network disks have no locks: nothing to go by
+    return True
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until nobody else is between these lines with the same file; it is made where missing.
+
+    The system takes the lock back however a process ends.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        # Some network disks have no locks: nothing to go by.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process holds this lock file, and remove it in the end.
+
+    The system frees the lock however a process ends.
+
+    Args:
+        path: the lock file; its folder is made where missing.
+        tell: called once with the holder's process and machine if there is one to wait for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        told = False
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            while not try_lock(file):
+                if not told:
+                    file.seek(0)
+                    tell(file.read().strip())
+                    told = True
+                time.sleep(0.5)
+            # The holder may have removed the file that this process waited for.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        stack.callback(path.unlink, missing_ok=True)
+        sign_lock(file)
+        yield
+
+
+def sign_lock(lock: TextIO) -> None:
+    """Write into a held lock file who holds it."""
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+
+
+def require_writable(folder: str | Path, *, key: str) -> None:
+    """Check that files can be written below `folder`, before any work is done for it.
+
+    Args:
+        folder: may not exist yet; it is made, with its parents.
+        key: the config key or flag that names it, for the message.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+        MachineError: the disk is full or broken.
+    """
+    folder = Path(folder)
+    probe = folder / f".writable.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+    except OSError as error:
+        # Name the folder that the user gave instead of the probe.
+        named = OSError(error.errno, os.strerror(error.errno or 0), str(folder))
+        explained = explain_os_error(named)
+        if explained is None:
+            raise
+        if isinstance(explained, UserError):
+            fix = f"{explained.fix}, as {key}"
+            raise UserError(f"{key}: {explained.found}", fix=fix) from error
+        raise type(explained)(f"{key}: {explained}") from error
+    finally:
+        # A full disk takes the name of a file but not its content.
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success it is synced and takes `path`'s place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random, because two nodes that share the folder may run processes of the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with name_full_disk(path):
+            yield temporary
+            sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed writers of `path` left of their temporary files, while nobody writes."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on disk."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_dir(path: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a whole JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -17,16 +17,17 @@ if __name__ == "__main__":
     # others of the same name; the checkout above it is what belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Now, because the imports below take seconds, in which a launcher may be killed.
-    from pipeline import launcher
+    from pipeline import launch
 
-    _launchers = launcher.processes()
+    _launchers = launch.processes()
 
 from pipeline.config import TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
-from pipeline.run_dir import RunDir, require_writable
+from pipeline.files import require_writable
+from pipeline.launch import World, discover_world, local_ranks
+from pipeline.run_folder import RunDir
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
-from pipeline.world import World, discover_world, local_ranks
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -114,7 +115,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     from pipeline import comm
 
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
-        from pipeline.planning.plan import describe, plan_run
+        from pipeline.planning import describe, plan_run
 
         if not options.dry_run:
             comm.start(world)  # to agree on the memory that every rank has

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.sources.blocks import BadRowError
+from pipeline.data.sources.records import BadRowError
 from pipeline.errors import MachineError, UserError, errors_end_the_process, explain_os_error
-from pipeline.run_dir import atomic_path, require_writable
+from pipeline.files import atomic_path, require_writable
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from pipeline.config import ModelConfig, Template, build_config
 from pipeline.errors import UserError
-from pipeline.limits import ModelLimits, limits_of, read_limits, warn_of_declared
 from pipeline.model.encoder import build_encoder
+from pipeline.tokenizer import ModelLimits, limits_of, read_limits, warn_of_declared
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

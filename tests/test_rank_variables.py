@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from pipeline.comm import discover_world
-from pipeline.rank_variables import without_rank
+from pipeline.launch import discover_world, without_rank
 
 
 def test_a_process_that_starts_anew_is_no_rank_under_any_launcher() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run_dir import OWN_CONFIG, RunDir
+from pipeline.run_folder import OWN_CONFIG, RunDir
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sealed import (
+from pipeline.files import (
     batch_writer,
     load_arrays,
     map_vectors,

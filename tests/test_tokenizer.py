@@ -9,9 +9,13 @@ import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.data.tokens import tokenizer_fingerprint
 from pipeline.errors import UserError
-from pipeline.tokenizer import load_model_tokenizer, load_tokenizer, tokens_within
+from pipeline.tokenizer import (
+    load_model_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokens_within,
+)
 from tests.tiny_models import tiny_starter
 
 TEXT = "Hello wörld,  3.14 <|mask|> don't\n"

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import comm
 from pipeline.errors import DiffembedError, UserError
-from pipeline.world import World, discover_world, gpu_asked_for, local_ranks, meeting_place
+from pipeline.launch import World, discover_world, gpu_asked_for, local_ranks, meeting_place
 from tests.support import PATIENCE, free_port
 
 OPEN_MPI = {

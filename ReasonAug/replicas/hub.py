@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.run_dir import write_text
+from pipeline.files import write_text
 from ReasonAug.files import write_jsonl
 
 Rows = Sequence[Mapping[str, Any]]

@@ -1,55 +1,36 @@
 """The whole configuration as frozen dataclasses, read strictly from YAML."""
 
-from pipeline.config.border import (
-    as_tree,
-    build_config,
-    dump_config,
-    load_config,
-)
 from pipeline.config.data import (
     DataConfig,
     DecontaminateConfig,
     EvaluationSetConfig,
     PrepareConfig,
     SourceConfig,
+    Template,
 )
-from pipeline.config.declared import (
+from pipeline.config.evaluation import (
+    ChainConfig,
+    EvaluateConfig,
+    EvaluatedModel,
+    ExportStep,
+    OwnTask,
+    Precision,
+    ProbeConfig,
+)
+from pipeline.config.loading import as_tree, build_config, dump_config, load_config
+from pipeline.config.model import (
     POOLING_FLAGS,
     POOLINGS,
+    Attention,
     Declared,
+    LoraConfig,
+    ModelConfig,
     Pooling,
+    RopeScaling,
+    StarterConfig,
     local_file,
     pooling_mode,
     read_declared,
-)
-from pipeline.config.evaluation import (
-    EvaluateConfig,
-    EvaluatedModel,
-    OwnTask,
-    Precision,
-)
-from pipeline.config.model import (
-    Attention,
-    LoraConfig,
-    ModelConfig,
-    RopeScaling,
-    StarterConfig,
-)
-from pipeline.config.objective import (
-    MaskedDiffusionConfig,
-    MntpConfig,
-    NextTokenConfig,
-    ObjectiveConfig,
-)
-from pipeline.config.probe import (
-    ProbeConfig,
-)
-from pipeline.config.submission import (
-    ChainConfig,
-    ExportStep,
-)
-from pipeline.config.text import (
-    Template,
 )
 from pipeline.config.training import (
     CheckpointConfig,
@@ -57,6 +38,10 @@ from pipeline.config.training import (
     DistillationConfig,
     EvaluateEveryConfig,
     LossConfig,
+    MaskedDiffusionConfig,
+    MntpConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )

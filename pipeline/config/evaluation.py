@@ -1,16 +1,17 @@
-"""Exports and the tasks they are scored on."""
+"""Configure evaluations, word probes, and the jobs of a Slurm chain."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from pipeline.config.border import build_config
+from pipeline.config.data import Template
+from pipeline.config.loading import build_config
 from pipeline.config.model import RopeScaling
 from pipeline.config.rules import UserPath, require, strict
-from pipeline.config.text import Template
 
 # `auto`: what is fastest on the machine at the exactness that scores need.
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -97,7 +98,7 @@ class EvaluateConfig:
     max_tokens: int = 16384
     training_run: UserPath | None = None
     # Instructions by task or benchmark name; they replace those of
-    # pipeline/evaluation/tasks/instructions.py.
+    # pipeline/evaluation/tasks.py.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     # Memory of one GPU, so that planning can refuse texts that would not fit it.
     gpu_memory_gib: float | None = None
@@ -129,4 +130,87 @@ class EvaluateConfig:
             "tasks",
             own,
             "names of own tasks that differ from all others",
+        )
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """A linear classifier of words on a frozen model: `diffembed probe CONFIG`.
+
+    The word task of LLM2Vec (arXiv 2404.05961, section 4.1).
+
+    Args:
+        model: an export; `diffembed export --checkpoint init` makes one of an untrained model.
+        train, test: words and tags, in CoNLL-2003's columns (word, pos, chunk, ner) or as JSON
+            lines with `tokens` and `pos_tags`, `chunk_tags` or `ner_tags`.
+        labels: whether a word is classified by its own tokens, or by the token before each of them.
+        merge_subwords: take the mean over a word's tokens, not its first token alone.
+        max_length: tokens after which a sentence is cut.
+        max_tokens: packed tokens of one forward.
+        batch_size: words per update of the classifier.
+    """
+
+    output_dir: UserPath
+    model: UserPath
+    train: UserPath
+    test: UserPath
+    task: Literal["pos", "chunk", "ner"]
+    labels: Literal["same_token", "next_token"] = "same_token"
+    merge_subwords: bool = True
+    max_length: int = 512
+    max_tokens: int = 16384
+    dropout: float = 0.1
+    lr: float = 5e-4
+    num_epochs: int = 5
+    batch_size: int = 256
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "max_tokens", "num_epochs", "batch_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
+        require(self.lr > 0, "lr", self.lr, "a number > 0")
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExportStep:
+    """One export of the trained run: `diffembed export --checkpoint … --output …`.
+
+    Args:
+        checkpoint: `latest`, a name like `step-000100`, or `init` (the untrained model).
+        output: the export's folder; null: the run's own.
+    """
+
+    checkpoint: str = "latest"
+    output: UserPath | None = None
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChainConfig:
+    """One experiment from raw data to its report: `diffembed submit all CONFIG`.
+
+    Args:
+        prepare: config of the shards; null: they are there.
+        train: config of the training run.
+        deepspeed: its DeepSpeed JSON.
+        exports: what is made of the run for the evaluation.
+        evaluate: config of the evaluation; null: the chain ends with the exports.
+        text_elements: array elements that share the texts of all tasks; null: one element for each
+            model and task.
+    """
+
+    train: UserPath
+    prepare: UserPath | None = None
+    deepspeed: UserPath = Path("ds_configs/zero3.json")
+    exports: tuple[ExportStep, ...] = (ExportStep(),)
+    evaluate: UserPath | None = None
+    text_elements: int | None = None
+
+    def __post_init__(self) -> None:
+        elements = self.text_elements
+        require(
+            elements is None or elements >= 1, "text_elements", elements, "an integer >= 1, or null"
         )

@@ -13,11 +13,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.balance import ATTENTION_LENGTH, plan_chunks
-from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
-from pipeline.data.keyed import make_key
-from pipeline.data.order import Group, Order, source_shares
-from pipeline.data.relevance import Relevance, choose, num_negatives, relate
+from pipeline.data.batch import ATTENTION_LENGTH, Chunk, GlobalBatch, IntArray, Ragged, plan_chunks
+from pipeline.data.order import (
+    Group,
+    Order,
+    Relevance,
+    choose,
+    make_key,
+    num_negatives,
+    relate,
+    source_shares,
+)
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 

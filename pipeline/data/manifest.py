@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from pipeline.config import Template
 from pipeline.data.batch import IntArray
 from pipeline.data.order import Group
-from pipeline.data.tokens import TokenizerInfo
 from pipeline.errors import UserError
 from pipeline.files import check_kind, read_json, unseal, write_sealed
+from pipeline.tokenizer import TokenizerInfo
 
 VERSION = 2
 FILE_NAME = "manifest.json"

@@ -1,4 +1,4 @@
-"""Which examples meet at a step: a pure function of seed, step, dataset and global batch size."""
+"""Choose the examples of each step as a pure function of seed, step and dataset."""
 
 from __future__ import annotations
 
@@ -9,12 +9,70 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.batch import IntArray
-from pipeline.data.keyed import make_key, permute
+from pipeline.data.batch import IntArray, Ragged
 from pipeline.errors import UserError
 
-Homogeneous = Literal["none", "source", "instruction"]
 
+def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def make_key(*parts: int) -> int:
+    """One 64-bit key from several integers; every part and its place matter."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
+    return int(key[0])
+
+
+def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
+    """Numbers from 0 up to 1, each a function of the key and of its own integers in `parts`.
+
+    Args:
+        key: from `make_key`.
+        parts: arrays of one shape (N,), values 0 and above.
+
+    Returns:
+        (N,) multiples of 2**-53.
+    """
+    word = np.full(parts[0].shape, key, dtype=np.uint64)
+    for part in parts:
+        word = mix(word * _STEP + part.astype(np.uint64) + np.uint64(1))
+    return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: IntArray, size: int, key: int) -> IntArray:
+    """Map indices through a keyed bijection of 0..size-1 without storing it.
+
+    A four-round Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that
+    holds `size`, walked until it lands inside (Black and Rogaway, 2002).
+
+    Args:
+        index: any shape, values 0..size-1.
+        size: number of elements permuted, at least 1.
+        key: selects the permutation.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(make_key(key, number)) for number in range(4)]
+    flat = np.asarray(index, dtype=np.uint64).ravel().copy()
+    outside = np.arange(len(flat))
+    while len(outside):
+        left, right = flat[outside] >> half, flat[outside] & low
+        for round_key in keys:
+            left, right = right, left ^ (mix(right + round_key) & low)
+        flat[outside] = (left << half) | right
+        outside = outside[flat[outside] >= size]
+    return flat.astype(np.int64).reshape(np.shape(index))
+
+
+Homogeneous = Literal["none", "source", "instruction"]
 # A cycle fixes each unit's share exactly; its length bounds the work of starting at any step.
 _MAX_CYCLE = 2**16
 # Steps over which a mixed batch's fractional quotas even out.
@@ -300,3 +358,114 @@ def _count_residues(stop: IntArray, below: int) -> IntArray:
     """How many k in 0..stop-1 have k mod _QUOTA_STEPS < below."""
     count: IntArray = (stop // _QUOTA_STEPS) * below + np.minimum(stop % _QUOTA_STEPS, below)
     return count
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Relevance:
+    """The documents of a batch and three index lists per query; see `GlobalBatch`."""
+
+    document_ids: IntArray  # (M,) ids in the document store, ascending
+    positives: Ragged
+    negatives: Ragged
+    masked: Ragged
+
+
+def num_negatives(
+    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
+) -> IntArray:
+    """(N,) documents that each query of a batch is told apart from: its own ones, or all."""
+    if own:
+        return negatives.lengths
+    return num_documents - positives.lengths - masked.lengths
+
+
+def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
+    """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
+
+    Args:
+        lists: (R rows) what there is to choose from.
+        count: how many to take where a row has as many.
+        num_first: (R,) values of each row that come before the others; None for no such values.
+        key: decides the choice.
+
+    Returns:
+        (nnz,) places in `lists.values`, ascending.
+    """
+    lengths = lists.lengths
+    if not len(lengths) or lengths.max() <= count:
+        return np.arange(len(lists.values), dtype=np.int64)
+    rows, places = lists.rows, np.arange(len(lists.values), dtype=np.int64)
+    rank = mix(places.astype(np.uint64) ^ np.uint64(make_key(key)))
+    late = np.zeros(len(places), dtype=bool)
+    if num_first is not None:
+        late = places - lists.offsets[:-1][rows] >= num_first[rows]
+    order = np.lexsort((rank, late, rows))
+    # Within each row the order is now: first values by chance, then the others by chance.
+    taken = places < lists.offsets[:-1][rows] + count
+    return np.sort(order[taken])
+
+
+def relate(
+    *,
+    positives: Ragged,
+    negatives: Ragged,
+    all_positives: Ragged,
+    concept: IntArray,
+    query_key: IntArray,
+) -> Relevance:
+    """Number the documents of a batch and find its known false negatives.
+
+    A document of the batch is masked for a query that it answers by the data, though not chosen:
+    it is another positive of the example, or a positive of an example with the same query or the
+    same concept. Negatives listed by the example itself stay negatives.
+
+    Args:
+        positives, negatives: (N rows) chosen document ids.
+        all_positives: (N rows) every positive the example lists.
+        concept: (N,) hash of what the example is about, -1 for unknown.
+        query_key: (N,) hash of the query's text.
+    """
+    num_queries = len(positives)
+    ids, inverse = np.unique(
+        np.concatenate([positives.values, negatives.values]), return_inverse=True
+    )
+    split = len(positives.values)
+    chosen = Ragged(offsets=positives.offsets, values=inverse[:split].astype(np.int64))
+    against = Ragged(offsets=negatives.offsets, values=inverse[split:].astype(np.int64))
+    place = np.searchsorted(ids, all_positives.values)
+    place = np.minimum(place, len(ids) - 1)
+    present = ids[place] == all_positives.values
+    pairs = [_pairs(all_positives.rows[present], place[present], len(ids))]
+    for label in (concept, query_key):
+        pairs.append(_shared(label, chosen, len(ids)))
+    known = np.unique(np.concatenate(pairs))
+    own = [_pairs(lists.rows, lists.values, len(ids)) for lists in (chosen, against)]
+    masked = np.setdiff1d(known, np.concatenate(own), assume_unique=False)
+    return Relevance(
+        document_ids=ids.astype(np.int64),
+        positives=chosen,
+        negatives=against,
+        masked=Ragged.from_pairs(masked // len(ids), masked % len(ids), num_queries),
+    )
+
+
+def _pairs(rows: IntArray, documents: IntArray, num_documents: int) -> IntArray:
+    """(query, document) pairs as single numbers."""
+    return rows.astype(np.int64) * num_documents + documents
+
+
+def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
+    """Pairs of each query with the positives of all queries that carry its label (not -1)."""
+    labels, groups, counts = np.unique(label, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero((label[chosen.rows] >= 0) & (counts[groups[chosen.rows]] > 1))
+    # Each label's documents once, though several of its queries may share one.
+    owned = np.unique(groups[chosen.rows[rows]] * num_documents + chosen.values[rows])
+    per_label = Ragged.from_pairs(owned // num_documents, owned % num_documents, len(labels))
+    lengths = per_label.lengths[groups]
+    starts = per_label.offsets[:-1][groups]
+    ends = np.cumsum(lengths)
+    places = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
+        starts - (ends - lengths), lengths
+    )
+    queries = np.repeat(np.arange(len(label), dtype=np.int64), lengths)
+    return _pairs(queries, per_label.values[places], num_documents)

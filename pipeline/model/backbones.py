@@ -1,4 +1,8 @@
-"""A model folder or hub name to a loaded Hugging Face backbone, without remote code."""
+"""Load a Hugging Face backbone from a folder or hub name.
+
+Nothing is taken on trust that can be measured: how the code attends and what padding does to a
+vector are probed when it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,142 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
 from pipeline.config import ModelConfig
-from pipeline.config.declared import model_fix, require_model_place
+from pipeline.config.model import model_fix, require_model_place
 from pipeline.errors import UserError, blame
-from pipeline.limits import embedding_rows
-from pipeline.model.families import FAMILIES, Family
-from pipeline.model.merging import Merge, plan_merge
-from pipeline.model.native import NATIVE_FORMS, NativeForm
-from pipeline.model.packing import PACKED
-from pipeline.model.remote import REMOTE, PaddedModel, check_behaviour
-from pipeline.model.rope import scale_rope
+from pipeline.model.adapters import Merge, plan_merge
+from pipeline.model.architectures import (
+    FAMILIES,
+    NATIVE_FORMS,
+    Family,
+    LayerInputs,
+    NativeForm,
+    scale_rope,
+)
+from pipeline.model.attention import PACKED, Rows
 from pipeline.model.weights import Placement, WeightFiles, WeightReader, fill
+from pipeline.tokenizer import embedding_rows
+
+
+def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """Return what a whole model of this architecture holds and ours does not, by native name.
+
+    The pooler of BERT and its kin, as the base model has it; zeros where the base has none.
+    Without it every load would warn of a model that is not whole.
+
+    Args:
+        model: the Hugging Face model that was trained.
+        family: how it was taken apart.
+        config: the model section it was built from.
+    """
+    if not family.arguments:
+        return {}  # nothing was left out
+    with torch.device("meta"):
+        whole = AutoModel.from_config(model.config, trust_remote_code=False)
+    shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+    files = WeightFiles(config.path, config.revision)
+    found = {}
+    for name in shapes.keys() - model.state_dict().keys():
+        published = [name, f"{whole.base_model_prefix}.{name}"]
+        source = next((key for key in published if files.shapes.get(key) == shapes[name]), None)
+        if source is None:
+            found[name] = torch.zeros(shapes[name], dtype=model.dtype)
+        else:
+            with files.slices([source]) as slices:
+                found[name] = slices[source][:].to(model.dtype)
+    return found
+
+
+class PaddedModel(nn.Module):
+    """A foreign model with the outside of a packed one: an embedding and a single block."""
+
+    base_model_prefix = ""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.config = inner.config
+        self.layers = nn.ModuleList([_PaddedBlock(inner)])
+
+    def gradient_checkpointing_enable(self, arguments: dict[str, Any]) -> None:
+        """Hand the request to the foreign code."""
+        self.layers[0].inner.gradient_checkpointing_enable(arguments)  # type: ignore[operator, union-attr]
+
+
+class _PaddedBlock(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor, *, attention_mask: None, rows: Rows) -> Tensor:
+        """(1, T, D) input embeddings to (1, T, D) last hidden states, by way of (C, L, D)."""
+        padded = pad_sequence(list(torch.split(hidden[0], rows.sizes)), batch_first=True)
+        columns = torch.arange(rows.longest, device=hidden.device)
+        mask = columns < rows.lengths[:, None]  # (C, L)
+        packed: Tensor = last_states(self.inner, padded, mask)[mask].unsqueeze(0)
+        return packed
+
+
+def last_states(inner: Any, embedded: Tensor, mask: Tensor) -> Tensor:
+    """(C, L, D) embeddings and (C, L) mask of real tokens -> (C, L, D) last hidden states.
+
+    Raises:
+        UserError: the model returns something else.
+    """
+    out = inner(inputs_embeds=embedded, attention_mask=mask.long())
+    states: Tensor | None = getattr(out, "last_hidden_state", None)
+    if states is None:
+        raise UserError(
+            "model.path: its code returns no last_hidden_state",
+            fix="point AutoModel in its auto_map at the backbone, not at a head",
+        )
+    return states
+
+
+def _embed(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    return model.layers[0].inner.get_input_embeddings()(ids), [{}]
+
+
+REMOTE = Family(
+    embed=_embed,
+    layers=lambda model: model.layers,
+    finish=lambda model, hidden: hidden,
+    decoder=True,
+    attention_dropout="attention_dropout",
+)
+
+
+def check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
+    """Probe foreign code with three forwards of a few tokens.
+
+    Raises:
+        UserError: it does not attend as the config says, or a vector depends on padding.
+    """
+    inner: Any = model.layers[0].inner
+    inner.eval()
+    ids = torch.arange(1, 9)[None]
+    real = torch.tensor([[True] * 5 + [False] * 3])  # what follows token 5 is padding, not zeros
+    with torch.no_grad():
+        embedded = inner.get_input_embeddings()(ids)
+        alone = last_states(inner, embedded[:, :5], real[:, :5]).float()
+        padded = last_states(inner, embedded, real)[:, :5].float()
+        longer = last_states(inner, embedded, torch.ones_like(real))[:, :5].float()
+    noise = (1e-4 if config.dtype == "float32" else 3e-2) * alone.abs().max()
+    if (alone - padded).abs().max() > noise:
+        raise UserError(
+            f"model.path: in the code of {config.path} padding changes the vectors of a text",
+            fix="correct its attention mask; embeddings would depend on their batch mates",
+        )
+    attends = "bidirectional" if (alone - longer).abs().max() > noise else "causal"
+    if attends != config.attention:
+        raise UserError(
+            f"model.attention: {config.attention}, but the code of {config.path} is {attends}",
+            allowed=attends,
+        )
 
 
 def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[nn.Module, Family]:

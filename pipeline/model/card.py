@@ -1,19 +1,196 @@
-"""The model card of an export: what it is, how to use it, what made it."""
+"""Write the model card of an export.
+
+Facts about servers are those of their sources in July 2026 (text-embeddings-inference 1.9, vLLM
+0.33, infinity 0.0.78); none of them was run with weights on a GPU.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.config import ModelConfig, Template
-from pipeline.errors import blame
-from pipeline.model.licence import base_licence, licence_words
-from pipeline.model.prompts import Prompt, Prompts, TrainedTexts
-from pipeline.model.serving import serving_table
-from pipeline.run_dir import write_text
+from pipeline.errors import blame, say_warning
+from pipeline.files import write_text
+from pipeline.model.export_folder import Prompt, Prompts, TrainedTexts
+
+# What `license` may say on the hub (hf.co/docs/hub/repositories-licenses); it refuses other words.
+HUB_LICENCES = {
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0",
+    "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd",
+    "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0",
+    "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0",
+    "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license",
+    "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2",
+    "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0",
+    "grok2-community", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0",
+    "lgpl-lr", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c",
+    "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openmdw-1.0", "openrail",
+    "openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown", "unlicense", "wtfpl",
+    "zlib",
+}  # fmt: skip
+
+
+def base_licence(config: ModelConfig) -> dict[str, Any]:
+    """Return the licence keys for the card of a model made from this base; none where unknown.
+
+    A card that cannot be read is no reason to lose an export: it is named on standard error.
+    """
+    local = Path(config.path)
+    source = local / "README.md" if local.is_dir() else config.path
+    if local.is_dir() and not source.exists():  # type: ignore[union-attr]
+        return {}
+    try:
+        data = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
+        return licence_keys(data)
+    except (OSError, HfHubHTTPError):
+        return {}  # the hub is out of reach
+    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        say_warning(
+            f"the model card of {config.path} cannot be read ({reason}); the export's card names "
+            "no licence"
+        )
+        return {}
+
+
+def licence_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `license`, `license_name` and `license_link` as the hub accepts them.
+
+    Args:
+        data: the header of the base model's card.
+    """
+    found = data.get("license")
+    words = [str(word) for word in (found if isinstance(found, list) else [found]) if word]
+    ids = [_hub_id(word) for word in words]
+    name, link = data.get("license_name"), data.get("license_link")
+    given = {"license_name": name, "license_link": link}
+    kept = {key: str(value) for key, value in given.items() if value}
+    if not words and not kept:
+        return {}
+    if words and None not in ids:
+        return {"license": ids[0] if len(ids) == 1 else ids, **kept}
+    return {"license": "other", "license_name": _slug(" ".join(words) or "unnamed"), **kept}
+
+
+def licence_words(keys: Mapping[str, Any]) -> str:
+    """Return the licence as a reader would name it."""
+    found = keys.get("license_name") or keys["license"]
+    return " and ".join(f"`{word}`" for word in ([found] if isinstance(found, str) else found))
+
+
+def _hub_id(word: str) -> str | None:
+    slug = _slug(word)
+    return slug if slug in HUB_LICENCES else None
+
+
+def _slug(word: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", word.lower()).strip("-")
+
+
+# model_type -> whether the server sees that config.json switches the causal mask off. Those it
+# lacks are not served, or untried.
+_VLLM = {
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"), True),
+    **dict.fromkeys(("gemma", "gemma2", "gpt2"), False),
+}
+_VLLM_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
+_TEI = {"qwen2": True, **dict.fromkeys(("llama", "mistral", "qwen3", "gemma3_text"), False)}
+_TEI_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
+
+
+def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity: str) -> str:
+    """Return the Markdown section of a merged export.
+
+    Args:
+        config: attention, pooling and normalisation.
+        family: `model_type` of the export's config.json.
+        decoder: whether that family masks the future unless told otherwise.
+        similarity: `cosine` or `dot`.
+    """
+    bidirectional = decoder and config.attention == "bidirectional"
+    kinds = "`eager`" if family == "gemma2" else "`sdpa` or `eager`"
+    attention = f"`transformers >= 5.17`, attention {kinds}" if bidirectional else ""
+    rows = [
+        ("sentence-transformers", "yes", attention),
+        ("transformers", "yes", f"the code above{'; ' * bidirectional}{attention}"),
+        ("vLLM", *_vllm(config, family, decoder, bidirectional)),
+        ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
+        ("infinity", *_infinity(bidirectional, similarity)),
+    ]
+    lines = ["| program | serves it | with |", "|---|---|---|"]
+    lines += [f"| {name} | {verdict} | {how or '-'} |" for name, verdict, how in rows]
+    if bidirectional:
+        lines.insert(
+            0,
+            "This decoder attends in both directions. **A program that ignores `is_causal: false` "
+            "in config.json masks the future without an error and returns other vectors**: compare "
+            "a few with sentence-transformers before you rely on a server.\n",
+        )
+    lines.append(
+        "\nServers put no prompt before a text unless they are asked to: send each text with its "
+        "prompt. What the table says of servers was read from their sources (vLLM 0.33, "
+        "text-embeddings-inference 1.9, infinity 0.0.78), not run."
+    )
+    return "\n".join(lines)
+
+
+def _vllm(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) -> tuple[str, str]:
+    if family not in (*_VLLM, *_VLLM_ENCODERS):
+        return "untried", "not among the embedding models it names"
+    if bidirectional and not _VLLM[family]:
+        return "**no**", f"its {family} ignores `is_causal`: the future would be masked"
+    if config.pooling == "weighted_mean":
+        return "**no**", "it has no weighted mean"
+    if not config.pool_instruction:
+        return "**no**", "it would pool the instruction"
+    how = "`--runner pooling`; reads `1_Pooling`, `modules.json` and `max_seq_length`"
+    return "yes", how + ("; honours `is_causal: false`" if bidirectional else "")
+
+
+def _tei(
+    config: ModelConfig, family: str, decoder: bool, bidirectional: bool, similarity: str
+) -> tuple[str, str]:
+    if family not in (*_TEI, *_TEI_ENCODERS):
+        return "**no**", f"it has no {family}"
+    if config.pooling == "weighted_mean":
+        return "**no**", "it has no weighted mean, and says so"
+    if not config.pool_instruction:
+        return "**no**", "it would pool the instruction"
+    if config.rope_scaling is not None:
+        return "untried", "rescaled positions"
+    how = ["a GPU with flash attention, `--dtype float16`"] if decoder else []
+    if bidirectional and not _TEI[family]:
+        how.append(
+            '**add `"use_bidirectional_attention": true` to a copy of config.json**, by which it '
+            "knows, or it masks the future"
+        )
+    elif bidirectional:
+        how.append("honours `is_causal: false`")
+    how.append("`prompt_name` of a request, or `--default-prompt-name`")
+    if not config.normalize:
+        how.append('`"normalize": false` in each request')
+    return "yes", "; ".join(how)
+
+
+def _infinity(bidirectional: bool, similarity: str) -> tuple[str, str]:
+    if bidirectional:
+        return (
+            "**no**",
+            "it needs sentence-transformers < 4, whose transformers ignores `is_causal`",
+        )
+    if similarity == "dot":
+        return "**no**", "it always normalises vectors"
+    return "yes", "`--engine torch`; it knows no prompts"
+
 
 _EVALUATION = "## Evaluation"
 _POOLING_CODE = {

@@ -1,7 +1,8 @@
-"""An encoder as a folder that transformers and sentence-transformers load without this package."""
+"""Write an encoder as a folder that transformers and sentence-transformers load."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -11,20 +12,167 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tokenizers import processors
+
 from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError, name_full_disk, say_warning
-from pipeline.limits import limits_of
+from pipeline.files import require_writable, sync_dir, write_json
 from pipeline.model.backbones import read_config
 from pipeline.model.card import write_card
-from pipeline.model.config_file import finish_config
 from pipeline.model.encoder import Encoder
-from pipeline.model.export_tokenizer import tokenizer_to_write
-from pipeline.model.load import LoadedExport
-from pipeline.model.outside import NOT_CHECKED, Outside, available_bytes, check_vectors
-from pipeline.model.parts import SETTINGS, is_export
-from pipeline.model.prompts import Prompts, TrainedTexts
-from pipeline.model.sentence_files import write_sentence_files
-from pipeline.run_dir import require_writable, sync_dir, write_json
+from pipeline.model.export_check import NOT_CHECKED, Outside, available_bytes, check_vectors
+from pipeline.model.export_folder import (
+    SETTINGS,
+    Prompts,
+    TrainedTexts,
+    is_export,
+    write_sentence_files,
+)
+from pipeline.model.load_export import LoadedExport
+from pipeline.tokenizer import limits_of, load_tokenizer
+
+# How families with two kinds of layers called their two bases before they had one dictionary.
+_TWO_BASES = {
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+}
+
+
+def finish_config(path: Path) -> None:
+    """Rewrite a config.json that transformers saved.
+
+    The names of code that a published model asked for are dropped: the folder has no such code.
+    Rotary positions are written in the form before transformers 5, too. Earlier versions, and
+    servers built on them, ignore `rope_parameters` and would turn by the family's default base,
+    without an error.
+    """
+    tree = json.loads(path.read_text())
+    tree.pop("auto_map", None)
+    write_json(path, {**tree, **old_rope_keys(tree)})
+
+
+def old_rope_keys(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what older readers look for instead of `rope_parameters`."""
+    rope = hf_config.get("rope_parameters")
+    if not rope:
+        return {}
+    kind = hf_config["model_type"]
+    if kind in _TWO_BASES:
+        far, near = rope["full_attention"], rope["sliding_attention"]
+        bases = dict(zip(_TWO_BASES[kind], (far["rope_theta"], near["rope_theta"]), strict=True))
+    else:
+        far, bases = rope, {"rope_theta": rope["rope_theta"]}
+    rest = {key: value for key, value in far.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in rest:
+        bases["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+    # ModernBERT never read `rope_scaling`; newer versions would rescale all of its layers by it.
+    plain = rest.get("rope_type") == "default" or kind == "modernbert"
+    return bases if plain else {**bases, "rope_scaling": rest}
+
+
+# Tokens that vocabularies reserve for padding, for models that declare none.
+_PAD_NAMES = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",  # Llama 3.1 and later
+    "<|endoftext|>",  # Qwen
+)
+
+
+def tokenizer_to_write(
+    path: str, *, appends_eos: bool, max_length: int, num_embeddings: int
+) -> Any:
+    """Return the tokenizer of the training data, ready to be saved with a model.
+
+    Args:
+        path: folder or hub name.
+        appends_eos: whether texts got an end-of-sequence token.
+        max_length: tokens after which a text is cut.
+        num_embeddings: rows of the model's embedding.
+
+    Raises:
+        UserError: it has no EOS token although texts got one, or no token to pad with.
+    """
+    tokenizer = load_tokenizer(path)
+    if appends_eos:
+        append_eos(tokenizer)
+    _give_pad_token(tokenizer, num_embeddings)
+    # The folder has no code of the published model, and needs none.
+    tokenizer.init_kwargs.pop("auto_map", None)
+    # As the training data were made, whatever the published tokenizer says.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = max_length
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def append_eos(tokenizer: Any) -> None:
+    """Make a tokenizer end every text with its EOS, within the length it truncates to.
+
+    Does nothing to one that already does.
+
+    Raises:
+        UserError: the tokenizer has no EOS token.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError("tokenizer: it has no EOS token", fix="prepare with append_eos: false")
+    ids, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    if ids[-1] == tokenizer.eos_token_id:
+        return
+    # One template for all of them: of two in a row the library applies only the first.
+    start = next(k for k in range(len(ids)) if ids[k : k + len(bare)] == bare)
+    before, after = ids[:start], [*ids[start + len(bare) :], tokenizer.eos_token_id]
+    names = {token: tokenizer.convert_ids_to_tokens(token) for token in (*before, *after)}
+    template = processors.TemplateProcessing(
+        single=[*(names[token] for token in before), "$A", *(names[token] for token in after)],
+        special_tokens=[(name, token) for token, name in names.items()],
+    )
+    backend = tokenizer.backend_tokenizer
+    kept = [processors.ByteLevel(**options) for options in _byte_levels(backend)]
+    backend.post_processor = processors.Sequence([*kept, template])
+
+
+def _byte_levels(backend: Any) -> list[dict[str, Any]]:
+    """Options of the post-processors that change offsets and add no token."""
+    tree = json.loads(backend.to_str())["post_processor"] or {}
+    parts = tree.get("processors", [tree])
+    return [
+        {key: value for key, value in part.items() if key != "type"}
+        for part in parts
+        if part.get("type") == "ByteLevel"
+    ]
+
+
+def _give_pad_token(tokenizer: Any, num_embeddings: int) -> None:
+    """Give a tokenizer that cannot pad a token to pad with, as users of such models do.
+
+    A token made for padding if the vocabulary has one, else EOS, BOS or the unknown token. It is
+    one that is special already, or texts that contain it would get other ids; and one that has a
+    row in the embedding, which is looked up before padding is masked.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    special = {
+        str(token)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number < num_embeddings
+    }
+    if str(tokenizer.pad_token) in special:
+        return
+    named = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    reserved = [name for name in _PAD_NAMES if name in special]
+    for name in (*reserved, *named, *sorted(special)):
+        if name in special:
+            tokenizer.pad_token = name
+            return
+    raise UserError(
+        f"tokenizer: {tokenizer.name_or_path} has no special token to pad a batch with",
+        fix="give it an eos_token or a pad_token with a row in the model's embedding",
+    )
+
 
 # A ragged batch for the check of an export: padding, a cut and a word of several tokens show in it.
 _PROBES = (

@@ -16,8 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from pipeline.config import StarterConfig
 from pipeline.errors import UserError
-from pipeline.files import parse_json
-from pipeline.run_dir import atomic_path, require_writable, write_json
+from pipeline.files import atomic_path, parse_json, require_writable, write_json
 
 _END, _MASK = "<|endoftext|>", "<|mask|>"
 

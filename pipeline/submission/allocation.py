@@ -1,4 +1,4 @@
-"""The job that this process runs in, as Slurm sees it from inside.
+"""The current Slurm job from the inside: nodes, time left, faults, requeue.
 
 python -m pipeline.submission.allocation
 
@@ -7,6 +7,7 @@ prints the address of the job's first node.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -19,9 +20,56 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import DiffembedError, errors_end_the_process
-from pipeline.submission import scheduler
+from pipeline.submission import slurm
 from pipeline.submission.health import MARK, Health
-from pipeline.submission.scheduler import IN_A_JOB
+from pipeline.submission.slurm import IN_A_JOB, locked_records
+
+# Set by every batch script that `diffembed submit` writes: where that script is kept.
+SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
+# It must find what this job still writes down, and not meet its last processes.
+_DELAY = "--begin=now+10"
+
+
+def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
+    """Submit this job's own script again and let its dependents wait for the new job.
+
+    Args:
+        job: its id.
+        without: nodes that the new job must not get.
+
+    Returns:
+        The new job's id.
+
+    Raises:
+        DiffembedError: the job was not submitted by `diffembed submit`, or Slurm refuses.
+    """
+    if SCRIPT_VARIABLE not in os.environ:
+        raise DiffembedError("only `diffembed submit` leaves a script to submit again")
+    script = Path(os.environ[SCRIPT_VARIABLE])
+    flags = (_DELAY, *([f"--exclude={','.join(without)}"] if without else []))
+    cluster = slurm.read_settings().get("ClusterName", "")
+    # Locked: who submits the chain at this moment must find one of the two jobs, not both.
+    with locked_records({script.parent}, cluster) as records:
+        successor = slurm.submit_text(script, *flags, patience=slurm.IN_A_JOB)
+        # On a full disk, the next submission finds it by its script.
+        with contextlib.suppress(OSError):
+            records[script.parent].add(script.stem, successor)
+    for dependent, dependency in _dependents(job).items():
+        moved = re.sub(rf":{job}\b", f":{successor}", dependency)
+        order = ("update", f"JobId={dependent}", f"Dependency={moved}")
+        slurm.ask("scontrol", *order, patience=slurm.IN_A_JOB)
+    return successor
+
+
+def _dependents(job: str) -> dict[str, str]:
+    """Dependencies of the jobs that wait for this one, by id."""
+    words = ("--me", "--noheader", "--format=%A %E")
+    listing = slurm.ask("squeue", *words, patience=slurm.IN_A_JOB)
+    waiting = dict(line.split(maxsplit=1) for line in listing.splitlines())
+    # `afterok:8(unfulfilled),afterok:10_*(unfulfilled)` is told; `afterok:8,afterok:10` is heard.
+    plain = {own: re.sub(r"(_\*)?\(\w+\)", "", told) for own, told in waiting.items()}
+    return {own: told for own, told in plain.items() if re.search(rf":{job}\b", told)}
+
 
 # More than all checks of a node may take together.
 _HEALTH_SECONDS = 240
@@ -58,7 +106,7 @@ def own_id() -> str:
 def first_address() -> str:
     """The address by which Slurm itself reaches the first node; a node's name need not resolve."""
     node = _expand(os.environ["SLURM_JOB_NODELIST"])[0]
-    shown = scheduler.ask("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
+    shown = slurm.ask("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
     found = re.search(r"NodeAddr=(\S+)", shown)
     return found[1] if found else node
 
@@ -100,7 +148,7 @@ def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
     partitions = _fields(job).get("Partition", "")
     total = 0
     for name in filter(None, partitions.split(",")):
-        shown = scheduler.ask("scontrol", "show", "partition", name, patience=IN_A_JOB)
+        shown = slurm.ask("scontrol", "show", "partition", name, patience=IN_A_JOB)
         found = re.search(r"TotalNodes=(\d+)", shown)
         total += int(found[1]) if found else 0
     lost = len(_expand(",".join(without)))
@@ -120,7 +168,7 @@ def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
     done = _order("requeue", job)
     # An order whose answer was lost is refused when it is given again.
     if done.returncode and read_state(job).running:
-        return scheduler.complaint(done)
+        return slurm.complaint(done)
     if without:
         # Only now: the nodes of a job that runs cannot be changed.
         _order("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
@@ -134,7 +182,7 @@ def find_faults(run_folder: Path) -> Faults:
         NoCheckError: the check could not be started at all.
     """
     nodes = _expand(os.environ["SLURM_JOB_NODELIST"])
-    answers = scheduler.patiently(lambda: _ask_nodes(nodes, run_folder), IN_A_JOB)
+    answers = slurm.patiently(lambda: _ask_nodes(nodes, run_folder), IN_A_JOB)
     return judge({node: answers.get(node) for node in nodes})
 
 
@@ -178,28 +226,28 @@ def _ask_nodes(nodes: list[str], run_folder: Path) -> dict[str, Health]:
         late, output, complaint = True, (error.stdout or b"").decode(), ""
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:
-        if scheduler.is_silence(complaint):
-            said = filter(scheduler.is_silence, complaint.splitlines())
-            raise scheduler.no_answer(next(said))
+        if slurm.is_silence(complaint):
+            said = filter(slurm.is_silence, complaint.splitlines())
+            raise slurm.no_answer(next(said))
         raise NoCheckError(f"the nodes could not be checked: {complaint.strip()}")
     return {node: Health(**json.loads(faults)) for node, faults in found.items()}
 
 
 def _expand(names: str) -> list[str]:
     """Nodes one by one, from Slurm's notation."""
-    shown = scheduler.ask("scontrol", "show", "hostnames", names, patience=IN_A_JOB)
+    shown = slurm.ask("scontrol", "show", "hostnames", names, patience=IN_A_JOB)
     return shown.split()
 
 
 def _fields(job: str) -> dict[str, str]:
     words = ("show", "job", job, "--oneliner")
-    shown = scheduler.ask("scontrol", *words, patience=IN_A_JOB, accepted="Invalid job id")
+    shown = slurm.ask("scontrol", *words, patience=IN_A_JOB, accepted="Invalid job id")
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
 def _order(*words: str) -> subprocess.CompletedProcess[str]:
     """Give an order, with patience while the controller is away; a refusal is in the answer."""
-    return scheduler.patiently(lambda: scheduler.run("scontrol", *words), IN_A_JOB)
+    return slurm.patiently(lambda: slurm.run("scontrol", *words), IN_A_JOB)
 
 
 if __name__ == "__main__":

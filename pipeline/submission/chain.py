@@ -1,4 +1,8 @@
-"""From a config to its jobs: those left to do, and the jobs that each waits for.
+"""Decide which stages of an experiment are left, and what each job waits for.
+
+config, inputs ──> shards ──> run ──> export ──> scores ──> report
+     recipe        identity   checkpoint's     fingerprints   results'
+                              digest                          digest
 
     prepare ──> train ──> export ──> evaluate (array) ──────────────────────> report
                                 └──> evaluate-plan ──> -embed (array) ──> -score ──┘
@@ -8,32 +12,138 @@ Reads configs and what is finished; asks nothing of Slurm.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint_folder import checkpoint_digest, read_latest
 from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
     ExportStep,
     PrepareConfig,
     TrainConfig,
+    as_tree,
     dump_config,
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.run_dir import RunDir
-from pipeline.submission.done import (
-    is_exported,
-    is_prepared,
-    is_reported,
-    require_resumable,
-    require_shards,
-    unscored,
-)
-from pipeline.submission.job import Job, digest
-from pipeline.submission.progress import last_step
+from pipeline.evaluation.results import changed_inputs, read_result, results_digest
+from pipeline.evaluation.tasks import list_elements
+from pipeline.model.export_folder import SETTINGS, is_export
+from pipeline.run_folder import RunDir
+from pipeline.submission.jobs import Job, digest
+from pipeline.submission.restart import last_step
+
+
+def is_prepared(config: PrepareConfig) -> bool:
+    """True when the shards are there, made from this very config and these inputs.
+
+    Raises:
+        UserError: other shards are there.
+    """
+    # Inside, because it imports pyarrow.
+    from pipeline.data.prepare.recipe import prepare_status
+
+    status = prepare_status(config)
+    if status == "other":
+        raise UserError(
+            f"output_dir: {config.output_dir} holds shards that were made from another config or "
+            f"other inputs",
+            fix="`diffembed prepare` says what differs; choose another output_dir, or remove it",
+        )
+    return status == "whole"
+
+
+def require_resumable(config: TrainConfig) -> None:
+    """Refuse a config whose run folder holds checkpoints of another one.
+
+    Raises:
+        UserError: names the first key that differs.
+    """
+    from pipeline.data.manifest import FILE_NAME
+    from pipeline.data.shards import Dataset
+    from pipeline.training.run_identity import require_same_run, run_identity
+
+    checkpoints = RunDir(config.output_dir).checkpoints
+    newest = checkpoints / (read_latest(checkpoints) or "")
+    # Without its shards a finished run is compared by its config alone.
+    if not (newest / "state.json").is_file() or not (config.data.path / FILE_NAME).is_file():
+        return
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: training says what to do
+        state = json.loads((newest / "state.json").read_text())
+        found = {"step": state.get("step", 0), "identity": dict(state["identity"])}
+        # The weights are compared where they are loaded.
+        wanted = run_identity(config, Dataset.open(config.data.path, verify=False))
+        require_same_run(newest, found, wanted)
+
+
+def require_shards(config: TrainConfig) -> None:
+    """Refuse shards that are missing or of another tokenizer than the model's.
+
+    A model that only the compute nodes can load is checked there.
+
+    Raises:
+        UserError: training would refuse them.
+    """
+    from pipeline.data.shards import Dataset
+    from pipeline.tokenizer import load_model_tokenizer, tokenizer_fingerprint
+
+    dataset = Dataset.open(config.data.path, verify=False)
+    path = config.model.path
+    try:
+        tokenizer = load_model_tokenizer(path)
+    except UserError:
+        if Path(path).is_dir():
+            raise
+        return
+    dataset.require_tokenizer(tokenizer_fingerprint(tokenizer), path)
+
+
+def is_exported(config: TrainConfig, checkpoint: str, output: Path) -> bool:
+    """True when a folder is the export of this checkpoint with the settings of this config."""
+    weights = any(output.glob("*.safetensors"))
+    if not weights or not is_export(output):
+        return False
+    made: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        made = json.loads((output / SETTINGS).read_text())
+    if not isinstance(made, dict) or made.get("model") != as_tree(config.model):
+        return False
+    if checkpoint == "init":
+        return made.get("checkpoint") is None
+    checkpoints = RunDir(config.output_dir).checkpoints
+    name = read_latest(checkpoints) if checkpoint == "latest" else checkpoint
+    path = checkpoints / (name or "")
+    # Of a checkpoint that was pruned, the export is what is left.
+    return not (path / "state.json").is_file() or made.get("checkpoint") == checkpoint_digest(path)
+
+
+def unscored(config: EvaluateConfig) -> tuple[int, ...]:
+    """Numbers of the elements without valid scores.
+
+    Raises:
+        UserError: an export is missing.
+    """
+    results = ((element, read_result(element)) for element in list_elements(config))
+    return tuple(
+        element.index
+        for element, result in results
+        if changed_inputs(config, element, result or {})
+    )
+
+
+def is_reported(config: EvaluateConfig) -> bool:
+    """True when the report is made of the very scores that are there."""
+    report = RunDir(config.output_dir).report / "report.json"
+    if not report.is_file():
+        return False
+    with contextlib.suppress(ValueError, AttributeError):
+        digest: object = json.loads(report.read_text()).get("results_digest")
+        return digest == results_digest(config)
+    return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

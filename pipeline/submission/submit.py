@@ -1,22 +1,34 @@
-"""Submits a chain: every job once, however often it is asked for."""
+"""Submit a chain of jobs, each job once.
+
+python -m pipeline.submission.submit TRAIN_YAML CHECKPOINT EVALUATE_YAML [TEXT_ELEMENTS]
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.run_dir import write_text
-from pipeline.submission import scheduler
-from pipeline.submission.chain import Chain
-from pipeline.submission.flags import Flag, expand_log, last_value
-from pipeline.submission.job import Job, batch_text
-from pipeline.submission.record import Record, locked_records, name_of
-from pipeline.submission.scheduler import QueuedJob
-from pipeline.submission.site import Site, read_site
-from pipeline.submission.successor import SCRIPT_VARIABLE
+from pipeline.config import ExportStep
+from pipeline.errors import UserError, errors_end_the_process
+from pipeline.files import write_text
+from pipeline.submission import chain, slurm
+from pipeline.submission.allocation import SCRIPT_VARIABLE
+from pipeline.submission.chain import Chain, evaluate_chain, export_chain
+from pipeline.submission.jobs import (
+    Flag,
+    Job,
+    Site,
+    batch_text,
+    expand_log,
+    last_value,
+    parse_flags,
+    read_site,
+    split_flags,
+)
+from pipeline.submission.slurm import QueuedJob, Record, locked_records, name_of
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
 # In a path, Slurm reads the first as an order not to expand anything, and no line holds the others.
@@ -91,19 +103,19 @@ def submit(chain: Chain, submission: Submission) -> None:
         print(f"finished, not submitted: {line}")
     if not chain.jobs:
         return
-    settings = scheduler.read_settings()
+    settings = slurm.read_settings()
     folders = {job.folder for job in chain.jobs}
     with locked_records(folders, settings.get("ClusterName", "")) as records:
-        queue = scheduler.list_jobs(i for record in records.values() for i in record.ids())
+        queue = slurm.list_jobs(i for record in records.values() for i in record.ids())
         active = {folder: record.find(queue) for folder, record in records.items()}
         _say_what_is_unclear(chain, records, active)
         work = _divide(chain, active)
         _check(work.new, active, settings, site, submission)
         ids = _submit_new(chain, work, records, site, submission)
         for job in work.replaced:
-            scheduler.cancel(job)
+            slurm.cancel(job)
         if work.new:
-            shown = scheduler.list_jobs(ids.values())
+            shown = slurm.list_jobs(ids.values())
             for record in records.values():
                 record.confirm(shown)
     _say_how_to_watch(chain.jobs, ids, site, submission)
@@ -160,7 +172,7 @@ def _submit_new(
             text = _text(job, site, submission, _waits_for(job, ids, submission))
             for path, content in {**job.files, job.text_path: text}.items():
                 write_text(path, content)
-            ids[job.name] = scheduler.submit_text(job.text_path)
+            ids[job.name] = slurm.submit_text(job.text_path)
             records[job.folder].add(job.key, ids[job.name])
             state = "submitted"
         else:
@@ -199,7 +211,7 @@ def _check(
                 f"another config",
                 fix=f"wait, scancel {others[0].id}, or choose another output_dir",
             )
-        scheduler.check_text(job.name, _text(job, site, submission, ()))
+        slurm.check_text(job.name, _text(job, site, submission, ()))
 
 
 def _waits_for(job: Job, ids: dict[str, str], submission: Submission) -> tuple[str, ...]:
@@ -243,3 +255,88 @@ def _say_how_to_watch(
         run = next(job.folder.parent for job in jobs if job.name == "train")
         print(f"stop:  diffembed stop {run} (saves a checkpoint; submit again to continue)")
     print(f"end:   scancel {' '.join(ids.values())}")
+
+
+# The array of `slurm/cluster.env` whose jobs `--sbatch` is for.
+_MAIN_FLAGS = {
+    "prepare": "PREPARE_FLAGS",
+    "train": "TRAIN_FLAGS",
+    "export": "CPU_FLAGS",
+    "evaluate": "EVALUATE_FLAGS",
+    "report": "CPU_FLAGS",
+}
+
+
+def submit_command(
+    what: str,
+    config: Path,
+    overrides: tuple[str, ...],
+    *,
+    deepspeed: Path,
+    exports: ExportStep,
+    text_elements: int | None,
+    flags: str,
+    after: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Show or submit what a command asks for.
+
+    Args:
+        what: the kind of job, or `all`.
+        config: its YAML file; of a chain for `all`.
+        overrides: changes to it.
+        deepspeed: the DeepSpeed JSON of a training run.
+        exports: which checkpoint is exported, and where to.
+        text_elements: see `evaluate_chain`.
+        flags: flags of `sbatch` as one string.
+        after: ids of jobs that must have succeeded first.
+        dry_run: print the batch scripts and submit nothing.
+
+    Raises:
+        UserError: a config is wrong, or Slurm refuses a job.
+    """
+    if flags and what == "all":
+        raise UserError("--sbatch with all", fix="set the flags of each kind in slurm/cluster.env")
+    for job in after:
+        if not job.isdecimal():
+            raise UserError(f"--after {job}", allowed="the id of a job")
+    if what == "prepare":
+        jobs = chain.prepare_chain(config, overrides)
+    elif what == "train":
+        # Behind another job, neither the shards nor the exports need be there yet.
+        jobs = chain.train_chain(config, overrides, deepspeed, shards_follow=bool(after))
+    elif what == "export":
+        jobs = chain.export_chain(config, overrides, (exports,))
+    elif what == "evaluate":
+        jobs = chain.evaluate_chain(config, overrides, text_elements=text_elements, ready=not after)
+    elif what == "report":
+        jobs = chain.report_chain(config, overrides)
+    else:
+        jobs = chain.whole_chain(config, overrides)
+    submission = Submission(
+        flags=parse_flags(split_flags(flags, "--sbatch"), "--sbatch"),
+        flags_of=_MAIN_FLAGS.get(what, ""),
+        after=after,
+    )
+    if dry_run:
+        print(show(jobs, submission))
+    else:
+        submit(jobs, submission)
+
+
+def main(words: list[str]) -> None:
+    """Submit the chain; what is finished or submitted already is left out."""
+    train, checkpoint, evaluate, *texts = words
+    chain = export_chain(Path(train), (), (ExportStep(checkpoint=checkpoint),))
+    scores = evaluate_chain(
+        Path(evaluate),
+        text_elements=int(texts[0]) if texts else None,
+        # The export is still to come.
+        ready=not chain.jobs,
+    )
+    submit(chain.then(scores), Submission())
+
+
+if __name__ == "__main__":
+    with errors_end_the_process():
+        main(sys.argv[1:])

@@ -3,7 +3,7 @@
     checkpoint --links--> RUN/evaluations/step-000100 --export--> scores --> RUN/evaluations/report
 
 The links keep the files when the checkpoint itself is pruned; an export takes their place, and goes
-in its turn when its scores are in the report (`pipeline/evaluation/report/by_step.py`). Scores
+in its turn when its scores are in the report (`pipeline/evaluation/results.py`). Scores
 belong to one checkpoint, known by its digest: those of a future that the run was taken back from do
 not count.
 """
@@ -20,6 +20,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.checkpoint_folder import checkpoint_digest, checkpoint_step
 from pipeline.config import (
     EvaluateConfig,
     EvaluateEveryConfig,
@@ -28,8 +29,9 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.rank_variables import without_rank
-from pipeline.run_dir import RunDir, checkpoint_digest, checkpoint_step, write_text
+from pipeline.files import write_text
+from pipeline.launch import without_rank
+from pipeline.run_folder import RunDir
 
 # Written last of what the commands read.
 _READY = "evaluate.yaml"
@@ -167,7 +169,7 @@ def _submission(folder: Path, text_elements: int | None) -> list[str]:
 
     A process of its own: a hung scheduler can be left behind, and training knows nothing of jobs.
     """
-    words = [sys.executable, "-m", "pipeline.submission.step"]
+    words = [sys.executable, "-m", "pipeline.submission.submit"]
     words += [str(folder / "train.yaml"), folder.name, str(folder / _READY)]
     return words if text_elements is None else [*words, str(text_elements)]
 

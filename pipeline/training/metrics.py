@@ -20,8 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.files import read_json_lines
-from pipeline.run_dir import write_text
+from pipeline.files import read_json_lines, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,20 +1,86 @@
-"""The checkpoints of one run: which one it resumes from, when one becomes whole, what follows."""
+"""When a run saves, stops and resumes."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pipeline import comm
+from pipeline import checkpoint_folder, comm, launch
+from pipeline.checkpoint_folder import LATEST, Keeper, checkpoint_name
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError, say_warning
-from pipeline.run_dir import LATEST, RunDir, checkpoint_name
-from pipeline.training import checkpoint
+from pipeline.run_folder import RunDir
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import Saver, remove_leftovers
+from pipeline.training.engine import Objective
 from pipeline.training.evaluations import Evaluations
-from pipeline.training.objective import Objective
-from pipeline.training.retention import Keeper
-from pipeline.training.saving import Saver, remove_leftovers
 from pipeline.training.zero import ZeroEngine
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Launchers hand on a signal that the ranks have got as well: both are one request.
+_ONE_REQUEST_SECONDS = 1.0
+
+
+class StopRequest:
+    """Remembers the first signal; a second one, a second later or more, ends the process at once.
+
+    Args:
+        file: a path that, once it exists, asks for a stop as a signal would.
+        launchers: the processes without which nobody would end the ranks, and a run that is started
+            again would meet them in its folder (see launcher.processes); empty for none.
+    """
+
+    def __init__(self, file: Path, *, launchers: tuple[int, ...]) -> None:
+        self._file = file
+        self._reason = ""
+        self._launchers = launchers
+        for number in _SIGNALS:
+            signal.signal(number, self._remember)
+        # Python runs a handler only once the main thread has come back from what it calls: from a
+        # collective call that waits for a rank which hangs, never. The descriptor hears it at once.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told)
+        threading.Thread(target=_end_at_second_signal, args=(heard,), daemon=True).start()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or signal.Signals(number).name
+
+    def reason(self) -> str:
+        """Why this rank wants to stop, empty when it does not."""
+        if not self._reason:
+            if comm.rank() == 0 and self._file.exists():
+                return f"{self._file.name} file"
+            if self._launchers and launch.processes() != self._launchers:
+                self._reason = "the launcher's end"
+        return self._reason
+
+    def agreed_reason(self) -> str:
+        """The reason of the first rank that has one; a collective call."""
+        return str(next(reason for reason in comm.all_gather_object(self.reason()) if reason))
+
+    def clear(self) -> None:
+        """Forget an earlier request by file, so that the next start does not stop again."""
+        if comm.rank() == 0:
+            self._file.unlink(missing_ok=True)
+
+
+def _end_at_second_signal(heard: int) -> None:
+    """Read signals, a byte each, and end this process at the second request."""
+    first = None
+    while True:
+        number, now = os.read(heard, 1)[0], time.monotonic()
+        if number not in _SIGNALS:  # that another library listens to
+            continue
+        if first is None:
+            first = now
+        elif now - first > _ONE_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
 def take_over(run: RunDir, mirror: Path | None) -> None:
@@ -38,9 +104,9 @@ def take_over(run: RunDir, mirror: Path | None) -> None:
 
 def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
     """The run's own, or where its folder holds none the one on slower storage."""
-    newest = checkpoint.latest(run.checkpoints)
-    newest = newest or (checkpoint.latest(mirror) if mirror else None)
-    if newest is None and comm.rank() == 0 and (there := checkpoint.names(run.checkpoints)):
+    newest = checkpoint_folder.latest(run.checkpoints)
+    newest = newest or (checkpoint_folder.latest(mirror) if mirror else None)
+    if newest is None and comm.rank() == 0 and (there := checkpoint_folder.names(run.checkpoints)):
         say_warning(
             f"{run.checkpoints}/{LATEST} is missing: the run begins at step 0, beside "
             f"{', '.join(there)} (`diffembed rewind {run.root} {there[-1]}` continues from there)"
@@ -84,7 +150,7 @@ class RunCheckpoints:
 
     def resume(self, path: Path) -> int:
         """Load a checkpoint; returns the next step."""
-        step, extra = checkpoint.load(path, self._engine, self._identity)
+        step, extra = checkpoints.load(path, self._engine, self._identity)
         self._objective.load_state_dict(extra)
         self._newest_step = step
         if comm.rank() == 0 and path.parent == self._folder:

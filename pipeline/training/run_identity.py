@@ -95,7 +95,7 @@ def require_same_model(
         UserError: names what differs.
     """
     # Here, because a login node compares runs without torch.
-    from pipeline.model.digests import model_digests_here
+    from pipeline.model.weights import model_digests_here
 
     saved, run = state["identity"], path.parent.parent
     # One process exports: other ranks, if there are any, take no part in this.

@@ -1,4 +1,4 @@
-"""A training run from its config to its last checkpoint, resumable at every step boundary."""
+"""A training run from its config to its last checkpoint, resumable at every step."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import comm
+from pipeline import checkpoint_folder, comm
 from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.order import Unit
+from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import DiffembedError, Stopped, UserError
+from pipeline.files import write_json, write_text
 from pipeline.loss.contrastive import check_loss
-from pipeline.model.digests import model_digests
-from pipeline.model.language import build_model
-from pipeline.run_dir import (
-    OWN_CONFIG,
-    RunDir,
-    describe_environment,
-    write_json,
-    write_text,
+from pipeline.model.encoder import build_model
+from pipeline.model.weights import model_digests
+from pipeline.run_folder import OWN_CONFIG, RunDir, describe_environment
+from pipeline.training.contrastive_step import Contrastive
+from pipeline.training.engine import (
+    Agreement,
+    ChunkOutOfMemoryError,
+    NonFiniteLossError,
+    Objective,
+    StepGivenUpError,
+    seed_random,
 )
-from pipeline.training import checkpoint
-from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
-from pipeline.training.engine import NonFiniteLossError, seed_random
 from pipeline.training.evaluations import Evaluations
-from pipeline.training.metrics import (
-    JsonLines,
-    Progress,
-    Tracker,
-    open_trackers,
-    require_trackers,
+from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers, require_trackers
+from pipeline.training.run_checkpoints import (
+    RunCheckpoints,
+    StopRequest,
+    newest_checkpoint,
+    take_over,
 )
-from pipeline.training.objective import Objective, make_objective
-from pipeline.training.optim import build_optimizer, learning_rate
-from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
 from pipeline.training.run_identity import require_same_run, run_identity
-from pipeline.training.signals import StopRequest
-from pipeline.training.zero import ZeroEngine, placement_of
+from pipeline.training.token_step import TokenPrediction
+from pipeline.training.zero import ZeroEngine, build_optimizer, learning_rate, placement_of
 
 # Steps left out in a row after which no more are: what is wrong is not the batch.
 _MOST_SKIPPED = 20
@@ -103,7 +102,7 @@ def _is_finished(newest: Path, run: RunDir, config: TrainConfig, identity: dict[
     """
 
     def check() -> int:
-        state = checkpoint.read_state(newest)
+        state = checkpoint_folder.read_state(newest)
         require_same_run(newest, state, identity)
         return state["step"]
 
@@ -289,7 +288,7 @@ class Training:
 
     def _how_weights_are(self, intact: bool) -> str:
         """What is known of the weights after a step that was not finite, and what helps."""
-        names = checkpoint.names(self.run.checkpoints)
+        names = checkpoint_folder.names(self.run.checkpoints)
         back = f"`diffembed rewind {self.run.root} NAME` takes the run back to an older checkpoint"
         resume = "the same command starts again from step 1"
         if names:
@@ -345,3 +344,14 @@ def _say(text: str) -> None:
     if comm.rank() == 0:
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
             print(text, flush=True)
+
+
+def make_objective(config: TrainConfig, dataset: Dataset) -> Objective:
+    """The objective of a run.
+
+    Raises:
+        UserError: tokens are to be hidden, but nothing says by which one.
+    """
+    if config.objective is None:
+        return Contrastive(config)
+    return TokenPrediction(config, dataset)

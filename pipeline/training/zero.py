@@ -1,20 +1,110 @@
-"""The only door to the DeepSpeed engine: cached chunks in, exact sharded gradients out."""
+"""The DeepSpeed engine: cached chunks in, exact sharded gradients out.
+
+ZeRO-3:  [ rank 0 | rank 1 | rank 2 + padding ]    equal shares, the last ones padded with zeros
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pipeline import comm
+from pipeline.config import OptimizerConfig
 from pipeline.model.weights import Placement
-from pipeline.training.gradient_sums import GradientSums
-from pipeline.training.shares import equal_share, padded
+from pipeline.training.engine import GradientSums
+
+
+def equal_share(num_elements: int, *, rank: int, share: int) -> range:
+    """Return the elements of one rank where every rank has room for `share` of them.
+
+    Ranks beyond the last element get an empty range.
+    """
+    start = min(rank * share, num_elements)
+    return range(start, min(start + share, num_elements))
+
+
+def padded(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return flat (K,) values, K <= size, followed by zeros: (size,)."""
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def covering_rows(shape: Sequence[int], elements: range) -> range:
+    """Return the rows, along the first dimension, that hold these flat elements."""
+    width = math.prod(shape[1:])
+    return range(elements.start // width, -(-elements.stop // width))
+
+
+def read_share(tensor: Any, elements: range) -> torch.Tensor:
+    """Read flat elements of a tensor in a file, and of the file little more than these.
+
+    Args:
+        tensor: a slice as safetensors' `get_slice` returns it.
+        elements: which ones; may be empty.
+    """
+    shape = tensor.get_shape()
+    if not shape:  # a number, which has no rows
+        return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
+    rows = covering_rows(shape, elements)
+    read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
+    before = rows.start * math.prod(shape[1:])
+    return read[elements.start - before : elements.stop - before]
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, norms and biases do not.
+
+    Call before ZeRO-3 partitions the parameters: a partitioned one has lost its shape.
+    """
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Parameters loaded straight into partitions carry their shape in `ds_shape`.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) >= 2 else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters.
+
+    torch's own AdamW, so that no machine needs a compiler to build an optimizer.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based), nothing to save or restore.
+
+    Linear warm-up over `warmup_steps` from lr/warmup_steps to lr, then the chosen decay, which
+    would reach 0 at `decay_steps`, or `num_steps` without it.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    end = config.decay_steps or num_steps
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
+    if config.decay == "linear":
+        return config.lr * (1 - progress)
+    if config.decay == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr
+
 
 _HOLDER = "diffembed"
 # Contexts that must never be left, not even by the garbage collector after their engine is gone.

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
-from pipeline.data import contamination
-from pipeline.data.contamination import ContaminationIndex, Match, build_index
-from pipeline.data.similarity import Wording
+from pipeline.data.prepare import contamination
+from pipeline.data.prepare.contamination import ContaminationIndex, Match, Wording, build_index
 from ReasonAug.templates import write_templates
 
 # ReasonIR's rows (arXiv 2504.20595): each has a query, a positive and a hard negative.

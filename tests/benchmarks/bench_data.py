@@ -25,17 +25,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config import PrepareConfig, SourceConfig
-from pipeline.data.balance import assign_ranks, text_cost
-from pipeline.data.batch import Ragged
-from pipeline.data.building.collect import collect_block, dedup_slice, fixed_binary
-from pipeline.data.building.lookup import shelve_documents
-from pipeline.data.building.plan import Build, make_plan
-from pipeline.data.building.relate import make_catalogue, tokenise_slice
-from pipeline.data.crew import Alone
+from pipeline.data.batch import Ragged, assign_ranks, text_cost
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.order import Group, Order
 from pipeline.data.prepare import prepare
+from pipeline.data.prepare.clean import collect_block, dedup_slice, fixed_binary, shelve_documents
+from pipeline.data.prepare.plan import Build, make_plan
+from pipeline.data.prepare.tokenise import make_catalogue, tokenise_slice
 from pipeline.data.shards import DOCUMENT_SCHEMA, Table, ragged_array, write_table
+from pipeline.workers import Alone
 
 REPEATS = 3
 

@@ -32,14 +32,12 @@ from local_hub import serve
 from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.blocks.cuts import store_folder
-from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.plan import write_plan
-from pipeline.evaluation.blocks.store import missing_blocks
-from pipeline.evaluation.models.export_encoder import load_encoder
-from pipeline.evaluation.score.array import run_all, run_element, score_all
-from pipeline.evaluation.tasks.elements import element_at
-from pipeline.evaluation.tasks.prefetch import prefetch
+from pipeline.evaluation.datasets import prefetch
+from pipeline.evaluation.embed import embed_element, missing_blocks
+from pipeline.evaluation.embedding_plan import store_folder, write_plan
+from pipeline.evaluation.models import load_encoder
+from pipeline.evaluation.run import run_all, run_element, score_all
+from pipeline.evaluation.tasks import element_at
 
 ALL = ("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")
 AOPS = "BrightAopsRetrieval"

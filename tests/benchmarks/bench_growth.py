@@ -30,8 +30,8 @@ from bench_support import (
     tiny_qwen2,
 )
 
-from pipeline.loss.contrastive import LossOutput
-from pipeline.training import step
+from pipeline.loss.targets import LossOutput
+from pipeline.training import contrastive_step
 
 HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE = 128, 4, 1000
 QUERY_TOKENS, DOCUMENT_TOKENS = 16, 48
@@ -129,7 +129,7 @@ def _resident_mib(key: str) -> float:
 def _timed_loss() -> Iterator[list[float]]:
     """CPU seconds of each evaluation of the loss inside a step."""
     seconds: list[float] = []
-    original = step.contrastive_loss
+    original = contrastive_step.contrastive_loss
 
     def timed(*args: Any, **kwargs: Any) -> LossOutput:
         began = time.process_time()
@@ -137,11 +137,11 @@ def _timed_loss() -> Iterator[list[float]]:
         seconds.append(time.process_time() - began)
         return output
 
-    step.contrastive_loss = timed
+    contrastive_step.contrastive_loss = timed
     try:
         yield seconds
     finally:
-        step.contrastive_loss = original
+        contrastive_step.contrastive_loss = original
 
 
 def measure(folder: Path, schedule: str, size: int) -> dict[str, float]:
@@ -152,14 +152,16 @@ def measure(folder: Path, schedule: str, size: int) -> dict[str, float]:
     texts = draw_texts(lengths, VOCAB_SIZE)
     device = torch.device("cpu")
     small = make_batch([text[:2] for text in texts[: 2 * 8]], 8, max_tokens=CHUNK_TOKENS)
-    step.accumulate_gradients(engine, small, config, device=device)  # gradients exist from here
+    contrastive_step.accumulate_gradients(
+        engine, small, config, device=device
+    )  # gradients exist from here
     batch = make_batch(texts, size, max_tokens=CHUNK_TOKENS)
     del texts
     Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
     before = _resident_mib("VmRSS")
     with _timed_loss() as loss_seconds:
         began = time.process_time()
-        step.accumulate_gradients(engine, batch, config, device=device)
+        contrastive_step.accumulate_gradients(engine, batch, config, device=device)
         seconds = time.process_time() - began
     # Rows, their gradients, and the loss's copies of both are 2 N x D each.
     embeddings = 2 * size * HIDDEN_SIZE * 4 * 4

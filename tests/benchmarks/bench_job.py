@@ -88,7 +88,7 @@ def evaluation(folder: Path, scale: float) -> list[Any]:
     from bench_support import Figure, minilm_path
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.evaluation.tasks.elements import list_elements
+    from pipeline.evaluation.tasks import list_elements
 
     hub = full_size_hub.write_hub(folder / "hub", scale=scale)
     reference = SentenceTransformer(str(minilm_path()))
@@ -135,7 +135,7 @@ def whole(config: Any) -> tuple[list[float], str, Spent]:
     Returns:
         The scores, what sharing texts saves, and what embedding takes with the start of processes.
     """
-    from pipeline.evaluation.score.array import embed, plan, score_all
+    from pipeline.evaluation.run import embed, plan, score_all
 
     written = plan(config)
     _, embedding = timed(lambda: embed(config, 0, 1))
@@ -148,7 +148,7 @@ def sharing(folder: Path, scale: float) -> list[Any]:
     import full_size_hub
     from bench_support import Figure
 
-    from pipeline.evaluation.score.array import plan
+    from pipeline.evaluation.run import plan
 
     hub = full_size_hub.write_hub(folder / "hub", scale=scale)
     saved = _saved(plan(config_of(folder, hub)))
@@ -167,8 +167,7 @@ def encode(folder: Path, scale: float) -> list[Any]:
     from bench_support import Figure, minilm_path
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.evaluation.vectors.encode import encode_file
-    from pipeline.evaluation.vectors.job import EncodeJob
+    from pipeline.evaluation.encode import EncodeJob, encode_file
 
     texts = full_size_hub.mixed_texts(max(64, round(2_000_000 * scale)))
     source = folder / "texts.jsonl"
@@ -211,7 +210,7 @@ def direct(reference: Any, task: str, snapshots: Path | None) -> float:
     """mteb's score of a sentence-transformers model, by mteb's own path and its defaults."""
     import mteb
 
-    from pipeline.evaluation.tasks.snapshots import get_task, localise, private_cache
+    from pipeline.evaluation.datasets import get_task, localise, private_cache
 
     # datasets would take an earlier replica of the same name from its own cache.
     with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import LossConfig
-from pipeline.loss.contrastive import RaggedIndex, Targets, contrastive_loss
+from pipeline.loss.contrastive import contrastive_loss
+from pipeline.loss.targets import RaggedIndex, Targets
 
 WIDTH = 384
 TEMPERATURE = 0.02

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from pipeline.training.saving import Saver
+from pipeline.training.checkpoints import Saver
 from tests.training.memory_engine import save
 
 _KEYS = ("weight", "exp_avg", "exp_avg_sq")

@@ -34,7 +34,7 @@ from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 from pipeline.config import TrainConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.model.encoder import Encoder
-from pipeline.training.step import accumulate_gradients
+from pipeline.training.contrastive_step import accumulate_gradients
 
 CPU = torch.device("cpu")
 CHUNK_TOKENS = 2048

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from transformers import Qwen2Config, Qwen2Model
 
 from pipeline.config import ChunkConfig, DataConfig, LossConfig, ModelConfig, TrainConfig
-from pipeline.data.balance import plan_chunks
-from pipeline.data.batch import Chunk, GlobalBatch, Ragged
+from pipeline.data.batch import Chunk, GlobalBatch, Ragged, plan_chunks
 from pipeline.model.encoder import Encoder, build_encoder
 
 TEMPERATURE = 0.02

@@ -29,10 +29,9 @@ from bench_support import (
 
 from pipeline import comm
 from pipeline.data.batch import GlobalBatch
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.zero import ZeroEngine, build_optimizer
 from tests.support import PATIENCE, launch_ranks
 from tests.traffic import Traffic
 

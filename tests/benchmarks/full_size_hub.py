@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-from pipeline.evaluation.tasks.benchmarks import BENCHMARKS, expand
+from pipeline.evaluation.tasks import BENCHMARKS, expand
 
 TASKS = expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long"))
 # BRIGHT's spelling of its subsets, where mteb's task names do not spell it.

@@ -412,13 +412,13 @@ def preload() -> None:
     names = (
         *("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "matplotlib.pyplot"),
         *("pyarrow.parquet", "pipeline.cli", "pipeline.train", "pipeline.training.trainer"),
-        *("pipeline.training.export", "pipeline.evaluation.score.task", "ReasonAug.__main__"),
-        *("pipeline.evaluation.report.plots", "pipeline.evaluation.report.write"),
-        *("pipeline.evaluation.blocks.plan", "pipeline.evaluation.blocks.embed"),
-        *("pipeline.evaluation.vectors.encode", "pipeline.evaluation.words.probe"),
-        *("pipeline.model.starter", "pipeline.planning.plan", "pipeline.data.inspect"),
-        *("pipeline.submission.command", "pipeline.submission.progress", "pipeline.data.prepare"),
-        *("pipeline.evaluation.models.export_encoder", "pipeline.evaluation.tasks.snapshots"),
+        *("pipeline.training.export_run", "pipeline.evaluation.scoring", "ReasonAug.__main__"),
+        *("pipeline.evaluation.tables", "pipeline.evaluation.report"),
+        *("pipeline.evaluation.embedding_plan", "pipeline.evaluation.embed"),
+        *("pipeline.evaluation.encode", "pipeline.evaluation.probe"),
+        *("pipeline.model.starter", "pipeline.planning", "pipeline.data.shards"),
+        *("pipeline.submission.submit", "pipeline.submission.restart", "pipeline.data.prepare"),
+        *("pipeline.evaluation.models", "pipeline.evaluation.datasets"),
         # DeepSpeed imports it with its first engine, and with it torch's compiler.
         "deepspeed.runtime.zero.muon.original_muon",
     )

@@ -320,7 +320,7 @@ def _write_adapter() -> int:
 
 def _begin_encoding() -> int:
     """An encoding that was killed before its parts were put together."""
-    from pipeline.evaluation.vectors import encode
+    from pipeline.evaluation import encode
 
     def stop(*_: object) -> None:
         raise SystemExit(0)

@@ -14,7 +14,9 @@ from pipeline.config import DataConfig, PrepareConfig, SourceConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
-from pipeline.data.sources import Row, Shelf, expand_sources, plan_source, read_rows
+from pipeline.data.sources import expand_sources, plan_source, read_rows
+from pipeline.data.sources.corpus import Shelf
+from pipeline.data.sources.records import Row
 
 ConfigMaker = Callable[..., PrepareConfig]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.balance import assign_ranks, first_fit_decreasing, plan_chunks, text_cost
+from pipeline.data.batch import assign_ranks, first_fit_decreasing, plan_chunks, text_cost
 
 lengths_strategy = st.lists(st.integers(1, 300), min_size=1, max_size=200).map(
     lambda values: np.array(values, dtype=np.int64)

@@ -15,26 +15,20 @@ from data_support import ConfigMaker, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import (
-    DecontaminateConfig,
-    EvaluationSetConfig,
-    SourceConfig,
-    Template,
-)
-from pipeline.data.contamination import ContaminationIndex
-from pipeline.data.inspect import inspect
+from pipeline.config import DecontaminateConfig, EvaluationSetConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import Dataset
-from pipeline.data.similarity import (
+from pipeline.data.prepare.contamination import (
+    ContaminationIndex,
     Wording,
     hash_ngrams,
     hash_runs,
     hash_words,
-    minhash,
     ratio_above,
 )
-from pipeline.data.tokens import TextEncoder, load_tokenizer
+from pipeline.data.prepare.near_duplicates import minhash
+from pipeline.data.shards import Dataset, inspect
 from pipeline.errors import UserError
+from pipeline.tokenizer import TextEncoder, describe_tokenizer
 
 
 @pytest.fixture
@@ -248,7 +242,7 @@ def test_prepared_strings_are_those_that_evaluation_will_format(
     path = write_jsonl(tmp_path / "allnli.jsonl", [record])
     source = SourceConfig(name="e5", format="e5", path=str(path), instruction="Pair up")
     dataset = Dataset.open(prepare(make_config(source, template=template), num_workers=1))
-    tokenizer_json, _ = load_tokenizer(str(tokenizer_path), append_eos=False)
+    tokenizer_json, _ = describe_tokenizer(str(tokenizer_path), append_eos=False)
     encoder = TextEncoder(tokenizer_json, eos_id=None, append_eos=False)
     assert dataset.template == template
     stored = dataset.template

@@ -13,7 +13,7 @@ import pytest
 from data_support import make_source, rows_of, write_jsonl
 
 from pipeline.config import PrepareConfig, load_config
-from pipeline.data.sources import Row
+from pipeline.data.sources.records import Row
 from pipeline.errors import UserError
 
 GOOD = {"query": "q", "positives": ["p"], "negatives": ["n"]}

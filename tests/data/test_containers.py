@@ -18,7 +18,7 @@ import pytest
 from data_support import make_source, rows_of, write_jsonl
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig, SourceConfig
-from pipeline.data.contamination import build_index
+from pipeline.data.prepare.contamination import build_index
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError
 

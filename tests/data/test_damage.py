@@ -17,17 +17,13 @@ import pytest
 from data_support import ConfigMaker, write_jsonl
 from transformers import AutoTokenizer
 
-from pipeline.config import (
-    DataConfig,
-    DecontaminateConfig,
-    EvaluationSetConfig,
-    SourceConfig,
-)
+from pipeline.config import DataConfig, DecontaminateConfig, EvaluationSetConfig, SourceConfig
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import ShardInfo
-from pipeline.data.prepare import prepare, tokenizer_fingerprint
+from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset, hash_file
 from pipeline.errors import UserError
+from pipeline.tokenizer import tokenizer_fingerprint
 
 GOOD = {"query": "q", "positives": ["p"], "negatives": ["n"]}
 LINE = json.dumps(GOOD).encode()

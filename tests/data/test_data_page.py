@@ -14,12 +14,7 @@ import pytest
 import yaml
 from data_support import write_jsonl
 
-from pipeline.config import (
-    PrepareConfig,
-    SourceConfig,
-    build_config,
-    load_config,
-)
+from pipeline.config import PrepareConfig, SourceConfig, build_config, load_config
 from pipeline.config.data import _COLUMNS
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from data_support import reasonaug_rows
 
-from pipeline.data.inspect import inspect, verify
-from pipeline.data.shards import Dataset
-from pipeline.data.tokens import tokenizer_fingerprint
+from pipeline.data.shards import Dataset, inspect, verify
 from pipeline.errors import UserError
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 @pytest.fixture

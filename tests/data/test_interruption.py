@@ -12,7 +12,7 @@ import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 
 import pipeline
-from pipeline import run_dir
+from pipeline import files
 from pipeline.config import PrepareConfig, SourceConfig, dump_config
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
@@ -185,7 +185,7 @@ def kill_self(build: object, task: int) -> None:
 
 
 def test_temporary_files_never_carry_the_final_name(tmp_path: Path) -> None:
-    with pytest.raises(CrashError), run_dir.atomic_path(tmp_path / "file") as temporary:
+    with pytest.raises(CrashError), files.atomic_path(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise CrashError
     assert list(tmp_path.iterdir()) == []

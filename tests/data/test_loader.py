@@ -11,8 +11,7 @@ from data_support import ConfigMaker, make_loader, reasonaug_rows, texts_of, wri
 from transformers import AutoTokenizer
 
 from pipeline.config import SourceConfig, Template
-from pipeline.data.balance import text_cost
-from pipeline.data.batch import GlobalBatch
+from pipeline.data.batch import GlobalBatch, text_cost
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.keyed import permute
-from pipeline.data.order import Group, Homogeneous, Order, Stream, source_shares
+from pipeline.data.order import Group, Homogeneous, Order, Stream, permute, source_shares
 from pipeline.errors import UserError
 
 MODES: tuple[Homogeneous, ...] = ("none", "source", "instruction")

@@ -17,10 +17,11 @@ from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig, PrepareConfig, SourceConfig
 from pipeline.data import prepare as prepare_module
-from pipeline.data.building import recipe as recipes
-from pipeline.data.prepare import prepare, prepare_status
+from pipeline.data.prepare import prepare
+from pipeline.data.prepare import recipe as recipes
+from pipeline.data.prepare.recipe import prepare_status
 from pipeline.errors import UserError
-from pipeline.run_dir import hold_lock
+from pipeline.files import hold_lock
 
 
 @pytest.fixture

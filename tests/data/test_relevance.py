@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import Ragged
-from pipeline.data.building.near import join_pairs
-from pipeline.data.relevance import choose, relate
+from pipeline.data.order import choose, relate
+from pipeline.data.prepare.near_duplicates import join_pairs
 
 ROW = st.lists(st.integers(0, 30), max_size=5, unique=True)
 

@@ -17,7 +17,9 @@ from data_support import make_source, rows_of, write_jsonl
 
 import pipeline
 from pipeline.config import SourceConfig
-from pipeline.data.sources import FORMATS, Row, Shelf, expand_sources, read_judgements
+from pipeline.data.sources import FORMATS, expand_sources
+from pipeline.data.sources.corpus import Shelf, read_judgements
+from pipeline.data.sources.records import Row
 from pipeline.errors import UserError
 from tests.support import PATIENCE
 

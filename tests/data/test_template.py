@@ -14,8 +14,8 @@ from pipeline.config import ModelConfig, PrepareConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.models.encoder import TemplatedEmbedder
-from pipeline.model.load import load_export
+from pipeline.evaluation.models import TemplatedEmbedder
+from pipeline.model.load_export import load_export
 from pipeline.tokenizer import cut_before, load_tokenizer
 from tests.tiny_models import export_tiny, tiny_starter
 

@@ -20,9 +20,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from pipeline.data.tokens import TextEncoder, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.export_tokenizer import append_eos
+from pipeline.model.export import append_eos
+from pipeline.tokenizer import TextEncoder, describe_tokenizer
 
 TEXTS = ["abba cab", "x", " ".join(WORDS[:60])]
 LIMIT = 12
@@ -121,9 +121,9 @@ def test_a_text_has_the_specials_of_its_tokenizer_and_one_eos_if_asked(
     kind(tmp_path)
     if append and kind is bert:
         with pytest.raises(UserError, match="no EOS token"):
-            load_tokenizer(str(tmp_path), append_eos=True)
+            describe_tokenizer(str(tmp_path), append_eos=True)
         return
-    tokenizer_json, info = load_tokenizer(str(tmp_path), append_eos=append)
+    tokenizer_json, info = describe_tokenizer(str(tmp_path), append_eos=append)
     encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=append)
     rows = [row.tolist() for row in encoder.encode(TEXTS, LIMIT)]
     exported = AutoTokenizer.from_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def test_a_text_cut_within_its_instruction_keeps_a_token_to_pool(
     kind: Callable[[Path], None], tmp_path: Path
 ) -> None:
     kind(tmp_path)
-    tokenizer_json, info = load_tokenizer(str(tmp_path), append_eos=False)
+    tokenizer_json, info = describe_tokenizer(str(tmp_path), append_eos=False)
     encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=False)
     rows, skipped = encoder.encode_framed([TEXTS[2]], 5, prefixes=[len(TEXTS[2])], suffixes=[0])
     assert len(rows[0]) == 5
@@ -161,11 +161,11 @@ def test_tokenizers_of_one_vocabulary_that_cut_texts_otherwise_are_told_apart(
     tmp_path: Path,
 ) -> None:
     qwen(tmp_path)
-    _, before = load_tokenizer(str(tmp_path), append_eos=False)
+    _, before = describe_tokenizer(str(tmp_path), append_eos=False)
     path = tmp_path / "tokenizer.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({**tree, "normalizer": {"type": "Lowercase"}}))
-    _, after = load_tokenizer(str(tmp_path), append_eos=False)
+    _, after = describe_tokenizer(str(tmp_path), append_eos=False)
     assert before.fingerprint != after.fingerprint
 
 
@@ -174,6 +174,6 @@ def test_an_eos_that_only_a_flag_asks_for_is_not_lost_in_silence(tmp_path: Path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "add_eos_token": True}))
     with pytest.raises(UserError, match="says add_eos_token.*append_eos: true"):
-        load_tokenizer(str(tmp_path), append_eos=False)
-    _, info = load_tokenizer(str(tmp_path), append_eos=True)
+        describe_tokenizer(str(tmp_path), append_eos=False)
+    _, info = describe_tokenizer(str(tmp_path), append_eos=True)
     assert info.append_eos

@@ -11,9 +11,9 @@ import pytest
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.evaluation.models.encoder import EvaluatedEncoder
-from pipeline.evaluation.models.fingerprints import export_fingerprint
-from pipeline.evaluation.tasks.elements import Element
+from pipeline.evaluation.models import EvaluatedEncoder
+from pipeline.evaluation.tasks import Element
+from pipeline.model.export_folder import export_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def load(minilm: MiniLM) -> Callable[[EvaluateConfig, Element], EvaluatedEncoder
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few texts, so that a tiny corpus has many."""
-    monkeypatch.setattr("pipeline.evaluation.blocks.cuts._MIN_BLOCK_COST", 200.0)
+    monkeypatch.setattr("pipeline.evaluation.embedding_plan._MIN_BLOCK_COST", 200.0)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config import EvaluateConfig, Template
-from pipeline.evaluation.models.encoder import EvaluatedEncoder, TemplatedEmbedder
-from pipeline.evaluation.tasks.elements import Element
+from pipeline.evaluation.models import EvaluatedEncoder, TemplatedEmbedder
+from pipeline.evaluation.tasks import Element
 
 TASKS = (
     "Core17InstructionRetrieval",

@@ -17,13 +17,11 @@ from mteb.models import ModelMeta
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.models.encoder import MtebEncoder
-from pipeline.evaluation.report.merge import merge_results
-from pipeline.evaluation.score.array import num_elements, run_all, run_element
-from pipeline.evaluation.tasks.benchmarks import expand
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
-from pipeline.evaluation.tasks.snapshots import get_task, localise, task_texts
+from pipeline.evaluation.datasets import get_task, localise, task_texts
+from pipeline.evaluation.models import MtebEncoder
+from pipeline.evaluation.results import merge_results
+from pipeline.evaluation.run import num_elements, run_all, run_element
+from pipeline.evaluation.tasks import DEFAULT_INSTRUCTION, INSTRUCTIONS, expand, list_elements
 
 
 def only(config: EvaluateConfig, *tasks: str) -> EvaluateConfig:
@@ -190,7 +188,7 @@ def test_a_folder_without_weights_is_the_users_error(config, tmp_path):
 
 def test_counting_elements_loads_neither_torch_nor_mteb():
     code = (
-        "import sys; import pipeline.evaluation.score.array; "
+        "import sys; import pipeline.evaluation.run; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'mteb', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path.cwd()).returncode == 0

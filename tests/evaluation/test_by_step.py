@@ -7,10 +7,10 @@ import json
 import shutil
 
 from pipeline.config import dump_config
-from pipeline.evaluation.report.by_step import give_back, read_curves
-from pipeline.evaluation.report.write import write_report
-from pipeline.evaluation.score.array import run_all, run_element
-from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.results import give_back, read_curves
+from pipeline.evaluation.run import run_all, run_element
+from pipeline.evaluation.tasks import list_elements
 
 
 def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_path):

@@ -15,9 +15,8 @@ from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, dump_config
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.cuts import store_folder
-from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.plan import write_plan
+from pipeline.evaluation.embed import embed_element
+from pipeline.evaluation.embedding_plan import store_folder, write_plan
 from tests.support import PATIENCE
 
 HERE = Path(__file__).parent

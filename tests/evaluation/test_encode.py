@@ -21,10 +21,9 @@ import pytest
 
 from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
-from pipeline.evaluation.vectors import encode
-from pipeline.evaluation.vectors.encode import encode_file
-from pipeline.evaluation.vectors.job import EncodeJob
-from pipeline.model.load import LoadedExport, load_export
+from pipeline.evaluation import encode
+from pipeline.evaluation.encode import EncodeJob, encode_file
+from pipeline.model.load_export import LoadedExport, load_export
 from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")

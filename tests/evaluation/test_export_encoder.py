@@ -17,15 +17,12 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.config import EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.cuts import store_folder
-from pipeline.evaluation.blocks.plan import write_plan
-from pipeline.evaluation.models.export_encoder import load_encoder
-from pipeline.evaluation.models.guard import num_parameters
-from pipeline.evaluation.models.place import processes_here
-from pipeline.evaluation.score.array import embed, run_all, score_all
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.snapshots import get_task, localise
-from pipeline.model import load
+from pipeline.evaluation.datasets import get_task, localise
+from pipeline.evaluation.embedding_plan import store_folder, write_plan
+from pipeline.evaluation.models import load_encoder, num_parameters, processes_here
+from pipeline.evaluation.run import embed, run_all, score_all
+from pipeline.evaluation.tasks import list_elements
+from pipeline.model import load_export
 
 
 @pytest.fixture
@@ -120,7 +117,7 @@ def test_vectors_do_not_depend_on_how_many_tokens_a_cpu_takes_at_a_time(pretrain
     embedder = load_encoder(pretrained, list_elements(pretrained)[0]).embedder
     texts = [f"{number} tides" * (number % 7 + 1) for number in range(40)]
     together = embedder.embed("document", "", texts)
-    monkeypatch.setattr(load, "_CPU_TOKENS", 8)
+    monkeypatch.setattr(load_export, "_CPU_TOKENS", 8)
     assert embedder.embed("document", "", texts) == pytest.approx(together, abs=1e-6)
 
 

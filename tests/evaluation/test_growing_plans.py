@@ -8,12 +8,11 @@ import shutil
 import pytest
 from evaluation_support import TASKS, MiniLM, wrap
 
-from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.keys import TextKey
-from pipeline.evaluation.blocks.plan import read_plan, write_plan
-from pipeline.evaluation.blocks.store import missing_blocks
-from pipeline.evaluation.score.array import run_all, score_all
-from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.embed import embed_element, missing_blocks
+from pipeline.evaluation.embedding_plan import read_plan, write_plan
+from pipeline.evaluation.run import run_all, score_all
+from pipeline.evaluation.tasks import list_elements
+from pipeline.evaluation.texts import TextKey
 
 AOPS = "BrightAopsRetrieval"
 

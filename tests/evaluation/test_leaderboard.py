@@ -17,9 +17,9 @@ from mteb.results import TaskResult
 from mteb.results.task_result import _expand_run_settings_entry
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.report.merge import merge_results
-from pipeline.evaluation.score.array import run_all
-from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.results import merge_results
+from pipeline.evaluation.run import run_all
+from pipeline.evaluation.tasks import list_elements
 
 RESULTS = "https://github.com/embeddings-benchmark/results"
 

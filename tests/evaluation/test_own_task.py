@@ -14,10 +14,10 @@ from evaluation_support import load_letters
 
 from pipeline.config import EvaluateConfig, OwnTask, build_config, dump_config
 from pipeline.errors import UserError
-from pipeline.evaluation.report.write import write_report
-from pipeline.evaluation.score.array import embed, plan, run_all, run_element, score_all
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.prefetch import prefetch
+from pipeline.evaluation.datasets import prefetch
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.run import embed, plan, run_all, run_element, score_all
+from pipeline.evaluation.tasks import list_elements
 
 BUILT_IN = "BrightBiologyRetrieval"
 

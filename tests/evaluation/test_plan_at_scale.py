@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation.blocks.plan import write_plan
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.snapshots import (
+from pipeline.evaluation.datasets import (
+    document_texts,
     evaluated_splits,
     get_task,
     load_and_prove,
     localise,
     private_cache,
+    query_texts,
 )
-from pipeline.evaluation.tasks.texts import document_texts, query_texts
+from pipeline.evaluation.embedding_plan import write_plan
+from pipeline.evaluation.tasks import list_elements
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -9,9 +9,8 @@ import pytest
 from local_hub import serve
 
 from pipeline.errors import UserError
-from pipeline.evaluation.score.array import run_all
-from pipeline.evaluation.tasks.prefetch import prefetch
-from pipeline.evaluation.tasks.snapshots import REVISION_FILE, get_task, localise
+from pipeline.evaluation.datasets import REVISION_FILE, get_task, localise, prefetch
+from pipeline.evaluation.run import run_all
 
 TASKS = ("Core17InstructionRetrieval", "BrightAopsRetrieval", "BrightBiologyRetrieval")
 

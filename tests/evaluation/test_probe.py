@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import ModelConfig, ProbeConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.words.probe import probe
-from pipeline.evaluation.words.sentences import read_sentences, tokens_of_words
+from pipeline.evaluation.probe import probe, read_sentences, tokens_of_words
 from pipeline.model.encoder import build_encoder
 from pipeline.tokenizer import load_tokenizer
 from tests.tiny_models import export_tiny, tiny_starter

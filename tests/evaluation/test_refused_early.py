@@ -17,10 +17,9 @@ from evaluation_support import BagOfLetters, wrap
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.score.array import plan, run_all
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.instructions import instruction_for
-from pipeline.evaluation.tasks.snapshots import REVISION_FILE
+from pipeline.evaluation.datasets import REVISION_FILE
+from pipeline.evaluation.run import plan, run_all
+from pipeline.evaluation.tasks import instruction_for, list_elements
 
 AOPS, CORE = "BrightAopsRetrieval", "Core17InstructionRetrieval"
 
@@ -122,7 +121,7 @@ def test_faulty_data_are_named_with_a_fix_that_fits_where_they_come_from(
     with pytest.raises(UserError, match=f"{message}.* fix: mend the files in {folder}, or name"):
         plan(own)
     if fault == "no judgement":
-        from pipeline.evaluation.tasks.snapshots import get_task
+        from pipeline.evaluation.datasets import get_task
 
         revision = get_task(task).metadata.dataset["revision"]
         (folder / REVISION_FILE).write_text(revision)

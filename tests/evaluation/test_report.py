@@ -12,15 +12,20 @@ import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling
 from pipeline.errors import UserError
-from pipeline.evaluation.report import bootstrap
-from pipeline.evaluation.report.findings import compare_ends
-from pipeline.evaluation.report.plots import by_kind, plot_loss, running_mean
-from pipeline.evaluation.report.references import PUBLISHED, published_table
-from pipeline.evaluation.report.tables import aligned_table, latex_table, markdown_table
-from pipeline.evaluation.report.write import write_report
-from pipeline.evaluation.score.array import run_all, run_element
-from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
-from pipeline.evaluation.tasks.snapshots import REVISION_FILE, get_task
+from pipeline.evaluation import tables
+from pipeline.evaluation.datasets import REVISION_FILE, get_task
+from pipeline.evaluation.published import PUBLISHED, published_table
+from pipeline.evaluation.report import compare_ends, write_report
+from pipeline.evaluation.run import run_all, run_element
+from pipeline.evaluation.tables import (
+    aligned_table,
+    by_kind,
+    latex_table,
+    markdown_table,
+    plot_loss,
+    running_mean,
+)
+from pipeline.evaluation.tasks import BENCHMARKS
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_the_card_of_an_export_gets_the_scores_of_its_report(config, load):
     for _ in range(2):
         run_all(config, load=load)
         write_report(config)
-        low, high = bootstrap.interval(result["per_query"])
+        low, high = tables.interval(result["per_query"])
         row = f"| BrightBiologyLongRetrieval | {result['metric']} | {result['score']:.4f} | "
         assert card.read_text().count(f"{row}[{low:.4f}, {high:.4f}] | 64 |") == 1
     assert "Not evaluated" not in card.read_text()

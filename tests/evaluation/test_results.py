@@ -14,10 +14,10 @@ from evaluation_support import BagOfLetters, wrap
 
 from pipeline.config import EvaluateConfig, Template
 from pipeline.errors import UserError
-from pipeline.evaluation.models.fingerprints import export_fingerprint, fingerprint
-from pipeline.evaluation.report.write import write_report
-from pipeline.evaluation.score.array import run_element
-from pipeline.evaluation.tasks.elements import list_elements
+from pipeline.evaluation.report import write_report
+from pipeline.evaluation.run import run_element
+from pipeline.evaluation.tasks import list_elements
+from pipeline.model.export_folder import export_fingerprint, fingerprint
 
 AOPS = "BrightAopsRetrieval"
 

@@ -12,10 +12,9 @@ from datasets import Dataset
 from mteb._create_dataloaders import _combine_queries_with_instruction_text, _corpus_to_dict
 from mteb._evaluators.retrieval_metrics import calculate_pmrr
 
-from pipeline.evaluation.report.bootstrap import interval, paired_difference
-from pipeline.evaluation.score.scoring import chance_level, p_mrr_per_query, per_query_scores
-from pipeline.evaluation.score.search import TopK
-from pipeline.evaluation.tasks.texts import document_texts, query_texts
+from pipeline.evaluation.datasets import document_texts, query_texts
+from pipeline.evaluation.scoring import TopK, chance_level, p_mrr_per_query, per_query_scores
+from pipeline.evaluation.tables import interval, paired_difference
 
 
 def test_p_mrr_averages_to_mtebs_with_ties_and_missing_documents():

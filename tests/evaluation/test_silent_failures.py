@@ -14,12 +14,16 @@ from mteb.models import EncoderProtocol, SearchProtocol
 
 from pipeline.config import Template
 from pipeline.errors import UserError
-from pipeline.evaluation.models.encoder import MtebEncoder
-from pipeline.evaluation.score.search import ExactSearch
-from pipeline.evaluation.score.task import score_task
-from pipeline.evaluation.tasks.benchmarks import BENCHMARKS, benchmark_of, expand
-from pipeline.evaluation.tasks.instructions import DEFAULT_INSTRUCTION, INSTRUCTIONS
-from pipeline.evaluation.tasks.snapshots import get_task, load_and_prove, localise, private_cache
+from pipeline.evaluation.datasets import get_task, load_and_prove, localise, private_cache
+from pipeline.evaluation.models import MtebEncoder
+from pipeline.evaluation.scoring import ExactSearch, score_task
+from pipeline.evaluation.tasks import (
+    BENCHMARKS,
+    DEFAULT_INSTRUCTION,
+    INSTRUCTIONS,
+    benchmark_of,
+    expand,
+)
 
 FOLLOW_IR = "Core17InstructionRetrieval"
 

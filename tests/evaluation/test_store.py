@@ -13,26 +13,32 @@ import pytest
 from benchmark_replicas import documents_of
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
-from pipeline.comm import World
 from pipeline.config import Template
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks.cuts import cut_blocks, find_digests, sort_by_digest, store_folder
-from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.keys import byte_sizes, digests, effective_lengths, require_short
-from pipeline.evaluation.blocks.plan import assign, read_plan, write_plan
-from pipeline.evaluation.blocks.store import missing_blocks
-from pipeline.evaluation.score.array import run_all, score_all
-from pipeline.evaluation.tasks.benchmarks import BENCHMARKS
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.evaluation.tasks.snapshots import (
+from pipeline.evaluation.datasets import (
+    document_texts,
     evaluated_splits,
     get_task,
     load_and_prove,
     localise,
     private_cache,
+    query_texts,
     task_texts,
 )
-from pipeline.evaluation.tasks.texts import document_texts, query_texts
+from pipeline.evaluation.embed import embed_element, missing_blocks
+from pipeline.evaluation.embedding_plan import (
+    assign,
+    cut_blocks,
+    find_digests,
+    read_plan,
+    sort_by_digest,
+    store_folder,
+    write_plan,
+)
+from pipeline.evaluation.run import run_all, score_all
+from pipeline.evaluation.tasks import BENCHMARKS, list_elements
+from pipeline.evaluation.texts import byte_sizes, digests, effective_lengths, require_short
+from pipeline.launch import World
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.
 AOPS = "BrightAopsRetrieval"
@@ -256,7 +262,7 @@ def test_a_text_that_the_plan_does_not_know_is_refused(strong, load, small_block
     strong = dataclasses.replace(strong, tasks=(AOPS,))
     write_plan(strong)
     embed_element(strong, 0, 1, load=load)
-    from pipeline.evaluation.blocks.store import load_stored
+    from pipeline.evaluation.embed import load_stored
 
     stored = load_stored(strong, list_elements(strong)[0])
     _, _, known = documents_of("aops")[0]

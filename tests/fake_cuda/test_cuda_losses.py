@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.loss.contrastive import LossOutput, RaggedIndex, Targets, contrastive_loss
+from pipeline.loss.contrastive import contrastive_loss
+from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
 from tests.fake_cuda.fake_cuda import CudaTensor, FakeCuda
 from tests.loss.reference import make_case
 from tests.loss.test_contrastive import RECIPES

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.config import ChunkConfig
-from pipeline.training.step import accumulate_gradients
+from pipeline.training.contrastive_step import accumulate_gradients
 from tests.benchmarks.bench_support import (
     Gradients,
     PlainEngine,

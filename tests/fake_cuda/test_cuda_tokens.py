@@ -15,8 +15,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from pipeline.config import DataConfig, ModelConfig, NextTokenConfig, ObjectiveConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.text_loader import NOTHING
-from pipeline.model.language import build_language_model
-from pipeline.training.token_prediction import TokenPrediction
+from pipeline.model.encoder import build_language_model
+from pipeline.training.token_step import TokenPrediction
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
 

@@ -27,7 +27,7 @@ import torch
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.data.batch import GlobalBatch
 from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.training.step import accumulate_gradients
+from pipeline.training.contrastive_step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, make_batch, step_config
 
 # Dream-v0-Base-7B's config.json, as far as it sets a shape.

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ModelConfig
-from pipeline.evaluation.vectors.encode import encode_file
-from pipeline.evaluation.vectors.job import EncodeJob
-from pipeline.model.load import load_export
+from pipeline.evaluation.encode import EncodeJob, encode_file
+from pipeline.model.load_export import load_export
 from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")

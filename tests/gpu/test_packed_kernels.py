@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.model import packing
-from pipeline.model.packing import Rows, packed_attention
+from pipeline.model import attention
+from pipeline.model.attention import Rows, packed_attention
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [5, 1, 300, 64]
@@ -21,7 +21,7 @@ LENGTHS = [5, 1, 300, 64]
 def test_a_kernel_equals_attention_row_by_row_with_gradients(
     kernel: str, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = getattr(packing, kernel)()
+    chosen = getattr(attention, kernel)()
     if chosen is None:
         pytest.skip(f"{kernel} is not available")
     module = SimpleNamespace(config=SimpleNamespace(sliding_window=window))
@@ -42,6 +42,6 @@ def test_a_kernel_equals_attention_row_by_row_with_gradients(
         return [out.float(), *(x.grad.float() for x in inputs)]
 
     exact = run(torch.float32)  # fp32 always goes row by row
-    monkeypatch.setattr(packing, "choose_kernel", lambda *_, **__: chosen)
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: chosen)
     for ours, wanted in zip(run(torch.bfloat16), exact, strict=True):
         assert (ours - wanted).abs().max() <= 0.03 * wanted.abs().max()

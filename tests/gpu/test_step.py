@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.step import accumulate_gradients
+from pipeline.training.contrastive_step import accumulate_gradients
 from tests.benchmarks.bench_support import (
     Gradients,
     PlainEngine,

@@ -12,17 +12,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import (
-    DataConfig,
-    ModelConfig,
-    NextTokenConfig,
-    ObjectiveConfig,
-    TrainConfig,
-)
+from pipeline.config import DataConfig, ModelConfig, NextTokenConfig, ObjectiveConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.text_loader import NOTHING
-from pipeline.model.language import build_language_model
-from pipeline.training.token_prediction import TokenPrediction
+from pipeline.model.encoder import build_language_model
+from pipeline.training.token_step import TokenPrediction
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
 
 pytestmark = pytest.mark.gpu

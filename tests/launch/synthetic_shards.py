@@ -21,7 +21,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.order import Group
 from pipeline.data.shards import DOCUMENT_SCHEMA, EXAMPLE_SCHEMA, hash_file, write_table
-from pipeline.data.tokens import TokenizerInfo
+from pipeline.tokenizer import TokenizerInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

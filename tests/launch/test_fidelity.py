@@ -23,8 +23,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
-from pipeline.evaluation.tasks.benchmarks import expand
-from pipeline.evaluation.tasks.elements import lengths_of
+from pipeline.evaluation.tasks import expand, lengths_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch" / "recipes"

@@ -17,13 +17,12 @@ from published_data import prepare_recipe, word_tokenizer, write_raw
 from published_figures import ARCHITECTURES, PUBLISHED, RANK_16, WHOLE
 from synthetic_shards import Lengths, Shape, write_shards
 
+from pipeline import planning
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
-from pipeline.data.tokens import tokenizer_fingerprint
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.planning import plan as planning
-from pipeline.planning.memory import memory_per_rank
-from pipeline.tokenizer import load_tokenizer
+from pipeline.evaluation.tasks import list_elements
+from pipeline.planning import memory_per_rank
+from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from tests.support import PATIENCE
 from tests.tiny_models import tiny_starter

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import LossConfig
-from pipeline.loss.contrastive import RaggedIndex, Targets
+from pipeline.loss.targets import RaggedIndex, Targets
 
 
 def ragged(rows: list[list[int]]) -> RaggedIndex:

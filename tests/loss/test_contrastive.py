@@ -12,10 +12,10 @@ from torch import Tensor
 from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
 from pipeline.errors import UserError
-from pipeline.loss import tiles
-from pipeline.loss.contrastive import LossOutput, contrastive_loss
-from pipeline.loss.one_width import OneWidth
-from pipeline.loss.pairs import segment_log_sum_exp
+from pipeline.loss import scores
+from pipeline.loss.contrastive import OneWidth, contrastive_loss
+from pipeline.loss.scores import segment_log_sum_exp
+from pipeline.loss.targets import LossOutput
 from tests.loss.reference import Case, make_case, naive_loss, relative_error
 from tests.support import run_ranks
 
@@ -108,7 +108,7 @@ def test_tiled_loss_equals_naive_loss(
     recipe: str, score_bytes: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents of a rank are more than a tile's columns wherever batches are large."""
-    monkeypatch.setattr(tiles, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(scores, "_TILE_COLUMNS", columns)
     case, config = make_case(teacher=True), RECIPES[recipe]
     (share,) = loss_of_rank(case, [config], score_bytes)
     assert_equal_to_naive(case, config, [share])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.loss.tokens import cross_entropy_in_tiles
+from pipeline.training.token_step import cross_entropy_in_tiles
 from tests.support import PATIENCE
 
 NUM, WIDTH, VOCABULARY = 11, 6, 17

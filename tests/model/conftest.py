@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model.outside import Outside
+from pipeline.model.export_check import Outside
 from tests.tiny_models import tiny_starter
 
 CORPUS = [

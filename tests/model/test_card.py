@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.model.load import load_export
+from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
 

@@ -11,8 +11,8 @@ from transformers import Qwen2Model
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.model import digests
-from pipeline.model.digests import model_digests, model_digests_here
+from pipeline.model import weights
+from pipeline.model.weights import model_digests, model_digests_here
 from tests.support import run_ranks
 from tests.tiny_models import save_lifted
 
@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests_of(path: str) -> dict[str, str]:
-    digests.BLOCK = 1000  # several blocks for every rank
+    weights.BLOCK = 1000  # several blocks for every rank
     return model_digests(ModelConfig(path=path))
 
 
@@ -34,7 +34,7 @@ def test_digests_are_the_same_on_any_number_of_ranks(
     blocks = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, len(content), 1000)]
     first, second = run_ranks(2, digests_of, str(base))
     assert first == second
-    monkeypatch.setattr(digests, "BLOCK", 1000)
+    monkeypatch.setattr(weights, "BLOCK", 1000)
     assert model_digests_here(ModelConfig(path=str(base))) == first
     assert first.keys() == {"config.json", "model.safetensors"}
     assert first["model.safetensors"] == hashlib.sha256(b"".join(blocks)).hexdigest()

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
-from pipeline.model.load import load_export
-from pipeline.model.outside import Outside
+from pipeline.model.export_check import Outside
+from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
 from tests.tiny_models import TokenizerSource

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-from pipeline.model.load import load_export
-from pipeline.model.outside import Outside
+from pipeline.model.export_check import Outside
+from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-from pipeline.model.load import load_export
-from pipeline.model.outside import Outside
-from pipeline.model.prompts import TrainedTexts
+from pipeline.model.export_check import Outside
+from pipeline.model.export_folder import TrainedTexts
+from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, card_of, export, make
 from tests.tiny_models import TokenizerSource

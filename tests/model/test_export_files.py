@@ -10,10 +10,9 @@ import pytest
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.card import licence_keys, serving_table
 from pipeline.model.export import check_output
-from pipeline.model.licence import licence_keys
-from pipeline.model.load import load_export
-from pipeline.model.serving import serving_table
+from pipeline.model.load_export import load_export
 from tests.model.export_support import card_of, export, make
 
 

@@ -10,9 +10,9 @@ import transformers as hf
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.config_file import finish_config
+from pipeline.model.architectures import FAMILIES
 from pipeline.model.encoder import build_encoder
-from pipeline.model.families import FAMILIES
+from pipeline.model.export import finish_config
 
 SIZES = {
     "vocab_size": 200,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.encoder import build_encoder
-from pipeline.model.language import (
+from pipeline.model.encoder import (
+    build_encoder,
     build_language_model,
     find_mask_token,
     predicts_shifted,

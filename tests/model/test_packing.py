@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.attention.varlen as torch_varlen
 
-from pipeline.model import packing
-from pipeline.model.packing import Rows, packed_attention
+from pipeline.model import attention
+from pipeline.model.attention import Rows, packed_attention
 
 LENGTHS = [5, 1, 12, 7]
 
@@ -70,10 +70,10 @@ def install_flash_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> N
 
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
-    for probe in (packing.flash_attention, packing.torch_varlen):
+    for probe in (attention.flash_attention, attention.torch_varlen):
         probe.cache_clear()
     yield
-    for probe in (packing.flash_attention, packing.torch_varlen):
+    for probe in (attention.flash_attention, attention.torch_varlen):
         probe.cache_clear()
 
 
@@ -84,13 +84,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         return
     if request.param == "flash":
         install_flash_attention(monkeypatch, fake_flash)
-        chosen = packing.flash_attention()
+        chosen = attention.flash_attention()
     else:
         fake = fake_torch if request.param == "torch" else fake_torch_2_11
         monkeypatch.setattr(torch_varlen, "varlen_attn", fake)
-        chosen = packing.torch_varlen()
+        chosen = attention.torch_varlen()
     assert chosen is not None
-    monkeypatch.setattr(packing, "choose_kernel", lambda *_, **__: chosen)
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: chosen)
 
 
 @pytest.mark.parametrize("window", [None, 3, 8, 100])
@@ -126,7 +126,7 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
         softcap: float | None = None,
         dropout: float = 0.0,
     ) -> str | None:
-        kernel = packing.choose_kernel(device, dtype, width, dropout=dropout, softcap=softcap)
+        kernel = attention.choose_kernel(device, dtype, width, dropout=dropout, softcap=softcap)
         return kernel and kernel.name
 
     assert ask() == "flash-attn"
@@ -136,10 +136,10 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
     assert ask(softcap=50.0) == "flash-attn"
     assert ask(dropout=0.1) == "flash-attn"
     install_flash_attention(monkeypatch, lambda q: q)  # a release without capped scores
-    packing.flash_attention.cache_clear()
+    attention.flash_attention.cache_clear()
     assert ask(softcap=50.0) is None
     monkeypatch.delitem(sys.modules, "flash_attn")
-    packing.flash_attention.cache_clear()
+    attention.flash_attention.cache_clear()
     assert ask() == "torch's variable-length kernel"
     # torch's kernel knows neither, which would silently be lost.
     assert ask(dropout=0.1) is None
@@ -160,7 +160,7 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
 )
 def test_a_run_says_how_it_computes_attention(given: dict[str, Any], line: str) -> None:
     defaults: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_width": 64}
-    assert re.search(line, packing.describe_kernel(**{**defaults, **given}))
+    assert re.search(line, attention.describe_kernel(**{**defaults, **given}))
 
 
 def test_a_flash_attention_built_for_another_torch_is_not_silently_ignored(
@@ -169,7 +169,7 @@ def test_a_flash_attention_built_for_another_torch_is_not_silently_ignored(
     broken = ModuleType("flash_attn")  # without the function: importing it is an ImportError
     broken.__spec__ = ModuleSpec("flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn", broken)
-    assert packing.flash_attention() is None
+    assert attention.flash_attention() is None
     assert "flash-attn is installed but cannot be imported" in capsys.readouterr().out
 
 
@@ -183,8 +183,8 @@ def test_dropout_cap_and_determinism_are_handed_to_flash_attention(
         return q
 
     install_flash_attention(monkeypatch, flash)
-    kernel = packing.flash_attention()
-    monkeypatch.setattr(packing, "choose_kernel", lambda *_, **__: kernel)
+    kernel = attention.flash_attention()
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: kernel)
     q = torch.randn(1, 2, sum(LENGTHS), 8)
     rows = Rows.of(torch.tensor(LENGTHS), causal=False)
     packed_attention(None, q, q, q, None, rows=rows, dropout=0.25, softcap=30.0)

@@ -7,8 +7,8 @@ import torch
 from sentence_transformers.models import Pooling
 
 from pipeline.config import POOLINGS
-from pipeline.model.packing import Rows
-from pipeline.model.pooling import pool
+from pipeline.model.attention import Rows
+from pipeline.model.encoder import pool
 
 LENGTHS = [3, 1, 5]
 

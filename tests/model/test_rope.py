@@ -12,9 +12,9 @@ from test_families import CASES, GROUPED, IDS, LENGTHS, SIZES, padded_means, sav
 
 from pipeline.config import ModelConfig, RopeScaling
 from pipeline.errors import UserError
-from pipeline.model.config_file import finish_config
+from pipeline.model.architectures import FAMILIES
 from pipeline.model.encoder import build_encoder
-from pipeline.model.families import FAMILIES
+from pipeline.model.export import finish_config
 
 ROTARY = [name for name in CASES if hasattr(CASES[name][0], "rope_parameters")]
 SHORT, FACTOR = 8, 3.0  # the longest row has 17 tokens

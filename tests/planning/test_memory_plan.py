@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.planning.memory import (
+from pipeline.planning import (
     Layout,
     ModelShape,
     choose_schedule,

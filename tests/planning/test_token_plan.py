@@ -18,11 +18,10 @@ from pipeline.config import (
 )
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
-from pipeline.loss.tokens import TILE_BYTES
 from pipeline.model.encoder import build_encoder
-from pipeline.planning.memory import memory_per_rank
-from pipeline.planning.plan import describe, plan_run
+from pipeline.planning import describe, memory_per_rank, plan_run
 from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.token_step import TILE_BYTES
 from tests.tiny_models import tiny_starter
 
 GIB = 2**30

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.score.array import run_all
+from pipeline.evaluation.run import run_all
 from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.splits import is_held_out
 

@@ -19,13 +19,11 @@ from pipeline.config import (
     Template,
     dump_config,
 )
-from pipeline.evaluation.blocks.cuts import store_folder
-from pipeline.evaluation.blocks.embed import embed_element
-from pipeline.evaluation.blocks.plan import read_plan, write_plan
-from pipeline.evaluation.blocks.store import missing_blocks
-from pipeline.evaluation.models.export_encoder import load_encoder
-from pipeline.evaluation.score.array import score_all
-from pipeline.evaluation.tasks.prefetch import prefetch
+from pipeline.evaluation.datasets import prefetch
+from pipeline.evaluation.embed import embed_element, missing_blocks
+from pipeline.evaluation.embedding_plan import read_plan, store_folder, write_plan
+from pipeline.evaluation.models import load_encoder
+from pipeline.evaluation.run import score_all
 from pipeline.model.encoder import build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter

@@ -308,7 +308,7 @@ def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
 def test_scores_of_a_checkpoint_wait_for_its_export_and_are_submitted_once(
     evaluation: Path, tmp_path: Path, cluster: Cluster, held: None
 ) -> None:
-    from pipeline.submission.step import main
+    from pipeline.submission.submit import main
 
     config = yaml.safe_load((RECIPE / "train.yaml").read_text())
     train = tmp_path / "train.yaml"

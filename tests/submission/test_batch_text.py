@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.submission.flags import Flag, expand_log, last_value, parse_flags, split_flags
-from pipeline.submission.job import Job, array_ranges, batch_text
-from pipeline.submission.scheduler import submission_environment
-from pipeline.submission.site import read_site
+from pipeline.submission.jobs import (
+    Flag,
+    Job,
+    array_ranges,
+    batch_text,
+    expand_log,
+    last_value,
+    parse_flags,
+    read_site,
+    split_flags,
+)
+from pipeline.submission.slurm import submission_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = "#!/usr/bin/env bash\n# Says.\n#SBATCH --time=1\nset -e\nprintf '%s|' \"$@\" $SITE\n"
@@ -159,7 +167,7 @@ def test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure(
     site.write_bytes(f"source {ROOT}/slurm/cluster.env\n{content}".encode())
     monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
     if "sleep" in content:
-        monkeypatch.setattr("pipeline.submission.site._SECONDS", 1)
+        monkeypatch.setattr("pipeline.submission.jobs._SITE_SECONDS", 1)
 
     with pytest.raises(UserError, match=f"site.env: {message}"):
         read_site()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.checkpoint_folder import checkpoint_digest, read_latest
 from pipeline.config import (
     EvaluateConfig,
     ExportStep,
@@ -22,16 +23,9 @@ from pipeline.config import (
 )
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.score.results import inputs_of, results_digest
-from pipeline.evaluation.tasks.elements import list_elements
-from pipeline.run_dir import checkpoint_digest, read_latest
-from pipeline.submission.chain import (
-    Chain,
-    export_chain,
-    prepare_chain,
-    train_chain,
-    whole_chain,
-)
+from pipeline.evaluation.results import inputs_of, results_digest
+from pipeline.evaluation.tasks import list_elements
+from pipeline.submission.chain import Chain, export_chain, prepare_chain, train_chain, whole_chain
 from pipeline.submission.submit import Submission, show
 from pipeline.training.run_identity import run_identity
 from tests.tiny_models import prepare_tiny, tiny_starter

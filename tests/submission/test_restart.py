@@ -15,9 +15,8 @@ from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
 from pipeline.submission.allocation import State, judge, read_state, requeue
 from pipeline.submission.health import Health, find_faults
-from pipeline.submission.progress import History, last_step
-from pipeline.submission.restart import Ending, begin, decide, end
-from pipeline.submission.scheduler import NoAnswerError
+from pipeline.submission.restart import Ending, History, begin, decide, end, last_step
+from pipeline.submission.slurm import NoAnswerError
 
 
 def ending(code: int, **changes: object) -> Ending:
@@ -212,7 +211,7 @@ esac""",
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setattr("pipeline.submission.patience.LONGEST_WAIT", 0)
+    monkeypatch.setattr("pipeline.submission.slurm.LONGEST_WAIT", 0)
     return tmp_path
 
 
@@ -278,7 +277,7 @@ def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.submission.patience.LONGEST_WAIT", 0)
+    monkeypatch.setattr("pipeline.submission.slurm.LONGEST_WAIT", 0)
     put_command(slurm / "srun", 'printf "health: node%s: {}\\n" 1 2')
     # Full on the first look, not on the second.
     looks = iter([(28, "run has 0.60 GiB free"), (0, "")])
@@ -301,7 +300,7 @@ def test_a_job_is_queued_again_also_when_its_end_cannot_be_noted(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pipeline.submission.progress.write_json", fail)
+    monkeypatch.setattr("pipeline.submission.restart.write_json", fail)
     end(config, "7", 1, out_of_time=False)
 
     assert (slurm / "orders").read_text() == "requeue 7\n"

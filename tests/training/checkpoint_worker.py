@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import comm
+from pipeline import checkpoint_folder, comm
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
-from pipeline.training import checkpoint, saving
+from pipeline.training import checkpoints
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.zero import ZeroEngine, build_optimizer
 from tests.support import PATIENCE
 
 IDENTITY = {"data.global_batch_size": 8}
@@ -81,7 +80,7 @@ def main() -> None:
             if arguments.mode == "save":
                 engine = start_engine(stage, dtype)
                 train(engine, range(3))
-                saver = saving.Saver(folder)
+                saver = checkpoints.Saver(folder)
                 saver.begin(engine, step=3, identity=IDENTITY)
                 # While it is written the weights change.
                 _report(dtype, stage, stage, "uninterrupted", train(engine, range(3, 6)))
@@ -89,9 +88,9 @@ def main() -> None:
                 engine.close()
             for new_stage in (1, 2, 3):
                 engine = start_engine(new_stage, dtype)
-                path = checkpoint.latest(folder)
+                path = checkpoint_folder.latest(folder)
                 assert path is not None
-                assert checkpoint.load(path, engine, IDENTITY) == (3, {})
+                assert checkpoints.load(path, engine, IDENTITY) == (3, {})
                 _report(dtype, stage, new_stage, "resumed", train(engine, range(3, 6)))
                 engine.close()
     comm.leave(0, gracefully=True)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import comm, train
-from pipeline.training import agreement, objective
+from pipeline.training import contrastive_step, engine
 from pipeline.training.run_checkpoints import RunCheckpoints
 from pipeline.training.zero import ZeroEngine
 
@@ -26,7 +26,7 @@ def put_in(fault: str) -> None:
     if fault == "cannot save":
         RunCheckpoints.save = wait_for_each_other  # type: ignore[method-assign]
         return
-    accumulate = objective.accumulate_gradients
+    accumulate = contrastive_step.accumulate_gradients
     embed = ZeroEngine.embed
     present = 0
 
@@ -44,7 +44,7 @@ def put_in(fault: str) -> None:
         out = embed(self, *args)
         return out * float("nan") if present == STEP and comm.rank() == 1 else out
 
-    objective.accumulate_gradients = faulty_accumulate
+    contrastive_step.accumulate_gradients = faulty_accumulate
     if fault == "nan":
         ZeroEngine.embed = faulty_embed  # type: ignore[method-assign]
 
@@ -59,7 +59,7 @@ def wait_for_each_other(self: RunCheckpoints, step: int) -> Path:
 
 def ask_to_stop_within_a_step() -> None:
     """Send rank 1 a signal in the second pass of the fourth step, as if steps took minutes."""
-    agreement._LONG_STEP_SECONDS = agreement._SPACING_SECONDS = 0.0
+    engine._LONG_STEP_SECONDS = engine._SPACING_SECONDS = 0.0
     backward, asked = ZeroEngine.backward, False
 
     def backward_and_signal(self: ZeroEngine, surrogate: Any) -> None:

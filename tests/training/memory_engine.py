@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.training.checkpoint import Stateful
-from pipeline.training.saving import Saver
+from pipeline.training.checkpoints import Saver, Stateful
 
 
 class Memory:

@@ -16,11 +16,10 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from pipeline.model.encoder import build_encoder
-from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.engine import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.zero import ZeroEngine, build_optimizer
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors
 

@@ -28,11 +28,10 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.model.encoder import build_encoder
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import seed_random
-from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.zero import ZeroEngine, build_optimizer
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 

@@ -23,11 +23,10 @@ from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import DiffembedError
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.weights import Placement
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import seed_random
-from pipeline.training.optim import build_optimizer
-from pipeline.training.step import accumulate_gradients
-from pipeline.training.zero import ZeroEngine, placement_of
+from pipeline.training.zero import ZeroEngine, build_optimizer, placement_of
 from tests.support import PATIENCE
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from checkpoint_worker import IDENTITY, start_engine, train
 
-from pipeline import comm
-from pipeline.training import checkpoint, saving
+from pipeline import checkpoint_folder, comm
+from pipeline.training import checkpoints
 from pipeline.training.zero import ZeroEngine, import_deepspeed
 from tests.support import PATIENCE, free_port
 
@@ -34,7 +34,7 @@ PAIRS: tuple[tuple[int, int, dict[str, int]], ...] = (
 def differences(engine: ZeroEngine, path: Path) -> list[str]:
     """What of an engine is not bit by bit what the checkpoint's files hold."""
     found = []
-    for name, stored in checkpoint.iterate_tensors(path):
+    for name, stored in checkpoints.iterate_tensors(path):
         state = engine.gather_state(name)
         found += [f"{name}/{key}" for key in stored if not torch.equal(state[key], stored[key])]
         parameter = dict(engine.encoder.named_parameters())[name]
@@ -47,12 +47,12 @@ def differences(engine: ZeroEngine, path: Path) -> list[str]:
 def run_rank(folder: Path, move: int) -> None:
     """Resume at every pair of stages from the last number of ranks; save at every stage."""
     for saved, stage, zero in PAIRS if move else ():
-        path = checkpoint.latest(folder / f"{move - 1}-{saved}")
+        path = checkpoint_folder.latest(folder / f"{move - 1}-{saved}")
         assert path is not None
         if comm.world_size() == 6 and stage == 3:
             zero = {**zero, "zero_hpz_partition_size": 3}
         engine = start_engine(stage, "bfloat16", **zero)
-        step, _ = checkpoint.load(path, engine, IDENTITY)
+        step, _ = checkpoints.load(path, engine, IDENTITY)
         wrong = comm.all_gather_object(differences(engine, path))
         if comm.rank() == 0:
             line = {"ranks": comm.world_size(), "saved": saved, "stage": stage, "wrong": wrong}
@@ -69,7 +69,7 @@ def run_rank(folder: Path, move: int) -> None:
 def save_after_a_step(engine: ZeroEngine, folder: Path, step: int) -> None:
     """Train, so that the next move meets other numbers, and save."""
     train(engine, range(step, step + 1))
-    saver = saving.Saver(folder)
+    saver = checkpoints.Saver(folder)
     saver.begin(engine, step=step + 1, identity=IDENTITY)
     saver.finish()
 

@@ -14,7 +14,7 @@ import torch
 from pipeline import comm, train
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import Stopped
-from pipeline.training.export import export_run
+from pipeline.training.export_run import export_run
 
 ZERO = "ds_configs/zero3.json"
 LORA = "model.lora={rank: 4, dropout: 0.0}"

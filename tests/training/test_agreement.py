@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline import comm
-from pipeline.training.agreement import Agreement, ChunkOutOfMemoryError, StepGivenUpError
+from pipeline.training.engine import Agreement, ChunkOutOfMemoryError, StepGivenUpError
 from tests.support import run_ranks
 
 NUM_POINTS = 100

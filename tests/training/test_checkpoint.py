@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pipeline import checkpoint_folder
 from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.run_dir import write_text
-from pipeline.training import checkpoint
+from pipeline.files import write_text
+from pipeline.training import checkpoints
 from tests.support import launch_ranks
 from tests.training.memory_engine import Memory, save
 
@@ -73,20 +74,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
     else:
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="step-000002") as error:
-        checkpoint.load(path, Memory(a=0.0), {})
+        checkpoints.load(path, Memory(a=0.0), {})
     assert f"diffembed rewind {tmp_path.parent} step-000001" in str(error.value)
 
 
 def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1})
     with pytest.raises(UserError, match=r"seed is 2 \| allowed: 1, which the run in .* began with"):
-        checkpoint.load(path, Memory(a=0.0), {"seed": 2})
+        checkpoints.load(path, Memory(a=0.0), {"seed": 2})
 
 
 def test_a_model_with_other_parameters_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, Memory(a=1.0, b=1.0), step=1, identity={})
     with pytest.raises(UserError, match="differ in 1 parameters, first b"):
-        checkpoint.load(path, Memory(a=0.0), {})
+        checkpoints.load(path, Memory(a=0.0), {})
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
@@ -94,14 +95,14 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     text = (path / "state.json").read_text()
     write_text(path / "state.json", text.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(UserError, match="format 9"):
-        checkpoint.load(path, Memory(a=0.0), {})
+        checkpoints.load(path, Memory(a=0.0), {})
 
 
 def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
     save(tmp_path, Memory(a=1.0), step=1, identity={})
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
-        checkpoint.latest(tmp_path)
+        checkpoint_folder.latest(tmp_path)
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_path: Path) -> None:
@@ -109,17 +110,17 @@ def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_
     for step in (1, 2, 3):
         save(folder, Memory(a=float(step)), step=step, identity={})
     (folder / "step-000003" / "state.json").unlink()
-    newest = checkpoint.latest(folder)
+    newest = checkpoint_folder.latest(folder)
     assert newest is not None
     with pytest.raises(UserError, match=r"step-000003.*diffembed rewind .* step-000002"):
-        checkpoint.load(newest, Memory(a=0.0), {})
+        checkpoints.load(newest, Memory(a=0.0), {})
     done = CliRunner().invoke(app, ["rewind", str(tmp_path), "step-000002"])
     assert done.exit_code == 0, done.output
-    older, engine = checkpoint.latest(folder), Memory(a=0.0)
+    older, engine = checkpoint_folder.latest(folder), Memory(a=0.0)
     assert older == folder / "step-000002"
-    assert checkpoint.load(older, engine, {}) == (2, {})
+    assert checkpoints.load(older, engine, {}) == (2, {})
     assert engine.state["a"]["weight"].tolist() == [2.0, 2.0]
-    assert checkpoint.names(folder) == ["step-000001", "step-000002", "step-000003"]
+    assert checkpoint_folder.names(folder) == ["step-000001", "step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize(
@@ -132,5 +133,5 @@ def test_a_run_is_not_taken_back_to_what_is_not_whole(
         save(tmp_path, Memory(a=1.0), step=step, identity={})
     (tmp_path / "step-000003" / "state.json").write_text("{")
     with pytest.raises(UserError, match=reason):
-        checkpoint.rewind(tmp_path, name)
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000004"
+        checkpoint_folder.rewind(tmp_path, name)
+    assert checkpoint_folder.latest(tmp_path) == tmp_path / "step-000004"

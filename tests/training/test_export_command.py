@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.model.load import load_export
+from pipeline.model.load_export import load_export
 
 
 def diffembed(*arguments: object) -> str:

@@ -12,7 +12,7 @@ from pipeline.cli import app
 from pipeline.config import TrainConfig, load_config
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.run_dir import RunDir
+from pipeline.run_folder import RunDir
 from pipeline.training.run_identity import run_identity
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import launcher
+from pipeline import launch
 from pipeline.errors import DiffembedError
 from tests.support import free_port
 from tests.training.launches import TRAIN, Launch, launcher_words
@@ -47,21 +47,21 @@ TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": 
 def test_where_the_launcher_answers(
     environment: dict[str, str], place: tuple[str, int] | None
 ) -> None:
-    assert launcher.place(environment) == place
+    assert launch.place(environment) == place
 
 
 def test_a_launcher_that_answers_is_no_fault_and_one_that_has_gone_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launcher, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(launch, "_PATIENCE_SECONDS", 0.1)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        launcher.require_it()
+        launch.require_it()
     with pytest.raises(DiffembedError, match=rf"launcher .* 127.0.0.1:{port} has ended"):
-        launcher.require_it()
+        launch.require_it()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError
-from pipeline.training.agreement import ChunkOutOfMemoryError
+from pipeline.training.engine import ChunkOutOfMemoryError
 from pipeline.training.trainer import Training
 from tests.support import launch_ranks
 

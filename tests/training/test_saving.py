@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from pipeline import comm
+from pipeline import checkpoint_folder, comm
 from pipeline.config import CheckpointConfig
 from pipeline.errors import DiffembedError, UserError
-from pipeline.run_dir import RunDir
-from pipeline.training import checkpoint, retention, saving
+from pipeline.run_folder import RunDir
+from pipeline.training import checkpoints
 from tests.support import PATIENCE, run_ranks
 from tests.training.memory_engine import Memory, save
 
@@ -31,26 +31,26 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_is_ready, really_save = threading.Event(), saving.save_file
+    disk_is_ready, really_save = threading.Event(), checkpoints.save_file
 
     def slow_save_file(*args: Any) -> None:  # stands in for a slow disk
         assert disk_is_ready.wait(PATIENCE)
         really_save(*args)
 
-    monkeypatch.setattr(saving, "save_file", slow_save_file)
-    engine, saver = Memory(a=1.0), saving.Saver(tmp_path)
+    monkeypatch.setattr(checkpoints, "save_file", slow_save_file)
+    engine, saver = Memory(a=1.0), checkpoints.Saver(tmp_path)
     engine.optimizer_steps = 3  # two updates were left out
     saver.begin(engine, step=5, identity={})
     assert saver.is_pending
     assert saver.is_writing
     engine.state["a"]["weight"].fill_(9.0)  # the next step goes on meanwhile
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint_folder.latest(tmp_path) is None
     disk_is_ready.set()
     path = saver.finish()
     assert not saver.is_pending
-    assert checkpoint.latest(tmp_path) == path
+    assert checkpoint_folder.latest(tmp_path) == path
     loaded = Memory(a=0.0)
-    assert checkpoint.load(path, loaded, {}) == (5, {})
+    assert checkpoints.load(path, loaded, {}) == (5, {})
     assert loaded.state["a"]["weight"].tolist() == [1.0, 1.0]
     assert loaded.optimizer_steps == 3
 
@@ -61,7 +61,7 @@ def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:
     engine.state["b"]["weight"] = torch.empty(0)  # as of a parameter that ZeRO-3 has partitioned
     with pytest.raises(DiffembedError, match="b/weight is empty"):
         save(tmp_path, engine, step=2, identity={})
-    assert checkpoint.names(tmp_path) == ["step-000001"]
+    assert checkpoint_folder.names(tmp_path) == ["step-000001"]
 
 
 def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
@@ -81,7 +81,7 @@ def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     comm.barrier()
     if comm.rank() == 0:
-        saving.remove_leftovers(path)
+        checkpoints.remove_leftovers(path)
         assert tree(path) == before
     return said
 
@@ -98,7 +98,7 @@ def test_a_disk_full_for_one_rank_fails_the_save_of_all_and_leaves_the_one_befor
 
 def failing(times: int, error: OSError | None = None) -> Any:
     """A `save_file` that fails a few times, as on a disk that is full for a while."""
-    left, really_save = [times], saving.save_file
+    left, really_save = [times], checkpoints.save_file
 
     def save_file(*args: Any) -> None:
         if left[0]:
@@ -114,10 +114,10 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(saving, "save_file", failing(3))
-    monkeypatch.setattr(saving.time, "sleep", pauses.append)
+    monkeypatch.setattr(checkpoints, "save_file", failing(3))
+    monkeypatch.setattr(checkpoints.time, "sleep", pauses.append)
     path = save(tmp_path, Memory(a=1.0), step=1, identity={})
-    assert checkpoint.latest(tmp_path) == path
+    assert checkpoint_folder.latest(tmp_path) == path
     assert pauses == [5, 10, 20]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
@@ -130,18 +130,18 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(saving, "save_file", failing(10**6))
-    monkeypatch.setattr(saving.time, "sleep", waited.append)
+    monkeypatch.setattr(checkpoints, "save_file", failing(10**6))
+    monkeypatch.setattr(checkpoints.time, "sleep", waited.append)
     with pytest.raises(DiffembedError, match=r"step-000001 could not be written .*os error 28"):
         save(tmp_path, Memory(a=1.0), step=1, identity={})
-    assert saving.PATIENCE_SECONDS <= sum(waited) < saving.PATIENCE_SECONDS + 60
+    assert checkpoints.PATIENCE_SECONDS <= sum(waited) < checkpoints.PATIENCE_SECONDS + 60
 
 
 def test_what_another_path_would_cure_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "save_file", failing(1, PermissionError(13, "no", "x")))
-    monkeypatch.setattr(saving.time, "sleep", pytest.fail)
+    monkeypatch.setattr(checkpoints, "save_file", failing(1, PermissionError(13, "no", "x")))
+    monkeypatch.setattr(checkpoints.time, "sleep", pytest.fail)
     with pytest.raises(DiffembedError, match="could not be written"):
         save(tmp_path, Memory(a=1.0), step=1, identity={})
 
@@ -155,28 +155,28 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 def test_what_is_read_back_is_compared_with_what_was_to_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really_save = saving.save_file
+    really_save = checkpoints.save_file
 
     def forgetful_save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         really_save({**tensors, "a/exp_avg": torch.zeros(2)}, path)  # a disk that loses bytes
 
-    monkeypatch.setattr(saving, "save_file", forgetful_save_file)
+    monkeypatch.setattr(checkpoints, "save_file", forgetful_save_file)
     with pytest.raises(DiffembedError, match="a/exp_avg was read back with other values"):
         save(tmp_path, Memory(a=1.0), step=1, identity={})
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint_folder.latest(tmp_path) is None
 
 
 def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12):
         save(tmp_path, Memory(a=1.0), step=step, identity={})
-    retention.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
+    checkpoint_folder.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
     # Of what the run was taken back from nothing is deleted.
     kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
-    assert checkpoint.names(tmp_path) == kept
+    assert checkpoint_folder.names(tmp_path) == kept
 
 
 def keep(run: Path, config: CheckpointConfig, steps: range) -> None:
-    keeper = retention.Keeper(run, config)
+    keeper = checkpoint_folder.Keeper(run, config)
     for step in steps:
         path = save(run, Memory(a=float(step)), step=step, identity={})
         keeper.keep(path, step)
@@ -190,7 +190,7 @@ def test_a_mirror_holds_the_same_checkpoints_and_is_pruned_by_the_same_rules(
     mirror.mkdir()
     config = CheckpointConfig(every=1, keep_last=2, keep_every=3, mirror=mirror)
     keep(run, config, range(1, 8))
-    assert checkpoint.names(run) == ["step-000003", "step-000006", "step-000007"]
+    assert checkpoint_folder.names(run) == ["step-000003", "step-000006", "step-000007"]
     assert tree(mirror) == tree(run)
 
 
@@ -202,7 +202,7 @@ def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
     mirror.write_text("a file where a disk was mounted")
     keep(run, config, range(1, 3))
     assert "step-000002 could not be copied to" in capsys.readouterr().out
-    assert checkpoint.names(run) == ["step-000002"]
+    assert checkpoint_folder.names(run) == ["step-000002"]
     mirror.unlink()
     mirror.mkdir()
     keep(run, config, range(3, 4))
@@ -216,11 +216,11 @@ def test_a_mirror_slower_than_the_run_leaves_out_what_is_neither_newest_nor_last
     mirror.mkdir()
     config = CheckpointConfig(every=1, keep_last=9, keep_every=2, mirror=mirror)
     paths = [save(run, Memory(a=1.0), step=step, identity={}) for step in range(1, 6)]
-    keeper = retention.Keeper(run, config)
+    keeper = checkpoint_folder.Keeper(run, config)
     for step, path in enumerate(paths, 1):
         keeper.keep(path, step)
     keeper.wait()
-    assert checkpoint.names(mirror) == ["step-000002", "step-000004", "step-000005"]
+    assert checkpoint_folder.names(mirror) == ["step-000002", "step-000004", "step-000005"]
 
 
 def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
@@ -236,11 +236,11 @@ def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
     path = save(tmp_path / "run", Memory(a=1.0), step=1, identity={})
     mirror = tmp_path / "mirror"
     mirror.mkdir()
-    monkeypatch.setattr(retention.shutil, "copytree", lossy_copy)
+    monkeypatch.setattr(checkpoint_folder.shutil, "copytree", lossy_copy)
     with pytest.raises(UserError, match=r"differs from its recorded size or SHA-256"):
-        retention.copy(path, mirror)
-    assert checkpoint.names(mirror) == []
-    assert checkpoint.latest(mirror) is None
+        checkpoint_folder.copy(path, mirror)
+    assert checkpoint_folder.names(mirror) == []
+    assert checkpoint_folder.latest(mirror) is None
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
@@ -249,14 +249,14 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     for name in (".step-000002.partial", ".step-000001.deleted"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tensors").write_text("half")
-    saving.remove_leftovers(tmp_path)
+    checkpoints.remove_leftovers(tmp_path)
     assert tree(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pipeline.run_dir import RunDir\n"
+        "import sys, time; from pipeline.run_folder import RunDir\n"
         "run = RunDir(sys.argv[1]); run.claim(); print('claimed', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipeline.data.batch import GlobalBatch
-from pipeline.planning.memory import Layout, ModelShape, memory_per_rank
+from pipeline.planning import Layout, ModelShape, memory_per_rank
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.layer_sweep import BoundaryStore
-from pipeline.training.step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, load, make_batch, step_config
 
 PAIRS = 8

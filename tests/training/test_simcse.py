@@ -24,8 +24,8 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
 from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.engine import seed_random
-from pipeline.training.step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine
 from tests.tiny_models import tiny_starter
 from tests.training.tiny_recipe import WORDS

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from pipeline.config import DataConfig, MntpConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from pipeline.data.shards import Dataset
-from pipeline.training.token_prediction import TokenPrediction
+from pipeline.training.token_step import TokenPrediction
 from tests.support import launch_ranks
 from tests.tiny_models import save_lifted
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from pipeline.training import checkpoint
+from pipeline import checkpoint_folder
+from pipeline.training import checkpoints
 from tests.training.trainer_command import run_trainer
 
 # Dropout masks are drawn per rank, so the curves can only be one without them.
@@ -59,9 +60,9 @@ def test_one_two_then_three_ranks_follow_the_curve_of_one(recipe: Path, tmp_path
 
 def assert_adapters_alone_are_saved(folder: Path) -> None:
     """ZeRO-3 would write empty tensors, and a broken filter the base model."""
-    newest = checkpoint.latest(folder)
+    newest = checkpoint_folder.latest(folder)
     assert newest is not None
-    adapters = {name: state["weight"] for name, state in checkpoint.iterate_tensors(newest)}
+    adapters = {name: state["weight"] for name, state in checkpoints.iterate_tensors(newest)}
     assert len(adapters) == 2 * 2 * 7  # A and B, layers, targets
     for name, weight in adapters.items():
         assert "lora_" in name

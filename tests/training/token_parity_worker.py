@@ -33,16 +33,12 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.loader import DUMMY
-from pipeline.data.masking import Prediction, Vocabulary, predict
-from pipeline.data.text_loader import NOTHING
-from pipeline.loss import tokens
-from pipeline.model.language import LanguageModel, build_language_model
-from pipeline.training import token_prediction
-from pipeline.training.agreement import ChunkOutOfMemoryError
+from pipeline.data.text_loader import NOTHING, Prediction, Vocabulary, predict
+from pipeline.model.encoder import LanguageModel, build_language_model
+from pipeline.training import token_step
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.engine import NonFiniteLossError
-from pipeline.training.optim import build_optimizer
-from pipeline.training.zero import ZeroEngine
+from pipeline.training.engine import ChunkOutOfMemoryError, NonFiniteLossError
+from pipeline.training.zero import ZeroEngine, build_optimizer
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
@@ -206,7 +202,7 @@ def run_case(
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=comm.world_size())
     engine = ZeroEngine(ours, build_optimizer(ours, config.optimizer), ds_config)
     vocabulary = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=VOCABULARY))
-    step = token_prediction.TokenPrediction(config, vocabulary)  # type: ignore[arg-type]
+    step = token_step.TokenPrediction(config, vocabulary)  # type: ignore[arg-type]
     if kind == "next token":
         for fault, error in ((float("nan"), NonFiniteLossError), (None, ChunkOutOfMemoryError)):
             break_off(step, engine, make_batch(comm.rank(), counts), fault, error)
@@ -223,9 +219,9 @@ def main() -> None:
     torch.set_num_threads(1)
     comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
     # A tile of three predictions: every chunk needs several.
-    tokens.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
-    token_prediction.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
-    token_prediction.load_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
+    token_step.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
+    token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
+    token_step.load_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
     cases = [
         ("mntp", [1, 1], False, "cache", untied),
         ("mntp, causal", [3, 5], True, "cache", untied),

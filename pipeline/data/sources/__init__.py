@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources import formats
-from pipeline.data.sources.bad_rows import EXCERPT, BadRows, refuse_bad_rows
-from pipeline.data.sources.blocks import BadRowError, Block, OnBadRow, Record, give_up
-from pipeline.data.sources.columns import read_columns
+from pipeline.data.sources.containers import (
+    block_bytes_of,
+    plan_blocks,
+    read_records,
+    split_to_read,
+)
 from pipeline.data.sources.corpus import (
     Shelf,
     corpus_files,
@@ -20,17 +23,22 @@ from pipeline.data.sources.corpus import (
     refers_to_documents,
     survey_queries,
 )
-from pipeline.data.sources.fields import equals, field_of
-from pipeline.data.sources.files import HUB, choose_files, file_size
+from pipeline.data.sources.files import HUB, Choice, choose_files, file_size
+from pipeline.data.sources.formats import read_columns
 from pipeline.data.sources.records import (
-    block_bytes_of,
-    hub_files,
-    plan_blocks,
-    read_records,
-    split_to_read,
+    EXCERPT,
+    BadRowError,
+    BadRows,
+    Block,
+    OnBadRow,
+    Record,
+    Row,
+    equals,
+    field_of,
+    give_up,
+    refuse_bad_rows,
 )
-from pipeline.data.sources.row import Row
-from pipeline.data.sources.splits import Choice
+from pipeline.data.sources.tables import hub_files
 from pipeline.errors import UserError
 
 _Reader = Callable[[Record, SourceConfig, Shelf | None], Iterable[Row]]

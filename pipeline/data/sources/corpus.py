@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.config import SourceConfig
-from pipeline.data.sources.bad_rows import BadRows
-from pipeline.data.sources.blocks import BadRowError, Block, OnBadRow, Record, give_up
-from pipeline.data.sources.files import kind_of
-from pipeline.data.sources.lines import read_lines
-from pipeline.data.sources.records import list_files, plan_blocks, read_records
-from pipeline.data.sources.splits import stem_of
+from pipeline.data.sources.containers import plan_blocks, read_lines, read_records
+from pipeline.data.sources.files import kind_of, list_files, stem_of
+from pipeline.data.sources.records import BadRowError, BadRows, Block, OnBadRow, Record, give_up
 from pipeline.errors import UserError
 
 _REFERRING = ("mteb", "reasonir_hq")

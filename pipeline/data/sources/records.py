@@ -1,86 +1,426 @@
-"""Raw records of any container: lines, tables of text, Parquet, Arrow, hub datasets, any URL."""
+"""Records, their fields and their place in a file, and the errors of bad ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
 
-from pipeline.data.sources.blocks import BadRowError, Block, OnBadRow, Record
-from pipeline.data.sources.delimited import plan_delimited, read_delimited
-from pipeline.data.sources.files import (
-    HUB,
-    READABLE,
-    counts_rows,
-    file_size,
-    is_packed,
-    kind_of,
-    list_files,
-)
-from pipeline.data.sources.lines import plan_lines, read_lines
-from pipeline.data.sources.tables import hub_files, is_single_dataset, plan_table, read_table
+from pipeline.config import SourceConfig
+from pipeline.data.sources.files import kind_of, open_bytes
 from pipeline.errors import UserError
 
-__all__ = [
-    "HUB",
-    "BadRowError",
-    "Block",
-    "OnBadRow",
-    "Record",
-    "block_bytes_of",
-    "file_size",
-    "hub_files",
-    "list_files",
-    "plan_blocks",
-    "read_records",
-    "split_to_read",
-]
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A query, what answers it, and what does not.
+
+    `negatives` lists the `num_first_negatives` most valuable ones first. `concept` names what the
+    example is about: examples of one source with the same concept are known false negatives of
+    each other. `scores` are a teacher's, positives then negatives.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    num_first_negatives: int = 0
+    instruction: str = ""
+    document_instruction: str = ""
+    concept: str = ""
+    scores: tuple[float, ...] = ()
 
 
-def plan_blocks(
-    file: str, *, split: str | None, block_bytes: int, max_rows: int | None
-) -> Iterator[Block]:
-    """Cut one file into blocks of about `block_bytes`, up to `max_rows` records."""
-    if counts_rows(file):
-        yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
-    elif not kind_of(file):
-        raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
-    elif is_packed(file):
-        yield Block(file=file, start=0, stop=-1, max_rows=max_rows)
-    elif kind_of(file) == "csv":
-        yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
-    else:
-        yield from plan_lines(file, block_bytes=block_bytes, max_rows=max_rows)
+def stable_hash(*parts: str) -> int:
+    """A 63-bit number that depends on the texts only: not on process, platform or order of work."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        encoded = part.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
 
 
-def read_records(
-    block: Block,
-    *,
-    split: str | None,
-    on_bad: OnBadRow | None = None,
-    blank_lines: bool = False,
-) -> Iterator[Record]:
-    """The records of a block, in file order.
+def sample_texts(texts: Sequence[str], count: int, *, seed: str) -> tuple[str, ...]:
+    """`count` texts chosen by hash, so the choice is the same wherever and whenever it is made."""
+    if len(texts) <= count:
+        return tuple(texts)
+    ranked = sorted(range(len(texts)), key=lambda place: stable_hash(seed, str(place)))
+    return tuple(texts[place] for place in sorted(ranked[:count]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A stretch of one file that one task reads.
+
+    start and stop count bytes of line files and tables of text, and rows of Parquet files, Arrow
+    files and hub datasets; stop is -1 for a compressed file, which is always read whole. At most
+    max_rows records are taken.
+    """
+
+    file: str
+    start: int
+    stop: int
+    max_rows: int | None = None
+
+
+class BadRowError(UserError):
+    """A record that cannot be used; the file as a whole can still be read.
+
+    Attributes:
+        where: `file:line` of the record.
+        reason: what is wrong with it, without the place.
+    """
+
+    def __init__(self, where: str, found: str, *, allowed: str = "", fix: str = "") -> None:
+        super().__init__(f"{where}: {found}", allowed=allowed, fix=fix)
+        self.where = where
+        self.reason = found + (f" | allowed: {allowed}" if allowed else "")
+
+
+OnBadRow = Callable[[BadRowError], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One raw record and its place: number `number` (from 1) after byte `base` of the file."""
+
+    value: Any
+    file: str
+    number: int
+    base: int = 0
+
+    @property
+    def where(self) -> str:
+        """`file:line`, worked out only when a message needs it."""
+        return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
+
+    def fail(self, found: str, allowed: str = "", fix: str = "") -> BadRowError:
+        """Return an error that names this record's file and line."""
+        return BadRowError(self.where, found, allowed=allowed, fix=fix)
+
+
+def give_up(bad: BadRowError, on_bad: OnBadRow | None) -> None:
+    """Hand a bad record to the one who counts them; raise it where nobody does."""
+    if on_bad is None:
+        raise bad
+    on_bad(bad)
+
+
+@functools.lru_cache(maxsize=16)
+def _lines_above(file: str, base: int) -> int:
+    if not base:
+        return 0
+    lines = 0
+    with open_bytes(file) as handle:
+        while base > 0 and (piece := handle.read(min(base, 2**20))):
+            lines += piece.count(b"\n")
+            base -= len(piece)
+    return lines
+
+
+_UNUSABLE = "cannot be used"
+# So many are shown in a message.
+_NUM_SHOWN = 5
+# A dropped text is shown by its beginning.
+EXCERPT = 160
+
+
+@dataclasses.dataclass(slots=True)
+class BadRows:
+    """What a source's `on_bad_row` makes of each bad row.
+
+    Attributes:
+        dropped: entries of dropped.jsonl, where they are dropped.
+        count: how many there are, where they stop the build.
+        first: what is wrong with the first few of them, and how to mend it.
+    """
+
+    source: SourceConfig
+    dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    count: int = 0
+    first: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, bad: BadRowError) -> None:
+        """Take a bad row."""
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append((f"{bad.where}: {bad.reason}", bad.fix))
+        if self.source.on_bad_row == "drop":
+            self.drop(bad.where, "row", _UNUSABLE, "", detail=bad.reason)
+        else:
+            self.count += 1
+
+    def drop(self, where: str, kind: str, reason: str, text: str, *, detail: str = "") -> None:
+        """List something that is left out."""
+        entry = {
+            "source": self.source.name,
+            "where": where,
+            "dropped": kind,
+            "reason": reason,
+            "text": _whole_characters(text[:EXCERPT]),
+        }
+        self.dropped.append(entry | ({"detail": _whole_characters(detail)} if detail else {}))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For `refuse_bad_rows`, as JSON."""
+        dropped = sum(entry["reason"] == _UNUSABLE for entry in self.dropped)
+        return {"bad": self.count, "bad_dropped": dropped, "first_bad": self.first}
+
+
+def _whole_characters(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def refuse_bad_rows(name: str, summaries: Iterable[Mapping[str, Any]], num_read: int) -> None:
+    """Refuse the bad rows of a source, all at once.
 
     Args:
-        block: the stretch to read.
-        split: of a hub dataset; None for its default.
-        on_bad: takes what holds no record, such as a line that is not JSON; without it, the first
-            such line is raised as a `BadRowError`.
-        blank_lines: also yield the blank lines of files of lines; see `read_lines`.
+        name: of the source.
+        summaries: of its tasks, in order.
+        num_read: rows read in all; 0 if they were not counted.
+
+    Raises:
+        UserError: there are bad rows, or all rows were dropped as such; it shows the first few.
     """
-    if counts_rows(block.file):
-        return read_table(block, split=split)
-    if kind_of(block.file) == "csv":
-        return read_delimited(block, on_bad=on_bad)
-    return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
+    summaries = list(summaries)
+    count = sum(summary["bad"] for summary in summaries)
+    dropped = sum(summary["bad_dropped"] for summary in summaries)
+    if dropped and dropped == num_read:
+        count = dropped  # nothing is left to build from
+    if not count:
+        return
+    shown = [entry for summary in summaries for entry in summary["first_bad"]][:_NUM_SHOWN]
+    fix = shown[0][1] or f"mend the {'row' if count == 1 else 'rows'}"
+    if not dropped:
+        fix += f", or set sources.{name}.on_bad_row: drop"
+    texts = [text for text, _ in shown]
+    raise UserError(_list_bad(f"sources.{name}", texts, count, num_read=num_read), fix=fix)
 
 
-def split_to_read(file: str, split: str | None, *, default: str) -> str | None:
-    """Return the split of a hub dataset that is meant; a single saved dataset has no default."""
-    return split or (None if is_single_dataset(file) else default)
+@dataclasses.dataclass(slots=True)
+class BadRecords:
+    """Bad records of an input that has no `on_bad_row`, to be refused all at once.
+
+    Attributes:
+        key: config key or option that names the input.
+        count: how many there are.
+        first: the first few of them.
+    """
+
+    key: str
+    count: int = 0
+    first: list[BadRowError] = dataclasses.field(default_factory=list)
+
+    def add(self, bad: BadRowError) -> None:
+        """Take a bad record."""
+        self.count += 1
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append(bad)
+
+    def refuse(self) -> None:
+        """Refuse the input if it has bad records.
+
+        Raises:
+            UserError: the count, and what is wrong with the first few.
+        """
+        if self.count == 1:
+            raise self.first[0]
+        if self.count:
+            texts = [f"{bad.where}: {bad.reason}" for bad in self.first]
+            fixes = dict.fromkeys(bad.fix for bad in self.first if bad.fix)
+            fix = "; ".join(fixes) or "mend the rows, or leave them out"
+            raise UserError(_list_bad(self.key, texts, self.count), fix=fix)
 
 
-def block_bytes_of(block: Block) -> int:
-    """Estimate of the bytes of text in a block; a row of a table is taken for a kilobyte."""
-    if block.stop < 0:
-        return 4 * file_size(block.file)
-    return (block.stop - block.start) * (1024 if counts_rows(block.file) else 1)
+def _list_bad(key: str, texts: list[str], count: int, *, num_read: int = 0) -> str:
+    """Say what is wrong with the first rows of an input, and how many there are."""
+    if count == 1:
+        return texts[0]
+    of = f" of {num_read}" if num_read else ""
+    more = f"; and {count - len(texts)} more" if count > len(texts) else ""
+    return f"{key}: {count}{of} rows cannot be used: {'; '.join(texts)}{more}"
+
+
+# The largest number that the shards' float32 holds.
+_LARGEST_NUMBER = 3.4028234663852886e38
+
+
+def field_of(record: Record, key: str, *, required: bool = True) -> Any:
+    """Return the value of a field, or at a dotted path of keys."""
+    value: Any = record.value
+    # A name that holds a dot is itself before it is a path.
+    parts = [key] if isinstance(value, Mapping) and key in value else key.split(".")
+    for part in parts:
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif required:
+            found = ", ".join(map(str, record.value))
+            raise record.fail(f"field {key!r} is missing", allowed=f"fields found: {found}")
+        else:
+            return None
+    return value
+
+
+def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each field; a glob stands for all fields that match, in order.
+
+    Numbers within names are ordered as numbers: negative_2 precedes negative_10.
+    """
+    for name in names:
+        if not re.search(r"[*?\[]", name) or name in record.value:
+            yield name, field_of(record, name)
+            continue
+        matching = [str(key) for key in record.value if fnmatch.fnmatchcase(str(key), name)]
+        if not matching:
+            found = ", ".join(map(str, record.value))
+            raise record.fail(f"no field matches {name!r}", allowed=f"fields found: {found}")
+        for key in sorted(matching, key=_natural):
+            yield key, record.value[key]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def required_text(record: Record, key: str) -> str:
+    """Return a text, which may be missing in no record."""
+    value = field_of(record, key)
+    if not isinstance(value, str):
+        raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text")
+    return value
+
+
+def optional_text(record: Record, key: str) -> str:
+    """Return a text; empty where the field is missing or null."""
+    value = field_of(record, key, required=False)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text or null")
+    return value
+
+
+def text_or_chat(record: Record, key: str) -> str:
+    """Return a text, or the messages of a chat as one."""
+    value = field_of(record, key)
+    return _chat(record, key, value) if _is_chat(value) else required_text(record, key)
+
+
+def texts_in(record: Record, key: str, value: Any) -> tuple[str, ...]:
+    """Return the texts of a field: one, a list of them, or a chat or chats.
+
+    A text may be written as an object with `text` and perhaps `title`.
+    """
+    if _is_chat(value) or not isinstance(value, list | tuple):
+        value = [value]
+    return tuple(_document(record, key, item) for item in value)
+
+
+def optional_texts(record: Record, key: str) -> tuple[str, ...]:
+    """Return the texts of a field; none where it is missing or null."""
+    value = field_of(record, key, required=False)
+    return () if value is None else texts_in(record, key, value)
+
+
+def required_texts(record: Record, key: str) -> tuple[str, ...]:
+    """Return the texts of a field that must be there."""
+    return texts_in(record, key, field_of(record, key))
+
+
+def _document(record: Record, key: str, item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    if _is_chat(item):
+        return _chat(record, key, item)
+    if isinstance(item, Mapping) and isinstance(item.get("text"), str):
+        title = item.get("title") or ""
+        return f"{title} {item['text']}".strip() if isinstance(title, str) else item["text"]
+    if _is_message(item):
+        return _chat(record, key, [item])
+    raise record.fail(
+        f"{key!r} holds {kind_name(item)}", allowed="texts, or objects with text and title"
+    )
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and "role" in item and "content" in item
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_message, value))
+
+
+def _chat(record: Record, key: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the contents of messages, one after the other on lines of their own."""
+    contents = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list | tuple) else [content]
+        for part in parts:
+            if isinstance(part, Mapping) and part.get("type", "text") == "text":
+                part = part.get("text")
+            if not isinstance(part, str):
+                raise record.fail(
+                    f"{key!r}: a message whose content is {kind_name(part)}", allowed="texts"
+                )
+            contents.append(part)
+    return "\n".join(contents)
+
+
+def numbers(
+    record: Record, key: str, value: Any, *, allow_bools: bool = False
+) -> tuple[float, ...]:
+    """Return a number or a list of them, all finite and within float32."""
+    if isinstance(value, list | tuple):
+        entries = [(f"entry {place} of {key!r}", item) for place, item in enumerate(value, 1)]
+    else:
+        entries = [(repr(key), value)]
+    return tuple(_number(record, name, item, allow_bools) for name, item in entries)
+
+
+def _number(record: Record, name: str, value: Any, allow_bools: bool) -> float:
+    allowed = "a number" if isinstance(value, str | None | Mapping | list) else "a finite float32"
+    # A table of text has texts for numbers.
+    if isinstance(value, str) and kind_of(record.file) == "csv":
+        try:
+            value = float(value)
+        except ValueError as error:
+            raise record.fail(
+                f"{name} is {_shown(value) or 'empty'}", allowed="a number"
+            ) from error
+    if isinstance(value, bool) and not allow_bools:
+        raise record.fail(f"{name} is {kind_name(value)}", allowed="a number")
+    if not isinstance(value, int | float | Decimal):
+        raise record.fail(f"{name} is {kind_name(value)}", allowed=allowed)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or abs(number) > _LARGEST_NUMBER:
+        raise record.fail(f"{name} is {_shown(str(value))}", allowed="a finite float32")
+    return number
+
+
+def _shown(value: str) -> str:
+    return value if len(value) <= 40 else f"{value[:20]}... ({len(value)} characters)"
+
+
+def kind_name(value: Any) -> str:
+    """Return what a value is, for messages."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def equals(value: Any, wanted: bool | int | float | str) -> bool:
+    """Whether a field has the value that a config asks for, however either is written."""
+    if value is None:
+        return False
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        return str(value).lower() == str(wanted).lower()
+    return str(value) == str(wanted)

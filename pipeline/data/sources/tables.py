@@ -15,9 +15,16 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sources.blocks import BadRowError, Block, Record
-from pipeline.data.sources.files import FETCH_AGAIN, HUB, file_size, kind_of, open_bytes
-from pipeline.data.sources.splits import canonical, find_split
+from pipeline.data.sources.files import (
+    FETCH_AGAIN,
+    HUB,
+    canonical,
+    file_size,
+    find_split,
+    kind_of,
+    open_bytes,
+)
+from pipeline.data.sources.records import BadRowError, Block, Record
 from pipeline.errors import UserError
 
 # For a file that is not whole.

@@ -1,0 +1,327 @@
+"""Record what a dataset was made from, to tell a stale dataset from a current one.
+
+    config, bytes of every input, tokenizer ──> recipe.json ──> fingerprint in manifest.json
+
+`prepare_status(config)` is the cheap question for other rooms.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config import PrepareConfig, as_tree, build_config
+from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifest
+from pipeline.data.prepare.contamination import contamination_files
+from pipeline.data.sources import expand_sources, input_files
+from pipeline.data.sources.containers import split_to_read
+from pipeline.data.sources.files import HUB
+from pipeline.data.sources.tables import hub_files
+from pipeline.errors import DiffembedError, UserError
+from pipeline.files import write_text
+from pipeline.tokenizer import TokenizerInfo, describe_tokenizer
+
+# What a remote file system may say about a file's content.
+_REMOTE_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "versionId", "generation")
+# Coarsest clock of a file system. A file younger than this when it was hashed may have been
+# changed since without showing it.
+_TICK_NS = 2_000_000_000
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "config.json"),
+)
+# They change the work, not the result: where the shards go, where tokens may be copied from.
+_NO_PART_OF_IT = ("output_dir", "reuse")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InputFile:
+    """One file and its content.
+
+    Args:
+        key: the config key that names it.
+        file: path, or URL.
+        sha256: of its bytes as stored.
+        stamp: size and times of a local file, or what a remote store says about the content. Equal
+            stamps mean equal bytes; different ones mean nothing. Empty: nothing is known.
+    """
+
+    key: str
+    file: str
+    sha256: str
+    stamp: tuple[int | str, ...]
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What decides: neither the folder nor the times."""
+        return self.key, PurePath(self.file).name, self.sha256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that decides a dataset's bytes."""
+
+    version: int
+    config: dict[str, Any]
+    inputs: tuple[InputFile, ...]
+    # Its files may be rewritten without a change of what it does; the hash of that decides.
+    tokenizer: str
+    tokenizer_files: tuple[InputFile, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the result."""
+        parts = [self.version, self.config, [entry.identity for entry in self.inputs]]
+        text = json.dumps([*parts, self.tokenizer], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_recipe(config: PrepareConfig, tokenizer: str) -> Recipe:
+    """Hash every input of a config.
+
+    Args:
+        config: what is prepared.
+        tokenizer: from `identify_tokenizer`.
+
+    Raises:
+        UserError: an input is missing, cannot be read, or changed while it was read.
+    """
+    return Recipe(
+        version=VERSION,
+        config=_settings(config),
+        inputs=_measure(_list_inputs(config), {}),
+        tokenizer=tokenizer,
+        tokenizer_files=_measure(_list_tokenizer(config), {}),
+    )
+
+
+def require_inputs(config: PrepareConfig) -> None:
+    """Refuse a config whose inputs are not there, before any of them is read.
+
+    Raises:
+        UserError: a format is unknown, or a file is missing.
+    """
+    for _ in _list_inputs(config):
+        pass
+
+
+def write_recipe(folder: Path, recipe: Recipe, *, began_ns: int) -> None:
+    """Write `recipe.json`; its modification time is the time before anything was hashed."""
+    path = folder / RECIPE_NAME
+    write_text(path, json.dumps(dataclasses.asdict(recipe), indent=1, ensure_ascii=False) + "\n")
+    os.utime(path, ns=(began_ns, began_ns))
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Read what a dataset, or a half-built one, was made from.
+
+    Raises:
+        UserError: nothing is recorded, or the record is damaged.
+    """
+    path = folder / RECIPE_NAME
+    try:
+        recipe = TypeAdapter(Recipe).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: {RECIPE_NAME} is missing, so its inputs are unknown",
+            fix="remove the folder and prepare it again",
+        ) from error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            f"{path}: damaged ({reason})", fix="remove the folder and prepare it again"
+        ) from error
+    # Files that were too young to be sure of are hashed again.
+    recorded = path.stat().st_mtime_ns
+    return dataclasses.replace(
+        recipe,
+        inputs=tuple(_trusted(entry, recorded) for entry in recipe.inputs),
+        tokenizer_files=tuple(_trusted(entry, recorded) for entry in recipe.tokenizer_files),
+    )
+
+
+def _trusted(entry: InputFile, recorded_ns: int) -> InputFile:
+    young = any(
+        isinstance(part, int) and part > recorded_ns - _TICK_NS for part in entry.stamp[1:3]
+    )
+    return dataclasses.replace(entry, stamp=()) if young else entry
+
+
+def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> str | None:
+    """Say what differs between a recipe and what the config would be prepared from now.
+
+    Args:
+        config: what is asked for.
+        recipe: what is there.
+        load: load the tokenizer where its files differ, to see whether it still does the same.
+
+    Returns:
+        The first difference in words; None where the dataset is that of this config.
+
+    Raises:
+        UserError: an input of the config is missing or cannot be read.
+    """
+    for change in _changed_settings(recipe, _settings(config)):
+        return change
+    listed = list(_list_inputs(config))
+    # Several files may have one name, in train/ and test/ for example.
+    now = collections.Counter((key, PurePath(file).name) for key, file in listed)
+    then = collections.Counter((entry.key, PurePath(entry.file).name) for entry in recipe.inputs)
+    for key, name in sorted(now - then):
+        return f"{key}: {name} is new"
+    for key, name in sorted(then - now):
+        return f"{key}: {name} is gone"
+    known = {entry.file: entry for entry in (*recipe.inputs, *recipe.tokenizer_files)}
+    for entry, earlier in zip(_measure(listed, known), recipe.inputs, strict=True):
+        if entry.identity != earlier.identity:
+            return f"{entry.key}: {entry.file} has changed"
+    files = _measure(_list_tokenizer(config), known)
+    same = [e.identity for e in files] == [e.identity for e in recipe.tokenizer_files]
+    if (files and same) or (load and _load_identity(config) == recipe.tokenizer):
+        return None
+    return f"tokenizer: {config.tokenizer} has changed"
+
+
+def prepare_status(config: PrepareConfig) -> Literal["whole", "other", "missing"]:
+    """Say whether `output_dir` holds the shards of this very config and these very inputs.
+
+    Looks at sizes and times of the inputs, and hashes only those that may have changed; uses no
+    network and loads no tokenizer.
+
+    Returns:
+        `whole`; `other` for shards made from something else, or whose inputs cannot be seen from
+        here; `missing` where no finished dataset is there.
+    """
+    if not (config.output_dir / FILE_NAME).is_file():
+        return "missing"
+    try:
+        recipe = read_recipe(config.output_dir)
+        if recipe.fingerprint != read_manifest(config.output_dir).recipe:
+            return "other"
+        return "other" if find_change(config, recipe, load=False) else "whole"
+    except (DiffembedError, OSError):
+        return "other"
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    return {key: value for key, value in as_tree(config).items() if key not in _NO_PART_OF_IT}
+
+
+def _changed_settings(recipe: Recipe, now: dict[str, Any]) -> Iterator[str]:
+    """Config keys whose values differ; a key that is newer than the recipe had its default."""
+    if recipe.version != VERSION:
+        yield f"version {recipe.version} of the shards, this package writes version {VERSION}"
+    try:
+        filled = build_config(
+            PrepareConfig, {**recipe.config, "output_dir": "."}, origin=RECIPE_NAME
+        )
+    except UserError as error:
+        yield str(error)
+        return
+    then, new = dict(_flatten(_settings(filled))), dict(_flatten(now))
+    for key in sorted(then.keys() | new.keys()):
+        if then.get(key) != new.get(key):
+            yield f"{key} was {then.get(key)!r} and is {new.get(key)!r}"
+
+
+def _flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for part, value in pairs:
+            yield from _flatten(value, f"{key}.{part}" if key else str(part))
+    else:
+        yield key, tree
+
+
+def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
+    """(key, file) of everything that rows, documents or verdicts are read from."""
+    for source in expand_sources(config.sources):
+        for file in input_files(source):
+            for part in hub_files(file, source.split) if file.startswith(HUB) else [file]:
+                yield f"sources.{source.name}", part
+    rule = config.decontaminate
+    for evaluation in rule.sets if rule else ():
+        for file in contamination_files(evaluation):
+            split = split_to_read(file, evaluation.split, default="test")
+            for part in hub_files(file, split) if file.startswith(HUB) else [file]:
+                yield f"decontaminate.{evaluation.name}", part
+
+
+def _list_tokenizer(config: PrepareConfig) -> Iterator[tuple[str, str]]:
+    """(key, file) of a tokenizer's files in its folder, or in the hub's cache as it is now."""
+    for name in _TOKENIZER_FILES:
+        file: Any = Path(config.tokenizer, name)
+        if not Path(config.tokenizer).is_dir():
+            # Inside, because most tokenizers are folders.
+            from huggingface_hub import try_to_load_from_cache
+            from huggingface_hub.errors import HFValidationError
+
+            try:
+                file = try_to_load_from_cache(config.tokenizer, name)
+            except HFValidationError:
+                return  # neither a folder nor a name: loading it says so
+        if isinstance(file, str | Path) and Path(file).is_file():
+            yield "tokenizer", str(file)
+
+
+def identify_tokenizer(tokenizer_json: str, info: TokenizerInfo) -> str:
+    """Hash of what a tokenizer does, from `load_tokenizer`."""
+    return hashlib.sha256(json.dumps([tokenizer_json, info.eos_id]).encode()).hexdigest()
+
+
+def _load_identity(config: PrepareConfig) -> str:
+    return identify_tokenizer(*describe_tokenizer(config.tokenizer, append_eos=config.append_eos))
+
+
+def _measure(
+    files: Iterable[tuple[str, str]], known: dict[str, InputFile]
+) -> tuple[InputFile, ...]:
+    """Hash files, several at a time; hashes of `known` files are taken over where safe."""
+    # hashlib lets other threads run; more of them than disks and cores gain nothing.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return tuple(pool.map(functools.partial(_measure_one, known=known), files))
+
+
+def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFile:
+    key, file = named
+    digest = hashlib.sha256()
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(file)
+        stamp = _stamp(filesystem, inner)
+        earlier = known.get(file)
+        if earlier is not None and stamp and stamp == earlier.stamp:
+            return dataclasses.replace(earlier, key=key)
+        with filesystem.open(inner, "rb") as handle:
+            while piece := handle.read(2**22):
+                digest.update(piece)
+        same = stamp == _stamp(filesystem, inner)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file}: cannot be read ({error})") from error
+    if not same:
+        raise UserError(
+            f"{key}: {file} changed while it was read", fix="run the same command again"
+        )
+    return InputFile(key=key, file=file, sha256=digest.hexdigest(), stamp=stamp)
+
+
+def _stamp(filesystem: Any, inner: str) -> tuple[int | str, ...]:
+    if isinstance(filesystem, LocalFileSystem):
+        # Of the file behind a link. A change time cannot be set back as a modification time can.
+        state = Path(inner).stat()
+        return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+    info = filesystem.info(inner)
+    tags = [str(info[name]) for name in _REMOTE_TAGS if info.get(name)]
+    return (str(info.get("size")), *tags) if tags else ()

@@ -1,0 +1,318 @@
+"""Read raw records from JSONL, text, CSV, TSV and typed tables, in blocks."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from pipeline.data.sources.files import (
+    FETCH_AGAIN,
+    HUB,
+    READABLE,
+    counts_rows,
+    file_size,
+    is_packed,
+    kind_of,
+    list_files,
+    open_bytes,
+)
+from pipeline.data.sources.records import BadRowError, Block, OnBadRow, Record, give_up
+from pipeline.data.sources.tables import hub_files, is_single_dataset, plan_table, read_table
+from pipeline.errors import UserError
+
+__all__ = [
+    "HUB",
+    "BadRowError",
+    "Block",
+    "OnBadRow",
+    "Record",
+    "file_size",
+    "hub_files",
+    "list_files",
+]
+
+
+def next_line(handle: IO[bytes], file: str) -> bytes:
+    """Return the next line with its end, or nothing at the end of the file.
+
+    Raises:
+        UserError: the file is compressed and damaged.
+    """
+    try:
+        return handle.readline()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        raise UserError(f"{file}: damaged compressed file ({error})", fix=FETCH_AGAIN) from error
+
+
+def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[Block]:
+    """Cut a file that is not compressed into blocks of bytes, up to `max_rows` lines."""
+    stop = file_size(file) if max_rows is None else _end_of_rows(file, max_rows)
+    for start in range(0, stop, block_bytes):
+        yield Block(file=file, start=start, stop=min(start + block_bytes, stop))
+
+
+def _end_of_rows(file: str, max_rows: int) -> int:
+    """Byte at which the first `max_rows` lines that are not blank end."""
+    position = found = 0
+    with open_bytes(file) as handle:
+        for line in handle:
+            if found == max_rows:
+                break
+            position += len(line)
+            found += bool(line.strip())
+    return position
+
+
+def read_lines(
+    block: Block,
+    *,
+    on_bad: OnBadRow | None = None,
+    as_text: bool = False,
+    blank_lines: bool = False,
+) -> Iterator[Record]:
+    """Lines that start within the block; the line over its end belongs to it.
+
+    Args:
+        block: the stretch to read.
+        on_bad: takes lines that hold no record; without it, the first one is raised.
+        as_text: take lines as they are, whatever the file is called.
+        blank_lines: also yield blank lines: as texts where each line is a text, with the value None
+            where each line is JSON.
+    """
+    is_json = kind_of(block.file) == "json" and not as_text
+    with open_bytes(block.file) as handle:
+        position = 0
+        if block.start:
+            # Step back one byte: a line that starts exactly at `start` must not be skipped.
+            handle.seek(block.start - 1)
+            position = block.start - 1 + len(handle.readline())
+        base, number, taken = position, 0, 0
+        while (block.stop < 0 or position < block.stop) and taken != block.max_rows:
+            line = next_line(handle, block.file)
+            if not line:
+                return
+            number += 1
+            position += len(line)
+            blank = not line.strip()
+            if not blank or blank_lines:
+                taken += not blank
+                raw = Record(value=line, file=block.file, number=number, base=base)
+                try:
+                    text = _decode(raw)
+                    value = _value_of(text, raw, is_json=is_json)
+                except BadRowError as bad:
+                    give_up(bad, on_bad)
+                else:
+                    yield dataclasses.replace(raw, value=value)
+
+
+def _decode(raw: Record) -> str:
+    try:
+        text: str = raw.value.decode()
+    except UnicodeDecodeError as error:
+        raise raw.fail(
+            f"byte {error.start + 1} of the line is not UTF-8", fix="save the file as UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff")
+
+
+def _value_of(text: str, raw: Record, *, is_json: bool) -> dict[str, Any] | None:
+    """Return the fields of a line; None for a blank line between JSON objects."""
+    if not is_json:
+        return {"text": text.rstrip("\r\n")}
+    return _parse_json(text, raw) if text.strip() else None
+
+
+def _parse_json(text: str, raw: Record) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise raw.fail(f"not JSON ({error})", allowed="one JSON object per line") from error
+    if not isinstance(value, dict):
+        raise raw.fail(f"a JSON {type(value).__name__}", allowed="one JSON object per line")
+    return value
+
+
+_DELIMITERS = ",;\t|"
+# A field may be as long as a book; the library's own limit is 131,072 characters.
+_LONGEST_FIELD = 2**30
+
+
+class _Lines:
+    """Decoded lines of a file for `csv.reader`, which asks for more inside a quoted field."""
+
+    def __init__(self, handle: IO[bytes], file: str, position: int) -> None:
+        self._handle, self._file = handle, file
+        self._base = self.position = position
+        self._number = 0
+        self._fault = ""
+        self._waiting = b""  # a line that was looked at and not yet read
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting or next_line(self._handle, self._file)
+        self._waiting = b""
+        if not line:
+            raise StopIteration
+        is_first = not self.position
+        self.position += len(line)
+        self._number += 1
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            self._fault = f"byte {error.start + 1} of line {self._number} is not UTF-8"
+            text = line.decode(errors="replace")
+        return text.removeprefix("\ufeff") if is_first else text
+
+    def peek(self) -> str:
+        """The next line, which stays the next one."""
+        self._waiting = self._waiting or next_line(self._handle, self._file)
+        return self._waiting.decode(errors="replace")
+
+    def records(self, delimiter: str) -> Iterator[tuple[int, Record, str]]:
+        """Position, fields with their place, and what is wrong, of each record from here on."""
+        csv.field_size_limit(_LONGEST_FIELD)
+        reader = csv.reader(self, delimiter=delimiter, strict=True)
+        while True:
+            position, number = self.position, self._number + 1
+            self._fault, fields = "", None
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._fault = self._fault or f"not a line of a table ({error})"
+            record = Record(value=fields, file=self._file, number=number, base=self._base)
+            if "unexpected end of data" in self._fault:
+                # All that follows it was taken for one text, so there is nothing to go on with.
+                raise UserError(
+                    f"{record.where}: a quoted field that never ends",
+                    fix='close it, and write a quote inside a field as ""',
+                )
+            if fields != []:  # a blank line
+                yield position, record, self._fault
+
+
+class _Table:
+    """An opened table: its delimiter and the names of its columns."""
+
+    def __init__(self, handle: IO[bytes], file: str) -> None:
+        self.lines = _Lines(handle, file, 0)
+        self.names: list[str] = []
+        is_tsv = ".tsv" in Path(file.lower()).suffixes
+        self.delimiter = "\t" if is_tsv else _delimiter_of(self.lines.peek())
+        for _, record, fault in self.lines.records(self.delimiter):
+            names = record.value or []
+            if fault:
+                raise UserError(f"{record.where}: {fault}", fix="save the file as UTF-8")
+            if repeated := {name for name in names if name and names.count(name) > 1}:
+                raise UserError(f"{record.where}: a column twice: {', '.join(sorted(repeated))}")
+            self.names = names
+            break
+
+
+def _delimiter_of(head: str) -> str:
+    """The character that cuts a header line into most fields."""
+    counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in _DELIMITERS}
+    return max(counts, key=lambda mark: counts[mark])
+
+
+def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[Block]:
+    """Cut a table that is not compressed into blocks that begin where records begin."""
+    with open_bytes(file) as handle:
+        table = _Table(handle, file)
+        start = end = table.lines.position
+        for taken, (position, _, _) in enumerate(table.lines.records(table.delimiter)):
+            if taken == max_rows:
+                break
+            if position - start >= block_bytes:
+                yield Block(file=file, start=start, stop=position)
+                start = position
+            end = table.lines.position
+        if end > start:
+            yield Block(file=file, start=start, stop=end)
+
+
+def read_delimited(block: Block, *, on_bad: OnBadRow | None = None) -> Iterator[Record]:
+    """The records of a block as texts by column; a blank line is none."""
+    with open_bytes(block.file) as handle:
+        table = _Table(handle, block.file)
+        lines, taken = table.lines, 0
+        if block.start > lines.position:
+            handle.seek(block.start)
+            lines = _Lines(handle, block.file, block.start)
+        records = lines.records(table.delimiter)
+        while (block.stop < 0 or lines.position < block.stop) and taken != block.max_rows:
+            entry = next(records, None)
+            if entry is None:
+                return
+            _, record, fault = entry
+            taken += 1
+            if not fault and len(record.value) != len(table.names):
+                fault = f"{len(record.value)} fields, the header has {len(table.names)}"
+            if fault:
+                give_up(record.fail(fault), on_bad)
+            else:
+                value = dict(zip(table.names, record.value, strict=True))
+                yield Record(value=value, file=record.file, number=record.number, base=record.base)
+
+
+def plan_blocks(
+    file: str, *, split: str | None, block_bytes: int, max_rows: int | None
+) -> Iterator[Block]:
+    """Cut one file into blocks of about `block_bytes`, up to `max_rows` records."""
+    if counts_rows(file):
+        yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
+    elif not kind_of(file):
+        raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
+    elif is_packed(file):
+        yield Block(file=file, start=0, stop=-1, max_rows=max_rows)
+    elif kind_of(file) == "csv":
+        yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
+    else:
+        yield from plan_lines(file, block_bytes=block_bytes, max_rows=max_rows)
+
+
+def read_records(
+    block: Block,
+    *,
+    split: str | None,
+    on_bad: OnBadRow | None = None,
+    blank_lines: bool = False,
+) -> Iterator[Record]:
+    """The records of a block, in file order.
+
+    Args:
+        block: the stretch to read.
+        split: of a hub dataset; None for its default.
+        on_bad: takes what holds no record, such as a line that is not JSON; without it, the first
+            such line is raised as a `BadRowError`.
+        blank_lines: also yield the blank lines of files of lines; see `read_lines`.
+    """
+    if counts_rows(block.file):
+        return read_table(block, split=split)
+    if kind_of(block.file) == "csv":
+        return read_delimited(block, on_bad=on_bad)
+    return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
+
+
+def split_to_read(file: str, split: str | None, *, default: str) -> str | None:
+    """Return the split of a hub dataset that is meant; a single saved dataset has no default."""
+    return split or (None if is_single_dataset(file) else default)
+
+
+def block_bytes_of(block: Block) -> int:
+    """Estimate of the bytes of text in a block; a row of a table is taken for a kilobyte."""
+    if block.stop < 0:
+        return 4 * file_size(block.file)
+    return (block.stop - block.start) * (1024 if counts_rows(block.file) else 1)

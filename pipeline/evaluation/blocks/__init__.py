@@ -1,1 +1,0 @@
-"""Every distinct text of all tasks once, in blocks: planned, embedded by an array, looked up."""

@@ -1,0 +1,374 @@
+"""Embed the texts of a file into one file, resumable, with any number of processes.
+
+    input --blocks--> read | tokenise | embed, longest first --parts--> output, in input order
+
+Reading and tokenising run ahead in a thread. What a process holds at a time is two groups of texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.config import Precision
+from pipeline.config.rules import require
+from pipeline.data.sources.containers import plan_blocks, read_records
+from pipeline.data.sources.files import file_size, list_files
+from pipeline.data.sources.records import BadRecords, Block, OnBadRow, Record
+from pipeline.errors import UserError, blame
+from pipeline.evaluation.datasets import Role
+from pipeline.evaluation.encode_files import (
+    SUFFIXES,
+    Fields,
+    read_recipe,
+    schema_of,
+    survey,
+    write_vectors,
+)
+from pipeline.evaluation.models import load_here, not_finite_fix, processes_here, resolve
+from pipeline.files import batch_writer, read_batch, require_writable, write_json
+from pipeline.model.export_folder import export_fingerprint
+from pipeline.model.load_export import LoadedExport
+from pipeline.workers import gather_crew
+
+_VERSION = 2
+# Characters of the texts that are embedded, and held in memory, at a time.
+_GROUP_CHARACTERS = 2**20
+_SPLIT = None  # of a hub data set: its default
+_PLAN = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeJob:
+    """What to embed and how.
+
+    Attributes:
+        model: an export.
+        input: JSON lines, Parquet or plain lines; a file, a folder, a glob or an fsspec URL.
+        output: the file to write: .arrow (IPC), .parquet or .npy.
+        field: which field of a record is the text; plain lines have only `text`.
+        id_field: which field names a record; None for `id` or `_id` where the records have one,
+            empty for row numbers.
+        title_field: which field stands before the text; None for the `title` of documents whose
+            text is in `text`, empty for no title.
+        role: whether texts are queries or documents, for the model's template.
+        instruction: of all texts; empty for none.
+        max_length: tokens after which a text is cut; None for the export's own limit.
+        dtype: of the vectors in the file.
+        dimensions: keep only so many of a vector's first numbers.
+        precision: of weights and arithmetic.
+        max_tokens: packed tokens of one forward.
+        block_bytes: input of a block; what a killed run may have to do again per process. None: a
+            64th of the input, within bounds, so that many processes have work.
+    """
+
+    model: Path
+    input: str
+    output: Path
+    field: str = "text"
+    id_field: str | None = None
+    title_field: str | None = None
+    role: Role = "document"
+    instruction: str = ""
+    max_length: int | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    dimensions: int | None = None
+    precision: Precision = "auto"
+    max_tokens: int = 16384
+    block_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        length, width = self.max_length, self.dimensions
+        require(length is None or length >= 1, "--max-length", length, "an integer >= 1 (tokens)")
+        require(width is None or width >= 1, "--dim", width, "an integer >= 1")
+        require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "an integer >= 1")
+        suffix = self.output.suffix
+        require(
+            suffix in SUFFIXES, "--output", str(self.output), f"a name in {', '.join(SUFFIXES)}"
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where plan and parts wait for the last of them."""
+        return self.output.with_name(f".{self.output.name}.parts")
+
+    def part(self, block: int) -> Path:
+        """The vectors of a block."""
+        return self.folder / f"part-{block:06d}.arrow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What the processes of a job agree on."""
+
+    recipe: str  # hash of all that decides the vectors
+    blocks: tuple[Block, ...]
+    fields: Fields
+
+
+def recipe_of(job: EncodeJob) -> str:
+    """Hash of what is embedded and how."""
+    tree = {
+        **dataclasses.asdict(job),
+        "version": _VERSION,
+        "model": export_fingerprint(job.model),
+        "input": [
+            [file, file_size(file), Path(file).stat().st_mtime_ns if Path(file).is_file() else 0]
+            for file in list_files(job.input, "--input")
+        ],
+    }
+    del tree["output"], tree["block_bytes"], tree["max_tokens"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def begin(job: EncodeJob, recipe: str) -> None:
+    """Continue the same job where it was left, start over otherwise.
+
+    Raises:
+        UserError: a record cannot be embedded.
+    """
+    shutil.rmtree(job.folder / "claims", ignore_errors=True)
+    if _begun_recipe(job.folder) == recipe:
+        return
+    shutil.rmtree(job.folder, ignore_errors=True)
+    files = list_files(job.input, "--input")
+    size = job.block_bytes or min(max(sum(map(file_size, files)) // 64, 2**16), 2**22)
+    blocks = [
+        block
+        for file in files
+        for block in plan_blocks(file, split=_SPLIT, block_bytes=size, max_rows=None)
+    ]
+    bad = BadRecords("--input")
+    fields = survey(
+        (record for block in blocks for record in _read(block, on_bad=bad.add)),
+        bad,
+        source=job.input,
+        field=job.field,
+        id_field=job.id_field,
+        title_field=job.title_field,
+        role=job.role,
+    )
+    job.folder.mkdir(parents=True)
+    plan = Plan(recipe=recipe, blocks=tuple(blocks), fields=fields)
+    write_json(job.folder / _PLAN, dataclasses.asdict(plan))
+    read_plan.cache_clear()
+
+
+def _begun_recipe(folder: Path) -> str | None:
+    """The recipe of what is begun in a job's folder; None for nothing, or a damaged plan."""
+    try:
+        return read_plan(folder).recipe
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def read_plan(folder: Path) -> Plan:
+    """The plan that `begin` left in a job's folder."""
+    tree = json.loads((folder / _PLAN).read_text())
+    blocks = tuple(Block(**block) for block in tree["blocks"])
+    return Plan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
+
+
+def _read(block: Block, on_bad: OnBadRow | None = None) -> Iterator[Record]:
+    return read_records(block, split=_SPLIT, on_bad=on_bad, blank_lines=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A text to embed; `id` is None where row numbers name the vectors."""
+
+    id: str | None
+    text: str
+    record: Record
+
+
+def read_groups(plan: Plan, number: int) -> Iterator[list[Text]]:
+    """The texts of a block, a bounded number of characters at a time."""
+    group: list[Text] = []
+    characters = 0
+    for record in _read(plan.blocks[number]):
+        if record.value is None:
+            continue
+        fields = plan.fields
+        group.append(Text(id=fields.id_of(record), text=fields.text_of(record), record=record))
+        characters += len(group[-1].text)
+        if characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+Item = TypeVar("Item")
+
+
+def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
+    """Embed all texts of a job; run again after a kill, it does only what is missing.
+
+    Under mpirun or srun the ranks share the blocks; else this process starts its own.
+
+    Args:
+        job: what to embed and how.
+        num_processes: processes to start; by default one per GPU, else one per core.
+
+    Returns:
+        The file: `id` (string) and `vector` (fixed-size list) in the input's order, as Arrow or
+        Parquet; for NumPy the vectors alone, with their ids in a JSON file.
+
+    Raises:
+        UserError: input, model or output are not usable.
+    """
+    # Now, so that a run that is continued on another machine does not mix two precisions.
+    job = dataclasses.replace(job, precision=resolve(job.precision))
+    recipe = recipe_of(job)
+    if job.output.exists():
+        _check_finished(job, recipe)
+        print(f"{job.output}: finished")
+        return job.output
+    require_writable(job.output.parent, key="--output")
+    meeting = job.output.with_name(f".{job.output.name}.step")
+    num_processes = num_processes or processes_here([job.model])
+    with gather_crew(num_processes, meeting_folder=meeting) as crew:
+        crew.wait()
+        if crew.is_main:
+            begin(job, recipe)
+        crew.wait()
+        parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
+        work = functools.partial(_encode_block, job)
+        crew.run(work, parts, claims=job.folder / "claims")
+        if crew.is_main:
+            _assemble(job)
+            print(job.output)
+        crew.wait()
+    return job.output
+
+
+def _check_finished(job: EncodeJob, recipe: str) -> None:
+    """Accept the file of this very job as done."""
+    if read_recipe(job.output) != recipe:
+        raise UserError(
+            f"--output: {job.output} exists, but was not made from this input with these settings",
+            fix="remove it, or choose another name",
+        )
+
+
+def _encode_block(job: EncodeJob, number: int) -> None:
+    """Write the part of one block."""
+    plan = read_plan(job.folder)
+    model = _load(job)
+    schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
+    started, num_texts, num_tokens, num_full = time.monotonic(), 0, 0, 0
+    with batch_writer(job.part(number), schema) as write:
+        for texts, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
+            vectors = _stored(job, model.encode_tokens(ids, skipped), texts)
+            columns = [pa.array([text.id for text in texts], pa.string()), vectors]
+            write(pa.record_batch(columns, schema=schema))
+            num_texts += len(texts)
+            num_tokens += sum(map(len, ids))
+            num_full += sum(len(row) >= model.max_length for row in ids)
+    seconds = time.monotonic() - started
+    print(
+        f"encode: block {number + 1} of {len(plan.blocks)}, {num_texts} texts, "
+        f"{num_tokens:,} tokens, {num_full} texts at the limit of {model.max_length} tokens, "
+        f"{num_tokens / seconds:,.0f} tokens/s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _load(job: EncodeJob) -> LoadedExport:
+    """The model on this process's device, once per process."""
+    model = load_here(
+        job.model,
+        max_tokens=job.max_tokens,
+        precision=job.precision,
+        dimensions=job.dimensions,
+    )
+    return model if job.max_length is None else model.cut_at(job.max_length, key="--max-length")
+
+
+def _stored(
+    job: EncodeJob, vectors_ND: NDArray[np.float32], texts: Sequence[Text]
+) -> pa.FixedSizeListArray:
+    """The vectors in the type that they are stored in.
+
+    Raises:
+        UserError: a vector is not finite, so that nothing could be found by it.
+    """
+    with np.errstate(over="ignore"):
+        stored_ND = vectors_ND.astype(job.dtype)
+    for found_ND, cause in ((vectors_ND, f"by {job.model}"), (stored_ND, f"as {job.dtype}")):
+        broken_N = ~np.isfinite(found_ND).all(axis=1)
+        if broken_N.any():
+            first = texts[int(np.argmax(broken_N))].record
+            raise first.fail(
+                f"the vector of this text is not finite {cause} (as are {broken_N.sum()} of "
+                f"{len(texts)})",
+                fix=not_finite_fix(job.precision)
+                if found_ND is vectors_ND
+                else "store float32 vectors: --dtype float32",
+            )
+    return pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), stored_ND.shape[1])
+
+
+def _tokenised(
+    job: EncodeJob, plan: Plan, model: LoadedExport, number: int
+) -> Iterator[tuple[list[Text], list[list[int]], list[int]]]:
+    """Texts that are packed together, their token ids, and how many of these the prefix has."""
+    prefix, suffix = model.template.frame(job.role, job.instruction)
+    for group in read_groups(plan, number):
+        yield group, *model.tokenize([text.text for text in group], prefix, suffix)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made in a thread while the last one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
+        upcoming: Future[Item | None] = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
+
+
+def _assemble(job: EncodeJob) -> None:
+    """Put the parts together in the input's order and remove them."""
+    plan = read_plan(job.folder)
+    parts = [job.part(number) for number in range(len(plan.blocks))]
+    fix = f"remove {job.folder} and run the same command again"
+    with blame(f"{parts[0]}: damaged", fix=fix), pa.memory_map(str(parts[0])) as source:
+        schema = pa.ipc.open_file(source).schema
+    write_vectors(job.output, schema, _batches(parts, numbered=plan.fields.id is None, fix=fix))
+    shutil.rmtree(job.folder)
+
+
+def _batches(parts: Sequence[Path], *, numbered: bool, fix: str) -> Iterator[pa.RecordBatch]:
+    """The batches of all parts, named by row numbers where the records have no ids.
+
+    Raises:
+        UserError: a part is damaged.
+    """
+    row = 0
+    for path in parts:
+        with blame(f"{path}: damaged", fix=fix), pa.memory_map(str(path)) as source:
+            num_batches = pa.ipc.open_file(source).num_record_batches
+        for k in range(num_batches):
+            batch = read_batch(path, k, fix=fix)
+            if numbered:
+                names = map(str, range(row, row + len(batch)))
+                batch = batch.set_column(0, batch.schema.field(0), pa.array(names, pa.string()))
+            row += len(batch)
+            yield batch

@@ -1,1 +1,0 @@
-"""What is scored: exports, told one from another, fitted to a GPU, loaded as mteb wants them."""

@@ -1,1 +1,0 @@
-"""Finished results as tables, plots and pages; scores nothing."""

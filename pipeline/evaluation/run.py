@@ -1,0 +1,234 @@
+"""Run the elements of an evaluation: one of a job array, or all in a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.results import changed_inputs, inputs_of, read_result
+from pipeline.evaluation.tasks import Element, element_at, list_elements, tasks_of
+from pipeline.files import hash_files, require_writable, write_sealed
+from pipeline.workers import Alone, num_cores
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.embedding_plan import Plan
+    from pipeline.evaluation.models import LoadEncoder
+
+# Tasks loaded or scored side by side; each may take a few GiB.
+_MAX_WORKERS = 8
+
+
+def num_elements(config: EvaluateConfig) -> int:
+    """Length of the job array."""
+    return len(list_elements(config))
+
+
+def run_element(
+    config: EvaluateConfig, index: int, *, load: LoadEncoder | None = None
+) -> dict[str, Any]:
+    """Score one (model, task); a finished element returns its result at once.
+
+    It is scored again where its result was computed from anything else than what is there now.
+
+    Args:
+        index: the array's task number, from 0.
+        load: how to load the model; the export's own loader unless another is given.
+
+    Returns:
+        What `result.json` in the element's folder holds.
+
+    Raises:
+        UserError: no such element, no export, or the task's data are incomplete.
+    """
+    element = element_at(config, index)
+    return _finished(config, element) or _score(config, element, load or _export_loader())
+
+
+def _finished(config: EvaluateConfig, element: Element) -> dict[str, Any] | None:
+    """What an earlier run wrote, if it would come out the same now."""
+    result = read_result(element)
+    if result is None:
+        return None
+    changed = changed_inputs(config, element, result)
+    if not changed:
+        print(f"{_label(config, element)}: finished before, skipped", flush=True)
+        return result
+    print(
+        f"{_label(config, element)}: scored again, changed since: {', '.join(changed)}", flush=True
+    )
+    return None
+
+
+def _label(config: EvaluateConfig, element: Element) -> str:
+    return f"element {element.index + 1}/{num_elements(config)} {element.model.name} {element.task}"
+
+
+def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[str, Any]:
+    """Score an element and write its result."""
+    # Here, not at the top: counting elements on a login node must not load torch and mteb.
+    from pipeline.evaluation.datasets import get_task
+    from pipeline.evaluation.models import checkpoint_of
+    from pipeline.evaluation.scoring import score_task
+
+    started = time.monotonic()
+    # Before hours of work for a result that could not be written.
+    require_writable(element.folder, key="output_dir")
+    # Before anything is loaded: what changes meanwhile must not pass for what was scored.
+    dataset = get_task(element.task, element.own).metadata.dataset["path"]
+    inputs = inputs_of(config, element, dataset)
+    checkpoint = checkpoint_of(element.model.path)
+    encoder = load(config, element)
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
+        result = score_task(
+            encoder,
+            task_name=element.task,
+            instruction=inputs["instruction"],
+            snapshots=config.snapshots,
+            scratch=Path(scratch),
+            own=element.own,
+        )
+        seconds = round(time.monotonic() - started, 2)
+        result |= {"inputs": inputs, "checkpoint": checkpoint, "seconds": seconds}
+        if scaling := element.model.rope_scaling:
+            result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
+        result["mteb_files"] = hash_files(Path(scratch) / "mteb")
+        _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
+    write_sealed(element.result_path, result)
+    print(
+        f"{_label(config, element)}: {result['metric']} {result['score']:.4f} "
+        f"({result['seconds']} s)",
+        flush=True,
+    )
+    return result
+
+
+def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
+    """Score every element, one after another; run again, it continues where it was stopped.
+
+    Raises:
+        UserError: a task is unknown or has no data, or a result could not be written; before the
+            first one is scored.
+    """
+    _check_ahead(config)
+    return [run_element(config, index, load=load) for index in range(num_elements(config))]
+
+
+def _check_ahead(config: EvaluateConfig) -> None:
+    """Find what would stop one of the elements, before hours are spent on others."""
+    left = [element for element in list_elements(config) if read_result(element) is None]
+    for element in left:
+        require_writable(element.folder, key="output_dir")
+    if left:
+        from pipeline.evaluation.datasets import check_tasks
+
+        tasks = tasks_of(config)
+        check_tasks({e.task: tasks[e.task] for e in left}, config.snapshots)
+
+
+def plan(config: EvaluateConfig) -> Plan:
+    """List every distinct text of all tasks once, in blocks that `embed` shares out.
+
+    Raises:
+        UserError: a task's data are incomplete, or a text cannot fit the GPU.
+    """
+    from pipeline.evaluation.datasets import check_tasks
+    from pipeline.evaluation.embedding_plan import write_plan
+
+    require_writable(config.output_dir, key="output_dir")
+    check_tasks(tasks_of(config), config.snapshots)
+    written = write_plan(config, num_workers=min(num_cores(), _MAX_WORKERS))
+    print(
+        f"{written.num_texts} distinct texts of {written.num_occurrences} in "
+        f"{len(written.block_costs)} blocks, about {sum(written.block_costs) / 1e6:.1f} M tokens "
+        f"per model of {written.occurrence_cost / 1e6:.1f} M with repetitions: {written.folder}",
+        flush=True,
+    )
+    return written
+
+
+def embed(
+    config: EvaluateConfig,
+    index: int,
+    num: int,
+    *,
+    num_processes: int | None = None,
+    load: LoadEncoder | None = None,
+) -> int:
+    """Embed element `index` of `num` of the config's plan; several ranks of one step share it.
+
+    Args:
+        num_processes: processes to share the element's blocks; by default one per visible GPU,
+            else one per core, and one where a launcher started several ranks already.
+
+    Returns:
+        How many blocks were embedded; those already on disk are not done again.
+    """
+    from pipeline.evaluation.embed import embed_element
+    from pipeline.evaluation.models import processes_here
+    from pipeline.launch import discover_world
+
+    require_writable(config.output_dir, key="output_dir")
+    world = discover_world()
+    if num_processes is None:
+        exports = [model.path for model in config.models]
+        num_processes = processes_here(exports) if world.world_size == 1 else 1
+    return embed_element(
+        config,
+        index,
+        num,
+        load=load or _export_loader(),
+        world=world,
+        num_processes=num_processes,
+    )
+
+
+def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Score every element from the vectors that `embed` stored; needs no GPU.
+
+    Reading a task's data and mteb's metrics keep one core busy, so that several elements are scored
+    side by side, each by one process.
+
+    Raises:
+        UserError: vectors are missing.
+    """
+    elements = list_elements(config)
+    results = {element.index: _finished(config, element) for element in elements}
+    open_ones = [index for index, result in results.items() if result is None]
+    # A process takes as long to start as a small task to be scored.
+    num_workers = min(num_cores(), _MAX_WORKERS, len(open_ones) // 2)
+    with contextlib.closing(Alone(num_workers)) as crew:
+        for index in open_ones:
+            require_writable(elements[index].folder, key="output_dir")
+        for index in crew.each(functools.partial(_score_stored, config), open_ones):
+            results[index] = read_result(elements[index])
+    return [result for result in results.values() if result is not None]
+
+
+def _score_stored(config: EvaluateConfig, index: int) -> None:
+    from pipeline.evaluation.embed import load_stored
+    from pipeline.evaluation.models import share_cores
+
+    share_cores()
+    _score(config, element_at(config, index), load_stored)
+
+
+def _export_loader() -> LoadEncoder:
+    from pipeline.evaluation.models import load_encoder
+
+    return load_encoder
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    """Copy a folder to its place by rename, so that half a copy never carries its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
+    shutil.copytree(source, incoming, dirs_exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    incoming.replace(target)

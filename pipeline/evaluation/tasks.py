@@ -1,0 +1,421 @@
+"""Tasks of an evaluation: names, instructions, array elements; without mteb.
+
+mteb falls back to one default instruction and applies it to documents as well; scores then drop
+without any message, so this package asks only this file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, SourceConfig
+from pipeline.data.sources.containers import plan_blocks, read_records
+from pipeline.data.sources.corpus import (
+    corpus_records,
+    folder_part,
+    identifier,
+    judgement_files,
+    judgement_records,
+)
+from pipeline.data.sources.records import BadRowError, Record
+from pipeline.errors import UserError
+
+# The folder that mteb makes when it is imported; nothing is kept there by this package.
+_CACHE = "MTEB_CACHE"
+
+
+@functools.lru_cache(maxsize=1)
+def load_mteb() -> Any:
+    """Import mteb, also where the home folder is missing or read-only, as on many compute nodes."""
+    if _CACHE not in os.environ:
+        try:
+            Path.home().joinpath(".cache", "mteb").mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            folder = tempfile.mkdtemp(prefix="diffembed-mteb-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            os.environ[_CACHE] = folder
+    import mteb
+
+    return mteb
+
+
+_BRIGHT_TOPICS = (
+    "Biology",
+    "EarthScience",
+    "Economics",
+    "Psychology",
+    "Robotics",
+    "Stackoverflow",
+    "SustainableLiving",
+    "Pony",
+)
+# Same names and members as mteb's benchmarks; a test holds them together. The two BRIGHT entries
+# split mteb's `BRIGHT(v1.1)`, whose standard and long halves have different metrics.
+BENCHMARKS: dict[str, tuple[str, ...]] = {
+    "FollowIR": (
+        "Robust04InstructionRetrieval",
+        "News21InstructionRetrieval",
+        "Core17InstructionRetrieval",
+    ),
+    "LongEmbed": (
+        "LEMBNarrativeQARetrieval",
+        "LEMBNeedleRetrieval",
+        "LEMBPasskeyRetrieval",
+        "LEMBQMSumRetrieval",
+        "LEMBSummScreenFDRetrieval",
+        "LEMBWikimQARetrieval",
+    ),
+    "BRIGHT": (
+        *(f"Bright{topic}Retrieval" for topic in _BRIGHT_TOPICS),
+        "BrightLeetcodeRetrieval",
+        "BrightAopsRetrieval",
+        "BrightTheoremQATheoremsRetrieval",
+        "BrightTheoremQAQuestionsRetrieval",
+    ),
+    "BRIGHT-long": tuple(f"Bright{topic}LongRetrieval" for topic in _BRIGHT_TOPICS),
+    # Only for comparison with old tables: its excluded documents are not excluded.
+    "BRIGHT-v1": ("BrightRetrieval",),
+    "BRIGHT-v1-long": ("BrightLongRetrieval",),
+}
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """Task names in order, benchmarks replaced by their tasks, each task once."""
+    tasks: dict[str, None] = {}
+    for name in names:
+        tasks.update(dict.fromkeys(BENCHMARKS.get(name, (name,))))
+    return tuple(tasks)
+
+
+def benchmark_of(task: str) -> str:
+    """The benchmark a task belongs to; `other` for tasks of none of them."""
+    for benchmark, tasks in BENCHMARKS.items():
+        if task in tasks:
+            return benchmark
+    return "other"
+
+
+DEFAULT_INSTRUCTION = "Retrieve text based on user query"
+_POST = "Given a {} post, retrieve passages that help answer it"
+_BRIGHT = {
+    "Biology": _POST.format("Biology"),
+    "EarthScience": _POST.format("Earth Science"),
+    "Economics": _POST.format("Economics"),
+    "Psychology": _POST.format("Psychology"),
+    "Robotics": _POST.format("Robotics"),
+    "Stackoverflow": _POST.format("Stack Overflow"),
+    "SustainableLiving": _POST.format("Sustainable Living"),
+    "Pony": "Given a question about the Pony language, retrieve documentation that helps answer it",
+    "Leetcode": "Given a coding problem, retrieve problems that are solved by the same method",
+    "Aops": "Given a math problem, retrieve problems that are solved by the same method",
+    "TheoremQATheorems": "Given a math problem, retrieve theorems that help solve it",
+    "TheoremQAQuestions": "Given a math problem, retrieve problems solved by the same theorem",
+}
+INSTRUCTIONS: dict[str, str] = {
+    task: _BRIGHT[task.removeprefix("Bright").removesuffix("Retrieval").removesuffix("Long")]
+    for benchmark in ("BRIGHT", "BRIGHT-long")
+    for task in BENCHMARKS[benchmark]
+}
+# The published sentences of arXiv 2505.15045 (appendix D.2), letter by letter: a table is compared
+# with what it was made with. Its other tasks have none and get the default with a colon.
+_PAPER_DEFAULT = "Retrieve text based on user query:"
+_PAPER_POST = "Given a {}, retrieve relevant passages that help answer the {}:"
+_PAPER_BRIGHT = {
+    "Biology": _PAPER_POST.format("biology post", "post"),
+    "Economics": _PAPER_POST.format("economics post", "post"),
+    "Stackoverflow": _PAPER_POST.format("post", "post"),
+    "Pony": _PAPER_POST.format("Pony question", "question"),
+    "Leetcode": "Given a coding problem, retrieve the relevant problems that can be solved by the "
+    "similar algorithms or data structures:",
+    "Aops": "Given a problem, rretrieve the relevant problems that can be solved by the similar "
+    "math theorems:",
+    "TheoremQATheorems": "Given a problem, retrieve the relevant theorems that help solve the "
+    "given problem:",
+    "TheoremQAQuestions": "Given a problem, retrieve the relevant problems that can be solved by "
+    "the similar theorems:",
+}
+PAPER_INSTRUCTIONS: dict[str, str] = {
+    "BrightRetrieval": "Given a problem, retrieve solutions to other problems that use the same "
+    "method as the correct solution to the given question:",
+    **{f"Bright{topic}Retrieval": text for topic, text in _PAPER_BRIGHT.items()},
+}
+_SETS = {
+    "diffembed": (INSTRUCTIONS, DEFAULT_INSTRUCTION),
+    "paper": (PAPER_INSTRUCTIONS, _PAPER_DEFAULT),
+}
+
+
+def instruction_for(task: str, model: EvaluatedModel, config: EvaluateConfig) -> str:
+    """The instruction of a task's queries for a model.
+
+    The model's own text wins, then the config's, then the set the model asks for; a text may be
+    empty. FollowIR's instructions belong to single queries and are part of their texts already;
+    what stands here comes before them.
+    """
+    for given in (model.instructions, config.instructions):
+        for name in (task, benchmark_of(task)):
+            if name in given:
+                return given[name]
+    table, default = _SETS[model.instruction_set]
+    return table.get(task, default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Element:
+    """One element of the job array; `own` is its task's folder where the task is not mteb's."""
+
+    index: int
+    model: EvaluatedModel
+    task: str
+    max_length: int
+    folder: Path
+    own: OwnTask | None = None
+
+    @property
+    def result_path(self) -> Path:
+        """Written last and by rename: its presence means that the element is finished."""
+        return self.folder / "result.json"
+
+
+def lengths_of(config: EvaluateConfig, task: str) -> tuple[int, ...]:
+    """Maximum lengths a task is run at: its own, else its benchmark's, else the config's."""
+    for name in (task, benchmark_of(task)):
+        if name in config.lengths:
+            return config.lengths[name]
+    return (config.max_length,)
+
+
+def tasks_of(config: EvaluateConfig) -> dict[str, OwnTask | None]:
+    """All tasks by name in order, benchmarks replaced by their tasks; None for those of mteb.
+
+    Raises:
+        UserError: an own task has the name of one of the benchmarks' tasks.
+    """
+    tasks: dict[str, OwnTask | None] = {}
+    for task in config.tasks:
+        if isinstance(task, str):
+            tasks.update(dict.fromkeys(expand([task])))
+        elif task.name in BENCHMARKS or benchmark_of(task.name) != "other":
+            raise UserError(f"tasks: {task.name!r} is a name of mteb", fix="give it another name")
+        else:
+            tasks[task.name] = task
+    return tasks
+
+
+def check_names(config: EvaluateConfig) -> None:
+    """Refuse lengths and instructions of tasks that are not evaluated.
+
+    Raises:
+        UserError: a key is no such task or benchmark, most likely because it is misspelt.
+    """
+    tasks = tasks_of(config)
+    benchmarks = [name for name in BENCHMARKS if any(benchmark_of(task) == name for task in tasks)]
+    allowed = [*tasks, *benchmarks]
+    _refuse_unknown("lengths", config.lengths, allowed)
+    _refuse_unknown("instructions", config.instructions, allowed)
+    for number, model in enumerate(config.models):
+        _refuse_unknown(f"models.{number}.instructions", model.instructions, allowed)
+
+
+def _refuse_unknown(key: str, names: Iterable[str], allowed: list[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            raise UserError(
+                f"{key}: {name!r} is not evaluated",
+                allowed=", ".join(allowed),
+                fix=f"write {near[0]}" if near else f"take it out, or add {name} to tasks",
+            )
+
+
+def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
+    """All elements in array order: model by model, task by task, length by length.
+
+    Raises:
+        UserError: lengths or instructions are given for a task that is not evaluated.
+    """
+    check_names(config)
+    tasks = tasks_of(config)
+    triples = [
+        (model, task, length)
+        for model in config.models
+        for task in tasks
+        for length in lengths_of(config, task)
+    ]
+    return tuple(
+        Element(
+            index=index,
+            model=model,
+            task=task,
+            max_length=length,
+            folder=config.output_dir / "results" / model.name / task / str(length),
+            own=tasks[task],
+        )
+        for index, (model, task, length) in enumerate(triples)
+    )
+
+
+def element_at(config: EvaluateConfig, index: int) -> Element:
+    """The element an array job was started for.
+
+    Raises:
+        UserError: no element has that index; the array and the config do not belong together.
+    """
+    elements = list_elements(config)
+    if not 0 <= index < len(elements):
+        raise UserError(
+            f"evaluation element {index}",
+            allowed=f"0 to {len(elements) - 1} ({len(config.models)} models x "
+            f"{len(elements) // len(config.models)} tasks and lengths)",
+            fix="start the array with the length that `diffembed evaluate count` prints",
+        )
+    return elements[index]
+
+
+_SUBSET = "default"
+
+
+def make_task(own: OwnTask) -> Any:
+    """Return a task that mteb scores like its own: nDCG@10 over all queries with judgements."""
+    mteb = load_mteb()
+    from mteb.abstasks import AbsTaskRetrieval
+
+    class FolderTask(AbsTaskRetrieval):  # type: ignore[misc]
+        metadata = mteb.TaskMetadata(
+            name=own.name,
+            description=f"Retrieval of the documents in {own.path}.",
+            dataset={"path": str(own.path), "revision": "local"},
+            type="Retrieval",
+            category="t2t",
+            eval_splits=[own.split],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, *args: Any, **kwargs: Any) -> None:
+            self.dataset = {_SUBSET: {own.split: read_split(own)}}
+            self.data_loaded = True
+
+    return FolderTask()
+
+
+def read_split(own: OwnTask) -> dict[str, Any]:
+    """Read corpus, queries and judgements, as mteb holds a split.
+
+    As with mteb's own tasks, queries without judgements do not count; how many is said.
+
+    Raises:
+        UserError: a file is missing or damaged, or no query is left; names file and line.
+    """
+    source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
+    try:
+        corpus = _distinct(own, ((name, text) for name, text, _ in corpus_records(source)))
+        queries = _distinct_queries(_records(source, "queries"))
+        judged: dict[str, dict[str, int]] = {}
+        files = tuple(judgement_files(source))
+        for record, query, document, score in judgement_records(files, _refuse):
+            judged.setdefault(query, {})[document] = _grade(record, score)
+    except UserError as error:
+        found = error.found.replace(f"sources.{own.name}", f"tasks.{own.name}")
+        raise UserError(found, allowed=error.allowed, fix=error.fix) from error
+    relevant = {query: documents for query, documents in judged.items() if query in queries}
+    if not relevant:
+        raise UserError(
+            f"tasks.{own.name}: no query of {own.path} has judgements in split {own.split!r}",
+            fix="check the ids in queries and qrels, or give the task another split",
+        )
+    _say_left_out(own, queries, judged)
+    return {
+        "corpus": datasets.Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
+        "queries": _query_table({query: queries[query] for query in queries if query in relevant}),
+        "relevant_docs": relevant,
+        "top_ranked": None,
+    }
+
+
+def _distinct(own: OwnTask, documents: Iterator[tuple[str, str]]) -> dict[str, str]:
+    """Texts by id.
+
+    Raises:
+        UserError: two documents have one id, so that judgements of it mean nothing.
+    """
+    corpus: dict[str, str] = {}
+    for document, text in documents:
+        if corpus.setdefault(document, text) != text:
+            raise UserError(
+                f"tasks.{own.name}: two documents of {own.path} have the id {document!r}",
+                fix="give each document an id of its own",
+            )
+    return corpus
+
+
+def _distinct_queries(records: Iterator[Record]) -> dict[str, Record]:
+    """Records by id.
+
+    Raises:
+        UserError: two queries have one id, so that judgements of it mean nothing.
+    """
+    queries: dict[str, Record] = {}
+    for record in records:
+        first = queries.setdefault(name := identifier(record), record)
+        if _asked(first) != _asked(record):
+            raise record.fail(f"an earlier query has the id {name!r}", allowed="an id a query")
+    return queries
+
+
+def _asked(record: Record) -> tuple[object, object]:
+    """Text and instruction of a query."""
+    value = record.value
+    return value.get("text", value.get("query")), value.get("instruction")
+
+
+def _records(source: SourceConfig, part: str) -> Iterator[Record]:
+    for file in folder_part(source, part):
+        for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
+            yield from read_records(block, split=None)
+
+
+def _refuse(bad: BadRowError) -> None:
+    raise bad
+
+
+def _grade(record: Record, score: float) -> int:
+    if score != int(score):
+        raise record.fail(
+            f"score {score}", allowed="a whole number; documents above 0 are relevant"
+        )
+    return int(score)
+
+
+def _query_table(queries: dict[str, Record]) -> datasets.Dataset:
+    """Ids and texts, with the queries' own instructions where there are any."""
+    columns: dict[str, list[str | None]] = {"id": list(queries), "text": []}
+    for record in queries.values():
+        text, _ = _asked(record)
+        if not isinstance(text, str):
+            raise record.fail("no text", allowed="a text in the field text or query")
+        columns["text"].append(text)
+    if any(record.value.get("instruction") for record in queries.values()):
+        columns["instruction"] = [record.value.get("instruction") for record in queries.values()]
+    return datasets.Dataset.from_dict(columns)
+
+
+def _say_left_out(own: OwnTask, queries: dict[str, Record], judged: dict[str, Any]) -> None:
+    counts = {
+        "queries without judgements, left out": len(queries.keys() - judged.keys()),
+        "judged queries without text, left out": len(judged.keys() - queries.keys()),
+    }
+    for what, count in counts.items():
+        if count:
+            print(f"{own.name}: {what}: {count}", flush=True)

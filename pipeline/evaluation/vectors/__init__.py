@@ -1,1 +1,0 @@
-"""Texts of a user's own file as vectors in one Arrow file."""

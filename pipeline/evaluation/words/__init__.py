@@ -1,1 +1,0 @@
-"""What a linear classifier reads off an export about single words."""

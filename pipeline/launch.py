@@ -1,0 +1,299 @@
+"""Rank, world size, rendezvous and the state of the launcher, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import DiffembedError, UserError
+
+_OF_A_RANK = re.compile(
+    r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
+    r"|MASTER_(ADDR|PORT)"
+)
+# Where Slurm itself is found.
+_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables for a process that must not take itself for a rank of another one's job."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _KEPT or not _OF_A_RANK.fullmatch(name)
+    }
+
+
+# Per launcher: the variables that hold rank, world size and local rank.
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Every count of the process group in one place."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launched: bool = False  # by a launcher, as one of its ranks
+    launchers: tuple[int, ...] = ()  # its processes (see launcher.processes), if their end matters
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes for all."""
+        return self.rank == 0
+
+
+def discover_world(environ: Mapping[str, str] | None = None) -> World:
+    """Read rank and world size from whichever launcher started this process.
+
+    Raises:
+        UserError: a launcher set only part of its variables, no number, or a rank out of range.
+    """
+    env = os.environ if environ is None else environ
+    for launcher, (rank, size, local_rank) in _LAUNCHERS.items():
+        present = [name for name in (rank, size, local_rank) if name in env]
+        # A plain `python` inside an sbatch script sees SLURM_PROCID=0 but is no step of srun.
+        if rank not in present or size not in present:
+            continue
+        if local_rank not in present:
+            raise UserError(
+                f"{launcher} set {rank} and {size} but not {local_rank}",
+                fix=f"if they are left from another job, run `unset {rank} {size}`; else start "
+                f"the ranks by {launcher}",
+            )
+        world = World(
+            rank=_number(env, rank),
+            world_size=_number(env, size),
+            local_rank=_number(env, local_rank),
+            launched=True,
+        )
+        if not 0 <= world.rank < world.world_size:
+            raise UserError(
+                f"{rank}={world.rank}", allowed=f"0 to {size}-1 ({world.world_size - 1})"
+            )
+        return world
+    return World()
+
+
+def local_ranks(environ: Mapping[str, str] | None = None) -> int:
+    """Return how many ranks the launcher started on this host, 1 where it does not say."""
+    env = os.environ if environ is None else environ
+    if "SLURM_CPUS_PER_TASK" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return 1  # Slurm has given each rank cores of its own
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if name in env:
+            return max(1, _number(env, name))
+    return 1
+
+
+def gpu_asked_for(
+    environ: Mapping[str, str] | None = None, devices: tuple[str, ...] = _GPU_DEVICES
+) -> str:
+    """Return what says that this process should compute on a GPU, empty where nothing does.
+
+    A driver too old for torch makes every GPU invisible to it: a run would otherwise train on the
+    CPU, for days, without an error.
+
+    Args:
+        environ: variables of the process.
+        devices: files of which a machine with a GPU has one.
+    """
+    env = os.environ if environ is None else environ
+    hidden = env.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
+    if hidden or env.get("DS_ACCELERATOR") == "cpu":
+        return ""
+    found = [device for device in devices if Path(device).exists()]
+    granted = [name for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS") if env.get(name)]
+    if not found or ("SLURM_JOB_ID" in env and not granted):
+        return ""
+    return f"{granted[0]}={env[granted[0]]}" if granted else f"there is {found[0]}"
+
+
+def meeting_place(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Address and port at which rank 0 waits for the others, the same on all ranks.
+
+    Raises:
+        UserError: nobody named rank 0's host, its name is unknown here, or the port is no number.
+        DiffembedError: the name could not be looked up now.
+    """
+    env = os.environ if environ is None else environ
+    address = env.get("MASTER_ADDR") or _first_host(env)
+    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
+    try:
+        socket.getaddrinfo(address, port)
+    except socket.gaierror as error:
+        # Ranks would look it up again and again until the timeout.
+        found = f"MASTER_ADDR={address}: {error.strerror} ({socket.gethostname()})"
+        if error.errno != socket.EAI_NONAME:
+            raise DiffembedError(found) from error
+        raise UserError(
+            found, allowed="a name or address by which every host reaches that of rank 0"
+        ) from error
+    return address, port
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError as error:
+        raise UserError(f"{name}={env[name]}", allowed="a whole number") from error
+
+
+def _port_of_job(env: Mapping[str, str]) -> int:
+    """A port that the ranks of a job agree on and two jobs on one node hardly share."""
+    job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE") or ""
+    return 20000 + zlib.crc32(job.encode()) % 10000
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """Address of rank 0: the first host of a Slurm job, this machine where there is one."""
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        several = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") != env["OMPI_COMM_WORLD_SIZE"]
+        nodes = env.get("SLURM_JOB_NODELIST")
+    else:
+        several = env.get("SLURM_STEP_NUM_NODES", "1") != "1"
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not several:
+        return "127.0.0.1"
+    fix = "set MASTER_ADDR to the host of rank 0 (mpirun -x MASTER_ADDR=HOST)"
+    if not nodes:
+        raise UserError("MASTER_ADDR is not set, and the ranks are on several hosts", fix=fix)
+    try:
+        hosts = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"MASTER_ADDR is not set, and {error}", fix=fix) from error
+    return hosts.split()[0]
+
+
+_PATIENCE_SECONDS = 5.0
+# Who adopts processes whose parent has ended, beside process 1.
+_ADOPTERS = ("systemd", "slurmstepd")
+
+
+def processes() -> tuple[int, ...]:
+    """Process ids of the parent, and of the command `deepspeed` where that started the parent.
+
+    When that command is killed, what it started goes on without it. Further ancestors do not count:
+    a run goes on when the shell is closed that it was started from.
+    """
+    parent = os.getppid()
+    try:
+        above = _parent_of(parent)
+        return (parent, above) if _is_deepspeed(above) else (parent,)
+    except OSError:  # the parent has just ended, or a system without /proc
+        return (parent,)
+
+
+def _parent_of(process: int) -> int:
+    # pid (name) state ppid ...; the name may hold anything but ends with the last bracket.
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _words_of(process: int) -> list[bytes]:
+    return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+
+
+def _is_deepspeed(process: int) -> bool:
+    return any(word.rpartition(b"/")[2] == b"deepspeed" for word in _words_of(process)[:2])
+
+
+def place(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Address and port at which the launcher answers as long as it lives, if it has such a place.
+
+    torchrun has one (the store of its first host, by which the ranks meet), and Open MPI (the PMIx
+    server of this host); both are there before the first rank.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env:
+        by_torchrun = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return (env["MASTER_ADDR"], int(env["MASTER_PORT"])) if by_torchrun else None
+    if "OMPI_COMM_WORLD_RANK" in env:
+        uris = " ".join(env[name] for name in sorted(env) if name.startswith("PMIX_SERVER_URI"))
+        found = re.search(r";tcp4://([^:]+):(\d+)", uris)
+        return (found[1], int(found[2])) if found else None
+    return None
+
+
+def require_it() -> None:
+    """Raise if the launcher had ended before this process could see who its parent is.
+
+    Some ranks may never have been started then, and the others would wait for them until the
+    timeout, in a folder that the next start needs.
+
+    Raises:
+        DiffembedError: so it is.
+    """
+    if _left_by_deepspeed():
+        raise DiffembedError("the command deepspeed has ended")
+    where, deadline = place(), time.monotonic() + _PATIENCE_SECONDS
+    while where and _refuses(where):
+        if time.monotonic() > deadline:
+            address, port = where
+            raise DiffembedError(f"the launcher that answered at {address}:{port} has ended")
+        time.sleep(0.5)
+
+
+def _left_by_deepspeed() -> bool:
+    """Whether the parent was started by `deepspeed` on this host, and init has adopted it since."""
+    try:
+        parent = os.getppid()
+        above = _parent_of(parent)
+        adopted = above == 1 or Path(f"/proc/{above}/comm").read_text().strip() in _ADOPTERS
+        by_deepspeed = b"deepspeed.launcher.launch" in _words_of(parent)
+        return by_deepspeed and adopted and not _is_deepspeed(above)
+    except OSError:
+        return False
+
+
+def _refuses(where: tuple[str, int]) -> bool:
+    """Whether the host is there, but nobody listens at that port of it."""
+    try:
+        socket.create_connection(where, timeout=_PATIENCE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # a network that is not up yet: joining waits for that
+        return False
+    return False
+
+
+@contextmanager
+def ending_with(launchers: tuple[int, ...]) -> Iterator[None]:
+    """End this process if `processes` are no longer those, now or in the meantime.
+
+    For the time in which ranks wait for each other: nothing is lost yet.
+    """
+    joined = threading.Event()
+
+    def watch() -> None:
+        while processes() == launchers:
+            if joined.wait(1.0):
+                return
+        print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if launchers:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()

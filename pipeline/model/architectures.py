@@ -1,0 +1,284 @@
+"""Supported architectures: their layers, native forms and rotary scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Gemma3Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from pipeline.config import RopeScaling
+from pipeline.errors import UserError
+
+LayerInputs = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """The parts of a backbone, so that it can be run layer by layer on packed rows.
+
+    Modules are called, never their weights read: under ZeRO-3 the call is what brings the weights.
+
+    Attributes:
+        embed: (model, (1, T) ids, (1, T) positions) -> (1, T, D) and each layer's keyword inputs.
+        layers: model -> its blocks.
+        finish: (model, (1, T, D)) -> (1, T, D), the final norm.
+        decoder: whether the family has a causal mask, which can be kept or taken off.
+        attention_dropout: the config key of the dropout on attention weights.
+        arguments: constructor arguments that leave out heads an embedder has no use for.
+    """
+
+    embed: Callable[[Any, Tensor, Tensor], tuple[Tensor, LayerInputs]]
+    layers: Callable[[Any], nn.ModuleList]
+    finish: Callable[[Any, Tensor], Tensor]
+    decoder: bool
+    attention_dropout: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _embed_decoder(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.embed_tokens(ids)
+    inputs = {
+        "position_ids": positions,
+        "position_embeddings": model.rotary_emb(hidden, positions),
+    }
+    return hidden, [inputs] * len(model.layers)
+
+
+def _embed_gpt2(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.drop(model.wte(ids) + model.wpe(positions))
+    return hidden, [{}] * len(model.h)
+
+
+def _embed_bert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.embeddings(input_ids=ids, position_ids=positions)
+    return hidden, [{}] * len(model.encoder.layer)
+
+
+def _embed_roberta(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    # RoBERTa counts positions from the one after the padding token's id.
+    return _embed_bert(model, ids, positions + model.config.pad_token_id + 1)
+
+
+def _embed_gemma3(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.embed_tokens(ids)
+    return hidden, _rotary_by_kind(model, hidden, positions)
+
+
+def _embed_modernbert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    hidden = model.embeddings(input_ids=ids)
+    return hidden, _rotary_by_kind(model, hidden, positions)
+
+
+def _rotary_by_kind(model: Any, hidden: Tensor, positions: Tensor) -> LayerInputs:
+    """Near-sighted and far-sighted layers turn at different speeds."""
+    kinds = model.config.layer_types
+    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in sorted(set(kinds))}
+    return [{"position_embeddings": rotary[kind]} for kind in kinds]
+
+
+_DECODER = Family(
+    embed=_embed_decoder,
+    layers=lambda model: model.layers,
+    finish=lambda model, hidden: model.norm(hidden),
+    decoder=True,
+    attention_dropout="attention_dropout",
+)
+_GPT2 = Family(
+    embed=_embed_gpt2,
+    layers=lambda model: model.h,
+    finish=lambda model, hidden: model.ln_f(hidden),
+    decoder=True,
+    attention_dropout="attn_pdrop",
+)
+_BERT = Family(
+    embed=_embed_bert,
+    layers=lambda model: model.encoder.layer,
+    finish=lambda model, hidden: hidden,
+    decoder=False,
+    attention_dropout="attention_probs_dropout_prob",
+    arguments={"add_pooling_layer": False},
+)
+_MODERNBERT = Family(
+    embed=_embed_modernbert,
+    layers=lambda model: model.layers,
+    finish=lambda model, hidden: model.final_norm(hidden),
+    decoder=False,
+    attention_dropout="attention_dropout",
+)
+# By `model_type` of config.json, after a diffusion model's config became its native equivalent.
+FAMILIES: dict[str, Family] = {
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "gemma": _DECODER,
+    "gemma2": _DECODER,
+    "gemma3_text": dataclasses.replace(_DECODER, embed=_embed_gemma3),
+    "olmo2": _DECODER,
+    "phi3": _DECODER,
+    "smollm3": _DECODER,
+    "gpt2": _GPT2,
+    "bert": _BERT,
+    "roberta": dataclasses.replace(_BERT, embed=_embed_roberta),
+    "xlm-roberta": dataclasses.replace(_BERT, embed=_embed_roberta),
+    "eurobert": dataclasses.replace(_DECODER, decoder=False),
+    "modernbert": _MODERNBERT,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NativeForm:
+    """A published layout in native terms.
+
+    Attributes:
+        config: the published config.json -> the native config.
+        keys: regular expressions over weight names -> their native names.
+        shifted: whether a token is predicted from the hidden state before it, not from its own.
+    """
+
+    config: Callable[[dict[str, Any]], PretrainedConfig]
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    shifted: bool = True
+
+
+def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
+    """Dream (arXiv 2508.15487) computes what Qwen2 computes, under the same weight names."""
+    dropped = ("architectures", "auto_map", "model_type", "transformers_version")
+    return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
+
+
+# What a LLaDA config must say (absent keys mean the same) for its blocks to be Llama's.
+_LLADA_IS_LLAMA = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "rope": True,
+    "alibi": False,
+    "input_emb_norm": False,
+    "multi_query_attention": None,
+    "scale_logits": False,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+}
+
+
+def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
+    """LLaDA (arXiv 2502.09992) is Llama without the causal mask, under OLMo's names.
+
+    Raises:
+        UserError: this variant switches on something that Llama does not have.
+    """
+    for key, wanted in _LLADA_IS_LLAMA.items():
+        if published.get(key, wanted) not in (wanted, None):
+            raise UserError(
+                f"config.json: {key}: {published[key]!r} in a LLaDA model", allowed=repr(wanted)
+            )
+    width, heads = published["d_model"], published["n_heads"]
+    return LlamaConfig(
+        vocab_size=published.get("embedding_size") or published["vocab_size"],
+        hidden_size=width,
+        intermediate_size=published.get("mlp_hidden_size") or published["mlp_ratio"] * width,
+        num_hidden_layers=published["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=published.get("n_kv_heads") or heads,
+        max_position_embeddings=published["max_sequence_length"],
+        rope_theta=published.get("rope_theta", 10000.0),
+        rms_norm_eps=published.get("rms_norm_eps", 1e-5),
+        attention_dropout=published.get("attention_dropout", 0.0),
+        tie_word_embeddings=published.get("weight_tying", False),
+        bos_token_id=None,
+        eos_token_id=published.get("eos_token_id"),
+        pad_token_id=published.get("pad_token_id"),
+    )
+
+
+_LLADA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    **{
+        rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{native}."
+        for theirs, native in _LLADA_BLOCK.items()
+    },
+}
+
+
+def _gemma3_text_config(published: dict[str, Any]) -> PretrainedConfig:
+    """Gemma 3 from 4B on reads images as well; the text model inside is the one of 1B."""
+    text: PretrainedConfig = Gemma3Config.from_dict(published).text_config
+    return text
+
+
+def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], PretrainedConfig]:
+    return lambda published: kind.from_dict(published)
+
+
+# DiffuGPT and DiffuLLaMA (arXiv 2410.17891) keep the embedding apart from the blocks. Their configs
+# are those of plain GPT-2 and Llama, whose own weight names these rules leave alone.
+_DIFFUGPT_KEYS = {r"^embed_tokens\.": "wte.", r"^denoise_model\.": ""}
+_DIFFULLAMA_KEYS = {r"^denoise_model\.": ""}
+# As it was published, and as transformers 5 saves it.
+_GEMMA3_KEYS = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
+# By the `model_type` of the published config.json.
+NATIVE_FORMS = {
+    "gpt2": NativeForm(config=_plain(GPT2Config), keys=_DIFFUGPT_KEYS),
+    "llama": NativeForm(config=_plain(LlamaConfig), keys=_DIFFULLAMA_KEYS),
+    "Dream": NativeForm(config=_dream_config),
+    "gemma3": NativeForm(config=_gemma3_text_config, keys=_GEMMA3_KEYS),
+    "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS, shifted=False),
+}
+# Layers that see the whole text; a sliding window never leaves the positions of training.
+_FAR = "full_attention"
+
+
+def scale_rope(hf_config: PretrainedConfig, scaling: RopeScaling) -> None:
+    """Rescale in place; `max_position_embeddings` grows by the factor.
+
+    There is no `dynamic` kind: it would turn positions by the longest row of a forward, and a
+    vector would depend on its batch mates. `ntk` is that rule at the full length.
+
+    Raises:
+        UserError: the family has no rotary positions, or this model's are rescaled already.
+    """
+    everywhere: dict[str, Any] | None = getattr(hf_config, "rope_parameters", None)
+    if not everywhere:
+        raise UserError(
+            f"model.rope_scaling: a {hf_config.model_type} model has no rotary positions",
+            fix="remove model.rope_scaling, and keep texts within its learned positions",
+        )
+    rope = everywhere.get(_FAR, everywhere)
+    if rope["rope_type"] != "default":
+        raise UserError(
+            f"model.rope_scaling: this model's positions are already {rope['rope_type']}",
+            fix="remove model.rope_scaling",
+        )
+    trained = hf_config.max_position_embeddings
+    if scaling.kind == "ntk":
+        width = getattr(hf_config, "head_dim", None)
+        width = width or hf_config.hidden_size // hf_config.num_attention_heads
+        width = int(width * rope.get("partial_rotary_factor", 1.0))
+        rope["rope_theta"] *= scaling.factor ** (width / (width - 2))
+    else:
+        rope.update(rope_type=scaling.kind, factor=scaling.factor)
+        if scaling.kind == "yarn":
+            rope["original_max_position_embeddings"] = trained
+    hf_config.max_position_embeddings = int(trained * scaling.factor)

@@ -1,0 +1,236 @@
+"""Load an export in a process without this package and compare its vectors.
+
+ours = the trained encoder on a ragged batch, in float32
+theirs = the folder, loaded by sentence-transformers and by the code of its card
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+
+# Seconds for one library to load the folder and embed a few texts. A disk that is slower than that
+# says nothing about the folder.
+_PATIENCE = 900
+# Largest distance, relative to the length of a vector: rounding stays below a hundredth of it, and
+# one token more or less in a short text far above.
+_TOLERANCE = 1e-3
+# How the result of a check begins that was not made.
+NOT_CHECKED = "not checked"
+_PROGRAM = Path(__file__).with_name("outside_program.py")
+
+
+def available_bytes() -> int:
+    """Return the memory that this process and its children can still take."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = page * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or an older kernel
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        limit = int((folder / "memory.max").read_text())
+        free = min(free, limit - int((folder / "memory.current").read_text()))
+    return free
+
+
+class Unfinished(Exception):  # noqa: N818 -- an outcome, not a fault
+    """A check that came to no result; its text says why."""
+
+
+class Outside:
+    """A process that cannot import this package, loads folders and embeds texts.
+
+    Its imports take seconds; they run while the caller does other work.
+
+    Attributes:
+        patience: seconds to wait for an answer.
+    """
+
+    def __init__(self, *, patience: float = _PATIENCE) -> None:
+        self.patience = patience
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Outside:
+        self._folder = TemporaryDirectory()
+        self._log = TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM)],
+            cwd=self._folder.name,  # a folder of this package would be imported from
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._has_sentence_transformers: bool | None = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # it may have died with a request unread
+                pipe.close()
+        self._log.close()
+        self._folder.cleanup()
+
+    @property
+    def has_sentence_transformers(self) -> bool:
+        """Whether that library is installed."""
+        if self._has_sentence_transformers is None:
+            self._has_sentence_transformers = bool(self._answer())
+        return self._has_sentence_transformers
+
+    def embed(
+        self,
+        folder: Path,
+        library: str,
+        batches: Sequence[Mapping[str, Any]],
+        *,
+        dtype: str = "float32",
+    ) -> list[NDArray[np.float32]]:
+        """Embed batches of texts.
+
+        Args:
+            folder: the export.
+            library: `sentence-transformers`, or `transformers` for the code of the card.
+            batches: each with `texts`, optionally a `prompt`, and for sentence-transformers a
+                `prompt_name` instead.
+            dtype: in which weights are loaded; they compute in float32.
+
+        Returns:
+            (N, D) vectors for each batch.
+
+        Raises:
+            UserError: the library cannot load the folder.
+            Unfinished: there was no answer.
+        """
+        request = {"folder": str(folder.resolve()), "library": library, "dtype": dtype}
+        answer = self._ask({**request, "batches": [*map(dict, batches)]})
+        if "error" in answer:
+            raise UserError(
+                f"{library} cannot load the export ({answer['error']})",
+                fix="update that library, or export with --no-check",
+            )
+        return [np.array(rows, dtype=np.float32) for rows in answer["vectors"]]
+
+    def missing_keys(self, folder: Path) -> list[str]:
+        """Names of weights that transformers would have to make up."""
+        answer = self._ask({"folder": str(folder.resolve())})
+        if "error" in answer:
+            raise UserError(f"transformers cannot load {folder} ({answer['error']})")
+        return list(answer["missing"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        _ = self.has_sentence_transformers  # the first line that it writes
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        answer: dict[str, Any] = self._answer()
+        return answer
+
+    def _answer(self) -> Any:
+        assert self._process is not None and self._process.stdout is not None
+        late = threading.Timer(self.patience, self._process.kill)
+        late.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            expired = not late.is_alive()
+            late.cancel()
+        if not line:
+            raise Unfinished(f"no answer in {self.patience:.0f} s") if expired else self._died()
+        return json.loads(line)
+
+    def _died(self) -> Unfinished:
+        assert self._process is not None
+        code = self._process.wait()
+        self._log.seek(0)
+        last = self._log.read().strip().splitlines()[-1:] or ["it printed nothing"]
+        return Unfinished(f"the process ended with code {code} ({last[0]})")
+
+
+def check_vectors(
+    outside: Outside,
+    folder: Path,
+    *,
+    libraries: Sequence[str],
+    dtype: str,
+    batches: Sequence[Mapping[str, Any]],
+    wanted: Sequence[NDArray[np.float32]],
+) -> dict[str, str]:
+    """Compare vectors of other libraries with ours.
+
+    Args:
+        outside: the process that has those libraries.
+        folder: the export.
+        libraries: to check, as for `Outside.embed`.
+        dtype: of the stored weights.
+        batches: texts, as for `Outside.embed`.
+        wanted: our (N, D) vectors of each batch.
+
+    Returns:
+        What was found, by library.
+
+    Raises:
+        UserError: vectors differ, or a library cannot load the folder.
+    """
+    found: dict[str, str] = {}
+    for library in libraries:
+        try:
+            if library == "sentence-transformers" and not outside.has_sentence_transformers:
+                found[library] = f"{NOT_CHECKED}: it is not installed"
+                continue
+            theirs = outside.embed(folder, library, batches, dtype=dtype)
+        except Unfinished as reason:  # nor will it answer for the others
+            left = [name for name in libraries if name not in found]
+            return {**found, **dict.fromkeys(left, f"{NOT_CHECKED}: {reason}")}
+        for batch, ours, vectors in zip(batches, wanted, theirs, strict=True):
+            _compare(library, str(batch["role"]), ours, vectors)
+        version = metadata.version(library)
+        found[library] = f"version {version} gives the trained encoder's vectors"
+    return found
+
+
+def _compare(
+    library: str, role: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]
+) -> None:
+    if ours.shape != theirs.shape:
+        raise UserError(
+            f"{library} gives vectors of shape {theirs.shape} for this export, not {ours.shape}",
+            fix="report it; --no-check writes the export all the same",
+        )
+    lengths = np.linalg.norm(ours, axis=1)
+    distances = np.linalg.norm(ours - theirs, axis=1) / np.maximum(lengths, 1e-12)
+    if not distances.max() <= _TOLERANCE:  # also where it is not a number
+        raise UserError(
+            f"{library} gives other vectors for a {role} than the trained encoder "
+            f"({distances.max():.2g} of their length apart)",
+            fix="report it; --no-check writes the export all the same",
+        )

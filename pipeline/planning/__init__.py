@@ -1,1 +1,0 @@
-"""What a run will cost and whether it fits, before it starts."""

@@ -1,0 +1,345 @@
+"""Batch scripts, sbatch flags, and the record of submitted jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+# Flags that a submission itself depends on.
+_SHORT = {
+    **{"-J": "--job-name", "-o": "--output", "-e": "--error", "-d": "--dependency"},
+    **{"-a": "--array", "-D": "--chdir", "-W": "--wait", "-M": "--clusters"},
+}
+_LONG = (*_SHORT.values(), "--wrap", "--test-only")
+# sbatch takes a long name that is cut short as well.
+_SHORTEST = len("--job")
+_REFUSED = {
+    "--array": "leave it out: the array is what is left to score; ARRAY_LIMIT in "
+    "slurm/cluster.env limits how many run at a time",
+    "--chdir": "go to that folder, which must hold slurm/, and submit there",
+    "--wait": "leave it out, and wait for the job with `squeue` or --after",
+    "--clusters": "export SLURM_CLUSTERS=NAME, which squeue and scontrol read as well",
+    "--wrap": "leave it out: the command is the job's own",
+    "--test-only": "use --dry-run",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One flag with its value.
+
+    Args:
+        name: long, where the code here knows it; else as it was written.
+        value: empty for a flag without one.
+        words: as they were written.
+    """
+
+    name: str
+    value: str
+    words: tuple[str, ...]
+
+
+def split_flags(text: str, origin: str) -> tuple[str, ...]:
+    """Split a string of flags as a shell does.
+
+    Raises:
+        UserError: it cannot be split; `origin` names it.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(
+            f"{origin} {text!r}: {error}", fix="close the quotes: --sbatch \"--comment='a b'\""
+        ) from error
+
+
+def parse_flags(words: Sequence[str], origin: str) -> tuple[Flag, ...]:
+    """Put each flag's words together.
+
+    Raises:
+        UserError: a word is no flag, or a flag would break what a submission depends on; `origin`
+            names where it stands.
+    """
+    flags: list[Flag] = []
+    for word in words:
+        if "\n" in word:
+            raise UserError(f"{origin}: {word!r}", allowed="flags without line breaks")
+        if word.startswith("-") and len(word) > 1:
+            flags.append(_parse_word(word))
+        elif flags and not flags[-1].value:
+            flags[-1] = dataclasses.replace(flags[-1], value=word, words=(*flags[-1].words, word))
+        else:
+            raise UserError(f"{origin}: {word!r}", allowed="flags of sbatch, such as --nodes=4")
+    for flag in flags:
+        if flag.name in _REFUSED:
+            raise UserError(f"{origin}: {shlex.join(flag.words)}", fix=_REFUSED[flag.name])
+    return tuple(flags)
+
+
+def last_value(flags: Sequence[Flag], name: str, default: str) -> str:
+    """The value that Slurm takes of several equal flags."""
+    return next((flag.value for flag in reversed(flags) if flag.name == name), default)
+
+
+def expand_log(pattern: str, *, job: str, name: str) -> str:
+    """The path of a log in Slurm's notation as one that a shell finds."""
+    values = {"%": "%", "x": name, "j": job, "J": job, "A": job}
+    # Of others, such as an element of an array or a node, the value comes later.
+    return re.sub(r"%\d*([a-zA-Z%])", lambda found: values.get(found[1], "*"), pattern)
+
+
+def _parse_word(word: str) -> Flag:
+    if not word.startswith("--"):
+        return Flag(name=_SHORT.get(word[:2], word[:2]), value=word[2:], words=(word,))
+    name, _, value = word.partition("=")
+    if len(name) >= _SHORTEST:
+        name = next((long for long in _LONG if long.startswith(name)), name)
+    return Flag(name=name, value=value, words=(word,))
+
+
+_DIRECTIVE = "#SBATCH "
+_DEPENDENCY = "--dependency"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A request to Slurm, before its flags and the ids of other jobs are known.
+
+    Args:
+        name: what it does, such as `train`; also the job's name in Slurm, after `diffembed-`.
+        script: the file in `slurm/` that it runs.
+        flags: the array in `slurm/cluster.env` with this kind of job's flags.
+        folder: where its batch script, its configs and its log are kept.
+        arguments: of the script.
+        files: what the arguments name below `folder`, as they are now: a job that waits in the
+            queue for days must not see later edits.
+        array: numbers of the array's elements; empty for a job that is no array.
+        after: names of the jobs of the same chain that must have succeeded.
+        tells_of_failure: whether it runs also when they have not, to say what is missing.
+        exclusive: whether `folder` may have one job of this name at a time.
+    """
+
+    name: str
+    script: str
+    flags: str
+    folder: Path
+    arguments: tuple[str, ...]
+    files: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    array: tuple[int, ...] = ()
+    after: tuple[str, ...] = ()
+    tells_of_failure: bool = False
+    exclusive: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for jobs that do the same: name and arguments, whose file names hold hashes."""
+        return f"{self.name}-{digest(self.name, *self.arguments)}"
+
+    @property
+    def text_path(self) -> Path:
+        """Where the batch script is kept."""
+        return self.folder / f"{self.key}.sbatch"
+
+    @property
+    def log(self) -> Path:
+        """Where the job writes, in Slurm's notation."""
+        # The folder's own name is not Slurm's to expand.
+        folder = Path(str(self.folder).replace("%", "%%"))
+        return folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
+
+    @property
+    def slurm_name(self) -> str:
+        """Its name in Slurm, unless a flag changes it."""
+        return f"diffembed-{self.name}"
+
+
+def digest(*parts: str) -> str:
+    """A short hash of some strings."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def batch_text(
+    job: Job,
+    body: str,
+    *,
+    site_flags: Sequence[Flag],
+    own_flags: Sequence[Flag] = (),
+    after: Sequence[str] = (),
+    array_limit: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """The whole batch script of a job, for `sbatch FILE` without a flag.
+
+    Args:
+        job: what is submitted.
+        body: text of its file in `slurm/`; its own `#SBATCH` lines come first, so that all others
+            win over them.
+        site_flags: flags from `slurm/cluster.env`.
+        own_flags: flags of this submission; they win over the site's.
+        after: ids of jobs that must have succeeded, unless this one tells of their failure; when
+            one no longer can, Slurm cancels this job instead of keeping it forever.
+        array_limit: how many elements of an array may run at a time.
+        environment: variables for the job, in addition to those that Slurm passes on.
+    """
+    header, commands = _split(body)
+    submission = [f"--job-name={job.slurm_name}", f"--output={job.log}"]
+    if job.array:
+        limit = f"%{array_limit}" if array_limit else ""
+        submission.append(f"--array={array_ranges(job.array)}{limit}")
+    if after:
+        end = "afterany" if job.tells_of_failure else "afterok"
+        # Slurm takes the last of several equal flags: the site's or the user's would replace ours.
+        wanted = last_value((*site_flags, *own_flags), _DEPENDENCY, "")
+        all_of = [f"{end}:{':'.join(after)}", *([wanted] if wanted else [])]
+        submission += [f"{_DEPENDENCY}={','.join(all_of)}", "--kill-on-invalid-dep=yes"]
+        own_flags = [flag for flag in own_flags if flag.name != _DEPENDENCY]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# slurm/{job.script}, as `diffembed submit` asks for it",
+            *header,
+            f"# slurm/cluster.env: SITE_FLAGS and {job.flags}",
+            *(_directive(*flag.words) for flag in site_flags),
+            "# this submission",
+            *map(_directive, submission),
+            *(_directive(*flag.words) for flag in own_flags),
+            *exports,
+            f"set -- {shlex.join(job.arguments)}",
+            commands,
+        ]
+    )
+
+
+def array_ranges(indices: Sequence[int]) -> str:
+    """Ascending numbers in Slurm's notation: `0-2,5`."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][-1] == index - 1:
+            ranges[-1][1:] = [index]
+        else:
+            ranges.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def _directive(*words: str) -> str:
+    # Slurm reads quotes in these lines as a shell does.
+    return _DIRECTIVE + shlex.join(words)
+
+
+def _split(body: str) -> tuple[list[str], str]:
+    """The `#SBATCH` lines of a script, and its text without them and without `#!`."""
+    lines = body.splitlines()
+    if lines and lines[0].startswith("#!"):
+        del lines[0]
+    header = [line for line in lines if line.startswith(_DIRECTIVE)]
+    return header, "\n".join(line for line in lines if not line.startswith(_DIRECTIVE)) + "\n"
+
+
+FLAG_ARRAYS = ("SITE_FLAGS", "PREPARE_FLAGS", "TRAIN_FLAGS", "EVALUATE_FLAGS", "CPU_FLAGS")
+_SITE_SECONDS = 60
+# Each value ends with a zero byte, each array with an empty value.
+_SCRIPT = """\
+set -eu
+source "$1" >/dev/null
+printf '%s\\0' "${ARRAY_LIMIT:-}"
+shift
+for name; do
+  declare -p "$name" >/dev/null
+  declare -n flags=$name
+  for flag in "${flags[@]}"; do printf '%s\\0' "$flag"; done
+  printf '\\0'
+done
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A cluster's flags of `sbatch`.
+
+    Args:
+        path: the file they were read from.
+        flags: by the name of their array.
+        array_limit: how many elements of an array may run at a time; None: as Slurm decides.
+    """
+
+    path: Path
+    flags: Mapping[str, tuple[Flag, ...]]
+    array_limit: int | None
+
+    def flags_of(self, array: str) -> tuple[Flag, ...]:
+        """Flags of one kind of job; they follow, and win over, the flags of every job."""
+        return self.flags["SITE_FLAGS"] + self.flags[array]
+
+
+def read_site() -> Site:
+    """The site of this checkout: `DIFFEMBED_CLUSTER_ENV`, or `slurm/cluster.env`.
+
+    Raises:
+        UserError: no such file, or bash does not accept it or misses one of its arrays.
+    """
+    path = Path(os.environ.get("DIFFEMBED_CLUSTER_ENV", "slurm/cluster.env"))
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file",
+            fix="go to the folder that holds slurm/, or let DIFFEMBED_CLUSTER_ENV name the file",
+        )
+    limit, *values = _run_site_file(path).split("\0")[:-1]
+    if limit and not limit.isdecimal():
+        raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or nothing")
+    flags = {name: parse_flags(words, f"{path}: {name}") for name, words in _group(values).items()}
+    return Site(path=path, flags=flags, array_limit=int(limit) if limit else None)
+
+
+def _run_site_file(path: Path) -> str:
+    """What `_SCRIPT` prints for a site file; batch scripts read it under `set -eu` too."""
+    allowed = f"bash with the arrays {', '.join(FLAG_ARRAYS)}"
+    try:
+        if b"\r\n" in path.read_bytes():
+            raise UserError(
+                f"{path}: lines end as on Windows (CR LF)",
+                allowed=allowed,
+                fix=f"run `sed -i 's/\\r$//' {path}`",
+            )
+        done = subprocess.run(
+            ["bash", "-c", _SCRIPT, "bash", path.absolute(), *FLAG_ARRAYS],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SITE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{path}: bash has not read it after {_SITE_SECONDS} s",
+            allowed=allowed,
+            fix="take out what waits or asks",
+        ) from error
+    if done.returncode:
+        silent = f"a command in it ends with exit code {done.returncode} and says nothing"
+        raise UserError(
+            f"{path}: {done.stderr.strip() or silent}",
+            allowed=allowed,
+            fix="let every command in it succeed under `set -eu`, as batch scripts read it; "
+            f"`bash -eux {path}` shows where it ends",
+        )
+    return done.stdout
+
+
+def _group(values: list[str]) -> dict[str, tuple[str, ...]]:
+    """The arrays by name; an empty value ends each."""
+    found: list[list[str]] = [[]]
+    for value in values:
+        if value:
+            found[-1].append(value)
+        else:
+            found.append([])
+    return {name: tuple(flags) for name, flags in zip(FLAG_ARRAYS, found, strict=False)}

@@ -1,0 +1,344 @@
+"""Save and restore checkpoints, whole or not at all, on any number of ranks.
+
+    checkpoints/step-000020/state.json                     step, sizes and SHA-256 of every file
+                            tensors-00000-of-00002.safetensors   rank 0's share of the tensors
+    checkpoints/latest                                     name of the newest whole checkpoint
+
+Tensors are stored whole, by parameter name: weight, exp_avg and exp_avg_sq in fp32. A checkpoint
+therefore does not depend on the ZeRO stage or the world size that wrote it, and frozen weights
+(LoRA's base) are not in it. Dropout masks and data order are functions of (seed, step, rank), so
+there is no other state to save.
+
+    a step boundary    every rank copies its share of the state to host memory     (collective)
+    behind its back    each rank writes its file, reads it back, compares, hashes  (next steps run)
+                       and waits, with a limit, for a disk that is full or away
+    a later boundary   all have written: state.json, rename, then `latest`         (collective)
+
+A rank whose write fails makes all ranks fail at that later boundary; the checkpoints before stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline import comm
+from pipeline.checkpoint_folder import (
+    FORMAT_VERSION,
+    LATEST,
+    State,
+    checkpoint_name,
+    damaged_checkpoint,
+    describe_file,
+    read_state,
+    verify,
+    write_latest,
+)
+from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
+from pipeline.files import remove_unfinished, sync_dir, sync_file, write_sealed
+from pipeline.training.run_identity import require_same_run
+from pipeline.training.zero import read_share
+
+# What is stored of each parameter.
+KEYS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class Stateful(Protocol):
+    """What a checkpoint needs of an engine."""
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the trainable parameters, the same on every rank."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many updates the optimizer has made."""
+
+    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
+        """The whole state of a parameter in tensors of its own; a collective call."""
+
+    def prepare_restore(self, optimizer_steps: int) -> None:
+        """Make room for state to restore."""
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole parameter."""
+
+    def share_of(self, name: str) -> range:
+        """The flat elements of a parameter whose state this rank keeps."""
+
+    def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
+        """Take this rank's elements of a parameter's state; a collective call."""
+
+
+def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Restore the engine; returns the next step to run and `extra`. A collective call.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
+    """
+
+    def check() -> State:
+        state = read_state(path)
+        require_same_run(path, state, identity)
+        return state
+
+    state = comm.on_main(check)
+    with comm.together():
+        verify(path, slice(comm.rank(), None, comm.world_size()))
+    if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
+        raise UserError(
+            f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
+            fix="resume with the model section that the run began with",
+        )
+    with comm.together():
+        _check_shapes(path, engine)
+    engine.prepare_restore(state["optimizer_steps"])
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                elements = engine.share_of(name)
+                share = {
+                    key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
+                }
+                engine.restore_state(name, share)
+    return state["step"], state["extra"]
+
+
+def _check_shapes(path: Path, engine: Stateful) -> None:
+    """Compare the shapes of parameters, which flat elements no longer show.
+
+    Raises:
+        UserError: names the first one that differs.
+    """
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                found = tuple(tensors.get_slice(f"{name}/weight").get_shape())
+                if found != engine.shape_of(name):
+                    raise UserError(
+                        f"checkpoint {path}: {name} has shape {list(found)}",
+                        allowed=f"{list(engine.shape_of(name))}, as the model has",
+                        fix="resume with the model section that the run began with",
+                    )
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield (parameter name, its whole state) in a fixed order; needs no engine."""
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                yield name, {key: tensors.get_tensor(f"{name}/{key}") for key in KEYS}
+
+
+def _parameters_by_file(path: Path) -> dict[str, list[str]]:
+    """Names of parameters by the file that holds them, in an order that all ranks share."""
+    found = {}
+    for file in sorted(read_state(path)["files"]):
+        with _open(path, file) as tensors:
+            keys = tensors.keys()
+            found[file] = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
+    return found
+
+
+@contextmanager
+def _open(path: Path, file: str) -> Iterator[Any]:
+    """Open a checkpoint's file of tensors.
+
+    Raises:
+        UserError: it, or what is read from it inside of the block, is damaged.
+    """
+    try:
+        with safe_open(path / file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise damaged_checkpoint(path, f"{file} cannot be read ({error})") from error
+
+
+T = TypeVar("T")
+# How long a checkpoint waits for a disk; less than ranks wait for each other.
+PATIENCE_SECONDS = 900.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """A checkpoint on its way to disk."""
+
+    target: Path
+    partial: Path
+    description: dict[str, Any]  # state.json but for the files
+    written: Future[tuple[str, dict[str, Any]]]  # this rank's file: its name, size and hash
+
+
+class Saver:
+    """Writes one checkpoint at a time; all ranks call `begin` and `finish` alike.
+
+    Args:
+        folder: the run's `checkpoints` folder, on a disk that all ranks share.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: _Pending | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint was begun and not finished; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank has still something to write; differs between ranks."""
+        return self._pending is not None and not self._pending.written.done()
+
+    def begin(
+        self,
+        engine: Stateful,
+        *,
+        step: int,
+        identity: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Copy the state after `step` optimizer steps and start to write it; a collective call.
+
+        Args:
+            engine: what to save.
+            step: finished optimizer steps; the next one to run.
+            identity: what a resuming run must have in common (see `checkpoint.load`).
+            extra: plain values that `checkpoint.load` hands back.
+        """
+        assert self._pending is None, "the save before this one is not finished"
+        rank, world_size = comm.rank(), comm.world_size()
+        target = self._folder / checkpoint_name(step)
+        partial = self._folder / f".{target.name}.partial"
+        share = {}
+        for index, name in enumerate(engine.parameter_names):
+            state = engine.gather_state(name)
+            # Every rank takes part in the gather, one keeps the result: writing is shared out.
+            if index % world_size == rank:
+                for key, tensor in state.items():
+                    share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
+        path = partial / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+        self._pending = _Pending(
+            target=target,
+            partial=partial,
+            description={
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "optimizer_steps": engine.optimizer_steps,
+                "world_size": world_size,
+                "identity": identity,
+                "parameters": engine.parameter_names,
+                "extra": extra or {},
+            },
+            written=self._thread.submit(patiently, lambda: _write(path, share), target),
+        )
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, and let the checkpoint appear; a collective call.
+
+        Raises:
+            DiffembedError: some rank could not write, on all ranks alike.
+        """
+        pending, self._pending = self._pending, None
+        assert pending is not None, "nothing to finish"
+        error = pending.written.exception()
+        outcomes = comm.all_gather_object(repr(error) if error else pending.written.result())
+        faults = [f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)]
+        if not faults and comm.rank() == 0:
+            try:
+                patiently(lambda: _publish(pending, dict(outcomes)), pending.target)
+            except OSError as fault:
+                faults = [repr(fault)]
+        faults = comm.broadcast_object(faults)
+        if faults:
+            raise DiffembedError(
+                f"{pending.target} could not be written ({'; '.join(faults)}); the checkpoints "
+                f"before it are whole, run the same command to resume once this is mended"
+            )
+        return pending.target
+
+
+def patiently(write: Callable[[], T], target: Path) -> T:
+    """Return what `write` returns, repeated while the disk is full or away.
+
+    The state to write is in memory, and training has the next steps to do meanwhile: a minute's
+    fault of a disk costs nothing. What another path or other permissions would cure is not
+    repeated.
+
+    Args:
+        write: may be called again after it failed.
+        target: what is being written, for messages.
+    """
+    waited = 0.0
+    for pause in itertools.chain((5.0, 10.0, 20.0), itertools.repeat(30.0)):
+        try:
+            return write()
+        except Exception as error:
+            explained = explain_os_error(error)
+            if not isinstance(explained, MachineError) or waited >= PATIENCE_SECONDS:
+                raise
+            with contextlib.suppress(OSError):  # standard output may be on the same disk
+                print(
+                    f"{target.name} is not written yet ({explained}); trying again in {pause:.0f} "
+                    f"s, for {(PATIENCE_SECONDS - waited) / 60:.0f} more minutes",
+                    flush=True,
+                )
+        time.sleep(pause)
+        waited += pause
+    raise AssertionError("the pauses never end")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed saves and deletions left; rank 0 only, while nobody saves."""
+    for pattern in (".step-*.partial", ".step-*.deleted"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    remove_unfinished(folder / LATEST)
+
+
+def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
+    """Write this rank's tensors and compare what can be read back; its name, size and hash."""
+    # What a partitioned parameter looks like where it was not gathered.
+    if empty := [key for key, tensor in share.items() if not tensor.numel()]:
+        raise ValueError(f"{empty[0]} is empty")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(share, path)
+    sync_file(path)
+    with safe_open(path, framework="pt") as file:
+        for key, tensor in share.items():
+            written = file.get_tensor(key)
+            # As bytes, in which a NaN equals itself.
+            if not torch.equal(
+                written.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
+            ):
+                raise OSError(f"{path.name}: {key} was read back with other values")
+    return path.name, describe_file(path)
+
+
+def _publish(pending: _Pending, files: dict[str, Any]) -> None:
+    """Describe the files, and give the folder its name."""
+    target, replaced = pending.target, pending.target.with_name(f".{pending.target.name}.deleted")
+    if pending.partial.exists():  # not yet renamed by a call that failed after it
+        write_sealed(pending.partial / "state.json", {**pending.description, "files": files})
+        sync_dir(pending.partial)
+        if target.exists():  # of a future that the run was taken back from
+            target.rename(replaced)
+        pending.partial.rename(target)
+    sync_dir(target.parent)
+    # Last: `latest` must never name a checkpoint that is not whole.
+    write_latest(target)
+    # What cannot be deleted now is a leftover of the next start.
+    shutil.rmtree(replaced, ignore_errors=True)

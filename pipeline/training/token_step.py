@@ -1,0 +1,309 @@
+"""One optimizer step of token prediction: the exact gradient of the mean over the global batch.
+
+Shapes: P predictions, D width, V vocabulary. The (P, V) scores never exist at once: each tile's
+graph is gone after its backward.
+
+hide     tokens of every chunk, a function of seed, step and text   (data.masking)
+agree    the denominator of the mean, summed over ranks
+chunk    tokens -> hidden states -> scores of the vocabulary in tiles -> backward, one by one
+update   one reduction, one clip, one AdamW step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import comm
+from pipeline.config import ObjectiveConfig, TrainConfig
+from pipeline.data.batch import Chunk, GlobalBatch
+from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import Prediction, Vocabulary, predict
+from pipeline.model.encoder import LanguageModel, find_mask_token, predicts_shifted
+from pipeline.tokenizer import load_model_tokenizer
+from pipeline.training.engine import (
+    Agreement,
+    ChunkOutOfMemoryError,
+    Engine,
+    NonFiniteLossError,
+    StepGivenUpError,
+    TensorChunk,
+    seed_of_chunks,
+)
+from pipeline.training.layer_sweep import LayerSweep, encoder_stages, make_sweep, outside_of_layers
+
+# Memory for the scores of a tile per kind of device: a CPU's cache likes few, a GPU many.
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Scores and their gradient in the model's type, and in float32 the scores, their logarithm, and
+# the gradient.
+_BYTES_PER_SCORE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSums:
+    """Sums over the predictions of a chunk, and the gradient by the hidden states that made them.
+
+    Attributes:
+        loss: float64 sum of weight * cross-entropy.
+        correct: how many predictions of positive weight gave the highest score to their label.
+        gradient: (P, D) gradient of `loss` by the hidden states.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    gradient: Tensor
+
+
+def tile_rows(vocabulary: int, device: str) -> int:
+    """Predictions whose scores fit into the memory of a tile."""
+    return max(1, TILE_BYTES[device] // (_BYTES_PER_SCORE * vocabulary))
+
+
+def cross_entropy_in_tiles(
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    scores: Callable[[Tensor], Tensor],
+    backward: Callable[[Tensor], None],
+    rows: int,
+) -> TokenSums:
+    """Score, compare and go back through the head, tile by tile.
+
+    Args:
+        hidden: (P, D) hidden states; their own graph is left alone.
+        labels: (P,) tokens to predict.
+        weights: (P,) factor on each prediction's cross-entropy.
+        scores: (R, D) hidden states to (R, V) float32 scores.
+        backward: takes a scalar and accumulates its gradients, also those of the head.
+        rows: predictions of a tile.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    # One tensor for all tiles: what outlives a tile must not lie between the tiles' large ones.
+    gradient = torch.empty_like(hidden)
+    tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights, gradient)]
+    for part, label, weight, out in zip(*tiles, strict=True):
+        leaf = part.requires_grad_()
+        with torch.enable_grad():
+            score_RV = scores(leaf)
+            losses = F.cross_entropy(score_RV, label, reduction="none")
+            # A prediction that does not count is left out of the sum even where it is infinite.
+            weighted = torch.where(weight > 0, losses * weight, 0.0)
+            backward(weighted.sum())
+        loss += weighted.detach().double().sum()
+        correct += ((score_RV.argmax(dim=1) == label) & (weight > 0)).sum()
+        assert leaf.grad is not None
+        out.copy_(leaf.grad)
+        leaf.grad = None
+    return TokenSums(loss=loss, correct=correct, gradient=gradient)
+
+
+class TokenPrediction:
+    """MNTP, masked diffusion or next-token prediction; learns nothing beside the model.
+
+    Raises:
+        UserError: tokens are to be hidden, but nothing says by which one.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        assert config.objective is not None
+        self._config, self._objective = config, config.objective
+        self._shift = _is_shifted(config, config.objective)
+        self._vocabulary = _vocabulary(config, config.objective, dataset)
+
+    def accumulate(
+        self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
+    ) -> dict[str, float]:
+        """Leave the reduced gradients of a batch in the engine; returns the step's numbers.
+
+        Raises:
+            NonFiniteLossError: on all ranks; no gradient was accumulated.
+            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
+            StepGivenUpError: on all ranks; no gradient was accumulated.
+        """
+        agreement = agreement or Agreement()
+        agreement.begin_step()
+        predictions = [
+            predict(
+                chunk,
+                self._objective,
+                self._vocabulary,
+                text_ids=batch.example_ids,
+                shift=self._shift,
+                seed=self._config.seed,
+                step=batch.step,
+            )
+            for chunk in batch.chunks
+        ]
+        total, predicted = _sum_over_ranks(
+            sum(prediction.total for prediction in predictions),
+            sum(float((prediction.weights > 0).sum()) for prediction in predictions),
+        )
+        # The engine averages over ranks, each of which holds only its own share of the sum.
+        scale = comm.world_size() / max(total, 1.0)
+        try:
+            loss, correct = self._run(engine, batch, predictions, scale, agreement)
+        except (ChunkOutOfMemoryError, NonFiniteLossError, StepGivenUpError):
+            engine.discard()
+            raise
+        return {
+            "loss": loss,
+            "accuracy": correct / max(predicted, 1.0),
+            "predicted": predicted,
+        }
+
+    def update(self, lr: float) -> None:
+        """Nothing to update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: what is hidden is a function of seed and step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _run(
+        self,
+        engine: Engine,
+        batch: GlobalBatch,
+        predictions: list[Prediction],
+        scale: float,
+        agreement: Agreement,
+    ) -> tuple[float, float]:
+        """All chunks forward and back; returns the global loss, and predictions that are right."""
+        chunks = [
+            _to_tensors(number, chunk, predictions[number], scale)
+            for number, chunk in enumerate(batch.chunks)
+        ]
+        seed = seed_of_chunks(self._config.seed, batch.step)
+        if self._config.schedule == "sweep":
+            stages = [*encoder_stages(engine.encoder)[:-1], _take(engine.encoder)]
+            sweep = make_sweep(engine, stages, self._config, seed, agreement)
+            return _sweep(engine, chunks, sweep)
+        return _chunk_by_chunk(engine, chunks, seed, agreement)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _TokenChunk(TensorChunk):
+    """A chunk on the device, and what to predict in it."""
+
+    states: torch.Tensor  # (P,) places of the hidden states that predict
+    labels: torch.Tensor  # (P,)
+    weights: torch.Tensor  # (P,) float32
+
+
+def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float) -> _TokenChunk:
+    device = comm.device()
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return _TokenChunk(
+        number=number,
+        input_ids=tensor(prediction.input_ids),
+        lengths=torch.from_numpy(chunk.lengths),
+        instruction_tokens=None,
+        states=tensor(prediction.states),
+        labels=tensor(prediction.labels),
+        weights=tensor(prediction.weights * scale).float(),
+    )
+
+
+def _chunk_by_chunk(
+    engine: Engine, chunks: list[_TokenChunk], seed: Callable[[int], None], agreement: Agreement
+) -> tuple[float, float]:
+    """Each chunk's graph is gone before the next one's forward: there is nothing to cache."""
+    model: LanguageModel = engine.encoder
+    sums = []
+    with engine.hold(list(model.parameters())), engine.accumulation():
+        with agreement.out_of_memory_on_all_ranks():
+            for chunk in chunks:
+                agreement.point()
+                seed(chunk.number)
+                with torch.enable_grad():
+                    hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
+                found = _through_the_head(engine, hidden, chunk)
+                engine.backward((hidden * found.gradient).sum())
+                sums.append((found.loss, found.correct))
+        # Before the reduction, so that a batch that is left out leaves nothing behind.
+        return _agreed(sums)
+
+
+def _sweep(
+    engine: Engine, chunks: list[_TokenChunk], sweep: LayerSweep[_TokenChunk]
+) -> tuple[float, float]:
+    """Layer by layer; the hidden states that predict stand in the place of the embeddings."""
+    with engine.hold(outside_of_layers(engine.encoder)):
+        states = sweep.forward(chunks)
+        with engine.accumulation():
+            found = [
+                _through_the_head(engine, hidden, chunk)
+                for hidden, chunk in zip(states, chunks, strict=True)
+            ]
+            numbers = _agreed([(sums.loss, sums.correct) for sums in found])
+            sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)
+    return numbers
+
+
+def _take(model: LanguageModel) -> Callable[[_TokenChunk, torch.Tensor], torch.Tensor]:
+    """The last stage of a sweep: final norm, and only the states that predict."""
+    return lambda chunk, hidden: model.family.finish(model.model, hidden)[0, chunk.states]
+
+
+def _through_the_head(engine: Engine, hidden: torch.Tensor, chunk: _TokenChunk) -> TokenSums:
+    model: LanguageModel = engine.encoder
+    return cross_entropy_in_tiles(
+        hidden,
+        chunk.labels,
+        chunk.weights,
+        scores=model.logits,
+        backward=engine.backward,
+        rows=tile_rows(model.lm_head.out_features, hidden.device.type),
+    )
+
+
+def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """Loss and right predictions over all chunks of all ranks.
+
+    Raises:
+        NonFiniteLossError: on all ranks.
+    """
+    losses, correct = (float(torch.stack(numbers).sum()) for numbers in zip(*sums, strict=True))
+    mean, right = _sum_over_ranks(losses / comm.world_size(), correct)
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(mean, [])
+    return mean, right
+
+
+def _sum_over_ranks(*values: float) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float64, device=comm.device())
+    found: list[float] = comm.all_reduce_(sums).tolist()
+    return found
+
+
+def _is_shifted(config: TrainConfig, objective: ObjectiveConfig) -> bool:
+    diffusion = objective.masked_diffusion
+    if diffusion is None:
+        return True
+    return predicts_shifted(config.model) if diffusion.shift is None else diffusion.shift
+
+
+def _vocabulary(config: TrainConfig, objective: ObjectiveConfig, dataset: Dataset) -> Vocabulary:
+    size = dataset.tokenizer.vocab_size
+    masked = objective.mntp or objective.masked_diffusion
+    if masked is None:
+        return Vocabulary(size=size, mask=-1)
+    tokenizer = load_model_tokenizer(config.model.path)
+    return Vocabulary(
+        size=size,
+        mask=find_mask_token(config.model, tokenizer, masked.mask_token),
+        special=frozenset(tokenizer.all_special_ids),
+    )
