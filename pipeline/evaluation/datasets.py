@@ -66,14 +66,18 @@ def is_bright(task: str) -> bool:
     return task in _TASKS
 
 
-def load_columns(task: Any) -> dict[str, Any]:
-    """Corpus, queries and judgements of a localised BRIGHT task, as mteb holds a split."""
+def load_columns(task: Any, *, fix: str) -> dict[str, Any]:
+    """Return corpus, queries and judgements of a localised BRIGHT task, as mteb holds a split.
+
+    Raises:
+        UserError: they cannot be loaded, which `fix` mends.
+    """
     topic = task.metadata.name.removeprefix("Bright").removesuffix("Retrieval")
     long = topic.endswith("Long")
     topic = topic.removesuffix("Long")
     subset = _SPELLED.get(topic, topic.lower())
-    documents = _load(task, "long_documents" if long else "documents", subset)
-    examples = _load(task, "examples", subset)
+    documents = _load(task, "long_documents" if long else "documents", subset, fix)
+    examples = _load(task, "examples", subset, fix)
     gold = examples["gold_ids_long" if long else "gold_ids"]
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),
@@ -84,11 +88,11 @@ def load_columns(task: Any) -> dict[str, Any]:
     }
 
 
-def _load(task: Any, config: str, subset: str) -> datasets.Dataset:
+def _load(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
     """One subset's files alone; by its name, `datasets` would convert all twelve."""
     source = task.metadata.dataset
     found = f"{task.metadata.name}: cannot load {config} of the data set {source['path']}"
-    with blame(found, fix="fetch it again with `diffembed evaluate prefetch`"):
+    with blame(found, fix=fix):
         builder = datasets.load_dataset_builder(source["path"], config, revision=source["revision"])
         files = {subset: builder.config.data_files[subset]}
         return datasets.load_dataset(builder.name, data_files=files, split=subset)
@@ -328,7 +332,7 @@ def task_texts(
         task = localise(get_task(name, own), snapshots)
         if is_bright(name):
             with blame(_cannot_load(task), fix=_fix_of(task)):
-                splits = [load_columns(task)]
+                splits = [load_columns(task, fix=_fix_of(task))]
             _prove_split(name, splits[0], _fix_of(task))
         else:
             load_and_prove(task)

@@ -23,6 +23,7 @@ from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
     ExportStep,
+    ModelConfig,
     PrepareConfig,
     TrainConfig,
     as_tree,
@@ -58,10 +59,10 @@ def is_prepared(config: PrepareConfig) -> bool:
 
 
 def require_resumable(config: TrainConfig) -> None:
-    """Refuse a config whose run folder holds checkpoints of another one.
+    """Refuse a config whose run folder holds checkpoints of another one, as training would.
 
     Raises:
-        UserError: names the first key that differs.
+        UserError: names the first key that differs, or the file of the model that changed.
     """
     from pipeline.data.manifest import FILE_NAME
     from pipeline.data.shards import Dataset
@@ -69,15 +70,26 @@ def require_resumable(config: TrainConfig) -> None:
 
     checkpoints = RunDir(config.output_dir).checkpoints
     newest = checkpoints / (read_latest(checkpoints) or "")
-    # Without its shards a finished run is compared by its config alone.
-    if not (newest / "state.json").is_file() or not (config.data.path / FILE_NAME).is_file():
+    if not (newest / "state.json").is_file():
         return
+    # A finished run needs its shards no more; they may have been removed.
+    has_shards = (config.data.path / FILE_NAME).is_file()
+    dataset = Dataset.open(config.data.path, verify=False) if has_shards else None
     with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: training says what to do
         state = json.loads((newest / "state.json").read_text())
         found = {"step": state.get("step", 0), "identity": dict(state["identity"])}
-        # The weights are compared where they are loaded.
-        wanted = run_identity(config, Dataset.open(config.data.path, verify=False))
-        require_same_run(newest, found, wanted)
+        require_same_run(newest, found, run_identity(config, dataset, _local_digests(config.model)))
+
+
+def _local_digests(model: ModelConfig) -> dict[str, str] | None:
+    """Digests of a model's files; None for a model of the hub, which jobs compare as they load."""
+    places = [model.path, *model.all_merged, *([model.adapter] if model.adapter else [])]
+    if not all(Path(place).is_dir() for place in places):
+        return None
+    # Inside, because it imports torch.
+    from pipeline.model.weights import model_digests_here
+
+    return model_digests_here(model)
 
 
 def require_shards(config: TrainConfig) -> None:

@@ -35,18 +35,19 @@ _PLACES = ("model.path", "model.revision", "model.adapter", "model.merged_adapte
 
 
 def run_identity(
-    config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None = None
+    config: TrainConfig, dataset: Dataset | None, weights: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """The keys of a config that a resumed run may not change, as flat `key.sub: value`.
 
     Args:
         config: the run.
-        dataset: its shards, known by their content.
+        dataset: its shards, known by their content; None where they are gone.
         weights: digests of the model's files (see `model_digests`).
     """
     identity = _keys(config)
     # The same shards in another folder are the same data.
-    identity[_DATA] = dataset.fingerprint
+    if dataset is not None:
+        identity[_DATA] = dataset.fingerprint
     if weights is not None:
         identity[_WEIGHTS] = weights
     return identity

@@ -65,6 +65,20 @@ def test_an_unknown_task_is_found_before_the_first_one_is_scored(one: EvaluateCo
             command(wrong)
 
 
+@pytest.mark.parametrize("task", [AOPS, CORE])
+def test_a_data_set_out_of_reach_has_one_cure_whatever_the_command(
+    task: str, one: EvaluateConfig
+) -> None:
+    away = dataclasses.replace(one, tasks=(task,), snapshots=None)
+    for command in (plan, lambda config: run_all(config, load=lambda *_: BagOfLetters())):
+        with pytest.raises(UserError, match=f"^{task}: cannot load .* data set") as error:
+            command(away)
+        assert error.value.fix == (
+            "set snapshots to a folder, and run `diffembed evaluate prefetch` on a machine with "
+            "network"
+        )
+
+
 def test_an_output_that_cannot_be_written_is_found_before_the_first_task_is_scored(
     one: EvaluateConfig,
 ) -> None:

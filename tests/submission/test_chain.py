@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.results import inputs_of, results_digest
 from pipeline.evaluation.tasks import list_elements
+from pipeline.model.weights import model_digests_here
 from pipeline.submission.chain import Chain, export_chain, prepare_chain, train_chain, whole_chain
 from pipeline.submission.submit import Submission, show
 from pipeline.training.run_identity import run_identity
@@ -238,6 +240,26 @@ def test_a_finished_run_whose_config_was_edited_is_refused_by_key(
     for key, value in (("optimizer.lr", "0.5"), ("model.attention", "causal"), ("seed", "7")):
         with pytest.raises(UserError, match=rf"^{key}\b.*{value}.* began .*set .*back"):
             train(f"{key}={value}")
+
+
+@pytest.mark.parametrize("step", [3, NUM_STEPS])
+def test_a_run_whose_base_model_changed_is_refused_as_training_would(
+    train: Train, prepared: PrepareConfig, tmp_path: Path, step: int
+) -> None:
+    moved = Path(shutil.copytree(prepared.tokenizer, tmp_path / "moved"))
+    config = load_config(TrainConfig, RECIPE / "train.yaml", own_data(prepared))
+    dataset = Dataset.open(prepared.output_dir, verify=False)
+    identity = run_identity(config, dataset, model_digests_here(config.model))
+    train_to(step)
+    state = CHECKPOINTS / f"step-{step:06d}/state.json"
+    state.write_text(json.dumps({"step": step, "identity": identity}))
+    assert bool(train(f"model.path={moved}").finished) == (step == NUM_STEPS)
+
+    weights = moved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for gone in ((), (f"data.path={tmp_path}/gone",)):
+        with pytest.raises(UserError, match=r"^model.path: model.safetensors changed since"):
+            train(f"model.path={moved}", *gone)
 
 
 def test_shards_made_from_another_config_are_refused_and_never_called_whole(
