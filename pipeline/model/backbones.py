@@ -46,21 +46,37 @@ def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str,
         family: how it was taken apart.
         config: the model section it was built from.
     """
+    files = WeightFiles(config.path, config.revision)
+    found = {}
+    for name, (shape, source) in _left_out(model, family, files).items():
+        if source is None:
+            found[name] = torch.zeros(shape, dtype=model.dtype)
+        else:
+            with files.slices([source]) as slices:
+                found[name] = slices[source][:].to(model.dtype)
+    return found
+
+
+def unused_names(model: Any, family: Family, config: ModelConfig) -> list[str]:
+    """Return the names of the `unused_weights` that the base model has."""
+    left_out = _left_out(model, family, WeightFiles(config.path, config.revision))
+    return [name for name, (_, source) in left_out.items() if source is not None]
+
+
+def _left_out(
+    model: Any, family: Family, files: WeightFiles
+) -> dict[str, tuple[torch.Size, str | None]]:
+    """Return the shape of each unused weight, and its name in the base model's files."""
     if not family.arguments:
         return {}  # nothing was left out
     with torch.device("meta"):
         whole = AutoModel.from_config(model.config, trust_remote_code=False)
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
-    files = WeightFiles(config.path, config.revision)
     found = {}
     for name in shapes.keys() - model.state_dict().keys():
         published = [name, f"{whole.base_model_prefix}.{name}"]
         source = next((key for key in published if files.shapes.get(key) == shapes[name]), None)
-        if source is None:
-            found[name] = torch.zeros(shapes[name], dtype=model.dtype)
-        else:
-            with files.slices([source]) as slices:
-                found[name] = slices[source][:].to(model.dtype)
+        found[name] = shapes[name], source
     return found
 
 

@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.model.adapters import add_lora, continue_adapter
 from pipeline.model.architectures import NATIVE_FORMS, Family
 from pipeline.model.attention import Rows, check_lengths, describe_kernel
-from pipeline.model.backbones import load_backbone, quiet, read_config, unused_weights
+from pipeline.model.backbones import load_backbone, quiet, read_config, unused_names, unused_weights
 from pipeline.model.weights import Placement, WeightFiles
 from pipeline.tokenizer import limits_of, read_limits
 
@@ -204,6 +204,12 @@ class Encoder(nn.Module):
                 state_dict={**self.model.state_dict(), **unused},
                 save_original_format=False,
             )
+
+    def names_from_base(self) -> list[str]:
+        """Names of the tensors of an export that no training of this model changes."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        held = [name for name in self.model.state_dict() if name not in trained]
+        return held + unused_names(self.model, self.family, self.config)
 
     def merge_adapters(self) -> None:
         """Add the adapters to the weights they belong to; they cannot be trained after."""

@@ -29,7 +29,7 @@ from pipeline.tokenizer import (
 )
 from pipeline.training import checkpoints
 from pipeline.training.engine import seed_random
-from pipeline.training.run_identity import require_same_model
+from pipeline.training.run_identity import require_own_weights, require_same_model
 
 # Documents of which the prompts are counted.
 _SAMPLE = 1000
@@ -64,8 +64,9 @@ def export_run(
     tokenizer = load_tokenizer(own, key=f"tokenizer of {config.data.path}")
     dataset.require_tokenizer(tokenizer_fingerprint(tokenizer), own)
     path = None if which == "init" else _find(run, which)
+    changed: list[str] = []
     if path is not None:
-        require_same_model(path, checkpoint_folder.read_state(path), config, dataset)
+        changed = require_same_model(path, checkpoint_folder.read_state(path), config, dataset)
     manifest = dataset.manifest
     # Imports of other libraries take long; they run while this process reads weights.
     with Outside() if check else nullcontext() as outside:
@@ -73,6 +74,7 @@ def export_run(
         encoder = build_model(config)
         step, digest = 0, None
         if path is not None:
+            require_own_weights(path, changed, encoder.names_from_base())
             step, digest = _load_weights(encoder, path), checkpoint_digest(path)
         return export_encoder(
             encoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
         UserError: names every key that differs.
     """
     saved, run = state["identity"], path.parent.parent
-    _require_same_content(run, saved, wanted)
+    _require_same_shards(run, saved, wanted)
+    _refuse_changed(run, _changed_files(saved, wanted))
     differ = _differing(saved, wanted)
     if differ:
         key = differ[0]
@@ -80,7 +82,7 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
 
 def require_same_model(
     path: Path, state: Mapping[str, Any], config: TrainConfig, dataset: Dataset
-) -> None:
+) -> list[str]:
     """Refuse to read a checkpoint's weights into another model than the run trained.
 
     Compares the files of the base model and its adapters, the shards with their template and
@@ -92,6 +94,10 @@ def require_same_model(
         config: the config that would be exported.
         dataset: its shards.
 
+    Returns:
+        Files of weights that changed since the run began, where all of its weights were trained:
+        whether they matter is known once the model is built, see `require_own_weights`.
+
     Raises:
         UserError: names what differs.
     """
@@ -101,7 +107,11 @@ def require_same_model(
     saved, run = state["identity"], path.parent.parent
     # One process exports: other ranks, if there are any, take no part in this.
     wanted = run_identity(config, dataset, model_digests_here(config.model))
-    _require_same_content(run, saved, wanted)
+    _require_same_shards(run, saved, wanted)
+    changed = _changed_files(saved, wanted)
+    adapter = config.model.adapter is not None and config.model.adapter_use == "continue"
+    if adapter or config.model.lora is not None or not all(map(_holds_weights, changed)):
+        _refuse_changed(run, changed)
     for key in _differing(saved, wanted):
         if key.startswith(_VECTOR_KEYS) and key not in _NO_VECTOR_KEYS:
             raise UserError(
@@ -109,6 +119,28 @@ def require_same_model(
                 allowed=f"{saved.get(key)!r}, which the run in {run} was trained with",
                 fix="export with the config and the shards of the run",
             )
+    return changed
+
+
+def require_own_weights(path: Path, changed: list[str], from_base: list[str]) -> None:
+    """Refuse changed files of a base model if an export takes tensors from them; else say so.
+
+    Args:
+        path: the checkpoint.
+        changed: the files.
+        from_base: tensors of the export that the checkpoint does not hold.
+
+    Raises:
+        UserError: the export would mix the trained tensors with others than they belong to.
+    """
+    if changed and from_base:
+        _refuse_changed(path.parent.parent, changed)
+    if changed:
+        print(
+            f"export: {', '.join(changed[:3])} changed since the run began; not needed, because "
+            f"{path.name} holds every tensor of the export",
+            file=sys.stderr,
+        )
 
 
 def _keys(config: TrainConfig) -> dict[str, Any]:
@@ -137,17 +169,30 @@ def _differing(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [key for key in keys if before.get(key) != wanted.get(key)]
 
 
-def _require_same_content(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse other shards, or other files of the model, than the run began with."""
+def _require_same_shards(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse other shards than the run began with."""
     if _DATA in saved and saved[_DATA] != wanted.get(_DATA, saved[_DATA]):
         raise UserError(
             f"data.path: the shards there are not those that the run in {run} began with",
             fix="set data.path back to them, or prepare them again with the same config and files",
         )
+
+
+def _changed_files(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the model's files that are not those that the run began with."""
     before, now = saved.get(_WEIGHTS), wanted.get(_WEIGHTS)
     if before is None or now is None:  # a checkpoint of an earlier version has no digests
-        return
-    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        return []
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def _holds_weights(name: str) -> bool:
+    """True unless a model's file decides its architecture; adapters were merged by training."""
+    return name.startswith("adapter ") or not name.endswith((".json", ".py"))
+
+
+def _refuse_changed(run: Path, different: list[str]) -> None:
+    """Refuse other files of the model than the run began with, if there are any."""
     if different:
         key = "model.adapter" if different[0].startswith("adapter ") else "model.path"
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
@@ -97,6 +98,9 @@ def test_packed_rows_equal_transformers_padded_batch(
         ModelConfig(path=str(folder), dtype="float32", attention=attention, normalize=False)
     )
     assert encoder.describe_attention(torch.device("cpu")) == "attention: row by row (on a CPU)"
+    # All else is trained, and needs no base model once a checkpoint holds it.
+    poolers = [key for key in load_file(folder / "model.safetensors") if key.startswith("pooler.")]
+    assert sorted(encoder.names_from_base()) == sorted(poolers)
     # What we save must mean the same to transformers alone, also without a causal mask.
     encoder.save_backbone(tmp_path / "saved")
     reference, info = hf.AutoModel.from_pretrained(
