@@ -22,7 +22,7 @@ from pipeline.tokenizer import (
     load_tokenizer,
     read_limits,
     tokenizer_fingerprint,
-    warn_of_declared,
+    warn_if_unlike_base,
 )
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -273,7 +273,7 @@ class Dataset:
         Raises:
             UserError: with what the model has.
         """
-        warn_of_declared(model, self.template)
+        warn_if_unlike_base(model, self.template)
         factor = 1.0 if model.rope_scaling is None else model.rope_scaling.factor
         limits = read_limits(model.path, model.revision, factor=factor)
         manifest = self.manifest
@@ -286,7 +286,7 @@ class Dataset:
         )
         limits.warn_of_length(lengths)
         # Most tokenizers that are larger than the model are so by tokens that no text has.
-        if limits.tokens is not None and self.tokenizer.vocab_size > limits.tokens:
+        if limits.num_tokens is not None and self.tokenizer.vocab_size > limits.num_tokens:
             limits.require_token(self.largest_token(), where=str(self.folder))
 
     def largest_token(self) -> int:

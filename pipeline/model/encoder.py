@@ -388,7 +388,7 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             f"objective: the tokenizer of {config.path} {what}",
             fix="set mask_token in the objective's section to a token of its vocabulary, such as _",
         )
-    size = read_limits(config.path, config.revision).tokens
+    size = read_limits(config.path, config.revision).num_tokens
     if size is not None and known >= size:
         raise UserError(
             f"objective: the mask token of {config.path} is number {known}",

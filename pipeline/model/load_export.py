@@ -173,7 +173,7 @@ class LoadedExport:
         # An empty string of a tokenizer without special tokens has no token to pool.
         filler = [self.tokenizer.pad_token_id or 0]
         rows = [row or filler for row in rows]
-        if self.limits.tokens is not None:
+        if self.limits.num_tokens is not None:
             self.limits.require_token(max(map(max, rows)), where="a text to embed")
         if not count_prefix:
             return rows, [0] * len(rows)
@@ -247,8 +247,8 @@ def load_export(
     encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
     tokenizer = load_tokenizer(str(folder))
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
-    if limits.tokens is not None and max(tokenizer.get_vocab().values()) < limits.tokens:
-        limits = dataclasses.replace(limits, tokens=None)
+    if limits.num_tokens is not None and max(tokenizer.get_vocab().values()) < limits.num_tokens:
+        limits = dataclasses.replace(limits, num_tokens=None)
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
@@ -284,7 +284,7 @@ def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, limits: M
     """The folder's own length, cut to the positions that its model has."""
     limit = limits.positions
     if asked is None:  # as sentence-transformers does
-        return min(int(tokenizer.model_max_length), limit or limits.trained or sys.maxsize)
+        return min(int(tokenizer.model_max_length), limit or limits.trained_length or sys.maxsize)
     if limit is None or asked <= limit:
         return asked
     say_warning(

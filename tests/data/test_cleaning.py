@@ -28,7 +28,7 @@ from pipeline.data.prepare.contamination import (
 from pipeline.data.prepare.near_duplicates import minhash
 from pipeline.data.shards import Dataset, inspect
 from pipeline.errors import UserError
-from pipeline.tokenizer import TextEncoder, describe_tokenizer
+from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
 
 
 @pytest.fixture
@@ -196,14 +196,14 @@ def test_documents_that_were_not_cut_are_not_tokenised_again(
     short = build(records, name="short", max_document_length=32)
     fresh = build(records, name="fresh", max_document_length=60)
     counted: list[int] = []
-    encode = TextEncoder.encode_framed
+    encode = TextTokenizer.encode_framed
 
-    def counting(self: TextEncoder, texts: Any, max_length: int, **ends: Any) -> Any:
+    def counting(self: TextTokenizer, texts: Any, max_length: int, **ends: Any) -> Any:
         if max_length == 60:
             counted.append(len(texts))
         return encode(self, texts, max_length, **ends)
 
-    monkeypatch.setattr(TextEncoder, "encode_framed", counting)
+    monkeypatch.setattr(TextTokenizer, "encode_framed", counting)
     reused = build(records, name="reused", max_document_length=60, reuse=short.folder)
     assert sum(counted) == short.manifest.document_lengths.cut == 10
     assert reused.manifest == fresh.manifest
@@ -242,8 +242,8 @@ def test_prepared_strings_are_those_that_evaluation_will_format(
     path = write_jsonl(tmp_path / "allnli.jsonl", [record])
     source = SourceConfig(name="e5", format="e5", path=str(path), instruction="Pair up")
     dataset = Dataset.open(prepare(make_config(source, template=template), num_workers=1))
-    tokenizer_json, _ = describe_tokenizer(str(tokenizer_path), append_eos=False)
-    encoder = TextEncoder(tokenizer_json, eos_id=None, append_eos=False)
+    tokenizer_json, _ = load_fast_tokenizer(str(tokenizer_path), append_eos=False)
+    encoder = TextTokenizer(tokenizer_json, eos_id=None, append_eos=False)
     assert dataset.template == template
     stored = dataset.template
     query = encoder.encode([stored.format_query("who", "Pair up")], 48)[0]

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer, PreTraine
 
 from pipeline.errors import UserError
 from pipeline.model.export import append_eos
-from pipeline.tokenizer import TextEncoder, describe_tokenizer
+from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
 
 TEXTS = ["abba cab", "x", " ".join(WORDS[:60])]
 LIMIT = 12
@@ -121,10 +121,10 @@ def test_a_text_has_the_specials_of_its_tokenizer_and_one_eos_if_asked(
     kind(tmp_path)
     if append and kind is bert:
         with pytest.raises(UserError, match="no EOS token"):
-            describe_tokenizer(str(tmp_path), append_eos=True)
+            load_fast_tokenizer(str(tmp_path), append_eos=True)
         return
-    tokenizer_json, info = describe_tokenizer(str(tmp_path), append_eos=append)
-    encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=append)
+    tokenizer_json, info = load_fast_tokenizer(str(tmp_path), append_eos=append)
+    encoder = TextTokenizer(tokenizer_json, eos_id=info.eos_id, append_eos=append)
     rows = [row.tolist() for row in encoder.encode(TEXTS, LIMIT)]
     exported = AutoTokenizer.from_pretrained(tmp_path)
     if append:
@@ -150,8 +150,8 @@ def test_a_text_cut_within_its_instruction_keeps_a_token_to_pool(
     kind: Callable[[Path], None], tmp_path: Path
 ) -> None:
     kind(tmp_path)
-    tokenizer_json, info = describe_tokenizer(str(tmp_path), append_eos=False)
-    encoder = TextEncoder(tokenizer_json, eos_id=info.eos_id, append_eos=False)
+    tokenizer_json, info = load_fast_tokenizer(str(tmp_path), append_eos=False)
+    encoder = TextTokenizer(tokenizer_json, eos_id=info.eos_id, append_eos=False)
     rows, skipped = encoder.encode_framed([TEXTS[2]], 5, prefixes=[len(TEXTS[2])], suffixes=[0])
     assert len(rows[0]) == 5
     assert 3 <= skipped[0] <= 4
@@ -161,11 +161,11 @@ def test_tokenizers_of_one_vocabulary_that_cut_texts_otherwise_are_told_apart(
     tmp_path: Path,
 ) -> None:
     qwen(tmp_path)
-    _, before = describe_tokenizer(str(tmp_path), append_eos=False)
+    _, before = load_fast_tokenizer(str(tmp_path), append_eos=False)
     path = tmp_path / "tokenizer.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({**tree, "normalizer": {"type": "Lowercase"}}))
-    _, after = describe_tokenizer(str(tmp_path), append_eos=False)
+    _, after = load_fast_tokenizer(str(tmp_path), append_eos=False)
     assert before.fingerprint != after.fingerprint
 
 
@@ -173,7 +173,7 @@ def test_an_eos_that_only_a_flag_asks_for_is_not_lost_in_silence(tmp_path: Path)
     mistral(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "add_eos_token": True}))
-    with pytest.raises(UserError, match="says add_eos_token.*append_eos: true"):
-        describe_tokenizer(str(tmp_path), append_eos=False)
-    _, info = describe_tokenizer(str(tmp_path), append_eos=True)
+    with pytest.raises(UserError, match="sets add_eos_token.*append_eos: true"):
+        load_fast_tokenizer(str(tmp_path), append_eos=False)
+    _, info = load_fast_tokenizer(str(tmp_path), append_eos=True)
     assert info.append_eos

@@ -30,7 +30,7 @@ from pipeline.data.sources import expand_sources, plan_source
 from pipeline.data.sources.containers import block_bytes_of
 from pipeline.data.sources.records import Block
 from pipeline.files import write_text
-from pipeline.tokenizer import TextEncoder, TokenizerInfo, describe_tokenizer, read_limits
+from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer, read_limits
 
 # Text per slice of the document store; a task holds one slice in memory.
 _SLICE_BYTES = 4 * 2**20
@@ -70,10 +70,10 @@ class Build:
         return TypeAdapter(Plan).validate_json(self.output("plan", 0).read_text())
 
     @functools.cached_property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> TextTokenizer:
         """The tokenizer of the plan."""
         info = self.plan.tokenizer
-        return TextEncoder(
+        return TextTokenizer(
             (self.folder / "tokenizer.json").read_text(),
             eos_id=info.eos_id,
             append_eos=info.append_eos,
@@ -99,7 +99,7 @@ def make_plan(build: Build) -> None:
     # The tokenizer after all that a config may say wrong: looking it up may need a network.
     sources = expand_sources(config.sources)
     require_inputs(config)
-    tokenizer_json, tokenizer = describe_tokenizer(config.tokenizer, append_eos=config.append_eos)
+    tokenizer_json, tokenizer = load_fast_tokenizer(config.tokenizer, append_eos=config.append_eos)
     read_limits(config.tokenizer).require_length(
         {
             "max_query_length": config.max_query_length,

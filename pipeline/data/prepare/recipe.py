@@ -31,7 +31,7 @@ from pipeline.data.sources.files import HUB
 from pipeline.data.sources.tables import hub_files
 from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
-from pipeline.tokenizer import TokenizerInfo, describe_tokenizer
+from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer
 
 # What a remote file system may say about a file's content.
 _REMOTE_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "versionId", "generation")
@@ -283,7 +283,7 @@ def identify_tokenizer(tokenizer_json: str, info: TokenizerInfo) -> str:
 
 
 def _load_identity(config: PrepareConfig) -> str:
-    return identify_tokenizer(*describe_tokenizer(config.tokenizer, append_eos=config.append_eos))
+    return identify_tokenizer(*load_fast_tokenizer(config.tokenizer, append_eos=config.append_eos))
 
 
 def _measure(
