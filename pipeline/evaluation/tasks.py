@@ -28,7 +28,7 @@ from pipeline.data.sources.corpus import (
     judgement_files,
     judgement_records,
 )
-from pipeline.data.sources.records import BadRowError, Record
+from pipeline.data.sources.records import BadRecords, BadRowError, Record
 from pipeline.errors import UserError
 
 # The folder that mteb makes when it is imported; nothing is kept there by this package.
@@ -319,13 +319,22 @@ def read_split(own: OwnTask) -> dict[str, Any]:
         UserError: a file is missing or damaged, or no query is left; names file and line.
     """
     source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
+    bad = BadRecords(f"tasks.{own.name}")
     try:
-        corpus = _distinct(own, ((name, text) for name, text, _ in corpus_records(source)))
-        queries = _distinct_queries(_records(source, "queries"))
+        corpus = _distinct(corpus_records(source, on_bad=bad.add), bad)
+        queries = _distinct_queries(_records(source, "queries", bad), bad)
         judged: dict[str, dict[str, int]] = {}
         files = tuple(judgement_files(source))
-        for record, query, document, score in judgement_records(files, _refuse):
-            judged.setdefault(query, {})[document] = _grade(record, score)
+        for record, query, document, score in judgement_records(files, bad.add):
+            if float(score).is_integer():
+                judged.setdefault(query, {})[document] = int(score)
+            else:
+                allowed = "a whole number; documents above 0 are relevant"
+                bad.add(record.fail(f"score {score}", allowed=allowed))
+        for name, record in queries.items():
+            if name in judged and not isinstance(_asked(record)[0], str):
+                bad.add(record.fail("no text", allowed="a text in the field text or query"))
+        bad.refuse()
     except UserError as error:
         found = error.found.replace(f"sources.{own.name}", f"tasks.{own.name}")
         raise UserError(found, allowed=error.allowed, fix=error.fix) from error
@@ -344,33 +353,28 @@ def read_split(own: OwnTask) -> dict[str, Any]:
     }
 
 
-def _distinct(own: OwnTask, documents: Iterator[tuple[str, str]]) -> dict[str, str]:
-    """Texts by id.
-
-    Raises:
-        UserError: two documents have one id, so that judgements of it mean nothing.
-    """
+def _distinct(documents: Iterator[tuple[str, str, Record]], bad: BadRecords) -> dict[str, str]:
+    """Texts by id; a document with the id of another one is bad."""
     corpus: dict[str, str] = {}
-    for document, text in documents:
-        if corpus.setdefault(document, text) != text:
-            raise UserError(
-                f"tasks.{own.name}: two documents of {own.path} have the id {document!r}",
-                fix="give each document an id of its own",
-            )
+    for name, text, record in documents:
+        if corpus.setdefault(name, text) != text:
+            found = f"an earlier document has the id {name!r}"
+            bad.add(record.fail(found, allowed="one id per document"))
     return corpus
 
 
-def _distinct_queries(records: Iterator[Record]) -> dict[str, Record]:
-    """Records by id.
-
-    Raises:
-        UserError: two queries have one id, so that judgements of it mean nothing.
-    """
+def _distinct_queries(records: Iterator[Record], bad: BadRecords) -> dict[str, Record]:
+    """Records by id; a query without an id, or with the id of another one, is bad."""
     queries: dict[str, Record] = {}
     for record in records:
-        first = queries.setdefault(name := identifier(record), record)
+        try:
+            first = queries.setdefault(name := identifier(record), record)
+        except BadRowError as fault:
+            bad.add(fault)
+            continue
         if _asked(first) != _asked(record):
-            raise record.fail(f"an earlier query has the id {name!r}", allowed="an id a query")
+            found = f"an earlier query has the id {name!r}"
+            bad.add(record.fail(found, allowed="one id per query"))
     return queries
 
 
@@ -380,32 +384,17 @@ def _asked(record: Record) -> tuple[object, object]:
     return value.get("text", value.get("query")), value.get("instruction")
 
 
-def _records(source: SourceConfig, part: str) -> Iterator[Record]:
+def _records(source: SourceConfig, part: str, bad: BadRecords) -> Iterator[Record]:
     for file in folder_part(source, part):
         for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
-            yield from read_records(block, split=None)
-
-
-def _refuse(bad: BadRowError) -> None:
-    raise bad
-
-
-def _grade(record: Record, score: float) -> int:
-    if score != int(score):
-        raise record.fail(
-            f"score {score}", allowed="a whole number; documents above 0 are relevant"
-        )
-    return int(score)
+            yield from read_records(block, split=None, on_bad=bad.add)
 
 
 def _query_table(queries: dict[str, Record]) -> datasets.Dataset:
     """Ids and texts, with the queries' own instructions where there are any."""
     columns: dict[str, list[str | None]] = {"id": list(queries), "text": []}
     for record in queries.values():
-        text, _ = _asked(record)
-        if not isinstance(text, str):
-            raise record.fail("no text", allowed="a text in the field text or query")
-        columns["text"].append(text)
+        columns["text"].append(record.value.get("text", record.value.get("query")))
     if any(record.value.get("instruction") for record in queries.values()):
         columns["instruction"] = [record.value.get("instruction") for record in queries.values()]
     return datasets.Dataset.from_dict(columns)

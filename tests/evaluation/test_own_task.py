@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.datasets import prefetch
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.run import embed, plan, run_all, run_element, score_all
-from pipeline.evaluation.tasks import list_elements
+from pipeline.evaluation.tasks import list_elements, read_split
 
 BUILT_IN = "BrightBiologyRetrieval"
 
@@ -122,7 +122,7 @@ FAULTS = {
     ),
     "two texts": (
         lambda rows: rows["corpus"].append({**rows["corpus"][0], "text": "other"}),
-        "two documents of .* have the id",
+        r"corpus.jsonl:\d+: an earlier document has the id",
     ),
     "two queries": (
         lambda rows: rows["queries"].append({**rows["queries"][0], "text": "other"}),
@@ -155,6 +155,31 @@ def test_wrong_data_of_an_own_task_are_one_line_before_the_model_is_loaded(
     own = OwnTask(name="mine", path=write_beir(tmp_path / "wrong", **rows))
     with pytest.raises(UserError, match=message):
         plan(dataclasses.replace(both, tasks=(own,), instructions={}))
+
+
+def test_bad_rows_of_all_files_of_an_own_task_are_told_at_once(
+    snapshots: Path, tmp_path: Path
+) -> None:
+    rows: dict[str, list[dict]] = {}
+    write_task(
+        tmp_path / "unused",
+        snapshots,
+        lambda folder, *parts: rows.update(zip(("corpus", "queries", "qrels"), parts, strict=True)),
+    )
+    for fault in ("null text", "two texts", "two queries", "a query without text"):
+        FAULTS[fault][0](rows)
+    rows["queries"].append({"text": "no id"})
+    rows["qrels"][0].update(score=float("nan"))
+    path = write_beir(tmp_path / "wrong", **rows)
+    with (path / "corpus.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UserError) as error:
+        read_split(OwnTask(name="mine", path=path))
+    found = error.value.found
+    assert found.startswith("tasks.mine: 7 rows cannot be used: ")
+    assert found.endswith("; and 2 more")
+    for reason in ("no text", "an earlier document", "not JSON", "an earlier query", "no id"):
+        assert reason in found
 
 
 def test_own_tasks_are_written_in_the_config_beside_names(tmp_path: Path) -> None:
