@@ -18,8 +18,8 @@ _ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
 _CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
 # What a command says that continues without something, or does it again.
 _TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
-# What `prepare` counts as dropped, by reason; no file is named.
-_DROPPED = re.compile(r"no positive left")
+# Printed without the file's name: counts of dropped rows by reason, and ids that are missing.
+_COUNTED = re.compile(r"no positive left|no record has an id")
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
 _KINDS = {
@@ -97,7 +97,7 @@ def _judge_success(
     lines = (ended.stdout + ended.stderr).splitlines()
     for line in lines:
         named = Path(damage.file).name in line or "no samples: " in line
-        if (named and _TOLD.search(line)) or _DROPPED.search(line):
+        if (named and _TOLD.search(line)) or _COUNTED.search(line):
             return "told", line[:300]
     different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     return "silent", f"another {', '.join(different[:4])}: {str(found.get(different[0]))[:120]}"
@@ -264,6 +264,8 @@ def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
             return False
         if isinstance(now.get("id"), int | str) and not isinstance(now["id"], bool):
             was = {**was, "id": now["id"]}  # any text or whole number is an id
+        if now.get("negative", ...) is None:
+            was = {**was, "negative": None}  # a row without negatives
         return all(_same_kinds(was[key], now[key], open_) for key in was.keys() & now.keys())
     if isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):

@@ -137,6 +137,11 @@ def test_near_duplicates_become_one_document_and_never_a_negative(
     assert len(build(records, name="plain").documents) == 3
 
 
+def test_rows_that_are_all_dropped_are_no_near_duplicates(build: Any) -> None:
+    with pytest.raises(UserError, match="no example"):
+        build([{"query": "alone", "positives": []}], near_duplicates=0.9)
+
+
 def test_minhash_estimates_the_jaccard_similarity() -> None:
     rng = random.Random(1)
     base = words(rng, 400).split()

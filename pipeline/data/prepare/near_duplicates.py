@@ -71,7 +71,8 @@ def pair_band(build: Build, task: int) -> None:
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     # Each run of equal keys is compared with its first document.
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]  # none of none
+    starts = np.flatnonzero(first)
     heads = np.repeat(order[starts], np.diff(np.append(starts, len(ordered))))
     different = order != heads
     later, earlier = order[different], heads[different]
