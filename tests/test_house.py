@@ -288,3 +288,16 @@ def test_subcommands_named_in_documents_and_scripts_exist(path: Path) -> None:
         assert first in root.commands
         if isinstance(group := root.commands[first], TyperGroup) and second:
             assert second in group.commands
+
+
+def test_modules_that_code_in_texts_imports_are_there() -> None:
+    """Programs of tests, the card's example, scripts and documents are not seen by a linter."""
+    texts = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *SCRIPTS, *DOCUMENTS]
+    gone = [
+        f"{name(path)}: {module}"
+        for path in texts
+        for module in re.findall(r"^\s*(?:from|import) (pipeline[.\w]*)", path.read_text(), re.M)
+        if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+        and not (ROOT / module.replace(".", "/")).is_dir()
+    ]
+    assert not gone

@@ -412,7 +412,7 @@ def _own_usage(template: Template, prompts: Prompts) -> str:
         for prompt, suffix in frames
     )
     return f"""```python
-from pipeline.model.load import load_export
+from pipeline.model.load_export import load_export
 
 model = load_export("PATH")
 queries = model.encode_texts(["..."], {queries})

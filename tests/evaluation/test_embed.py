@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 import evaluation_support
 from pipeline.config import EvaluateConfig, load_config
-from pipeline.evaluation.blocks.embed import embed_element
+from pipeline.evaluation.embed import embed_element
 
 if __name__ == "__main__":
     config = load_config(EvaluateConfig, Path(sys.argv[1]))

@@ -87,8 +87,8 @@ def test_vectors_are_those_of_the_export_for_any_number_of_processes(job: Encode
 
 _KILLED = """
 import os, pickle, signal, sys
-from pipeline.evaluation.vectors.encode import encode_file
-from pipeline.model.load import LoadedExport
+from pipeline.evaluation.encode import encode_file
+from pipeline.model.load_export import LoadedExport
 whole, calls = LoadedExport.encode_tokens, []
 def encode_tokens(self, *tokens):
     calls.append(1)

@@ -157,7 +157,7 @@ def test_vectors_that_are_not_finite_are_never_scored(one: EvaluateConfig) -> No
 _OFFLINE = """
 import sys
 from pipeline.errors import UserError
-from pipeline.evaluation.tasks.snapshots import get_task, load_and_prove
+from pipeline.evaluation.datasets import get_task, load_and_prove
 try:
     load_and_prove(get_task(sys.argv[1]))
 except UserError as error:

@@ -61,7 +61,7 @@ def test_a_prediction_without_weight_may_be_infinite() -> None:
 def test_memory_does_not_grow_with_the_predictions() -> None:
     code = """
 import resource, sys, torch
-from pipeline.loss.tokens import cross_entropy_in_tiles, tile_rows
+from pipeline.training.token_step import cross_entropy_in_tiles, tile_rows
 torch.set_num_threads(1)
 head = torch.nn.Linear(16, 50_000, bias=False)
 def peak(num):
