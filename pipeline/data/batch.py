@@ -1,4 +1,14 @@
-"""The packed tokens of one rank's step, and their even distribution over ranks and chunks."""
+"""Hold the packed tokens of one rank's step; spread texts evenly over ranks and chunks.
+
+    texts 0..S-1 --assign_by_cost--> ranks --first_fit_decreasing--> chunks needed by the fullest
+                                       \--assign_by_cost--> that many chunks, on every rank
+
+Every rank runs the same chunks per step, so that collectives stay in step; a rank with fewer texts
+than chunks gets dummies.
+
+Letters: N queries and M documents of a global batch, S = N + M texts, C rows and T tokens of a
+chunk, R rows of a ragged array, nnz its values.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +35,7 @@ class Ragged:
 
     @classmethod
     def from_lengths(cls, lengths: IntArray, values: NDArray[Any]) -> Ragged:
-        """Rows of the given (R,) lengths, laid one after another in `values`."""
+        """Return rows of the given (R,) lengths that follow one another in `values`."""
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(offsets=offsets, values=values)
@@ -75,7 +85,7 @@ class Chunk:
 
     @property
     def is_dummy(self) -> bool:
-        """Whether the chunk holds no text of the batch."""
+        """True for a chunk that holds no text of the batch."""
         return bool(self.texts[0] < 0)
 
 
@@ -84,7 +94,7 @@ class GlobalBatch:
     """One rank's chunks of a global batch, and the relevance of the whole of it.
 
     Every text of the batch is in exactly one chunk of exactly one rank; every rank has the same
-    number of chunks. All document indices are 0..num_documents-1.
+    number of chunks. Document indices run from 0 to num_documents - 1.
     """
 
     step: int
@@ -97,7 +107,7 @@ class GlobalBatch:
     example_ids: IntArray  # (N,)
     tokens: int  # real tokens of the global batch, over all ranks
     kind: str = ""  # what its examples have in common (see Order.kinds); empty for a mixture
-    # Teacher scores beside `positives` and `negatives`, value for value; None without a teacher.
+    # Teacher scores of `positives` and `negatives`, value for value; None without a teacher.
     positive_scores: Ragged | None = None
     negative_scores: Ragged | None = None
 
@@ -105,124 +115,6 @@ class GlobalBatch:
 # Length at which attention costs as much as the linear layers of a 7B encoder: 2 * parameters per
 # layer / (4 * hidden size) = 2 * 6.53e9 / 28 / (4 * 3584).
 ATTENTION_LENGTH = 32_500.0
-
-
-def text_cost(lengths: IntArray, attention_length: float = ATTENTION_LENGTH) -> NDArray[np.float64]:
-    """Relative FLOPs of texts: c(L) = L * (1 + L / attention_length)."""
-    return lengths * (1.0 + lengths / attention_length)
-
-
-def assign_ranks(cost: NDArray[np.float64], world_size: int) -> IntArray:
-    """Longest-processing-time assignment (Graham, 1969): costliest first, to the lightest rank.
-
-    Args:
-        cost: (S,) cost of each text.
-
-    Returns:
-        (S,) rank of each text; ties go to the lower rank, so all ranks agree.
-    """
-    ranks = np.zeros(len(cost), dtype=np.int64)
-    if world_size == 1:
-        return ranks
-    by_cost = np.argsort(-cost, kind="stable")
-    loads = [(0.0, rank) for rank in range(world_size)]
-    assigned = np.empty(len(cost), dtype=np.int64)
-    for place, own in enumerate(cost[by_cost].tolist()):
-        load, rank = loads[0]
-        assigned[place] = rank
-        heapq.heapreplace(loads, (load + own, rank))
-    ranks[by_cost] = assigned
-    return ranks
-
-
-def first_fit_decreasing(
-    lengths: IntArray,
-    max_tokens: int,
-    *,
-    max_cost: float | None = None,
-    attention_length: float = ATTENTION_LENGTH,
-) -> tuple[IntArray, int]:
-    """Pack rows into chunks within both budgets: longest first, each into the first with room.
-
-    A row beyond a budget gets a chunk of its own. Equal lengths are placed together, so the work
-    is distinct lengths times chunks with room.
-
-    Args:
-        lengths: (S,) tokens of each row.
-        max_cost: cost of a chunk as `text_cost` counts it; by default that of one text of
-            `max_tokens`, which no chunk within the token budget exceeds.
-
-    Returns:
-        (S,) chunk of each row, and the number of chunks.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    distinct, counts = np.unique(lengths, return_counts=True)
-    costs = text_cost(distinct, attention_length)
-    budget = _budget(max_tokens, max_cost, attention_length)
-    shortest = int(lengths.min(initial=max_tokens))
-    room: list[_Room] = []
-    num_chunks = 0
-    placed: list[tuple[int, int]] = []  # (chunk, rows), in the order of the rows
-    for length, cost, count in zip(
-        distinct[::-1].tolist(), costs[::-1].tolist(), counts[::-1].tolist(), strict=True
-    ):
-        for entry in room:
-            # Most chunks are full: comparing is cheaper than dividing.
-            if entry.tokens >= length and (taken := entry.take(length, cost, count)):
-                placed.append((entry.chunk, taken))
-                count -= taken
-        while count:
-            entry = _Room(num_chunks, max_tokens, budget)
-            # Alone where it does not fit: then nothing else does either.
-            taken = entry.take(length, cost, count) or entry.fill()
-            placed.append((num_chunks, taken))
-            room.append(entry)
-            num_chunks += 1
-            count -= taken
-        room = [entry for entry in room if entry.tokens >= shortest]
-    chunks, rows = np.array(placed, dtype=np.int64).reshape(-1, 2).T
-    chunk_of = np.empty(len(lengths), dtype=np.int64)
-    chunk_of[order] = np.repeat(chunks, rows)
-    return chunk_of, num_chunks
-
-
-def _budget(max_tokens: int, max_cost: float | None, attention_length: float) -> float:
-    """The cost budget of a chunk, a rounding error wider than asked."""
-    full = max_tokens * (1.0 + max_tokens / attention_length)
-    return (full if max_cost is None else max_cost) * (1.0 + 1e-9)
-
-
-@dataclasses.dataclass(slots=True)
-class _Room:
-    """What a chunk can still take."""
-
-    chunk: int
-    tokens: int
-    cost: float
-
-    def take(self, length: int, cost: float, count: int) -> int:
-        """Put in as many of `count` equal rows as fit; returns how many."""
-        taken = min(self.tokens // length, int(self.cost / cost), count)
-        self.tokens -= taken * length
-        self.cost -= taken * cost
-        return taken
-
-    def fill(self) -> int:
-        """Put in one row that exceeds a budget."""
-        self.tokens, self.cost = 0, 0.0
-        return 1
-
-
-def _spread(
-    lengths: IntArray, cost: NDArray[np.float64], num_chunks: int, max_tokens: int, max_cost: float
-) -> IntArray | None:
-    """Rows spread evenly over exactly `num_chunks` chunks, or None where two would overflow one."""
-    chunk_of = assign_ranks(lengths.astype(np.float64), num_chunks)
-    tokens = np.bincount(chunk_of, weights=lengths, minlength=num_chunks)
-    costs = np.bincount(chunk_of, weights=cost, minlength=num_chunks)
-    alone = np.bincount(chunk_of, minlength=num_chunks) <= 1
-    fits = alone | ((tokens <= max_tokens) & (costs <= max_cost))
-    return chunk_of if fits.all() else None
 
 
 def plan_chunks(
@@ -236,19 +128,20 @@ def plan_chunks(
 ) -> list[list[IntArray]]:
     """Split texts over ranks by cost, and each rank's share into the same number of chunks.
 
-    First-fit-decreasing says how many chunks the fullest rank needs; every rank then spreads its
-    rows evenly over that many (less memory at the peak, ranks in step), heaviest chunk first.
+    The fullest rank's share, packed tightly, decides the number of chunks. Every rank then spreads
+    its rows evenly over that many chunks, which lowers the memory peak and keeps ranks in step.
 
     Args:
-        lengths: (S,) tokens of each text; one beyond a budget gets a chunk of its own.
+        lengths: (S,) tokens of each text; one that exceeds a budget gets its own chunk.
         max_cost: cost of a chunk, see `first_fit_decreasing`.
 
     Returns:
-        For each rank, its chunks as ascending text indices; an empty array is a dummy chunk.
+        For each rank its chunks, most expensive first, as ascending text indices; an empty array
+        is a dummy chunk.
     """
     cost = text_cost(lengths, attention_length)
-    budget = _budget(max_tokens, max_cost, attention_length)
-    ranks = assign_ranks(cost, world_size)
+    budget = _cost_budget(max_tokens, max_cost, attention_length)
+    ranks = assign_by_cost(cost, world_size)
     by_rank = np.argsort(ranks, kind="stable")
     ends = np.cumsum(np.bincount(ranks, minlength=world_size))
     shares = np.split(by_rank, ends[:-1])
@@ -268,3 +161,127 @@ def plan_chunks(
             [share[chunk_of == number] for number in np.argsort(-weight, kind="stable").tolist()]
         )
     return plans
+
+
+def text_cost(
+    lengths: IntArray | NDArray[np.float64], attention_length: float = ATTENTION_LENGTH
+) -> NDArray[np.float64]:
+    """Return relative FLOPs of texts: c(L) = L * (1 + L / attention_length)."""
+    return lengths * (1.0 + lengths / attention_length)
+
+
+def assign_by_cost(cost: NDArray[np.float64], num_bins: int) -> IntArray:
+    """Assign items to bins: most expensive first, each to the bin with the least so far.
+
+    The longest-processing-time rule (Graham, 1969): at most 4/3 of the best possible maximum.
+
+    Args:
+        cost: (S,) cost of each item.
+
+    Returns:
+        (S,) bin of each item. Ties go to the lower bin, so that all ranks agree.
+    """
+    bins = np.zeros(len(cost), dtype=np.int64)
+    if num_bins == 1:
+        return bins
+    by_cost = np.argsort(-cost, kind="stable")
+    loads = [(0.0, number) for number in range(num_bins)]
+    assigned = np.empty(len(cost), dtype=np.int64)
+    for position, own in enumerate(cost[by_cost].tolist()):
+        load, number = loads[0]
+        assigned[position] = number
+        heapq.heapreplace(loads, (load + own, number))
+    bins[by_cost] = assigned
+    return bins
+
+
+def _spread(
+    lengths: IntArray, cost: NDArray[np.float64], num_chunks: int, max_tokens: int, max_cost: float
+) -> IntArray | None:
+    """Spread rows evenly over exactly `num_chunks` chunks; None if that overfills one of them."""
+    # By tokens, not by cost: tokens decide the memory of a chunk.
+    chunk_of = assign_by_cost(lengths.astype(np.float64), num_chunks)
+    tokens = np.bincount(chunk_of, weights=lengths, minlength=num_chunks)
+    costs = np.bincount(chunk_of, weights=cost, minlength=num_chunks)
+    single = np.bincount(chunk_of, minlength=num_chunks) <= 1
+    fits = single | ((tokens <= max_tokens) & (costs <= max_cost))
+    return chunk_of if fits.all() else None
+
+
+def first_fit_decreasing(
+    lengths: IntArray,
+    max_tokens: int,
+    *,
+    max_cost: float | None = None,
+    attention_length: float = ATTENTION_LENGTH,
+) -> tuple[IntArray, int]:
+    """Pack rows into chunks within both budgets: longest first, each into the first with room.
+
+    A row that exceeds a budget gets its own chunk. Rows of equal length are placed together, so
+    that the work is distinct lengths times chunks with room.
+
+    Args:
+        lengths: (S,) tokens of each row.
+        max_cost: cost of a chunk as `text_cost` counts it; by default the cost of one text of
+            `max_tokens`, which no chunk within the token budget exceeds.
+
+    Returns:
+        (S,) chunk of each row, and the number of chunks.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    costs = text_cost(distinct, attention_length)
+    budget = _cost_budget(max_tokens, max_cost, attention_length)
+    shortest = int(lengths.min(initial=max_tokens))
+    room: list[_Room] = []
+    num_chunks = 0
+    placed: list[tuple[int, int]] = []  # (chunk, rows), in the order of the rows
+    for length, cost, count in zip(
+        distinct[::-1].tolist(), costs[::-1].tolist(), counts[::-1].tolist(), strict=True
+    ):
+        for entry in room:
+            # Most chunks are full: comparing is cheaper than dividing.
+            if entry.tokens >= length and (taken := entry.take(length, cost, count)):
+                placed.append((entry.chunk, taken))
+                count -= taken
+        while count:
+            entry = _Room(num_chunks, max_tokens, budget)
+            # A row that does not fit an empty chunk fills one alone.
+            taken = entry.take(length, cost, count) or entry.fill()
+            placed.append((num_chunks, taken))
+            room.append(entry)
+            num_chunks += 1
+            count -= taken
+        # Chunks without room for the shortest row need not be looked at again.
+        room = [entry for entry in room if entry.tokens >= shortest]
+    chunks, rows = np.array(placed, dtype=np.int64).reshape(-1, 2).T
+    chunk_of = np.empty(len(lengths), dtype=np.int64)
+    chunk_of[order] = np.repeat(chunks, rows)
+    return chunk_of, num_chunks
+
+
+def _cost_budget(max_tokens: int, max_cost: float | None, attention_length: float) -> float:
+    """Return the cost budget of a chunk, widened by a rounding error."""
+    full = max_tokens * (1.0 + max_tokens / attention_length)
+    return (full if max_cost is None else max_cost) * (1.0 + 1e-9)
+
+
+@dataclasses.dataclass(slots=True)
+class _Room:
+    """Tokens and cost that a chunk can still take."""
+
+    chunk: int
+    tokens: int
+    cost: float
+
+    def take(self, length: int, cost: float, count: int) -> int:
+        """Put in as many of `count` equal rows as fit; returns how many."""
+        taken = min(self.tokens // length, int(self.cost / cost), count)
+        self.tokens -= taken * length
+        self.cost -= taken * cost
+        return taken
+
+    def fill(self) -> int:
+        """Put in one row that exceeds a budget."""
+        self.tokens, self.cost = 0, 0.0
+        return 1

@@ -6,8 +6,8 @@ order (ids of the step) -> relevance (documents, masks) -> balance (rank, chunk)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.data.order import (
 )
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from pipeline.workers import read_ahead
 
 _STATE_VERSION = 1
 DUMMY = Chunk(
@@ -288,13 +289,10 @@ class Loader:
                 batch = self.batch(self._step)
                 self._step += 1
                 yield batch
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
-            ahead: Future[GlobalBatch] = thread.submit(self.batch, self._step)
-            while True:
-                batch = ahead.result()
-                self._step = batch.step + 1
-                ahead = thread.submit(self.batch, self._step)
-                yield batch
+        batches = map(self.batch, itertools.count(self._step))
+        for batch in read_ahead(batches, thread_name="loader"):
+            self._step = batch.step + 1
+            yield batch
 
     @property
     def max_chunk_tokens(self) -> int:

@@ -23,7 +23,7 @@ from pipeline.evaluation.tasks import Element, list_elements
 from pipeline.evaluation.texts import TextKey, byte_sizes, digests, effective_lengths, require_short
 from pipeline.files import load_arrays, map_vectors, read_record, save_vectors, write_sealed
 from pipeline.launch import World
-from pipeline.workers import Alone
+from pipeline.workers import LocalWorkers
 
 FORMAT = "float16"
 
@@ -188,9 +188,9 @@ def embed_element(
 
 def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
     started = time.monotonic()
-    with contextlib.closing(Alone(num_processes)) as crew:
-        # The dearest come first, and whoever is free takes the next.
-        for done, _ in enumerate(crew.each(writer.write, todo), start=1):
+    with contextlib.closing(LocalWorkers(num_processes)) as workers:
+        # Most expensive first: whichever process is free takes the next one.
+        for done, _ in enumerate(workers.each(writer.write, todo), start=1):
             pace = (time.monotonic() - started) / done
             print(
                 f"{writer.model.name}: block {done}/{len(todo)}, "

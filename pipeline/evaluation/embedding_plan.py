@@ -12,15 +12,13 @@ whose vectors an earlier plan has led to stay in its blocks: a task more costs i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import heapq
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Sequence, Set
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
+from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.models import check_fit
 from pipeline.evaluation.tasks import instruction_for, list_elements, tasks_of
@@ -43,6 +42,7 @@ from pipeline.files import (
     write_sealed,
 )
 from pipeline.model.export_folder import model_fingerprint
+from pipeline.workers import LocalWorkers
 
 # Enough that 64 elements get 32 blocks each; a killed element loses at most one.
 _NUM_BLOCKS = 2048
@@ -316,17 +316,11 @@ def plan_folder(config: EvaluateConfig) -> Path:
 
 
 def assign(costs: Sequence[float], num_elements: int) -> list[list[int]]:
-    """Units of each element: dearest first, each to the element with the least so far.
-
-    Graham's longest-processing-time rule (1969): at most 4/3 of the best possible maximum.
-    """
-    heap = [(0.0, element) for element in range(num_elements)]
-    shares: list[list[int]] = [[] for _ in range(num_elements)]
-    for unit in sorted(range(len(costs)), key=lambda unit: (-costs[unit], unit)):
-        load, element = heapq.heappop(heap)
-        shares[element].append(unit)
-        heapq.heappush(heap, (load + costs[unit], element))
-    return shares
+    """Return the units of each element, most expensive first; see `assign_by_cost`."""
+    cost_U = np.array(costs, dtype=np.float64)
+    element_U = assign_by_cost(cost_U, num_elements)
+    order_U = np.argsort(-cost_U, kind="stable")
+    return [order_U[element_U[order_U] == element].tolist() for element in range(num_elements)]
 
 
 def _all_lengths(config: EvaluateConfig) -> tuple[int, ...]:
@@ -358,13 +352,9 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
     work = functools.partial(
         list_task, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
     )
-    num_workers = min(num_workers, len(requests))
-    if num_workers == 1:
-        return [work(request) for request in requests]
-    # Spawned, because forking a process that has loaded torch may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        return list(pool.map(work, requests))
+    with contextlib.closing(LocalWorkers(min(num_workers, len(requests)))) as workers:
+        listed = dict(workers.each(work, requests))
+    return [listed[request] for request in requests]
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +41,7 @@ from pipeline.evaluation.models import load_here, not_finite_fix, processes_here
 from pipeline.files import batch_writer, read_batch, require_writable, write_json
 from pipeline.model.export_folder import export_fingerprint
 from pipeline.model.load_export import LoadedExport
-from pipeline.workers import gather_crew
+from pipeline.workers import open_workers, read_ahead
 
 _VERSION = 2
 # Characters of the texts that are embedded, and held in memory, at a time.
@@ -213,9 +212,6 @@ def read_groups(plan: Plan, number: int) -> Iterator[list[Text]]:
         yield group
 
 
-Item = TypeVar("Item")
-
-
 def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
     """Embed all texts of a job; run again after a kill, it does only what is missing.
 
@@ -240,20 +236,20 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         print(f"{job.output}: finished")
         return job.output
     require_writable(job.output.parent, key="--output")
-    meeting = job.output.with_name(f".{job.output.name}.step")
+    rendezvous = job.output.with_name(f".{job.output.name}.step")
     num_processes = num_processes or processes_here([job.model])
-    with gather_crew(num_processes, meeting_folder=meeting) as crew:
-        crew.wait()
-        if crew.is_main:
+    with open_workers(num_processes, rendezvous=rendezvous) as workers:
+        workers.barrier()
+        if workers.is_main:
             begin(job, recipe)
-        crew.wait()
+        workers.barrier()
         parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
         work = functools.partial(_encode_block, job)
-        crew.run(work, parts, claims=job.folder / "claims")
-        if crew.is_main:
+        workers.run(work, parts, claims=job.folder / "claims")
+        if workers.is_main:
             _assemble(job)
             print(job.output)
-        crew.wait()
+        workers.barrier()
     return job.output
 
 
@@ -273,7 +269,9 @@ def _encode_block(job: EncodeJob, number: int) -> None:
     schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
     started, num_texts, num_tokens, num_full = time.monotonic(), 0, 0, 0
     with batch_writer(job.part(number), schema) as write:
-        for texts, ids, skipped in _ahead(_tokenised(job, plan, model, number)):
+        for texts, ids, skipped in read_ahead(
+            _tokenised(job, plan, model, number), thread_name="encode"
+        ):
             vectors = _stored(job, model.encode_tokens(ids, skipped), texts)
             columns = [pa.array([text.id for text in texts], pa.string()), vectors]
             write(pa.record_batch(columns, schema=schema))
@@ -333,15 +331,6 @@ def _tokenised(
     prefix, suffix = model.template.frame(job.role, job.instruction)
     for group in read_groups(plan, number):
         yield group, *model.tokenize([text.text for text in group], prefix, suffix)
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, the next one made in a thread while the last one is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
-        upcoming: Future[Item | None] = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
 
 
 def _assemble(job: EncodeJob) -> None:

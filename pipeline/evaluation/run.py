@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluation.results import changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks import Element, element_at, list_elements, tasks_of
 from pipeline.files import hash_files, require_writable, write_sealed
-from pipeline.workers import Alone, num_cores
+from pipeline.workers import LocalWorkers, num_cores
 
 if TYPE_CHECKING:
     from pipeline.evaluation.embedding_plan import Plan
@@ -202,10 +202,10 @@ def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
     open_ones = [index for index, result in results.items() if result is None]
     # A process takes as long to start as a small task to be scored.
     num_workers = min(num_cores(), _MAX_WORKERS, len(open_ones) // 2)
-    with contextlib.closing(Alone(num_workers)) as crew:
+    with contextlib.closing(LocalWorkers(num_workers)) as workers:
         for index in open_ones:
             require_writable(elements[index].folder, key="output_dir")
-        for index in crew.each(functools.partial(_score_stored, config), open_ones):
+        for index, _ in workers.each(functools.partial(_score_stored, config), open_ones):
             results[index] = read_result(elements[index])
     return [result for result in results.values() if result is not None]
 

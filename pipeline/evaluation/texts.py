@@ -18,13 +18,14 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from pipeline.config import OwnTask, Template
+from pipeline.data.batch import text_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import Role
 
 # Characters of a token, at the dense end of what the benchmarks hold (mathematics 3.0, prose 4.3).
 _BYTES_PER_TOKEN = 3.5
 # Length at which attention costs as much as all else in a 7 B model with 28 layers of width 3584:
-# 2 x parameters / (4 x layers x width).
+# 2 x parameters / (4 x layers x width). Not training's 32,500: blocks on disk are cut by it.
 _ATTENTION_TOKENS = 35_000
 # What a template may add to a text, in bytes; tokens never outnumber bytes.
 _TEMPLATE_BYTES = 128
@@ -86,7 +87,7 @@ def costs(
     """(N,) work to embed each text, in tokens of a short text."""
     tokens_N = (sizes_N + len(instruction.encode())) / _BYTES_PER_TOKEN + 1
     tokens_N = np.minimum(tokens_N, lengths_N)
-    return tokens_N * (1 + tokens_N / _ATTENTION_TOKENS)
+    return text_cost(tokens_N, _ATTENTION_TOKENS)
 
 
 def digests(

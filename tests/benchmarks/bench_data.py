@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config import PrepareConfig, SourceConfig
-from pipeline.data.batch import Ragged, assign_ranks, text_cost
+from pipeline.data.batch import Ragged, assign_by_cost, text_cost
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.order import Group, Order
 from pipeline.data.prepare import prepare
@@ -33,7 +33,7 @@ from pipeline.data.prepare.clean import collect_block, dedup_slice, fixed_binary
 from pipeline.data.prepare.plan import Build, make_plan
 from pipeline.data.prepare.tokenise import make_catalogue, tokenise_slice
 from pipeline.data.shards import DOCUMENT_SCHEMA, Table, ragged_array, write_table
-from pipeline.workers import Alone
+from pipeline.workers import LocalWorkers
 
 REPEATS = 3
 
@@ -119,7 +119,7 @@ def bench_balance() -> None:
             loads = np.bincount(ranks, weights=cost, minlength=world_size)
             return float(loads.max() / loads.mean())
 
-        ours = imbalance(assign_ranks(cost, world_size))
+        ours = imbalance(assign_by_cost(cost, world_size))
         chance = imbalance(np.arange(len(cost)) % world_size)
         row(
             f"imbalance, {world_size} ranks x 64 documents",
@@ -191,15 +191,15 @@ def bench_tokenise(folder: Path) -> None:
     row("tokenising, tokens/s per core", f"{tokens / ours:,.0f}", "")
     row("... against datasets.map", f"{mapped / ours:.2f}x", ">= 1x")
 
-    crew = Alone(2)
+    workers = LocalWorkers(2)
     work = functools.partial(tokenise_slice, build)
     outputs = [folder / "none"] * len(slices)
-    crew.run(work, outputs, claims=folder)  # starts the two processes
+    workers.run(work, outputs, claims=folder)  # starts the two processes
     alone, both = best(
         lambda: [tokenise_slice(build, number) for number in slices],
-        lambda: crew.run(work, outputs, claims=folder),
+        lambda: workers.run(work, outputs, claims=folder),
     )
-    crew.close()
+    workers.close()
     row("... two processes, speed-up / 2", f"{alone / both / 2:.2f}", ">= 0.9 on idle cores")
 
 

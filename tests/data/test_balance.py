@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import assign_ranks, first_fit_decreasing, plan_chunks, text_cost
+from pipeline.data.batch import assign_by_cost, first_fit_decreasing, plan_chunks, text_cost
 
 lengths_strategy = st.lists(st.integers(1, 300), min_size=1, max_size=200).map(
     lambda values: np.array(values, dtype=np.int64)
@@ -126,7 +126,7 @@ def test_ranks_carry_even_loads_of_log_normal_lengths(world_size: int) -> None:
     rng = np.random.default_rng(world_size)
     lengths = np.clip(rng.lognormal(6, 1, 64 * world_size), 1, 4096).astype(np.int64)
     cost = text_cost(lengths)
-    loads = np.bincount(assign_ranks(cost, world_size), weights=cost, minlength=world_size)
+    loads = np.bincount(assign_by_cost(cost, world_size), weights=cost, minlength=world_size)
     assert loads.max() / loads.mean() <= 1.01
 
 

@@ -36,7 +36,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.files import hold_lock, require_writable
 from pipeline.tokenizer import tokenizer_fingerprint
-from pipeline.workers import Crew, gather_crew
+from pipeline.workers import Workers, open_workers
 
 __all__ = ["prepare_status", "tokenizer_fingerprint"]
 
@@ -106,21 +106,24 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
     """
     target = _require_place(config.output_dir)
     build = Build(config, target.with_name(f".{target.name}.building"))
-    meeting = target.with_name(f".{target.name}.step")
-    with gather_crew(num_workers, meeting_folder=meeting) as crew, contextlib.ExitStack() as stack:
+    rendezvous = target.with_name(f".{target.name}.step")
+    with (
+        open_workers(num_workers, rendezvous=rendezvous) as workers,
+        contextlib.ExitStack() as stack,
+    ):
         # Shards that are whole may be on a disk that is not writable, where no lock can be held.
-        if crew.is_main and (build.folder.exists() or not _is_done(config, target)):
+        if workers.is_main and (build.folder.exists() or not _is_done(config, target)):
             require_writable(target.parent, key="output_dir")
             lock = target.with_name(f".{target.name}.lock")
             stack.enter_context(hold_lock(lock, tell=_say_who_is_first))
             _begin(build, target)
-        crew.wait()
+        workers.barrier()
         # Where the dataset is whole already, the main rank has begun nothing.
         if build.output("plan", 0).exists():
-            _work(crew, build)
-            if crew.is_main:
+            _work(workers, build)
+            if workers.is_main:
                 _finish(build, target)
-            crew.wait()
+            workers.barrier()
     return config.output_dir
 
 
@@ -146,19 +149,19 @@ def _say_who_is_first(holder: str) -> None:
     say(f"waiting for another prepare of this folder ({holder})")
 
 
-def _work(crew: Crew, build: Build) -> None:
+def _work(workers: Workers, build: Build) -> None:
     """Run all steps; after an error, say what becomes of the work that is done."""
     try:
         for name, work, count in _STEPS:
             outputs = [build.output(name, task) for task in range(count(build))]
             progress = Progress(name, outputs)
-            crew.run(
+            workers.run(
                 functools.partial(work, build),
                 outputs,
                 claims=build.folder / "claims" / name,
-                tell=progress.update if crew.is_main else lambda: None,
+                on_done=progress.update if workers.is_main else lambda: None,
             )
-            if crew.is_main:
+            if workers.is_main:
                 progress.finish()
     except Exception:
         say(
