@@ -1,10 +1,21 @@
-"""Checkpoint folders: names, latest, digest, verify, publish, prune."""
+"""Know the layout of a folder of checkpoints: names, newest, state, digest, publish, prune, mirror.
+
+    checkpoints/latest                  the name of the newest whole checkpoint
+                step-000020/state.json  its step, and size and SHA-256 of every other file (sealed)
+                step-000020/...         files of tensors, see training/checkpoints.py
+                .step-000040.partial/   being written; renamed once it is whole
+                .step-000010.deleted/   being deleted
+
+A folder with a checkpoint's name is whole: it appears, and goes, by a rename. A mirror has the same
+layout.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,56 +24,21 @@ from typing_extensions import TypedDict
 
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
-from pipeline.files import check_kind, read_json, sync_dir, sync_file, unseal, write_text
+from pipeline.files import (
+    check_kind,
+    hash_file,
+    read_json,
+    remove_unfinished,
+    sync_dir,
+    sync_file,
+    unseal,
+    write_sealed,
+    write_text,
+)
 
-# The file beside checkpoints that names the newest whole one.
 LATEST = "latest"
-
-
-def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:06d}"
-
-
-def checkpoint_step(name: str) -> int | None:
-    """How many optimizer steps the checkpoint of this name holds; None for any other name."""
-    found = re.fullmatch(r"step-(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def checkpoint_digest(checkpoint: Path) -> str:
-    """What tells a whole checkpoint from another of its name: its `state.json` hashes every file.
-
-    A run that is taken back to an older checkpoint comes to the same names again.
-    """
-    return hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()[:16]
-
-
-def read_latest(checkpoints: Path) -> str | None:
-    """Name of the newest whole checkpoint of a folder, as `latest` says; None without one.
-
-    Raises:
-        UserError: `latest` holds no checkpoint's name.
-    """
-    pointer = checkpoints / LATEST
-    if not pointer.exists():
-        return None
-    name = pointer.read_bytes().decode(errors="replace").strip()
-    if checkpoint_step(name) is None:
-        raise UserError(
-            f"{pointer}: {name[:80]!r}",
-            allowed="the name of a checkpoint beside it",
-            fix=f"write one with `diffembed rewind {checkpoints.parent} NAME`",
-        )
-    return name
-
-
-def write_latest(checkpoint: Path) -> None:
-    """Let `latest` beside a whole checkpoint name it."""
-    write_text(checkpoint.with_name(LATEST), checkpoint.name + "\n")
-
-
-FORMAT_VERSION = 1
+_STATE = "state.json"
+_FORMAT_VERSION = 1
 
 
 class State(TypedDict):
@@ -78,37 +54,82 @@ class State(TypedDict):
     files: dict[str, dict[str, Any]]
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, if there is one.
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:06d}"
 
-    Raises:
-        UserError: `latest` names a checkpoint that is not there.
-    """
-    name = read_latest(folder)
-    if name is None:
-        return None
-    if not (folder / name).is_dir():
-        raise UserError(
-            f"{folder}/latest names {name}, which does not exist",
-            allowed=", ".join(names(folder)) or "no checkpoint is left",
-            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {folder}/latest to start anew",
-        )
-    return folder / name
+
+def checkpoint_step(name: str) -> int | None:
+    """Return the optimizer steps of the checkpoint with this name; None for any other name."""
+    found = re.fullmatch(r"step-(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return True for a folder that holds a checkpoint, whole or damaged."""
+    return (path / _STATE).is_file()
 
 
 def steps_by_name(folder: Path) -> dict[str, int]:
-    """How many steps each whole checkpoint holds, by its name, oldest first."""
+    """Return the steps of each whole checkpoint by its name, oldest first."""
     found = sorted(path.name for path in folder.glob("*"))
     return {name: step for name in found if (step := checkpoint_step(name)) is not None}
 
 
 def names(folder: Path) -> list[str]:
-    """Names of the whole checkpoints, oldest first."""
+    """Return the names of the whole checkpoints, oldest first."""
     return list(steps_by_name(folder))
 
 
+def latest_name(folder: Path) -> str | None:
+    """Return the name in `latest`, which need not exist any more; None without that file.
+
+    Raises:
+        UserError: `latest` does not hold a checkpoint's name.
+    """
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if checkpoint_step(name) is None:
+        raise UserError(
+            f"{pointer}: {name[:80]!r}",
+            allowed="the name of a checkpoint in this folder",
+            fix=f"write one with `diffembed rewind {folder.parent} NAME`",
+        )
+    return name
+
+
+def latest_step(folder: Path) -> int:
+    """Return the steps of the newest whole checkpoint by its name; 0 without one.
+
+    Raises:
+        UserError: `latest` does not hold a checkpoint's name.
+    """
+    return checkpoint_step(latest_name(folder) or "") or 0
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, None without one.
+
+    Raises:
+        UserError: `latest` names a checkpoint that does not exist, or holds something else.
+    """
+    name = latest_name(folder)
+    if name is None:
+        return None
+    if not (folder / name).is_dir():
+        raise UserError(
+            f"{folder}/{LATEST} names {name}, which does not exist",
+            allowed=", ".join(names(folder)) or "no checkpoint is left",
+            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {folder}/{LATEST} to start "
+            f"from step 0",
+        )
+    return folder / name
+
+
 def rewind(folder: Path, name: str) -> Path:
-    """Let the run go on from an older checkpoint than its newest; nothing is deleted.
+    """Let the run continue from an older checkpoint than its newest; nothing is deleted.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
@@ -119,7 +140,7 @@ def rewind(folder: Path, name: str) -> Path:
             allowed=", ".join(names(folder)) or "no checkpoint is left",
         )
     verify(folder / name)
-    write_latest(folder / name)
+    _write_latest(folder / name)
     return folder / name
 
 
@@ -129,24 +150,24 @@ def read_state(path: Path) -> State:
     Raises:
         UserError: it is missing, damaged, or of a newer format.
     """
-    file, fix = path / "state.json", _cure(path)
+    file, fix = path / _STATE, _how_to_continue(path)
     tree = read_json(file, fix=fix)
     version = tree.get("format_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > _FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint format {version}",
-            allowed=f"up to {FORMAT_VERSION}",
+            allowed=f"up to {_FORMAT_VERSION}",
             fix="update diffembed",
         )
     return check_kind(unseal(tree, file, fix=fix), State, where=str(file), fix=fix)
 
 
 def verify(path: Path, part: slice = slice(None)) -> State:
-    """Check every file of a checkpoint by size and SHA-256; returns its state.
+    """Check every file of a checkpoint by size and SHA-256; return its state.
 
     Args:
         path: the checkpoint.
-        part: which files to check, in the order of their names, where processes share the work.
+        part: the files to check, in the order of their names, where processes share the work.
 
     Raises:
         UserError: names the first file that is missing or damaged.
@@ -160,35 +181,75 @@ def verify(path: Path, part: slice = slice(None)) -> State:
     return state
 
 
-def damaged_checkpoint(path: Path, what: str) -> UserError:
-    """The error that names a damaged checkpoint and the way to continue without it."""
-    return UserError(f"checkpoint {path}: {what}", fix=_cure(path))
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in `state.json`: its size and SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
-def _cure(path: Path) -> str:
+def damaged_checkpoint(path: Path, found: str) -> UserError:
+    """Return the error that names a damaged checkpoint and the way to continue without it."""
+    return UserError(f"checkpoint {path}: {found}", fix=_how_to_continue(path))
+
+
+def _how_to_continue(path: Path) -> str:
     older = [name for name in names(path.parent) if name < path.name]
     if older:
         return f"`diffembed rewind {path.parent.parent} {older[-1]}` to continue from an older one"
     return "train again in another output_dir"
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def checkpoint_digest(path: Path) -> str:
+    """Return a short hash of a checkpoint's content: `state.json` holds the hash of every file.
+
+    The name is not enough: a run that was rewound writes other checkpoints of the same names.
+    """
+    return hashlib.sha256((path / _STATE).read_bytes()).hexdigest()[:16]
+
+
+def partial_folder(path: Path) -> Path:
+    """Return the folder in which the checkpoint `path` is written before it appears."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def publish(path: Path, description: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Let a checkpoint appear whose files are all in its partial folder; may be called again.
+
+    Args:
+        path: the checkpoint; an earlier one of this name is replaced.
+        description: its `state.json` without version and files.
+        files: its files, each as `describe_file` describes it.
+    """
+    partial = partial_folder(path)
+    if partial.exists():  # not yet renamed by a call that failed after that
+        state = {"format_version": _FORMAT_VERSION, **description, "files": files}
+        write_sealed(partial / _STATE, state)
+        sync_dir(partial)
+        if path.exists():  # from before the run was rewound
+            path.rename(_doomed(path))
+        partial.rename(path)
+    sync_dir(path.parent)
+    # Last: `latest` must never name a checkpoint that is not whole.
+    _write_latest(path)
+    # Whatever cannot be deleted now is deleted by the next start.
+    shutil.rmtree(_doomed(path), ignore_errors=True)
+
+
+def _write_latest(path: Path) -> None:
+    write_text(path.with_name(LATEST), path.name + "\n")
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.deleted")
 
 
 def prune(folder: Path, config: CheckpointConfig, *, step: int) -> None:
-    """Delete checkpoints past their time.
+    """Delete old checkpoints.
 
     Args:
         folder: of checkpoints.
         config: the newest `keep_last` stay, and every multiple of `keep_every`.
-        step: of the newest. Later ones are of a future that the run was taken back from; the run
-            replaces them when it comes to them again.
+        step: of the newest. Later ones were written before the run was rewound; the run replaces
+            them when it reaches their steps again.
     """
     steps = steps_by_name(folder)
     past = [name for name, number in steps.items() if number <= step]
@@ -196,35 +257,43 @@ def prune(folder: Path, config: CheckpointConfig, *, step: int) -> None:
         if config.keep_every and steps[name] % config.keep_every == 0:
             continue
         # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
-        doomed = folder / f".{name}.deleted"
+        doomed = _doomed(folder / name)
         (folder / name).rename(doomed)
         shutil.rmtree(doomed)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete everything that killed saves and deletions left, while no process writes here."""
+    for path in (*folder.glob(".step-*.partial"), *folder.glob(".step-*.deleted")):
+        shutil.rmtree(path)
+    remove_unfinished(folder / LATEST)
+
+
 def copy(path: Path, mirror: Path) -> None:
-    """Copy a whole checkpoint to a folder of the same layout; it appears there by rename too.
+    """Copy a whole checkpoint to a mirror, where it appears by a rename too.
 
     Raises:
-        UserError: what arrived differs from what was sent.
+        UserError: the copy differs from the original.
     """
-    partial, target = mirror / f".{path.name}.partial", mirror / path.name
+    target = mirror / path.name
+    partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)  # of a killed copy
     shutil.copytree(path, partial)
     for file in partial.iterdir():
         sync_file(file)
     verify(partial)
-    shutil.rmtree(target, ignore_errors=True)  # of a future that the run was taken back from
+    shutil.rmtree(target, ignore_errors=True)  # from before the run was rewound
     partial.rename(target)
     sync_dir(mirror)
-    write_latest(target)
+    _write_latest(target)
 
 
 class Keeper:
-    """Prunes and mirrors behind the back of training, one thing at a time; rank 0 only.
+    """Prune and mirror in the background of training, one checkpoint at a time; rank 0 only.
 
     Args:
         folder: the run's checkpoints.
-        config: what to keep, and where to.
+        config: which of them to keep, and where to copy them.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
@@ -233,16 +302,16 @@ class Keeper:
         self._last: Future[None] | None = None
 
     def keep(self, path: Path, step: int) -> None:
-        """See to a new whole checkpoint; returns at once."""
+        """Start to mirror a new whole checkpoint and to prune; return at once."""
         self._last = self._thread.submit(self._keep, path, step)
 
     def wait(self) -> None:
-        """Wait until all is done."""
+        """Wait until everything is done."""
         if self._last is not None:
             self._last.result()
 
     def _keep(self, path: Path, step: int) -> None:
-        # Pruning comes after the copy, so that it never deletes what is being copied.
+        # Pruning comes after the copy, so that it never deletes the one being copied.
         if self._config.mirror is not None:
             self._copy(path, step, self._config.mirror)
         try:
@@ -251,13 +320,13 @@ class Keeper:
             print(f"{self._folder}: old checkpoints could not be deleted ({error})", flush=True)
 
     def _copy(self, path: Path, step: int, mirror: Path) -> None:
-        there = mirror / path.name / "state.json"
-        if there.exists() and there.read_bytes() == (path / "state.json").read_bytes():
+        copied = mirror / path.name
+        if is_checkpoint(copied) and checkpoint_digest(copied) == checkpoint_digest(path):
             return
         newest = latest(self._folder)
         lasting = self._config.keep_every and step % self._config.keep_every == 0
         if newest != path and not lasting:
-            return  # the mirror is slower than the run: a newer one waits
+            return  # the mirror is slower than the run: a newer checkpoint waits
         try:
             copy(path, mirror)
             prune(mirror, self._config, step=step)

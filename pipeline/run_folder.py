@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.checkpoint_folder import LATEST
+from pipeline.checkpoint_folder import LATEST, is_checkpoint
 from pipeline.errors import UserError
 from pipeline.files import remove_unfinished, sign_lock, try_lock
 
@@ -60,7 +60,7 @@ class RunDir:
         fix = "rename or move it, or choose another output_dir"
         written = [self.config, self.ds_config, self.environment, self.metrics]
         # Somebody who copies a run may leave its config.yaml behind; its checkpoints tell.
-        if any(self.checkpoints.glob("*/state.json")):
+        if any(map(is_checkpoint, self.checkpoints.glob("*"))):
             written = [self.config]
         for path in written:
             if path.exists():
@@ -69,7 +69,7 @@ class RunDir:
                     fix=fix,
                 )
         for path in sorted(self.checkpoints.glob("*")):
-            if path.name != LATEST and not (path / "state.json").is_file():
+            if path.name != LATEST and not is_checkpoint(path):
                 raise UserError(
                     f"output_dir: {path} is no checkpoint of a run, and runs write their "
                     f"checkpoints to {self.checkpoints}",

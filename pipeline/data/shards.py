@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.manifest import LengthHistogram, Manifest, ShardInfo, read_manifest
 from pipeline.data.order import permute
 from pipeline.errors import UserError
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, hash_file
 from pipeline.tokenizer import (
     TokenizerInfo,
     load_tokenizer,
@@ -87,15 +86,6 @@ def map_batch(path: Path) -> pa.RecordBatch:
         raise UserError(f"{path}: missing", fix="prepare the dataset again") from error
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from error
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class _Shard:

@@ -18,7 +18,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint_folder import checkpoint_digest, read_latest
+from pipeline.checkpoint_folder import (
+    checkpoint_digest,
+    is_checkpoint,
+    latest_name,
+    latest_step,
+    read_state,
+)
 from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
@@ -36,7 +42,6 @@ from pipeline.evaluation.tasks import list_elements
 from pipeline.model.export_folder import SETTINGS, is_export
 from pipeline.run_folder import RunDir
 from pipeline.submission.jobs import Job, digest
-from pipeline.submission.restart import last_step
 
 
 def is_prepared(config: PrepareConfig) -> bool:
@@ -69,16 +74,17 @@ def require_resumable(config: TrainConfig) -> None:
     from pipeline.training.run_identity import require_same_run, run_identity
 
     checkpoints = RunDir(config.output_dir).checkpoints
-    newest = checkpoints / (read_latest(checkpoints) or "")
-    if not (newest / "state.json").is_file():
+    newest = checkpoints / (latest_name(checkpoints) or "")
+    if not is_checkpoint(newest):
         return
+    try:
+        state = read_state(newest)
+    except UserError:
+        return  # damaged: training names the cure
     # A finished run needs its shards no more; they may have been removed.
     has_shards = (config.data.path / FILE_NAME).is_file()
     dataset = Dataset.open(config.data.path, verify=False) if has_shards else None
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: training says what to do
-        state = json.loads((newest / "state.json").read_text())
-        found = {"step": state.get("step", 0), "identity": dict(state["identity"])}
-        require_same_run(newest, found, run_identity(config, dataset, _local_digests(config.model)))
+    require_same_run(newest, state, run_identity(config, dataset, _local_digests(config.model)))
 
 
 def _local_digests(model: ModelConfig) -> dict[str, str] | None:
@@ -127,10 +133,10 @@ def is_exported(config: TrainConfig, checkpoint: str, output: Path) -> bool:
     if checkpoint == "init":
         return made.get("checkpoint") is None
     checkpoints = RunDir(config.output_dir).checkpoints
-    name = read_latest(checkpoints) if checkpoint == "latest" else checkpoint
+    name = latest_name(checkpoints) if checkpoint == "latest" else checkpoint
     path = checkpoints / (name or "")
     # Of a checkpoint that was pruned, the export is what is left.
-    return not (path / "state.json").is_file() or made.get("checkpoint") == checkpoint_digest(path)
+    return not is_checkpoint(path) or made.get("checkpoint") == checkpoint_digest(path)
 
 
 def unscored(config: EvaluateConfig) -> tuple[int, ...]:
@@ -216,7 +222,7 @@ def train_chain(
             with another tokenizer.
     """
     tree = load_config(TrainConfig, config, overrides)
-    done = last_step(tree.output_dir)
+    done = latest_step(RunDir(tree.output_dir).checkpoints)
     require_resumable(tree)
     if done >= tree.num_steps:
         return Chain(finished=(f"train: {tree.output_dir} has all of its {done} steps",))

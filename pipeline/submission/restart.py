@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.checkpoint_folder import checkpoint_step, read_latest
+from pipeline.checkpoint_folder import latest_step
 from pipeline.config import TrainConfig, load_config
-from pipeline.errors import DiffembedError, UserError, errors_end_the_process
+from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.files import write_json
 from pipeline.run_folder import RunDir
 from pipeline.submission import allocation
@@ -37,22 +37,6 @@ from pipeline.submission.slurm import repeat
 
 _UNKNOWN = "no word: a node failed, or the job was killed"
 _START = {"time": "", "step": 0, "nodes": "", "end": _UNKNOWN, "unfit": False}
-
-
-def last_step(output_dir: Path) -> int:
-    """Steps in the newest whole checkpoint of a run; 0 without one.
-
-    Raises:
-        UserError: `latest` does not hold a checkpoint's name.
-    """
-    folder = RunDir(output_dir).checkpoints
-    name = read_latest(folder)
-    if name is None:
-        return 0
-    step = checkpoint_step(name)
-    if step is None:
-        raise UserError(f"{folder}/latest: {name!r}", allowed="the name of a checkpoint next to it")
-    return step
 
 
 class History:
@@ -226,7 +210,7 @@ def end(
     try:
         history = History(config.output_dir, job)
         history.end(how or f"exit code {code}")
-        idle_starts = history.idle_starts(last_step(config.output_dir))
+        idle_starts = history.idle_starts(latest_step(RunDir(config.output_dir).checkpoints))
     except OSError as error:
         # The next start waits until the folder can be written; this end must not end the chain.
         say(f"how this start ended could not be noted: {error}")
@@ -275,7 +259,7 @@ def _note_start(config: TrainConfig, job: str) -> tuple[History, int]:
         folder.mkdir(parents=True, exist_ok=True)
         fault = probe(folder)[1]
         if not fault:
-            history, step = History(folder, job), last_step(folder)
+            history, step = History(folder, job), latest_step(RunDir(folder).checkpoints)
             history.start(step, os.environ.get("SLURM_JOB_NODELIST", ""))
             return history, step
     except OSError as error:
@@ -335,7 +319,7 @@ def _again(job: str, history: History | None, why: str, *, without: tuple[str, .
 
 
 def _stuck(config: TrainConfig, job: str, history: History) -> DiffembedError:
-    step = last_step(config.output_dir)
+    step = latest_step(RunDir(config.output_dir).checkpoints)
     endings = Counter(history.endings(step))
     words = "; ".join(f"{count} x {ending}" for ending, count in endings.items())
     return DiffembedError(

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,18 +35,17 @@ from safetensors.torch import save_file
 
 from pipeline import comm
 from pipeline.checkpoint_folder import (
-    FORMAT_VERSION,
-    LATEST,
     State,
     checkpoint_name,
     damaged_checkpoint,
     describe_file,
+    partial_folder,
+    publish,
     read_state,
     verify,
-    write_latest,
 )
 from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
-from pipeline.files import remove_unfinished, sync_dir, sync_file, write_sealed
+from pipeline.files import sync_file
 from pipeline.training.run_identity import require_same_run
 from pipeline.training.zero import read_share
 
@@ -176,8 +174,7 @@ class _Pending:
     """A checkpoint on its way to disk."""
 
     target: Path
-    partial: Path
-    description: dict[str, Any]  # state.json but for the files
+    description: dict[str, Any]  # see `checkpoint_folder.publish`
     written: Future[tuple[str, dict[str, Any]]]  # this rank's file: its name, size and hash
 
 
@@ -222,7 +219,6 @@ class Saver:
         assert self._pending is None, "the save before this one is not finished"
         rank, world_size = comm.rank(), comm.world_size()
         target = self._folder / checkpoint_name(step)
-        partial = self._folder / f".{target.name}.partial"
         share = {}
         for index, name in enumerate(engine.parameter_names):
             state = engine.gather_state(name)
@@ -230,12 +226,10 @@ class Saver:
             if index % world_size == rank:
                 for key, tensor in state.items():
                     share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
-        path = partial / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+        path = partial_folder(target) / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
         self._pending = _Pending(
             target=target,
-            partial=partial,
             description={
-                "format_version": FORMAT_VERSION,
                 "step": step,
                 "optimizer_steps": engine.optimizer_steps,
                 "world_size": world_size,
@@ -259,7 +253,10 @@ class Saver:
         faults = [f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)]
         if not faults and comm.rank() == 0:
             try:
-                patiently(lambda: _publish(pending, dict(outcomes)), pending.target)
+                patiently(
+                    lambda: publish(pending.target, pending.description, dict(outcomes)),
+                    pending.target,
+                )
             except OSError as fault:
                 faults = [repr(fault)]
         faults = comm.broadcast_object(faults)
@@ -301,14 +298,6 @@ def patiently(write: Callable[[], T], target: Path) -> T:
     raise AssertionError("the pauses never end")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed saves and deletions left; rank 0 only, while nobody saves."""
-    for pattern in (".step-*.partial", ".step-*.deleted"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-    remove_unfinished(folder / LATEST)
-
-
 def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
     """Write this rank's tensors and compare what can be read back; its name, size and hash."""
     # What a partitioned parameter looks like where it was not gathered.
@@ -326,19 +315,3 @@ def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, A
             ):
                 raise OSError(f"{path.name}: {key} was read back with other values")
     return path.name, describe_file(path)
-
-
-def _publish(pending: _Pending, files: dict[str, Any]) -> None:
-    """Describe the files, and give the folder its name."""
-    target, replaced = pending.target, pending.target.with_name(f".{pending.target.name}.deleted")
-    if pending.partial.exists():  # not yet renamed by a call that failed after it
-        write_sealed(pending.partial / "state.json", {**pending.description, "files": files})
-        sync_dir(pending.partial)
-        if target.exists():  # of a future that the run was taken back from
-            target.rename(replaced)
-        pending.partial.rename(target)
-    sync_dir(target.parent)
-    # Last: `latest` must never name a checkpoint that is not whole.
-    write_latest(target)
-    # What cannot be deleted now is a leftover of the next start.
-    shutil.rmtree(replaced, ignore_errors=True)

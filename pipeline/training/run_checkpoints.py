@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 from pipeline import checkpoint_folder, comm, launch
-from pipeline.checkpoint_folder import LATEST, Keeper, checkpoint_name
+from pipeline.checkpoint_folder import LATEST, Keeper, checkpoint_name, remove_leftovers
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError, say_warning
 from pipeline.run_folder import RunDir
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Saver, remove_leftovers
+from pipeline.training.checkpoints import Saver
 from pipeline.training.engine import Objective
 from pipeline.training.evaluations import Evaluations
 from pipeline.training.zero import ZeroEngine

@@ -21,8 +21,9 @@ from pipeline.config import DataConfig, DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import Dataset, hash_file
+from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from pipeline.files import hash_file
 from pipeline.tokenizer import tokenizer_fingerprint
 
 GOOD = {"query": "q", "positives": ["p"], "negatives": ["n"]}
@@ -394,7 +395,7 @@ DATASETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest of null": (put("manifest.json", "null"), "manifest.json: damaged"),
     "a manifest with another number": (
         edit(sealed=True, max_query_length=47),
-        "manifest.json: damaged (its content is not what its sha256 says)",
+        "manifest.json: damaged (its content does not match its sha256)",
     ),
     "a newer manifest": (edit(version=99), "version 99"),
     "a manifest without version": (edit(version=None), "manifest.json: damaged"),

@@ -20,7 +20,8 @@ from pipeline.data.manifest import (
     SourceInfo,
 )
 from pipeline.data.order import Group
-from pipeline.data.shards import DOCUMENT_SCHEMA, EXAMPLE_SCHEMA, hash_file, write_table
+from pipeline.data.shards import DOCUMENT_SCHEMA, EXAMPLE_SCHEMA, write_table
+from pipeline.files import hash_file
 from pipeline.tokenizer import TokenizerInfo
 
 

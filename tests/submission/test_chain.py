@@ -8,11 +8,17 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.checkpoint_folder import checkpoint_digest, read_latest
+from pipeline.checkpoint_folder import (
+    checkpoint_digest,
+    latest_name,
+    partial_folder,
+    publish,
+)
 from pipeline.config import (
     EvaluateConfig,
     ExportStep,
@@ -55,11 +61,12 @@ def names(chain: Chain) -> dict[str, tuple[str, ...]]:
 CHECKPOINTS = Path("runs/quickstart/run/checkpoints")
 
 
-def train_to(step: int) -> None:
-    folder = CHECKPOINTS / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": step}))
-    (CHECKPOINTS / "latest").write_text(f"{folder.name}\n")
+def train_to(step: int, identity: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint without tensors; without an identity it is damaged, which stops no job."""
+    path = CHECKPOINTS / f"step-{step:06d}"
+    partial_folder(path).mkdir(parents=True)
+    state = {"step": step, "optimizer_steps": step, "world_size": 1, "parameters": [], "extra": {}}
+    publish(path, {**state, "identity": identity}, {})
 
 
 def export(*folders: str) -> None:
@@ -68,7 +75,7 @@ def export(*folders: str) -> None:
     for folder in map(Path("runs/quickstart").joinpath, folders):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
-        newest = CHECKPOINTS / (read_latest(CHECKPOINTS) or "")
+        newest = CHECKPOINTS / (latest_name(CHECKPOINTS) or "")
         digest = None if "untrained" in folder.name else checkpoint_digest(newest)
         made = {"checkpoint": digest, "model": as_tree(config.model)}
         (folder / "diffembed.json").write_text(json.dumps(made))
@@ -230,10 +237,7 @@ def test_a_finished_run_whose_config_was_edited_is_refused_by_key(
     train: Train, prepared: PrepareConfig
 ) -> None:
     config = load_config(TrainConfig, RECIPE / "train.yaml", own_data(prepared))
-    train_to(NUM_STEPS)
-    identity = run_identity(config, Dataset.open(prepared.output_dir, verify=False))
-    state = CHECKPOINTS / f"step-{NUM_STEPS:06d}/state.json"
-    state.write_text(json.dumps({"identity": identity}))
+    train_to(NUM_STEPS, run_identity(config, Dataset.open(prepared.output_dir, verify=False)))
 
     assert train().finished
     assert train("log_every=3").finished
@@ -250,9 +254,7 @@ def test_a_run_whose_base_model_changed_is_refused_as_training_would(
     config = load_config(TrainConfig, RECIPE / "train.yaml", own_data(prepared))
     dataset = Dataset.open(prepared.output_dir, verify=False)
     identity = run_identity(config, dataset, model_digests_here(config.model))
-    train_to(step)
-    state = CHECKPOINTS / f"step-{step:06d}/state.json"
-    state.write_text(json.dumps({"step": step, "identity": identity}))
+    train_to(step, identity)
     assert bool(train(f"model.path={moved}").finished) == (step == NUM_STEPS)
 
     weights = moved / "model.safetensors"

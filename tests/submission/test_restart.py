@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint_folder import latest_step
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
 from pipeline.submission.allocation import State, judge, read_state, requeue
 from pipeline.submission.health import Health, find_faults
-from pipeline.submission.restart import Ending, History, begin, decide, end, last_step
+from pipeline.submission.restart import Ending, History, begin, decide, end
 from pipeline.submission.slurm import NoAnswerError
 
 
@@ -53,12 +54,12 @@ def test_a_start_counts_as_idle_until_a_checkpoint_is_newer_than_it(tmp_path: Pa
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     for expected in (1, 2):
-        History(tmp_path, "7").start(last_step(tmp_path), "node1")
-        assert History(tmp_path, "7").idle_starts(last_step(tmp_path)) == expected
+        History(tmp_path, "7").start(latest_step(checkpoints), "node1")
+        assert History(tmp_path, "7").idle_starts(latest_step(checkpoints)) == expected
     (checkpoints / "latest").write_text("step-000020\n")
     history = History(tmp_path, "7")
 
-    assert history.idle_starts(last_step(tmp_path)) == 0
+    assert history.idle_starts(latest_step(checkpoints)) == 0
     assert history.endings(0) == ["no word: a node failed, or the job was killed"] * 2
     # Another job counts from zero.
     assert History(tmp_path, "8").idle_starts(0) == 0

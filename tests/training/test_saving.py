@@ -81,7 +81,7 @@ def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     comm.barrier()
     if comm.rank() == 0:
-        checkpoints.remove_leftovers(path)
+        checkpoint_folder.remove_leftovers(path)
         assert tree(path) == before
     return said
 
@@ -249,7 +249,7 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     for name in (".step-000002.partial", ".step-000001.deleted"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tensors").write_text("half")
-    checkpoints.remove_leftovers(tmp_path)
+    checkpoint_folder.remove_leftovers(tmp_path)
     assert tree(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -32,10 +32,10 @@ from pipeline.data.manifest import write_manifest as write_sealed_manifest
 from pipeline.data.order import Group
 from pipeline.data.prepare.plan import Build
 from pipeline.data.prepare.tokenise import read_groups
-from pipeline.data.shards import hash_file, map_batch, write_table
+from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, write_json, write_text
+from pipeline.files import atomic_path, hash_file, write_json, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
