@@ -10,8 +10,8 @@ from pipeline.config import TrainConfig, as_tree
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
-from pipeline.loss.contrastive import check_loss
-from pipeline.loss.scores import DEFAULT_SCORE_BYTES, loss_cost
+from pipeline.loss.targets import check_loss
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.model.encoder import build_model
 from pipeline.training.token_step import TILE_BYTES
 

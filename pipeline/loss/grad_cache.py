@@ -1,11 +1,12 @@
-"""Gradient caching: embed everything without graphs, then replay each chunk with its gradient.
+"""Cache gradients: embed everything without graphs, then replay each chunk with its gradient.
 
     pass 1   chunk -> embedding, no graph; the state of the random generators is kept
     (loss)   gradient of the loss by every embedding
-    pass 2   generators set back, chunk -> the same embedding with graph -> backward
+    pass 2   generators restored, chunk -> the same embedding with graph -> backward of
+             sum(embedding * gradient), whose gradient by the parameters is the loss's
 
 Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
-(arXiv 2101.06983), section 3. Knows no engine: `embed` and `backward` are given.
+(arXiv 2101.06983), section 3. `embed` and `backward` are arguments: no engine is known here.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class RandomState:
 
     @classmethod
     def capture(cls) -> RandomState:
-        """Copy the generators as they are now."""
+        """Copy the present state of the generators."""
         in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if in_use else None)
 
     def restore(self) -> None:
-        """Set the generators back."""
+        """Restore the generators."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
@@ -42,7 +43,7 @@ class RandomState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CachedChunks:
-    """What pass 1 leaves for the loss and for pass 2; one entry per chunk."""
+    """Embeddings for the loss and state for pass 2, both left by pass 1; one entry per chunk."""
 
     embeddings: tuple[Tensor, ...]  # (C, E) each, without graph
     random_states: tuple[RandomState, ...]
@@ -52,12 +53,12 @@ class CachedChunks:
 def embed_chunks(
     chunks: Sequence[ChunkT], embed: Callable[[ChunkT], Tensor], *, keep_graphs: int = 0
 ) -> CachedChunks:
-    """Pass 1: the embeddings of all chunks, in order.
+    """Pass 1: embed all chunks, in order.
 
     Args:
-        chunks: whatever `embed` takes.
+        chunks: the arguments of `embed`.
         embed: chunk -> (C, E) embeddings.
-        keep_graphs: how many of the last chunks keep their graph for pass 2, which then spares
+        keep_graphs: number of last chunks that keep their graph for pass 2, which then skips
             their second forward: of 4 units of work (2 forwards, a backward of 2), k of C chunks
             save k / C. With all of them this is no caching at all.
     """
@@ -83,7 +84,7 @@ def replay_chunks(
     *,
     check: bool = False,
 ) -> None:
-    """Pass 2: one backward per chunk, of a scalar whose gradient is the loss's by the parameters.
+    """Pass 2: run one backward per chunk, so that parameters get the gradient of the loss.
 
     Args:
         chunks: as given to `embed_chunks`.
@@ -112,7 +113,7 @@ def replay_chunks(
                 raise RuntimeError(
                     f"chunk {number}: pass 2 differs from pass 1 by {worst:.3g} in an embedding"
                 )
-            surrogate = (embedding * gradient).sum()
+            surrogate = (embedding * gradient).sum()  # (C, E) -> ()
         backward(surrogate)
-    # Whatever draws next sees the generators as if there had been no second pass.
+    # The next draw sees the generators as if there had been no second pass.
     after.restore()

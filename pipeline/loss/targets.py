@@ -1,4 +1,15 @@
-"""Inputs and outputs of the loss, and the distribution of a batch over ranks."""
+"""Inputs and outputs of the loss, and the part of the global batch that each rank holds.
+
+Global indices of the batch (queries 0..N-1, documents 0..M-1) are the same on every rank; a rank's
+own rows are counted locally. With two ranks, queries and documents shared out as
+
+    rank 0   q0 q1   d0 d1          rank 1   q2   d2 d3
+
+document d3 is local row 1 on rank 1 and -1 ("elsewhere") on rank 0.
+
+Shapes: B queries and K documents of this rank, R queries of a block, P pairs of a block's query and
+a document that is listed for it, E embedding width.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +19,8 @@ import torch
 from torch import Tensor
 
 from pipeline import comm
+from pipeline.config import LossConfig
+from pipeline.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,14 +31,14 @@ class RaggedIndex:
     values: Tensor  # (entries,) int64
 
     def entries(self, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Every entry of the chosen rows.
+        """Find every entry of the chosen rows.
 
         Args:
-            rows_R: (R,) which rows.
+            rows_R: (R,) numbers of the rows.
 
         Returns:
-            (P,) place within `rows_R` that the entry belongs to, ascending, and (P,) its position
-            in `values`.
+            (P,) index into `rows_R` of the row that the entry belongs to, ascending, and (P,)
+            index of the entry in `values`.
         """
         starts_R = self.offsets[rows_R]
         counts_R = self.offsets[rows_R + 1] - starts_R
@@ -37,7 +50,7 @@ class RaggedIndex:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """Which documents each query of the global batch should and should not find.
+    """The documents that each query of the global batch should find, and should not.
 
     The three ragged tables have one row per global query and hold global document indices; they
     are the same on every rank. Together the ranks hold each query and each document exactly once.
@@ -59,7 +72,7 @@ class LossOutput:
     """The loss of the global batch and its gradient by the embeddings of this rank.
 
     The gradients are exactly d(global mean loss) / d(own embeddings). They are *not* multiplied by
-    the world size: whoever averages gradients over ranks has to undo that.
+    the world size: a caller that averages gradients over ranks has to multiply.
     """
 
     loss: Tensor  # () float32, the same on every rank
@@ -70,7 +83,7 @@ class LossOutput:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class QueryBlock:
     """Consecutive queries of one rank."""
 
     owner: int
@@ -79,25 +92,25 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class BlockPairs:
-    """The listed documents of a block's queries: positives, then own negatives where asked for."""
+class ListedPairs:
+    """The listed documents of a block's queries: all positives, then, on request, own negatives."""
 
     num_positives: int
-    row_P: Tensor  # place of the query in the block
-    local_P: Tensor  # place of the document on this rank, -1 elsewhere
+    row_P: Tensor  # row of the query in the block
+    local_P: Tensor  # row of the document on this rank, -1 elsewhere
     teacher_P: Tensor | None  # float64
     contrasted_P: Tensor  # bool: an own negative that is neither positive nor masked
 
     def positives(self, value_P: Tensor) -> Tensor:
-        """The leading part that belongs to positives."""
+        """Return a view of the leading part that belongs to positives."""
         return value_P[: self.num_positives]
 
 
-class Layout:
-    """The global batch as this rank sees it; building it is a collective call."""
+class RankTargets:
+    """Targets as this rank needs them, by local rows; building them is a collective call."""
 
     def __init__(self, targets: Targets) -> None:
-        self.targets = targets
+        self._targets, self.num_queries = targets, targets.num_queries
         device = targets.query_index.device
         sizes = torch.tensor([len(targets.query_index), len(targets.document_index)], device=device)
         counts: list[tuple[int, int]] = comm.all_gather_stack(sizes).tolist()
@@ -110,42 +123,44 @@ class Layout:
         )
         self._index_N, _ = comm.all_gather_rows(targets.query_index)
         self._local_M = torch.full((targets.num_documents,), -1, device=device)
-        places = torch.arange(len(targets.document_index), device=device)
-        self._local_M[targets.document_index] = places
+        self._local_M[targets.document_index] = torch.arange(
+            len(targets.document_index), device=device
+        )
 
-    def blocks(self, rows: int) -> list[Block]:
-        """All queries in blocks of at most `rows`; the same list on every rank."""
+    def blocks(self, rows: int) -> list[QueryBlock]:
+        """Cut all queries into blocks of at most `rows`; the same list on every rank."""
         blocks, offset = [], 0
         for owner, count in enumerate(self.queries_of_rank):
             for start in range(0, count, rows):
                 stop = min(start + rows, count)
                 index_R = self._index_N[offset + start : offset + stop]
-                blocks.append(Block(owner=owner, rows=slice(start, stop), index_R=index_R))
+                blocks.append(QueryBlock(owner=owner, rows=slice(start, stop), index_R=index_R))
             offset += count
         return blocks
 
-    def excluded(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Row and local column of the block's positives and masked documents on this rank."""
+    def excluded(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
+        """Return row and local column of the block's positives and masked documents here."""
         row, document = self._positives_and_masked(block)
         column = self._local_M[document]
-        here = torch.nonzero(column >= 0)[:, 0]  # once: on a GPU it waits, as each mask would
+        # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
+        here = torch.nonzero(column >= 0)[:, 0]
         return row[here], column[here]
 
-    def pairs(self, block: Block, *, with_negatives: bool) -> BlockPairs:
-        """The block's positives, and its own negatives where asked for."""
-        targets = self.targets
+    def pairs(self, block: QueryBlock, *, with_negatives: bool) -> ListedPairs:
+        """List the block's positives, and its own negatives on request."""
+        targets = self._targets
         row_P, document_P, teacher_P = _lookup(targets.positives, targets.teacher_positives, block)
         num_positives = row_P.shape[0]
         contrasted_P = torch.zeros_like(row_P, dtype=torch.bool)
         if with_negatives:
             row, document, teacher = _lookup(targets.negatives, targets.teacher_negatives, block)
-            barred = self._keys(*self._positives_and_masked(block))
-            contrasted = ~torch.isin(self._keys(row, document), barred)
+            barred = self._pair_number(*self._positives_and_masked(block))
+            contrasted = ~torch.isin(self._pair_number(row, document), barred)
             row_P, document_P = torch.cat([row_P, row]), torch.cat([document_P, document])
             contrasted_P = torch.cat([contrasted_P, contrasted])
             if teacher_P is not None and teacher is not None:
                 teacher_P = torch.cat([teacher_P, teacher])
-        return BlockPairs(
+        return ListedPairs(
             num_positives=num_positives,
             row_P=row_P,
             local_P=self._local_M[document_P],
@@ -153,19 +168,44 @@ class Layout:
             contrasted_P=contrasted_P,
         )
 
-    def _positives_and_masked(self, block: Block) -> tuple[Tensor, Tensor]:
+    def _positives_and_masked(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
         positive, masked = (
-            _lookup(table, None, block) for table in (self.targets.positives, self.targets.masked)
+            _lookup(table, None, block) for table in (self._targets.positives, self._targets.masked)
         )
         return torch.cat([positive[0], masked[0]]), torch.cat([positive[1], masked[1]])
 
-    def _keys(self, row: Tensor, document: Tensor) -> Tensor:
-        return row * self.targets.num_documents + document
+    def _pair_number(self, row: Tensor, document: Tensor) -> Tensor:
+        return row * self._targets.num_documents + document
 
 
 def _lookup(
-    table: RaggedIndex, scores: Tensor | None, block: Block
+    table: RaggedIndex, scores: Tensor | None, block: QueryBlock
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Row, global document and score of every entry of the block's queries."""
+    """Return row, global document and score of every entry of the block's queries."""
     row, position = table.entries(block.index_R)
     return row, table.values[position], None if scores is None else scores[position].double()
+
+
+def check_loss(config: LossConfig, *, width: int, has_scores: bool) -> None:
+    """Refuse a loss that the model or the data cannot have; called before a run starts.
+
+    Args:
+        config: the loss section.
+        width: of the embeddings.
+        has_scores: whether the data hold a teacher's scores.
+
+    Raises:
+        UserError: a Matryoshka width is not below the embeddings' width, or distillation is
+            configured and there are no teacher scores.
+    """
+    for dim in config.matryoshka_dims:
+        if dim >= width:
+            raise UserError(
+                f"loss.matryoshka_dims: {dim}",
+                allowed=f"widths below the embeddings' width ({width}), which is always trained",
+            )
+    if config.distillation is not None and not has_scores:
+        raise UserError(
+            "loss.distillation is set but the data set holds no teacher scores",
+            fix="prepare the data with scores, or remove loss.distillation",
+        )

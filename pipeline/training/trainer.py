@@ -18,7 +18,7 @@ from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
-from pipeline.loss.contrastive import check_loss
+from pipeline.loss.targets import check_loss
 from pipeline.model.encoder import build_model
 from pipeline.model.weights import model_digests
 from pipeline.run_folder import OWN_CONFIG, RunDir, describe_environment

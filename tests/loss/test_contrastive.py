@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pipeline import comm
 from pipeline.config import DistillationConfig, LossConfig
 from pipeline.errors import UserError
-from pipeline.loss import scores
-from pipeline.loss.contrastive import OneWidth, contrastive_loss
+from pipeline.loss import tiles
+from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.scores import segment_log_sum_exp
 from pipeline.loss.targets import LossOutput
 from tests.loss.reference import Case, make_case, naive_loss, relative_error
@@ -108,7 +110,7 @@ def test_tiled_loss_equals_naive_loss(
     recipe: str, score_bytes: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents of a rank are more than a tile's columns wherever batches are large."""
-    monkeypatch.setattr(scores, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(tiles, "TILE_COLUMNS", columns)
     case, config = make_case(teacher=True), RECIPES[recipe]
     (share,) = loss_of_rank(case, [config], score_bytes)
     assert_equal_to_naive(case, config, [share])
@@ -151,6 +153,23 @@ def whole_loss(case: Case, config: LossConfig) -> LossOutput:
     queries, documents = torch.arange(len(case.query)), torch.arange(len(case.document))
     targets = case.targets(queries, documents)
     return contrastive_loss(case.query, case.document, targets, config=config)
+
+
+def test_the_worked_example_of_the_module_is_what_the_loss_computes() -> None:
+    query = torch.tensor([[1, 0], [0, 1], [0.6, 0.8]])
+    document = torch.tensor([[0.8, 0.6], [0, 1], [1, 0], [0.6, 0.8]])
+    case = Case(query, document, [[0], [1], [3]], [[2], [], []], [[], [], [1]])
+    output = whole_loss(case, LossConfig(temperature=0.5))
+    score_grad = torch.tensor(
+        [[-0.234, 0.020, 0.148, 0.066], [0.066, -0.186, 0.020, 0.099], [0.130, 0.0, 0.063, -0.193]]
+    )
+    assert float(output.loss) == pytest.approx(0.963, abs=5e-4)
+    for rows, grad, got in (
+        (query, score_grad @ document, output.query_grad),
+        (document, score_grad.T @ query, output.document_grad),
+    ):
+        along = (grad * rows).sum(1, keepdim=True) * rows
+        torch.testing.assert_close(got, (grad - along) / 0.5, atol=3e-3, rtol=0)
 
 
 def one_positive_case(num_queries: int, num_negatives: int, width: int = 32) -> Case:
@@ -273,23 +292,30 @@ def test_accuracy_counts_queries_whose_best_positive_beats_every_negative() -> N
     assert whole_loss(case, LossConfig()).metrics["accuracy@1"] == pytest.approx(2 / 3)
 
 
-def test_loss_does_not_depend_on_the_callers_matmul_precision_or_autocast(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A CPU has no TF32 whose rounding would show, so the setting itself is looked at."""
-    case, run, seen = make_case(), OneWidth.run, []
+class SeenPrecisions(TorchFunctionMode):
+    """Notes the precision in force at every matrix product; a CPU has no TF32 that would show."""
 
-    def look(one_width: OneWidth) -> LossOutput:
-        seen.append(torch.get_float32_matmul_precision())
-        return run(one_width)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
 
-    monkeypatch.setattr(OneWidth, "run", look)
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+        if function is torch.mm:
+            self.seen.add(torch.get_float32_matmul_precision())
+        return function(*args, **(kwargs or {}))
+
+
+def test_loss_does_not_depend_on_the_callers_matmul_precision_or_autocast() -> None:
+    case = make_case()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    expected = whole_loss(case, LossConfig())
-    after = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)
-    assert (seen, after) == (["highest"], "medium")
+    try:
+        with SeenPrecisions() as precisions:
+            expected = whole_loss(case, LossConfig())
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (precisions.seen, after) == ({"highest"}, "medium")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(whole_loss(case, LossConfig()).query_grad, expected.query_grad)
 

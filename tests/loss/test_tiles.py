@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pipeline import comm
 from pipeline.config import LossConfig
 from pipeline.loss.contrastive import contrastive_loss
-from pipeline.loss.scores import loss_cost, plan_tiles
 from pipeline.loss.targets import RaggedIndex, Targets
+from pipeline.loss.tiles import loss_cost, plan_tiles
 from tests.support import run_ranks
 
 
