@@ -396,6 +396,16 @@ class ModelLimits:
                     fix=fix,
                 )
 
+    def cut_length(self, length: int, *, where: str) -> int:
+        """Return a length, reduced with a warning to the model's positions if they are fewer."""
+        if self.positions is None or length <= self.positions:
+            return length
+        say_warning(
+            f"{where}: {length} tokens, but the model has {self.positions} positions; texts are "
+            f"cut at {self.positions} tokens"
+        )
+        return self.positions
+
     def warn_of_length(self, lengths: Mapping[str, int]) -> None:
         """Warn of texts that are longer than any that a rotary model was trained on."""
         for key, length in lengths.items():

@@ -297,7 +297,9 @@ def _load(job: EncodeJob) -> LoadedExport:
         precision=job.precision,
         dimensions=job.dimensions,
     )
-    return model if job.max_length is None else model.cut_at(job.max_length, key="--max-length")
+    if job.max_length is None:
+        return model
+    return model.with_max_length(job.max_length, key="--max-length")
 
 
 def _stored(

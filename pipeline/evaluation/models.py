@@ -22,7 +22,7 @@ from pipeline.evaluation.tasks import Element, list_elements, load_mteb
 from pipeline.launch import discover_world
 from pipeline.model.export_folder import (
     SETTINGS,
-    Origin,
+    ExportSettings,
     backbone_folder,
     export_fingerprint,
     is_export,
@@ -169,16 +169,14 @@ def revision(element: Element) -> str:
 
 def checkpoint_of(export: Path) -> str | None:
     """Identity of the checkpoint that an export was made of; None where the export names none."""
-    found: str | None = _settings(export).get("checkpoint")
-    return found
+    return _settings(export).get("checkpoint")
 
 
-def _settings(export: Path) -> dict[str, Any]:
+def _settings(export: Path) -> ExportSettings:
     """What `diffembed export` noted; nothing in a folder of others."""
     if not is_export(export):
         return {}
-    settings: dict[str, Any] = read_settings(export, SETTINGS, Origin)
-    return settings
+    return read_settings(export, SETTINGS, ExportSettings)
 
 
 LoadEncoder = Callable[[EvaluateConfig, Element], EvaluatedEncoder]
@@ -421,7 +419,9 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             allowed=f"at most {_loaded[key].max_tokens} in the free memory of this GPU",
             fix="shorten max_length or lengths, or use a larger GPU",
         )
-    export = _loaded[key].cut_at(element.max_length, key=f"{element.model.name}: max_length")
+    export = _loaded[key].with_max_length(
+        element.max_length, key=f"{element.model.name}: max_length"
+    )
     template = element.model.template or export.template
     return EvaluatedEncoder(
         embedder=TemplatedEmbedder(

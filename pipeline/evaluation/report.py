@@ -28,6 +28,7 @@ from pipeline.evaluation.tables import (
     Strata,
     Table,
     aligned_table,
+    card_results,
     card_rows,
     interval,
     latex_table,
@@ -395,7 +396,9 @@ def _write(config: EvaluateConfig, folder: Path) -> None:
         as_exported = model.template is None and model.rope_scaling is None
         if as_exported and is_export(model.path):
             try:
-                add_evaluation(model.path, markdown_table(*card_rows(model.name, tasks)))
+                table = markdown_table(*card_rows(model.name, tasks))
+                results = card_results(model.name, tasks)
+                add_evaluation(model.path, table, name=model.name, results=results)
             except OSError as error:
                 # A shared export may be read-only; the report is whole without its card.
                 print(f"{model.path}: scores not added to its card ({error})", flush=True)

@@ -23,8 +23,8 @@ from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import Table, interval
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements
-from pipeline.files import check_kind, hash_files, read_json, unseal, write_text
-from pipeline.model.export_folder import export_fingerprint, fingerprint, model_settings
+from pipeline.files import check_kind, fingerprint_files, hash_files, read_json, unseal, write_text
+from pipeline.model.export_folder import export_fingerprint, model_settings
 from pipeline.run_folder import RunDir
 
 
@@ -133,7 +133,7 @@ def _data_fingerprint(folder: Path | None) -> str | None:
     if folder is None:
         return None
     # Hidden is what downloads note for themselves.
-    return fingerprint(
+    return fingerprint_files(
         folder,
         (
             path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import EvalResult
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -78,6 +79,21 @@ def card_rows(model: str, tasks: Sequence[dict[str, Any]]) -> Table:
         cells = [f"{task[model]:.4f}", f"[{low:.4f}, {high:.4f}]", str(task["max_length"])]
         rows.append([task["name"], task["metric"], *cells])
     return ["task", "metric", "score", "95 % interval", "max length"], rows
+
+
+def card_results(model: str, tasks: Sequence[dict[str, Any]]) -> list[EvalResult]:
+    """Return the scores of a single model as metadata of its card."""
+    return [
+        EvalResult(
+            task_type="Retrieval",
+            dataset_type=task["task"],
+            dataset_name=task["name"],
+            metric_type=task["metric"],
+            metric_value=task[model],
+            metric_args={"max_length": task["max_length"]},
+        )
+        for task in tasks
+    ]
 
 
 def pair_rows(tasks: Sequence[dict[str, Any]]) -> Table | None:

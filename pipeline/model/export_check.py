@@ -1,7 +1,9 @@
-"""Load an export in a process without this package and compare its vectors.
+"""Load an export in a process without this package, and compare its vectors with ours.
 
-ours = the trained encoder on a ragged batch, in float32
-theirs = the folder, loaded by sentence-transformers and by the code of its card
+    ours    the trained encoder on a ragged batch, in float32
+    theirs  the folder, loaded by sentence-transformers and by the code of its card
+
+`outside_program.py` is the program of that process; each request and each answer is a JSON line.
 """
 
 from __future__ import annotations
@@ -24,25 +26,25 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 
-# Seconds for one library to load the folder and embed a few texts. A disk that is slower than that
-# says nothing about the folder.
+# Seconds for one library to load the folder and embed a few texts. A disk that takes longer proves
+# nothing against the folder, so the export is then written unchecked.
 _PATIENCE = 900
-# Largest distance, relative to the length of a vector: rounding stays below a hundredth of it, and
-# one token more or less in a short text far above.
+# Largest distance, relative to the length of a vector. Rounding stays below a hundredth of it; one
+# token more or less in a short text moves the vector much further.
 _TOLERANCE = 1e-3
-# How the result of a check begins that was not made.
+# The start of a result for a check that did not run.
 NOT_CHECKED = "not checked"
 _PROGRAM = Path(__file__).with_name("outside_program.py")
 
 
 def available_bytes() -> int:
-    """Return the memory that this process and its children can still take."""
+    """Return the memory that this process and its children can still take, also in a container."""
     page = os.sysconf("SC_PAGE_SIZE")
     free = page * os.sysconf("SC_AVPHYS_PAGES")
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or an older kernel
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or cgroups version 1
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
         folder = Path("/sys/fs/cgroup") / group.lstrip("/")
         limit = int((folder / "memory.max").read_text())
@@ -51,13 +53,13 @@ def available_bytes() -> int:
 
 
 class Unfinished(Exception):  # noqa: N818 -- an outcome, not a fault
-    """A check that came to no result; its text says why."""
+    """A check without a result; the text gives the reason."""
 
 
-class Outside:
-    """A process that cannot import this package, loads folders and embeds texts.
+class OutsideProcess:
+    """A process that loads folders and embeds texts, and cannot import this package.
 
-    Its imports take seconds; they run while the caller does other work.
+    Its imports take seconds, so it starts with the `with` block, and the caller works meanwhile.
 
     Attributes:
         patience: seconds to wait for an answer.
@@ -67,12 +69,12 @@ class Outside:
         self.patience = patience
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Outside:
+    def __enter__(self) -> OutsideProcess:
         self._folder = TemporaryDirectory()
         self._log = TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM)],
-            cwd=self._folder.name,  # a folder of this package would be imported from
+            cwd=self._folder.name,  # not the caller's, where this package could be importable
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -99,7 +101,7 @@ class Outside:
 
     @property
     def has_sentence_transformers(self) -> bool:
-        """Whether that library is installed."""
+        """True if that process can import sentence-transformers."""
         if self._has_sentence_transformers is None:
             self._has_sentence_transformers = bool(self._answer())
         return self._has_sentence_transformers
@@ -117,16 +119,16 @@ class Outside:
         Args:
             folder: the export.
             library: `sentence-transformers`, or `transformers` for the code of the card.
-            batches: each with `texts`, optionally a `prompt`, and for sentence-transformers a
-                `prompt_name` instead.
-            dtype: in which weights are loaded; they compute in float32.
+            batches: each with `texts`, optionally a `prompt`, or for sentence-transformers the
+                `prompt_name` of a stored one.
+            dtype: of the weights as they are loaded; the forward runs in float32.
 
         Returns:
             (N, D) vectors for each batch.
 
         Raises:
             UserError: the library cannot load the folder.
-            Unfinished: there was no answer.
+            Unfinished: no answer arrived.
         """
         request = {"folder": str(folder.resolve()), "library": library, "dtype": dtype}
         answer = self._ask({**request, "batches": [*map(dict, batches)]})
@@ -138,7 +140,7 @@ class Outside:
         return [np.array(rows, dtype=np.float32) for rows in answer["vectors"]]
 
     def missing_keys(self, folder: Path) -> list[str]:
-        """Names of weights that transformers would have to make up."""
+        """Return the names of weights that transformers would have to make up."""
         answer = self._ask({"folder": str(folder.resolve())})
         if "error" in answer:
             raise UserError(f"transformers cannot load {folder} ({answer['error']})")
@@ -146,7 +148,7 @@ class Outside:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process is not None and self._process.stdin is not None
-        _ = self.has_sentence_transformers  # the first line that it writes
+        _ = self.has_sentence_transformers  # reads the first line, before any answer
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -157,13 +159,13 @@ class Outside:
 
     def _answer(self) -> Any:
         assert self._process is not None and self._process.stdout is not None
-        late = threading.Timer(self.patience, self._process.kill)
-        late.start()
+        timer = threading.Timer(self.patience, self._process.kill)
+        timer.start()
         try:
             line = self._process.stdout.readline()
         finally:
-            expired = not late.is_alive()
-            late.cancel()
+            expired = not timer.is_alive()
+            timer.cancel()
         if not line:
             raise Unfinished(f"no answer in {self.patience:.0f} s") if expired else self._died()
         return json.loads(line)
@@ -177,7 +179,7 @@ class Outside:
 
 
 def check_vectors(
-    outside: Outside,
+    outside: OutsideProcess,
     folder: Path,
     *,
     libraries: Sequence[str],
@@ -188,15 +190,15 @@ def check_vectors(
     """Compare vectors of other libraries with ours.
 
     Args:
-        outside: the process that has those libraries.
+        outside: the process that imports those libraries.
         folder: the export.
-        libraries: to check, as for `Outside.embed`.
+        libraries: to check, as for `OutsideProcess.embed`.
         dtype: of the stored weights.
-        batches: texts, as for `Outside.embed`.
+        batches: texts, as for `OutsideProcess.embed`, each with its `role`.
         wanted: our (N, D) vectors of each batch.
 
     Returns:
-        What was found, by library.
+        The result of each library, as a sentence for the card.
 
     Raises:
         UserError: vectors differ, or a library cannot load the folder.
@@ -208,7 +210,7 @@ def check_vectors(
                 found[library] = f"{NOT_CHECKED}: it is not installed"
                 continue
             theirs = outside.embed(folder, library, batches, dtype=dtype)
-        except Unfinished as reason:  # nor will it answer for the others
+        except Unfinished as reason:  # the process is gone, so the other libraries cannot answer
             left = [name for name in libraries if name not in found]
             return {**found, **dict.fromkeys(left, f"{NOT_CHECKED}: {reason}")}
         for batch, ours, vectors in zip(batches, wanted, theirs, strict=True):
@@ -224,13 +226,13 @@ def _compare(
     if ours.shape != theirs.shape:
         raise UserError(
             f"{library} gives vectors of shape {theirs.shape} for this export, not {ours.shape}",
-            fix="report it; --no-check writes the export all the same",
+            fix="report it; --no-check writes the export anyway",
         )
     lengths = np.linalg.norm(ours, axis=1)
     distances = np.linalg.norm(ours - theirs, axis=1) / np.maximum(lengths, 1e-12)
-    if not distances.max() <= _TOLERANCE:  # also where it is not a number
+    if not distances.max() <= _TOLERANCE:  # written so that NaN fails, too
         raise UserError(
             f"{library} gives other vectors for a {role} than the trained encoder "
             f"({distances.max():.2g} of their length apart)",
-            fix="report it; --no-check writes the export all the same",
+            fix="report it; --no-check writes the export anyway",
         )

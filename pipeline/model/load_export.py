@@ -1,4 +1,12 @@
-"""Load an export, or a sentence-transformers folder, as a packed encoder."""
+"""Load an export, or a sentence-transformers folder, as a packed encoder.
+
+    folder -> ModelConfig -> encoder                   (`load_export`)
+    texts  -> prefix + text + suffix -> token ids      (`tokenize`)
+    ids    -> forwards of `max_tokens`, longest texts first -> (N, D) vectors in the given order
+
+Everything is read from the folder: pooling, normalisation, prompts, similarity and lengths. What
+this package does not compute (another pooling, a projection) is refused rather than ignored.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +30,19 @@ from pipeline.config import (
     build_config,
     pooling_mode,
 )
-from pipeline.errors import UserError, say_warning
+from pipeline.errors import UserError
 from pipeline.model.architectures import FAMILIES
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export_folder import (
     SETTINGS,
-    Backbone,
-    Compared,
-    Cut,
-    Lengths,
-    Module,
-    PoolingModes,
-    PromptSettings,
-    Trained,
-    Worded,
-    adapted_model,
-    is_adapter,
+    BackboneConfig,
+    ExportSettings,
+    ModuleEntry,
+    PoolingConfig,
+    SentenceBertConfig,
+    SentenceTransformersConfig,
+    adapted_model_config,
+    is_adapter_only,
     is_export,
     read_settings,
 )
@@ -51,10 +56,11 @@ from pipeline.tokenizer import (
 )
 
 Similarity = Literal["cosine", "dot"]
-# Packed tokens that a CPU takes at a time: larger ones leave its caches, and their tensors are so
-# large that the allocator gives each back to the kernel and asks for new pages at every layer.
+_DECLARED = "config_sentence_transformers.json"
+# Packed tokens of one forward on a CPU. More would not fit its caches, and tensors of that size are
+# returned to the kernel after every layer, so that each layer pays for fresh pages.
 _CPU_TOKENS = 2048
-# `Dense` keeps a vector's first numbers; see `export`.
+# In this order; `Dense` keeps a vector's first numbers and is read only in our own exports.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
@@ -66,11 +72,11 @@ class LoadedExport:
         encoder: the packed encoder, in evaluation mode on its device.
         tokenizer: a Hugging Face tokenizer.
         template: how instructions and texts become strings.
-        similarity: by which vectors are compared.
+        similarity: how vectors are compared.
         max_length: tokens after which a text is cut.
         num_dimensions: width of a vector.
-        max_tokens: packed tokens of one forward; a longer text gets a forward of its own.
-        limits: of the model; its number of tokens only where the tokenizer has more.
+        max_tokens: packed tokens of one forward; a longer text is run alone.
+        limits: of the model; `num_tokens` is None if the tokenizer cannot exceed it.
     """
 
     encoder: Encoder
@@ -82,12 +88,12 @@ class LoadedExport:
     max_tokens: int
     limits: ModelLimits
 
-    def cut_at(self, length: int, *, key: str) -> LoadedExport:
-        """Return the same model that cuts texts at another length.
+    def with_max_length(self, length: int, *, key: str) -> LoadedExport:
+        """Return the same model with another length at which texts are cut.
 
         Args:
             length: in tokens.
-            key: the config key or flag that asks for it.
+            key: the config key or flag that sets it.
 
         Raises:
             UserError: the model has no positions for it.
@@ -98,50 +104,50 @@ class LoadedExport:
     def encode_texts(
         self, texts: Sequence[str], prefix: str = "", suffix: str = ""
     ) -> NDArray[np.float32]:
-        """Embed texts that share an instruction.
+        """Embed texts that share a prefix and a suffix.
 
         Args:
             texts: (N,) strings.
-            prefix: what stands before each of them, from the template.
-            suffix: what stands behind each of them, from the template.
+            prefix: text before each of them, from the template.
+            suffix: text after each of them, from the template.
 
         Returns:
             (N, D) float32 in the order given.
         """
         return self.encode_tokens(*self.tokenize(texts, prefix, suffix))
 
-    def encode_tokens(self, ids: list[list[int]], skipped: list[int]) -> NDArray[np.float32]:
-        """Embed what `tokenize` returned: (N, D) float32 in the order given."""
+    def encode_tokens(self, ids: list[list[int]], prefix_tokens: list[int]) -> NDArray[np.float32]:
+        """Embed the rows that `tokenize` returned: (N, D) float32 in the order given."""
         out = np.zeros((len(ids), self.num_dimensions), dtype=np.float32)
         order, vectors = [], []
         with torch.inference_mode():
-            for chosen, packed, lengths in self._packed(ids):
-                left_out = self._on_device([skipped[i] for i in chosen])
+            for chosen, packed, lengths in self._forwards(ids):
+                not_pooled = self._on_device([prefix_tokens[i] for i in chosen])
                 order += chosen
-                vectors.append(self.encoder(packed, lengths, left_out))
-            # Fetched at the end: a GPU that is waited for stands idle until its next work.
+                vectors.append(self.encoder(packed, lengths, not_pooled))
+            # Copied once at the end: each copy would wait for the GPU and leave it idle.
             if vectors:
                 out[order] = torch.cat(vectors).cpu().numpy()
         return out
 
     def token_states(self, ids: list[list[int]]) -> list[Tensor]:
-        """Hidden states of every token of each text after the final norm: (L, D) each, on the CPU.
+        """Return the hidden states of each text after the final norm: (L, D) each, on the CPU.
 
-        In the model's own type, which is as exact as they are.
+        They keep the model's dtype, because float32 would add no precision.
         """
         out = [torch.empty(0)] * len(ids)
         with torch.inference_mode():
-            for chosen, packed, lengths in self._packed(ids):
+            for chosen, packed, lengths in self._forwards(ids):
                 states = self.encoder.hidden_states(packed, lengths).cpu()
                 for i, rows in zip(chosen, torch.split(states, lengths.tolist()), strict=True):
                     out[i] = rows
         return out
 
-    def _packed(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """For each forward the texts it takes, their (T,) tokens on the device, (C,) lengths."""
+    def _forwards(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield for each forward the texts in it, their (T,) tokens on the device, (C,) lengths."""
         on_cpu = next(self.encoder.parameters()).device.type == "cpu"
         size = min(self.max_tokens, _CPU_TOKENS) if on_cpu else self.max_tokens
-        for chosen in _chunks([len(row) for row in ids], size):
+        for chosen in _group_texts([len(row) for row in ids], size):
             packed = self._on_device([token for i in chosen for token in ids[i]])
             yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen])
 
@@ -152,9 +158,10 @@ class LoadedExport:
     def tokenize(
         self, texts: Sequence[str], prefix: str = "", suffix: str = ""
     ) -> tuple[list[list[int]], list[int]]:
-        """Token ids of each text in its frame, and how many of them are the prefix's.
+        """Return the token ids of each text with prefix and suffix, and each prefix's token count.
 
-        A text that is too long is cut; its prefix and suffix stay.
+        A text that is too long is cut; its prefix and suffix are kept. The counts are 0 where the
+        model pools the prefix.
         """
         if not texts:
             return [], []
@@ -170,7 +177,7 @@ class LoadedExport:
                 return_offsets_mapping=count_prefix,
             )
             rows = batch["input_ids"]
-        # An empty string of a tokenizer without special tokens has no token to pool.
+        # A tokenizer without special tokens makes no token of "", but pooling needs one.
         filler = [self.tokenizer.pad_token_id or 0]
         rows = [row or filler for row in rows]
         if self.limits.num_tokens is not None:
@@ -183,7 +190,7 @@ class LoadedExport:
         ]
 
     def _tokenize_whole(self, strings: list[str], suffix: str) -> tuple[Any, list[list[int]]]:
-        """Tokenise strings with their suffix, and cut only what stands before it."""
+        """Tokenise strings with their suffix, and cut only the part before it."""
         batch = self.tokenizer(
             [text + suffix for text in strings], return_offsets_mapping=True, verbose=False
         )
@@ -195,8 +202,11 @@ class LoadedExport:
         ]
 
 
-def _chunks(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts that share a forward: longest first, so that running out shows at once."""
+def _group_texts(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of texts that share a forward.
+
+    Longest first, so that running out of memory shows at once.
+    """
     chosen: list[int] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -218,30 +228,29 @@ def load_export(
     dimensions: int | None = None,
     rope_scaling: RopeScaling | None = None,
 ) -> LoadedExport:
-    """Load a folder in sentence-transformers layout.
+    """Load an export of ours, or a supported model in sentence-transformers layout.
 
     Args:
-        path: an export, or a folder of a supported family in that layout.
+        path: the folder.
         device: where the encoder goes.
         dtype: of the weights.
         max_tokens: packed tokens of one forward.
-        dimensions: keep only so many of a vector's first numbers.
-        rope_scaling: for texts longer than the export was trained on.
+        dimensions: how many of a vector's first numbers to keep; None: as exported.
+        rope_scaling: for texts longer than in training.
 
     Raises:
-        UserError: a file is missing, or asks for something this package does not compute.
+        UserError: a file is missing, or declares a model that this package does not compute.
     """
     folder = Path(path)
+    config: ModelConfig
     max_length: int | None
-    if is_adapter(folder):
-        config, max_length = (
-            adapted_model(folder),
-            read_settings(folder, SETTINGS, Cut)["max_length"],
-        )
+    if is_adapter_only(folder):
+        config = adapted_model_config(folder)
+        max_length = read_settings(folder, SETTINGS, ExportSettings, "max_length")["max_length"]
     else:
-        config, max_length = _sentence_transformers_settings(folder)
-    asked = {"dimensions": dimensions, "rope_scaling": rope_scaling}
-    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        config, max_length = _read_modules(folder)
+    overrides = {"dimensions": dimensions, "rope_scaling": rope_scaling}
+    changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if dimensions and config.dimensions and dimensions > config.dimensions:
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
     encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
@@ -249,53 +258,24 @@ def load_export(
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
     if limits.num_tokens is not None and max(tokenizer.get_vocab().values()) < limits.num_tokens:
         limits = dataclasses.replace(limits, num_tokens=None)
+    if max_length is None:  # as sentence-transformers does
+        longest = limits.positions or limits.trained_length or sys.maxsize
+        max_length = min(int(tokenizer.model_max_length), longest)
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
-        template=_template(folder),
-        similarity=_similarity(folder),
-        max_length=_length_that_fits(folder, max_length, tokenizer, limits),
+        template=_read_template(folder),
+        similarity=_read_similarity(folder),
+        max_length=limits.cut_length(max_length, where=str(folder)),
         limits=limits,
         num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
 
 
-def _similarity(folder: Path) -> Similarity:
-    """Return the folder's own similarity; that of sentence-transformers is the cosine by default.
-
-    Raises:
-        UserError: it is another one, which no score here is made of.
-    """
-    name = "config_sentence_transformers.json"
-    told = read_settings(folder, SETTINGS, Compared) if is_export(folder) else {}
-    if "similarity" in told:
-        similarity: Similarity = told["similarity"]
-        return similarity
-    if (folder / name).is_file():
-        told = read_settings(folder, name, Compared)
-    found = told.get("similarity_fn_name") or "cosine"
-    if found not in ("cosine", "dot"):
-        raise UserError(f"{folder / name}: similarity_fn_name {found!r}", allowed="cosine, dot")
-    return "dot" if found == "dot" else "cosine"
-
-
-def _length_that_fits(folder: Path, asked: int | None, tokenizer: Any, limits: ModelLimits) -> int:
-    """The folder's own length, cut to the positions that its model has."""
-    limit = limits.positions
-    if asked is None:  # as sentence-transformers does
-        return min(int(tokenizer.model_max_length), limit or limits.trained_length or sys.maxsize)
-    if limit is None or asked <= limit:
-        return asked
-    say_warning(
-        f"{folder}: it says {asked} tokens, its model has {limit} positions; texts are cut at "
-        f"{limit}"
-    )
-    return limit
-
-
-def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | None]:
-    modules = read_settings(folder, "modules.json", list[Module])
+def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
+    """Read a folder in sentence-transformers layout: the model section and the declared length."""
+    modules = read_settings(folder, "modules.json", list[ModuleEntry])
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = is_export(folder)
     optional = [kind for kind in _MODULES[2:] if kind in kinds]
@@ -304,56 +284,74 @@ def _sentence_transformers_settings(folder: Path) -> tuple[ModelConfig, int | No
             f"{folder}/modules.json: {kinds}",
             allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
         )
-    prompts = folder / "config_sentence_transformers.json"
-    told = read_settings(folder, prompts.name, PromptSettings) if prompts.is_file() else {}
-    if told.get("truncate_dim") is not None:
+    declared: SentenceTransformersConfig = {}
+    if (folder / _DECLARED).is_file():
+        declared = read_settings(folder, _DECLARED, SentenceTransformersConfig)
+    if declared.get("truncate_dim") is not None:
         raise UserError(
-            f"{prompts}: truncate_dim, which cuts vectors without normalising them again",
-            fix="remove that key, and ask for the number of dimensions where vectors are made",
+            f"{folder / _DECLARED}: truncate_dim, which cuts vectors without normalising them "
+            "again",
+            fix="remove that key, and give the number of dimensions where vectors are made",
         )
-    settings = read_settings(folder, "sentence_bert_config.json", Lengths)
-    bidirectional = _is_bidirectional(read_settings(folder, "config.json", Backbone))
-    trained = read_settings(folder, SETTINGS, Trained)["model"] if ours else {}
+    lengths = read_settings(folder, "sentence_bert_config.json", SentenceBertConfig)
+    backbone = read_settings(folder, "config.json", BackboneConfig)
+    trained: dict[str, Any] = {}
+    if ours:
+        trained = read_settings(folder, SETTINGS, ExportSettings, "model")["model"]
+    pooling, pool_instruction = _read_pooling(folder, modules[1]["path"])
     config = ModelConfig(
         path=str(folder),
-        attention="bidirectional" if bidirectional else "causal",
-        pooling=_pooling(folder, modules[1]["path"]),
-        pool_instruction=_pools_prompt(folder, modules[1]["path"]),
+        attention="bidirectional" if _is_bidirectional(backbone) else "causal",
+        pooling=pooling,
+        pool_instruction=pool_instruction,
         normalize="Normalize" in kinds,
         dimensions=trained.get("dimensions") if "Dense" in kinds else None,
     )
-    return config, settings.get("max_seq_length")
+    return config, lengths.get("max_seq_length")
 
 
-def _is_bidirectional(hf_config: dict[str, Any]) -> bool:
-    """What transformers computes for this config.json: decoders are causal unless it says not."""
-    family = FAMILIES.get(hf_config.get("model_type", ""))
+def _is_bidirectional(hf_config: BackboneConfig) -> bool:
+    """Tell how transformers runs this model: a decoder is causal unless `is_causal` is false."""
+    family = FAMILIES.get(hf_config["model_type"])
     return not hf_config.get("is_causal", family is None or family.decoder)
 
 
-def _pooling(folder: Path, name: str) -> Pooling:
-    settings = read_settings(folder / name, "config.json", PoolingModes)
+def _read_pooling(folder: Path, name: str) -> tuple[Pooling, bool]:
+    """Read the pooling, and whether the prompt's tokens are part of it."""
+    settings = read_settings(folder / name, "config.json", PoolingConfig)
     mode = pooling_mode(settings)
     if mode not in POOLINGS:
         raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(POOLINGS))
-    return POOLINGS[mode]
+    return POOLINGS[mode], bool(settings.get("include_prompt", True))
 
 
-def _pools_prompt(folder: Path, name: str) -> bool:
-    return bool(
-        read_settings(folder / name, "config.json", PoolingModes).get("include_prompt", True)
-    )
-
-
-def _template(folder: Path) -> Template:
-    """Ours where the folder is our export, else the prompts of sentence-transformers."""
+def _read_template(folder: Path) -> Template:
+    """Read our own template, or make one of the prompts of sentence-transformers."""
     if is_export(folder):
-        origin = str(folder / SETTINGS)
-        template = read_settings(folder, SETTINGS, Worded)["template"]
-        return build_config(Template, template, origin=origin)
-    prompts = read_settings(folder, "config_sentence_transformers.json", PromptSettings).get(
-        "prompts", {}
-    )
+        settings = read_settings(folder, SETTINGS, ExportSettings, "template")
+        return build_config(Template, settings["template"], origin=str(folder / SETTINGS))
+    prompts = read_settings(folder, _DECLARED, SentenceTransformersConfig).get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
     )
+
+
+def _read_similarity(folder: Path) -> Similarity:
+    """Read how vectors are compared; sentence-transformers' default is the cosine.
+
+    Raises:
+        UserError: it is neither cosine nor dot product.
+    """
+    if is_export(folder):
+        settings = read_settings(folder, SETTINGS, ExportSettings)
+        if "similarity" in settings:
+            return settings["similarity"]
+    found = None
+    if (folder / _DECLARED).is_file():
+        declared = read_settings(folder, _DECLARED, SentenceTransformersConfig)
+        found = declared.get("similarity_fn_name")
+    if found not in (None, "", "cosine", "dot"):
+        raise UserError(
+            f"{folder / _DECLARED}: similarity_fn_name {found!r}", allowed="cosine, dot"
+        )
+    return "dot" if found == "dot" else "cosine"

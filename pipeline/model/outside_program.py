@@ -1,6 +1,11 @@
-"""A program that embeds texts with an export and without this package; see `outside.py`.
+"""Embed texts with an export and without this package; `export_check.py` starts this program.
 
-One request a line on standard input, one answer a line on standard output, both in JSON.
+It reads one JSON request a line on standard input and writes one JSON answer a line:
+
+    (at the start)                               true if sentence-transformers can be imported
+    {"folder", "library", "dtype", "batches"}    {"vectors"}: one list per batch
+    {"folder"}                                   {"missing"}: weights that the folder lacks
+    any request that fails                       {"error"}
 """
 
 from __future__ import annotations
@@ -13,12 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# The line of a card's code that names the texts.
-_PLACE = re.compile(r"^prompt, texts = .*$", re.MULTILINE)
+# The line of a card's code that sets prompt and texts.
+_TEXTS_LINE = re.compile(r"^prompt, texts = .*$", re.MULTILINE)
 
 
 class _NoPackage:
-    """Finds nothing of the package that wrote the export, wherever it is installed."""
+    """An import finder that hides the package that wrote the export, wherever it is installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Refuse one import; leave all others to the next finder."""
@@ -30,7 +35,7 @@ def _with_sentence_transformers(request: dict[str, Any]) -> list[Any]:
     from sentence_transformers import SentenceTransformer
 
     dtype = {"dtype": request["dtype"]}
-    # Some callers always trust code; then too the folder must not ask for code that it lacks.
+    # Some callers always trust code. Even then the folder must not name code that it lacks.
     model = SentenceTransformer(
         request["folder"], device="cpu", model_kwargs=dtype, trust_remote_code=True
     ).float()
@@ -56,13 +61,13 @@ def _with_transformers(request: dict[str, Any]) -> list[Any]:
         given = f"prompt, texts = {batch.get('prompt') or ''!r}, {batch['texts']!r}"
         scope: dict[str, Any] = {}
         with torch.no_grad():
-            exec(_PLACE.sub(given.replace("\\", r"\\"), code), scope)
+            exec(_TEXTS_LINE.sub(given.replace("\\", r"\\"), code), scope)
         vectors.append(scope["vectors"].tolist())
     return vectors
 
 
 def _missing_keys(folder: str) -> list[str]:
-    """Weights that transformers makes up because the folder lacks them."""
+    """Return the weights that transformers makes up because the folder lacks them."""
     from transformers import AutoModel
 
     _, info = AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)

@@ -18,7 +18,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_model
 from pipeline.model.export import check_output, export_encoder
-from pipeline.model.export_check import Outside
+from pipeline.model.export_check import OutsideProcess
 from pipeline.model.export_folder import TrainedTexts
 from pipeline.run_folder import RunDir
 from pipeline.tokenizer import (
@@ -69,7 +69,7 @@ def export_run(
         changed = require_same_model(path, checkpoint_folder.read_state(path), config, dataset)
     manifest = dataset.manifest
     # Imports of other libraries take long; they run while this process reads weights.
-    with Outside() if check else nullcontext() as outside:
+    with OutsideProcess() if check else nullcontext() as outside:
         seed_random(config.seed)  # the adapter that training began with
         encoder = build_model(config)
         step, digest = 0, None

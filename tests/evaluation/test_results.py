@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.run import run_element
 from pipeline.evaluation.tasks import list_elements
-from pipeline.model.export_folder import export_fingerprint, fingerprint
+from pipeline.files import fingerprint_files
+from pipeline.model.export_folder import export_fingerprint
 
 AOPS = "BrightAopsRetrieval"
 
@@ -119,13 +120,13 @@ def test_an_export_that_is_replaced_by_a_pass_of_training_is_told_from_it(tmp_pa
     """The like of weights: larger than what is read, changed by a little in every part."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(3_000_001))
-    before, at = fingerprint(tmp_path, [path]), path.stat()
+    before, at = fingerprint_files(tmp_path, [path]), path.stat()
     for start in (0, 1_500_000, 3_000_000):
         with path.open("r+b") as file:
             file.seek(start)
             file.write(b"\1" * 60_000 if start < 3_000_000 else b"\1")
         os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
-        after = fingerprint(tmp_path, [path])
+        after = fingerprint_files(tmp_path, [path])
         assert after != before
         before = after
 

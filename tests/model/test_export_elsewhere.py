@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-from pipeline.model.export_check import Outside
+from pipeline.model.export_check import OutsideProcess
 from pipeline.model.export_folder import TrainedTexts
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
@@ -45,7 +45,7 @@ def save_tokenizer(starter: Path, folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["end of text", "reserved", "beyond the embedding"])
 def test_a_tokenizer_that_cannot_pad_gets_a_token_that_changes_no_text(
-    starter: Path, tmp_path: Path, outside: Outside, kind: str
+    starter: Path, tmp_path: Path, outside: OutsideProcess, kind: str
 ) -> None:
     source = TokenizerSource(str(save_tokenizer(starter, tmp_path / "tokenizer", kind)))
     encoder, config = make(starter)
@@ -75,7 +75,7 @@ def test_a_tokenizer_without_any_special_token_is_refused(starter: Path, tmp_pat
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_an_export_never_promises_more_tokens_than_its_model_has_positions_for(
-    starter: Path, tmp_path: Path, outside: Outside, kind: str, capsys: Any
+    starter: Path, tmp_path: Path, outside: OutsideProcess, kind: str, capsys: Any
 ) -> None:
     sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "max_position_embeddings": 34, "pad_token_id": 1}
@@ -96,13 +96,13 @@ def test_an_export_never_promises_more_tokens_than_its_model_has_positions_for(
     loaded = load_export(folder)
     assert f"texts are cut at {positions}" in capsys.readouterr().err
     assert loaded.encode_texts(["stone " * 99]).shape == (1, 32)
-    assert loaded.cut_at(positions, key="--max-length").max_length == positions
+    assert loaded.with_max_length(positions, key="--max-length").max_length == positions
     with pytest.raises(UserError, match=f"--max-length: 64 tokens.*allowed: at most {positions}"):
-        loaded.cut_at(64, key="--max-length")
+        loaded.with_max_length(64, key="--max-length")
 
 
 def test_an_export_asks_for_no_code_also_where_code_is_trusted(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(starter, base)
@@ -124,7 +124,7 @@ def test_an_export_asks_for_no_code_also_where_code_is_trusted(
 
 
 def test_a_stored_prompt_is_the_one_instruction_of_training(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     cases = {
         "one": (ONE, TEMPLATE.query_prefix("Find the law"), "D: "),
@@ -151,16 +151,16 @@ def test_a_stored_prompt_is_the_one_instruction_of_training(
     cards = {name: card_of(tmp_path / name) for name in cases}
     assert "model.encode(['...'], prompt='Task: Find the law\\nQ: ')" in cards["one"]
     assert (
-        "All queries began with 'Task: Find the law\\nQ: ' in training. `encode_query`"
+        "All queries started with 'Task: Find the law\\nQ: ' in training. `encode_query`"
         in (cards["one"])
     )
     assert "queries = model.encode(['...'])" in cards["none"]
     assert "| Find the law | 1,200 |\n| a \\| b | 3 |" in cards["several"]
-    assert "Documents began with 'Task: Same\\nQ: '" in cards["symmetric"]
+    assert "Documents started with 'Task: Same\\nQ: '" in cards["symmetric"]
 
 
 def test_text_behind_a_text_is_part_of_the_card_and_of_the_check(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     template = Template(query="[INST] {instruction}; {text} [/INST]", document="({text})")
     encoder, config = make(starter)
@@ -169,11 +169,11 @@ def test_text_behind_a_text_is_part_of_the_card_and_of_the_check(
     )
     card = card_of(folder)
     assert "model.encode(['... [/INST]'], prompt='[INST] Find the law; ')" in card
-    assert "model.encode(['...)'], prompt='(')" in card and "cuts it off" in card
+    assert "model.encode(['...)'], prompt='(')" in card and "cuts them off" in card
 
 
 def test_an_export_that_others_would_read_as_another_model_is_not_written(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     encoder, config = make(starter)
     folder = export(encoder, config, starter, tmp_path / "export", outside=outside)
@@ -189,22 +189,24 @@ def test_an_export_that_others_would_read_as_another_model_is_not_written(
 def test_a_check_without_an_answer_is_said_and_no_reason_to_lose_the_export(
     starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Outside(patience=0.1) as hurried:
+    with OutsideProcess(patience=0.1) as hurried:
         folder = export(*make(starter), starter, tmp_path / "late", outside=hurried)
     assert "- transformers: not checked: no answer in 0 s." in card_of(folder)
     monkeypatch.setattr("pipeline.model.export.available_bytes", lambda: 10**6)
-    with Outside() as idle:
+    with OutsideProcess() as idle:
         folder = export(*make(starter), starter, tmp_path / "large", outside=idle)
     assert "transformers: not checked: 1 GiB of memory needed, 0 free" in card_of(folder)
 
 
-def test_a_folder_that_a_library_cannot_load_is_one_line(tmp_path: Path, outside: Outside) -> None:
+def test_a_folder_that_a_library_cannot_load_is_one_line(
+    tmp_path: Path, outside: OutsideProcess
+) -> None:
     with pytest.raises(UserError, match="sentence-transformers cannot load the export"):
         outside.embed(tmp_path, "sentence-transformers", [{"texts": ["a"]}])
 
 
 def test_weights_in_bfloat16_are_checked_as_they_are_stored(
-    starter: Path, tmp_path: Path, outside: Outside
+    starter: Path, tmp_path: Path, outside: OutsideProcess
 ) -> None:
     config = ModelConfig(path=str(starter), dtype="bfloat16")
     folder = export(build_encoder(config), config, starter, tmp_path / "half", outside=outside)
