@@ -6,10 +6,12 @@ import dataclasses
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings, strategies
 
 from pipeline.config import (
@@ -23,10 +25,41 @@ from pipeline.config import (
     dump_config,
     load_config,
 )
-from pipeline.config.rules import UserPath, dump_yaml, expand_path, parse_yaml
+from pipeline.config.loading import dump_yaml, parse_yaml
+from pipeline.config.rules import UserPath, expand_path
 from pipeline.errors import UserError
 
 MINIMAL = "output_dir: run\nnum_steps: 10\nmodel: {path: m}\ndata: {path: d}\n"
+
+
+KINDS: tuple[Any, ...] = (
+    *(TrainConfig, PrepareConfig, EvaluateConfig, ProbeConfig, StarterConfig, ChainConfig),
+)
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+
+
+def fields_of(kind: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config, also of the sections below it, with its type."""
+    names = vars(sys.modules[kind.__module__])
+    for field in dataclasses.fields(kind):
+        key, types = above + field.name, [eval(field.type, names)]
+        yield key, types[0]
+        while types:
+            one = types.pop()
+            types += typing.get_args(one)
+            if isinstance(one, type) and dataclasses.is_dataclass(one):
+                yield from fields_of(one, f"{key}.")
+
+
+def keys_in(tree: Any, above: str = "") -> Iterator[str]:
+    """Every key that a YAML file sets, without the numbers of lists."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from keys_in(item, above)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield above + key
+            yield from keys_in(value, f"{above}{key}.")
 
 
 @pytest.fixture
@@ -57,11 +90,20 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
         ("data.global_batch_size=1", "data.global_batch_size: 1.*>= 2"),
         ("optimizer.warmup_steps=10", r"optimizer.warmup_steps: 10.*less than num_steps \(10\)"),
         ("optimizer.decay_steps=9", r"optimizer.decay_steps: 9.*at least num_steps \(10\)"),
-        ("loss.temperature=0", "loss.temperature"),
+        ("loss.temperature=0", "loss.temperature: 0 . allowed: a number > 0$"),
+        ("data.weights={a: -1}", "data.weights.a: -1 . allowed: a number >= 0$"),
+        ("data.mixture_cap=0", "data.mixture_cap: 0 . allowed: an integer >= 1, or null$"),
+        ("data.block_length=1", r"data.block_length: 1 .*: an integer >= 2 \(tokens\), or null$"),
+        ("chunks.keep_graphs=-1", "chunks.keep_graphs: -1 . allowed: an integer >= 0 or 'auto'$"),
+        ("model.lora.dropout=1", "model.lora.dropout: 1 . allowed: a number >= 0 and < 1$"),
+        (
+            "model.rope_scaling={kind: ntk, factor: 1}",
+            "scaling.factor: 1 .* number > 1$",
+        ),
         ("model.trust_remote_code=true", "model.revision"),
         ("objective={}", r"objective: \[\].*exactly one of mntp, masked_diffusion, next_token"),
         ("objective={mntp: {}, next_token: {}}", r"objective: \['mntp', 'next_token'\].*exactly"),
-        ("objective.mntp.mask_rate=1", "objective.mntp.mask_rate: 1.*0 < mask_rate < 1"),
+        ("objective.mntp.mask_rate=1", "objective.mntp.mask_rate: 1.*a number > 0 and < 1"),
         ("objective.mntp.rate=0.1", "unknown key 'objective.mntp.rate'.*allowed: mask_rate"),
         ("objective.next_token={}", "model.attention: 'bidirectional'.*allowed: causal"),
         ("data.block_length=512", "data.block_length: 512.*null without an objective"),
@@ -79,9 +121,9 @@ def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loss.temperature=0.1", "loss: 'given beside objective'.*remove loss"),
+        ("loss.temperature=0.1", "loss: 'given together with objective'.*remove loss"),
         ("schedule=plain", "schedule, chunks.keep_graphs: .*auto, cache or sweep"),
-        ("chunks.keep_graphs=2", "schedule, chunks.keep_graphs: .*and 0, beside"),
+        ("chunks.keep_graphs=2", "schedule, chunks.keep_graphs: .*and 0, with"),
     ],
 )
 def test_what_the_prediction_of_tokens_would_ignore_is_refused(
@@ -196,8 +238,8 @@ def test_a_query_template_without_an_instruction_holds_for_every_query() -> None
         ("optimizer:\n  lr: 1\n  eps: 1\n  'lr': 2\n", "line 8: key 'lr' is given twice"),
         ("optimizer: {lr: 1, lr: 2}\n", "line 5: key 'lr' is given twice"),
         ("a: &a {seed: 1}\n<<: *a\n<<: *a\n", "key '<<' is given twice"),
-        ("optimizer: {lr: .nan}\n", "optimizer.lr: nan is no finite number"),
-        ("optimizer: {lr: 1e999}\n", "optimizer.lr: inf is no finite number"),
+        ("optimizer: {lr: .nan}\n", "optimizer.lr: nan is not a finite number"),
+        ("optimizer: {lr: 1e999}\n", "optimizer.lr: inf is not a finite number"),
         ("seed: 99999999999999999999\n", "seed: an integer beyond 64 bits"),
         ("seed: true\n", "seed: a switch .true or false. . allowed: a number"),
         ("optimizer: {betas: [true, 0.9]}\n", "optimizer.betas.0: a switch"),
@@ -333,20 +375,12 @@ def test_home_and_variables_are_written_out_in_every_path(
 
 
 def test_no_path_of_a_config_is_left_as_it_is_written() -> None:
-    kinds: list[Any] = [TrainConfig, PrepareConfig, EvaluateConfig, ProbeConfig, StarterConfig]
-    kinds += [ChainConfig]
-    seen: set[Any] = set()
-    while kinds:
-        kind = kinds.pop()
-        if kind == UserPath:
-            continue
-        kinds += typing.get_args(kind)
-        assert kind is not Path, "a config has a path of type Path; UserPath expands `~`"
-        if dataclasses.is_dataclass(kind) and kind not in seen:
-            seen.add(kind)
-            names = vars(sys.modules[kind.__module__])
-            kinds += [eval(field.type, names) for field in dataclasses.fields(kind)]
-    assert len(seen) > 12
+    types = [type_ for kind in KINDS for _, type_ in fields_of(kind)]
+    while types:
+        one = types.pop()
+        assert one is not Path, "a config has a path of type Path; UserPath expands `~`"
+        if one != UserPath:
+            types += typing.get_args(one)
 
 
 @pytest.mark.parametrize(
@@ -397,3 +431,23 @@ sys.exit(", ".join(heavy & sys.modules.keys()) or None)
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_config_key_is_set_by_a_shipped_recipe() -> None:
+    recipes = RECIPES.rglob("*.yaml")
+    shown = {key for path in recipes for key in keys_in(yaml.safe_load(path.read_text()))}
+    keys = {key for kind in KINDS for key, _ in fields_of(kind)}
+    assert len(keys) > 150
+    assert sorted(keys - shown) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((TrainConfig, "training"), (TrainConfig, "objective"), (PrepareConfig, "shards")),
+        *((EvaluateConfig, "evaluation"), (ProbeConfig, "probe"), (ChainConfig, "chain")),
+    ],
+)
+def test_a_recipe_of_options_is_a_whole_config(kind: Any, name: str) -> None:
+    config = load_config(kind, RECIPES / "options" / f"{name}.yaml")
+    assert str(config.output_dir if name != "chain" else config.train).count("/") >= 2

@@ -1,10 +1,11 @@
-"""Configure where data comes from, how it is cleaned, and what a batch holds."""
+"""Configure data: sources, cleaning, templates, and the composition of a batch."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.rules import PathText, UserPath, require, strict
 
@@ -14,13 +15,13 @@ _TEXT, _INSTRUCTION = "{text}", "{instruction}"
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """How an instruction and a text become the string that is tokenised.
+    """The string that is tokenised, made from an instruction and a text.
 
     One object serves training, export and evaluation, so the strings cannot differ. A query without
-    an instruction is written without what its template says around one: `Instruct: {instruction}`
-    up to the text is left out as a whole. What wraps all of it stays, as in
-    `[INST] {instruction}; {text} [/INST]`: where something follows the text, so does what stands
-    before the instruction. What follows the text is kept when the text is cut.
+    an instruction loses its template up to the text: all of `Instruct: {instruction}\\nQuery: `.
+    But if something follows the text, as in `[INST] {instruction}; {text} [/INST]`, the template
+    wraps the whole query, and the part before the instruction stays: `[INST] ` and ` [/INST]`.
+    The part after the text is kept when a long text is cut.
     """
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
@@ -48,28 +49,28 @@ class Template:
         )
 
     def query_prefix(self, instruction: str) -> str:
-        """Return what stands before the query text."""
+        """Return the characters before a query's text."""
         before, _, after = self.query.partition(_TEXT)
         if instruction or _INSTRUCTION not in before:
             return before.replace(_INSTRUCTION, instruction)
         return before.partition(_INSTRUCTION)[0] if after else ""
 
     def query_suffix(self) -> str:
-        """Return what stands behind the query text, with an instruction and without."""
+        """Return the characters after a query's text, with or without an instruction."""
         return self.query.partition(_TEXT)[2]
 
     def document_prefix(self, instruction: str = "") -> str:
-        """Return what stands before a document's text. Only symmetric sets give documents one."""
+        """Return the characters before a document's text; symmetric sets have an instruction."""
         if instruction:
             return self.query_prefix(instruction)
         return self.document.partition(_TEXT)[0]
 
     def document_suffix(self, instruction: str = "") -> str:
-        """Return what stands behind a document's text."""
+        """Return the characters after a document's text."""
         return self.query_suffix() if instruction else self.document.partition(_TEXT)[2]
 
     def frame(self, role: Literal["query", "document"], instruction: str = "") -> tuple[str, str]:
-        """Return what stands before and behind a text of one role."""
+        """Return the characters before and after a text of one role."""
         if role == "query":
             return self.query_prefix(instruction), self.query_suffix()
         return self.document_prefix(instruction), self.document_suffix(instruction)
@@ -86,53 +87,33 @@ class Template:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which shards, and what one global batch is made of.
+    """The shards to train on, and the composition of one global batch.
 
     Args:
         global_batch_size: queries contrasted, or texts whose tokens are predicted, per optimizer
             step over all ranks.
-        num_positives: documents taken per query, from those its example lists.
-        num_hard_negatives: hard negatives taken per query, where its example lists as many.
-        homogeneous: whether a batch holds one instruction, one source, or a mixture.
-        weights: share of a source relative to its size; sources not named keep the weight they
+        num_positives: positives per query, taken from the list in its example.
+        num_hard_negatives: hard negatives per query; fewer if its example lists fewer.
+        homogeneous: one instruction in a batch, one source, or a mixture.
+        weights: share of a source relative to its size; other sources keep the weight that they
             were prepared with.
         mixture_temperature: sources are drawn by weight * size ** (1 / mixture_temperature).
         mixture_cap: examples beyond this many do not add to a source's share.
         block_length: with an objective, join a source's texts in their order and cut the result
-            into texts of so many tokens; by default a text is what the source gave.
+            into texts of this many tokens; by default texts stay as they are.
+        prefetch: assemble the next batch in a thread while this one is trained.
     """
 
     path: UserPath
-    global_batch_size: int = 1024
-    num_positives: int = 1
-    num_hard_negatives: int = 1
+    global_batch_size: Annotated[int, Field(ge=2, description="queries")] = 1024
+    num_positives: PositiveInt = 1
+    num_hard_negatives: NonNegativeInt = 1
     homogeneous: Literal["none", "source", "instruction"] = "instruction"
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    mixture_temperature: float = 1.0
-    mixture_cap: int | None = None
-    block_length: int | None = None
+    weights: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
+    mixture_temperature: PositiveFloat = 1.0
+    mixture_cap: PositiveInt | None = None
+    block_length: Annotated[int, Field(ge=2, description="tokens")] | None = None
     prefetch: bool = True
-
-    def __post_init__(self) -> None:
-        size = self.global_batch_size
-        require(size >= 2, "data.global_batch_size", size, "an integer >= 2 (queries)")
-        positives = self.num_positives
-        require(positives >= 1, "data.num_positives", positives, "an integer >= 1")
-        negatives = self.num_hard_negatives
-        require(negatives >= 0, "data.num_hard_negatives", negatives, "an integer >= 0")
-        for source, weight in self.weights.items():
-            require(
-                math.isfinite(weight) and weight >= 0,
-                f"data.weights.{source}",
-                weight,
-                "a number >= 0",
-            )
-        temperature = self.mixture_temperature
-        require(temperature > 0, "data.mixture_temperature", temperature, "a number > 0")
-        cap = self.mixture_cap
-        require(cap is None or cap >= 1, "data.mixture_cap", cap, "an integer >= 1")
-        block = self.block_length
-        require(block is None or block >= 2, "data.block_length", block, "an integer >= 2 (tokens)")
 
 
 _COLUMNS = (
@@ -145,27 +126,28 @@ _COLUMNS = (
     "concept",
     "scores",
 )
-# Which of them may be joined from several fields.
+# Columns that may be joined from several fields.
 _SEVERAL = ("positives", "negatives", "documents", "labels", "scores")
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One data set: where it is, how to read it, how much of it to take.
+    """One data set: its location, its format, and the part of it to use.
 
     Args:
         path: a file, a folder of files, a glob, an fsspec URL, a folder of `save_to_disk`, or
             `hub:OWNER/NAME[:CONFIG]`.
-        split: which split of a data set that has several; by default train.
-        columns: for the format `columns`, which field holds query, positives, negatives, documents
-            and their labels, instruction, concept and scores; a dotted path reaches inside a field,
-            a list or a glob joins several.
+        split: the split of a data set that has several; by default train.
+        columns: for the format `columns`, the fields that hold query, positives, negatives,
+            documents and their labels, instruction, concept and scores; a dotted path reaches
+            inside a field, a list or a glob joins several.
         documents: for `reasonir_hq`, the BRIGHT documents its positives are ids of.
         where: keep only records whose fields equal these values.
-        max_rows: take only the first so many records (of each file that is a source of its own).
-        max_negatives: keep at most so many hard negatives per query.
-        on_bad_row: whether records that cannot be used stop the build or are dropped and counted.
+        max_rows: use only this many records from the start (of each file that is a source itself).
+        max_negatives: keep at most this many hard negatives per query.
+        require_negatives: drop and count records without a hard negative.
+        on_bad_row: stop the build at a record that cannot be used, or drop and count it.
         weight: share of this source in the mixture, relative to its size.
     """
 
@@ -178,33 +160,15 @@ class SourceConfig:
     columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     documents: PathText | None = None
     where: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    max_rows: int | None = None
-    max_negatives: int | None = None
+    max_rows: PositiveInt | None = None
+    max_negatives: NonNegativeInt | None = None
     require_negatives: bool = False
     on_bad_row: Literal["stop", "drop"] = "stop"
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        key = f"sources.{self.name}"
         require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
-        self._check_columns(f"{key}.columns")
-        require(
-            self.max_rows is None or self.max_rows >= 1, f"{key}.max_rows", self.max_rows, ">= 1"
-        )
-        require(
-            self.max_negatives is None or self.max_negatives >= 0,
-            f"{key}.max_negatives",
-            self.max_negatives,
-            ">= 0",
-        )
-        require(
-            math.isfinite(self.weight) and self.weight >= 0,
-            f"{key}.weight",
-            self.weight,
-            "a number >= 0",
-        )
-
-    def _check_columns(self, key: str) -> None:
+        key = f"sources.{self.name}.columns"
         require(
             not self.columns or self.format == "columns",
             key,
@@ -238,51 +202,38 @@ class EvaluationSetConfig:
 
     Args:
         path: like a source's.
-        split: which split of a data set that has several; by default test.
-        fields: which fields of a record hold its texts.
-        queries: whether they are queries, with which training queries are compared in full.
+        split: the split of a data set that has several; by default test.
+        fields: the fields of a record that hold its texts.
+        queries: these texts are queries, and training queries are compared with them in full.
     """
 
     name: str
     path: PathText
     split: str | None = None
-    fields: tuple[str, ...] = ("text",)
+    fields: Annotated[tuple[str, ...], Field(min_length=1, description="field")] = ("text",)
     queries: bool = True
-
-    def __post_init__(self) -> None:
-        require(
-            len(self.fields) > 0,
-            f"decontaminate.sets.{self.name}.fields",
-            "an empty list",
-            "at least one field",
-        )
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminateConfig:
-    """When a training text counts as part of an evaluation set.
+    """The rule by which a training text counts as part of an evaluation set.
 
     Args:
         ngram: words in a run.
-        max_overlap: share of a text's runs that may occur in the evaluation sets.
-        max_ratio: matching ratio (difflib's) that a training query may have with an evaluation
-            query.
+        max_overlap: the largest allowed share of a text's runs that occur in an evaluation set.
+        max_ratio: the largest allowed matching ratio (difflib's) of a training query with an
+            evaluation query.
     """
 
-    sets: tuple[EvaluationSetConfig, ...]
-    ngram: int = 13
-    max_overlap: float = 0.1
-    max_ratio: float = 0.5
+    sets: Annotated[tuple[EvaluationSetConfig, ...], Field(min_length=1, description="set")]
+    ngram: Annotated[int, Field(ge=1, description="words")] = 13
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def __post_init__(self) -> None:
         names = [evaluation.name for evaluation in self.sets]
-        require(len(names) > 0, "decontaminate.sets", "an empty list", "at least one set")
         require(len(set(names)) == len(names), "decontaminate.sets", names, "names that differ")
-        require(self.ngram >= 1, "decontaminate.ngram", self.ngram, "an integer >= 1 (words)")
-        for key in ("max_overlap", "max_ratio"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"decontaminate.{key}", value, "0 to 1")
 
 
 @strict
@@ -291,9 +242,9 @@ class PrepareConfig:
     """Raw data to shards: `diffembed prepare CONFIG`.
 
     Args:
-        append_eos: end every text with EOS, also where the tokenizer would not.
+        append_eos: end every text with EOS, even if the tokenizer does not.
         decontaminate: evaluation sets whose texts are dropped.
-        near_duplicates: documents of at least this Jaccard similarity become one; None keeps all.
+        near_duplicates: merge documents of at least this Jaccard similarity; null keeps all.
         reuse: an earlier dataset; its documents that were not cut are not tokenised again.
         shard_bytes: size of a shard file.
         block_bytes: input that one task reads at a time.
@@ -301,24 +252,17 @@ class PrepareConfig:
 
     output_dir: UserPath
     tokenizer: PathText
-    sources: tuple[SourceConfig, ...]
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, description="source")]
     template: Template = dataclasses.field(default_factory=Template)
-    max_query_length: int = 512
-    max_document_length: int = 4096
+    max_query_length: Annotated[int, Field(ge=4, description="tokens")] = 512
+    max_document_length: Annotated[int, Field(ge=4, description="tokens")] = 4096
     append_eos: bool = False
     decontaminate: DecontaminateConfig | None = None
-    near_duplicates: float | None = None
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1)] | None = None
     reuse: UserPath | None = None
-    shard_bytes: int = 256 * 2**20
-    block_bytes: int = 16 * 2**20
+    shard_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
+    block_bytes: Annotated[int, Field(ge=1024)] = 16 * 2**20
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
-        require(len(names) > 0, "sources", "an empty list", "at least one source")
         require(len(set(names)) == len(names), "sources", names, "names that differ")
-        for key in ("max_query_length", "max_document_length"):
-            require(getattr(self, key) >= 4, key, getattr(self, key), "an integer >= 4 (tokens)")
-        near = self.near_duplicates
-        require(near is None or 0.5 <= near <= 1, "near_duplicates", near, "0.5 to 1, or null")
-        for key in ("shard_bytes", "block_bytes"):
-            require(getattr(self, key) >= 1024, key, getattr(self, key), "an integer >= 1024")

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from pipeline.config.data import Template
 from pipeline.config.loading import build_config
 from pipeline.config.model import RopeScaling
 from pipeline.config.rules import UserPath, require, strict
 
-# `auto`: what is fastest on the machine at the exactness that scores need.
+# `auto`: the fastest on this machine that is exact enough for scores.
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedModel:
-    """An export folder, the name it has in the report, and how its queries are worded."""
+    """An export folder, its name in the report, and the wording of its queries."""
 
     name: str
     path: UserPath
-    # Replaces the template that the export was trained with; a folder of others may have none.
+    # Replaces the template of the export's training; folders by other packages may have none.
     template: Template | None = None
     # `paper`: the sentences of arXiv 2505.15045, for comparison with its tables.
     instruction_set: Literal["diffembed", "paper"] = "diffembed"
     # Instructions by task or benchmark name for this model alone.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
-    # For texts longer than the export was trained on.
+    # For texts longer than in the export's training.
     rope_scaling: RopeScaling | None = None
     # Of weights and arithmetic.
     precision: Precision = "auto"
@@ -46,7 +47,7 @@ class EvaluatedModel:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name may be that of a folder on any file system."""
+    """Return True for a name that a folder may have on any file system."""
     return name.replace("-", "").replace("_", "").replace(".", "").isalnum()
 
 
@@ -60,12 +61,12 @@ _REPORT_KEYS = (
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OwnTask:
-    """A retrieval task of the user's own, scored by nDCG@10 like those of mteb.
+    """A retrieval task of the user, scored by nDCG@10 like mteb's retrieval tasks.
 
     Args:
-        name: its name in results and report; not that of a task of mteb.
-        path: a folder with corpus, queries and qrels, as of BEIR or of the hub.
-        split: which judgements are scored.
+        name: its name in results and report; no task of mteb may have it.
+        path: a folder with corpus, queries and qrels, in the layout of BEIR or of the hub.
+        split: the judgements to score.
     """
 
     name: str
@@ -90,39 +91,37 @@ class EvaluateConfig:
     """Exports to scores: `diffembed evaluate run CONFIG`."""
 
     output_dir: UserPath
-    models: tuple[EvaluatedModel, ...]
+    models: Annotated[tuple[EvaluatedModel, ...], Field(min_length=1, description="model")]
     # Names of mteb's tasks and benchmarks, and own tasks as `{name: mine, path: FOLDER}`.
-    tasks: tuple[Task, ...]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, description="mteb task name")]
     snapshots: UserPath | None = None
-    max_length: int = 4096
+    max_length: Annotated[int, Field(ge=1, description="tokens")] = 4096
     max_tokens: int = 16384
     training_run: UserPath | None = None
-    # Instructions by task or benchmark name; they replace those of
-    # pipeline/evaluation/tasks.py.
+    # Instructions by task or benchmark name, in place of the built-in ones.
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
-    # Memory of one GPU, so that planning can refuse texts that would not fit it.
+    # Memory of one GPU, so that planning can refuse texts that would not fit.
     gpu_memory_gib: float | None = None
     # Several maximum lengths by task or benchmark name; max_length holds for all others.
-    lengths: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    lengths: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(len(self.models) > 0, "models", "an empty list", "at least one model")
         names = [model.name for model in self.models]
         require(len(set(names)) == len(names), "models", names, "names that differ")
-        for key, lengths in {"max_length": (self.max_length,), **self.lengths}.items():
+        for name, lengths in self.lengths.items():
             require(
-                len(lengths) > 0 and min(lengths) >= 1 and len(set(lengths)) == len(lengths),
-                key if key == "max_length" else f"lengths.{key}",
+                len(lengths) > 0 and len(set(lengths)) == len(lengths),
+                f"lengths.{name}",
                 lengths,
                 "integers >= 1 (tokens), each once",
             )
-            require(
-                self.max_tokens >= max(lengths),
-                "max_tokens",
-                self.max_tokens,
-                f"at least {max(lengths)}: one forward must hold the longest text",
-            )
-        require(len(self.tasks) > 0, "tasks", "an empty list", "at least one mteb task name")
+        longest = max([self.max_length, *itertools.chain(*self.lengths.values())])
+        require(
+            self.max_tokens >= longest,
+            "max_tokens",
+            self.max_tokens,
+            f"at least {longest}: one forward must hold the longest text",
+        )
         own = [task.name for task in self.tasks if isinstance(task, OwnTask)]
         mteb = [task for task in self.tasks if isinstance(task, str)]
         require(
@@ -144,8 +143,8 @@ class ProbeConfig:
         model: an export; `diffembed export --checkpoint init` makes one of an untrained model.
         train, test: words and tags, in CoNLL-2003's columns (word, pos, chunk, ner) or as JSON
             lines with `tokens` and `pos_tags`, `chunk_tags` or `ner_tags`.
-        labels: whether a word is classified by its own tokens, or by the token before each of them.
-        merge_subwords: take the mean over a word's tokens, not its first token alone.
+        labels: classify a word by its own tokens, or by the token before each of them.
+        merge_subwords: use the mean over a word's tokens, not only its first token.
         max_length: tokens after which a sentence is cut.
         max_tokens: packed tokens of one forward.
         batch_size: words per update of the classifier.
@@ -158,19 +157,13 @@ class ProbeConfig:
     task: Literal["pos", "chunk", "ner"]
     labels: Literal["same_token", "next_token"] = "same_token"
     merge_subwords: bool = True
-    max_length: int = 512
-    max_tokens: int = 16384
-    dropout: float = 0.1
-    lr: float = 5e-4
-    num_epochs: int = 5
-    batch_size: int = 256
+    max_length: PositiveInt = 512
+    max_tokens: PositiveInt = 16384
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    lr: PositiveFloat = 5e-4
+    num_epochs: PositiveInt = 5
+    batch_size: PositiveInt = 256
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        for key in ("max_length", "max_tokens", "num_epochs", "batch_size"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
-        require(self.lr > 0, "lr", self.lr, "a number > 0")
 
 
 @strict
@@ -193,10 +186,10 @@ class ChainConfig:
     """One experiment from raw data to its report: `diffembed submit all CONFIG`.
 
     Args:
-        prepare: config of the shards; null: they are there.
+        prepare: config of the shards; null: they exist already.
         train: config of the training run.
         deepspeed: its DeepSpeed JSON.
-        exports: what is made of the run for the evaluation.
+        exports: the exports of the run that the evaluation needs.
         evaluate: config of the evaluation; null: the chain ends with the exports.
         text_elements: array elements that share the texts of all tasks; null: one element for each
             model and task.
@@ -207,10 +200,4 @@ class ChainConfig:
     deepspeed: UserPath = Path("ds_configs/zero3.json")
     exports: tuple[ExportStep, ...] = (ExportStep(),)
     evaluate: UserPath | None = None
-    text_elements: int | None = None
-
-    def __post_init__(self) -> None:
-        elements = self.text_elements
-        require(
-            elements is None or elements >= 1, "text_elements", elements, "an integer >= 1, or null"
-        )
+    text_elements: PositiveInt | None = None

@@ -1,54 +1,55 @@
-"""Read a config from YAML and overrides, and write it back."""
+"""Read a config from strict YAML and overrides, explain its faults, and write it back.
+
+    file.yaml ── extends ──> base.yaml, ...       later files win, sections are merged key by key
+        │
+        v  overrides key.sub=value                the command line wins over all files
+    tree of plain values ── pydantic ──> frozen dataclass, or one line: file, key, found, allowed
+
+YAML is read by the core schema of YAML 1.2, without repeated keys, NaN, or values that no file
+can hold.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.rules import dump_yaml, parse_yaml, read_yaml
 from pipeline.errors import UserError
 
 T = TypeVar("T")
-# Keys that people bring from elsewhere, and why there is no such key here.
-_NO_QLORA = (
-    "leave it out: adapters trained on 4-bit weights give other vectors once they are merged into "
-    "the 16-bit ones; ZeRO-3 shards the frozen weights over the ranks instead"
-)
-_NOT_OFFERED = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantize", "quantization"), _NO_QLORA),
-    "adapter_dtype": "leave it out: DeepSpeed computes adapters in model.dtype and keeps an fp32 "
-    "copy of them, which is what is updated and saved",
-}
 
 
 def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
-    """Read a YAML file with those it extends, apply overrides, and build `kind` from it.
+    """Read a YAML file with the files it extends, apply overrides, and build `kind` from it.
 
-    `extends: [a.yaml, ../b.yaml]`, relative to the file that says so, reads those files first. A
-    later one wins, the file itself over all of them; sections are merged key by key, lists and
-    values replaced, and `key.sub=value` overrides come last.
+    `extends: [a.yaml, ../b.yaml]`, relative to the file with that key, reads those files first. A
+    later one wins, and the file itself wins over all of them. Sections are merged key by key,
+    lists and values are replaced. Overrides `key.sub=value` come last.
 
     Raises:
-        UserError: a file is missing or no YAML, a file extends itself, a key is unknown, a value
+        UserError: a file is missing or not YAML, a file extends itself, a key is unknown, a value
             has a wrong type or breaks a rule; the message names the file and the whole key path.
     """
     path = Path(path).expanduser()
     tree = _read_tree(path, extended_by=())
-    _refuse_lost(overrides)
+    _refuse_repeated(overrides)
     for override in overrides:
         _apply_override(tree, override)
     return build_config(kind, tree, origin=str(path))
 
 
 def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
-    """Validate a plain tree of values into `kind`; `origin` names it in messages."""
+    """Validate a tree of plain values into `kind`; `origin` names it in messages."""
     try:
         config = TypeAdapter(kind).validate_python(tree)
-        for key in _switched_numbers(tree, as_tree(config), ""):
+        for key in _booleans_as_numbers(tree, as_tree(config), ""):
             raise UserError(f"{key}: a switch (true or false)", allowed="a number")
     except ValidationError as error:
         raise _explain(kind, error, tree, origin) from error
@@ -58,24 +59,27 @@ def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
 
 
 def as_tree(config: Any) -> dict[str, Any]:
-    """The resolved config as nested dicts of plain values."""
+    """Return the resolved config as nested dicts of plain values."""
     tree: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return tree
 
 
 def dump_config(config: Any) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    """Return the resolved config as YAML that `load_config` reads back to an equal object."""
     return dump_yaml(as_tree(config))
 
 
+# --- files and overrides ---------------------------------------------------------------------
+
+
 def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's keys over those of the files that it extends; `extended_by` led to this one."""
-    place = path.resolve()
+    """Merge a file over the files it extends; `extended_by` is the chain that led to it."""
+    resolved = path.resolve()
     above = f"{extended_by[-1]}: extends: " if extended_by else ""
-    if place in extended_by:
+    if resolved in extended_by:
         raise UserError(
             f"{above}{path} is extended in a circle",
-            fix=f"take one of these out: {' -> '.join(file.name for file in extended_by)}",
+            fix=f"remove one of these: {' -> '.join(file.name for file in extended_by)}",
         )
     if not path.exists():
         raise UserError(f"{above}{path}: no such file", fix="give the path of a YAML config")
@@ -89,13 +93,13 @@ def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for base in bases:
         below = path.parent / Path(base).expanduser()
-        _merge(tree, _read_tree(below, extended_by=(*extended_by, place)))
+        _merge(tree, _read_tree(below, extended_by=(*extended_by, resolved)))
     _merge(tree, own)
     return tree
 
 
 def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
-    """Put the keys of `over` into `tree`; a section that both have is merged key by key."""
+    """Put the keys of `over` into `tree`; a section in both is merged key by key."""
     for key, value in over.items():
         below = tree.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
@@ -117,21 +121,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = parse_yaml(text, origin=f"override {override!r}")
 
 
-def _refuse_lost(overrides: tuple[str, ...]) -> None:
-    """Refuse an override that a later one replaces with the section it is in, or by itself."""
+def _refuse_repeated(overrides: tuple[str, ...]) -> None:
+    """Refuse an override that a later one replaces: the same key, or the section around it."""
     keys = [override.partition("=")[0] for override in overrides]
-    for place, key in enumerate(keys):
-        for later in keys[place + 1 :]:
+    for index, key in enumerate(keys):
+        for later in keys[index + 1 :]:
             if f"{key}.".startswith(f"{later}."):
                 raise UserError(
-                    f"override {overrides[place]!r}: {later} is given again after it",
+                    f"override {overrides[index]!r}: {later} is given again after it",
                     fix="remove one of the two",
                 )
 
 
+# --- faults in the user's words --------------------------------------------------------------
+
 _UNKNOWN = "unexpected_keyword_argument"
-# In the user's words: what a value of a wrong type should have been.
-_WANTED = {
+_MISSING = ("missing", "missing_keyword_only_argument")
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
+# The expected kind of value, by pydantic's type of error.
+_EXPECTED = {
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a section of keys",
@@ -139,12 +147,22 @@ _WANTED = {
     "path_type": "a path",
     "string_type": "a text",
 }
+# Keys that users bring from other packages, and the reason why there is no such key here.
+_NO_QLORA = (
+    "leave it out: adapters trained on 4-bit weights give other vectors once they are merged into "
+    "the 16-bit ones; ZeRO-3 shards the frozen weights over the ranks instead"
+)
+_NOT_OFFERED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantize", "quantization"), _NO_QLORA),
+    "adapter_dtype": "leave it out: DeepSpeed computes adapters in model.dtype and keeps an fp32 "
+    "copy of them, which is what is updated and saved",
+}
 
 
 def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: str) -> UserError:
-    """The first fault of a pydantic report, in the user's words, and the keys of the others."""
+    """Return the first fault of a pydantic report as one line, with the keys of the others."""
     faults: dict[str, list[ErrorDetails]] = {}
-    # A misspelt key first: that another one is missing follows from it.
+    # A misspelt key first: the missing key follows from it.
     for fault in sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN):
         faults.setdefault(_key_of(tree, fault), []).append(fault)
     (key, own), *others = faults.items()
@@ -153,23 +171,25 @@ def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: s
     if first["type"] == _UNKNOWN:
         return UserError(
             f"{origin}: unknown key {key!r}{more}",
-            allowed=", ".join(_keys_beside(kind, first["loc"])),
+            allowed=", ".join(_allowed_keys(kind, first["loc"])),
             fix=_NOT_OFFERED.get(str(first["loc"][-1]), ""),
         )
-    if first["type"] in ("missing", "missing_keyword_only_argument"):
+    if first["type"] in _MISSING:
         return UserError(f"{origin}: key {key!r} is missing{more}", fix=f"add {key} to the file")
-    wanted = (_WANTED.get(fault["type"]) or _plain(fault["msg"]) for fault in own)
-    quoted = first["type"] == "string_type" and isinstance(first["input"], int | float)
+    expected = dict.fromkeys(_describe_expected(kind, fault) for fault in own)
+    value = "an empty list" if first["type"] == "too_short" else _shorten(repr(first["input"]))
+    sign = ":" if first["type"] in _OUT_OF_RANGE else " ="
+    unquoted = first["type"] == "string_type" and isinstance(first["input"], int | float)
     return UserError(
-        f"{origin}: {key} = {_shorten(repr(first['input']))}{more}",
-        allowed=" or ".join(dict.fromkeys(wanted)),
-        fix="put it in quotes" if quoted else "",
+        f"{origin}: {key}{sign} {value}{more}",
+        allowed=" or ".join(expected),
+        fix="put it in quotes" if unquoted else "",
     )
 
 
 def _key_of(tree: Any, fault: ErrorDetails) -> str:
-    """The key that a fault is about; its location also names branches of a type."""
-    parts: list[str] = []
+    """Return the key that a fault is about; its location also names branches of a type."""
+    keys: list[str] = []
     for part in fault["loc"]:
         if isinstance(tree, list) and isinstance(part, int):
             tree = tree[part] if part < len(tree) else None
@@ -177,42 +197,61 @@ def _key_of(tree: Any, fault: ErrorDetails) -> str:
             tree = tree.get(part)
         else:
             break
-        parts.append(str(part))
-    return ".".join(parts)
+        keys.append(str(part))
+    return ".".join(keys)
 
 
-def _plain(message: str) -> str:
-    for start in ("Input should be ", "Value error, "):
-        message = message.removeprefix(start)
-    return message
+def _describe_expected(kind: type, fault: ErrorDetails) -> str:
+    """Return the values that would have been accepted, in words."""
+    if fault["type"] in _OUT_OF_RANGE:
+        return _describe_range(kind, fault["loc"])
+    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return _EXPECTED.get(fault["type"], message)
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _switched_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
-    """Keys where true or false was taken for 1 or 0."""
-    if isinstance(given, dict) and isinstance(taken, dict):
-        pairs = [(name, value, taken.get(name)) for name, value in given.items()]
-    elif isinstance(given, list) and isinstance(taken, list):
-        pairs = [(n, *pair) for n, pair in enumerate(zip(given, taken, strict=False))]
-    else:
-        if isinstance(given, bool) and isinstance(taken, int | float) and taken is not given:
-            yield key
-        return
-    for name, value, result in pairs:
-        yield from _switched_numbers(value, result, f"{key}.{name}" if key else str(name))
-
-
-def _keys_beside(kind: type, location: tuple[int | str, ...]) -> list[str]:
-    """Names allowed where an unknown key was found."""
+def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
+    """Return the range of a number, or the least length of a list: `an integer >= 2 (queries)`."""
     schema = TypeAdapter(kind).json_schema()
-    node: dict[str, Any] = schema
-    for part in location[:-1]:
-        child = node["items"] if isinstance(part, int) else node["properties"][part]
-        node = _resolve(schema, child)
-    return list(_resolve(schema, node)["properties"])
+    given = _find(schema, location)
+    node = _resolve(schema, given)
+    unit = node.get("description", "")
+    if "minItems" in node:
+        return f"at least one {unit}"
+    is_integer = node["type"] == "integer"
+    limits = [
+        f"{sign} {node[key] + step:g}" if is_integer else f"{sign} {node[key]:g}"
+        for key, sign, step in (
+            ("minimum", ">=", 0),
+            ("exclusiveMinimum", ">=" if is_integer else ">", 1),
+            ("maximum", "<=", 0),
+            ("exclusiveMaximum", "<", 0),
+        )
+        if key in node
+    ]
+    words = f"{'an integer' if is_integer else 'a number'} {' and '.join(limits)}"
+    words += f" ({unit})" if unit else ""
+    nullable = any(branch.get("type") == "null" for branch in given.get("anyOf", []))
+    return f"{words}, or null" if nullable else words
+
+
+def _allowed_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
+    """Return the names that are allowed in the section with an unknown key."""
+    schema = TypeAdapter(kind).json_schema()
+    return list(_resolve(schema, _find(schema, location[:-1]))["properties"])
+
+
+def _find(schema: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
+    """Return the JSON schema of the value at a location; branches of a type are passed over."""
+    node = schema
+    for part in location:
+        inside = _resolve(schema, node)
+        if isinstance(part, int):
+            node = inside["items"]
+        elif part in inside.get("properties", {}):
+            node = inside["properties"][part]
+        elif isinstance(inside.get("additionalProperties"), dict):
+            node = inside["additionalProperties"]
+    return node
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
@@ -223,3 +262,205 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in node:
         return dict(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]])
     return node
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _booleans_as_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
+    """Yield keys where true or false was converted to 1 or 0."""
+    if isinstance(given, dict) and isinstance(taken, dict):
+        pairs = [(name, value, taken.get(name)) for name, value in given.items()]
+    elif isinstance(given, list) and isinstance(taken, list):
+        pairs = [(n, *pair) for n, pair in enumerate(zip(given, taken, strict=False))]
+    else:
+        if isinstance(given, bool) and isinstance(taken, int | float) and taken is not given:
+            yield key
+        return
+    for name, value, result in pairs:
+        yield from _booleans_as_numbers(value, result, f"{key}.{name}" if key else str(name))
+
+
+# --- strict YAML -----------------------------------------------------------------------------
+
+_MAX_BYTES = 2**20
+# Values of a file with all its aliases expanded; sensible configs have some hundreds.
+_MAX_VALUES = 50_000
+_MAX_INTEGER = 2**63 - 1
+# Plain values by the core schema of YAML 1.2. In YAML 1.1, which PyYAML reads by default, `no` is
+# false, 0123 is octal, 1:30 is 90, 2024-01-01 is a date, and 1e-3 is a text.
+_PLAIN = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML file.
+
+    Raises:
+        UserError: it is missing, too large, or refused by `parse_yaml`.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file", fix="give the path of a YAML config")
+    if path.is_dir():
+        raise UserError(f"{path}: a folder", allowed="a YAML file", fix="name the file inside it")
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: more than a megabyte", allowed="a YAML config")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not a YAML file (byte {error.start + 1} is not UTF-8)",
+            fix="save the file as UTF-8",
+        ) from error
+    return parse_yaml(text, origin=str(path))
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: the document.
+        origin: its file or flag, for messages.
+
+    Raises:
+        UserError: it is not YAML, or holds something that no config may hold.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+        for key, fault in _value_faults(value, ""):
+            raise UserError(f"{key}: {fault}" if key else fault, fix="give it another value")
+    except UserError as error:
+        raise UserError(f"{origin}: {error.found}", allowed=error.allowed, fix=error.fix) from error
+    except RecursionError as error:
+        raise UserError(
+            f"{origin}: not a YAML file (nested too deeply)", fix="see launch/recipes/"
+        ) from error
+    # Explicit tags (`!!int x`) fail with any error that their constructor raises.
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{origin}: not a YAML file ({_yaml_problem(error)})", fix="see launch/recipes/"
+        ) from error
+    return value
+
+
+def dump_yaml(value: Any) -> str:
+    """Return YAML that `parse_yaml` reads back to an equal value."""
+    # The pure dumper: the one in C knows only the resolvers it was compiled with.
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, stricter."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- PyYAML's own attribute
+
+    def get_single_node(self) -> Any:
+        """Compose a document, and refuse one that its aliases make huge."""
+        node = super().get_single_node()
+        if node is not None and _num_values(node, {}, ()) > _MAX_VALUES:
+            raise UserError(
+                f"more than {_MAX_VALUES:,} values with all aliases expanded",
+                fix="use fewer aliases",
+            )
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Compose a mapping, and refuse one that gives a key twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        # Merge keys (`<<`) are not expanded yet: a key may replace one that they bring.
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in lines:
+                    raise UserError(
+                        f"line {line}: key {key.value!r} is given twice, first in line "
+                        f"{lines[key.tag, key.value]}",
+                        fix="remove one of the two",
+                    )
+                lines[key.tag, key.value] = line
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also quotes texts that would be plain values to `_Loader`."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Only double quotes escape the rarer line breaks; elsewhere they read back as spaces.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+for _kind, _pattern, _first in _PLAIN:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})\\Z"), list(_first)
+        )
+
+
+def _num_values(node: Any, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+    """Count a node's values; an alias counts each time it is used."""
+    if id(node) in above:
+        line = node.start_mark.line + 1
+        raise UserError(f"line {line}: an anchor contains itself", fix="write the values out")
+    if id(node) not in sizes:
+        inside = _children(node)
+        sizes[id(node)] = 1 + sum(_num_values(child, sizes, (*above, id(node))) for child in inside)
+    return sizes[id(node)]
+
+
+def _children(node: Any) -> Iterator[Any]:
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error)
+
+
+def _value_faults(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) for values that no key of any config accepts."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _value_faults(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from _value_faults(child, f"{key}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, f"{value} is not a finite number"
+    elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        yield key, "an integer beyond 64 bits"
+    elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _is_broken(value))):
+        yield key, f"{value[:80]!r} holds a character that no file can hold"
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,4 +1,4 @@
-"""Configure the model, and read what a sentence-transformers folder declares."""
+"""Configure the model, and read the declarations of a sentence-transformers folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.config.rules import PathText, UserPath, require, strict
 from pipeline.errors import UserError
 
-# What git-lfs leaves in place of a file that it has not fetched.
+# The start of the small text file that Git LFS leaves in place of each file not fetched.
 _LFS = b"version https://git-lfs"
 Pooling = Literal["mean", "weighted_mean", "last_token", "first_token"]
-# Our poolings by their name there.
+# Our poolings by the names of sentence-transformers.
 POOLINGS: dict[str, Pooling] = {
     "mean": "mean",
     "weightedmean": "weighted_mean",
@@ -42,12 +44,12 @@ def pooling_mode(settings: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Declared:
-    """What a model's folder declares; None and empty where it is no such folder.
+    """The declarations of a sentence-transformers folder; None and empty in any other folder.
 
     Attributes:
         pooling: sentence-transformers' name.
-        normalize: whether its vectors are normalised.
-        prompts: what stands before texts, by name.
+        normalize: its vectors are normalised.
+        prompts: the characters put before texts, by name.
     """
 
     pooling: str | None = None
@@ -56,9 +58,9 @@ class Declared:
 
 
 def read_declared(path: str, revision: str | None = None) -> Declared:
-    """Read a local folder, or the local cache of a hub name; a network is never asked.
+    """Read a local folder, or the local cache of a hub name; never use a network.
 
-    A damaged file counts as absent: whoever loads such a folder as an embedder refuses it.
+    A damaged file counts as absent: code that loads such a folder as an embedder refuses it.
     """
     modules = _read(path, "modules.json", revision)
     if not isinstance(modules, list):
@@ -91,7 +93,7 @@ def default_pooling(path: str, revision: str | None) -> Pooling:
         return "mean"
     if declared not in POOLINGS:
         raise UserError(
-            f"model.pooling: none, and {path} declares {declared!r}",
+            f"model.pooling: not given, and {path} declares {declared!r}",
             allowed=", ".join(sorted(POOLINGS.values())),
             fix="set model.pooling to one of them; the model is then trained to it",
         )
@@ -107,14 +109,14 @@ def _read(path: str, name: str, revision: str | None) -> Any:
 
 
 def require_model_place(path: str, *, key: str) -> None:
-    """Refuse a path without a folder; what may be a name on the hub is left to its client.
+    """Refuse a path without a folder; a possible name on the hub is left to the hub's client.
 
     Args:
         path: a folder of this machine, or a name on the hub.
         key: the config key that gives it.
 
     Raises:
-        UserError: it is a file, or a path where nothing is.
+        UserError: it is a file, or a path that does not exist.
     """
     if Path(path).is_dir():
         return
@@ -133,7 +135,7 @@ def require_model_place(path: str, *, key: str) -> None:
 
 
 def model_fix(path: str) -> str:
-    """Return what helps where the files of a model cannot be read."""
+    """Return advice for a model whose files cannot be read."""
     folder = Path(path)
     if any(_is_pointer(file) for file in folder.glob("*")):
         return f"run `git lfs pull` in {path}, whose large files are not there yet"
@@ -151,7 +153,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def local_file(path: str, name: str, revision: str | None = None) -> Path | None:
-    """Find a file of a model's folder, or of a hub name's in the local cache; asks no network."""
+    """Find a file in a model's folder, or in the local cache of a hub name; use no network."""
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -162,7 +164,7 @@ def local_file(path: str, name: str, revision: str | None = None) -> Path | None
     try:
         cached = try_to_load_from_cache(path, name, revision=revision)
     except HFValidationError:
-        return None  # a path that is not there
+        return None  # a path that does not exist
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -174,18 +176,14 @@ Attention = Literal["bidirectional", "causal"]
 class LoraConfig:
     """Low-rank adaptation (Hu et al., arXiv 2106.09685)."""
 
-    rank: int = 16
+    rank: PositiveInt = 16
     alpha: int = 32
-    dropout: float = 0.05
-    # Last parts of names, or every linear layer.
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    # The last components of module names, or every linear layer.
     targets: Literal["all-linear"] | tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     rslora: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, "model.lora.rank", self.rank, "an integer >= 1")
-        require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
 
 
 @strict
@@ -199,36 +197,33 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "ntk", "yarn"]
-    factor: float
-
-    def __post_init__(self) -> None:
-        require(self.factor > 1, "rope_scaling.factor", self.factor, "a number > 1")
+    factor: Annotated[float, Field(gt=1)]
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The backbone, how it attends, and how its hidden states become one vector."""
+    """The backbone, its attention, and the pooling of its hidden states to one vector."""
 
     path: PathText
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Attention = "bidirectional"
-    # Where a config names none, the one that a folder of sentence-transformers declares, or mean.
+    # By default the pooling that a sentence-transformers folder declares, otherwise mean.
     pooling: Pooling = None  # type: ignore[assignment]
-    # Whether the tokens of an instruction are pooled; they are attended to in any case.
+    # Include the tokens of an instruction in the pooling; they are always attended to.
     pool_instruction: bool = True
     normalize: bool = True
-    # Vectors keep so many of their first numbers (arXiv 2205.13147); null keeps all.
-    dimensions: int | None = None
+    # Vectors keep only this many first numbers (arXiv 2205.13147); null keeps all.
+    dimensions: PositiveInt | None = None
     rope_scaling: RopeScaling | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_dropout: float | None = None
     gradient_checkpointing: bool = False
-    # A peft adapter to start from: merged into the weights, or trained further.
+    # A peft adapter to start from: merge it into the weights, or continue to train it.
     adapter: PathText | None = None
     adapter_use: Literal["merge", "continue"] = "merge"
-    # Adapters that are merged into the weights before that one, in this order.
+    # Adapters to merge into the weights before that one, in this order.
     merged_adapters: tuple[PathText, ...] = ()
     lora: LoraConfig | None = None
 
@@ -236,16 +231,12 @@ class ModelConfig:
         if self.pooling is None:
             chosen = default_pooling(self.path, self.revision)  # type: ignore[unreachable]
             object.__setattr__(self, "pooling", chosen)
-        dimensions = self.dimensions
-        require(
-            dimensions is None or dimensions >= 1, "model.dimensions", dimensions, "an integer >= 1"
-        )
         require(
             self.adapter_use == "merge" or (self.adapter is not None and self.lora is None),
             "model.adapter_use",
             self.adapter_use,
             "continue only with model.adapter and without model.lora",
-            "the adapter to continue brings its own rank and targets",
+            "remove model.lora; an adapter that continues has its own rank and targets",
         )
         require(
             not self.trust_remote_code or self.revision is not None,
@@ -257,7 +248,7 @@ class ModelConfig:
 
     @property
     def all_merged(self) -> tuple[str, ...]:
-        """Every adapter that goes into the weights before training, in order."""
+        """All adapters to merge into the weights before training, in order."""
         last = self.adapter if self.adapter_use == "merge" else None
         return self.merged_adapters if last is None else (*self.merged_adapters, last)
 
@@ -265,23 +256,15 @@ class ModelConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StarterConfig:
-    """A small model to begin from, and its tokenizer: `diffembed starter CONFIG`."""
+    """A small untrained model and its tokenizer: `diffembed starter CONFIG`."""
 
     output_dir: UserPath
-    corpus: tuple[UserPath, ...]
+    corpus: Annotated[tuple[UserPath, ...], Field(min_length=1, description="file")]
     vocab_size: int = 4096
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    intermediate_size: int = 384
-    max_position_embeddings: int = 4096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(len(self.corpus) > 0, "corpus", "an empty list", "at least one file")
-        for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
-        places = self.max_position_embeddings
-        require(places >= 1, "max_position_embeddings", places, "an integer >= 1 (tokens)")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    intermediate_size: PositiveInt = 384
+    max_position_embeddings: Annotated[int, Field(ge=1, description="tokens")] = 4096
+    seed: NonNegativeInt = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
@@ -15,22 +17,18 @@ from pipeline.config.rules import UserPath, require, strict
 class MntpConfig:
     """Masked next-token prediction (LLM2Vec, BehnamGhader et al., arXiv 2404.05961, section 2.1).
 
-    A masked token is predicted from the hidden state before it.
+    A masked token is predicted from the hidden state of the position before it.
 
     Args:
-        mask_rate: share of the tokens that are predicted.
+        mask_rate: share of the tokens to predict.
         replace: `bert` puts the mask token in 80 %, a random token in 10 %, and leaves 10 % as they
             are (Devlin et al., arXiv 1810.04805, section 3.1); `all` always puts the mask token.
         mask_token: the token to put; by default the tokenizer's mask token.
     """
 
-    mask_rate: float = 0.2
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
     replace: Literal["bert", "all"] = "bert"
     mask_token: str | None = None
-
-    def __post_init__(self) -> None:
-        rate = self.mask_rate
-        require(0 < rate < 1, "objective.mntp.mask_rate", rate, "0 < mask_rate < 1")
 
 
 @strict
@@ -41,9 +39,9 @@ class MaskedDiffusionConfig:
     Each row draws t from U(0, 1) and masks each of its tokens with probability t.
 
     Args:
-        shift: whether a token is predicted from the hidden state before it; by default as the
-            model was made: LLaDA predicts in place, Dream and autoregressive models shifted. An
-            export of LLaDA is a Llama to all that load it: say `shift: false` there.
+        shift: predict a token from the hidden state before it; by default as the model was
+            pre-trained: LLaDA predicts in place, Dream and autoregressive models predict shifted.
+            An export of LLaDA is loaded as a Llama: set `shift: false` for it.
         mask_token: the token to put; by default the tokenizer's mask token.
     """
 
@@ -54,7 +52,7 @@ class MaskedDiffusionConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NextTokenConfig:
-    """Autoregressive language modelling: each token from those before it."""
+    """Autoregressive language modelling: each token from the tokens before it."""
 
 
 @strict
@@ -83,18 +81,13 @@ class ObjectiveConfig:
 class DistillationConfig:
     """Learning a teacher's scores of a query's positives and own negatives.
 
-    KL(teacher || model) over that list (Hinton et al., arXiv 1503.02531, with the list of one query
-    in the place of the classes). Its share of the loss is `weight`, the contrastive term keeps the
-    rest. `temperature` divides the teacher's scores.
+    KL(teacher || model) over that list (Hinton et al., arXiv 1503.02531, where a query's list
+    replaces the classes). Its share of the loss is `weight`, the contrastive term keeps the rest.
+    `temperature` divides the teacher's scores.
     """
 
-    weight: float = 0.5
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        key = "loss.distillation"
-        require(0 < self.weight <= 1, f"{key}.weight", self.weight, "0 < weight <= 1")
-        require(self.temperature > 0, f"{key}.temperature", self.temperature, "a number > 0")
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: PositiveFloat = 1.0
 
 
 @strict
@@ -106,26 +99,25 @@ class LossConfig:
     `{similarity: scaled_dot, temperature: 1, negatives: own}`.
     """
 
-    temperature: float = 0.02
+    temperature: PositiveFloat = 0.02
     learn_temperature: bool = False
     # cosine normalises inside the loss; scaled_dot divides the dot product by the width.
     similarity: Literal["cosine", "dot", "scaled_dot"] = "cosine"
     negatives: Literal["batch", "own"] = "batch"
     symmetric: bool = False
-    # Widths trained beside the full one; the loss is the mean over all of them.
+    # Smaller widths to train in addition to the full one; the loss is the mean over all.
     matryoshka_dims: tuple[int, ...] = ()
-    # A negative more similar than the query's best positive by more than this does not count.
+    # A negative that exceeds the query's best positive by more than this is left out.
     false_negative_margin: float | None = None
     distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "loss.temperature", self.temperature, "a number > 0")
         require(
             not (self.symmetric and self.negatives == "own"),
             "loss.symmetric",
             True,
             "true only with loss.negatives: batch",
-            "a document has no negatives of its own; set loss.symmetric: false",
+            "set loss.symmetric: false; documents have no list of negatives",
         )
         dims = self.matryoshka_dims
         require(
@@ -141,70 +133,50 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), warm-up and decay."""
 
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    max_grad_norm: Annotated[float, Field(ge=0, description="0 for no clipping")] = 1.0
+    warmup_steps: NonNegativeInt = 0
     decay: Literal["linear", "cosine", "constant"] = "linear"
     # The step at which the decay would reach 0; num_steps by default, more for a run that ends
     # before its learning rate does.
     decay_steps: int | None = None
 
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "a number > 0")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0")
-        require(
-            self.max_grad_norm >= 0,
-            "optimizer.max_grad_norm",
-            self.max_grad_norm,
-            "a number > 0, or 0 for no clipping",
-        )
-
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkConfig:
-    """How a rank's share of the global batch is cut into cached forwards."""
+    """The chunks of a rank's share of the global batch, each one cached forward."""
 
-    max_tokens: int = 8192
+    max_tokens: PositiveInt = 8192
     # Sum over a chunk's texts of L * (1 + L / 32500), L in tokens; null: tokens alone decide.
-    max_cost: float | None = None
-    min_chunks: int = 1
-    # schedule cache: this many chunks keep their graph and are spared the second forward.
-    # `auto`: as many as the planner finds room for.
-    keep_graphs: int | Literal["auto"] = 0
-    # schedule sweep: where the inputs of all layers wait for the backward.
+    max_cost: PositiveFloat | None = None
+    min_chunks: PositiveInt = 1
+    # schedule cache: this many chunks keep their graph and need no second forward.
+    # `auto`: as many as fit into memory by the plan.
+    keep_graphs: NonNegativeInt | Literal["auto"] = 0
+    # schedule sweep: the memory that holds the inputs of all layers until the backward.
     boundaries: Literal["device", "host"] = "device"
-
-    def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, "chunks.max_tokens", self.max_tokens, "an integer >= 1")
-        cost = self.max_cost
-        require(cost is None or cost > 0, "chunks.max_cost", cost, "a number > 0, or null")
-        require(self.min_chunks >= 1, "chunks.min_chunks", self.min_chunks, "an integer >= 1")
-        kept = self.keep_graphs
-        require(kept == "auto" or kept >= 0, "chunks.keep_graphs", kept, "auto, or an integer >= 0")
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When the run saves itself, and which saves are kept."""
+    """The steps at which a run saves a checkpoint, and the checkpoints that stay."""
 
-    every: int = 100
-    keep_last: int = 2
-    # Checkpoints whose step is a multiple of this stay for good.
-    keep_every: int | None = None
-    # A folder on slower, safer storage that every checkpoint is copied to, in the background.
+    every: Annotated[int, Field(ge=1, description="steps")] = 100
+    keep_last: PositiveInt = 2
+    # Checkpoints whose step is a multiple of this are never deleted.
+    keep_every: PositiveInt | None = None
+    # A folder on slower, safer storage to which every checkpoint is copied in the background.
     mirror: UserPath | None = None
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "checkpoint.every", self.every, "an integer >= 1 (steps)")
-        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "an integer >= 1")
         kept = self.keep_every
         require(
-            kept is None or (kept >= 1 and kept % self.every == 0),
+            kept is None or kept % self.every == 0,
             "checkpoint.keep_every",
             kept,
             f"a multiple of checkpoint.every ({self.every}), or null",
@@ -214,17 +186,17 @@ class CheckpointConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateEveryConfig:
-    """Scores of checkpoints while training goes on.
+    """Scores of checkpoints during training.
 
     Args:
-        every: steps between two that are scored; a multiple of checkpoint.every.
-        config: an evaluation's YAML; its last model says how queries are worded.
-        where: jobs of their own, or a process of low priority on the CPU beside rank 0.
+        every: steps between two scored checkpoints; a multiple of checkpoint.every.
+        config: an evaluation's YAML; its last model gives the wording of queries.
+        where: separate Slurm jobs, or a process of low priority on the CPU of rank 0's node.
         text_elements: slurm: array elements that share the texts of all tasks; null: one element
             for each task and length.
     """
 
-    every: int
+    every: PositiveInt
     config: UserPath
     where: Literal["slurm", "local"] = "slurm"
     text_elements: int | None = None
@@ -236,28 +208,27 @@ class TrainConfig:
     """One training run: `pipeline/train.py CONFIG`."""
 
     output_dir: UserPath
-    num_steps: int
+    num_steps: PositiveInt
     model: ModelConfig
     data: DataConfig
     seed: int = 42
     schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
-    # Token prediction instead of the contrastive loss; what `loss` says then means nothing.
+    # Token prediction instead of the contrastive loss; `loss` must then be left out.
     objective: ObjectiveConfig | None = None
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    # A loss or gradient that is not finite: end the run with a dump, or leave the step out.
+    # A loss or gradient that is not finite: stop with a dump of the batch, or skip the update.
     non_finite: Literal["stop", "skip"] = "stop"
     evaluate: EvaluateEveryConfig | None = None
-    log_every: int = 1
+    log_every: Annotated[int, Field(ge=1, description="steps")] = 1
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer >= 1")
         every = self.evaluate.every if self.evaluate else self.checkpoint.every
         require(
-            every >= 1 and every % self.checkpoint.every == 0,
+            every % self.checkpoint.every == 0,
             "evaluate.every",
             every,
             f"a multiple of checkpoint.every ({self.checkpoint.every})",
@@ -275,7 +246,6 @@ class TrainConfig:
             end,
             f"at least num_steps ({self.num_steps})",
         )
-        require(self.log_every >= 1, "log_every", self.log_every, "an integer >= 1 (steps)")
         self._check_schedule()
         if self.objective is None:
             require(
@@ -289,7 +259,7 @@ class TrainConfig:
             self._check_token_prediction(self.objective)
 
     def _check_schedule(self) -> None:
-        """Refuse what a schedule would do anyway, or cannot do."""
+        """Refuse settings that a schedule ignores or contradicts."""
         require(
             self.schedule in ("auto", "cache") or self.chunks.keep_graphs == 0,
             "chunks.keep_graphs",
@@ -302,15 +272,15 @@ class TrainConfig:
             "model.gradient_checkpointing",
             True,
             "false with schedule sweep",
-            "a sweep already computes one layer at a time again",
+            "a sweep already recomputes one layer at a time",
         )
 
     def _check_token_prediction(self, objective: ObjectiveConfig) -> None:
-        """Refuse what the prediction of tokens would silently ignore."""
+        """Refuse settings that token prediction would silently ignore."""
         require(
             self.loss == LossConfig(),
             "loss",
-            "given beside objective",
+            "given together with objective",
             "one of the two",
             "remove loss, or remove objective to train contrastively",
         )
@@ -318,8 +288,8 @@ class TrainConfig:
             self.schedule != "plain" and self.chunks.keep_graphs == 0,
             "schedule, chunks.keep_graphs",
             (self.schedule, self.chunks.keep_graphs),
-            "auto, cache or sweep, and 0, beside objective",
-            "tokens are predicted chunk by chunk: there is nothing to keep",
+            "auto, cache or sweep, and 0, with an objective",
+            "tokens are predicted chunk by chunk: no graph outlives its chunk",
         )
         require(
             objective.next_token is None or self.model.attention == "causal",
@@ -332,6 +302,6 @@ class TrainConfig:
             not self.model.trust_remote_code,
             "model.trust_remote_code",
             True,
-            "false beside objective",
-            "of a model's own code this package knows the vectors, not the head",
+            "false with an objective",
+            "the language-model head of a model with its own code is unknown to this package",
         )

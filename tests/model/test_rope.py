@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from test_families import CASES, GROUPED, IDS, LENGTHS, SIZES, padded_means, save_model
 
-from pipeline.config import ModelConfig, RopeScaling
+from pipeline.config import ModelConfig, RopeScaling, build_config
 from pipeline.errors import UserError
 from pipeline.model.architectures import FAMILIES
 from pipeline.model.encoder import build_encoder
@@ -118,5 +118,5 @@ def test_positions_that_are_rescaled_already_are_refused(tmp_path: Path) -> None
     scaling = RopeScaling(kind="yarn", factor=2)
     with pytest.raises(UserError, match="already linear"):
         build_encoder(ModelConfig(path=str(tmp_path), rope_scaling=scaling), meta=True)
-    with pytest.raises(UserError, match=r"rope_scaling\.factor"):
-        RopeScaling(kind="yarn", factor=1)
+    with pytest.raises(UserError, match=r"model\.yaml: factor: 1 .*a number > 1"):
+        build_config(RopeScaling, {"kind": "yarn", "factor": 1}, origin="model.yaml")
