@@ -320,8 +320,8 @@ def load_arrays(path: Path, *names: str, fix: str) -> dict[str, NDArray[Any]]:
     """
     with blame(f"{path}: damaged", fix=fix), np.load(path) as file:
         found = {name: file[name] for name in names}
-        seal = file[_SEAL].tobytes() if _SEAL in file else None
-    if seal is not None and _hash_arrays(found) != seal:
+        seal = file[_SEAL].tobytes() if _SEAL in file else b""
+    if _hash_arrays(found) != seal:
         raise UserError(f"{path}: damaged (its content does not match its {_SEAL})", fix=fix)
     return found
 
@@ -353,7 +353,7 @@ def map_vectors(path: Path, *, fix: str) -> NDArray[Any]:
         with path.open("rb") as file:
             file.seek(end)
             seal = file.read(64)
-        whole = not seal or hashlib.sha256(vectors_ND.tobytes()).digest() == seal
+        whole = hashlib.sha256(vectors_ND.tobytes()).digest() == seal
         if not whole or vectors_ND.ndim != 2:
             raise UserError(f"{path}: damaged (its content does not match its hash)", fix=fix)
     return np.asarray(vectors_ND)
@@ -380,7 +380,7 @@ def read_batch(path: Path, number: int, *, fix: str) -> pa.RecordBatch:
         batch, metadata = pyarrow.ipc.open_file(file).get_batch_with_custom_metadata(number)
         batch.validate(full=True)
         found = _hash_batch(batch).encode()
-        seal = (metadata or {}).get(_SEAL.encode(), found)
+        seal = (metadata or {}).get(_SEAL.encode())
     if seal != found:
         raise UserError(f"{path}: damaged (batch {number} does not match its {_SEAL})", fix=fix)
     return batch

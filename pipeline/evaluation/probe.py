@@ -81,7 +81,7 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
             record: Any = json.loads(line)
             words, tags = record["tokens"], record[f"{task}_tags"]
             fits = len(words) == len(tags) > 0 and all(isinstance(word, str) for word in words)
-            fits = fits and all(isinstance(tag, str | int) for tag in tags)
+            fits = fits and all(isinstance(tag, str) or type(tag) is int for tag in tags)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{number}: {type(error).__name__}: {error}",
