@@ -19,7 +19,7 @@ _CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
 # What a command says that continues without something, or does it again.
 _TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
 # Printed without the file's name: counts of dropped rows by reason, and ids that are missing.
-_COUNTED = re.compile(r"no positive left|no record has an id")
+_COUNTED = re.compile(r"no positive left|query without text|no record has an id")
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
 # What transformers writes into tokenizer_config.json and never reads.
@@ -136,6 +136,9 @@ def _names(damage: Damage) -> set[str]:
     if path.name == "zero.json":
         return {path.name, "DeepSpeed config", "zero_optimization"}
     names = {path.name}
+    if path.name == "config.json":
+        # A size that no machine holds.
+        names.add("auto found none that fits")
     if path.suffix == ".safetensors":
         # Weights out of all proportion are known by their gradient only.
         names.add("gradient norm is")
