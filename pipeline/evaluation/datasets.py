@@ -1,13 +1,14 @@
-"""Load mteb tasks from local snapshots, complete and exactly as mteb defines them.
+"""Load the tasks of mteb from local snapshots, complete and exactly as mteb defines them.
 
-mteb joins a document's title and text, and a query's text and its own (FollowIR) instruction. That
-happens here once; nothing downstream may add either again.
+    hub --prefetch--> snapshots/mteb/BRIGHT/ --localise--> task --load_and_check--> task.dataset
+                                                                --load_texts--> documents, queries
 
-Scoring loads them as mteb does. A test compares the two on every subset, and a text that scoring
-asks for and the listing lacks is refused by name.
+A document is its title and text, a query its text and its own instruction (FollowIR): both are
+joined here (`document_texts`, `query_texts`), and nowhere else, for planning and scoring. A test
+compares the strings with mteb's on every subset.
 
-Why not mteb's own offline mode: with the hub out of reach its loader sees only a data set's default
-config, drops FollowIR's instructions and candidates without a word, and p-MRR becomes exactly 0.
+mteb's own offline mode is no alternative: without network its loader sees only a data set's default
+config and silently drops FollowIR's instructions and candidates, so that p-MRR is exactly 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Role = Literal["query", "document"]
 
 
 def document_texts(table: Any) -> list[str]:
-    """Title and text of each document of a corpus (columns `text` and optionally `title`)."""
+    """Join title and text of each document of a corpus (columns `text` and optionally `title`)."""
     texts = table["text"][:]
     titles = table["title"][:] if "title" in table.column_names else [""] * len(texts)
     return [
@@ -41,7 +42,7 @@ def document_texts(table: Any) -> list[str]:
 
 
 def query_texts(table: Any) -> list[str]:
-    """Text of each query, followed by its own instruction where the task has that column."""
+    """Join the text of each query and its own instruction, if the task has that column."""
     texts: list[str] = table["text"][:]
     if "instruction" not in table.column_names:
         return texts
@@ -51,33 +52,28 @@ def query_texts(table: Any) -> list[str]:
     ]
 
 
-# Subsets whose name is not that of the task in lower case.
+# Subsets that are not named like the task in lower case.
 _SPELLED = {
     "EarthScience": "earth_science",
     "SustainableLiving": "sustainable_living",
     "TheoremQATheorems": "theoremqa_theorems",
     "TheoremQAQuestions": "theoremqa_questions",
 }
-_TASKS = {*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]}
+_BRIGHT_TASKS = {*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]}
 
 
-def is_bright(task: str) -> bool:
-    """Whether `load_columns` reads the task."""
-    return task in _TASKS
-
-
-def load_columns(task: Any, *, fix: str) -> dict[str, Any]:
-    """Return corpus, queries and judgements of a localised BRIGHT task, as mteb holds a split.
+def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
+    """Load corpus, queries and judgements of a localised BRIGHT task, as mteb holds a split.
 
     Raises:
-        UserError: they cannot be loaded, which `fix` mends.
+        UserError: they cannot be loaded; `fix` is the advice.
     """
     topic = task.metadata.name.removeprefix("Bright").removesuffix("Retrieval")
     long = topic.endswith("Long")
     topic = topic.removesuffix("Long")
     subset = _SPELLED.get(topic, topic.lower())
-    documents = _load(task, "long_documents" if long else "documents", subset, fix)
-    examples = _load(task, "examples", subset, fix)
+    documents = _load_subset(task, "long_documents" if long else "documents", subset, fix)
+    examples = _load_subset(task, "examples", subset, fix)
     gold = examples["gold_ids_long" if long else "gold_ids"]
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),
@@ -88,8 +84,8 @@ def load_columns(task: Any, *, fix: str) -> dict[str, Any]:
     }
 
 
-def _load(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
-    """One subset's files alone; by its name, `datasets` would convert all twelve."""
+def _load_subset(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
+    """Load the files of one subset; given its name, `datasets` would convert all twelve."""
     source = task.metadata.dataset
     found = f"{task.metadata.name}: cannot load {config} of the data set {source['path']}"
     with blame(found, fix=fix):
@@ -98,18 +94,18 @@ def _load(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
         return datasets.load_dataset(builder.name, data_files=files, split=subset)
 
 
-# Written beside a fetched data set when it is whole; holds its revision.
+# Written into the folder of a fetched data set when it is whole; holds its revision.
 REVISION_FILE = ".revision"
 _LOCAL = "local"
 _PREFETCH = "run `diffembed evaluate prefetch` on a machine with network"
 
 
 def get_task(name: str, own: OwnTask | None = None) -> Any:
-    """mteb's own task object, unmodified, or a task of the same kind for the user's own folder.
+    """Return mteb's own task object, unmodified, or a task of the same kind for a user's folder.
 
     Raises:
-        UserError: mteb has no task of that name, or it is no retrieval task, or an own task has the
-            name of a task of mteb.
+        UserError: mteb has no task of that name, or it is not about retrieval, or an own task has
+            the name of a task of mteb.
     """
     mteb = load_mteb()
     try:
@@ -121,21 +117,21 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
         raise UserError(
             f"tasks: {name!r}: mteb has no such task",
             allowed="a benchmark (FollowIR, LongEmbed, BRIGHT, BRIGHT-long), an mteb task name, or "
-            "{name: NAME, path: FOLDER} for a retrieval task of your own",
+            "{name: NAME, path: FOLDER} for your own retrieval task",
             fix=folder,
         ) from error
     if own is not None:
-        raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own another name")
+        raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own task another name")
     if not hasattr(task, "convert_v1_dataset_format_to_v2"):
         raise UserError(f"tasks: {name!r} is of type {task.metadata.type}", allowed="retrieval")
     return task
 
 
 def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> None:
-    """Find unknown tasks and missing folders before the first task is loaded.
+    """Check that tasks are known and their folders exist, before the first task is loaded.
 
     Raises:
-        UserError: names the first such task.
+        UserError: names the first task that fails.
     """
     found = [get_task(name, own) for name, own in tasks.items()]
     for task, own in zip(found, tasks.values(), strict=True):
@@ -143,7 +139,7 @@ def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> 
             localise(task, snapshots)
         elif not own.path.is_dir():
             raise UserError(
-                f"tasks.{own.name}: {own.path} is no folder",
+                f"tasks.{own.name}: {own.path} is not a folder",
                 allowed="a folder with corpus, queries and qrels",
             )
 
@@ -151,8 +147,8 @@ def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> 
 def localise(task: Any, snapshots: Path | None) -> Any:
     """Point one task object at its data set's folder below `snapshots`, laid out as on the hub.
 
-    Only this object changes: mteb keeps metadata on the class, so it is copied first. A task of the
-    user's own has its folder already.
+    Only this object changes: mteb keeps metadata on the class, so that it is copied first. An own
+    task is left as it is.
 
     Raises:
         UserError: the data set is not among the snapshots, or was fetched at another revision.
@@ -180,9 +176,9 @@ def localise(task: Any, snapshots: Path | None) -> Any:
 
 
 def data_revision(task: Any, snapshots: Path | None) -> str:
-    """The revision of a localised task's data; `local` for a folder that nobody fetched.
+    """Return the revision of a localised task's data; `local` if `prefetch` did not fetch them.
 
-    mteb's own result files carry its pinned revision even where the data are a replica.
+    mteb's own result files carry the pinned revision even if the data are a replica.
     """
     if snapshots is not None:
         marker = Path(task.metadata.dataset["path"]) / REVISION_FILE
@@ -191,7 +187,7 @@ def data_revision(task: Any, snapshots: Path | None) -> str:
     return str(task.metadata.dataset["revision"])
 
 
-def load_and_prove(task: Any) -> None:
+def load_and_check(task: Any) -> None:
     """Load a task's data and check that everything its score needs is there.
 
     Raises:
@@ -204,10 +200,10 @@ def load_and_prove(task: Any) -> None:
         task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset, split, data in evaluated_splits(task):
         where = f"{task.metadata.name} {subset}/{split}"
-        _prove_split(where, data, fix)
+        _check_split(where, data, fix)
         if task.metadata.type == "InstructionReranking":
-            _prove_instructions(where, data, fix)
-            _prove_changed_judgements(where, task, set(data["queries"]["id"][:]), fix)
+            _check_instructions(where, data, fix)
+            _check_changed_judgements(where, task, set(data["queries"]["id"][:]), fix)
 
 
 def _cannot_load(task: Any) -> str:
@@ -215,7 +211,7 @@ def _cannot_load(task: Any) -> str:
 
 
 def _fix_of(task: Any) -> str:
-    """What helps against missing or damaged data, by where they come from."""
+    """Return the advice for missing or damaged data, which depends on their origin."""
     source = task.metadata.dataset
     folder = Path(source["path"])
     if not folder.is_dir():
@@ -223,12 +219,12 @@ def _fix_of(task: Any) -> str:
     if (folder / REVISION_FILE).is_file():
         return f"remove {folder} and {_PREFETCH}"
     if source["revision"] == _LOCAL:
-        return f"mend the files in {folder}"
-    return f"mend the files in {folder}, or name another snapshots folder and {_PREFETCH}"
+        return f"repair the files in {folder}"
+    return f"repair the files in {folder}, or name another snapshots folder and {_PREFETCH}"
 
 
 def evaluated_splits(task: Any) -> Iterator[tuple[str, str, Any]]:
-    """(subset, split, data) of what a loaded task scores; it may have loaded more."""
+    """Yield (subset, split, data) that a loaded task scores; it may have loaded more."""
     for subset, splits in task.dataset.items():
         for split, data in splits.items():
             if split in task.eval_splits:
@@ -240,19 +236,19 @@ def _require(condition: bool, where: str, missing: str, fix: str) -> None:
         raise UserError(f"{where}: {missing}", fix=fix)
 
 
-def _prove_split(where: str, data: Any, fix: str) -> None:
+def _check_split(where: str, data: Any, fix: str) -> None:
     _require(len(data["corpus"]) > 0, where, "no documents", fix)
     _require(len(data["queries"]) > 0, where, "no queries", fix)
-    _prove_texts(f"{where}: document", data["corpus"], fix)
-    _prove_texts(f"{where}: query", data["queries"], fix)
+    _check_strings(f"{where}: document", data["corpus"], fix)
+    _check_strings(f"{where}: query", data["queries"], fix)
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
-    _say_doubtful(where, data)
+    _report_doubtful(where, data)
 
 
-def _say_doubtful(where: str, data: Any) -> None:
-    """Count what mteb scores all the same, though it may be a fault of the files."""
+def _report_doubtful(where: str, data: Any) -> None:
+    """Print counts of rows that mteb scores, though they may be errors in the files."""
     documents, queries = data["corpus"], data["queries"]
     known = set(documents["id"][:])
     judged = {d for query in queries["id"][:] for d in data["relevant_docs"][query]}
@@ -265,9 +261,9 @@ def _say_doubtful(where: str, data: Any) -> None:
             queries, query_texts
         ),
     }
-    for what, count in doubtful.items():
+    for kind, count in doubtful.items():
         if count:
-            print(f"{where}: {what}: {count}", flush=True)
+            print(f"{where}: {kind}: {count}", flush=True)
 
 
 def _num_ambiguous(table: Any, texts_of: Callable[[Any], list[str]]) -> int:
@@ -276,8 +272,8 @@ def _num_ambiguous(table: Any, texts_of: Callable[[Any], list[str]]) -> int:
     return sum(first.setdefault(name, text) != text for name, text in pairs)
 
 
-def _prove_texts(where: str, table: Any, fix: str) -> None:
-    """Refuse texts that are no strings; a title or an instruction may be null."""
+def _check_strings(where: str, table: Any, fix: str) -> None:
+    """Refuse texts that are not strings; a title or an instruction may be null."""
     ids = table["id"][:]
     _require(None not in ids, where, "an id is null", fix)
     for column in ("text", "title", "instruction"):
@@ -290,7 +286,7 @@ def _prove_texts(where: str, table: Any, fix: str) -> None:
                 raise UserError(f"{where} {name!r}: {column} is {kind}", allowed="a text", fix=fix)
 
 
-def _prove_instructions(where: str, data: Any, fix: str) -> None:
+def _check_instructions(where: str, data: Any, fix: str) -> None:
     queries = data["queries"]
     given = queries["instruction"][:] if "instruction" in queries.column_names else []
     _require(any(given), where, "no instructions", fix)
@@ -299,17 +295,20 @@ def _prove_instructions(where: str, data: Any, fix: str) -> None:
     _require(not without, where, f"no candidates (top_ranked) for queries {without[:3]}", fix)
 
 
-def _prove_changed_judgements(where: str, task: Any, queries: set[str], fix: str) -> None:
-    """mteb loads these only after encoding, when their absence has become expensive."""
+def _check_changed_judgements(where: str, task: Any, queries: set[str], fix: str) -> None:
+    """Load judgements that mteb loads only after encoding, when an error has become expensive."""
     changed = changed_judgements(task)
     _require(bool(changed), where, "no changed judgements (qrel_diff)", fix)
-    lonely = [q for q in changed if not {f"{q}-og", f"{q}-changed"} <= queries]
-    missing = f"queries {lonely[:3]} of qrel_diff lack an -og or -changed twin"
-    _require(not lonely, where, missing, fix)
+    unpaired = [q for q in changed if not {f"{q}-og", f"{q}-changed"} <= queries]
+    missing = f"queries {unpaired[:3]} of qrel_diff lack an -og or -changed twin"
+    _require(not unpaired, where, missing, fix)
 
 
 def changed_judgements(task: Any) -> dict[str, list[str]]:
-    """FollowIR: per base query the documents that its changed instruction makes irrelevant."""
+    """Return the documents that become irrelevant when a base query's instruction changes.
+
+    Only FollowIR has such judgements.
+    """
     source = task.metadata.dataset
     try:
         rows = datasets.load_dataset(
@@ -322,20 +321,25 @@ def changed_judgements(task: Any) -> dict[str, list[str]]:
     return {row["query-id"]: list(row["corpus-ids"]) for row in rows}
 
 
-def task_texts(
+def load_texts(
     name: str, *, snapshots: Path | None, own: OwnTask | None = None
 ) -> tuple[list[str], list[str]]:
-    """Every document and every query of a task, as mteb will ask for them, after the proof."""
+    """Return every document and every query of a task, as scoring will embed them.
+
+    Raises:
+        UserError: the task's data are missing or incomplete.
+    """
     documents: list[str] = []
     queries: list[str] = []
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch, private_cache(Path(scratch)):
         task = localise(get_task(name, own), snapshots)
-        if is_bright(name):
+        if name in _BRIGHT_TASKS:
+            # By column: mteb goes through 1.3 million documents row by row.
             with blame(_cannot_load(task), fix=_fix_of(task)):
-                splits = [load_columns(task, fix=_fix_of(task))]
-            _prove_split(name, splits[0], _fix_of(task))
+                splits = [_load_bright(task, fix=_fix_of(task))]
+            _check_split(name, splits[0], _fix_of(task))
         else:
-            load_and_prove(task)
+            load_and_check(task)
             splits = [data for _, _, data in evaluated_splits(task)]
         for data in splits:
             documents += document_texts(data["corpus"])
@@ -347,8 +351,8 @@ def task_texts(
 def private_cache(folder: Path) -> Iterator[None]:
     """Let `datasets` keep its converted files in `folder`.
 
-    Array elements must not share one cache: a read-only home breaks its locks, and a converted
-    file may outlive the snapshot it came from.
+    Array elements must not share a cache: its locks fail in a read-only home, and a converted file
+    may outlive the snapshot that it came from.
     """
     saved = datasets.config.HF_DATASETS_CACHE
     shown = datasets.are_progress_bars_disabled()
@@ -362,21 +366,21 @@ def private_cache(folder: Path) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-# BRIGHT's repositories also hold queries rewritten by other models; no task reads them.
-_ONLY = {
+# BRIGHT's repositories also hold queries rewritten by other models, which no task reads.
+_PATTERNS = {
     "mteb/BRIGHT": ["README.md", "documents/*", "long_documents/*", "examples/*"],
     "xlangai/BRIGHT": ["README.md", "documents/*", "long_documents/*", "examples/*"],
 }
 
 
 def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
-    """Fetch every task's data set at the revision mteb pins, then prove each task complete.
+    """Fetch every task's data set at the revision that mteb pins, and check that it is complete.
 
-    What is already there at that revision is kept; run again, it continues. Own tasks are only
-    proved complete.
+    Data sets that were fetched at that revision are kept, so that a second run continues. The data
+    of own tasks are only checked.
 
     Args:
-        endpoint: address of a hub other than the configured one.
+        endpoint: address of another hub than the configured one.
 
     Returns:
         The folder of snapshots.
@@ -386,7 +390,7 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
     """
     check_names(config)
     if config.snapshots is None:
-        raise UserError("snapshots: not set", fix="name the folder that the data sets go to")
+        raise UserError("snapshots: not set", fix="name the folder for the data sets")
     require_writable(config.snapshots, key="snapshots")
     tasks = {name: get_task(name, own) for name, own in tasks_of(config).items()}
     sources = {
@@ -399,7 +403,7 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
         _fetch(config.snapshots / repository, repository, revision, endpoint)
     for task in tasks.values():
         with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
-            load_and_prove(localise(task, config.snapshots))
+            load_and_check(localise(task, config.snapshots))
         print(f"{task.metadata.name}: complete", flush=True)
     return config.snapshots
 
@@ -415,7 +419,7 @@ def _fetch(folder: Path, repository: str, revision: str, endpoint: str | None) -
             repo_type="dataset",
             revision=revision,
             local_dir=folder,
-            allow_patterns=_ONLY.get(repository),
+            allow_patterns=_PATTERNS.get(repository),
             endpoint=endpoint,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:

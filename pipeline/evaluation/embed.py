@@ -1,6 +1,8 @@
-"""Embed the blocks of a plan, and look vectors up.
+"""Embed the blocks of a plan, and look stored vectors up.
 
-share of element i --> processes take block after block --> store/, each block by rename
+embed_element: share of element i --> processes take block after block --> BlockWriter.write
+                                                                           store/MODEL/
+load_stored:   EvaluatedEncoder whose embedder is a VectorStore  <--------- read
 """
 
 from __future__ import annotations
@@ -15,51 +17,192 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template
+from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import Role
-from pipeline.evaluation.embedding_plan import Plan, assign, find_digests, read_plan, store_folder
+from pipeline.evaluation.embedding_plan import (
+    EmbeddingPlan,
+    find_digests,
+    read_plan,
+    store_folder,
+)
 from pipeline.evaluation.models import EvaluatedEncoder, LoadEncoder, require_finite, revision
 from pipeline.evaluation.tasks import Element, list_elements
-from pipeline.evaluation.texts import TextKey, byte_sizes, digests, effective_lengths, require_short
+from pipeline.evaluation.texts import (
+    PlannedText,
+    byte_sizes,
+    digests,
+    effective_lengths,
+    require_short,
+)
 from pipeline.files import load_arrays, map_vectors, read_record, save_vectors, write_sealed
 from pipeline.launch import World
 from pipeline.workers import LocalWorkers
 
+# Of stored vectors: half the size of float32.
 FORMAT = "float16"
+_METADATA = "model.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StoredModel:
-    """What a store says about the model of its vectors."""
-
-    query: str
-    document: str
-    num_dimensions: int
-    precision: str
-
-
-def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: Plan) -> list[int]:
-    """Blocks of a model that nobody has embedded yet."""
-    store = store_folder(config, model)
-    return [b for b in range(len(plan.blocks)) if not plan.block_path(store, b).is_file()]
-
-
-class StoredEmbedder:
-    """Looks vectors up; blocks are memory-mapped, so only what a task needs is read.
+def embed_element(
+    config: EvaluateConfig,
+    index: int,
+    num_elements: int,
+    *,
+    load: LoadEncoder,
+    world: World | None = None,
+    num_processes: int = 1,
+) -> int:
+    """Embed one array element's share of all models' blocks; blocks on disk are skipped.
 
     Args:
-        plan: the plan the store was made from.
-        store: the model's.
+        index: the array's task number, from 0.
+        num_elements: length of the array; it may differ from one submission to the next.
+        load: loads a model at a length; for several processes a function of a module.
+        world: the ranks of the element (one per GPU), which divide its share further.
+        num_processes: processes that this one starts, which take its blocks in turn.
+
+    Returns:
+        The number of embedded blocks.
+    """
+    if not 0 <= index < num_elements:
+        raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
+    world = world or World()
+    plan = read_plan(config)
+    # Every element computes the same assignment; blocks of all models count as one list.
+    costs = np.tile(plan.block_costs, len(config.models))
+    owners = assign_by_cost(costs, num_elements * world.world_size)
+    by_cost = np.argsort(-costs, kind="stable")
+    share = by_cost[owners[by_cost] == index * world.world_size + world.rank]
+    models, blocks = np.divmod(share, len(plan.block_costs))
+    written = 0
+    for number, model in enumerate(config.models):
+        store = store_folder(config, model)
+        own = blocks[models == number].tolist()
+        todo = [block for block in own if not plan.vectors_path(store, block).is_file()]
+        if todo:
+            _embed_blocks(BlockWriter(config, model, plan, load), todo, num_processes)
+        written += len(todo)
+    return written
+
+
+def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
+    started = time.monotonic()
+    with contextlib.closing(LocalWorkers(num_processes)) as workers:
+        # Most expensive first: processes that are free at the end wait for cheap blocks only.
+        for done, _ in enumerate(workers.each(writer.write, todo), start=1):
+            pace = (time.monotonic() - started) / done
+            print(
+                f"{writer.model.name}: block {done}/{len(todo)}, "
+                f"{pace * (len(todo) - done):.0f} s left",
+                flush=True,
+            )
+
+
+class BlockWriter:
+    """Embed blocks of one model; loads it at the first block.
+
+    Args:
+        load: loads the model at a length.
+    """
+
+    def __init__(
+        self, config: EvaluateConfig, model: EvaluatedModel, plan: EmbeddingPlan, load: LoadEncoder
+    ) -> None:
+        self.config, self.model, self._plan, self._load = config, model, plan, load
+        self._store = store_folder(config, model)
+        # Any element of the model serves: the length is set per text.
+        self._element = next(each for each in list_elements(config) if each.model == model)
+        self._encoders: dict[int, EvaluatedEncoder] = {}
+
+    def write(self, block: int) -> None:
+        """Embed a block and put it into the store."""
+        texts = self._plan.read_block(block)
+        for length in {text.max_length for text in texts} - self._encoders.keys():
+            element = dataclasses.replace(self._element, max_length=length)
+            self._encoders[length] = self._load(self.config, element)
+            _write_metadata(self._store, self._encoders[length])
+        vectors_ND = embed_planned(texts, self._encoders)
+        save_vectors(self._plan.vectors_path(self._store, block), vectors_ND)
+
+
+def embed_planned(
+    texts: Sequence[PlannedText], encoders: dict[int, EvaluatedEncoder]
+) -> np.ndarray:
+    """(N,) texts -> (N, D) float16, each at its own length and with its own instruction."""
+    groups: dict[tuple[Role, str, int], list[int]] = {}
+    for row, text in enumerate(texts):
+        groups.setdefault((text.role, text.instruction, text.max_length), []).append(row)
+    width = next(iter(encoders.values())).num_dimensions
+    vectors_ND = np.empty((len(texts), width), dtype=FORMAT)
+    for (role, instruction, length), rows in groups.items():
+        strings = [texts[row].text for row in rows]
+        # Values beyond float16 become infinite without a warning; `require_finite` refuses them.
+        with np.errstate(over="ignore"):
+            vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, strings)
+    require_finite(
+        vectors_ND,
+        [text.text for text in texts],
+        source=f"vectors stored as {FORMAT}",
+        fix="score this model with `diffembed evaluate run`, which stores none",
+    )
+    return vectors_ND
+
+
+def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
+    """Return a model whose vectors come from the store; needs no GPU.
+
+    Raises:
+        UserError: blocks are missing.
+    """
+    plan = read_plan(config)
+    missing = missing_blocks(config, element.model, plan)
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise UserError(
+            f"{element.model.name}: {len(missing)} of {len(plan.block_costs)} blocks are not "
+            f"embedded: {shown}",
+            fix="see the logs of the array's elements; submit the evaluation again, or run "
+            "`diffembed evaluate embed`: only missing blocks are embedded",
+        )
+    store = store_folder(config, element.model)
+    metadata = read_metadata(store)
+    return EvaluatedEncoder(
+        embedder=VectorStore(plan, store, element.max_length),
+        template=Template(query=metadata.query, document=metadata.document),
+        name=element.model.name,
+        revision=revision(element),
+        max_length=element.max_length,
+        num_dimensions=metadata.num_dimensions,
+        precision=metadata.precision,
+    )
+
+
+def missing_blocks(config: EvaluateConfig, model: EvaluatedModel, plan: EmbeddingPlan) -> list[int]:
+    """Return the blocks that a model has not embedded yet."""
+    store = store_folder(config, model)
+    return [b for b in range(len(plan.blocks)) if not plan.vectors_path(store, b).is_file()]
+
+
+class VectorStore:
+    """Look vectors up; satisfies `models.Embedder`.
+
+    Blocks are memory-mapped, so that only the vectors of a task are read. A lookup is by digest:
+    a text that has changed since the plan was made is refused, and never gets another's vector.
+
+    Args:
+        plan: the plan that the store was made from.
+        store: folder of the model's vectors.
         max_length: length that the task is scored at.
     """
 
-    def __init__(self, plan: Plan, store: Path, max_length: int) -> None:
+    def __init__(self, plan: EmbeddingPlan, store: Path, max_length: int) -> None:
         self._plan = plan
         self._store = store
         self._max_length = max_length
         fix = f"delete {plan.folder} and run `diffembed evaluate plan` again"
         index = load_arrays(plan.folder / "index.npz", "digests", "places", fix=fix)
-        self._digests, self._places = index["digests"], index["places"]
+        self._digests, self._positions = index["digests"], index["places"]
         self._blocks: dict[int, np.ndarray] = {}
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
@@ -68,20 +211,19 @@ class StoredEmbedder:
         Raises:
             UserError: a text is not in the plan; the data have changed since it was made.
         """
-        places_N2 = self._places[self._find(role, instruction, texts)]
-        rows_ND = np.empty((len(texts), self._block(int(places_N2[0, 0])).shape[1]), np.float32)
-        for block in np.unique(places_N2[:, 0]):
-            chosen = places_N2[:, 0] == block
-            rows_ND[chosen] = self._block(int(block))[places_N2[chosen, 1]]
-        return rows_ND
+        block_N, row_N = self._positions[self._find(role, instruction, texts)].T
+        vectors_ND = np.empty((len(texts), self._block(int(block_N[0])).shape[1]), np.float32)
+        for block in np.unique(block_N):
+            chosen = block_N == block
+            vectors_ND[chosen] = self._block(int(block))[row_N[chosen]]
+        return vectors_ND
 
     def _find(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
         column = pa.array(texts, type=pa.large_string())
         lengths_N = effective_lengths(
             instruction, byte_sizes(column), self._max_length, self._plan.lengths
         )
-        words_N2 = digests(role, instruction, column, lengths_N)
-        found = find_digests(self._digests, words_N2)
+        found = find_digests(self._digests, digests(role, instruction, column, lengths_N))
         unknown = found < 0
         if unknown.any():
             example = texts[int(np.flatnonzero(unknown)[0])][:60]
@@ -94,10 +236,10 @@ class StoredEmbedder:
 
     def _block(self, block: int) -> np.ndarray:
         if block not in self._blocks:
-            path = self._plan.block_path(self._store, block)
+            path = self._plan.vectors_path(self._store, block)
             fix = f"delete {path} and run `diffembed evaluate embed` again"
             vectors_ND = map_vectors(path, fix=fix)
-            num_rows = int(self._places[self._places[:, 0] == block, 1].max()) + 1
+            num_rows = int(self._positions[self._positions[:, 0] == block, 1].max()) + 1
             if len(vectors_ND) < num_rows:
                 raise UserError(
                     f"{path}: damaged ({len(vectors_ND)} vectors, the plan has {num_rows})", fix=fix
@@ -106,162 +248,44 @@ class StoredEmbedder:
         return self._blocks[block]
 
 
-def read_description(store: Path) -> StoredModel:
-    """What `embed` noted of the model whose vectors are stored.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StoreMetadata:
+    """The model of a store's vectors, as far as scoring needs it: `model.json`."""
+
+    query: str
+    document: str
+    num_dimensions: int
+    precision: str
+
+
+def read_metadata(store: Path) -> StoreMetadata:
+    """Read the metadata of a store.
 
     Raises:
         UserError: it is missing or damaged.
     """
     fix = f"delete {store} and run `diffembed evaluate embed` again"
-    return read_record(store / "model.json", StoredModel, fix=fix)
+    return read_record(store / _METADATA, StoreMetadata, fix=fix)
 
 
-def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
-    """A model whose vectors come from the store; needs no GPU.
-
-    Raises:
-        UserError: blocks are missing.
-    """
-    plan = read_plan(config)
-    missing = missing_blocks(config, element.model, plan)
-    if missing:
-        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise UserError(
-            f"{element.model.name}: {len(missing)} of {len(plan.block_costs)} blocks are not "
-            f"embedded: {shown}",
-            fix="the logs of the array's elements say why; submit the evaluation again, or run "
-            "`diffembed evaluate embed`: only what is missing is done",
-        )
-    store = store_folder(config, element.model)
-    description = read_description(store)
-    return EvaluatedEncoder(
-        embedder=StoredEmbedder(plan, store, element.max_length),
-        template=Template(query=description.query, document=description.document),
-        name=element.model.name,
-        revision=revision(element),
-        max_length=element.max_length,
-        num_dimensions=description.num_dimensions,
-        precision=description.precision,
-    )
-
-
-def embed_element(
-    config: EvaluateConfig,
-    index: int,
-    num_elements: int,
-    *,
-    load: LoadEncoder,
-    world: World | None = None,
-    num_processes: int = 1,
-) -> int:
-    """Embed one array element's share of all models' blocks; blocks on disk are left alone.
-
-    Args:
-        index: the array's task number, from 0.
-        num_elements: length of the array; it may differ from one submission to the next.
-        load: how to load a model at a length; for several processes a function of a module.
-        world: this process among those of the element (one per GPU); the share is cut further.
-        num_processes: processes that this one starts, which take its blocks in turn.
-
-    Returns:
-        How many blocks were embedded.
-    """
-    if not 0 <= index < num_elements:
-        raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
-    world = world or World()
-    plan = read_plan(config)
-    units = [(model, block) for model in config.models for block in range(len(plan.block_costs))]
-    shares = assign(
-        [plan.block_costs[block] for _, block in units], num_elements * world.world_size
-    )
-    share = [units[unit] for unit in shares[index * world.world_size + world.rank]]
-    written = 0
-    for model in config.models:
-        store = store_folder(config, model)
-        own = [block for owner, block in share if owner == model]
-        todo = [block for block in own if not plan.block_path(store, block).is_file()]
-        if todo:
-            _embed_blocks(BlockWriter(config, model, plan, load), todo, num_processes)
-        written += len(todo)
-    return written
-
-
-def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
-    started = time.monotonic()
-    with contextlib.closing(LocalWorkers(num_processes)) as workers:
-        # Most expensive first: whichever process is free takes the next one.
-        for done, _ in enumerate(workers.each(writer.write, todo), start=1):
-            pace = (time.monotonic() - started) / done
-            print(
-                f"{writer.model.name}: block {done}/{len(todo)}, "
-                f"{pace * (len(todo) - done):.0f} s left",
-                flush=True,
-            )
-
-
-class BlockWriter:
-    """Embeds blocks of one model; loads it at the first block.
-
-    Args:
-        load: how to load the model at a length.
-    """
-
-    def __init__(
-        self, config: EvaluateConfig, model: EvaluatedModel, plan: Plan, load: LoadEncoder
-    ) -> None:
-        self.config, self.model, self._plan, self._load = config, model, plan, load
-        self._store = store_folder(config, model)
-        # Any element of the model will do: the length is set per text.
-        self._element = next(each for each in list_elements(config) if each.model == model)
-        self._encoders: dict[int, EvaluatedEncoder] = {}
-
-    def write(self, block: int) -> None:
-        """Embed a block and put it into the store."""
-        keys = self._plan.read_block(block)
-        for length in {key.max_length for key in keys} - self._encoders.keys():
-            element = dataclasses.replace(self._element, max_length=length)
-            self._encoders[length] = self._load(self.config, element)
-            _describe(self._store, self._encoders[length])
-        save_vectors(self._plan.block_path(self._store, block), embed_keys(keys, self._encoders))
-
-
-def embed_keys(keys: Sequence[TextKey], encoders: dict[int, EvaluatedEncoder]) -> np.ndarray:
-    """(N,) texts -> (N, D) float16, each at its own length and with its own instruction."""
-    groups: dict[tuple[Role, str, int], list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault((key.role, key.instruction, key.max_length), []).append(row)
-    width = next(iter(encoders.values())).num_dimensions
-    vectors_ND = np.empty((len(keys), width), dtype=FORMAT)
-    for (role, instruction, length), rows in groups.items():
-        texts = [keys[row].text for row in rows]
-        with np.errstate(over="ignore"):
-            vectors_ND[rows] = encoders[length].embedder.embed(role, instruction, texts)
-    require_finite(
-        vectors_ND,
-        [key.text for key in keys],
-        source=f"vectors stored as {FORMAT}",
-        fix="score this model with `diffembed evaluate run`, which stores none",
-    )
-    return vectors_ND
-
-
-def _describe(folder: Path, encoder: EvaluatedEncoder) -> None:
-    """Write what the scoring job reports; the same from every element and at every length.
+def _write_metadata(store: Path, encoder: EvaluatedEncoder) -> None:
+    """Write the metadata of a store; the same from every element and at every length.
 
     Raises:
-        UserError: the store was begun at another precision, or the template is too long.
+        UserError: the store has vectors of another precision, or the template is too long.
     """
     require_short(encoder.template, model=encoder.name)
-    description = StoredModel(
+    metadata = StoreMetadata(
         query=encoder.template.query,
         document=encoder.template.document,
         num_dimensions=encoder.num_dimensions,
         precision=f"{encoder.precision}, stored as {FORMAT}",
     )
-    begun = read_description(folder) if (folder / "model.json").is_file() else description
-    if begun.precision != description.precision:
+    earlier = read_metadata(store) if (store / _METADATA).is_file() else metadata
+    if earlier.precision != metadata.precision:
         raise UserError(
-            f"{folder}: vectors in {begun.precision}; this machine computes in {encoder.precision}",
+            f"{store}: vectors in {earlier.precision}; this machine computes in "
+            f"{encoder.precision}",
             fix="give the model a precision in the config, or continue on machines of one kind",
         )
-    write_sealed(folder / "model.json", dataclasses.asdict(description))
+    write_sealed(store / _METADATA, dataclasses.asdict(metadata))

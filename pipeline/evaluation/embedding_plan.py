@@ -1,13 +1,17 @@
-"""Cut the distinct texts of all tasks into blocks of equal cost.
+"""Write the plan of an evaluation: the distinct texts of all tasks, in blocks of equal cost.
 
-output_dir/plan/cut-1a2b3c4d5e6f/{texts.arrow,index.npz}
-output_dir/store/MODEL/cut-1a2b3c4d5e6f/block-00000.npy       its vectors
+    tasks --> distinct texts, longest first --> blocks --> element i of N embeds its share
 
-    tasks --> distinct (role, instruction, length, text) --> longest first --> blocks --> plan/
-                                                      element i of N embeds its blocks --> store/
+    output_dir/plan/cut-1a2b3c4d5e6f/texts.arrow             texts, one Arrow batch per block
+                                     index.npz               digest of a text -> block, row
+               0123456789ab/plan.json                        the blocks that the plan uses
+                            index.npz                        digest of a text -> block, row
+    output_dir/store/MODEL/cut-1a2b3c4d5e6f/block-00000.npy  vectors of a block
 
-Texts are sharded, not tasks: BRIGHT's Leetcode alone holds 41 % of that benchmark's tokens. Texts
-whose vectors an earlier plan has led to stay in its blocks: a task more costs its own texts only.
+Texts are divided, not tasks: BRIGHT's Leetcode alone has 41 % of that benchmark's tokens. A text
+that an earlier plan has embedded stays in its block: one more task costs its new texts only.
+
+Letters: N, M texts; B blocks.
 """
 
 from __future__ import annotations
@@ -26,11 +30,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
-from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.models import check_fit
 from pipeline.evaluation.tasks import instruction_for, list_elements, tasks_of
-from pipeline.evaluation.texts import SCHEMA, DistinctTexts, Listing, Request, TextKey, list_task
+from pipeline.evaluation.texts import (
+    SCHEMA,
+    DistinctTexts,
+    PlannedTask,
+    PlannedText,
+    TaskTexts,
+    list_texts,
+)
 from pipeline.files import (
     batch_writer,
     check_kind,
@@ -44,145 +54,29 @@ from pipeline.files import (
 from pipeline.model.export_folder import model_fingerprint
 from pipeline.workers import LocalWorkers
 
-# Enough that 64 elements get 32 blocks each; a killed element loses at most one.
+# Enough that each of 64 elements gets 32 blocks; a killed element loses at most one.
 _NUM_BLOCKS = 2048
+# A useful forward, in tokens.
 _MIN_BLOCK_COST = 32_768.0
 _TEXTS = "texts.arrow"
 _INDEX = "index.npz"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """Texts cut into blocks; letters: N texts.
-
-    Attributes:
-        digests: (N, 2) what each text is known by, sorted for `find_digests`.
-        places: (N, 2) its block, and its row there.
-        costs: of each block, in tokens of a short text.
-    """
-
-    folder: Path
-    digests: NDArray[np.uint64]
-    places: NDArray[np.int32]
-    costs: NDArray[np.float64]
-
-    @property
-    def name(self) -> str:
-        """Of its folders; a hash of what it holds."""
-        return self.folder.name
-
-
-def write_cut(parent: Path, texts: DistinctTexts) -> Cut:
-    """Cut texts into blocks of about equal cost, longest texts first."""
-    blocks = cut_blocks(texts.costs.tolist())
-    sizes = np.array([len(rows) for rows in blocks])
-    starts = np.cumsum(sizes) - sizes
-    rows = np.arange(sizes.sum()) - np.repeat(starts, sizes)
-    places = np.stack([np.repeat(np.arange(len(blocks)), sizes), rows], axis=1).astype(np.int32)
-    content = hashlib.sha256(texts.digests.tobytes() + sizes.tobytes()).hexdigest()[:12]
-    digests, places = sort_by_digest(texts.digests, places)
-    cut = Cut(
-        folder=parent / f"cut-{content}",
-        digests=digests,
-        places=places,
-        costs=np.add.reduceat(texts.costs, starts),
-    )
-    with batch_writer(cut.folder / _TEXTS, SCHEMA) as write:
-        for block in blocks:
-            write(texts.block(block))
-    # Last: its presence means that the cut is whole.
-    save_arrays(cut.folder / _INDEX, digests=cut.digests, places=cut.places, costs=cut.costs)
-    return cut
-
-
-def read_cuts(parent: Path) -> list[Cut]:
-    """All whole cuts, in the order of their names."""
-    found = []
-    for path in sorted(parent.glob(f"cut-*/{_INDEX}")):
-        arrays = load_arrays(path, "digests", "places", "costs", fix=f"delete {path.parent}")
-        found.append(Cut(folder=path.parent, **arrays))
-    return found
-
-
-def read_block(folder: Path, block: int) -> list[TextKey]:
-    """The texts of a block, longest first; reads no other block.
-
-    Args:
-        folder: the cut's.
-    """
-    fix = f"delete {folder} and run `diffembed evaluate plan` again"
-    rows = read_batch(folder / _TEXTS, block, fix=fix).to_pylist()
-    return [TextKey(**row) for row in rows]
-
-
-def cut_blocks(costs: Sequence[float]) -> list[range]:
-    """Consecutive texts of about equal cost: a 2048th of all, but no less than a useful forward."""
-    target = max(sum(costs) / _NUM_BLOCKS, _MIN_BLOCK_COST)
-    blocks, start, cost = [], 0, 0.0
-    for place, own in enumerate(costs):
-        if place > start and cost + own > target:
-            blocks.append(range(start, place))
-            start, cost = place, 0.0
-        cost += own
-    if start < len(costs):
-        blocks.append(range(start, len(costs)))
-    return blocks
-
-
-def sort_by_digest(
-    digests_N2: NDArray[np.uint64], places_N2: NDArray[np.int32]
-) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Both in the order that `find_digests` needs: an index is sorted once, when it is written.
-
-    The digests lie column by column, in files too, so that a lookup searches the first as it is.
-    """
-    order_N = np.argsort(digests_N2[:, 0], kind="stable")
-    return np.asfortranarray(digests_N2[order_N]), places_N2[order_N]
-
-
-def find_digests(known_N2: NDArray[np.uint64], wanted_M2: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(M,) row of each wanted digest among the known ones, -1 where it is none of them.
-
-    Args:
-        known_N2: as `sort_by_digest` leaves them; M binary searches, whatever N is.
-    """
-    if len(known_N2) == 0:
-        return np.full(len(wanted_M2), -1)
-    at_M = np.searchsorted(known_N2[:, 0], wanted_M2[:, 0]).clip(max=len(known_N2) - 1)
-    return np.where((known_N2[at_M] == wanted_M2).all(axis=1), at_M, -1)
-
-
-def store_folder(config: EvaluateConfig, model: EvaluatedModel) -> Path:
-    """Where a model's vectors are; another export has another folder.
-
-    Raises:
-        UserError: there is no export.
-    """
-    return config.output_dir / "store" / f"{model.name}-{model_fingerprint(model)}"
-
-
-def block_path(store: Path, cut: str, block: int) -> Path:
-    """Vectors of a cut's block, (texts, D) float16.
-
-    Args:
-        store: the model's.
-    """
-    return store / cut / f"block-{block:05d}.npy"
-
-
+# Part of a plan's identity: plans of another version are made again.
 _VERSION = 4
 _PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """A written plan: how many texts there are and what each block costs.
+class EmbeddingPlan:
+    """A written plan: the blocks to embed, and what they cost.
 
     Attributes:
-        num_texts: distinct ones; `num_occurrences` with the repetitions of tasks and lengths.
-        occurrence_cost: what all occurrences would cost; the blocks' costs add up to less.
-        blocks: the cut of each block and its number there.
-        block_costs: in the same order.
+        folder: of the plan.
+        num_texts: distinct texts.
+        num_occurrences: texts, with the repetitions of tasks and lengths.
+        occurrence_cost: of embedding all occurrences; the costs of the blocks sum to less.
+        lengths: all lengths of the evaluation, ascending.
+        blocks: name of the block file of each block, and its number there.
+        block_costs: of each block, in tokens of a short text.
     """
 
     folder: Path
@@ -193,21 +87,24 @@ class Plan:
     blocks: tuple[tuple[str, int], ...]
     block_costs: tuple[float, ...]
 
-    def read_block(self, block: int) -> list[TextKey]:
-        """The texts of a block, longest first; reads no other block."""
-        cut, number = self.blocks[block]
-        return read_block(self.folder.parent / cut, number)
+    def read_block(self, block: int) -> list[PlannedText]:
+        """Read the texts of a block, longest first, and no other block."""
+        name, number = self.blocks[block]
+        folder = self.folder.parent / name
+        fix = f"delete {folder} and run `diffembed evaluate plan` again"
+        rows = read_batch(folder / _TEXTS, number, fix=fix).to_pylist()
+        return [PlannedText(**row) for row in rows]
 
-    def block_path(self, store: Path, block: int) -> Path:
-        """A block's vectors in a model's store."""
-        return block_path(store, *self.blocks[block])
+    def vectors_path(self, store: Path, block: int) -> Path:
+        """Return the path of a block's vectors in a model's store."""
+        return vectors_path(store, *self.blocks[block])
 
 
-def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
-    """List, cut and write what the config's tasks need; loads every task's data once.
+def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> EmbeddingPlan:
+    """List, divide and write the texts of the config's tasks; loads every task's data once.
 
     Args:
-        num_workers: processes that load tasks side by side; the plan does not depend on it.
+        num_workers: processes that load tasks in parallel; the plan does not depend on it.
 
     Raises:
         UserError: a task's data are missing or incomplete, or a text cannot fit the GPU.
@@ -215,82 +112,81 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> Plan:
     check_fit(config)
     folder = plan_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside the plan, not in /tmp: the texts of all tasks may be larger than a node's memory.
+    # In the plan's folder, not in /tmp: the texts of all tasks may be larger than a node's memory.
     with tempfile.TemporaryDirectory(prefix=".texts-", dir=folder) as scratch:
-        listings = _list_tasks(config, Path(scratch), num_workers)
-        distinct = DistinctTexts.of(listings)
-        cuts = read_cuts(folder.parent)
+        tasks = _list_tasks(config, Path(scratch), num_workers)
+        distinct = DistinctTexts.of(tasks)
+        files = read_block_files(folder.parent)
         earlier = read_plan(config) if (folder / _PLAN).is_file() else None
         own = frozenset(earlier.blocks) if earlier else frozenset()
-        places_N3 = _held_places(config, cuts, own, distinct.digests)
-        new_N = places_N3[:, 0] < 0
+        positions_N3 = _known_positions(config, files, own, distinct.digests)
+        new_N = positions_N3[:, 0] < 0
         if new_N.any():
-            cuts.append(write_cut(folder.parent, distinct.only(new_N)))
-            at = find_digests(cuts[-1].digests, distinct.digests[new_N])
-            places_N3[new_N, 0] = len(cuts) - 1
-            places_N3[new_N, 1:] = cuts[-1].places[at]
-    used_B2, block_N = np.unique(places_N3[:, :2], axis=0, return_inverse=True)
-    plan = Plan(
+            files.append(write_block_file(folder.parent, distinct.only(new_N)))
+            at = find_digests(files[-1].digests, distinct.digests[new_N])
+            positions_N3[new_N, 0] = len(files) - 1
+            positions_N3[new_N, 1:] = files[-1].positions[at]
+    used_B2, block_N = np.unique(positions_N3[:, :2], axis=0, return_inverse=True)
+    plan = EmbeddingPlan(
         folder=folder,
         num_texts=len(distinct.costs),
-        num_occurrences=sum(len(listing.rows) for listing in listings),
-        occurrence_cost=float(sum(listing.costs.sum() for listing in listings)),
+        num_occurrences=sum(len(task.rows) for task in tasks),
+        occurrence_cost=float(sum(task.costs.sum() for task in tasks)),
         lengths=_all_lengths(config),
-        blocks=tuple((cuts[cut].name, int(block)) for cut, block in used_B2),
-        block_costs=tuple(float(cuts[cut].costs[block]) for cut, block in used_B2),
+        blocks=tuple((files[file].name, int(block)) for file, block in used_B2),
+        block_costs=tuple(float(files[file].costs[block]) for file, block in used_B2),
     )
     if plan != earlier:
         # Its index must not be read with the blocks of another plan.
         (folder / _PLAN).unlink(missing_ok=True)
-    places_N2 = np.stack([block_N.reshape(-1), places_N3[:, 2]], axis=1).astype(np.int32)
-    digests_N2, places_N2 = sort_by_digest(distinct.digests, places_N2)
-    save_arrays(folder / "index.npz", digests=digests_N2, places=places_N2)
+    positions_N2 = np.stack([block_N.reshape(-1), positions_N3[:, 2]], axis=1).astype(np.int32)
+    digests_N2, positions_N2 = sort_by_digest(distinct.digests, positions_N2)
+    save_arrays(folder / _INDEX, digests=digests_N2, places=positions_N2)
     # Last: its presence means that the plan is whole.
     write_sealed(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
     return plan
 
 
-def _held_places(
+def _known_positions(
     config: EvaluateConfig,
-    cuts: Sequence[Cut],
+    files: Sequence[BlockFile],
     own: Set[tuple[str, int]],
     digests_N2: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
-    """(N, 3) cut, block and row of texts that are in usable blocks; -1 for all others.
+    """Return (N, 3) file, block and row of texts in usable blocks; -1 for all others.
 
-    Usable is a block that every model has embedded, or that this very plan has had before (`own`).
-    Any other might cost more than it saves: blocks mix tasks, those that nobody asks for any more
-    among them.
+    A block is usable if every model has embedded it, or if this very plan had it before (`own`).
+    Any other might cost more than it saves: blocks mix tasks, and some may no longer be evaluated.
     """
-    places_N3 = np.full((len(digests_N2), 3), -1)
-    for number, cut in enumerate(cuts):
-        embedded = _embedded_blocks(config, cut)
-        usable = np.array([b in embedded or (cut.name, b) in own for b in range(len(cut.costs))])
-        at_N = find_digests(cut.digests, digests_N2)
-        chosen_N = (places_N3[:, 0] < 0) & (at_N >= 0) & usable[cut.places[at_N, 0]]
-        places_N3[chosen_N, 0] = number
-        places_N3[chosen_N, 1:] = cut.places[at_N[chosen_N]]
-    return places_N3
+    positions_N3 = np.full((len(digests_N2), 3), -1)
+    for number, file in enumerate(files):
+        embedded = _embedded_blocks(config, file)
+        usable = np.array([b in embedded or (file.name, b) in own for b in range(len(file.costs))])
+        at_N = find_digests(file.digests, digests_N2)
+        chosen_N = (positions_N3[:, 0] < 0) & (at_N >= 0) & usable[file.positions[at_N, 0]]
+        positions_N3[chosen_N, 0] = number
+        positions_N3[chosen_N, 1:] = file.positions[at_N[chosen_N]]
+    return positions_N3
 
 
-def _embedded_blocks(config: EvaluateConfig, cut: Cut) -> set[int]:
-    """Blocks of which every model's vectors are there."""
+def _embedded_blocks(config: EvaluateConfig, file: BlockFile) -> set[int]:
+    """Return the blocks that every model has embedded."""
     try:
         stores = [store_folder(config, model) for model in config.models]
     except UserError:
         return set()  # a plan may be made before its exports
     return {
         block
-        for block in range(len(cut.costs))
-        if all(block_path(store, cut.name, block).is_file() for store in stores)
+        for block in range(len(file.costs))
+        if all(vectors_path(store, file.name, block).is_file() for store in stores)
     }
 
 
-def read_plan(config: EvaluateConfig) -> Plan:
-    """The plan of this config.
+def read_plan(config: EvaluateConfig) -> EmbeddingPlan:
+    """Read the plan of a config.
 
     Raises:
-        UserError: there is none, or the tasks, lengths, instructions or snapshots have changed.
+        UserError: not made yet, or the tasks, lengths, instructions or snapshots have changed.
     """
     folder = plan_folder(config)
     if not (folder / _PLAN).is_file():
@@ -301,63 +197,179 @@ def read_plan(config: EvaluateConfig) -> Plan:
     fix = f"delete {folder} and run `diffembed evaluate plan` again"
     tree = unseal(read_json(folder / _PLAN, fix=fix), folder / _PLAN, fix=fix)
     tree = {**tree, "folder": str(folder)} if isinstance(tree, dict) else tree
-    return check_kind(tree, Plan, where=str(folder / _PLAN), fix=fix)
+    return check_kind(tree, EmbeddingPlan, where=str(folder / _PLAN), fix=fix)
 
 
 def plan_folder(config: EvaluateConfig) -> Path:
-    """Where the plan of these tasks, lengths, instructions and snapshots is."""
-    requests = [
-        [r.task, r.instructions, r.lengths, *([str(r.own.path), r.own.split] if r.own else [])]
-        for r in _requests(config)
+    """Return the folder of the plan of these tasks, lengths, instructions and snapshots."""
+    tasks = [
+        [t.task, t.instructions, t.lengths, *([str(t.own.path), t.own.split] if t.own else [])]
+        for t in _planned_tasks(config)
     ]
-    inputs = [_VERSION, str(config.snapshots), requests]
+    inputs = [_VERSION, str(config.snapshots), tasks]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     return config.output_dir / "plan" / digest
-
-
-def assign(costs: Sequence[float], num_elements: int) -> list[list[int]]:
-    """Return the units of each element, most expensive first; see `assign_by_cost`."""
-    cost_U = np.array(costs, dtype=np.float64)
-    element_U = assign_by_cost(cost_U, num_elements)
-    order_U = np.argsort(-cost_U, kind="stable")
-    return [order_U[element_U[order_U] == element].tolist() for element in range(num_elements)]
 
 
 def _all_lengths(config: EvaluateConfig) -> tuple[int, ...]:
     return tuple(sorted({element.max_length for element in list_elements(config)}))
 
 
-def _requests(config: EvaluateConfig) -> list[Request]:
-    """What to list of each task; models that word a task differently share its documents."""
+def _planned_tasks(config: EvaluateConfig) -> list[PlannedTask]:
+    """Collect instructions and lengths by task; models share the documents of a task."""
     instructions: dict[str, dict[str, None]] = {}
     lengths: dict[str, dict[int, None]] = {}
     for element in list_elements(config):
-        wording = instruction_for(element.task, element.model, config)
-        instructions.setdefault(element.task, {})[wording] = None
+        instruction = instruction_for(element.task, element.model, config)
+        instructions.setdefault(element.task, {})[instruction] = None
         lengths.setdefault(element.task, {})[element.max_length] = None
-    tasks = tasks_of(config)
+    own = tasks_of(config)
     return [
-        Request(
+        PlannedTask(
             task=task,
-            instructions=tuple(sorted(wordings)),
+            instructions=tuple(sorted(found)),
             lengths=tuple(sorted(lengths[task])),
-            own=tasks[task],
+            own=own[task],
         )
-        for task, wordings in sorted(instructions.items())
+        for task, found in sorted(instructions.items())
     ]
 
 
-def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[Listing]:
-    requests = _requests(config)
+def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[TaskTexts]:
+    tasks = _planned_tasks(config)
     work = functools.partial(
-        list_task, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
+        list_texts, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
     )
-    with contextlib.closing(LocalWorkers(min(num_workers, len(requests)))) as workers:
-        listed = dict(workers.each(work, requests))
-    return [listed[request] for request in requests]
+    with contextlib.closing(LocalWorkers(min(num_workers, len(tasks)))) as workers:
+        listed = dict(workers.each(work, tasks))
+    # In the order of the tasks, not of completion: the plan does not depend on who was faster.
+    return [listed[task] for task in tasks]
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
+def _as_json(plan: EmbeddingPlan) -> dict[str, Any]:
     tree = dataclasses.asdict(plan)
     del tree["folder"]
     return tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFile:
+    """A file of texts in blocks, with its index.
+
+    Attributes:
+        folder: of texts and index.
+        digests: (N, 2) identities of the texts, sorted for `find_digests`.
+        positions: (N, 2) block of each text, and its row there.
+        costs: (B,) of each block, in tokens of a short text.
+    """
+
+    folder: Path
+    digests: NDArray[np.uint64]
+    positions: NDArray[np.int32]
+    costs: NDArray[np.float64]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder: a hash of its content."""
+        return self.folder.name
+
+
+def write_block_file(parent: Path, texts: DistinctTexts) -> BlockFile:
+    """Write texts in blocks of about equal cost, longest texts first."""
+    blocks = divide(texts.costs.tolist())
+    sizes = np.array([len(rows) for rows in blocks])
+    starts = np.cumsum(sizes) - sizes
+    rows = np.arange(sizes.sum()) - np.repeat(starts, sizes)
+    positions = np.stack([np.repeat(np.arange(len(blocks)), sizes), rows], axis=1).astype(np.int32)
+    content = hashlib.sha256(texts.digests.tobytes() + sizes.tobytes()).hexdigest()[:12]
+    digests, positions = sort_by_digest(texts.digests, positions)
+    file = BlockFile(
+        folder=parent / f"cut-{content}",
+        digests=digests,
+        positions=positions,
+        costs=np.add.reduceat(texts.costs, starts),
+    )
+    with batch_writer(file.folder / _TEXTS, SCHEMA) as write:
+        for block in blocks:
+            write(texts.block(block))
+    # Last: its presence means that the file of texts is whole.
+    save_arrays(file.folder / _INDEX, digests=digests, places=positions, costs=file.costs)
+    return file
+
+
+def read_block_files(parent: Path) -> list[BlockFile]:
+    """Read all whole block files, sorted by name; their texts stay on disk."""
+    found = []
+    for path in sorted(parent.glob(f"cut-*/{_INDEX}")):
+        arrays = load_arrays(path, "digests", "places", "costs", fix=f"delete {path.parent}")
+        found.append(
+            BlockFile(
+                folder=path.parent,
+                digests=arrays["digests"],
+                positions=arrays["places"],
+                costs=arrays["costs"],
+            )
+        )
+    return found
+
+
+def divide(costs: Sequence[float]) -> list[range]:
+    """Divide texts into consecutive blocks of about equal cost.
+
+    A block is a 2048th of all texts, but no less than a useful forward.
+    """
+    target = max(sum(costs) / _NUM_BLOCKS, _MIN_BLOCK_COST)
+    blocks, start, cost = [], 0, 0.0
+    for row, own in enumerate(costs):
+        if row > start and cost + own > target:
+            blocks.append(range(start, row))
+            start, cost = row, 0.0
+        cost += own
+    if start < len(costs):
+        blocks.append(range(start, len(costs)))
+    return blocks
+
+
+def sort_by_digest(
+    digests_N2: NDArray[np.uint64], positions_N2: NDArray[np.int32]
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Sort both for `find_digests`: an index is sorted once, when it is written.
+
+    Digests are stored column by column, in files too: a lookup searches the first column, and must
+    not copy it.
+    """
+    order_N = np.argsort(digests_N2[:, 0], kind="stable")
+    return np.asfortranarray(digests_N2[order_N]), positions_N2[order_N]
+
+
+def find_digests(known_N2: NDArray[np.uint64], wanted_M2: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return (M,) row of each wanted digest among the known ones, -1 for unknown digests.
+
+    Args:
+        known_N2: sorted by `sort_by_digest`.
+        wanted_M2: in any order; each costs one binary search.
+    """
+    if len(known_N2) == 0:
+        return np.full(len(wanted_M2), -1)
+    at_M = np.searchsorted(known_N2[:, 0], wanted_M2[:, 0]).clip(max=len(known_N2) - 1)
+    return np.where((known_N2[at_M] == wanted_M2).all(axis=1), at_M, -1)
+
+
+def store_folder(config: EvaluateConfig, model: EvaluatedModel) -> Path:
+    """Return the folder of a model's vectors; another export has another folder.
+
+    Raises:
+        UserError: there is no export.
+    """
+    return config.output_dir / "store" / f"{model.name}-{model_fingerprint(model)}"
+
+
+def vectors_path(store: Path, file: str, block: int) -> Path:
+    """Return the path of a block's vectors, (texts, D) float16.
+
+    Args:
+        store: of the model.
+        file: name of the block file.
+        block: its number there.
+    """
+    return store / file / f"block-{block:05d}.npy"

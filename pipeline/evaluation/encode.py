@@ -37,7 +37,7 @@ from pipeline.evaluation.encode_files import (
     survey,
     write_vectors,
 )
-from pipeline.evaluation.models import load_here, not_finite_fix, processes_here, resolve
+from pipeline.evaluation.models import load_here, not_finite_fix, processes_here, resolve_precision
 from pipeline.files import batch_writer, read_batch, require_writable, write_json
 from pipeline.model.export_folder import export_fingerprint
 from pipeline.model.load_export import LoadedExport
@@ -229,7 +229,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         UserError: input, model or output are not usable.
     """
     # Now, so that a run that is continued on another machine does not mix two precisions.
-    job = dataclasses.replace(job, precision=resolve(job.precision))
+    job = dataclasses.replace(job, precision=resolve_precision(job.precision))
     recipe = recipe_of(job)
     if job.output.exists():
         _check_finished(job, recipe)

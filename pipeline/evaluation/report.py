@@ -1,4 +1,10 @@
-"""Write the report of an evaluation: report.json, report.md and plots."""
+"""Write the report of an evaluation.
+
+results of all elements --summarise--> report.json
+                        --report_page--> report.md, plots, report.tex
+                        --examples_page--> examples.md
+                        --merge_results--> mteb's files for the leaderboard
+"""
 
 from __future__ import annotations
 
@@ -13,16 +19,15 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.published import published_scores, published_table
 from pipeline.evaluation.results import (
     Curves,
+    Result,
     changed_inputs,
-    give_back,
+    delete_scored_exports,
     merge_results,
     read_curves,
     read_result,
     results_digest,
-    step_rows,
 )
 from pipeline.evaluation.tables import (
     Strata,
@@ -35,8 +40,15 @@ from pipeline.evaluation.tables import (
     markdown_table,
     pair_rows,
     paired_difference,
+    plot_loss,
+    plot_scores,
+    plot_splits,
+    plot_steps,
+    published_scores,
+    published_table,
     score_rows,
     split_rows,
+    step_rows,
     with_splits,
 )
 from pipeline.evaluation.tasks import Element, lengths_of, list_elements
@@ -45,19 +57,89 @@ from pipeline.model.card import add_evaluation
 from pipeline.model.export_folder import is_export
 from pipeline.run_folder import RunDir
 
-# Name in the report -> model -> what the element wrote. The name is the task's, with @LENGTH where
-# a task is run at several.
-Results = dict[str, dict[str, dict[str, Any]]]
+
+def write_report(config: EvaluateConfig) -> Path:
+    """Compare all models on all tasks, write the report, and print its table.
+
+    With two models or more, the last is compared with the first: paired bootstrap over queries,
+    95 % interval.
+
+    Returns:
+        The folder that holds report.md, report.json and the plots.
+
+    Raises:
+        UserError: an element has not finished.
+    """
+    folder = RunDir(config.output_dir).report
+    require_writable(folder, key="output_dir")
+    # Checkpoints of a run are scored in parallel: the last writer must also be the last reader.
+    with one_at_a_time(folder / ".lock"):
+        _write(config, folder)
+        run = config.training_run
+        if run and config.output_dir.resolve() == RunDir(run).evaluations.resolve():
+            delete_scored_exports(config.output_dir)
+    print(f"report: {folder / 'report.md'}", flush=True)
+    return folder
+
+
+def _write(config: EvaluateConfig, folder: Path) -> None:
+    # Before they are read: scores that change meanwhile make this report outdated.
+    digest = results_digest(config)
+    findings = collect_findings(config)
+    models, tasks = findings.models, findings.tasks
+    write_json(
+        folder / "report.json",
+        {
+            "models": models,
+            "tasks": tasks,
+            "training": findings.training,
+            "by_step": findings.by_step,
+            "results_digest": digest,
+        },
+    )
+    write_text(folder / "report.md", report_page(findings, _draw(findings, folder)))
+    write_text(folder / "report.tex", latex_table(*score_rows(models, tasks)) + "\n")
+    write_text(folder / "examples.md", examples_page(findings.results, models[-1]))
+    merge_results(config)
+    for model in config.models:
+        as_exported = model.template is None and model.rope_scaling is None
+        if as_exported and is_export(model.path):
+            try:
+                table = markdown_table(*card_rows(model.name, tasks))
+                results = card_results(model.name, tasks)
+                add_evaluation(model.path, table, name=model.name, results=results)
+            except OSError as error:
+                # A shared export may be read-only; the report does not need its card.
+                print(f"{model.path}: scores not added to its card ({error})", flush=True)
+    print(aligned_table(*score_rows(models, tasks)))
+
+
+def _draw(findings: Findings, folder: Path) -> list[Path]:
+    """Write the plots that have data."""
+    models, tasks = findings.models, findings.tasks
+    figures = [plot_scores(folder / "scores.png", models, tasks)]
+    if split := with_splits(tasks):
+        figures.append(plot_splits(folder / "splits.png", models, split))
+    if findings.curve:
+        figures.append(plot_loss(folder / "loss.png", findings.curve))
+    if findings.by_step:
+        figures.append(plot_steps(folder / "steps.png", findings.by_step))
+    return figures
+
+
+# Name in the report -> model -> result. The name is the task's, with @LENGTH for a task that is run
+# at several lengths.
+Results = dict[str, dict[str, Result]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """What the pages, tables and plots of a report are made of.
+    """Everything that the pages, tables and plots of a report show.
 
     Attributes:
         models: names, in the order of the config.
-        results: what the elements wrote.
-        tasks: an entry of report.json for each of them.
+        results: of all elements.
+        tasks: entries of report.json, one per name in `results`.
         curve: lines of the training run's metrics that hold a loss.
         by_step: scores of the training run's checkpoints.
     """
@@ -70,7 +152,7 @@ class Findings:
 
     @property
     def training(self) -> dict[str, Any] | None:
-        """The training run in a few numbers; None without one."""
+        """Summarise the training run in a few numbers; None without one."""
         if not self.curve:
             return None
         return {"num_steps": len(self.curve), **compare_ends(self.curve)}
@@ -78,19 +160,19 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """What the report reads of a line of metrics; a loss that was not finite is null."""
+    """A line of metrics as far as the report needs it; a loss that was not finite is null."""
 
     step: int
     loss: float | None = None
 
 
-def find(config: EvaluateConfig) -> Findings:
+def collect_findings(config: EvaluateConfig) -> Findings:
     """Read and compare everything.
 
     Raises:
         UserError: an element has no valid result, or the training run has no metrics.
     """
-    results = collect(config)
+    results = collect_results(config)
     models = [model.name for model in config.models]
     return Findings(
         models=models,
@@ -101,12 +183,12 @@ def find(config: EvaluateConfig) -> Findings:
     )
 
 
-def collect(config: EvaluateConfig) -> Results:
-    """Results of all elements by name and model.
+def collect_results(config: EvaluateConfig) -> Results:
+    """Read the results of all elements, by name and model.
 
     Raises:
-        UserError: some are missing, or were computed from other exports, data or settings than
-            those of now; the message gives their indices for the array.
+        UserError: some are missing, or their export, data or settings have changed since; the
+            message gives their indices for the array.
     """
     results: Results = {}
     missing = []
@@ -125,26 +207,24 @@ def collect(config: EvaluateConfig) -> Results:
         raise UserError(
             f"{len(missing)} of {len(list_elements(config))} evaluation elements have no valid "
             f"result, the first: {first.model.name} {first.task}, {why}",
-            fix="their logs say why; submit the evaluation again, or run elements "
+            fix="see their logs; submit the evaluation again, or run elements "
             + ",".join(str(element.index) for element, _ in missing),
         )
     return results
 
 
-def _changed_inputs(
-    config: EvaluateConfig, element: Element, result: dict[str, Any]
-) -> tuple[str, ...]:
+def _changed_inputs(config: EvaluateConfig, element: Element, result: Result) -> tuple[str, ...]:
     try:
         return changed_inputs(config, element, result)
     except UserError:
-        return ()  # an export may be deleted once it is scored; see `by_step.give_back`
+        return ()  # the export was deleted after scoring; see `delete_scored_exports`
 
 
-def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One task's entry of report.json."""
+def summarise(name: str, models: list[str], by_model: dict[str, Result]) -> dict[str, Any]:
+    """Return one task's entry of report.json."""
     first, last = by_model[models[0]], by_model[models[-1]]
     task = first["task"]
-    # A replica's score must not stand beside a published one.
+    # The score of a replica must not be compared with a published one.
     local = any(result["dataset_revision"] == "local" for result in by_model.values())
     entry: dict[str, Any] = {
         "name": name,
@@ -179,8 +259,8 @@ def summarise(name: str, models: list[str], by_model: dict[str, dict[str, Any]])
     return entry
 
 
-def _within(split: str, result: dict[str, Any]) -> Strata:
-    """Query scores of one split, in all of its subsets; strata are named `subset/split`."""
+def _within(split: str, result: Result) -> Strata:
+    """Return the query scores of one split in all subsets; strata are named `subset/split`."""
     strata: Strata = result["per_query"]
     return {name: scores for name, scores in strata.items() if name.endswith(f"/{split}")}
 
@@ -198,7 +278,7 @@ def _difference(over: Strata, under: Strata) -> dict[str, Any]:
 def compare_ends(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Compare the loss at both ends of a run, over batches of one kind.
 
-    Kinds differ in loss by more than training changes it, so that the first line and the last say
+    Kinds differ in loss by more than training changes it, so that the first line and the last tell
     little about a run.
 
     Returns:
@@ -218,7 +298,7 @@ def compare_ends(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_curve(training_run: Path | None) -> list[dict[str, float]]:
-    """Lines of the training run's metrics.jsonl that hold a loss; empty without a run."""
+    """Read the lines of a training run's metrics.jsonl that have a loss; empty without a run."""
     if training_run is None:
         return []
     path = training_run / "metrics.jsonl"
@@ -232,7 +312,7 @@ def read_curve(training_run: Path | None) -> list[dict[str, float]]:
 
 
 def examples_page(results: Results, model: str) -> str:
-    """The worst queries of a model on every task."""
+    """Format the worst queries of a model on every task."""
     sections = [
         _examples_of(f"{name} {split}", model, examples)
         for name, by_model in results.items()
@@ -260,17 +340,17 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def report_page(findings: Findings, figures: Sequence[Path]) -> str:
-    """The report itself.
+    """Format report.md.
 
     Args:
-        findings: what it tells.
-        figures: plots beside it.
+        findings: the content.
+        figures: plots in the report's folder.
     """
     models, tasks = findings.models, findings.tasks
-    published = _section("Beside published scores, in percent", published_table(models, tasks))
+    published = _section("Next to published scores, in percent", published_table(models, tasks))
     if published:
         published += [
-            "Published scores differ in protocol; see `pipeline/evaluation/published.py`.",
+            "Published scores differ in protocol; see `pipeline/evaluation/published.yaml`.",
             "",
         ]
     steps = step_rows(findings.by_step) if findings.by_step else None
@@ -289,7 +369,7 @@ def report_page(findings: Findings, figures: Sequence[Path]) -> str:
 
 
 def _section(title: str, table: Table | None) -> list[str]:
-    """A table under its title; nothing where there is no table."""
+    """Format a table under its title; nothing without a table."""
     return [] if table is None else [f"## {title}", "", markdown_table(*table), ""]
 
 
@@ -345,77 +425,5 @@ def _provenance(results: Results) -> Table:
 
 
 def _code(template: str) -> str:
-    """A template as it is written in a config: line breaks visible."""
+    """Format a template with visible line breaks, as in a config."""
     return f"`{json.dumps(template, ensure_ascii=False)[1:-1]}`"
-
-
-def write_report(config: EvaluateConfig) -> Path:
-    """Compare all models on all tasks, write the report, print its table.
-
-    With two models or more, the last is compared with the first: paired bootstrap over queries,
-    95 % interval.
-
-    Returns:
-        The folder that holds report.md, report.json and the plots.
-
-    Raises:
-        UserError: an element has not finished.
-    """
-    folder = RunDir(config.output_dir).report
-    require_writable(folder, key="output_dir")
-    # Checkpoints of a run are scored side by side: whoever writes last must have read last.
-    with one_at_a_time(folder / ".lock"):
-        _write(config, folder)
-        run = config.training_run
-        if run and config.output_dir.resolve() == RunDir(run).evaluations.resolve():
-            give_back(config.output_dir)
-    print(f"report: {folder / 'report.md'}", flush=True)
-    return folder
-
-
-def _write(config: EvaluateConfig, folder: Path) -> None:
-    # Before they are read: scores that change meanwhile make this report an old one.
-    digest = results_digest(config)
-    findings = find(config)
-    models, tasks = findings.models, findings.tasks
-    write_json(
-        folder / "report.json",
-        {
-            "models": models,
-            "tasks": tasks,
-            "training": findings.training,
-            "by_step": findings.by_step,
-            "results_digest": digest,
-        },
-    )
-    write_text(folder / "report.md", report_page(findings, _draw(findings, folder)))
-    write_text(folder / "report.tex", latex_table(*score_rows(models, tasks)) + "\n")
-    write_text(folder / "examples.md", examples_page(findings.results, models[-1]))
-    merge_results(config)
-    for model in config.models:
-        as_exported = model.template is None and model.rope_scaling is None
-        if as_exported and is_export(model.path):
-            try:
-                table = markdown_table(*card_rows(model.name, tasks))
-                results = card_results(model.name, tasks)
-                add_evaluation(model.path, table, name=model.name, results=results)
-            except OSError as error:
-                # A shared export may be read-only; the report is whole without its card.
-                print(f"{model.path}: scores not added to its card ({error})", flush=True)
-    print(aligned_table(*score_rows(models, tasks)))
-
-
-def _draw(findings: Findings, folder: Path) -> list[Path]:
-    """Write the plots that there is something to draw for."""
-    # matplotlib is slow to import and only this function draws.
-    from pipeline.evaluation.tables import plot_loss, plot_scores, plot_splits, plot_steps
-
-    models, tasks = findings.models, findings.tasks
-    figures = [plot_scores(folder / "scores.png", models, tasks)]
-    if split := with_splits(tasks):
-        figures.append(plot_splits(folder / "splits.png", models, split))
-    if findings.curve:
-        figures.append(plot_loss(folder / "loss.png", findings.curve))
-    if findings.by_step:
-        figures.append(plot_steps(folder / "steps.png", findings.by_step))
-    return figures

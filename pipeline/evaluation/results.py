@@ -1,9 +1,11 @@
-"""Read results, check that they are current, and merge them.
+"""Read, check and merge the results of elements, and delete the exports that they no longer need.
 
-One process does this after the array: elements that wrote to one cache at the same time lost lines
-of `run_settings.jsonl`.
+    results/MODEL/TASK/LENGTH/result.json   a `Result`: written once by the element, sealed
+    results/MODEL/TASK/LENGTH/mteb/         mteb's own files of the element
+    mteb/results/MODEL/REVISION/TASK.json   merged from all elements, for the leaderboard
 
-What made them takes as much room as the model, for each step: it goes when the scores are there.
+One process merges after the array has ended: elements that share a cache of mteb lose lines of
+`run_settings.jsonl`. A result counts as long as everything that it was computed from is unchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,99 @@ from typing_extensions import TypedDict
 from pipeline.checkpoint_folder import checkpoint_name, checkpoint_step
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import UserError
-from pipeline.evaluation.tables import Table, interval
+from pipeline.evaluation.tables import interval
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements
 from pipeline.files import check_kind, fingerprint_files, hash_files, read_json, unseal, write_text
 from pipeline.model.export_folder import export_fingerprint, model_settings
 from pipeline.run_folder import RunDir
 
+# 1: no `version` key. 2: the same content with it.
+RESULT_VERSION = 2
+
+
+class Result(TypedDict, total=False):
+    """The content of `result.json`; every key is written, and older files may lack some.
+
+    Attributes:
+        version: see `RESULT_VERSION`.
+        by_split: the main metric by split.
+        other_scores: metrics in addition to the main one.
+        per_query: query scores by `subset/split`.
+        worst_queries: examples for the report, by `subset/split`.
+        dataset_revision: `local` for data that were not fetched by `prefetch`.
+        inputs: see `inputs_of`.
+        checkpoint: identity of the checkpoint that the export was made from.
+        rope_scaling: only for models with rescaled positions.
+        mteb_files: SHA-256 of the element's files of mteb by path.
+    """
+
+    version: int
+    model: str
+    task: str
+    benchmark: str
+    metric: str
+    score: float
+    chance: float | None
+    by_split: dict[str, float]
+    other_scores: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+    worst_queries: dict[str, list[dict[str, Any]]]
+    instruction: str
+    query_template: str
+    document_template: str
+    max_length: int
+    precision: str
+    revision: str
+    dataset_revision: str
+    mteb_version: str | None
+    inputs: dict[str, Any]
+    checkpoint: str | None
+    seconds: float
+    rope_scaling: str
+    mteb_files: dict[str, str]
+
+
+def read_result(element: Element) -> Result | None:
+    """Return the result of an element, or None if it has not finished.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_result_file(element.result_path) if element.result_path.exists() else None
+
+
+def read_result_file(path: Path) -> Result:
+    """Read a `result.json`.
+
+    Raises:
+        UserError: the file is damaged, or a newer version of this package wrote it.
+    """
+    fix = f"delete {path.parent} and evaluate again: only missing results are computed"
+    tree = unseal(read_json(path, fix=fix), path, fix=fix)
+    check_kind(tree, Result, where=str(path), fix=fix)
+    result: Result = tree
+    result.setdefault("version", 1)
+    if result["version"] > RESULT_VERSION:
+        raise UserError(
+            f"{path}: version {result['version']}", allowed=f"up to {RESULT_VERSION}", fix=fix
+        )
+    return result
+
+
+def results_digest(config: EvaluateConfig) -> str:
+    """Hash the results of all finished elements: a report of other results has another hash."""
+    digest = hashlib.sha256()
+    for element in list_elements(config):
+        if element.result_path.is_file():
+            digest.update(f"{element.model.name}\0{element.task}\0{element.max_length}\0".encode())
+            digest.update(hashlib.sha256(element.result_path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
 
 def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> dict[str, Any]:
-    """Everything an element's scores depend on, by name, ready for JSON.
+    """Return everything that an element's scores depend on, by name, ready for JSON.
 
-    Data that no folder of ours holds are those of the revision that mteb pins.
+    Data that are not in a local folder are identified by their name alone: mteb pins the revision.
 
     Args:
         dataset: the task's data set, by its name on the hub; ignored for an own task.
@@ -49,18 +132,16 @@ def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> 
     }
 
 
-def changed_inputs(
-    config: EvaluateConfig, element: Element, result: dict[str, Any]
-) -> tuple[str, ...]:
-    """Names of the inputs that are not any more what a result was computed from; cheap.
+def changed_inputs(config: EvaluateConfig, element: Element, result: Result) -> tuple[str, ...]:
+    """Return the names of the inputs that have changed since a result was computed; cheap.
 
-    Data that are gone have not changed.
+    Data that have been deleted count as unchanged.
 
     Raises:
         UserError: there is no export.
     """
     recorded = result.get("inputs", {})
-    # By its recorded name: which data set a task has, only mteb knows, and it is slow to import.
+    # By its recorded name: only mteb knows the data set of a task, and it is slow to import.
     dataset = recorded.get("dataset")
     present = inputs_of(config, element, dataset)
     folder = _data_folder(config, element, dataset)
@@ -69,61 +150,8 @@ def changed_inputs(
     return tuple(name for name in present if (name, present[name]) not in recorded.items())
 
 
-class Result(TypedDict, total=False):
-    """What the report reads of `result.json`, which holds more."""
-
-    model: str
-    task: str
-    benchmark: str
-    metric: str
-    score: float
-    chance: float | None
-    by_split: dict[str, float]
-    other_scores: dict[str, float]
-    per_query: dict[str, dict[str, float]]
-    worst_queries: dict[str, list[dict[str, Any]]]
-    max_length: int
-    precision: str
-    revision: str
-    dataset_revision: str
-    query_template: str
-    inputs: dict[str, Any]
-    checkpoint: str | None
-
-
-def read_result(element: Element) -> dict[str, Any] | None:
-    """What a finished element wrote, or None.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return read_result_file(element.result_path) if element.result_path.exists() else None
-
-
-def read_result_file(path: Path) -> dict[str, Any]:
-    """What an element wrote to its `result.json`.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    fix = f"delete {path.parent} and evaluate again: only what is missing is done"
-    tree: dict[str, Any] = unseal(read_json(path, fix=fix), path, fix=fix)
-    check_kind(tree, Result, where=str(path), fix=fix)
-    return tree
-
-
-def results_digest(config: EvaluateConfig) -> str:
-    """Hash of all finished elements' results: tells a report of these from an older one."""
-    digest = hashlib.sha256()
-    for element in list_elements(config):
-        if element.result_path.is_file():
-            digest.update(f"{element.model.name}\0{element.task}\0{element.max_length}\0".encode())
-            digest.update(hashlib.sha256(element.result_path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
 def _data_folder(config: EvaluateConfig, element: Element, dataset: str | None) -> Path | None:
-    """Where a task's data are on this machine; None where mteb keeps them."""
+    """Return the folder of a task's data; None where mteb keeps them."""
     if element.own:
         return element.own.path
     return config.snapshots / dataset if config.snapshots and dataset else None
@@ -132,7 +160,7 @@ def _data_folder(config: EvaluateConfig, element: Element, dataset: str | None) 
 def _data_fingerprint(folder: Path | None) -> str | None:
     if folder is None:
         return None
-    # Hidden is what downloads note for themselves.
+    # Downloads keep their own notes in hidden files.
     return fingerprint_files(
         folder,
         (
@@ -161,30 +189,31 @@ def merge_results(config: EvaluateConfig) -> Path:
             continue
         _check_files(source, result.get("mteb_files"))
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
-            place = target / path.relative_to(source)
+            merged = target / path.relative_to(source)
             if path.name == _SETTINGS:
-                settings.setdefault(place, []).extend(path.read_text().splitlines())
+                # Elements with the same model and revision each wrote lines of one file.
+                settings.setdefault(merged, []).extend(path.read_text().splitlines())
             else:
-                write_text(place, path.read_text())
-    for place, lines in settings.items():
+                write_text(merged, path.read_text())
+    for merged, lines in settings.items():
         kept = sorted(set(lines), key=lambda line: str(json.loads(line)["task"]))
-        write_text(place, "\n".join(kept) + "\n")
+        write_text(merged, "\n".join(kept) + "\n")
     return target
 
 
 def _check_files(folder: Path, recorded: dict[str, str] | None) -> None:
-    """Refuse mteb's files where they are not what the element wrote.
+    """Refuse files of mteb that have changed since the element wrote them.
 
     Args:
-        folder: the element's.
-        recorded: hashes by path; None for a result from before they were noted.
+        folder: `mteb` in the element's folder.
+        recorded: hashes by path; None for a result of a version that recorded none.
     """
     found = hash_files(folder)
     for name in sorted({*found, *recorded} if recorded is not None else ()):
         if recorded is not None and found.get(name) != recorded.get(name):
             raise UserError(
                 f"{folder / name}: damaged (not the file that was written with result.json)",
-                fix=f"delete {folder.parent} and evaluate again: only what is missing is done",
+                fix=f"delete {folder.parent} and evaluate again: only missing results are computed",
             )
 
 
@@ -193,10 +222,10 @@ Curves = dict[str, list[dict[str, Any]]]
 
 
 def read_curves(training_run: Path | None) -> Curves:
-    """Every finished score of every checkpoint of a run; empty without a run or a score.
+    """Read every finished score of every checkpoint of a run; empty without a run or a score.
 
-    Elements may be running meanwhile: what they have not finished is not there yet. Nor are scores
-    of checkpoints that the run was taken back from.
+    Elements may be running meanwhile, so that scores may be missing. Scores of checkpoints from
+    before a rewind are ignored.
     """
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     if training_run is not None:
@@ -204,7 +233,7 @@ def read_curves(training_run: Path | None) -> Curves:
         for path in sorted(RunDir(evaluations).results.glob("*/*/*/result.json")):
             name, task, length, _ = path.parts[-4:]
             step, result = checkpoint_step(name), read_result_file(path)
-            if step is not None and _is_of(evaluations / name, result):
+            if step is not None and _belongs_to(evaluations / name, result):
                 found.setdefault((task, int(length)), []).append(_point(step, result))
     lengths: dict[str, int] = {}
     for task, _ in found:
@@ -217,16 +246,16 @@ def read_curves(training_run: Path | None) -> Curves:
     }
 
 
-def _is_of(folder: Path, result: Mapping[str, Any]) -> bool:
-    """Whether a result was made of the checkpoint that this folder of a step is for."""
-    own = None
-    # Training may take it away at any moment.
+def _belongs_to(folder: Path, result: Result) -> bool:
+    """Return True if a result was computed from the checkpoint that a step's folder is for."""
+    digest = None
+    # Training may delete it at any moment.
     with contextlib.suppress(FileNotFoundError):
-        own = RunDir(folder).checkpoint_digest.read_text()
-    return bool(result.get("checkpoint") == own)
+        digest = RunDir(folder).checkpoint_digest.read_text()
+    return result.get("checkpoint") == digest
 
 
-def _point(step: int, result: Mapping[str, Any]) -> dict[str, Any]:
+def _point(step: int, result: Result) -> dict[str, Any]:
     low, high = interval(result["per_query"])
     return {
         "step": step,
@@ -238,21 +267,12 @@ def _point(step: int, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def step_rows(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """One row per task, one column per step; empty where a step has no score yet."""
-    steps = sorted({point["step"] for points in curves.values() for point in points})
-    rows = []
-    for task, points in curves.items():
-        scores = {point["step"]: f"{point['score']:.4f}" for point in points}
-        rows.append([task, points[0]["metric"], *(scores.get(step, "") for step in steps)])
-    return ["task", "metric", *(f"step {step}" for step in steps)], rows
+def delete_scored_exports(evaluations: Path) -> None:
+    """Delete exports and vectors of scored steps, except the newest and the best.
 
-
-def give_back(evaluations: Path) -> None:
-    """Delete exports and vectors of steps that are scored, but for the newest and the best.
-
-    The best has the highest mean of its tasks' scores, among steps with as many as the newest. What
-    an export was made from goes for all of them.
+    Each export is as large as the model. The best has the highest mean of its tasks' scores, among
+    steps with as many tasks as the newest. The links to a step's checkpoint are deleted for all of
+    them.
 
     Args:
         evaluations: the folder of a run that holds `step-000100` and so on.
@@ -262,7 +282,7 @@ def give_back(evaluations: Path) -> None:
         step = checkpoint_step(path.parent.name)
         config = load_config(EvaluateConfig, path)
         results = [read_result(element) for element in list_elements(config)]
-        scored = [float(r["score"]) for r in results if r is not None and _is_of(path.parent, r)]
+        scored = [r["score"] for r in results if r is not None and _belongs_to(path.parent, r)]
         if step is not None and len(scored) == len(results):
             scores[step] = scored
     newest = max(scores, default=0)
@@ -281,7 +301,7 @@ def give_back(evaluations: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    # Renamed first, so that a kill in the middle leaves no half export under its name.
+    # Renamed first: a kill in the middle must not leave half an export under its name.
     doomed = folder.with_name(f".{folder.name}.deleted")
     if folder.exists():
         folder.rename(doomed)

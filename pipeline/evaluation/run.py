@@ -1,4 +1,12 @@
-"""Run the elements of an evaluation: one of a job array, or all in a loop."""
+"""Run an evaluation: whole elements, or every distinct text once and scores from stored vectors.
+
+    run_all, run_element   a (model, task, length) at a time: embed its texts and score
+    plan                   list every distinct text of all tasks, in blocks      CPU
+    embed                  vectors of one share of the blocks -> store/          GPU, job array
+    score_all              score every element from the stored vectors           CPU
+
+Nothing here loads torch or mteb before it needs it: login nodes count elements.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +16,54 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.results import changed_inputs, inputs_of, read_result
+from pipeline.evaluation.results import Result, changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks import Element, element_at, list_elements, tasks_of
 from pipeline.files import hash_files, require_writable, write_sealed
 from pipeline.workers import LocalWorkers, num_cores
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.embedding_plan import Plan
+    from pipeline.evaluation.embedding_plan import EmbeddingPlan
     from pipeline.evaluation.models import LoadEncoder
 
-# Tasks loaded or scored side by side; each may take a few GiB.
+# Tasks loaded or scored in parallel; each may take a few GiB.
 _MAX_WORKERS = 8
 
 
 def num_elements(config: EvaluateConfig) -> int:
-    """Length of the job array."""
+    """Return the length of the job array."""
     return len(list_elements(config))
 
 
-def run_element(
-    config: EvaluateConfig, index: int, *, load: LoadEncoder | None = None
-) -> dict[str, Any]:
-    """Score one (model, task); a finished element returns its result at once.
+def run_element(config: EvaluateConfig, index: int, *, load: LoadEncoder | None = None) -> Result:
+    """Score one element, unless it has a result that is still valid.
 
-    It is scored again where its result was computed from anything else than what is there now.
+    It is scored again if its export, data or settings have changed since.
 
     Args:
         index: the array's task number, from 0.
-        load: how to load the model; the export's own loader unless another is given.
+        load: loads the model; by default as an export.
 
     Returns:
-        What `result.json` in the element's folder holds.
+        The content of `result.json` in the element's folder.
 
     Raises:
         UserError: no such element, no export, or the task's data are incomplete.
     """
     element = element_at(config, index)
-    return _finished(config, element) or _score(config, element, load or _export_loader())
+    return _valid_result(config, element) or _score(config, element, load or _export_loader())
 
 
-def _finished(config: EvaluateConfig, element: Element) -> dict[str, Any] | None:
-    """What an earlier run wrote, if it would come out the same now."""
+def _valid_result(config: EvaluateConfig, element: Element) -> Result | None:
+    """Return the result of an earlier run, if nothing that it was computed from has changed."""
     result = read_result(element)
     if result is None:
         return None
     changed = changed_inputs(config, element, result)
     if not changed:
-        print(f"{_label(config, element)}: finished before, skipped", flush=True)
+        print(f"{_label(config, element)}: already finished, skipped", flush=True)
         return result
     print(
         f"{_label(config, element)}: scored again, changed since: {', '.join(changed)}", flush=True
@@ -69,17 +75,16 @@ def _label(config: EvaluateConfig, element: Element) -> str:
     return f"element {element.index + 1}/{num_elements(config)} {element.model.name} {element.task}"
 
 
-def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[str, Any]:
+def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Result:
     """Score an element and write its result."""
-    # Here, not at the top: counting elements on a login node must not load torch and mteb.
     from pipeline.evaluation.datasets import get_task
     from pipeline.evaluation.models import checkpoint_of
     from pipeline.evaluation.scoring import score_task
 
     started = time.monotonic()
-    # Before hours of work for a result that could not be written.
+    # Not after hours of work for a result that cannot be written.
     require_writable(element.folder, key="output_dir")
-    # Before anything is loaded: what changes meanwhile must not pass for what was scored.
+    # Before anything is loaded: a file that changes meanwhile must make this result invalid.
     dataset = get_task(element.task, element.own).metadata.dataset["path"]
     inputs = inputs_of(config, element, dataset)
     checkpoint = checkpoint_of(element.model.path)
@@ -99,7 +104,8 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
             result["rope_scaling"] = f"{scaling.kind} x {scaling.factor:g}"
         result["mteb_files"] = hash_files(Path(scratch) / "mteb")
         _replace_tree(Path(scratch) / "mteb", element.folder / "mteb")
-    write_sealed(element.result_path, result)
+    # Last: its presence means that the element has finished.
+    write_sealed(element.result_path, dict(result))
     print(
         f"{_label(config, element)}: {result['metric']} {result['score']:.4f} "
         f"({result['seconds']} s)",
@@ -108,19 +114,19 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> dict[
     return result
 
 
-def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[dict[str, Any]]:
-    """Score every element, one after another; run again, it continues where it was stopped.
+def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[Result]:
+    """Score every element, one after another; a second run continues after the finished ones.
 
     Raises:
-        UserError: a task is unknown or has no data, or a result could not be written; before the
-            first one is scored.
+        UserError: a task is unknown or has no data, or a result cannot be written; before the
+            first element is scored.
     """
     _check_ahead(config)
     return [run_element(config, index, load=load) for index in range(num_elements(config))]
 
 
 def _check_ahead(config: EvaluateConfig) -> None:
-    """Find what would stop one of the elements, before hours are spent on others."""
+    """Find errors of all elements before hours are spent on the first."""
     left = [element for element in list_elements(config) if read_result(element) is None]
     for element in left:
         require_writable(element.folder, key="output_dir")
@@ -131,8 +137,8 @@ def _check_ahead(config: EvaluateConfig) -> None:
         check_tasks({e.task: tasks[e.task] for e in left}, config.snapshots)
 
 
-def plan(config: EvaluateConfig) -> Plan:
-    """List every distinct text of all tasks once, in blocks that `embed` shares out.
+def plan(config: EvaluateConfig) -> EmbeddingPlan:
+    """List every distinct text of all tasks once, in blocks that array elements embed.
 
     Raises:
         UserError: a task's data are incomplete, or a text cannot fit the GPU.
@@ -163,11 +169,14 @@ def embed(
     """Embed element `index` of `num` of the config's plan; several ranks of one step share it.
 
     Args:
+        index: of the array element, from 0.
+        num: elements of the array.
         num_processes: processes to share the element's blocks; by default one per visible GPU,
             else one per core, and one where a launcher started several ranks already.
+        load: loads a model; by default as an export.
 
     Returns:
-        How many blocks were embedded; those already on disk are not done again.
+        The number of embedded blocks, without the blocks that were on disk already.
     """
     from pipeline.evaluation.embed import embed_element
     from pipeline.evaluation.models import processes_here
@@ -188,24 +197,24 @@ def embed(
     )
 
 
-def score_all(config: EvaluateConfig) -> list[dict[str, Any]]:
+def score_all(config: EvaluateConfig) -> list[Result]:
     """Score every element from the vectors that `embed` stored; needs no GPU.
 
-    Reading a task's data and mteb's metrics keep one core busy, so that several elements are scored
-    side by side, each by one process.
+    Reading a task's data and mteb's metrics keep one core busy, so that several processes score
+    elements in parallel.
 
     Raises:
         UserError: vectors are missing.
     """
     elements = list_elements(config)
-    results = {element.index: _finished(config, element) for element in elements}
-    open_ones = [index for index, result in results.items() if result is None]
+    results = {element.index: _valid_result(config, element) for element in elements}
+    unfinished = [index for index, result in results.items() if result is None]
     # A process takes as long to start as a small task to be scored.
-    num_workers = min(num_cores(), _MAX_WORKERS, len(open_ones) // 2)
+    num_workers = min(num_cores(), _MAX_WORKERS, len(unfinished) // 2)
     with contextlib.closing(LocalWorkers(num_workers)) as workers:
-        for index in open_ones:
+        for index in unfinished:
             require_writable(elements[index].folder, key="output_dir")
-        for index, _ in workers.each(functools.partial(_score_stored, config), open_ones):
+        for index, _ in workers.each(functools.partial(_score_stored, config), unfinished):
             results[index] = read_result(elements[index])
     return [result for result in results.values() if result is not None]
 
@@ -225,7 +234,7 @@ def _export_loader() -> LoadEncoder:
 
 
 def _replace_tree(source: Path, target: Path) -> None:
-    """Copy a folder to its place by rename, so that half a copy never carries its name."""
+    """Copy a folder and rename the copy, so that `target` is never half a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
     shutil.copytree(source, incoming, dirs_exist_ok=True)

@@ -1,8 +1,16 @@
-"""Score an unmodified mteb task by exact search, with each query's share.
+"""Score an unmodified mteb task by exact search, and keep the score of each query.
 
-mteb re-ranks query by query and copies nearly the whole corpus for each (measured: 8 s and three
-copies of 6.8 GB per query on BRIGHT's largest set). Here documents pass once, block by block: one
-matrix product for all queries, candidates kept by a mask, a running top k.
+    mteb.evaluate --> ExactSearch.search:  query_QD = embed(queries)
+                                           for M documents at a time:
+                                               scores_QM = query_QD @ embed(documents).T
+                                               -inf where a query must not find a document
+                                               TopK.add
+                  <-- rankings --> score of each query, chance level, worst queries --> Result
+
+mteb itself re-ranks query by query and copies nearly the whole corpus for each (measured: 8 s and
+three copies of 6.8 GB per query on BRIGHT's largest set). Here each document passes once.
+
+Letters: Q queries, M documents of a block, K best documents, D width of a vector.
 """
 
 from __future__ import annotations
@@ -22,35 +30,177 @@ from pipeline.evaluation.datasets import (
     document_texts,
     evaluated_splits,
     get_task,
-    load_and_prove,
+    load_and_check,
     localise,
     private_cache,
     query_texts,
 )
-from pipeline.evaluation.models import EvaluatedEncoder, MtebEncoder
+from pipeline.evaluation.models import EvaluatedEncoder
+from pipeline.evaluation.results import RESULT_VERSION, Result
 from pipeline.evaluation.tasks import benchmark_of, load_mteb
 
+# mteb rounds each split's means to five decimals.
+_ROUNDING = 2e-5
+# Metrics that a result lists in addition to the main one.
+_OTHER_METRICS = (
+    *("ndcg_at_1", "ndcg_at_5", "ndcg_at_10"),
+    *("map_at_1000", "recall_at_1", "recall_at_100"),
+)
 # Documents per block. Bounds memory: 8192 x 4096 dimensions x 4 bytes = 128 MiB.
 _BLOCK_DOCUMENTS = 8192
 
 
-class ExactSearch:
-    """Ranks documents by dot product; keeps the rankings that per-query scores are made of.
+def score_task(
+    model: EvaluatedEncoder,
+    *,
+    task_name: str,
+    instruction: str,
+    snapshots: Path | None,
+    scratch: Path,
+    own: OwnTask | None = None,
+) -> Result:
+    """Evaluate a task, and check that our per-query scores average to mteb's score.
 
     Args:
-        encoder: embeds queries and documents.
+        instruction: precedes the task's queries, by the model's template.
+        snapshots: folder of data set snapshots in the hub's layout; None reads from the hub.
+        scratch: an empty folder; mteb's own result files are left in `scratch/mteb`.
+        own: the folder of the task's data, unless it is a task of mteb.
+
+    Returns:
+        The result, without its provenance, which the caller knows.
+    """
+    mteb = load_mteb()
+    with private_cache(scratch / "datasets"):
+        task = localise(get_task(task_name, own), snapshots)
+        load_and_check(task)
+        search = ExactSearch(model, instruction)
+        outcome = mteb.evaluate(
+            search,
+            task,
+            # One cache per element: elements that share one lose lines of run_settings.jsonl.
+            cache=mteb.ResultCache(scratch / "mteb"),
+            overwrite_strategy="always",
+            co2_tracker=False,
+            show_progress_bar=False,
+        )[0]
+        per_query = _per_query(task, search)
+    metric, score = task.metadata.main_score, float(outcome.get_score())
+    _check_mean(task.metadata.name, score, per_query)
+    return {
+        "version": RESULT_VERSION,
+        "model": model.name,
+        "task": task_name,
+        "benchmark": benchmark_of(task_name),
+        "metric": metric,
+        "score": score,
+        "chance": _chance(task, metric),
+        "by_split": {
+            split: sum(row["main_score"] for row in rows) / len(rows)
+            for split, rows in outcome.scores.items()
+        },
+        "other_scores": _other_scores([row for rows in outcome.scores.values() for row in rows]),
+        "per_query": per_query,
+        "worst_queries": _worst_queries(task, search, per_query),
+        "instruction": instruction,
+        "query_template": model.template.query,
+        "document_template": model.template.document,
+        "max_length": model.max_length,
+        "precision": model.precision,
+        "revision": model.revision,
+        "dataset_revision": data_revision(task, snapshots),
+        "mteb_version": outcome.mteb_version,
+    }
+
+
+def _per_query(task: Any, search: ExactSearch) -> dict[str, dict[str, float]]:
+    """Return query scores by `subset/split`."""
+    metric = task.metadata.main_score
+    scores = {}
+    for (subset, split), rankings in search.rankings.items():
+        judgements = task.dataset[subset][split]["relevant_docs"]
+        if metric == "p-MRR":
+            found = p_mrr_per_query(changed_judgements(task), rankings)
+        else:
+            found = per_query_scores(metric, judgements, rankings)
+        scores[f"{subset}/{split}"] = found
+    return scores
+
+
+def _check_mean(task: str, score: float, per_query: dict[str, dict[str, float]]) -> None:
+    mean = sum(sum(s.values()) / len(s) for s in per_query.values()) / len(per_query)
+    if abs(mean - score) > _ROUNDING:
+        raise RuntimeError(f"{task}: our queries average {mean}, mteb reports {score}")
+
+
+def _worst_queries(
+    task: Any, search: ExactSearch, per_query: dict[str, dict[str, float]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return examples by `subset/split`, in the order of `per_query`."""
+    return {
+        name: worst_queries(scores, task.dataset[subset][split], rankings)
+        for ((subset, split), rankings), (name, scores) in zip(
+            search.rankings.items(), per_query.items(), strict=True
+        )
+    }
+
+
+def _chance(task: Any, metric: str) -> float | None:
+    """Return the mean over splits of the score of a random order."""
+    levels = []
+    for _, _, data in evaluated_splits(task):
+        candidates = data["top_ranked"]
+        num_candidates = {
+            query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
+            for query in data["relevant_docs"]
+        }
+        levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
+    known = [level for level in levels if level is not None]
+    return sum(known) / len(known) if len(known) == len(levels) else None
+
+
+def _other_scores(splits: list[dict[str, Any]]) -> dict[str, float]:
+    """Average further metrics over splits; FollowIR's are of the original instructions."""
+    originals = [row.get("og", row) for row in splits]
+    return {
+        metric: sum(float(row[metric]) for row in originals) / len(originals)
+        for metric in _OTHER_METRICS
+    }
+
+
+# query -> document -> relevance.
+Judgements = Mapping[str, Mapping[str, int]]
+# query -> document -> score; the order of the documents has no meaning.
+Rankings = Mapping[str, Mapping[str, float]]
+
+
+class ExactSearch:
+    """Rank documents by dot product; satisfies mteb's `SearchProtocol`.
+
+    Args:
+        model: embeds queries and documents.
+        instruction: precedes queries, never documents.
         block_documents: documents embedded and scored at a time.
+
+    Attributes:
+        rankings: by subset and split, for the scores of single queries.
     """
 
-    def __init__(self, encoder: MtebEncoder, block_documents: int = _BLOCK_DOCUMENTS) -> None:
-        self._encoder = encoder
+    def __init__(
+        self,
+        model: EvaluatedEncoder,
+        instruction: str,
+        block_documents: int = _BLOCK_DOCUMENTS,
+    ) -> None:
+        self._embed = model.embedder.embed
+        self._instruction = instruction
         self._block_documents = block_documents
         self._corpus: Any = None
-        self.mteb_model_meta = encoder.mteb_model_meta
+        self.mteb_model_meta = model.meta()
         self.rankings: dict[tuple[str, str], Rankings] = {}
 
     def index(self, corpus: Any, **kwargs: Any) -> None:
-        """Take the corpus; it is embedded while it is searched."""
+        """Take the corpus; `search` embeds it block by block."""
         self._corpus = corpus
 
     def search(
@@ -64,21 +214,22 @@ class ExactSearch:
         top_ranked: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> Rankings:
-        """Best `top_k` documents of every query, with scores.
+        """Return the best `top_k` documents of every query, with scores.
 
         Args:
+            queries: as mteb loads them: the instruction of a single query (FollowIR) is a column.
             top_ranked: the documents each query may find (FollowIR's candidates, BRIGHT's corpus
-                without the excluded ones); all documents where it is None.
+                without the excluded ones); None for all documents.
         """
         query_ids = list(queries["id"])
         document_ids = list(self._corpus["id"])
         candidates = _candidate_rows(query_ids, document_ids, top_ranked)
-        query_QD = self._encoder.embed_queries(query_texts(queries))
+        query_QD = self._embed("query", self._instruction, query_texts(queries))
         best = TopK(num_queries=len(query_ids), k=top_k)
         for start in range(0, len(document_ids), self._block_documents):
             rows = range(start, min(start + self._block_documents, len(document_ids)))
-            block = document_texts(self._corpus.select(rows))
-            scores_QM = query_QD @ self._encoder.embed_documents(block).T
+            texts = document_texts(self._corpus.select(rows))
+            scores_QM = query_QD @ self._embed("document", "", texts).T
             if np.isnan(scores_QM).any():
                 raise ValueError(f"{task_metadata.name}: the model returned NaN")
             if candidates is not None:
@@ -101,7 +252,7 @@ class TopK:
         self._documents_QK = np.empty((num_queries, 0), dtype=np.int64)
 
     def add(self, scores_QM: np.ndarray, *, first_document: int) -> None:
-        """Take a block's scores; -inf marks documents that a query must not find."""
+        """Add a block's scores; -inf marks documents that a query must not find."""
         documents_M = np.arange(first_document, first_document + scores_QM.shape[1])
         scores = np.concatenate([self._scores_QK, scores_QM], axis=1)
         documents = np.concatenate(
@@ -114,7 +265,7 @@ class TopK:
         self._scores_QK, self._documents_QK = scores, documents
 
     def rows(self) -> list[list[tuple[int, float]]]:
-        """Per query its (document row, score) pairs, in no particular order."""
+        """Return each query's (document row, score) pairs, in no particular order."""
         return [
             [
                 (int(document), float(score))
@@ -130,7 +281,7 @@ def _candidate_rows(
     document_ids: Sequence[str],
     top_ranked: Mapping[str, Sequence[str]] | None,
 ) -> list[np.ndarray] | None:
-    """Sorted document rows that each query may find, or None for all."""
+    """Return the sorted document rows that each query may find, or None for all."""
     if top_ranked is None:
         return None
     row_of = {document_id: row for row, document_id in enumerate(document_ids)}
@@ -141,7 +292,7 @@ def _candidate_rows(
 
 
 def _candidate_mask(candidates: Sequence[np.ndarray], rows: range) -> np.ndarray:
-    """(Q, len(rows)) True where the query may find the document."""
+    """Return (Q, len(rows)): True where the query may find the document."""
     mask = np.zeros((len(candidates), len(rows)), dtype=bool)
     for query, documents in enumerate(candidates):
         first, last = np.searchsorted(documents, (rows.start, rows.stop))
@@ -149,14 +300,12 @@ def _candidate_mask(candidates: Sequence[np.ndarray], rows: range) -> np.ndarray
     return mask
 
 
-Judgements = Mapping[str, Mapping[str, int]]
-Rankings = Mapping[str, Mapping[str, float]]
 # mteb's names of metrics -> trec_eval's, without the cut-off.
 _TREC = {"ndcg": "ndcg_cut", "recall": "recall", "map": "map_cut", "hit_rate": "success"}
 
 
 def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) -> dict[str, float]:
-    """The metric of each query; their mean is mteb's score.
+    """Return the metric of each query; their mean is mteb's score.
 
     Args:
         metric: mteb's name, for example `ndcg_at_10`.
@@ -178,10 +327,14 @@ def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) ->
 
 
 def p_mrr_per_query(changed: Mapping[str, Sequence[str]], rankings: Rankings) -> dict[str, float]:
-    """How far each base query's newly irrelevant documents fall when its instruction changes.
+    """Measure how far newly irrelevant documents fall when a query's instruction changes.
 
     FollowIR (Weller et al., arXiv 2403.15246, eq. 1): with ranks og and new of such a document,
     1 - og/new if it falls and new/og - 1 if it rises; mean over the query's documents.
+
+    Args:
+        changed: newly irrelevant documents by base query.
+        rankings: of the queries QUERY-og and QUERY-changed.
     """
     scores = {}
     for query, documents in changed.items():
@@ -197,18 +350,22 @@ def p_mrr_per_query(changed: Mapping[str, Sequence[str]], rankings: Rankings) ->
 
 
 def _ranks(found: Mapping[str, float]) -> dict[str, int]:
-    """Rank of each document from 1; equal scores by document id descending, as trec_eval does."""
-    ordered = sorted(found, key=lambda document: (found[document], document), reverse=True)
-    return {document: rank for rank, document in enumerate(ordered, start=1)}
+    """Return the rank of each document, from 1."""
+    return {document: rank for rank, document in enumerate(_best_first(found), start=1)}
+
+
+def _best_first(found: Mapping[str, float]) -> list[str]:
+    """Sort documents by score; equal scores by document id descending, as trec_eval does."""
+    return sorted(found, key=lambda document: (found[document], document), reverse=True)
 
 
 def chance_level(
     metric: str, judgements: Judgements, num_candidates: Mapping[str, int]
 ) -> float | None:
-    """Expected score of a random order, or None where no closed form is at hand.
+    """Return the expected score of a random order, or None for a metric without a closed form.
 
-    For nDCG, each of the first k places holds the mean gain of a candidate; recall and hit rate at
-    1 are the share of relevant candidates found there; p-MRR is antisymmetric in its two ranks.
+    For nDCG, each of the first k ranks has the mean gain of a candidate; recall is the share of
+    candidates among the first k; p-MRR is antisymmetric in its two ranks.
 
     Args:
         num_candidates: documents that each query may find.
@@ -228,21 +385,22 @@ def chance_level(
         elif name == "recall":
             expected.append(min(k, n) / n)
         else:
-            ideal = sum(gain / math.log2(place + 2) for place, gain in enumerate(gains[:k]))
-            places = sum(1 / math.log2(place + 2) for place in range(min(k, n)))
-            expected.append(sum(gains) / n * places / ideal)
+            ideal = sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:k]))
+            discounts = sum(1 / math.log2(rank + 2) for rank in range(min(k, n)))
+            expected.append(sum(gains) / n * discounts / ideal)
     return sum(expected) / len(expected)
 
 
-_NUM_QUERIES = 10
-_NUM_FOUND = 3
+# Extent of the examples.
+_NUM_WORST_QUERIES = 10
+_NUM_BEST_DOCUMENTS = 3
 _SHOWN_CHARACTERS = 300
 
 
 def worst_queries(
-    scores: Mapping[str, float], data: Any, rankings: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, float], data: Any, rankings: Rankings
 ) -> list[dict[str, Any]]:
-    """The ten lowest scores of a split, each with its first documents and its best relevant one.
+    """Describe the ten lowest scores of a split: best documents and the best relevant document.
 
     Args:
         scores: score by query; for p-MRR by base query, shown with its changed instruction.
@@ -250,23 +408,23 @@ def worst_queries(
         rankings: document scores by query.
     """
     rows = {query: row for row, query in enumerate(data["queries"]["id"][:])}
-    places = {document: row for row, document in enumerate(data["corpus"]["id"][:])}
+    row_of = {document: row for row, document in enumerate(data["corpus"]["id"][:])}
     texts = query_texts(data["queries"])
     examples = []
-    for query in sorted(scores, key=lambda query: (scores[query], query))[:_NUM_QUERIES]:
+    for query in sorted(scores, key=lambda query: (scores[query], query))[:_NUM_WORST_QUERIES]:
         key = query if query in rows else f"{query}-changed"
         found = rankings[key]
-        ordered = sorted(found, key=lambda document: (found[document], document), reverse=True)
+        ordered = _best_first(found)
         judged = data["relevant_docs"][key]
         relevant = [rank for rank, d in enumerate(ordered, start=1) if judged.get(d, 0) > 0]
-        shown = [*range(1, min(_NUM_FOUND, len(ordered)) + 1), *relevant[:1]]
+        shown = [*range(1, min(_NUM_BEST_DOCUMENTS, len(ordered)) + 1), *relevant[:1]]
         examples.append(
             {
                 "query": key,
                 "score": scores[query],
                 "text": texts[rows[key]][:_SHOWN_CHARACTERS],
                 "documents": [
-                    _document(rank, ordered, found, judged, data["corpus"], places)
+                    _document(rank, ordered, found, judged, data["corpus"], row_of)
                     for rank in dict.fromkeys(shown)
                 ],
             }
@@ -280,139 +438,14 @@ def _document(
     found: Mapping[str, float],
     judged: Mapping[str, int],
     corpus: Any,
-    places: Mapping[str, int],
+    row_of: Mapping[str, int],
 ) -> dict[str, Any]:
     document = ordered[rank - 1]
-    (text,) = document_texts(corpus.select([places[document]]))
+    (text,) = document_texts(corpus.select([row_of[document]]))
     return {
         "rank": rank,
         "id": document,
         "similarity": round(found[document], 4),
         "relevant": judged.get(document, 0) > 0,
         "text": text[:_SHOWN_CHARACTERS],
-    }
-
-
-# mteb rounds each split's means to five decimals.
-_ROUNDING = 2e-5
-_SHOWN = ("ndcg_at_1", "ndcg_at_5", "ndcg_at_10", "map_at_1000", "recall_at_1", "recall_at_100")
-
-
-def score_task(
-    model: EvaluatedEncoder,
-    *,
-    task_name: str,
-    instruction: str,
-    snapshots: Path | None,
-    scratch: Path,
-    own: OwnTask | None = None,
-) -> dict[str, Any]:
-    """Evaluate, and check that our per-query scores add up to mteb's number.
-
-    Args:
-        instruction: what the task's queries ask of the model.
-        snapshots: folder of data set snapshots in the hub's layout; None reads from the hub.
-        scratch: an empty folder; mteb's own result files are left in `scratch/mteb`.
-        own: where the task's data are, unless mteb has it.
-
-    Returns:
-        Everything the report needs, ready for JSON.
-    """
-    mteb = load_mteb()
-    with private_cache(scratch / "datasets"):
-        task = localise(get_task(task_name, own), snapshots)
-        load_and_prove(task)
-        search = ExactSearch(MtebEncoder(model, instruction))
-        outcome = mteb.evaluate(
-            search,
-            task,
-            # A cache of its own: elements that share one lose lines of run_settings.jsonl.
-            cache=mteb.ResultCache(scratch / "mteb"),
-            overwrite_strategy="always",
-            co2_tracker=False,
-            show_progress_bar=False,
-        )[0]
-        per_query = _per_query(task, search)
-    return {
-        "model": model.name,
-        "task": task_name,
-        "benchmark": benchmark_of(task_name),
-        **_scores(task, outcome, per_query),
-        "worst_queries": _worst_queries(task, search, per_query),
-        "instruction": instruction,
-        "query_template": model.template.query,
-        "document_template": model.template.document,
-        "max_length": model.max_length,
-        "precision": model.precision,
-        "revision": model.revision,
-        "dataset_revision": data_revision(task, snapshots),
-        "mteb_version": outcome.mteb_version,
-    }
-
-
-def _per_query(task: Any, search: ExactSearch) -> dict[str, dict[str, float]]:
-    """Query scores by `subset/split`."""
-    metric = task.metadata.main_score
-    scores = {}
-    for (subset, split), rankings in search.rankings.items():
-        judgements = task.dataset[subset][split]["relevant_docs"]
-        if metric == "p-MRR":
-            found = p_mrr_per_query(changed_judgements(task), rankings)
-        else:
-            found = per_query_scores(metric, judgements, rankings)
-        scores[f"{subset}/{split}"] = found
-    return scores
-
-
-def _scores(task: Any, outcome: Any, per_query: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """mteb's numbers, in whole and in part, beside every query's."""
-    metric, score = task.metadata.main_score, float(outcome.get_score())
-    mean = sum(sum(s.values()) / len(s) for s in per_query.values()) / len(per_query)
-    if abs(mean - score) > _ROUNDING:
-        name = task.metadata.name
-        raise RuntimeError(f"{name}: our queries average {mean}, mteb says {score}")
-    return {
-        "metric": metric,
-        "score": score,
-        "chance": _chance(task, metric),
-        "by_split": {
-            split: sum(row["main_score"] for row in rows) / len(rows)
-            for split, rows in outcome.scores.items()
-        },
-        "other_scores": _other_scores([row for rows in outcome.scores.values() for row in rows]),
-        "per_query": per_query,
-    }
-
-
-def _worst_queries(
-    task: Any, search: ExactSearch, per_query: dict[str, dict[str, float]]
-) -> dict[str, list[dict[str, Any]]]:
-    """Examples by `subset/split`, in the order of `per_query`."""
-    return {
-        name: worst_queries(scores, task.dataset[subset][split], rankings)
-        for ((subset, split), rankings), (name, scores) in zip(
-            search.rankings.items(), per_query.items(), strict=True
-        )
-    }
-
-
-def _chance(task: Any, metric: str) -> float | None:
-    """Mean over splits of the score that a random order would get."""
-    levels = []
-    for _, _, data in evaluated_splits(task):
-        candidates = data["top_ranked"]
-        num_candidates = {
-            query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
-            for query in data["relevant_docs"]
-        }
-        levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
-    known = [level for level in levels if level is not None]
-    return sum(known) / len(known) if len(known) == len(levels) else None
-
-
-def _other_scores(splits: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics beside the main one, mean over splits; FollowIR's on the original instructions."""
-    originals = [row.get("og", row) for row in splits]
-    return {
-        metric: sum(float(row[metric]) for row in originals) / len(originals) for metric in _SHOWN
     }

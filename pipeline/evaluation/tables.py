@@ -1,31 +1,50 @@
-"""Tables and confidence intervals of a report."""
+"""Turn the scores of a report into intervals, tables and plots.
+
+    query scores --> interval, paired_difference --> entries of report.json
+    entries      --> *_rows: header and rows of strings --> markdown_table, latex_table, ...
+    entries      --> plot_*: PNG files
+
+`published.yaml` holds scores of other authors, with their sources and protocols.
+
+Letters: N values, Q queries, R resamples.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from huggingface_hub import EvalResult
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from pipeline.evaluation.tasks import BENCHMARKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RESAMPLES = 10_000
 _SEED = 20240817
-# Query scores by split and subset; a task's score is the mean of its splits' means.
+# Query scores by `subset/split`; a task's score is the mean of its splits' means.
 Strata = Mapping[str, Mapping[str, float]]
+# Header and rows.
+Table = tuple[list[str], list[list[str]]]
 
 
 def interval(scores: Strata) -> tuple[float, float]:
-    """95 % percentile interval of a task's score, queries resampled within each split."""
+    """Return the 95 % percentile interval of a task's score; queries are resampled per split."""
     return _confidence_interval([np.array([s[q] for q in sorted(s)]) for s in scores.values()])
 
 
 def paired_difference(after: Strata, before: Strata) -> tuple[float, float, float]:
-    """Score of `after` minus score of `before`, with its 95 % interval.
+    """Return the score of `after` minus the score of `before`, with its 95 % interval.
 
-    Both are resampled with the same queries, so what makes a query hard for both cancels.
+    Both are resampled with the same queries: the part of a query's difficulty that both share
+    cancels.
 
     Raises:
         ValueError: the two were not scored on the same queries.
@@ -41,6 +60,7 @@ def paired_difference(after: Strata, before: Strata) -> tuple[float, float, floa
 
 
 def _confidence_interval(strata: list[np.ndarray]) -> tuple[float, float]:
+    # One fixed seed: the same results always give the same report.
     generator = np.random.default_rng(_SEED)
     means_R = np.zeros(_RESAMPLES)
     for values in strata:
@@ -53,9 +73,6 @@ def _confidence_interval(strata: list[np.ndarray]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-Table = tuple[list[str], list[list[str]]]
-
-
 def score_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table:
     """One row per task: every model's score, chance, and the difference with its interval."""
     header = ["task", "metric", *models, "chance"]
@@ -66,7 +83,7 @@ def score_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table:
         row = [task["name"], task["metric"], *(f"{task[model]:.4f}" for model in models)]
         row.append("" if task["chance"] is None else f"{task['chance']:.4f}")
         if len(models) > 1:
-            row += [f"{task['difference']:+.4f}", _interval(task)]
+            row += [f"{task['difference']:+.4f}", _interval_cell(task)]
         rows.append(row)
     return header, rows
 
@@ -103,26 +120,23 @@ def pair_rows(tasks: Sequence[dict[str, Any]]) -> Table | None:
     rows = []
     for number, pair in enumerate(tasks[0]["pairs"]):
         found = [task["pairs"][number] for task in tasks]
-        cells = [f"{entry['difference']:+.4f} {_interval(entry)}" for entry in found]
+        cells = [f"{entry['difference']:+.4f} {_interval_cell(entry)}" for entry in found]
         rows.append([f"{pair['model']} - {pair['minus']}", *cells])
     return ["models", *(task["name"] for task in tasks)], rows
 
 
-def _interval(entry: dict[str, Any]) -> str:
+def _interval_cell(entry: dict[str, Any]) -> str:
     mark = "" if entry["significant"] else " ns"
     return f"[{entry['ci_low']:+.4f}, {entry['ci_high']:+.4f}]{mark}"
 
 
 def with_splits(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tasks that have several splits, one per document length."""
+    """Return the tasks that have several splits, usually one per document length."""
     return [task for task in tasks if len(next(iter(task["by_split"].values()))) > 1]
 
 
 def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table | None:
-    """Scores by split for the tasks that have several, with the difference; None for no such task.
-
-    A split is usually a document length.
-    """
+    """One row per split of the tasks with several, with the difference; None without such tasks."""
     header = ["task", "split", *models]
     if len(models) > 1:
         header += ["difference", "95 % interval"]
@@ -133,13 +147,155 @@ def split_rows(models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Table 
             row = [task["name"], split, *scores]
             if len(models) > 1:
                 found = task["split_differences"][split]
-                row += [f"{found['difference']:+.4f}", _interval(found)]
+                row += [f"{found['difference']:+.4f}", _interval_cell(found)]
             rows.append(row)
     return (header, rows) if rows else None
 
 
+def step_rows(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """One row per task, one column per step; empty where a step has no score yet."""
+    steps = sorted({point["step"] for points in curves.values() for point in points})
+    rows = []
+    for task, points in curves.items():
+        scores = {point["step"]: f"{point['score']:.4f}" for point in points}
+        rows.append([task, points[0]["metric"], *(scores.get(step, "") for step in steps)])
+    return ["task", "metric", *(f"step {step}" for step in steps)], rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedColumn:
+    """A published number: a task's score, or a part of it.
+
+    Attributes:
+        task: an mteb task.
+        metric: a metric other than the task's main one.
+        splits: mean over these splits alone; all splits where empty.
+        part: label of the splits.
+    """
+
+    task: str
+    metric: str = ""
+    splits: tuple[str, ...] = ()
+    part: str = ""
+
+    def label(self, name: str) -> str:
+        """Return the column's header; `name` is the task's in the report, with its length."""
+        return f"{name} {self.metric or self.part}".strip()
+
+    def ours(self, entry: Mapping[str, Any], model: str) -> float:
+        """Return the same number of a model in the report, in percent."""
+        if self.metric:
+            return 100 * float(entry["other_scores"][model][self.metric])
+        if self.splits:
+            scores = [float(entry["by_split"][model][split]) for split in self.splits]
+            return 100 * sum(scores) / len(scores)
+        return 100 * float(entry[model])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """The content of `published.yaml`.
+
+    Attributes:
+        scores: model -> column -> percent.
+        means: model -> benchmark -> percent, where only the mean was published.
+    """
+
+    scores: Mapping[str, Mapping[PublishedColumn, float]]
+    means: Mapping[str, Mapping[str, float]]
+
+    def columns(self, task: str) -> list[PublishedColumn]:
+        """Return the published parts of a task's result."""
+        known = dict.fromkeys(column for scores in self.scores.values() for column in scores)
+        return [column for column in known if column.task == task]
+
+
+@functools.cache
+def read_published() -> Published:
+    """Read the scores of other authors."""
+    path = Path(__file__).with_name("published.yaml")
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    columns = {
+        group: [
+            PublishedColumn(**{**fields, "splits": tuple(fields.get("splits", ()))})
+            for fields in found
+        ]
+        for group, found in tree["columns"].items()
+    }
+    scores = {
+        model: {
+            column: score
+            for group, row in groups.items()
+            for column, score in zip(columns[group], row, strict=True)
+            if score is not None
+        }
+        for model, groups in tree["scores"].items()
+    }
+    return Published(scores=scores, means=tree["means"])
+
+
+def published_scores(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the published scores of a task: column header -> model -> percent."""
+    published = read_published()
+    return {
+        column.label(entry["name"]): {
+            model: scores[column] for model, scores in published.scores.items() if column in scores
+        }
+        for column in published.columns(entry["task"])
+    }
+
+
+def published_table(models: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Our numbers and published ones in percent, one row per model; None without published ones.
+
+    Args:
+        models: our models.
+        tasks: entries of report.json; replicas of a data set are left out.
+    """
+    published = read_published()
+    tasks = [entry for entry in tasks if not entry["replica"]]
+    columns = [(column, entry) for entry in tasks for column in published.columns(entry["task"])]
+    means = _whole_benchmarks(tasks)
+    if not columns and not means:
+        return None
+    header = ["model", *(column.label(entry["name"]) for column, entry in columns)]
+    header += [f"{benchmark} mean" for benchmark in means]
+    rows = []
+    for model in models:
+        scores = [column.ours(entry, model) for column, entry in columns]
+        scores += [100 * sum(e[model] for e in own) / len(own) for own in means.values()]
+        rows.append([model, *(f"{score:.1f}" for score in scores)])
+    for name in dict.fromkeys((*published.scores, *published.means)):
+        row = [published.scores.get(name, {}).get(column) for column, _ in columns]
+        row += [published.means.get(name, {}).get(benchmark) for benchmark in means]
+        if any(score is not None for score in row):
+            rows.append([name, *("" if score is None else f"{score:.1f}" for score in row)])
+    return header, rows
+
+
+def _whole_benchmarks(
+    tasks: Sequence[Mapping[str, Any]],
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the entries of each benchmark with published means whose tasks were all scored."""
+    found = {}
+    for benchmark in dict.fromkeys(b for means in read_published().means.values() for b in means):
+        own = [entry for entry in tasks if entry["task"] in BENCHMARKS[benchmark]]
+        if sorted(entry["task"] for entry in own) == sorted(BENCHMARKS[benchmark]):
+            found[benchmark] = own
+    return found
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; the first column left, the others right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in [header, rule, *rows]
+    )
+
+
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a LaTeX tabular of the booktabs package."""
+    """Format a LaTeX tabular of the booktabs package."""
     lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [header, *rows]]
     columns = "l" + "r" * (len(header) - 1)
     body = [lines[0], r"\midrule", *lines[1:]]
@@ -154,17 +310,8 @@ def _latex(cell: str) -> str:
     return cell
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column left, the others right."""
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in [header, rule, *rows]
-    )
-
-
 def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as columns of spaces, for a terminal."""
+    """Format columns aligned with spaces, for a terminal or a job's log, whatever its width."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -179,32 +326,40 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _NAMED_KINDS = 10
 
 
+def _figure(width: float, height: float) -> Figure:
+    # Slow to import, and needed only where something is drawn: not at the top.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
-    """Bars per task and model with 95 % intervals; a dash at chance level."""
-    figure = Figure(figsize=(max(6.0, 1.6 * len(tasks)), 4.2), layout="constrained")
+    """Draw bars per task and model with 95 % intervals; a dashed line at chance level."""
+    figure = _figure(max(6.0, 1.6 * len(tasks)), 4.2)
     axes = figure.subplots()
-    places = np.arange(len(tasks))
+    centers = np.arange(len(tasks))
     width = 0.8 / len(models)
     for number, model in enumerate(models):
         scores = np.array([task[model] for task in tasks])
         bounds = np.array([task["intervals"][model] for task in tasks])
-        # A percentile interval need not hold the score itself.
+        # A percentile interval need not contain the score itself, but bars reject negative errors.
         reach = np.maximum([scores - bounds[:, 0], bounds[:, 1] - scores], 0)
-        at = places + (number - (len(models) - 1) / 2) * width
+        at = centers + (number - (len(models) - 1) / 2) * width
         axes.bar(at, scores, width, yerr=reach, capsize=2, label=model)
-    for place, task in zip(places, tasks, strict=True):
+    for center, task in zip(centers, tasks, strict=True):
         if task["chance"] is not None:
-            axes.hlines(task["chance"], place - 0.45, place + 0.45, "black", "dashed", linewidth=1)
+            left, right = center - 0.45, center + 0.45
+            axes.hlines(task["chance"], left, right, "black", "dashed", linewidth=1)
     labels = [f"{task['name'].removesuffix('Retrieval')}\n{task['metric']}" for task in tasks]
-    axes.set_xticks(places, labels, rotation=30, ha="right", fontsize=8)
+    axes.set_xticks(centers, labels, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel("score (dashes: chance)")
     axes.legend()
     return _save(figure, path)
 
 
 def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
-    """A panel per task: every model's score by split, that is by document length."""
-    figure = Figure(figsize=(5.5 * len(tasks), 4.0), layout="constrained")
+    """Draw a panel per task: every model's score by split, that is, by document length."""
+    figure = _figure(5.5 * len(tasks), 4.0)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for model in models:
@@ -221,8 +376,8 @@ def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
 
 
 def plot_loss(path: Path, curve: Sequence[Mapping[str, Any]]) -> Path:
-    """Loss by step, a line of running means for each kind of batch, and the learning rate."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    """Draw the loss by step, running means for each kind of batch, and the learning rate."""
+    figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     for number, (kind, lines) in enumerate(by_kind(curve).items()):
         steps = [line["step"] for line in lines]
@@ -244,7 +399,7 @@ def plot_loss(path: Path, curve: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def by_kind(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Lines of a curve by the kind of their batch, the most frequent kind first."""
+    """Group the lines of a curve by the kind of their batch, the most frequent kind first."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for line in curve:
         kinds.setdefault(line.get("kind", ""), []).append(line)
@@ -252,8 +407,9 @@ def by_kind(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) means over a twentieth of the values around each one, fewer at the ends."""
+    """Return (N,) means over a twentieth of the values around each one, fewer at the ends."""
     reach = len(values) // 40
+    # Differences of running sums: N operations, whatever the width of the window.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - reach, 0)
     high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
@@ -262,8 +418,8 @@ def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def plot_steps(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Scores of checkpoints against their step, with 95 % intervals; one line per task."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    """Draw the scores of checkpoints by step, with 95 % intervals; one line per task."""
+    figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     for task, points in curves.items():
         steps = [point["step"] for point in points]

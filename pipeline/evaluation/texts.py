@@ -1,8 +1,20 @@
-"""List each distinct text of all tasks once, with its cost.
+"""List every distinct text of all tasks once, with its cost.
 
-Letters: N texts.
+    PlannedTask --list_texts--> TaskTexts --DistinctTexts.of--> DistinctTexts
+    task, instructions,         occurrences: role,              repetitions dropped,
+    lengths                     instruction, length, row        most expensive first
 
-Only the small columns travel between processes, and no text is ever a Python object of the plan.
+A text of a plan is known by the digest of everything that its vector depends on, in addition to the
+model: role, instruction, length, and the text itself. For example, the query "how to loop" of two
+tasks with one instruction is two occurrences of one text:
+
+    task   row  prompt                length   cost   digest
+    A        7  ("query", "Find")       4096    5.1   9f3c...
+    B        2  ("query", "Find")       4096    5.1   9f3c...   dropped
+
+Only such small columns travel between processes; the texts stay in memory-mapped Arrow files.
+
+Letters: N texts, or occurrences of texts.
 """
 
 from __future__ import annotations
@@ -22,18 +34,29 @@ from pipeline.data.batch import text_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import Role
 
-# Characters of a token, at the dense end of what the benchmarks hold (mathematics 3.0, prose 4.3).
+# At the dense end of the benchmarks (mathematics 3.0, prose 4.3).
 _BYTES_PER_TOKEN = 3.5
 # Length at which attention costs as much as all else in a 7 B model with 28 layers of width 3584:
-# 2 x parameters / (4 x layers x width). Not training's 32,500: blocks on disk are cut by it.
+# 2 x parameters / (4 x layers x width). Not training's 32,500: it decides the blocks on disk.
 _ATTENTION_TOKENS = 35_000
-# What a template may add to a text, in bytes; tokens never outnumber bytes.
+# Bytes that a template may add to a text; tokens never outnumber bytes.
 _TEMPLATE_BYTES = 128
 
 
+# Columns of a block's texts: the fields of `PlannedText`.
+SCHEMA = pa.schema(
+    [
+        ("role", pa.string()),
+        ("instruction", pa.string()),
+        ("max_length", pa.int32()),
+        ("text", pa.large_string()),
+    ]
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TextKey:
-    """What a vector depends on, beside the model."""
+class PlannedText:
+    """A text to embed, with everything that its vector depends on in addition to the model."""
 
     role: Role
     instruction: str
@@ -41,21 +64,196 @@ class TextKey:
     text: str
 
 
+# The role and the instruction of a text.
+Prompt = tuple[Role, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTask:
+    """A task whose queries are embedded with each instruction, and all its texts at each length."""
+
+    task: str
+    instructions: tuple[str, ...]
+    lengths: tuple[int, ...]
+    own: OwnTask | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTexts:
+    """The texts of a task, with repetitions: one row per prompt and length of each.
+
+    Attributes:
+        path: an Arrow file whose one column holds the texts.
+        prompts: the different ones.
+        rows: (N,) row of the text in the file.
+        prompt: (N,) index into `prompts`.
+        lengths: (N,) maximum length.
+        costs: (N,) work to embed it.
+        digests: (N, 2) the identity of the text.
+    """
+
+    path: Path
+    prompts: tuple[Prompt, ...]
+    rows: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    costs: NDArray[np.float64]
+    digests: NDArray[np.uint64]
+
+    def texts(self) -> pa.LargeStringArray:
+        """Return the texts, memory-mapped."""
+        with pa.memory_map(str(self.path)) as file:
+            return pyarrow.ipc.open_file(file).get_batch(0).column(0)
+
+
+def list_texts(
+    task: PlannedTask, *, snapshots: Path | None, all_lengths: Sequence[int], folder: Path
+) -> TaskTexts:
+    """Load a task's data, check that they are complete, and list their texts.
+
+    Args:
+        all_lengths: lengths of the whole evaluation, ascending; texts that fit share the shortest.
+        folder: for the file of texts.
+
+    Raises:
+        UserError: the task's data are missing or incomplete.
+    """
+    # Not at the top: reading a plan must not load mteb.
+    from pipeline.evaluation.datasets import load_texts
+
+    documents, queries = load_texts(task.task, snapshots=snapshots, own=task.own)
+    texts = pa.array(documents + queries, type=pa.large_string())
+    prompts: tuple[Prompt, ...] = (("document", ""), *(("query", i) for i in task.instructions))
+    columns = []
+    for index, (role, instruction) in enumerate(prompts):
+        first, count = (0, len(documents)) if role == "document" else (len(documents), len(queries))
+        of_role = texts.slice(first, count)
+        sizes_N = byte_sizes(of_role)
+        for wanted in task.lengths:
+            lengths_N = effective_lengths(instruction, sizes_N, wanted, all_lengths)
+            columns.append(
+                (
+                    np.arange(first, first + count),
+                    np.full(count, index),
+                    lengths_N,
+                    costs(instruction, sizes_N, lengths_N),
+                    digests(role, instruction, of_role, lengths_N),
+                )
+            )
+    rows, prompt, lengths, costs_N, digests_N2 = map(np.concatenate, zip(*columns, strict=True))
+    path = folder / f"{task.task}.arrow"
+    _write_texts(path, texts)
+    return TaskTexts(
+        path=path,
+        prompts=prompts,
+        rows=rows,
+        prompt=prompt,
+        lengths=lengths,
+        costs=costs_N,
+        digests=digests_N2,
+    )
+
+
+def _write_texts(path: Path, texts: pa.LargeStringArray) -> None:
+    batch = pa.record_batch([texts], names=["text"])
+    with pa.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DistinctTexts:
+    """Each distinct text once, most expensive first.
+
+    Attributes:
+        tasks: the tasks that hold the texts.
+        texts: of each task.
+        origins: (N, 3) task, row in its file, and prompt of each text.
+        lengths: (N,) maximum length of each text.
+        costs: (N,) descending.
+        digests: (N, 2).
+    """
+
+    tasks: Sequence[TaskTexts]
+    texts: Sequence[pa.LargeStringArray]
+    origins: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    costs: NDArray[np.float64]
+    digests: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, tasks: Sequence[TaskTexts]) -> DistinctTexts:
+        """Drop repetitions and sort.
+
+        Raises:
+            RuntimeError: two texts share the 8 bytes that lookups search for.
+        """
+        digests_N2 = np.concatenate([task.digests for task in tasks])
+        _, first, inverse = np.unique(digests_N2[:, 0], return_index=True, return_inverse=True)
+        if (digests_N2[first, 1][inverse] != digests_N2[:, 1]).any():
+            raise RuntimeError("two texts share the first 8 bytes of their digest")
+        costs = np.concatenate([task.costs for task in tasks])
+        # Ties by digest: the same texts give the same blocks, in whatever order the tasks are.
+        order = first[np.lexsort((digests_N2[first, 0], -costs[first]))]
+        task_N = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
+        row_N = np.concatenate([task.rows for task in tasks])
+        prompt_N = np.concatenate([task.prompt for task in tasks])
+        return cls(
+            tasks=tasks,
+            texts=[task.texts() for task in tasks],
+            origins=np.stack([task_N, row_N, prompt_N], axis=1)[order],
+            lengths=np.concatenate([task.lengths for task in tasks])[order],
+            costs=costs[order],
+            digests=digests_N2[order],
+        )
+
+    def only(self, chosen_N: NDArray[np.bool_]) -> DistinctTexts:
+        """Return some of the texts, in the same order."""
+        return dataclasses.replace(
+            self,
+            origins=self.origins[chosen_N],
+            lengths=self.lengths[chosen_N],
+            costs=self.costs[chosen_N],
+            digests=self.digests[chosen_N],
+        )
+
+    def block(self, rows: range) -> pa.RecordBatch:
+        """Return consecutive texts with their prompts and lengths, as `SCHEMA`."""
+        origins = self.origins[rows.start : rows.stop]
+        prompts = [self.tasks[task].prompts[prompt] for task, _, prompt in origins.tolist()]
+        # One `take` per task, then back into the order of the block.
+        by_task = np.argsort(origins[:, 0], kind="stable")
+        taken = [
+            self.texts[task].take(pa.array(origins[origins[:, 0] == task, 1]))
+            for task in np.unique(origins[:, 0])
+        ]
+        texts = pa.concat_arrays(taken).take(pa.array(np.argsort(by_task)))
+        return pa.RecordBatch.from_arrays(
+            [
+                pa.array([role for role, _ in prompts]),
+                pa.array([instruction for _, instruction in prompts]),
+                pa.array(self.lengths[rows.start : rows.stop]),
+                texts,
+            ],
+            schema=SCHEMA,
+        )
+
+
 def byte_sizes(texts: pa.LargeStringArray) -> NDArray[np.int64]:
-    """(N,) bytes of each text; no text is touched."""
+    """Return (N,) bytes of each text, from the offsets alone."""
     return np.diff(_offsets(texts))
 
 
 def effective_lengths(
     instruction: str, sizes_N: NDArray[np.int64], wanted: int, lengths: Sequence[int]
 ) -> NDArray[np.int32]:
-    """(N,) the smallest length at which a text that is not cut at `wanted` is not cut either.
+    """Return (N,) shortest lengths that give each text the same vector as the wanted length.
 
-    A text that fits 512 tokens has the same vector at 32768, so both lengths share it. Tokens are
-    bounded by bytes: no tokenizer is asked.
+    A text that fits 512 tokens has the same vector at 32768, so both lengths share it. Bytes bound
+    tokens, so that no tokenizer is needed.
 
     Args:
         sizes_N: bytes of each text.
+        wanted: maximum length of the task.
         lengths: all lengths of the evaluation, ascending.
     """
     bounds_N = sizes_N + len(instruction.encode()) + _TEMPLATE_BYTES
@@ -84,7 +282,7 @@ def require_short(template: Template, *, model: str) -> None:
 def costs(
     instruction: str, sizes_N: NDArray[np.int64], lengths_N: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """(N,) work to embed each text, in tokens of a short text."""
+    """Return (N,) work to embed each text, in tokens of a short text."""
     tokens_N = (sizes_N + len(instruction.encode())) / _BYTES_PER_TOKEN + 1
     tokens_N = np.minimum(tokens_N, lengths_N)
     return text_cost(tokens_N, _ATTENTION_TOKENS)
@@ -93,7 +291,7 @@ def costs(
 def digests(
     role: Role, instruction: str, texts: pa.LargeStringArray, lengths_N: NDArray[np.int32]
 ) -> NDArray[np.uint64]:
-    """(N, 2) 16 bytes that stand for role, instruction, length and text."""
+    """Return (N, 2): 16 bytes that identify role, instruction, length and text."""
     starts = {
         int(length): hashlib.sha256(f"{role}\0{instruction}\0{length}\0".encode())
         for length in np.unique(lengths_N)
@@ -108,186 +306,6 @@ def digests(
 
 
 def _offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
-    """(N + 1,) where each text begins in the array's bytes."""
+    """Return (N + 1,) start of each text in the array's bytes."""
     offsets: NDArray[np.int64] = np.frombuffer(texts.buffers()[1], dtype=np.int64)
     return offsets[texts.offset : texts.offset + len(texts) + 1]
-
-
-# Columns of a block's texts.
-SCHEMA = pa.schema(
-    [
-        ("role", pa.string()),
-        ("instruction", pa.string()),
-        ("max_length", pa.int32()),
-        ("text", pa.large_string()),
-    ]
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DistinctTexts:
-    """Each distinct text once, dearest first; letters: N texts.
-
-    Attributes:
-        listings: what the places refer to.
-        texts: the texts of each listing.
-        places: (N, 3) listing, row of its file, head.
-        lengths: (N,) maximum length of each text.
-        costs: (N,) descending.
-        digests: (N, 2).
-    """
-
-    listings: Sequence[Listing]
-    texts: Sequence[pa.LargeStringArray]
-    places: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-    costs: NDArray[np.float64]
-    digests: NDArray[np.uint64]
-
-    @classmethod
-    def of(cls, listings: Sequence[Listing]) -> DistinctTexts:
-        """Drop repetitions and sort.
-
-        Raises:
-            RuntimeError: two texts share the 8 bytes by which they are found.
-        """
-        digests_N2 = np.concatenate([listing.digests for listing in listings])
-        _, first, inverse = np.unique(digests_N2[:, 0], return_index=True, return_inverse=True)
-        if (digests_N2[first, 1][inverse] != digests_N2[:, 1]).any():
-            raise RuntimeError("two texts share the first 8 bytes of their digest")
-        costs = np.concatenate([listing.costs for listing in listings])
-        # Ties by digest: the same texts give the same blocks, whatever the order of tasks.
-        order = first[np.lexsort((digests_N2[first, 0], -costs[first]))]
-        owner = np.repeat(np.arange(len(listings)), [len(listing.rows) for listing in listings])
-        rows = np.concatenate([listing.rows for listing in listings])
-        head = np.concatenate([listing.head for listing in listings])
-        return cls(
-            listings=listings,
-            texts=[listing.texts() for listing in listings],
-            places=np.stack([owner, rows, head], axis=1)[order],
-            lengths=np.concatenate([listing.lengths for listing in listings])[order],
-            costs=costs[order],
-            digests=digests_N2[order],
-        )
-
-    def only(self, chosen_N: NDArray[np.bool_]) -> DistinctTexts:
-        """Some of the texts, in the same order."""
-        return dataclasses.replace(
-            self,
-            places=self.places[chosen_N],
-            lengths=self.lengths[chosen_N],
-            costs=self.costs[chosen_N],
-            digests=self.digests[chosen_N],
-        )
-
-    def block(self, rows: range) -> pa.RecordBatch:
-        """The texts of a block with what they are asked for."""
-        places = self.places[rows.start : rows.stop]
-        heads = [self.listings[owner].heads[head] for owner, _, head in places.tolist()]
-        by_owner = np.argsort(places[:, 0], kind="stable")
-        taken = [
-            self.texts[owner].take(pa.array(places[places[:, 0] == owner, 1]))
-            for owner in np.unique(places[:, 0])
-        ]
-        texts = pa.concat_arrays(taken).take(pa.array(np.argsort(by_owner)))
-        return pa.RecordBatch.from_arrays(
-            [
-                pa.array([role for role, _ in heads]),
-                pa.array([instruction for _, instruction in heads]),
-                pa.array(self.lengths[rows.start : rows.stop]),
-                texts,
-            ],
-            schema=SCHEMA,
-        )
-
-
-# How a text is asked for: its role, and the instruction before it.
-Head = tuple[Role, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What to list of a task: queries with each instruction, and all texts at each length."""
-
-    task: str
-    instructions: tuple[str, ...]
-    lengths: tuple[int, ...]
-    own: OwnTask | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Listing:
-    """Every occurrence of a text in a task, with repetitions; letters: N occurrences.
-
-    Attributes:
-        path: an Arrow file whose one column holds the texts.
-        heads: ways in which texts are asked for.
-        rows: (N,) row of the text in the file.
-        head: (N,) place in `heads`.
-        lengths: (N,) maximum length.
-        costs: (N,) work to embed it.
-        digests: (N, 2) what it is known by.
-    """
-
-    path: Path
-    heads: tuple[Head, ...]
-    rows: NDArray[np.int64]
-    head: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-    costs: NDArray[np.float64]
-    digests: NDArray[np.uint64]
-
-    def texts(self) -> pa.LargeStringArray:
-        """The texts, memory-mapped."""
-        with pa.memory_map(str(self.path)) as file:
-            return pyarrow.ipc.open_file(file).get_batch(0).column(0)
-
-
-def list_task(
-    request: Request, *, snapshots: Path | None, all_lengths: Sequence[int], folder: Path
-) -> Listing:
-    """Load a task's data, prove them complete and list their texts.
-
-    Args:
-        all_lengths: lengths of the whole evaluation, ascending; texts that fit share the shortest.
-        folder: where the file of texts goes.
-
-    Raises:
-        UserError: the task's data are missing or incomplete.
-    """
-    # Here, not at the top: reading a plan must not load mteb.
-    from pipeline.evaluation.datasets import task_texts
-
-    documents, queries = task_texts(request.task, snapshots=snapshots, own=request.own)
-    texts = pa.array(documents + queries, type=pa.large_string())
-    heads: tuple[Head, ...] = (("document", ""), *(("query", i) for i in request.instructions))
-    parts = []
-    for place, (role, instruction) in enumerate(heads):
-        first, count = (0, len(documents)) if role == "document" else (len(documents), len(queries))
-        own = texts.slice(first, count)
-        sizes_N = byte_sizes(own)
-        for wanted in request.lengths:
-            lengths_N = effective_lengths(instruction, sizes_N, wanted, all_lengths)
-            parts.append(
-                (
-                    np.arange(first, first + count),
-                    np.full(count, place),
-                    lengths_N,
-                    costs(instruction, sizes_N, lengths_N),
-                    digests(role, instruction, own, lengths_N),
-                )
-            )
-    rows, head, lengths, work, words = (
-        np.concatenate(columns) for columns in zip(*parts, strict=True)
-    )
-    path = folder / f"{request.task}.arrow"
-    _write(path, texts)
-    return Listing(
-        path=path, heads=heads, rows=rows, head=head, lengths=lengths, costs=work, digests=words
-    )
-
-
-def _write(path: Path, texts: pa.LargeStringArray) -> None:
-    batch = pa.record_batch([texts], names=["text"])
-    with pa.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)

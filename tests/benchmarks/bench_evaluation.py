@@ -133,7 +133,7 @@ def table(folder: Path, scale: float) -> list[Figure]:
     embed_element(config, 0, 1, load=load_encoder)
     blocks = range(len(write.block_costs))
     for block in random.Random(0).sample(blocks, max(1, round(0.3 * len(blocks)))):
-        write.block_path(store, block).unlink()
+        write.vectors_path(store, block).unlink()
     assert missing_blocks(config, config.models[0], write)
     for index in range(3):
         embed_element(config, index, 3, load=load_encoder)

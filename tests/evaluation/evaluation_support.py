@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,39 @@ def wrap(encoder: object, name: str = "strong", revision: str = "1") -> Evaluate
         num_dimensions=encoder.encode_texts(["."]).shape[1],  # type: ignore[attr-defined]
         precision="float32",
     )
+
+
+class MtebEncoder:
+    """A model as mteb's own search takes it (`EncoderProtocol`): the reference for our search."""
+
+    def __init__(self, model: EvaluatedEncoder, instruction: str) -> None:
+        self.model = model
+        self.instruction = instruction
+        self.mteb_model_meta = model.meta()
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """A query's `text` holds its own instruction already (FollowIR), a document's its title."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        if prompt_type is not None and prompt_type.value == "document":
+            return self.model.embedder.embed("document", "", texts)
+        return self.model.embedder.embed("query", self.instruction, texts)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        one, other = (np.asarray(rows, dtype=np.float32) for rows in (embeddings1, embeddings2))
+        return np.atleast_2d(one) @ np.atleast_2d(other).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        one, other = (np.asarray(rows, dtype=np.float32) for rows in (embeddings1, embeddings2))
+        return np.einsum("nd,nd->n", one, other)
 
 
 def load_letters(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import mteb
 import pytest
-from evaluation_support import TASKS, wrap
+from evaluation_support import TASKS, MtebEncoder, wrap
 from mteb.models import ModelMeta
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import get_task, localise, task_texts
-from pipeline.evaluation.models import MtebEncoder
+from pipeline.evaluation.datasets import get_task, load_texts, localise
 from pipeline.evaluation.results import merge_results
 from pipeline.evaluation.run import num_elements, run_all, run_element
 from pipeline.evaluation.tasks import DEFAULT_INSTRUCTION, INSTRUCTIONS, expand, list_elements
@@ -96,7 +95,7 @@ def test_no_two_subsets_of_the_replicas_share_a_question_or_most_of_their_texts(
     texts = {
         task: {"document": set(documents), "query": set(queries)}
         for task in expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long"))
-        for documents, queries in [task_texts(task, snapshots=snapshots)]
+        for documents, queries in [load_texts(task, snapshots=snapshots)]
     }
     same_documents = {f"Bright{name}{{}}Retrieval" for name in ("Aops", "TheoremQAQuestions")}
     for one, other in itertools.combinations(texts, 2):

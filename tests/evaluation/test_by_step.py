@@ -8,7 +8,7 @@ import shutil
 
 from pipeline.config import dump_config
 from pipeline.evaluation.report import write_report
-from pipeline.evaluation.results import give_back, read_curves
+from pipeline.evaluation.results import delete_scored_exports, read_curves
 from pipeline.evaluation.run import run_all, run_element
 from pipeline.evaluation.tasks import list_elements
 
@@ -115,7 +115,7 @@ def test_of_scored_checkpoints_the_newest_and_the_best_keep_their_exports(config
     scored_step(config, 5000, {first: 0.5, second: 0.5})  # of a checkpoint that is replaced
     (config.output_dir / "step-005000/checkpoint.digest").write_text("another")
     for _ in range(2):
-        give_back(config.output_dir)
+        delete_scored_exports(config.output_dir)
         kept = ["step-000003", "step-004000", "step-004004", "step-005000"]
         assert sorted(path.parts[-2] for path in config.output_dir.glob("step-*/export")) == kept
         assert sorted(p.name for p in config.output_dir.glob("store/*")) == [

@@ -12,7 +12,7 @@ from pipeline.evaluation.embed import embed_element, missing_blocks
 from pipeline.evaluation.embedding_plan import read_plan, write_plan
 from pipeline.evaluation.run import run_all, score_all
 from pipeline.evaluation.tasks import list_elements
-from pipeline.evaluation.texts import TextKey
+from pipeline.evaluation.texts import PlannedText
 
 AOPS = "BrightAopsRetrieval"
 
@@ -22,7 +22,7 @@ def embed_all(config, **how) -> int:
     return embed_element(config, 0, 1, **how)
 
 
-def texts_of(config) -> set[TextKey]:
+def texts_of(config) -> set[PlannedText]:
     plan = read_plan(config)
     return {key for block in range(len(plan.blocks)) for key in plan.read_block(block)}
 

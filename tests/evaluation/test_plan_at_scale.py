@@ -13,7 +13,7 @@ from pipeline.evaluation.datasets import (
     document_texts,
     evaluated_splits,
     get_task,
-    load_and_prove,
+    load_and_check,
     localise,
     private_cache,
     query_texts,
@@ -47,7 +47,7 @@ def test_a_plan_holds_every_text_of_mtebs_tasks_once_and_its_costs_add_up(config
     for element in list_elements(config):
         with private_cache(tmp_path / "cache"):
             task = localise(get_task(element.task), config.snapshots)
-            load_and_prove(task)
+            load_and_check(task)
             for _, _, data in evaluated_splits(task):
                 texts.update(("document", text) for text in document_texts(data["corpus"]))
                 texts.update(("query", text) for text in query_texts(data["queries"]))

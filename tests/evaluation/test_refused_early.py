@@ -132,7 +132,7 @@ def test_faulty_data_are_named_with_a_fix_that_fits_where_they_come_from(
     shutil.copytree(one.snapshots / folder.relative_to(hub), folder)
     edit(hub / file, change)
     own = dataclasses.replace(one, snapshots=hub, tasks=(task,))
-    with pytest.raises(UserError, match=f"{message}.* fix: mend the files in {folder}, or name"):
+    with pytest.raises(UserError, match=f"{message}.* fix: repair the files in {folder}, or name"):
         plan(own)
     if fault == "no judgement":
         from pipeline.evaluation.datasets import get_task
@@ -157,9 +157,9 @@ def test_vectors_that_are_not_finite_are_never_scored(one: EvaluateConfig) -> No
 _OFFLINE = """
 import sys
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import get_task, load_and_prove
+from pipeline.evaluation.datasets import get_task, load_and_check
 try:
-    load_and_prove(get_task(sys.argv[1]))
+    load_and_check(get_task(sys.argv[1]))
 except UserError as error:
     print(error)
 """

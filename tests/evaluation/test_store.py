@@ -14,21 +14,21 @@ from benchmark_replicas import documents_of
 from evaluation_support import TASKS, BagOfLetters, MiniLM, wrap
 
 from pipeline.config import Template
+from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
     document_texts,
     evaluated_splits,
     get_task,
-    load_and_prove,
+    load_and_check,
+    load_texts,
     localise,
     private_cache,
     query_texts,
-    task_texts,
 )
 from pipeline.evaluation.embed import embed_element, missing_blocks
 from pipeline.evaluation.embedding_plan import (
-    assign,
-    cut_blocks,
+    divide,
     find_digests,
     read_plan,
     sort_by_digest,
@@ -90,12 +90,12 @@ def test_killed_elements_redo_only_their_missing_blocks_and_scores_are_bit_ident
     for index in range(5):
         embed_element(strong, index, 5, load=load)
     store = store_folder(strong, strong.models[0])
-    whole = {block: plan.block_path(store, block).read_bytes() for block in range(num_blocks)}
+    whole = {block: plan.vectors_path(store, block).read_bytes() for block in range(num_blocks)}
 
     generator = random.Random(0)
     lost = generator.sample(range(num_blocks), round(0.3 * num_blocks))
     for block in lost:
-        plan.block_path(store, block).unlink()
+        plan.vectors_path(store, block).unlink()
     # What a process leaves that was killed while it wrote.
     (store / plan.blocks[0][0] / ".block-00001.npy.17.tmp").write_bytes(b"half")
     with pytest.raises(UserError, match=f"{len(lost)} of {num_blocks} blocks are not embedded"):
@@ -103,7 +103,7 @@ def test_killed_elements_redo_only_their_missing_blocks_and_scores_are_bit_ident
     assert missing_blocks(strong, strong.models[0], plan) == sorted(lost)
     # Again, with another number of elements.
     assert sum(embed_element(strong, index, 2, load=load) for index in range(2)) == len(lost)
-    assert {block: plan.block_path(store, block).read_bytes() for block in whole} == whole
+    assert {block: plan.vectors_path(store, block).read_bytes() for block in whole} == whole
 
 
 def test_loading_side_by_side_writes_the_same_plan(strong, small_blocks):
@@ -224,9 +224,9 @@ def test_a_digest_tells_role_instruction_length_and_text_apart():
 def test_bright_is_listed_by_column_as_mteb_loads_it(task, snapshots, tmp_path):
     with private_cache(tmp_path):
         loaded = localise(get_task(task), snapshots)
-        load_and_prove(loaded)
+        load_and_check(loaded)
     ((_, _, data),) = evaluated_splits(loaded)
-    documents, queries = task_texts(task, snapshots=snapshots)
+    documents, queries = load_texts(task, snapshots=snapshots)
     assert documents == document_texts(data["corpus"])
     assert queries == query_texts(data["queries"])
 
@@ -240,9 +240,9 @@ def test_64_elements_are_balanced_to_5_percent_on_the_real_sizes():
         tokens = np.minimum(tokens * mega_tokens * 1e6 / tokens.sum(), 32768)
         costs.append(tokens * (1 + tokens / 35_000))
     ordered = np.sort(np.concatenate(costs))[::-1]
-    blocks = cut_blocks(ordered.tolist())
+    blocks = divide(ordered.tolist())
     sums = [ordered[rows.start : rows.stop].sum() for rows in blocks]
-    loads = [sum(sums[block] for block in share) for share in assign(sums, 64)]
+    loads = np.bincount(assign_by_cost(np.array(sums), 64), weights=sums)
     assert max(loads) <= 1.05 * np.mean(loads)
     assert sum(len(rows) for rows in blocks) == len(ordered)
 

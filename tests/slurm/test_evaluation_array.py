@@ -147,7 +147,7 @@ def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_ident
     assert missing_blocks(config, model, read_plan(config)) == []
     ours, theirs = (
         [
-            read_plan(each).block_path(store_folder(each, model), block).read_bytes()
+            read_plan(each).vectors_path(store_folder(each, model), block).read_bytes()
             for block in range(len(plan.block_costs))
         ]
         for each in (config, undisturbed)
