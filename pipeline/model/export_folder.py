@@ -25,9 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, TypeVar
 
-import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from pipeline.config import (
@@ -319,6 +317,10 @@ def _write_truncation(folder: Path, width: int, dimensions: int) -> None:
             "activation_function": "torch.nn.modules.linear.Identity",
         },
     )
+    # Not at the top: login nodes read settings, and must not wait for torch.
+    import torch
+    from safetensors.torch import save_file
+
     save_file({"linear.weight": torch.eye(dimensions, width)}, folder / "model.safetensors")
 
 
