@@ -1,1 +1,1 @@
-"""Backbones, pooling and packing: token ids in, unit vectors out, a folder anyone can load."""
+"""Models: packed token ids to unit vectors, and exports that other programs load."""

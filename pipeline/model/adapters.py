@@ -1,9 +1,13 @@
-"""Train, read and merge peft adapters.
+"""Add fresh peft adapters, continue trained ones, and merge them into weights.
 
-An adapter names the modules of the model that it was trained on. That is mostly a causal language
-model or a classifier, in which a backbone has a name of its own (`model.layers.0...`); the backbone
-here stands alone (`layers.0...`). `NamedBackbone` gives it that name back, so that every pattern of
-the adapter's config means what it meant.
+    add_lora           freeze the backbone, add fresh LoRA layers
+    continue_adapter   load an adapter folder, keep it as the only trainable part
+    plan_merge         load an adapter folder, return a function that merges it module by module
+
+An adapter names modules of the model that it was trained on, mostly a causal language model or a
+classifier that holds the backbone under a name (`model.layers.0...`). Here the backbone is the
+whole model (`layers.0...`). `NamedBackbone` gives it the outer name again, so that every pattern in
+the adapter's config keeps its meaning.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from pipeline.errors import UserError, say_warning
 from pipeline.model.weights import Placement
 
 Merge = Callable[[nn.Module], None]
-# Keys of a LoRA config whose layers compute more than weights plus a product of two matrices.
+# Keys of a LoRA config with which a layer computes more than its weights plus a matrix product.
 _BEYOND_ADDING = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -51,23 +55,23 @@ def plan_merge(
     *,
     load_base: Callable[[], nn.Module],
 ) -> Merge:
-    """Read an adapter that is to become part of a backbone whose weights may be still to come.
+    """Read an adapter, to be merged into a backbone as its weights are read.
 
-    LoRA is merged layer by layer as weights are read. Other kinds start from the weights below
-    them, or replace some: a process that reads has the whole model in memory for those.
+    LoRA is merged layer by layer. Other kinds derive their start from the base weights, or replace
+    some: for those, a process that reads weights holds the whole model in memory.
 
     Args:
-        backbone: the model the adapter was trained on; it is left as it is.
+        backbone: the model the adapter was trained on; not changed here.
         path: a folder or hub name with adapter_config.json.
-        placement: where the backbone's weights go; without one, there are only shapes.
-        load_base: the same backbone once more with its weights, on the CPU.
+        placement: where the backbone's weights go; None: shapes only.
+        load_base: loads a second copy of the backbone with its weights, on the CPU.
 
     Returns:
-        What merges the adapter's share into a module of the backbone, once that has its weights;
-        does nothing in a process that reads none.
+        A function to call with each module of the backbone once its weights are read. It does
+        nothing in a process that reads none.
 
     Raises:
-        UserError: no adapter is there, it belongs to another model, or it cannot be merged.
+        UserError: there is no adapter, it belongs to another model, or it cannot be merged.
     """
     if placement is None or not placement.reads:
         read_adapter_config(path)
@@ -75,13 +79,13 @@ def plan_merge(
     files = read_adapter(backbone, path)
     if _only_adds(files):
         return _merge_by_layer(backbone, files, placement)
-    # What starts are drawn from is the run's own generator.
+    # Some kinds draw random starts, which must not advance the run's generator.
     with torch.random.fork_rng(devices=[]):
         return _merge_whole(backbone, files, load_base())
 
 
 def _only_adds(files: AdapterFiles) -> bool:
-    """Whether all of an adapter is matrices added to the weights of layers."""
+    """Tell whether an adapter only adds products of matrices to the weights of layers."""
     config = files.config
     return (
         config.peft_type == peft.PeftType.LORA
@@ -98,7 +102,7 @@ def _merge_by_layer(backbone: nn.Module, files: AdapterFiles, placement: Placeme
     _leave_meta(adapted, base, placement.device)
     files.load(adapted)
     for module in adapted.modules():
-        if isinstance(module, BaseTunerLayer):  # keeps the module that it stands in for
+        if isinstance(module, BaseTunerLayer):  # it holds the layer that it replaces
             tuners[module.get_base_layer()] = module
     adapted.unload()
     backbone.requires_grad_(True)  # peft froze it
@@ -111,7 +115,7 @@ def _merge_by_layer(backbone: nn.Module, files: AdapterFiles, placement: Placeme
 
 
 def _leave_meta(adapted: nn.Module, base: set[int], device: torch.device) -> None:
-    """Make room for an adapter's own weights, which peft puts where the backbone's are."""
+    """Allocate an adapter's own weights, which peft creates on the backbone's meta device."""
     for module in adapted.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in base:
@@ -135,7 +139,7 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
         name: value.shape for name, value in backbone.named_parameters()
     }:
         raise UserError(
-            f"model.adapter: {files.path} adds weights that the model has no place for",
+            f"model.adapter: {files.path} adds weights that the model does not have",
             fix="merge it into its model with peft and give that as model.path",
         )
     names = {module: name for name, module in backbone.named_modules()}
@@ -149,17 +153,18 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
     return merge
 
 
+# The prefix of all names in peft's files.
 _STEM = "base_model.model."
-# What these learn is no change of weights: virtual tokens, a route for each text, added states.
+# These learn no change of weights: virtual tokens, a route for each text, added states.
 _UNMERGEABLE = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
 _MERGE_IT = "merge it into its model with peft, if it can do that, and give that as model.path"
 
 
 class NamedBackbone(nn.Module):
-    """A backbone as part of a model without anything else, under its name there.
+    """A model that holds nothing but a backbone, under the name that it has in a larger model.
 
     Args:
-        backbone: its modules become part of this one, and stay part of it.
+        backbone: its modules become part of this one.
         name: dotted, such as `model`.
     """
 
@@ -173,20 +178,20 @@ class NamedBackbone(nn.Module):
             holder.add_module(part, inner)
             holder = inner
         holder.add_module(last, backbone)
-        self._inner = [backbone]  # in a list, lest it be a second name
+        self._inner = [backbone]  # in a list, so that torch does not register it twice
 
     def get_input_embeddings(self) -> Any:
-        """Hand the request to the backbone."""
+        """Pass the request on to the backbone."""
         return self._inner[0].get_input_embeddings()  # type: ignore[operator]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterFiles:
-    """An adapter folder's contents, without what belongs to heads that an embedder lacks.
+    """An adapter folder's contents, without the weights of heads that an embedder lacks.
 
     Attributes:
         path: the folder or hub name.
-        config: made trainable, and free of the kind of task.
+        config: made trainable, and without its task type.
         weights: by the names in the file.
         outer: the backbone's name in the model that the adapter was trained on; "" for itself.
     """
@@ -197,16 +202,16 @@ class AdapterFiles:
     outer: str
 
     def attach(self, backbone: nn.Module) -> Any:
-        """Put an empty adapter on the backbone, in its outer name if it has one.
+        """Put an empty adapter on the backbone, under its outer name if it has one.
 
         Raises:
-            UserError: the adapter's layers are not there, or are of another kind.
+            UserError: the adapter's layers do not exist, or are of another kind.
         """
         model = NamedBackbone(backbone, self.outer) if self.outer else backbone
         return attach(model, self.config, self.path)
 
     def load(self, adapted: Any) -> None:
-        """Load all weights or refuse them: peft leaves what does not fit at its fresh value.
+        """Load all weights or refuse them: peft would leave a missing one at its fresh value.
 
         Raises:
             UserError: weights are missing, left over or of another shape.
@@ -233,13 +238,13 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
     """Read the config of an adapter folder.
 
     Raises:
-        UserError: no adapter is there, or one of a kind that is no change of weights.
+        UserError: there is no adapter, or its kind does not change weights.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = peft.PeftConfig.from_pretrained(path)
-    except Exception as error:  # whatever a damaged file makes of peft's code
+    except Exception as error:  # a damaged file fails anywhere in peft's code
         raise UserError(
             f"model.adapter: cannot read an adapter from {path!r} ({_last_line(error)})",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
@@ -262,7 +267,7 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
 
 
 def _inner_adapters(path: str) -> str:
-    """Name adapters one folder below: peft saves named ones there, trainers their checkpoints."""
+    """Name adapters one folder below, where peft saves named ones and trainers checkpoints."""
     inner = sorted(str(file.parent) for file in Path(path).glob("*/adapter_config.json"))
     return f"give {' or '.join(inner[-2:])}" if inner else ""
 
@@ -271,11 +276,13 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
     """Read an adapter folder for a backbone.
 
     Args:
-        shapes_only: a config is enough, as for a plan where weights are not here yet.
+        backbone: the model that the adapter was trained on, or its part of it.
+        path: a folder or hub name with adapter_config.json.
+        shapes_only: a config is enough, as for planning before the weights are fetched.
 
     Raises:
-        UserError: no adapter is there, one of a kind that is no change of weights, or one of a
-            model with other modules.
+        UserError: there is no adapter, its kind does not change weights, or it belongs to a model
+            with other modules.
     """
     config = read_adapter_config(path)
     weights: dict[str, Tensor] = {}
@@ -306,7 +313,7 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
         own = [name for name in saved if any(known.endswith(f".{name}") for known in names)]
         config.modules_to_save = own or None
     config.inference_mode = False
-    config.task_type = None  # peft would wrap a backbone as the head that the task needs
+    config.task_type = None  # otherwise peft would expect the head of that task
     kept = {name: value for name, value in weights.items() if name not in heads}
     return AdapterFiles(path=path, config=config, weights=kept, outer=outer)
 
@@ -314,7 +321,7 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
 def _outer_name(
     backbone: nn.Module, weights: dict[str, Tensor], path: str
 ) -> tuple[str, list[str]]:
-    """The backbone's name in the model that an adapter was trained on, and weights of its heads."""
+    """Find the backbone's name in the model an adapter was trained on, and the weights of heads."""
     children = {name for name, _ in backbone.named_children()}
     outer, heads = set(), []
     for name in weights:
@@ -326,7 +333,7 @@ def _outer_name(
             heads.append(name)
         else:
             outer.add(".".join(parts[:start]))
-    if not outer and not heads:  # none of them names a layer; most are made on whole models
+    if not outer and not heads:  # no weight names a layer; assume the usual whole model
         outer.add(str(backbone.base_model_prefix))
     if len(outer) != 1:
         raise UserError(
@@ -338,18 +345,20 @@ def _outer_name(
 
 
 def attach(model: nn.Module, config: peft.PeftConfig, path: str | None = None) -> Any:
-    """Put an adapter on a model; only as shapes where the model has only shapes.
+    """Put an adapter on a model; on the meta device if the model is there.
 
     Args:
-        path: where the config comes from, for the message; None for a fresh adapter.
+        model: is changed in place.
+        config: of the adapter.
+        path: source of the config, for the message; None for a fresh adapter.
 
     Raises:
-        UserError: the layers that the config names are not there, or of another kind.
+        UserError: the layers that the config names do not exist, or are of another kind.
     """
     shapes_only = next(model.parameters()).is_meta
     try:
         with warnings.catch_warnings():
-            # peft asks for renamed properties, and notes where an adapter came from.
+            # peft reads renamed properties, and reports where an adapter came from.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
             return peft.get_peft_model(model, config, low_cpu_mem_usage=shapes_only)
@@ -370,7 +379,7 @@ def _last_line(error: Exception) -> str:
 
 # peft's word for every linear layer except the head.
 ALL_LINEAR = "all-linear"
-# Starts that leave the weights below an adapter as they are.
+# Values of `init_lora_weights` that do not change the base weights.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -380,7 +389,7 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
     Raises:
         UserError: one of the named layers does not exist.
     """
-    # peft ignores a name that matches nothing as long as another one matches.
+    # peft ignores a name that matches no layer if another name matches one.
     names = _linear_names(backbone)
     targets = sorted(names) if config.targets == ALL_LINEAR else list(config.targets)
     unknown = [target for target in targets if target not in names]
@@ -403,7 +412,7 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module:
-    """Put an adapter folder on the backbone and keep it trainable, as the only part that is.
+    """Put an adapter folder on the backbone, as the only part that stays trainable.
 
     Args:
         backbone: the model the adapter was trained on.
@@ -411,8 +420,7 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
         meta: shapes only; load no weights.
 
     Raises:
-        UserError: no adapter is there, it belongs to another model, or it changes more than it
-            adds.
+        UserError: there is no adapter, it belongs to another model, or it changes base weights.
     """
     files = read_adapter(backbone, path, shapes_only=meta)
     _check_continuable(files)
@@ -445,7 +453,7 @@ def _check_continuable(files: AdapterFiles) -> None:
 
 
 def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
-    """The same adapter by the names of the backbone alone; its patterns become lists of names."""
+    """Rename an adapter to the backbone's own names; its patterns become lists of names."""
     if not files.outer:
         return files
     outer = f"{files.outer}."
@@ -471,7 +479,7 @@ def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
 
 
 def _linear_names(backbone: nn.Module) -> set[str]:
-    """Last parts of the names of the linear layers inside the blocks."""
+    """Return the last parts of the names of all linear layers."""
     kinds = ("Linear", "Conv1D")  # Conv1D is GPT-2's transposed linear layer
     return {
         name.rsplit(".", 1)[-1]

@@ -1,4 +1,23 @@
-"""Supported architectures: their layers, native forms and rotary scaling."""
+"""Supported architectures: how a model is taken apart, and which published layouts become native.
+
+A family names the modules of transformers that an encoder calls one after another:
+
+    model_type                              embed                     blocks         last
+    qwen2 qwen3 llama mistral gemma gemma2  embed_tokens, rotary_emb  layers         norm
+      olmo2 phi3 smollm3, eurobert (an encoder), gemma3_text (rotary_emb by layer type)
+    gpt2                                    wte + wpe, drop           h              ln_f
+    bert roberta xlm-roberta                embeddings                encoder.layer  -
+    modernbert                              embeddings, rotary_emb    layers         final_norm
+
+A published layout with other names is read as the transformers model that computes the same:
+
+    published            model_type  native config   renamed weights
+    Dream                Dream       Qwen2Config     none
+    LLaDA                llada       LlamaConfig     all: model.transformer.blocks.N.* -> layers.N.*
+    DiffuLLaMA           llama       LlamaConfig     denoise_model.* -> *
+    DiffuGPT             gpt2        GPT2Config      denoise_model.* -> *, embed_tokens -> wte
+    Gemma 3 with images  gemma3      its text part   language_model.* -> *, the rest is left out
+"""
 
 from __future__ import annotations
 
@@ -19,7 +38,8 @@ LayerInputs = list[dict[str, Any]]
 class Family:
     """The parts of a backbone, so that it can be run layer by layer on packed rows.
 
-    Modules are called, never their weights read: under ZeRO-3 the call is what brings the weights.
+    Modules are called, and their weights never read directly: under ZeRO-3 it is the call that
+    gathers the weights.
 
     Attributes:
         embed: (model, (1, T) ids, (1, T) positions) -> (1, T, D) and each layer's keyword inputs.
@@ -27,7 +47,7 @@ class Family:
         finish: (model, (1, T, D)) -> (1, T, D), the final norm.
         decoder: whether the family has a causal mask, which can be kept or taken off.
         attention_dropout: the config key of the dropout on attention weights.
-        arguments: constructor arguments that leave out heads an embedder has no use for.
+        arguments: constructor arguments that leave out heads that an embedder does not use.
     """
 
     embed: Callable[[Any, Tensor, Tensor], tuple[Tensor, LayerInputs]]
@@ -58,25 +78,25 @@ def _embed_bert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, Lay
 
 
 def _embed_roberta(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
-    # RoBERTa counts positions from the one after the padding token's id.
+    # RoBERTa numbers positions from the one after the padding token's id.
     return _embed_bert(model, ids, positions + model.config.pad_token_id + 1)
 
 
 def _embed_gemma3(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
     hidden = model.embed_tokens(ids)
-    return hidden, _rotary_by_kind(model, hidden, positions)
+    return hidden, _rotary_by_layer_type(model, hidden, positions)
 
 
 def _embed_modernbert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
     hidden = model.embeddings(input_ids=ids)
-    return hidden, _rotary_by_kind(model, hidden, positions)
+    return hidden, _rotary_by_layer_type(model, hidden, positions)
 
 
-def _rotary_by_kind(model: Any, hidden: Tensor, positions: Tensor) -> LayerInputs:
-    """Near-sighted and far-sighted layers turn at different speeds."""
-    kinds = model.config.layer_types
-    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in sorted(set(kinds))}
-    return [{"position_embeddings": rotary[kind]} for kind in kinds]
+def _rotary_by_layer_type(model: Any, hidden: Tensor, positions: Tensor) -> LayerInputs:
+    """Return rotary positions for each layer: those with a window have another base."""
+    types = model.config.layer_types
+    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in sorted(set(types))}
+    return [{"position_embeddings": rotary[kind]} for kind in types]
 
 
 _DECODER = Family(
@@ -108,7 +128,7 @@ _MODERNBERT = Family(
     decoder=False,
     attention_dropout="attention_dropout",
 )
-# By `model_type` of config.json, after a diffusion model's config became its native equivalent.
+# By `model_type` of the native config.
 FAMILIES: dict[str, Family] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
@@ -131,12 +151,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NativeForm:
-    """A published layout in native terms.
+    """The native equivalent of a published layout.
 
     Attributes:
         config: the published config.json -> the native config.
         keys: regular expressions over weight names -> their native names.
-        shifted: whether a token is predicted from the hidden state before it, not from its own.
+        shifted: True if a token is predicted from the hidden state before it, otherwise from its
+            own.
     """
 
     config: Callable[[dict[str, Any]], PretrainedConfig]
@@ -145,12 +166,12 @@ class NativeForm:
 
 
 def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
-    """Dream (arXiv 2508.15487) computes what Qwen2 computes, under the same weight names."""
+    """Return Dream's config as Qwen2's: same arithmetic, same weight names (arXiv 2508.15487)."""
     dropped = ("architectures", "auto_map", "model_type", "transformers_version")
     return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
 
 
-# What a LLaDA config must say (absent keys mean the same) for its blocks to be Llama's.
+# The values with which LLaDA's blocks are Llama's; an absent key has the same meaning.
 _LLADA_IS_LLAMA = {
     "block_type": "llama",
     "activation_type": "silu",
@@ -171,10 +192,10 @@ _LLADA_IS_LLAMA = {
 
 
 def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
-    """LLaDA (arXiv 2502.09992) is Llama without the causal mask, under OLMo's names.
+    """Return LLaDA's config as Llama's: it has OLMo's names and no causal mask (arXiv 2502.09992).
 
     Raises:
-        UserError: this variant switches on something that Llama does not have.
+        UserError: this variant uses a feature that Llama does not have.
     """
     for key, wanted in _LLADA_IS_LLAMA.items():
         if published.get(key, wanted) not in (wanted, None):
@@ -223,7 +244,7 @@ _LLADA_KEYS = {
 
 
 def _gemma3_text_config(published: dict[str, Any]) -> PretrainedConfig:
-    """Gemma 3 from 4B on reads images as well; the text model inside is the one of 1B."""
+    """Return the text model inside Gemma 3 from 4B on, which has the layout of the 1B model."""
     text: PretrainedConfig = Gemma3Config.from_dict(published).text_config
     return text
 
@@ -233,10 +254,10 @@ def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], Pretraine
 
 
 # DiffuGPT and DiffuLLaMA (arXiv 2410.17891) keep the embedding apart from the blocks. Their configs
-# are those of plain GPT-2 and Llama, whose own weight names these rules leave alone.
+# have the model_type of plain GPT-2 and Llama, whose weight names these rules leave alone.
 _DIFFUGPT_KEYS = {r"^embed_tokens\.": "wte.", r"^denoise_model\.": ""}
 _DIFFULLAMA_KEYS = {r"^denoise_model\.": ""}
-# As it was published, and as transformers 5 saves it.
+# Both the published names and the names that transformers 5 saves.
 _GEMMA3_KEYS = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
 # By the `model_type` of the published config.json.
 NATIVE_FORMS = {
@@ -246,26 +267,27 @@ NATIVE_FORMS = {
     "gemma3": NativeForm(config=_gemma3_text_config, keys=_GEMMA3_KEYS),
     "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS, shifted=False),
 }
-# Layers that see the whole text; a sliding window never leaves the positions of training.
-_FAR = "full_attention"
+# The type of layers that see the whole text. A layer with a window keeps its rotation: training has
+# seen all distances within a window.
+_FULL = "full_attention"
 
 
 def scale_rope(hf_config: PretrainedConfig, scaling: RopeScaling) -> None:
-    """Rescale in place; `max_position_embeddings` grows by the factor.
+    """Rescale rotary positions in place; `max_position_embeddings` grows by the factor.
 
-    There is no `dynamic` kind: it would turn positions by the longest row of a forward, and a
-    vector would depend on its batch mates. `ntk` is that rule at the full length.
+    There is no `dynamic` kind: it rotates by the longest row of a forward, so a vector would depend
+    on the other texts of its batch. `ntk` is the same rule at the full length.
 
     Raises:
         UserError: the family has no rotary positions, or this model's are rescaled already.
     """
-    everywhere: dict[str, Any] | None = getattr(hf_config, "rope_parameters", None)
-    if not everywhere:
+    parameters: dict[str, Any] | None = getattr(hf_config, "rope_parameters", None)
+    if not parameters:
         raise UserError(
             f"model.rope_scaling: a {hf_config.model_type} model has no rotary positions",
             fix="remove model.rope_scaling, and keep texts within its learned positions",
         )
-    rope = everywhere.get(_FAR, everywhere)
+    rope = parameters.get(_FULL, parameters)
     if rope["rope_type"] != "default":
         raise UserError(
             f"model.rope_scaling: this model's positions are already {rope['rope_type']}",

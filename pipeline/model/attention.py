@@ -1,6 +1,21 @@
-"""Attention over packed rows: no padding, no row sees another.
+"""Attention over packed rows: no padding, and no row sees another.
 
-Shapes: C rows, T tokens of all rows, H query heads, G key/value heads, K head width, L row tokens.
+    lengths     (C,)          tokens of each row, in host memory
+    query       (1, H, T, K)  T = sum of lengths, one row after another
+    key, value  (1, G, T, K)  G divides H: each key/value head serves H / G query heads
+    output      (1, T, H, K)
+
+transformers calls `packed_attention` in every layer, under the name `PACKED`, and `choose_kernel`
+picks for each call:
+
+    flash-attn                      16-bit on a GPU, heads up to 256, dropout and capped scores
+    torch's variable-length kernel  16-bit on a GPU, heads up to 256
+    row by row                      everything else: CPU, float32, wide heads
+
+The first two get all rows in one call, with (C + 1,) cumulative lengths as the boundaries between
+them; (1, H, T, K) becomes (T, H, K) there. Row by row splits T and attends in each row of L tokens:
+
+    C rows, T tokens of all rows, H query heads, G key/value heads, K head width, L tokens of a row
 """
 
 from __future__ import annotations
@@ -24,15 +39,15 @@ PACKED = "diffembed_packed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Where each row lies among the packed tokens; computed once per forward."""
+class PackedRows:
+    """The extent of each row among the packed tokens; computed once per forward."""
 
     sizes: list[int]  # tokens of each row
     lengths: Tensor  # (C,) the same on the device
     boundaries: Tensor  # (C + 1,) int32 cumulative lengths
     longest: int
     causal: bool
-    skipped: Tensor | None = None  # (C,) tokens at the front of each row that pooling leaves out
+    not_pooled: Tensor | None = None  # (C,) tokens at the front of each row
 
     @classmethod
     def of(
@@ -40,16 +55,16 @@ class Rows:
         lengths: Tensor,
         *,
         causal: bool,
-        skipped: Tensor | None = None,
+        not_pooled: Tensor | None = None,
         device: torch.device | None = None,
-    ) -> Rows:
+    ) -> PackedRows:
         """Describe rows.
 
         Args:
-            lengths: (C,) tokens of each row, in host memory: to ask a GPU is to wait for it.
-            causal: whether a token sees only those before it.
-            skipped: (C,) tokens at the front of each row that pooling leaves out, on the device.
-            device: where the tokens are; None: where the lengths are.
+            lengths: (C,) tokens of each row, in host memory: reading a GPU means waiting for it.
+            causal: whether a token sees only itself and earlier tokens.
+            not_pooled: (C,) tokens at the front of each row that pooling leaves out, on the device.
+            device: of the tokens; None: the device of the lengths.
         """
         sizes = lengths.tolist()
         if device is not None:
@@ -60,18 +75,18 @@ class Rows:
             boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             longest=max(sizes),
             causal=causal,
-            skipped=skipped,
+            not_pooled=not_pooled,
         )
 
     @property
     def positions(self) -> Tensor:
-        """(T,) position of each token in its own row."""
+        """(T,) position of each token in its row."""
         starts = self.per_token(self.boundaries[:-1])
         return torch.arange(len(starts), device=starts.device) - starts
 
     def per_token(self, values: Tensor) -> Tensor:
-        """(C,) a value of each row to (T,) that of each token's row."""
-        # Without the size of its output it would wait for the GPU to count.
+        """Repeat each row's value for its tokens: (C,) -> (T,)."""
+        # Without `output_size` it would wait for the GPU to count.
         return values.repeat_interleave(self.lengths, output_size=sum(self.sizes))
 
 
@@ -82,7 +97,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    rows: Rows,
+    rows: PackedRows,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -97,10 +112,10 @@ def packed_attention(
         key: (1, G, T, K).
         value: (1, G, T, K).
         attention_mask: always None; the rows are the mask.
-        rows: how T is cut into rows, handed through the model as a keyword.
+        rows: how T is divided into rows; the model passes it through as a keyword.
         scaling: factor on the scores; K**-0.5 when None.
         dropout: probability of dropping an attention weight.
-        sliding_window: not None in layers that only see near tokens.
+        sliding_window: not None in layers that see only near tokens.
         softcap: scores pass through softcap * tanh(score / softcap) (Gemma 2).
 
     Returns:
@@ -113,6 +128,7 @@ def packed_attention(
         query.device, query.dtype, query.shape[-1], dropout=dropout, softcap=softcap
     )
     if kernel is not None:
+        # (1, H, T, K) -> (T, H, K), and the same for keys and values
         out = kernel.attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
@@ -124,23 +140,23 @@ def packed_attention(
             softcap=softcap,
         )
         return out.unsqueeze(0), None
-    parts = []
-    # `split`, not slices: the backward of a slice fills a whole (T, ...) tensor per row.
+    outputs = []
+    # `split`, not slices: the backward of each slice would fill a whole (T, ...) tensor.
     split = [torch.split(x, rows.sizes, dim=2) for x in (query, key, value)]
     for q, k, v in zip(*split, strict=True):
         out = _attend(q, k, v, rows.causal, window, scale, dropout, softcap)  # (1, H, L, K)
-        parts.append(out.transpose(1, 2))
-    return torch.cat(parts, dim=1), None
+        outputs.append(out.transpose(1, 2))  # (1, L, H, K)
+    return torch.cat(outputs, dim=1), None
 
 
-def _window(module: Any, sliding_window: int | None, rows: Rows) -> tuple[int, int] | None:
-    """How many tokens to the left and to the right a token sees; None for all it may.
+def _window(module: Any, sliding_window: int | None, rows: PackedRows) -> tuple[int, int] | None:
+    """Return how many tokens a token sees to its left and right; None for no window.
 
-    Hugging Face's masks count a causal window with the token itself and a two-sided one without.
+    In Hugging Face's masks a causal window includes the token itself, a two-sided one does not.
     """
     if sliding_window is None:
         return None
-    # Not the argument itself: some models pass the mask's width, some the kernel's.
+    # Not the argument itself: its meaning differs between models, by one token.
     reach = int(module.config.sliding_window)
     if reach >= rows.longest:
         return None
@@ -157,7 +173,7 @@ def _attend(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one row: (1, H, L, K), (1, G, L, K), (1, G, L, K) -> (1, H, L, K)."""
+    """Attend in one row: (1, H, L, K), (1, G, L, K), (1, G, L, K) -> (1, H, L, K)."""
     length = q.shape[2]
     mask = None
     if window is not None or (softcap is not None and causal):
@@ -176,6 +192,7 @@ def _attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+    # torch's function cannot cap scores, so its steps are written out: scores are (1, H, L, L).
     repeats = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(repeats, dim=1).transpose(2, 3) * scale
     scores = softcap * torch.tanh(scores / softcap)
@@ -203,7 +220,7 @@ def choose_kernel(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> Kernel | None:
-    """Return the fastest kernel of this machine for exactly this attention; None: row by row."""
+    """Return this machine's fastest kernel for exactly this attention; None: row by row."""
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type != "cuda" or not half or head_width > 256:
         return None
@@ -225,7 +242,7 @@ def describe_kernel(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> str:
-    """Return the line by which a run says how it computes attention."""
+    """Return the line that tells how a run computes attention."""
     kernel = choose_kernel(device, dtype, head_width, dropout=dropout, softcap=softcap)
     if kernel is not None:
         return f"attention: {kernel.name}"
@@ -249,7 +266,7 @@ def flash_attention() -> Kernel | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
-        # Built for another torch: it is there, and would silently not be used.
+        # Built for another torch: installed, but without this line silently unused.
         print(f"WARNING: flash-attn is installed but cannot be imported ({error})", flush=True)
         return None
     takes_softcap = "softcap" in inspect.signature(flash_attn_varlen_func).parameters
@@ -259,7 +276,7 @@ def flash_attention() -> Kernel | None:
         k: Tensor,
         v: Tensor,
         *,
-        rows: Rows,
+        rows: PackedRows,
         scale: float,
         dropout: float,
         window: tuple[int, int] | None,
@@ -277,7 +294,7 @@ def flash_attention() -> Kernel | None:
             softmax_scale=scale,
             causal=rows.causal,
             window_size=window or (-1, -1),
-            # Otherwise the query's gradient is added up by atomics, in any order.
+            # Otherwise atomics add up the query's gradient, in any order.
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **({} if softcap is None else {"softcap": softcap}),
         )
@@ -288,7 +305,7 @@ def flash_attention() -> Kernel | None:
 
 @cache
 def torch_varlen() -> Kernel | None:
-    """Return torch's own kernel, unless this torch is too old for the arguments that we need."""
+    """Return torch's own kernel, unless this torch is too old for the arguments we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -303,19 +320,18 @@ def torch_varlen() -> Kernel | None:
         k: Tensor,
         v: Tensor,
         *,
-        rows: Rows,
+        rows: PackedRows,
         scale: float,
         dropout: float,
         window: tuple[int, int] | None,
         softcap: float | None,
     ) -> Tensor:
-        assert dropout == 0 and softcap is None, "choose_kernel takes another one"
+        assert dropout == 0 and softcap is None, "choose_kernel picks another one"
         more: dict[str, Any] = {}
         if (groups := q.shape[1] // k.shape[1]) > 1:
             if takes_groups:
                 more["enable_gqa"] = True
-            else:  # torch 2.11
-                # (T, G, K) -> (T, H, K)
+            else:  # torch 2.11 cannot share heads: (T, G, K) -> (T, H, K)
                 k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         out = varlen_attn(
             q,
@@ -329,7 +345,7 @@ def torch_varlen() -> Kernel | None:
             window_size=window or ((-1, 0) if rows.causal else (-1, -1)),
             **more,
         )
-        assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
+        assert isinstance(out, Tensor)  # a tuple only with the log-sum-exp
         return out
 
     return Kernel(
@@ -340,8 +356,8 @@ def torch_varlen() -> Kernel | None:
     )
 
 
-def check_lengths(input_ids: Tensor, rows: Rows) -> None:
-    """Refuse rows that do not tile the tokens, which would silently mix texts.
+def check_lengths(input_ids: Tensor, rows: PackedRows) -> None:
+    """Refuse lengths that do not cover the tokens exactly, which would silently mix texts.
 
     Raises:
         UserError: lengths do not sum to the number of tokens, or one is not positive.

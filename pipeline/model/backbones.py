@@ -1,7 +1,11 @@
-"""Load a Hugging Face backbone from a folder or hub name.
+"""Load a Hugging Face backbone from a folder or hub name, ready for packed rows.
 
-Nothing is taken on trust that can be measured: how the code attends and what padding does to a
-vector are probed when it is loaded.
+    config.json -> native config -> shapes on the meta device -> weights, piece by piece
+                                                    adapters are merged into each piece as it comes
+
+A model with its own code (`trust_remote_code`, at a pinned revision) has no family here. It runs
+padded behind the interface of a packed model, as one block (`PaddedModel`), and is probed first:
+its attention must be as configured, and padding must not change a vector.
 """
 
 from __future__ import annotations
@@ -30,162 +34,30 @@ from pipeline.model.architectures import (
     NativeForm,
     scale_rope,
 )
-from pipeline.model.attention import PACKED, Rows
-from pipeline.model.weights import Placement, WeightFiles, WeightReader, fill
+from pipeline.model.attention import PACKED, PackedRows
+from pipeline.model.weights import Placement, WeightFiles, WeightReader, load_weights
 from pipeline.tokenizer import embedding_rows
 
 
-def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """Return what a whole model of this architecture holds and ours does not, by native name.
-
-    The pooler of BERT and its kin, as the base model has it; zeros where the base has none.
-    Without it every load would warn of a model that is not whole.
-
-    Args:
-        model: the Hugging Face model that was trained.
-        family: how it was taken apart.
-        config: the model section it was built from.
-    """
-    files = WeightFiles(config.path, config.revision)
-    found = {}
-    for name, (shape, source) in _left_out(model, family, files).items():
-        if source is None:
-            found[name] = torch.zeros(shape, dtype=model.dtype)
-        else:
-            with files.slices([source]) as slices:
-                found[name] = slices[source][:].to(model.dtype)
-    return found
-
-
-def unused_names(model: Any, family: Family, config: ModelConfig) -> list[str]:
-    """Return the names of the `unused_weights` that the base model has."""
-    left_out = _left_out(model, family, WeightFiles(config.path, config.revision))
-    return [name for name, (_, source) in left_out.items() if source is not None]
-
-
-def _left_out(
-    model: Any, family: Family, files: WeightFiles
-) -> dict[str, tuple[torch.Size, str | None]]:
-    """Return the shape of each unused weight, and its name in the base model's files."""
-    if not family.arguments:
-        return {}  # nothing was left out
-    with torch.device("meta"):
-        whole = AutoModel.from_config(model.config, trust_remote_code=False)
-    shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
-    found = {}
-    for name in shapes.keys() - model.state_dict().keys():
-        published = [name, f"{whole.base_model_prefix}.{name}"]
-        source = next((key for key in published if files.shapes.get(key) == shapes[name]), None)
-        found[name] = shapes[name], source
-    return found
-
-
-class PaddedModel(nn.Module):
-    """A foreign model with the outside of a packed one: an embedding and a single block."""
-
-    base_model_prefix = ""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.config = inner.config
-        self.layers = nn.ModuleList([_PaddedBlock(inner)])
-
-    def gradient_checkpointing_enable(self, arguments: dict[str, Any]) -> None:
-        """Hand the request to the foreign code."""
-        self.layers[0].inner.gradient_checkpointing_enable(arguments)  # type: ignore[operator, union-attr]
-
-
-class _PaddedBlock(nn.Module):
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden: Tensor, *, attention_mask: None, rows: Rows) -> Tensor:
-        """(1, T, D) input embeddings to (1, T, D) last hidden states, by way of (C, L, D)."""
-        padded = pad_sequence(list(torch.split(hidden[0], rows.sizes)), batch_first=True)
-        columns = torch.arange(rows.longest, device=hidden.device)
-        mask = columns < rows.lengths[:, None]  # (C, L)
-        packed: Tensor = last_states(self.inner, padded, mask)[mask].unsqueeze(0)
-        return packed
-
-
-def last_states(inner: Any, embedded: Tensor, mask: Tensor) -> Tensor:
-    """(C, L, D) embeddings and (C, L) mask of real tokens -> (C, L, D) last hidden states.
-
-    Raises:
-        UserError: the model returns something else.
-    """
-    out = inner(inputs_embeds=embedded, attention_mask=mask.long())
-    states: Tensor | None = getattr(out, "last_hidden_state", None)
-    if states is None:
-        raise UserError(
-            "model.path: its code returns no last_hidden_state",
-            fix="point AutoModel in its auto_map at the backbone, not at a head",
-        )
-    return states
-
-
-def _embed(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
-    return model.layers[0].inner.get_input_embeddings()(ids), [{}]
-
-
-REMOTE = Family(
-    embed=_embed,
-    layers=lambda model: model.layers,
-    finish=lambda model, hidden: hidden,
-    decoder=True,
-    attention_dropout="attention_dropout",
-)
-
-
-def check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
-    """Probe foreign code with three forwards of a few tokens.
-
-    Raises:
-        UserError: it does not attend as the config says, or a vector depends on padding.
-    """
-    inner: Any = model.layers[0].inner
-    inner.eval()
-    ids = torch.arange(1, 9)[None]
-    real = torch.tensor([[True] * 5 + [False] * 3])  # what follows token 5 is padding, not zeros
-    with torch.no_grad():
-        embedded = inner.get_input_embeddings()(ids)
-        alone = last_states(inner, embedded[:, :5], real[:, :5]).float()
-        padded = last_states(inner, embedded, real)[:, :5].float()
-        longer = last_states(inner, embedded, torch.ones_like(real))[:, :5].float()
-    noise = (1e-4 if config.dtype == "float32" else 3e-2) * alone.abs().max()
-    if (alone - padded).abs().max() > noise:
-        raise UserError(
-            f"model.path: in the code of {config.path} padding changes the vectors of a text",
-            fix="correct its attention mask; embeddings would depend on their batch mates",
-        )
-    attends = "bidirectional" if (alone - longer).abs().max() > noise else "causal"
-    if attends != config.attention:
-        raise UserError(
-            f"model.attention: {config.attention}, but the code of {config.path} is {attends}",
-            allowed=attends,
-        )
-
-
 def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[nn.Module, Family]:
-    """Load weights, ready for packed rows; an adapter to merge is merged into them.
+    """Load a backbone and merge the adapters that the config merges.
 
     Args:
         config: the model section.
-        placement: where the weights go; without one, only shapes, on the meta device.
+        placement: where the weights go; None: shapes only, on the meta device.
 
     Raises:
-        UserError: nothing is there, the architecture is not supported, the attention cannot be
-            what the config asks for, or weights are missing.
+        UserError: there is no model, its architecture is not supported, its attention cannot be as
+            configured, or weights are missing.
     """
-    with placement.agreed() if placement else nullcontext():
+    with placement.together() if placement else nullcontext():
         published = read_config(config)
         if config.trust_remote_code:
-            model, family = _load_remote(config, placement), REMOTE
+            model, family = _load_remote(config, placement), _REMOTE
         else:
             native, hf_config, family = _resolve(config, published)
             if native is not None and native.keys:
-                # DiffuGPT's config.json counts one token less than its embedding has rows.
+                # The vocab_size of DiffuGPT's config.json is one less than the rows it has.
                 rows = embedding_rows(config.path, config.revision)
                 hf_config.vocab_size = rows or hf_config.vocab_size
             model = _build_shapes(config, hf_config, family)
@@ -201,7 +73,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
     elif placement is not None:
         keys = native.keys if native else {}
         with quiet():
-            fill(
+            load_weights(
                 model,
                 layers=family.layers(model),
                 open_reader=lambda: WeightReader(
@@ -214,7 +86,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
 
 
 def _plan_merges(config: ModelConfig, model: nn.Module, placement: Placement | None) -> list[Merge]:
-    """One merge for each adapter, in order; one on the model that the earlier ones made."""
+    """Return one merge for each adapter; each expects the model with all earlier ones merged."""
 
     def load_base(count: int) -> nn.Module:
         earlier = config.all_merged[:count]
@@ -232,23 +104,23 @@ def _plan_merges(config: ModelConfig, model: nn.Module, placement: Placement | N
 def _resolve(
     config: ModelConfig, published: dict[str, Any]
 ) -> tuple[NativeForm | None, PretrainedConfig, Family]:
-    """The transformers config that computes what the published one asks for."""
+    """Return native form and config, with the attention and positions of our config."""
     if published["model_type"].startswith("diffusion_gemma"):
         raise UserError(
             f"model.path: {config.path} is a DiffusionGemma: a canvas that reads the key/value "
-            "cache of a causal encoder, which no class of transformers loads by itself",
+            "cache of a causal encoder, and no class of transformers loads its text stack alone",
             allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
             fix="take Dream or LLaDA; an export of its text stack could not be loaded by others",
         )
     native = NATIVE_FORMS.get(published["model_type"])
-    # Before transformers reads the config: to an unknown kind it would offer the folder's code.
+    # Before transformers reads the config: for an unknown kind it would offer to run its code.
     if native is None and published["model_type"] not in FAMILIES:
         raise _unknown_kind(config, published)
     with blame(f"model.path: the config.json of {config.path}", fix=model_fix(config.path)):
         hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES[hf_config.model_type]
     if getattr(hf_config, "use_bidirectional_attention", None):
-        # Gemma 3 halves its window each time such a config is read, so a copy is another model.
+        # Gemma 3 halves its window each time such a config is read: a copy is another model.
         raise UserError(
             f"model.path: the config.json of {config.path} has use_bidirectional_attention",
             fix="remove that key; model.attention decides how the model attends",
@@ -269,7 +141,7 @@ def _resolve(
 
 
 def _unknown_kind(config: ModelConfig, published: dict[str, Any]) -> UserError:
-    """The error for a kind of model that this package does not know."""
+    """Return the error for an unknown kind of model; it names a text model inside, if any."""
     kind, inner = published["model_type"], published.get("text_config")
     inside = inner.get("model_type") if isinstance(inner, dict) else None
     if inside is not None:
@@ -288,40 +160,23 @@ def _unknown_kind(config: ModelConfig, published: dict[str, Any]) -> UserError:
     )
 
 
-def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
-    """Load a model by its own code, at the revision that the config pins.
-
-    Whole in every process: only that code knows its pieces, and it is probed before it is trusted.
-    """
-    if config.rope_scaling is not None:
-        raise UserError(
-            f"model.rope_scaling: the code of {config.path} decides about its positions",
-            fix="remove model.rope_scaling",
-        )
-    dtype = getattr(torch, config.dtype)
-    with quiet():
-        if placement is None:
-            hf_config = AutoConfig.from_pretrained(
-                config.path, revision=config.revision, trust_remote_code=True
-            )
-            with torch.device("meta"):
-                inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
-            return PaddedModel(inner)
-        arguments = {"attention_dropout": config.attention_dropout}
-        given = {key: value for key, value in arguments.items() if value is not None}
-        inner = AutoModel.from_pretrained(
-            config.path, dtype=dtype, **given, revision=config.revision, trust_remote_code=True
-        )
-    model = PaddedModel(inner)
-    check_behaviour(model, config)
-    return model.to(placement.device)
+def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Family) -> nn.Module:
+    arguments = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": PACKED,
+        **family.arguments,
+    }
+    found = f"model.path: the config.json of {config.path} describes no model"
+    with blame(found, fix=model_fix(config.path)), torch.device("meta"):
+        shapes: nn.Module = AutoModel.from_config(hf_config, trust_remote_code=False, **arguments)
+    return shapes
 
 
 def read_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json as it was published.
+    """Read config.json as it was published.
 
     Raises:
-        UserError: there is none, or it names no kind of model.
+        UserError: it is missing or damaged, or names no kind of model.
     """
     require_model_place(config.path, key="model.path")
     with blame(
@@ -351,7 +206,7 @@ def _native_config(config: ModelConfig) -> PretrainedConfig:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and reports of transformers: every rank loads, and what they would say is checked."""
+    """Silence transformers: every rank would print, and our own checks cover its reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -363,13 +218,166 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _build_shapes(config: ModelConfig, hf_config: PretrainedConfig, family: Family) -> nn.Module:
-    arguments = {
-        "dtype": getattr(torch, config.dtype),
-        "attn_implementation": PACKED,
-        **family.arguments,
-    }
-    found = f"model.path: the config.json of {config.path} describes no model"
-    with blame(found, fix=model_fix(config.path)), torch.device("meta"):
-        shapes: nn.Module = AutoModel.from_config(hf_config, trust_remote_code=False, **arguments)
-    return shapes
+def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
+    """Load a model by its own code, at the revision that the config pins.
+
+    Whole in every process, because only that code knows its pieces.
+    """
+    if config.rope_scaling is not None:
+        raise UserError(
+            f"model.rope_scaling: the code of {config.path} decides about its positions",
+            fix="remove model.rope_scaling",
+        )
+    dtype = getattr(torch, config.dtype)
+    with quiet():
+        if placement is None:
+            hf_config = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=True
+            )
+            with torch.device("meta"):
+                inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
+            return PaddedModel(inner)
+        arguments = {"attention_dropout": config.attention_dropout}
+        given = {key: value for key, value in arguments.items() if value is not None}
+        inner = AutoModel.from_pretrained(
+            config.path, dtype=dtype, **given, revision=config.revision, trust_remote_code=True
+        )
+    model = PaddedModel(inner)
+    _check_behaviour(model, config)
+    return model.to(placement.device)
+
+
+class PaddedModel(nn.Module):
+    """A model with its own code behind the interface of a packed one: embedding and one block."""
+
+    base_model_prefix = ""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.config = inner.config
+        self.layers = nn.ModuleList([_PaddedBlock(inner)])
+
+    def gradient_checkpointing_enable(self, arguments: dict[str, Any]) -> None:
+        """Pass the request on to the model's own code."""
+        self.layers[0].inner.gradient_checkpointing_enable(arguments)  # type: ignore[operator, union-attr]
+
+
+class _PaddedBlock(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor, *, attention_mask: None, rows: PackedRows) -> Tensor:
+        """Run (1, T, D) input embeddings as (C, L, D), and return (1, T, D) last hidden states."""
+        padded = pad_sequence(list(torch.split(hidden[0], rows.sizes)), batch_first=True)
+        columns = torch.arange(rows.longest, device=hidden.device)
+        mask = columns < rows.lengths[:, None]  # (C, L)
+        packed: Tensor = _last_states(self.inner, padded, mask)[mask].unsqueeze(0)
+        return packed
+
+
+def _last_states(inner: Any, embedded: Tensor, mask: Tensor) -> Tensor:
+    """Return (C, L, D) last hidden states of embeddings under a (C, L) mask of real tokens.
+
+    Raises:
+        UserError: the model returns something else.
+    """
+    out = inner(inputs_embeds=embedded, attention_mask=mask.long())
+    states: Tensor | None = getattr(out, "last_hidden_state", None)
+    if states is None:
+        raise UserError(
+            "model.path: its code returns no last_hidden_state",
+            fix="point AutoModel in its auto_map at the backbone, not at a head",
+        )
+    return states
+
+
+def _embed(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    return model.layers[0].inner.get_input_embeddings()(ids), [{}]
+
+
+_REMOTE = Family(
+    embed=_embed,
+    layers=lambda model: model.layers,
+    finish=lambda model, hidden: hidden,
+    decoder=True,
+    attention_dropout="attention_dropout",
+)
+
+
+def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
+    """Probe a model's own code with three forwards of a few tokens.
+
+    Raises:
+        UserError: its attention is not as configured, or a vector depends on padding.
+    """
+    inner: Any = model.layers[0].inner
+    inner.eval()
+    ids = torch.arange(1, 9)[None]
+    # Padding with real embeddings, not zeros, so that attention to it would show.
+    real = torch.tensor([[True] * 5 + [False] * 3])
+    with torch.no_grad():
+        embedded = inner.get_input_embeddings()(ids)
+        alone = _last_states(inner, embedded[:, :5], real[:, :5]).float()
+        padded = _last_states(inner, embedded, real)[:, :5].float()
+        longer = _last_states(inner, embedded, torch.ones_like(real))[:, :5].float()
+    noise = (1e-4 if config.dtype == "float32" else 3e-2) * alone.abs().max()
+    if (alone - padded).abs().max() > noise:
+        raise UserError(
+            f"model.path: in the code of {config.path} padding changes the vectors of a text",
+            fix="correct its attention mask; a vector would depend on the other texts of its batch",
+        )
+    attends = "bidirectional" if (alone - longer).abs().max() > noise else "causal"
+    if attends != config.attention:
+        raise UserError(
+            f"model.attention: {config.attention}, but the code of {config.path} is {attends}",
+            allowed=attends,
+        )
+
+
+def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights that a complete model of this architecture has and ours lacks.
+
+    That is the pooler of BERT-like models: the base model's, or zeros where the base has none.
+    Without it every load of an export would warn of missing weights.
+
+    Args:
+        model: the Hugging Face model that was trained.
+        family: of the model.
+        config: the model section it was built from.
+
+    Returns:
+        Tensors by native name.
+    """
+    files = WeightFiles(config.path, config.revision)
+    found = {}
+    for name, (shape, source) in _left_out(model, family, files).items():
+        if source is None:
+            found[name] = torch.zeros(shape, dtype=model.dtype)
+        else:
+            with files.slices([source]) as slices:
+                found[name] = slices[source][:].to(model.dtype)
+    return found
+
+
+def unused_names(model: Any, family: Family, config: ModelConfig) -> list[str]:
+    """Return the names of the `unused_weights` that the base model has."""
+    left_out = _left_out(model, family, WeightFiles(config.path, config.revision))
+    return [name for name, (_, source) in left_out.items() if source is not None]
+
+
+def _left_out(
+    model: Any, family: Family, files: WeightFiles
+) -> dict[str, tuple[torch.Size, str | None]]:
+    """Return the shape of each unused weight, and its name in the base model's files."""
+    if not family.arguments:
+        return {}  # the family leaves nothing out
+    with torch.device("meta"):
+        whole = AutoModel.from_config(model.config, trust_remote_code=False)
+    shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+    found = {}
+    for name in shapes.keys() - model.state_dict().keys():
+        published = [name, f"{whole.base_model_prefix}.{name}"]
+        source = next((key for key in published if files.shapes.get(key) == shapes[name]), None)
+        found[name] = shapes[name], source
+    return found

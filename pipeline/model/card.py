@@ -487,7 +487,10 @@ def licence_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 def _licence_text(config: ModelConfig, licence: Mapping[str, Any]) -> str:
     name = Path(config.path).name
     if not licence:
-        return f"That of the base model, {name}, whose card was not available, and of the data."
+        return (
+            f"The card of the base model, {name}, was not available, so its licence is not known "
+            "here; the training data have their own licences."
+        )
     found = licence.get("license_name") or licence["license"]
     words = " and ".join(f"`{word}`" for word in ([found] if isinstance(found, str) else found))
     return f"The base model, {name}, is under {words}; the training data have their own licences."

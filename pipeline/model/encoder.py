@@ -1,12 +1,12 @@
-"""Packed token ids to one vector per text: backbone, pooling, normalisation.
-
-Shapes: C rows, T tokens of all rows, D hidden width.
+"""Embed packed rows: backbone, pooling and normalisation; or predict their tokens.
 
     (T,) ids, (C,) lengths -> embed -> layer 0 ... layer n -> finish -> (C, D) unit rows
+                                                   |
+                                             final norm, gather P states -> logits (P, V)
 
 `forward` is exactly these three calls, so a schedule that runs layer by layer computes the same.
 
-Shapes: T packed tokens, C rows, P predictions, D width, V vocabulary.
+Shapes: C rows, T packed tokens of all rows, D hidden width, P predictions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,60 +25,19 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import ModelConfig, Pooling, TrainConfig
 from pipeline.errors import UserError
 from pipeline.model.adapters import add_lora, continue_adapter
-from pipeline.model.architectures import NATIVE_FORMS, Family
-from pipeline.model.attention import Rows, check_lengths, describe_kernel
+from pipeline.model.architectures import NATIVE_FORMS, Family, LayerInputs
+from pipeline.model.attention import PackedRows, check_lengths, describe_kernel
 from pipeline.model.backbones import load_backbone, quiet, read_config, unused_names, unused_weights
 from pipeline.model.weights import Placement, WeightFiles
 from pipeline.tokenizer import limits_of, read_limits
 
 
-def pool(hidden_TD: Tensor, rows: Rows, how: Pooling) -> Tensor:
-    """One vector per row.
-
-    `weighted_mean` gives the i-th token of L the weight i / (1 + ... + L)
-    (Muennighoff, "SGPT", arXiv 2202.08904). Tokens that are left out count as places but not in
-    any sum, as in sentence-transformers.
-
-    Args:
-        hidden_TD: (T, D) of any floating type.
-        rows: how T is cut into rows, and how many tokens at the front of each are left out.
-        how: the pooling of the model's config.
-
-    Returns:
-        (C, D) float32.
-    """
-    lengths, skipped = rows.lengths, rows.skipped
-    if how == "first_token":
-        first = rows.boundaries[:-1].long()
-        return hidden_TD[first if skipped is None else first + skipped].float()
-    if how == "last_token":
-        return hidden_TD[rows.boundaries[1:].long() - 1].float()
-    hidden_TD = hidden_TD.float()
-    places = rows.positions + 1
-    if skipped is not None:
-        kept = places > rows.per_token(skipped)
-        hidden_TD = hidden_TD.masked_fill(~kept[:, None], 0)
-    if how == "mean":
-        total = lengths if skipped is None else lengths - skipped
-        return _sum_rows(hidden_TD, lengths) / total[:, None]
-    total = lengths * (lengths + 1) / 2
-    if skipped is not None:
-        total = total - skipped * (skipped + 1) / 2
-    weights = places.to(hidden_TD.dtype)
-    return _sum_rows(hidden_TD * weights[:, None], lengths) / total[:, None]
-
-
-def _sum_rows(values_TD: Tensor, lengths: Tensor) -> Tensor:
-    """(T, D) -> (C, D). Sums in order, unlike `index_add`: equal inputs give equal bits on GPUs."""
-    return torch.segment_reduce(values_TD, "sum", lengths=lengths, unsafe=True)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PackedRows:
-    """What every layer needs beside the hidden states; computed once per chunk."""
+class LayerContext:
+    """The inputs of layers other than hidden states; computed once per chunk."""
 
-    rows: Rows
-    layer_inputs: list[dict[str, Any]]
+    rows: PackedRows
+    layer_inputs: LayerInputs
 
 
 class Encoder(nn.Module):
@@ -105,14 +64,14 @@ class Encoder(nn.Module):
         Args:
             input_ids: (T,) tokens of all rows, one row after another.
             lengths: (C,) tokens of each row, in host memory; they sum to T.
-            instruction_tokens: (C,) tokens at the front of each row that are the instruction's,
-                fewer than the row has; None where no row has any.
+            instruction_tokens: (C,) tokens of the instruction at the front of each row, fewer than
+                the row has; None if no row has any.
 
         Returns:
             (C, D) float32, unit rows if the config normalises.
         """
-        hidden, packed = self._run_layers(input_ids, lengths, instruction_tokens)
-        return self.finish(hidden, packed)
+        hidden, context = self._run_layers(input_ids, lengths, instruction_tokens)
+        return self.finish(hidden, context)
 
     @property
     def num_dimensions(self) -> int:
@@ -120,7 +79,7 @@ class Encoder(nn.Module):
         return self.config.dimensions or int(self.model.config.hidden_size)
 
     def describe_attention(self, device: torch.device) -> str:
-        """Return the line by which a run says how it computes attention on `device`."""
+        """Return the line that tells how a run computes attention on `device`."""
         config = self.model.config
         if self.config.trust_remote_code:
             return "attention: the model's own code"
@@ -134,17 +93,17 @@ class Encoder(nn.Module):
         )
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Rows of packed tokens, as for `forward`, to (T, D) hidden states after the final norm."""
+        """Return the (T, D) hidden states of packed rows after the final norm."""
         hidden, _ = self._run_layers(input_ids, lengths, None)
         return self.family.finish(self.model, hidden).squeeze(0)
 
     def _run_layers(
         self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None
-    ) -> tuple[Tensor, PackedRows]:
-        hidden, packed = self.embed(input_ids, lengths, instruction_tokens)
+    ) -> tuple[Tensor, LayerContext]:
+        hidden, context = self.embed(input_ids, lengths, instruction_tokens)
         for index in range(len(self.layers)):
-            hidden = self.run_layer(index, hidden, packed)
-        return hidden, packed
+            hidden = self.run_layer(index, hidden, context)
+        return hidden, context
 
     @property
     def model(self) -> Any:
@@ -154,17 +113,17 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The blocks, in order."""
+        """The transformer blocks, in order."""
         return self.family.layers(self.model)
 
     def embed(
         self, input_ids: Tensor, lengths: Tensor, instruction_tokens: Tensor | None = None
-    ) -> tuple[Tensor, PackedRows]:
-        """Token ids to the hidden states before the first layer, (1, T, D)."""
-        rows = Rows.of(
+    ) -> tuple[Tensor, LayerContext]:
+        """Look up (T,) token ids: the (1, T, D) hidden states before the first layer."""
+        rows = PackedRows.of(
             lengths,
             causal=self.config.attention == "causal",
-            skipped=None if self.config.pool_instruction else instruction_tokens,
+            not_pooled=None if self.config.pool_instruction else instruction_tokens,
             device=input_ids.device,
         )
         check_lengths(input_ids, rows)
@@ -177,28 +136,29 @@ class Encoder(nn.Module):
         hidden, inputs = self.family.embed(
             self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)
         )
-        return hidden, PackedRows(rows=rows, layer_inputs=inputs)
+        return hidden, LayerContext(rows=rows, layer_inputs=inputs)
 
-    def run_layer(self, index: int, hidden: Tensor, packed: PackedRows) -> Tensor:
-        """One block on (1, T, D) hidden states."""
+    def run_layer(self, index: int, hidden: Tensor, context: LayerContext) -> Tensor:
+        """Run one block on (1, T, D) hidden states."""
         out: Tensor = self.layers[index](
-            hidden, attention_mask=None, rows=packed.rows, **packed.layer_inputs[index]
+            hidden, attention_mask=None, rows=context.rows, **context.layer_inputs[index]
         )
         return out
 
-    def finish(self, hidden: Tensor, packed: PackedRows) -> Tensor:
-        """Final norm, pooling and normalisation: (1, T, D) to (C, D) float32."""
+    def finish(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        """Apply final norm, pooling and normalisation: (1, T, D) to (C, D) float32."""
         hidden = self.family.finish(self.model, hidden)
-        vectors = pool(hidden.squeeze(0), packed.rows, self.config.pooling)
+        vectors = pool(hidden.squeeze(0), context.rows, self.config.pooling)
+        # Cut first, so that the shortened vectors have length 1.
         vectors = vectors[:, : self.config.dimensions]
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def save_backbone(self, folder: Path) -> None:
-        """Write weights and config.json for transformers; adapters are merged, for good."""
+        """Write weights and config.json for transformers; adapters are merged permanently."""
         self.merge_adapters()
         unused = unused_weights(self.model, self.family, self.config)
         with quiet():
-            # Under native names, not under those of a published diffusion checkpoint.
+            # Under native names, not the names of a published diffusion checkpoint.
             self.model.save_pretrained(
                 folder,
                 state_dict={**self.model.state_dict(), **unused},
@@ -212,16 +172,60 @@ class Encoder(nn.Module):
         return held + unused_names(self.model, self.family, self.config)
 
     def merge_adapters(self) -> None:
-        """Add the adapters to the weights they belong to; they cannot be trained after."""
+        """Add the adapters to their weights; they cannot be trained afterwards."""
         merge = getattr(self.backbone, "merge_and_unload", None)
         if merge is not None:
             self.backbone = merge()
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter without the weights it belongs to, for peft."""
+        """Write the adapter without the weights of its base model, for peft."""
         backbone: Any = self.backbone
         backbone.peft_config["default"].base_model_name_or_path = self.config.path
         backbone.save_pretrained(folder)
+
+
+def pool(hidden_TD: Tensor, rows: PackedRows, how: Pooling) -> Tensor:
+    """Pool the tokens of each row into one vector.
+
+    `weighted_mean` gives the i-th token of L the weight i / (1 + ... + L)
+    (Muennighoff, "SGPT", arXiv 2202.08904). Tokens that are not pooled still count in i, but not in
+    any sum, as in sentence-transformers.
+
+    Args:
+        hidden_TD: (T, D) of any floating type.
+        rows: how T is divided into rows, and how many tokens at the front of each are not pooled.
+        how: the pooling of the model's config.
+
+    Returns:
+        (C, D) float32.
+    """
+    lengths, not_pooled = rows.lengths, rows.not_pooled
+    if how == "first_token":
+        first = rows.boundaries[:-1].long()
+        return hidden_TD[first if not_pooled is None else first + not_pooled].float()
+    if how == "last_token":
+        return hidden_TD[rows.boundaries[1:].long() - 1].float()
+    hidden_TD = hidden_TD.float()  # a 16-bit sum would lose the later tokens of a long row
+    ordinals_T = rows.positions + 1
+    if not_pooled is not None:
+        kept = ordinals_T > rows.per_token(not_pooled)
+        hidden_TD = hidden_TD.masked_fill(~kept[:, None], 0)
+    if how == "mean":
+        total = lengths if not_pooled is None else lengths - not_pooled
+        return _sum_rows(hidden_TD, lengths) / total[:, None]
+    total = lengths * (lengths + 1) / 2
+    if not_pooled is not None:
+        total = total - not_pooled * (not_pooled + 1) / 2
+    weights = ordinals_T.to(hidden_TD.dtype)
+    return _sum_rows(hidden_TD * weights[:, None], lengths) / total[:, None]
+
+
+def _sum_rows(values_TD: Tensor, lengths: Tensor) -> Tensor:
+    """Sum each row: (T, D) -> (C, D).
+
+    In order, unlike `index_add`, so that equal inputs give equal bits on GPUs.
+    """
+    return torch.segment_reduce(values_TD, "sum", lengths=lengths, unsafe=True)
 
 
 def build_encoder(
@@ -235,14 +239,14 @@ def build_encoder(
         placement: where the weights go; by default they stay whole, on the CPU.
 
     Raises:
-        UserError: the model cannot be loaded, or cannot be what the config asks for.
+        UserError: the model cannot be loaded, or does not fit the config.
     """
     placement = None if meta else placement or Placement()
     backbone, family = load_backbone(config, placement=placement)
     _check_dimensions(backbone, config)
     if config.gradient_checkpointing:
         _checkpoint_activations(backbone)
-    with placement.agreed() if placement else nullcontext():
+    with placement.together() if placement else nullcontext():
         if config.adapter is not None and config.adapter_use == "continue":
             backbone = continue_adapter(backbone, config.adapter, meta=meta)
         if config.lora is not None:
@@ -257,20 +261,34 @@ def _check_dimensions(backbone: Any, config: ModelConfig) -> None:
 
 
 def _checkpoint_activations(backbone: Any) -> None:
-    """Keep only each layer's input for the backward, by the method's new or old name."""
+    """Keep only each layer's input for the backward."""
+    # The method's name in newer transformers, and its old name.
     enable = getattr(backbone, "activation_checkpointing_enable", None)
     (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-_HEAD = "lm_head.weight"
+def build_model(
+    config: TrainConfig, *, meta: bool = False, placement: Placement | None = None
+) -> Encoder:
+    """Build the model of a run: an encoder, with a head where the objective predicts tokens.
+
+    Args:
+        config: of the training run.
+        meta, placement: as for `build_encoder`.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not fit the config.
+    """
+    build = build_encoder if config.objective is None else build_language_model
+    return build(config.model, meta=meta, placement=placement)
 
 
 class LanguageModel(Encoder):
-    """An encoder that also says which token comes where.
+    """An encoder that also predicts tokens.
 
     Args:
-        encoder: the packed encoder, whose parts this model takes over.
-        head: (D -> V) without bias; its weight may be the token embedding's.
+        encoder: the packed encoder; this model takes over its parts.
+        head: (D -> V) without bias; its weight may be tied to the token embedding.
     """
 
     def __init__(self, encoder: Encoder, head: nn.Linear) -> None:
@@ -278,15 +296,15 @@ class LanguageModel(Encoder):
         self.lm_head = head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(P, D) hidden states to (P, V) float32 scores of tokens."""
+        """Score all tokens for (P, D) hidden states: (P, V) float32."""
         scores: Tensor = self.lm_head(hidden).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def save_backbone(self, folder: Path) -> None:
-        """Write a causal language model of transformers; adapters are merged, for good.
+        """Write a causal language model of transformers; adapters are merged permanently.
 
-        Its backbone loads alone as well, and further training of either kind can begin from it.
+        Its backbone loads alone as well, so both kinds of training can start from the folder.
         """
         self.merge_adapters()
         with quiet():
@@ -299,26 +317,12 @@ class LanguageModel(Encoder):
             whole.save_pretrained(folder, save_original_format=False)
 
 
-def build_model(
-    config: TrainConfig, *, meta: bool = False, placement: Placement | None = None
-) -> Encoder:
-    """The model of a run: an encoder, with a head where the objective predicts tokens.
-
-    See `build_encoder` for the arguments.
-
-    Raises:
-        UserError: it cannot be loaded, or cannot be what the config asks for.
-    """
-    build = build_encoder if config.objective is None else build_language_model
-    return build(config.model, meta=meta, placement=placement)
-
-
 def build_language_model(
     config: ModelConfig, *, meta: bool = False, placement: Placement | None = None
 ) -> LanguageModel:
     """Load a backbone and its head, in evaluation mode.
 
-    The head is trained where the backbone's own weights are; beside an adapter it stays as it is.
+    The head is trained together with the backbone's own weights; with an adapter it stays fixed.
 
     Args:
         config: the model section.
@@ -343,14 +347,16 @@ def build_language_model(
 
 
 def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | None) -> nn.Linear:
-    """The token embedding again where the two are tied, otherwise the published head."""
+    """Return the token embedding as the head where the two are tied, else the published head."""
     embedding = encoder.model.get_input_embeddings().weight
-    vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)  # whole, in partitions too
+    vocabulary, width = getattr(
+        embedding, "ds_shape", embedding.shape
+    )  # the whole shape under ZeRO-3
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
     if encoder.model.config.tie_word_embeddings:
         head.weight = embedding
     elif placement is not None:
-        with placement.agreed():
+        with placement.together():
             if placement.reads:
                 weight = _read_head(config, (vocabulary, width))
                 weight = weight.to(placement.device, head.weight.dtype)
@@ -361,20 +367,53 @@ def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | No
     return head
 
 
+# The native name of the head.
+_HEAD = "lm_head.weight"
+
+
+def _read_head(config: ModelConfig, shape: tuple[int, int]) -> Tensor:
+    """Read the head's weight, whatever name it was published under."""
+    native = NATIVE_FORMS.get(read_config(config)["model_type"])
+    files = WeightFiles(config.path, config.revision)
+    for name, found in files.shapes.items():
+        if _native_name(name, native.keys if native else {}) == _HEAD:
+            if tuple(found) != shape:
+                raise UserError(
+                    f"model.path: {config.path}: {name} has shape {tuple(found)}",
+                    allowed=str(shape),
+                )
+            with files.slices([name]) as slices:
+                weight: Tensor = slices[name][...]
+            return weight
+    raise UserError(
+        f"model.path: the safetensors of {config.path} hold no {_HEAD}",
+        fix="start from the language model, not from an embedder made of it",
+    )
+
+
+def _native_name(name: str, keys: dict[str, str]) -> str:
+    """Rename a published weight by the rules of its native form."""
+    for pattern, native in keys.items():
+        name = re.sub(pattern, native, name)
+    return name
+
+
 def predicts_shifted(config: ModelConfig) -> bool:
-    """Whether the model was made to predict a token from the hidden state before it."""
+    """Tell whether the model predicts a token from the hidden state before it."""
     native = NATIVE_FORMS.get(read_config(config)["model_type"])
     return native is None or native.shifted
 
 
 def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> int:
-    """The id of the token that hides others.
+    """Return the id of the token that hides others.
 
     Args:
-        name: the token itself; None for the one that tokenizer or model declare.
+        config: the model section.
+        tokenizer: of the model.
+        name: the token; None for the one that tokenizer or model declare.
 
     Raises:
-        UserError: there is none, or the model has no embedding for it.
+        UserError: there is no such token, or the model has no embedding for it.
     """
     published = read_config(config)
     if name is None:
@@ -396,29 +435,3 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             fix="set mask_token in the objective's section to one of them, such as _",
         )
     return int(known)
-
-
-def _read_head(config: ModelConfig, shape: tuple[int, int]) -> Tensor:
-    """The head's weight from the model's safetensors, under whatever name it was published."""
-    native = NATIVE_FORMS.get(read_config(config)["model_type"])
-    files = WeightFiles(config.path, config.revision)
-    for name, found in files.shapes.items():
-        if _native_name(name, native.keys if native else {}) == _HEAD:
-            if tuple(found) != shape:
-                raise UserError(
-                    f"model.path: {config.path}: {name} has shape {tuple(found)}",
-                    allowed=str(shape),
-                )
-            with files.slices([name]) as slices:
-                weight: Tensor = slices[name][...]
-            return weight
-    raise UserError(
-        f"model.path: the safetensors of {config.path} hold no {_HEAD}",
-        fix="start from the language model, not from an embedder made of it",
-    )
-
-
-def _native_name(name: str, keys: dict[str, str]) -> str:
-    for pattern, native in keys.items():
-        name = re.sub(pattern, native, name)
-    return name

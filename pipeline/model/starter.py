@@ -1,4 +1,4 @@
-"""A small model of Dream's architecture with random weights, and a tokenizer for its corpus."""
+"""Make a small model of Dream's layout with random weights, and train its tokenizer on a corpus."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check(config: StarterConfig) -> None:
 
 
 def _sizes(config: StarterConfig) -> dict[str, Any]:
-    """The keys that Dream's and Qwen2's configs share."""
+    """Return the keys that Dream's and Qwen2's configs share."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -84,10 +84,10 @@ def _sizes(config: StarterConfig) -> dict[str, Any]:
 
 
 def _train_tokenizer(config: StarterConfig) -> Any:
-    """Byte-level BPE with Qwen2's splitting rules.
+    """Train a byte-level BPE with Qwen2's splitting rules.
 
-    Transformers rebuilds those rules from the class name when it loads a tokenizer, so rules of our
-    own would be lost on the first reload.
+    transformers rebuilds these rules from the class name when it loads a tokenizer, so any others
+    would be lost on the first reload.
     """
     rules = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
@@ -115,7 +115,7 @@ def _train_tokenizer(config: StarterConfig) -> Any:
 
 
 def _texts(paths: tuple[Path, ...]) -> Iterator[str]:
-    """Every string value of JSONL rows, every line of other files."""
+    """Yield every string value of JSONL rows, and every line of other files."""
     for path in paths:
         fix = "give JSON lines (*.jsonl), or plain text in UTF-8"
         with path.open("rb") as lines:
@@ -136,5 +136,5 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)

@@ -1,12 +1,11 @@
-"""Read published weights into a model piece by piece, and hash the files that decide them.
+"""Read published weights into a model piece by piece, and hash the files they come from.
 
     for each piece (a layer, or a module outside of the layers):
         read its tensors -> rename, convert and cast as transformers does -> placement.take
 
-A placement that shards keeps its share of every piece, so no process ever holds the whole model.
-
-Every byte counts, so equal digests mean equal weights; sizes and times of files would not show
-that. The files are the ones that rank 0 sees; ranks on its host share the work block by block.
+A placement that partitions keeps its share of every piece, so no process ever holds the whole
+model. `model_digests` identifies a model by every byte of its files: sizes and times would not show
+that a weight changed.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ from pipeline.config.model import model_fix, require_model_place
 from pipeline.errors import UserError, blame, say_warning
 from pipeline.model.export_folder import is_export
 
-# The head that every language model has, in silence.
+# The head of every language model; leaving it out needs no warning.
 _LANGUAGE_HEAD = "lm_head."
-# Parts that an embedder does not use, as the classes of transformers call them.
+# The names that transformers' classes give to parts that an embedder does not use.
 _OUTSIDE = (
     *("cls", "classifier", "decoder", "head", "pooler", "predictions", "qa_outputs", "score"),
     *("v_head", "multi_modal_projector", "vision_tower", "vision_model", "audio_tower"),
@@ -52,16 +51,15 @@ _OUTSIDE = (
 
 
 class Placement:
-    """Where weights go as they are read: here they stay whole, on one device.
+    """The destination of weights as they are read: here they stay whole, on one device.
 
     Args:
         device: the device they are read to.
-        agreed: context of a block that ends the same way, well or badly, in all processes that
-            build the model together.
+        together: context in which an error of one process is raised in all that build the model.
 
     Attributes:
-        reads: whether this process reads; otherwise it only makes room, and `take` brings weights.
-        by_piece: whether `take` is called for every piece, or once for the whole model.
+        reads: True if this process reads; otherwise it allocates, and `take` fills in the weights.
+        by_piece: True if `take` is called for every piece, False for the whole model at once.
     """
 
     reads = True
@@ -71,13 +69,13 @@ class Placement:
         self,
         device: torch.device | str = "cpu",
         *,
-        agreed: Callable[[], AbstractContextManager[None]] = nullcontext,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.device = torch.device(device)
-        self.agreed = agreed
+        self.together = together
 
     def take(self, parameters: list[nn.Parameter]) -> None:
-        """Take over the weights of a piece; every process calls it, with the same shapes."""
+        """Take over the weights of a piece; a collective call, with the same shapes everywhere."""
 
 
 class WeightFiles:
@@ -88,7 +86,7 @@ class WeightFiles:
         revision: of the hub name.
 
     Raises:
-        UserError: there are none, or one is missing or damaged.
+        UserError: there are no weights, or a file is missing or damaged.
     """
 
     def __init__(self, path: str, revision: str | None) -> None:
@@ -108,7 +106,7 @@ class WeightFiles:
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Tensors by name that are read from disk when they are indexed, inside of the block."""
+        """Yield tensors by name, which are read from disk when they are indexed."""
         wanted = list(names)
         with ExitStack() as stack:
             files = dict.fromkeys(self._files[name] for name in wanted)
@@ -125,11 +123,11 @@ class WeightFiles:
 
 
 def _find_files(path: str, revision: str | None) -> list[str]:
-    """The one file of a small model, or the shards that a large one's index names."""
+    """Find the one file of a small model, or the files that a large model's index names."""
     try:
         return [cached_file(path, "model.safetensors", revision=revision)]
     except OSError:
-        pass  # not one file: perhaps several
+        pass  # perhaps several files
     try:
         index = cached_file(path, "model.safetensors.index.json", revision=revision)
         with blame(f"model.path: {index}", fix=model_fix(path)):
@@ -137,7 +135,7 @@ def _find_files(path: str, revision: str | None) -> list[str]:
     except OSError as error:
         raise UserError(
             f"model.path: no safetensors weights in {path!r}",
-            allowed="model.safetensors, or model.safetensors.index.json and what it names "
+            allowed="model.safetensors, or model.safetensors.index.json and the files it names "
             "(pickled *.bin files could run code)",
             fix="load it with transformers where you trust it, and save_pretrained it",
         ) from error
@@ -154,8 +152,8 @@ class WeightReader:
         device: where tensors are read to.
 
     Raises:
-        UserError: weights are missing, unexpected or of another shape; found out from the files'
-            headers, before any tensor is read.
+        UserError: weights are missing, unexpected or of another shape. The files' headers show it
+            before any tensor is read.
     """
 
     def __init__(
@@ -167,7 +165,7 @@ class WeightReader:
         self._sources = self._published_by_module()
 
     def read(self, names: list[str]) -> None:
-        """Put real tensors under these native names, all there are in their modules.
+        """Read the weights of these native names; they must be all weights of their modules.
 
         Raises:
             UserError: one cannot be read or converted.
@@ -200,7 +198,7 @@ class WeightReader:
         return info
 
     def _check(self) -> None:
-        """Go through the motions with shapes only."""
+        """Convert shapes only, to find all faults of names and shapes at once."""
         shapes = {k: torch.empty(size, device="meta") for k, size in self._files.shapes.items()}
         info = self._load(shapes, torch.device("meta"))
         self._model._adjust_missing_and_unexpected_keys(info)
@@ -219,18 +217,18 @@ class WeightReader:
                 + ", ".join(f"{what} {sorted(keys)[:3]}" for what, keys in faults.items() if keys),
                 fix="give a complete checkpoint of a supported architecture",
             )
-        said = sorted(key for key in heads if not key.startswith(_LANGUAGE_HEAD))
-        # An export keeps its base's heads for other readers; that is no news.
-        if said and comm.rank() == 0 and not is_export(Path(self._files.path)):
+        unused = sorted(key for key in heads if not key.startswith(_LANGUAGE_HEAD))
+        # An export keeps its base's heads for other readers, so they are expected there.
+        if unused and comm.rank() == 0 and not is_export(Path(self._files.path)):
             say_warning(
                 f"model.path: {self._files.path}: tensors outside of the backbone are not used "
-                f"({len(said)}, such as {said[0]})"
+                f"({len(unused)}, such as {unused[0]})"
             )
 
     def _is_outside(self, key: str) -> bool:
-        """Whether a tensor belongs to a head: by its name, or by lying beside the whole backbone.
+        """Tell whether a tensor belongs to a head: by its name, or by a place outside the backbone.
 
-        What lies inside the backbone would change its vectors, so it is no head.
+        An unknown tensor inside the backbone would change its vectors, so it is no head.
         """
         prefix = f"{self._model.base_model_prefix}."
         inner = key.removeprefix(prefix)
@@ -241,7 +239,7 @@ class WeightReader:
         return has_prefix and not key.startswith(prefix) and key.partition(".")[0] not in own
 
     def _published_by_module(self) -> dict[str, list[str]]:
-        """Published names by the native module that they become weights of."""
+        """Group published names by the native module that they become weights of."""
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         shapes, prefix = self._model.state_dict(), self._model.base_model_prefix
@@ -255,13 +253,13 @@ class WeightReader:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Tell by the smallest and the largest element, in one pass without a copy."""
+    """Check the smallest and the largest element, in one pass without a copy."""
     if not weight.numel() or not weight.is_floating_point():
         return True
     return all(math.isfinite(float(end)) for end in weight.detach().aminmax())
 
 
-def fill(
+def load_weights(
     model: Any,
     *,
     layers: nn.ModuleList,
@@ -276,18 +274,19 @@ def fill(
         layers: its blocks, each of which is a piece.
         open_reader: called where the placement reads.
         placement: where the weights go.
-        finish: called with every module whose own weights were just read, where they were read.
+        finish: called with every module whose own weights were just read, by the process that read
+            them, before `take`.
 
     Raises:
         UserError: weights do not fit or cannot be read.
     """
     _compute_buffers(model, placement.device)
-    with placement.agreed():
+    with placement.together():
         reader = open_reader() if placement.reads else None
     for names in _pieces(model, layers) if placement.by_piece else [_names(model)]:
-        with placement.agreed():
+        with placement.together():
             if reader is None:
-                _make_room(model, names, placement.device)
+                _allocate(model, names, placement.device)
             else:
                 reader.read(names)
                 for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
@@ -300,7 +299,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _pieces(model: nn.Module, layers: nn.ModuleList) -> list[list[str]]:
-    """Names of weights by piece, in the model's order."""
+    """Group the names of weights by piece, in the model's order."""
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
     pieces: dict[str, list[str]] = {}
     for name in _names(model):
@@ -311,42 +310,42 @@ def _pieces(model: nn.Module, layers: nn.ModuleList) -> list[list[str]]:
     return list(pieces.values())
 
 
-def _make_room(model: nn.Module, names: list[str], device: torch.device) -> None:
-    """Put tensors of undefined content where another process reads weights."""
+def _allocate(model: nn.Module, names: list[str], device: torch.device) -> None:
+    """Allocate tensors without content; another process reads the weights."""
     for name in names:
         module, _, attribute = name.rpartition(".")
-        room = torch.empty_like(model.get_parameter(name), device=device)
-        setattr(model.get_submodule(module), attribute, nn.Parameter(room))
+        empty = torch.empty_like(model.get_parameter(name), device=device)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(empty))
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Compute what no file holds, such as rotary frequencies, as `from_pretrained` does."""
+    """Compute buffers that no file holds, such as rotary frequencies, as `from_pretrained` does."""
     computed = dict(model.named_non_persistent_buffers())
     assert not set(model.state_dict()) - set(_names(model)), "a buffer that is stored"
     for name, buffer in computed.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
-    model.initialize_weights()  # of the weights there are only shapes, which draw nothing
+    model.initialize_weights()  # weights are on the meta device, so no random numbers are drawn
 
 
-# Small enough that the ranks of a host finish together.
-BLOCK = 2**26
+# Ranks of a host share the hashing by blocks of this size, small enough to finish together.
+BLOCK_BYTES = 2**26
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
-class _Block:
-    """A part of a file."""
+class _FileBlock:
+    """One block of a file; blocks sort by file and position."""
 
     name: str
     start: int
     path: str
 
     def hash(self) -> bytes:
-        """SHA-256 of the block."""
+        """Return the SHA-256 of the block."""
         with Path(self.path).open("rb") as file:
             file.seek(self.start)
-            return hashlib.sha256(file.read(BLOCK)).digest()
+            return hashlib.sha256(file.read(BLOCK_BYTES)).digest()
 
 
 def model_digests(config: ModelConfig) -> dict[str, str]:
@@ -355,8 +354,9 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
     The keys name files within the model's folder, or `adapter N/FILE`, so that a folder may move.
 
     Raises:
-        UserError: a file is missing or cannot be read, on all ranks alike.
+        UserError: a file is missing or cannot be read; raised on all ranks.
     """
+    # The files that rank 0 sees, hashed by the ranks of its host: other hosts may have other disks.
     blocks = comm.on_main(lambda: [*_blocks(config)])
     hosts = comm.all_gather_object(platform.node())
     sharing = [rank for rank, host in enumerate(hosts) if host == hosts[0]]
@@ -369,7 +369,7 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
 
 
 def model_digests_here(config: ModelConfig) -> dict[str, str]:
-    """Return what `model_digests` returns, by this process alone.
+    """Like `model_digests`, but by this process alone.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -378,14 +378,14 @@ def model_digests_here(config: ModelConfig) -> dict[str, str]:
     return _by_file(blocks, _hash(blocks, num_sharing=1))
 
 
-def _hash(blocks: list[_Block], *, num_sharing: int) -> dict[_Block, bytes]:
+def _hash(blocks: list[_FileBlock], *, num_sharing: int) -> dict[_FileBlock, bytes]:
     """Hash blocks on this process's share of the cores."""
     threads = max(1, min(4, (os.cpu_count() or 1) // num_sharing))
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(blocks, pool.map(_Block.hash, blocks), strict=True))
+        return dict(zip(blocks, pool.map(_FileBlock.hash, blocks), strict=True))
 
 
-def _by_file(blocks: list[_Block], hashed: dict[_Block, bytes]) -> dict[str, str]:
+def _by_file(blocks: list[_FileBlock], hashed: dict[_FileBlock, bytes]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name in dict.fromkeys(block.name for block in blocks):
         parts = [digest for block, digest in sorted(hashed.items()) if block.name == name]
@@ -393,28 +393,28 @@ def _by_file(blocks: list[_Block], hashed: dict[_Block, bytes]) -> dict[str, str
     return digests
 
 
-def _blocks(config: ModelConfig) -> Iterator[_Block]:
+def _blocks(config: ModelConfig) -> Iterator[_FileBlock]:
     for name, path in _files(config):
-        # A file without a byte is still a file: one empty block.
-        for start in range(0, max(path.stat().st_size, 1), BLOCK):
-            yield _Block(name, start, str(path))
+        # An empty file has one empty block, so that it has a digest.
+        for start in range(0, max(path.stat().st_size, 1), BLOCK_BYTES):
+            yield _FileBlock(name, start, str(path))
 
 
 def _files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
-    """Names and places of the base model's files, then of its adapters'."""
-    yield from _files_of_base(config)
+    """Yield name and path of each file of the base model, then of the adapters."""
+    yield from _base_files(config)
     adapters = [*config.all_merged]
     if config.adapter is not None and config.adapter not in adapters:
         adapters.append(config.adapter)
     for number, adapter in enumerate(adapters, 1):
         for name in _ADAPTER_FILES:
-            if path := _cached(adapter, name, None):
+            if path := _file_or_none(adapter, name, None):
                 yield f"adapter {number}/{name}", path
 
 
-def _files_of_base(config: ModelConfig) -> Iterator[tuple[str, Path]]:
+def _base_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     require_model_place(config.path, key="model.path")
-    settings = _cached(config.path, "config.json", config.revision)
+    settings = _file_or_none(config.path, "config.json", config.revision)
     if settings is None:
         raise UserError(
             f"model.path: cannot read a config.json from {config.path!r}",
@@ -431,8 +431,8 @@ def _files_of_base(config: ModelConfig) -> Iterator[tuple[str, Path]]:
         yield path.name, path
 
 
-def _cached(folder: str, name: str, revision: str | None) -> Path | None:
-    """Path of a model's file; None where it has no such file."""
+def _file_or_none(folder: str, name: str, revision: str | None) -> Path | None:
+    """Return the path of a model's file; None where it has no such file."""
     try:
         found = cached_file(
             folder, name, revision=revision, _raise_exceptions_for_missing_entries=False

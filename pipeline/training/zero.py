@@ -139,7 +139,7 @@ class Partitions(Placement):
     by_piece = True
 
     def __init__(self, ds_config: dict[str, Any]) -> None:
-        super().__init__(comm.device(), agreed=comm.together)
+        super().__init__(comm.device(), together=comm.together)
         self.reads = comm.rank() == 0
         self._deepspeed = import_deepspeed()
         self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -166,7 +166,7 @@ def placement_of(ds_config: dict[str, Any]) -> Placement:
     """Where a ZeRO stage wants a model's weights: in partitions, or whole on every rank."""
     if ds_config["zero_optimization"]["stage"] == 3:
         return Partitions(ds_config)
-    return Placement(comm.device(), agreed=comm.together)
+    return Placement(comm.device(), together=comm.together)
 
 
 class ZeroEngine:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.model import attention
-from pipeline.model.attention import Rows, packed_attention
+from pipeline.model.attention import PackedRows, packed_attention
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [5, 1, 300, 64]
@@ -25,7 +25,7 @@ def test_a_kernel_equals_attention_row_by_row_with_gradients(
     if chosen is None:
         pytest.skip(f"{kernel} is not available")
     module = SimpleNamespace(config=SimpleNamespace(sliding_window=window))
-    rows = Rows.of(torch.tensor(LENGTHS, device="cuda"), causal=causal)
+    rows = PackedRows.of(torch.tensor(LENGTHS, device="cuda"), causal=causal)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:

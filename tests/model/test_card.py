@@ -54,7 +54,7 @@ def test_the_card_says_what_is_needed_and_under_which_licence(
     starter: Path, tmp_path: Path
 ) -> None:
     encoder, config = make(starter, pool_instruction=False)
-    assert "whose card was not available" in card_of(
+    assert "was not available, so its licence is not known" in card_of(
         export(encoder, config, starter, tmp_path / "a")
     )
     base = tmp_path / "base"

@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests_of(path: str) -> dict[str, str]:
-    weights.BLOCK = 1000  # several blocks for every rank
+    weights.BLOCK_BYTES = 1000  # several blocks for every rank
     return model_digests(ModelConfig(path=path))
 
 
@@ -34,7 +34,7 @@ def test_digests_are_the_same_on_any_number_of_ranks(
     blocks = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, len(content), 1000)]
     first, second = run_ranks(2, digests_of, str(base))
     assert first == second
-    monkeypatch.setattr(weights, "BLOCK", 1000)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
     assert model_digests_here(ModelConfig(path=str(base))) == first
     assert first.keys() == {"config.json", "model.safetensors"}
     assert first["model.safetensors"] == hashlib.sha256(b"".join(blocks)).hexdigest()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.attention.varlen as torch_varlen
 
 from pipeline.model import attention
-from pipeline.model.attention import Rows, packed_attention
+from pipeline.model.attention import PackedRows, packed_attention
 
 LENGTHS = [5, 1, 12, 7]
 
@@ -100,7 +100,7 @@ def test_every_way_to_attend_computes_attention_by_its_definition(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, 2, 2))
-    rows = Rows.of(torch.tensor(LENGTHS), causal=causal)
+    rows = PackedRows.of(torch.tensor(LENGTHS), causal=causal)
     module = SimpleNamespace(config=SimpleNamespace(sliding_window=window))
     ours, _ = packed_attention(module, q, k, v, None, rows=rows, scaling=0.3, sliding_window=window)
     # As in transformers: a causal window of 3 holds the token itself and two before it, a window
@@ -186,7 +186,7 @@ def test_dropout_cap_and_determinism_are_handed_to_flash_attention(
     kernel = attention.flash_attention()
     monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: kernel)
     q = torch.randn(1, 2, sum(LENGTHS), 8)
-    rows = Rows.of(torch.tensor(LENGTHS), causal=False)
+    rows = PackedRows.of(torch.tensor(LENGTHS), causal=False)
     packed_attention(None, q, q, q, None, rows=rows, dropout=0.25, softcap=30.0)
     torch.use_deterministic_algorithms(True)
     try:
@@ -204,7 +204,8 @@ def test_capped_scores_meet_dropout_after_the_softmax() -> None:
     torch.manual_seed(1)
     ours, _ = packed_attention(
         None, q, k, v, None,
-        rows=Rows.of(torch.tensor(LENGTHS), causal=False), scaling=0.3, dropout=0.4, softcap=2.0,
+        rows=PackedRows.of(torch.tensor(LENGTHS), causal=False),
+        scaling=0.3, dropout=0.4, softcap=2.0,
     )  # fmt: skip
     torch.manual_seed(1)
     wanted = []
