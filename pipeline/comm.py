@@ -1,4 +1,8 @@
-"""The process group, and the few collectives the pipeline needs; all work with one process."""
+"""The process group, and the few collectives of the pipeline; all work with one process.
+
+A decision on one rank's own view must be made by all (`any_rank`, `together`, `on_main`): a rank
+that leaves alone would keep the others waiting in their next collective.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,7 @@ import torch.distributed as dist
 
 from pipeline import launch
 from pipeline.errors import DiffembedError, UserError, explain_os_error
-from pipeline.launch import World as World
-from pipeline.launch import discover_world as discover_world
-from pipeline.launch import gpu_asked_for, meeting_place
+from pipeline.launch import World
 
 T = TypeVar("T")
 
@@ -26,17 +28,17 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     """Join the process group: NCCL on GPUs, gloo elsewhere.
 
     Args:
-        world: which rank this is.
+        world: this rank among the others.
         timeout_seconds: how long to wait for other ranks, here and in every collective call.
 
     Raises:
-        UserError: this rank has no GPU of its own, torch sees none where one was asked for, or
-            nobody said where the ranks meet.
-        DiffembedError: they did not meet.
+        UserError: this rank has no GPU, torch sees none where one was requested, or the address of
+            rank 0 is unknown.
+        DiffembedError: the ranks did not find each other.
     """
     if dist.is_initialized():
         return
-    launch.require_it()
+    launch.require_launcher()
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -49,13 +51,13 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
                 fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
             )
         torch.cuda.set_device(world.local_rank)
-    elif asked := gpu_asked_for():
+    elif requested := launch.requested_gpu():
         raise UserError(
-            f"{asked}, but torch {torch.__version__} sees no GPU",
+            f"{requested}, but torch {torch.__version__} sees no GPU",
             allowed="a torch that the driver supports (`nvidia-smi` shows its CUDA version)",
             fix="install such a torch, or set DS_ACCELERATOR=cpu to train on the CPU",
         )
-    with launch.ending_with(world.launchers):
+    with launch.end_with_launcher(world.launchers):
         _join(world, timeout_seconds)
 
 
@@ -63,34 +65,34 @@ def _join(world: World, timeout_seconds: int) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.world_size == 1:
-        # No port to take, hence none that could be taken.
+        # Without a port, which another process might have taken.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
-        # DeepSpeed asks MPI for what it does not find here.
+        # DeepSpeed would look for missing variables through MPI.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
         return
-    address, port = meeting_place()
+    address, port = launch.rendezvous()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     try:
         dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as error:
         # May be a node that died: not the user's mistake, and the next attempt may succeed.
         raise DiffembedError(
-            f"rank {world.rank} of {world.world_size} did not meet the others at {address}:{port} "
+            f"rank {world.rank} of {world.world_size} did not reach the others at {address}:{port} "
             f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device on which this rank computes."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def least_memory(world: World) -> float:
-    """Bytes that every rank may plan with: nine tenths of the smallest GPU, or of a rank's RAM.
+    """Return the bytes every rank may plan with: 9/10 of the smallest GPU, or of a rank's RAM.
 
     A collective call once the group is joined: ranks that planned with different numbers would
     choose different schedules and wait for each other.
@@ -105,19 +107,19 @@ def least_memory(world: World) -> float:
 
 
 def peak_memory() -> float:
-    """Most bytes that this rank has held: on its GPU, or in host memory where it has none."""
+    """Return the most bytes this rank has held: on its GPU, or on the host where it has none."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rank() -> int:
-    """This process's rank; 0 with one process."""
+    """Return this process's rank; 0 with one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many ranks there are; 1 with one process."""
+    """Return the number of ranks; 1 with one process."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -136,19 +138,19 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks if it is true on one: the only safe way to decide on a rank's own view."""
+    """Return true on all ranks if it is true on one: the only safe way to use a rank's own view."""
     return bool(max_over_ranks(flag)[0])
 
 
 def max_over_ranks(*values: float) -> list[float]:
-    """The largest of every rank's first value, of its second, ..., in one collective call."""
+    """Return the maximum over ranks of the first value, the second, ..., in one collective call."""
     own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
     return [float(value) for value in all_reduce_(own, "max").tolist()]
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block, without collectives, that ends the same way on all ranks; a collective call.
+    """Make a block without collectives end the same way on all ranks; a collective call.
 
     A rank that left alone would keep the others waiting in the next collective.
 
@@ -194,7 +196,7 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def all_gather_stack(x: torch.Tensor) -> torch.Tensor:
-    """Every rank's tensor of one common shape (...), stacked in rank order: (world size, ...)."""
+    """Stack every rank's tensor of one common shape (...) in rank order: (world size, ...)."""
     if world_size() == 1:
         return x[None]
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -203,7 +205,7 @@ def all_gather_stack(x: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_(tensor: torch.Tensor, src: int) -> torch.Tensor:
-    """Overwrite the tensor with that of rank `src`; returns it."""
+    """Overwrite the tensor with rank `src`'s; returns it."""
     if world_size() > 1:
         dist.broadcast(tensor, src=src)
     return tensor
@@ -217,7 +219,7 @@ def reduce_(tensor: torch.Tensor, dst: int) -> torch.Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's picklable value, on all ranks."""
+    """Return rank 0's picklable value on all ranks."""
     if world_size() == 1:
         return value
     box = [value]
@@ -226,7 +228,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What the call returns on rank 0, on all ranks; they raise alike what it raises there.
+    """Call the function on rank 0; return its result, or raise its error, on all ranks.
 
     Raises:
         DiffembedError: any error of this package, or of a disk; another one ends rank 0 alone.
@@ -247,7 +249,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order."""
+    """Return every rank's picklable value, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,4 +1,11 @@
-"""Rank, world size, rendezvous and the state of the launcher, without torch."""
+"""Find out, without torch, how this process was launched: rank, rendezvous, launcher.
+
+    variables of torchrun, deepspeed, Open MPI or srun -> World, rendezvous (address, port)
+    parent processes, launcher's port                  -> has the launcher ended?
+
+Ranks whose launcher was killed must end: the others would wait for them until the timeout, in a
+folder that the next start needs.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +24,24 @@ from pathlib import Path
 
 from pipeline.errors import DiffembedError, UserError
 
-_OF_A_RANK = re.compile(
+_RANK_VARIABLES = re.compile(
     r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
     r"|MASTER_(ADDR|PORT)"
 )
-# Where Slurm itself is found.
+# Needed to find Slurm itself.
 _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 
 def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables for a process that must not take itself for a rank of another one's job."""
+    """Return the environment for a process that must not act as a rank of this process's job."""
     return {
         name: value
         for name, value in environ.items()
-        if name in _KEPT or not _OF_A_RANK.fullmatch(name)
+        if name in _KEPT or not _RANK_VARIABLES.fullmatch(name)
     }
 
 
-# Per launcher: the variables that hold rank, world size and local rank.
+# Variables that hold rank, world size and local rank, by launcher.
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": (
@@ -55,11 +62,11 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     launched: bool = False  # by a launcher, as one of its ranks
-    launchers: tuple[int, ...] = ()  # its processes (see launcher.processes), if their end matters
+    launchers: tuple[int, ...] = ()  # see `launcher_processes`; empty if their end does not matter
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that prints and writes for all."""
+        """True on the rank that prints and writes for all."""
         return self.rank == 0
 
 
@@ -96,20 +103,20 @@ def discover_world(environ: Mapping[str, str] | None = None) -> World:
 
 
 def local_ranks(environ: Mapping[str, str] | None = None) -> int:
-    """Return how many ranks the launcher started on this host, 1 where it does not say."""
+    """Return the number of ranks that the launcher started on this host, 1 where it is unknown."""
     env = os.environ if environ is None else environ
     if "SLURM_CPUS_PER_TASK" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return 1  # Slurm has given each rank cores of its own
+        return 1  # Slurm has given each rank its own cores
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if name in env:
             return max(1, _number(env, name))
     return 1
 
 
-def gpu_asked_for(
+def requested_gpu(
     environ: Mapping[str, str] | None = None, devices: tuple[str, ...] = _GPU_DEVICES
 ) -> str:
-    """Return what says that this process should compute on a GPU, empty where nothing does.
+    """Return the evidence that this process should compute on a GPU, empty where there is no such.
 
     A driver too old for torch makes every GPU invisible to it: a run would otherwise train on the
     CPU, for days, without an error.
@@ -129,11 +136,11 @@ def gpu_asked_for(
     return f"{granted[0]}={env[granted[0]]}" if granted else f"there is {found[0]}"
 
 
-def meeting_place(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Address and port at which rank 0 waits for the others, the same on all ranks.
+def rendezvous(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Return address and port at which rank 0 waits for the others, the same on all ranks.
 
     Raises:
-        UserError: nobody named rank 0's host, its name is unknown here, or the port is no number.
+        UserError: rank 0's host is unknown, its name cannot be resolved, or the port is no number.
         DiffembedError: the name could not be looked up now.
     """
     env = os.environ if environ is None else environ
@@ -147,7 +154,7 @@ def meeting_place(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
         if error.errno != socket.EAI_NONAME:
             raise DiffembedError(found) from error
         raise UserError(
-            found, allowed="a name or address by which every host reaches that of rank 0"
+            found, allowed="a name or address by which every host reaches the host of rank 0"
         ) from error
     return address, port
 
@@ -160,13 +167,13 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _port_of_job(env: Mapping[str, str]) -> int:
-    """A port that the ranks of a job agree on and two jobs on one node hardly share."""
+    """Return a port that the ranks of a job agree on and two jobs on one node hardly share."""
     job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE") or ""
     return 20000 + zlib.crc32(job.encode()) % 10000
 
 
 def _first_host(env: Mapping[str, str]) -> str:
-    """Address of rank 0: the first host of a Slurm job, this machine where there is one."""
+    """Return rank 0's address: the first host of a Slurm job, or this one if alone."""
     if "OMPI_COMM_WORLD_SIZE" in env:
         several = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") != env["OMPI_COMM_WORLD_SIZE"]
         nodes = env.get("SLURM_JOB_NODELIST")
@@ -185,16 +192,16 @@ def _first_host(env: Mapping[str, str]) -> str:
     return hosts.split()[0]
 
 
-_PATIENCE_SECONDS = 5.0
-# Who adopts processes whose parent has ended, beside process 1.
+_TIMEOUT_SECONDS = 5.0
+# Programs other than process 1 that adopt processes whose parent has ended.
 _ADOPTERS = ("systemd", "slurmstepd")
 
 
-def processes() -> tuple[int, ...]:
-    """Process ids of the parent, and of the command `deepspeed` where that started the parent.
+def launcher_processes() -> tuple[int, ...]:
+    """Return process ids of the parent, and of the command `deepspeed` if it started the parent.
 
-    When that command is killed, what it started goes on without it. Further ancestors do not count:
-    a run goes on when the shell is closed that it was started from.
+    When that command is killed, its children keep running. Further ancestors do not count: a run
+    keeps running when the shell is closed that it was started from.
     """
     parent = os.getppid()
     try:
@@ -217,11 +224,11 @@ def _is_deepspeed(process: int) -> bool:
     return any(word.rpartition(b"/")[2] == b"deepspeed" for word in _words_of(process)[:2])
 
 
-def place(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
-    """Address and port at which the launcher answers as long as it lives, if it has such a place.
+def launcher_address(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Return address and port at which the launcher answers as long as it lives, if it has one.
 
-    torchrun has one (the store of its first host, by which the ranks meet), and Open MPI (the PMIx
-    server of this host); both are there before the first rank.
+    torchrun has one (the store on its first host, through which the ranks find each other), and so
+    has Open MPI (the PMIx server of this host); both answer before the first rank starts.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
@@ -234,18 +241,18 @@ def place(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:
     return None
 
 
-def require_it() -> None:
-    """Raise if the launcher had ended before this process could see who its parent is.
+def require_launcher() -> None:
+    """Raise if the launcher had already ended before this process looked up its parent.
 
     Some ranks may never have been started then, and the others would wait for them until the
     timeout, in a folder that the next start needs.
 
     Raises:
-        DiffembedError: so it is.
+        DiffembedError: the launcher has ended.
     """
     if _left_by_deepspeed():
         raise DiffembedError("the command deepspeed has ended")
-    where, deadline = place(), time.monotonic() + _PATIENCE_SECONDS
+    where, deadline = launcher_address(), time.monotonic() + _TIMEOUT_SECONDS
     while where and _refuses(where):
         if time.monotonic() > deadline:
             address, port = where
@@ -254,7 +261,7 @@ def require_it() -> None:
 
 
 def _left_by_deepspeed() -> bool:
-    """Whether the parent was started by `deepspeed` on this host, and init has adopted it since."""
+    """Return whether `deepspeed` started the parent on this host and has ended since."""
     try:
         parent = os.getppid()
         above = _parent_of(parent)
@@ -266,9 +273,9 @@ def _left_by_deepspeed() -> bool:
 
 
 def _refuses(where: tuple[str, int]) -> bool:
-    """Whether the host is there, but nobody listens at that port of it."""
+    """Return whether the host is there, but no process listens at the port."""
     try:
-        socket.create_connection(where, timeout=_PATIENCE_SECONDS).close()
+        socket.create_connection(where, timeout=_TIMEOUT_SECONDS).close()
     except ConnectionRefusedError:
         return True
     except OSError:  # a network that is not up yet: joining waits for that
@@ -277,15 +284,15 @@ def _refuses(where: tuple[str, int]) -> bool:
 
 
 @contextmanager
-def ending_with(launchers: tuple[int, ...]) -> Iterator[None]:
-    """End this process if `processes` are no longer those, now or in the meantime.
+def end_with_launcher(launchers: tuple[int, ...]) -> Iterator[None]:
+    """End this process if the launcher's processes change while the block runs.
 
-    For the time in which ranks wait for each other: nothing is lost yet.
+    For the block in which ranks wait for each other: nothing is lost yet.
     """
     joined = threading.Event()
 
     def watch() -> None:
-        while processes() == launchers:
+        while launcher_processes() == launchers:
             if joined.wait(1.0):
                 return
         print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Entry of the launchers: `deepspeed pipeline/train.py CONFIG --deepspeed ds_configs/zero3.json`.
+"""Entry point of training: `deepspeed pipeline/train.py CONFIG --deepspeed ds_configs/zero3.json`.
 
 Starts the same way under deepspeed, torchrun, mpirun, srun and plain python.
 """
@@ -14,24 +14,25 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # `python pipeline/train.py` puts pipeline/ first on the path, where our modules would hide
-    # others of the same name; the checkout above it is what belongs there.
+    # others of the same name; the checkout above it belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Now, because the imports below take seconds, in which a launcher may be killed.
     from pipeline import launch
 
-    _launchers = launch.processes()
+    _launchers = launch.launcher_processes()
 
-from pipeline.config import TrainConfig, dump_config, load_config
+from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
 from pipeline.files import require_writable
 from pipeline.launch import World, discover_world, local_ranks
 from pipeline.run_folder import RunDir
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+from pipeline.training.evaluations import ScoringCommands
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line of a training run."""
+    """Parse the command line of a training run."""
     parser = argparse.ArgumentParser(
         prog="train.py", description="Train a text embedder; run it again to resume."
     )
@@ -46,21 +47,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=int, help="ranks to plan for (only with --dry-run)", default=None
     )
-    # The deepspeed launcher adds this to every command line; the environment says the same.
+    # The deepspeed launcher adds this to every command line; the environment holds it too.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     # Overrides may stand before and after the options.
     return parser.parse_intermixed_args(arguments)
 
 
 def check_folders(config: TrainConfig, *, writes: bool) -> None:
-    """Refuse what is wrong with the folders of a run before anything large is imported.
+    """Check the folders of a run before anything large is imported.
 
     Args:
         config: the run.
         writes: whether this process will write to the run's folder.
 
     Raises:
-        UserError: there are no shards, or the run's folder is somebody else's or not writable.
+        UserError: there are no shards, or the run's folder is another run's or not writable.
     """
     RunDir(config.output_dir).require_own()
     read_manifest(config.data.path)
@@ -71,7 +72,7 @@ def check_folders(config: TrainConfig, *, writes: bool) -> None:
 
 
 def share_cores(world: World) -> None:
-    """Give this rank its share of the cores, where the environment does not say how many.
+    """Give this rank its share of the cores, unless the environment already does.
 
     Every rank would otherwise start a thread for each core of the host, and they would wait for
     each other.
@@ -89,11 +90,11 @@ def share_cores(world: World) -> None:
 
 
 def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
-    """Train, or plan, as the command line says.
+    """Train, or plan with `--dry-run`.
 
     Args:
         arguments: the command line.
-        launchers: its processes (see launcher.processes), without which no rank goes on.
+        launchers: processes whose end stops the ranks (see `launch.launcher_processes`).
 
     Raises:
         DiffembedError: wrong input, or stopped on request.
@@ -111,7 +112,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
     check_folders(config, writes=world.is_main and not options.dry_run)
     share_cores(world)
-    # Here, because what it imports takes longer than all the checks above.
+    # Here, because its imports take longer than all the checks above.
     from pipeline import comm
 
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
@@ -129,11 +130,37 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
         config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
     from pipeline.training.trainer import train
 
-    train(config, ds_config, world)
+    scoring = scoring_commands(config.evaluate) if config.evaluate else None
+    train(config, ds_config, world, scoring=scoring)
+
+
+def scoring_commands(every: EvaluateEveryConfig) -> ScoringCommands:
+    """Return the command lines by which training has its checkpoints scored.
+
+    Processes, because training must neither wait for them nor end with them. Of the layers above
+    training, this is the only thing it sees.
+    """
+    from pipeline.submission import submit
+
+    python = [sys.executable, "-m"]
+    texts = [] if every.text_elements is None else [str(every.text_elements)]
+
+    def submit_jobs(train: Path, checkpoint: str, evaluate: Path) -> list[str]:
+        return [*python, submit.__name__, str(train), checkpoint, str(evaluate), *texts]
+
+    def run_here(train: Path, checkpoint: str, evaluate: Path) -> list[list[str]]:
+        diffembed = [*python, "pipeline.cli"]
+        return [
+            [*diffembed, "export", str(train), "--checkpoint", checkpoint, "--no-check"],
+            [*diffembed, "evaluate", "run", str(evaluate)],
+            [*diffembed, "report", str(evaluate)],
+        ]
+
+    return ScoringCommands(submit=submit_jobs, local=run_here)
 
 
 def main(launchers: tuple[int, ...] = ()) -> None:
-    """Run and leave with the exit code that the outcome has (see DiffembedError)."""
+    """Run, and leave with the exit code of the outcome (see DiffembedError)."""
     code = 0
     try:
         run(sys.argv[1:], launchers)
@@ -149,7 +176,7 @@ def main(launchers: tuple[int, ...] = ()) -> None:
         code = explained.exit_code if explained else 1
     # Not sys.exit: a rank that fails must be gone at once, so that the launcher ends the others
     # instead of leaving them to wait in a collective.
-    if "pipeline.comm" not in sys.modules:  # nothing was begun, and importing it takes seconds
+    if "pipeline.comm" not in sys.modules:  # nothing was started, and importing it takes seconds
         sys.stdout.flush()
         os._exit(code)
     from pipeline import comm

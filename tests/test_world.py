@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import comm
 from pipeline.errors import DiffembedError, UserError
-from pipeline.launch import World, discover_world, gpu_asked_for, local_ranks, meeting_place
+from pipeline.launch import World, discover_world, local_ranks, rendezvous, requested_gpu
 from tests.support import PATIENCE, free_port
 
 OPEN_MPI = {
@@ -66,14 +66,14 @@ def test_what_a_launcher_says_wrong_is_named(environment: dict[str, str], messag
 
 
 def test_ranks_of_one_host_meet_there_without_being_told() -> None:
-    address, port = meeting_place({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    address, port = rendezvous({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
 
     assert address == "127.0.0.1"
-    assert (address, port) == meeting_place(TORCHRUN)
+    assert (address, port) == rendezvous(TORCHRUN)
 
 
 def test_ranks_of_two_runs_do_not_meet() -> None:
-    ports = {meeting_place({"PMIX_NAMESPACE": f"prterun-{i}@1"})[1] for i in range(20)}
+    ports = {rendezvous({"PMIX_NAMESPACE": f"prterun-{i}@1"})[1] for i in range(20)}
 
     assert len(ports) == 20
 
@@ -90,11 +90,11 @@ def test_ranks_of_two_runs_do_not_meet() -> None:
         ({"MASTER_ADDR": "no host.invalid"}, "MASTER_ADDR=no host.invalid: .* allowed: a name"),
     ],
 )
-def test_a_meeting_place_that_is_missing_or_wrong_is_named(
+def test_a_rendezvous_that_is_missing_or_wrong_is_named(
     environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        meeting_place(environment)
+        rendezvous(environment)
 
 
 @pytest.fixture
@@ -138,9 +138,9 @@ def test_a_machine_with_a_gpu_asks_for_it_unless_it_is_hidden(
     tmp_path: Path, environ: dict[str, str], asked: str
 ) -> None:
     device = tmp_path / "nvidia0"
-    assert gpu_asked_for(environ, (str(device),)) == ""
+    assert requested_gpu(environ, (str(device),)) == ""
     device.touch()
-    found = gpu_asked_for(environ, (str(device),))
+    found = requested_gpu(environ, (str(device),))
     assert found.startswith(asked)
     assert bool(found) == bool(asked)
 

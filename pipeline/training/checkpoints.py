@@ -22,8 +22,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,6 @@ from pipeline.checkpoint_folder import (
 from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
 from pipeline.files import sync_file
 from pipeline.training.run_identity import require_same_run
-from pipeline.training.zero import read_share
 
 # What is stored of each parameter.
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
@@ -112,6 +112,28 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
                 }
                 engine.restore_state(name, share)
     return state["step"], state["extra"]
+
+
+def covering_rows(shape: Sequence[int], elements: range) -> range:
+    """Return the rows, along the first dimension, that hold these flat elements."""
+    width = math.prod(shape[1:])
+    return range(elements.start // width, -(-elements.stop // width))
+
+
+def read_share(tensor: Any, elements: range) -> torch.Tensor:
+    """Read flat elements of a tensor in a file, and little more of the file than these.
+
+    Args:
+        tensor: a slice as safetensors' `get_slice` returns it.
+        elements: may be empty.
+    """
+    shape = tensor.get_shape()
+    if not shape:  # a number, which has no rows
+        return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
+    rows = covering_rows(shape, elements)
+    read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
+    before = rows.start * math.prod(shape[1:])
+    return read[elements.start - before : elements.stop - before]
 
 
 def _check_shapes(path: Path, engine: Stateful) -> None:

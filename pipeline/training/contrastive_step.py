@@ -1,9 +1,17 @@
 """One optimizer step of contrastive training.
 
-    pass 1   every chunk -> embeddings, no graph          (grad_cache or layer_sweep)
-    loss     over all queries and documents of all ranks  (contrastive_loss), gradient per vector
-    pass 2   every chunk again, with graph, same dropout  -> backward
-    update   one reduction, one clip, one AdamW step
+    this rank's chunks                c_1      ...      c_n      texts of the global batch, packed
+    pass 1     embed, no graph      (C_1, E)          (C_n, E)   grad_cache, or layer_sweep
+    rows       concatenate              (R, E)                   in the order of the chunks
+    select     queries (B, E), documents (K, E)                  dummy rows belong to neither
+    loss       contrastive_loss  <---- all ranks ---->           gradients (B, E), (K, E)
+    scatter    gradients of all rows    (R, E)                   zero in dummy rows
+    split                           (C_1, E)          (C_n, E)
+    pass 2     embed again, with graph and the same dropout; backward of sum(embedding * gradient)
+    update     one reduction over ranks, one clip, one AdamW step; then the temperature
+
+The gradient is that of one batch without chunks: the loss sees every text of every rank at once,
+and a chunk's backward only needs the loss's gradient by its own embeddings.
 
 After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
 (arXiv 2101.06983), algorithm 1.
@@ -13,14 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import comm
-from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.batch import GlobalBatch, Ragged
 from pipeline.data.order import num_negatives
 from pipeline.loss import grad_cache
@@ -37,58 +45,56 @@ from pipeline.training.engine import (
     to_tensors,
 )
 from pipeline.training.layer_sweep import encoder_stages, make_sweep, outside_of_layers
+from pipeline.training.optim import Temperature
 
 
-class Temperature:
-    """A scalar that every rank updates alike: its gradient is that of the global loss.
+class Contrastive:
+    """InfoNCE over the global batch, with a temperature that may be learned (an `Objective`)."""
 
-    Learned as its logarithm (Radford et al., arXiv 2103.00020, section 2.5), without weight decay.
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._temperature = Temperature(config.loss, config.optimizer)
+        self._temperature_grad: float | None = None
 
-    Args:
-        config: where it starts, and whether it is learned.
-        optimizer: AdamW's hyper-parameters.
-    """
+    def accumulate(
+        self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
+    ) -> dict[str, float]:
+        """Leave the reduced gradients of a batch in the engine; return the step's numbers."""
+        value = self._temperature.value
+        output = accumulate_gradients(
+            engine,
+            batch,
+            self._config,
+            device=comm.device(),
+            temperature=value if self._config.loss.learn_temperature else None,
+            agreement=agreement,
+        )
+        self._temperature_grad = output.temperature_grad
+        negatives = num_negatives(
+            positives=batch.positives,
+            negatives=batch.negatives,
+            masked=batch.masked,
+            num_documents=batch.num_documents,
+            own=self._config.loss.negatives == "own",
+        )
+        return {
+            "loss": float(output.loss),
+            **output.metrics,
+            "temperature": value,
+            "queries_without_negatives": int((negatives == 0).sum()),
+        }
 
-    def __init__(self, config: LossConfig, optimizer: OptimizerConfig) -> None:
-        self._learned = config.learn_temperature
-        self._fixed = config.temperature
-        log = torch.tensor(math.log(config.temperature), dtype=torch.float64)
-        self._log = torch.nn.Parameter(log)
-        self._adam = torch.optim.Adam([self._log], betas=optimizer.betas, eps=optimizer.eps)
+    def update(self, lr: float) -> None:
+        """Update the temperature."""
+        self._temperature.step(self._temperature_grad, lr)
 
-    @property
-    def value(self) -> float:
-        """The temperature of the next step."""
-        return math.exp(self._log.item()) if self._learned else self._fixed
+    def state_dict(self) -> dict[str, Any]:
+        """Return the temperature's state."""
+        return {"temperature": self._temperature.state_dict()}
 
-    def step(self, gradient: float | None, lr: float) -> None:
-        """Take d(loss) / d(temperature); does nothing when the temperature is fixed."""
-        if not self._learned:
-            return
-        assert gradient is not None, "the loss was not asked for the gradient"
-        self._log.grad = torch.tensor(gradient * self.value, dtype=torch.float64)
-        self._adam.param_groups[0]["lr"] = lr
-        self._adam.step()
-
-    def state_dict(self) -> dict[str, float]:
-        """Plain numbers that `load_state_dict` takes back without loss."""
-        if not self._learned:
-            return {}
-        moments = self._adam.state.get(self._log, {})
-        return {"log": self._log.item(), **{k: float(v) for k, v in moments.items()}}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from `state_dict`."""
-        if not self._learned or not state:
-            return
-        with torch.no_grad():
-            self._log.fill_(state["log"])
-        if "step" in state:
-            self._adam.state[self._log] = {
-                "step": torch.tensor(state["step"]),
-                "exp_avg": torch.tensor(state["exp_avg"], dtype=torch.float64),
-                "exp_avg_sq": torch.tensor(state["exp_avg_sq"], dtype=torch.float64),
-            }
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with a temperature."""
+        self._temperature.load_state_dict(state["temperature"])
 
 
 def accumulate_gradients(
@@ -100,7 +106,7 @@ def accumulate_gradients(
     temperature: float | None = None,
     agreement: Agreement | None = None,
 ) -> LossOutput:
-    """Both passes and the loss; afterwards the engine holds the reduced gradients.
+    """Run both passes and the loss; afterwards the engine holds the reduced gradients.
 
     Args:
         engine: embeds chunks and takes backwards.
@@ -108,7 +114,7 @@ def accumulate_gradients(
         config: schedule, loss and seed.
         device: where the chunks go.
         temperature: the present value of a learned temperature.
-        agreement: whether the step is to be given up.
+        agreement: decides whether the step is given up; by default it never is.
 
     Raises:
         NonFiniteLossError: on all ranks; no gradient was accumulated.
@@ -134,7 +140,7 @@ def accumulate_gradients(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """One global batch on its way through the engine; see `accumulate_gradients`."""
+    """Arguments of `accumulate_gradients`, and the two ways through the passes."""
 
     engine: Engine
     batch: GlobalBatch
@@ -142,18 +148,6 @@ class _Step:
     config: TrainConfig
     temperature: float | None
     agreement: Agreement
-
-    def layer_by_layer(self) -> LossOutput:
-        """Schedule `sweep`."""
-        engine, chunks = self.engine, self.chunks
-        stages = encoder_stages(engine.encoder)
-        sweep = make_sweep(engine, stages, self.config, self._seed, self.agreement)
-        # Few but for the table, which DeepSpeed would gather again for every chunk.
-        with engine.hold(outside_of_layers(engine.encoder)):
-            output, gradients = self._loss(sweep.forward(chunks))
-            with engine.accumulation():
-                sweep.backward(chunks, gradients, engine.backward)
-        return output
 
     def chunk_by_chunk(self) -> LossOutput:
         """Schedule `cache`, and `plain`, which is the case that all graphs are kept."""
@@ -169,26 +163,38 @@ class _Step:
                 grad_cache.replay_chunks(chunks, cached, gradients, self._embed, self._backward)
         return output
 
-    @property
-    def _seed(self) -> Callable[[int], None]:
-        return seed_of_chunks(self.config.seed, self.batch.step)
+    def layer_by_layer(self) -> LossOutput:
+        """Schedule `sweep`."""
+        engine, chunks = self.engine, self.chunks
+        stages = encoder_stages(engine.encoder)
+        sweep = make_sweep(engine, stages, self.config, self._seed, self.agreement)
+        # The token table is most of it, which DeepSpeed would gather again for every chunk.
+        with engine.hold(outside_of_layers(engine.encoder)):
+            output, gradients = self._loss(sweep.forward(chunks))
+            with engine.accumulation():
+                sweep.backward(chunks, gradients, engine.backward)
+        return output
 
     def _embed(self, chunk: TensorChunk) -> torch.Tensor:
-        self.agreement.point()
+        self.agreement.check()
         self._seed(chunk.number)
         return self.engine.embed(chunk.input_ids, chunk.lengths, chunk.instruction_tokens)
 
     def _backward(self, surrogate: torch.Tensor) -> None:
-        self.agreement.point()
+        self.agreement.check()
         self.engine.backward(surrogate)
 
+    @property
+    def _seed(self) -> Callable[[int], None]:
+        return seed_of_chunks(self.config.seed, self.batch.step)
+
     def _loss(
-        self, embeddings: list[torch.Tensor] | tuple[torch.Tensor, ...]
+        self, embeddings: Sequence[torch.Tensor]
     ) -> tuple[LossOutput, tuple[torch.Tensor, ...]]:
-        """The global loss, and the gradient that each chunk's vectors begin their backward with."""
+        """Compute the global loss and its gradient by each chunk's embeddings."""
         batch = self.batch
-        rows = torch.cat(list(embeddings))  # (R, E) rows of this rank, dummies included
-        # On the host: to select rows by a mask on a GPU is to wait for it to count them.
+        rows = torch.cat(list(embeddings))  # n x (C, E) -> (R, E), dummy rows included
+        # On the host: selecting rows by a mask on a GPU would wait for it to count them.
         texts = np.concatenate([chunk.texts for chunk in batch.chunks])  # (R,)
         is_document = texts >= batch.num_queries
         queries, documents = (
@@ -197,8 +203,8 @@ class _Step:
         )
         texts_R = torch.from_numpy(texts).to(rows.device, non_blocking=True)
         output = contrastive_loss(
-            rows[queries],
-            rows[documents],
+            rows[queries],  # (R, E) -> (B, E)
+            rows[documents],  # (R, E) -> (K, E)
             _targets(batch, texts_R[queries], texts_R[documents] - batch.num_queries),
             config=self.config.loss,
             temperature=self.temperature,
@@ -210,10 +216,12 @@ class _Step:
         # The engine averages over ranks, each of which holds only its own rows' share of the sum.
         gradients[queries] = output.query_grad * comm.world_size()
         gradients[documents] = output.document_grad * comm.world_size()
+        # (R, E) -> n x (C, E)
         return output, torch.split(gradients, [len(chunk.texts) for chunk in batch.chunks])
 
 
 def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor) -> Targets:
+    """Move a batch's relevance to the device, with the global indices of this rank's rows."""
     return Targets(
         num_queries=batch.num_queries,
         num_documents=batch.num_documents,
@@ -236,52 +244,3 @@ def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
 
 def _scores(ragged: Ragged | None, device: torch.device) -> torch.Tensor | None:
     return None if ragged is None else torch.from_numpy(ragged.values).to(device)
-
-
-class Contrastive:
-    """InfoNCE over the global batch, with a temperature that may be learned."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
-        self._temperature = Temperature(config.loss, config.optimizer)
-        self._gradient: float | None = None
-
-    def accumulate(
-        self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
-    ) -> dict[str, float]:
-        """See `Objective`."""
-        value = self._temperature.value
-        output = accumulate_gradients(
-            engine,
-            batch,
-            self._config,
-            device=comm.device(),
-            temperature=value if self._config.loss.learn_temperature else None,
-            agreement=agreement,
-        )
-        self._gradient = output.temperature_grad
-        negatives = num_negatives(
-            positives=batch.positives,
-            negatives=batch.negatives,
-            masked=batch.masked,
-            num_documents=batch.num_documents,
-            own=self._config.loss.negatives == "own",
-        )
-        return {
-            "loss": float(output.loss),
-            **output.metrics,
-            "temperature": value,
-            "queries_without_negatives": int((negatives == 0).sum()),
-        }
-
-    def update(self, lr: float) -> None:
-        """Update the temperature."""
-        self._temperature.step(self._gradient, lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The temperature's state."""
-        return {"temperature": self._temperature.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with a temperature."""
-        self._temperature.load_state_dict(state["temperature"])

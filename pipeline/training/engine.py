@@ -1,13 +1,14 @@
-"""The interface of an engine, chunks on the device, gradient sums, and agreement between ranks.
+"""Contracts of a step: objective, engine, chunk, random seeds, and agreement between ranks.
 
-autograd adds into `.grad` in the parameter's type. In bfloat16 a sum keeps 8 bits: after a hundred
-chunks most of what a chunk adds is lost, and more chunks would mean another gradient.
+trainer --batch--> Objective.accumulate --chunks--> Engine.embed, Engine.backward
+                          |                              |
+                   Agreement.check                 seeded by (seed, step, rank, chunk)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -20,12 +21,12 @@ from pipeline.errors import DiffembedError
 
 
 class Objective(Protocol):
-    """The part of a training step that depends on what is learned."""
+    """The part of a training step that depends on the task: a loss, and its state if any."""
 
     def accumulate(
         self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
     ) -> dict[str, float]:
-        """Leave the reduced gradients of a batch in the engine; returns `loss` and its companions.
+        """Leave the reduced gradients of a batch in the engine; return `loss` and its companions.
 
         Raises:
             NonFiniteLossError: on all ranks; no gradient was accumulated.
@@ -34,158 +35,17 @@ class Objective(Protocol):
         """
 
     def update(self, lr: float) -> None:
-        """Update what the objective itself learns, after the engine's update."""
+        """Update the objective's own parameters, after the engine's update."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers that `load_state_dict` takes back."""
+        """Return plain numbers from which `load_state_dict` continues."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
 
 
-# A step that takes longer may be given up on request; then ranks agree about this often within it.
-_LONG_STEP_SECONDS = 10.0
-_SPACING_SECONDS = 5.0
-
-
-class ChunkOutOfMemoryError(DiffembedError):
-    """A chunk did not fit on some rank; raised on all ranks alike, the gradients are discarded."""
-
-
-class StepGivenUpError(DiffembedError):
-    """A rank was asked to stop; raised on all ranks alike, the gradients are discarded."""
-
-
-class Agreement:
-    """Decides within a step, for all ranks alike, whether it goes on.
-
-    Every agreement is the same collective call, so that a rank which leaves its chunks for lack of
-    memory meets the others at whichever place they have come to.
-
-    Args:
-        wants_to_stop: this rank's own view.
-    """
-
-    def __init__(self, wants_to_stop: Callable[[], bool] = lambda: False) -> None:
-        self._wants_to_stop = wants_to_stop
-        self._points = 0
-        # How many points lie between two agreements. None before a step's duration is known: the
-        # first step after a start is always finished, so that restarts make progress.
-        self._spacing: int | None = None
-
-    def begin_step(self) -> None:
-        """Count the points of a new step."""
-        self._points = 0
-
-    def end_step(self, seconds: float) -> None:
-        """Choose how often to agree in the next step.
-
-        Args:
-            seconds: of this step, the same number on all ranks.
-        """
-        per_point = seconds / max(self._points, 1)
-        long = seconds > _LONG_STEP_SECONDS
-        self._spacing = max(1, round(_SPACING_SECONDS / per_point)) if long else None
-
-    def point(self) -> None:
-        """A place that all ranks come to equally often: between chunks, or layers of a sweep.
-
-        Raises:
-            ChunkOutOfMemoryError: a rank has left its chunks.
-            StepGivenUpError: a rank was asked to stop.
-        """
-        self._points += 1
-        if self._spacing is not None and self._points % self._spacing == 0:
-            self._agree(failed=False, stop=self._wants_to_stop())
-
-    @contextmanager
-    def out_of_memory_on_all_ranks(self) -> Iterator[None]:
-        """Turn one rank's lack of memory into the same error on all, at the end of the block.
-
-        Works because the block holds no other collective: the parameters are gathered before it,
-        and the gradients are reduced after it. A rank that fails waits here for the others.
-
-        Raises:
-            ChunkOutOfMemoryError: some rank ran out of memory.
-        """
-        failed = False
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            failed = True
-            torch.cuda.empty_cache()
-        # Not the place to stop: what little is left of the step would be lost.
-        self._agree(failed=failed, stop=False)
-
-    def _agree(self, *, failed: bool, stop: bool) -> None:
-        any_failed, any_stop = comm.max_over_ranks(failed, stop)
-        if any_failed:
-            raise ChunkOutOfMemoryError("a chunk does not fit into memory")
-        if any_stop:
-            raise StepGivenUpError("asked to stop within a step")
-
-
-class GradientSums:
-    """Takes every gradient that autograd leaves in a low-precision parameter, while it is open.
-
-    Costs 4 bytes per element of those parameters between `open` and `hand_back`.
-
-    Args:
-        parameters: the trainable parameters; those in fp32 are left to autograd.
-    """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._is_open = False
-        for parameter in parameters:
-            if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-
-    def open(self) -> None:
-        """Begin; every gradient is taken from now on."""
-        self._is_open = True
-
-    def _take(self, parameter: torch.Tensor) -> None:
-        if not self._is_open or parameter.grad is None:
-            return
-        assert isinstance(parameter, torch.nn.Parameter)
-        if parameter in self._sums:
-            self._sums[parameter].add_(parameter.grad)
-        else:
-            self._sums[parameter] = parameter.grad.float()
-        parameter.grad = None
-
-    def discard(self) -> None:
-        """Forget the sums."""
-        self._is_open = False
-        self._sums.clear()
-
-    def hand_back(self) -> None:
-        """Put each sum, rounded once, where autograd would have left it."""
-        self._is_open = False
-        while self._sums:
-            parameter, total = self._sums.popitem()
-            # A parameter that ZeRO-3 has partitioned has no shape, and takes no gradient of its
-            # real one but through `data`.
-            parameter.grad = torch.empty_like(parameter)
-            parameter.grad.data = total.to(parameter.dtype)
-
-
-class NonFiniteLossError(DiffembedError):
-    """The global loss is infinite or not a number; raised on all ranks alike, before the update.
-
-    Args:
-        loss: what it is.
-        texts: indices of this rank's texts whose embedding is not finite.
-    """
-
-    def __init__(self, loss: float, texts: list[int]) -> None:
-        super().__init__(f"loss is {loss}")
-        self.texts = texts
-
-
 class Engine(Protocol):
-    """What a step needs of an engine."""
+    """The part of an engine that a step uses."""
 
     @property
     def encoder(self) -> Any:
@@ -209,7 +69,7 @@ class Engine(Protocol):
         """Accumulate gradients, to be averaged over ranks."""
 
     def discard(self) -> None:
-        """Forget what an accumulation gathered before an exception ended it."""
+        """Drop the gradients of an accumulation that an exception ended."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -220,7 +80,7 @@ class TensorChunk:
     input_ids: torch.Tensor  # (T,)
     lengths: torch.Tensor  # (C,) in host memory
     instruction_tokens: torch.Tensor | None  # (C,) at the front of each row; None: no row has any
-    packed: Any = None  # what the encoder's layers need beside hidden states (sweep only)
+    packed: Any = None  # inputs of the encoder's layers other than hidden states (sweep only)
 
 
 def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
@@ -237,7 +97,7 @@ def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
 
 
 def seed_random(*numbers: int) -> None:
-    """Make the random numbers that follow a function of, say, (seed, step, rank, chunk).
+    """Seed torch by a few numbers, such as (seed, step, rank, chunk).
 
     A resumed run then draws the dropout masks of the uninterrupted one without any saved state,
     and every schedule draws the same.
@@ -247,5 +107,100 @@ def seed_random(*numbers: int) -> None:
 
 
 def seed_of_chunks(seed: int, step: int) -> Callable[[int], None]:
-    """What sets the random numbers of a chunk of this rank, given its number."""
+    """Return a function that seeds torch for a chunk of this rank, given the chunk's number."""
     return lambda number: seed_random(seed, step, comm.rank(), number)
+
+
+class ChunkOutOfMemoryError(DiffembedError):
+    """A chunk did not fit on some rank; raised on all ranks, the gradients are discarded."""
+
+
+class StepGivenUpError(DiffembedError):
+    """A rank received a stop request; raised on all ranks, the gradients are discarded."""
+
+
+class NonFiniteLossError(DiffembedError):
+    """The global loss is infinite or not a number; raised on all ranks, before the update.
+
+    Args:
+        loss: its value.
+        texts: indices of this rank's texts whose embedding is not finite.
+    """
+
+    def __init__(self, loss: float, texts: list[int]) -> None:
+        super().__init__(f"loss is {loss}")
+        self.texts = texts
+
+
+# A step that takes longer may be given up on request; then ranks agree about this often within it.
+_LONG_STEP_SECONDS = 10.0
+_SPACING_SECONDS = 5.0
+
+
+class Agreement:
+    """Decides within a step, for all ranks together, whether it continues.
+
+    Every agreement is the same collective call, so that a rank which leaves its chunks for lack of
+    memory joins the others at whichever check they have reached.
+
+    Args:
+        wants_to_stop: this rank's own view.
+    """
+
+    def __init__(self, wants_to_stop: Callable[[], bool] = lambda: False) -> None:
+        self._wants_to_stop = wants_to_stop
+        self._checks = 0
+        # Checks from one agreement to the next. None before a step's duration is known: the first
+        # step after a start is always finished, so that restarts make progress.
+        self._spacing: int | None = None
+
+    def begin_step(self) -> None:
+        """Count the checks of a new step."""
+        self._checks = 0
+
+    def end_step(self, seconds: float) -> None:
+        """Choose how often to agree in the next step.
+
+        Args:
+            seconds: of this step, the same number on all ranks.
+        """
+        per_check = seconds / max(self._checks, 1)
+        long = seconds > _LONG_STEP_SECONDS
+        self._spacing = max(1, round(_SPACING_SECONDS / per_check)) if long else None
+
+    def check(self) -> None:
+        """Agree, if it is time; all ranks call this equally often: per chunk, or layer of a sweep.
+
+        Raises:
+            ChunkOutOfMemoryError: a rank has left its chunks.
+            StepGivenUpError: a rank received a stop request.
+        """
+        self._checks += 1
+        if self._spacing is not None and self._checks % self._spacing == 0:
+            self._agree(failed=False, stop=self._wants_to_stop())
+
+    @contextmanager
+    def out_of_memory_on_all_ranks(self) -> Iterator[None]:
+        """Turn one rank's lack of memory into the same error on all, at the end of the block.
+
+        Works because the block holds no other collective: the parameters are gathered before it,
+        and the gradients are reduced after it. A rank that fails waits here for the others.
+
+        Raises:
+            ChunkOutOfMemoryError: some rank ran out of memory.
+        """
+        failed = False
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            failed = True
+            torch.cuda.empty_cache()
+        # No stop here: what little is left of the step would be lost.
+        self._agree(failed=failed, stop=False)
+
+    def _agree(self, *, failed: bool, stop: bool) -> None:
+        any_failed, any_stop = comm.max_over_ranks(failed, stop)
+        if any_failed:
+            raise ChunkOutOfMemoryError("a chunk does not fit into memory")
+        if any_stop:
+            raise StepGivenUpError("a stop was requested within a step")

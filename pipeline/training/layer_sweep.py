@@ -1,13 +1,13 @@
-"""The layer-major schedule: every chunk passes a layer before the next layer is gathered.
+"""The schedule `sweep`: every chunk passes a layer before the next layer is gathered.
 
     forward    for each stage: gather it; for each chunk: keep the input, run without graph; release
     loss       gradient per embedding
     backward   for each stage, last first: gather it; for each chunk: run again with graph from the
                kept input, backward, keep the input's gradient; release
 
-ZeRO-3 therefore gathers every parameter twice per optimizer step, whatever the number of chunks,
-and holds one stage at a time. The price is the inputs of all stages of all chunks (the boundary
-store), which may lie in host memory. FLOPs equal those of gradient caching.
+ZeRO-3 therefore gathers every parameter twice per optimizer step, for any number of chunks, and
+holds one stage at a time. The price is the inputs of all stages of all chunks (the boundary store),
+which may lie in host memory. It needs as many FLOPs as gradient caching.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BoundaryStore:
         self._kept[stage, chunk] = hidden
 
     def take(self, stage: int, chunk: int) -> torch.Tensor:
-        """Hand an input back, once."""
+        """Return an input, once."""
         return self._kept.pop((stage, chunk)).to(self._device, non_blocking=True)
 
 
@@ -85,6 +85,8 @@ class LayerSweep(Generic[ChunkT]):
         for number in range(len(chunks)):
             self._seed(number)
             streams.append(RandomState.capture())
+        # Each chunk has its own stream of random numbers, continued from stage to stage, as it
+        # would be if the chunk passed all stages at once.
         for index, stage in enumerate(self._stages):
             with self._hold(index):
                 for number, chunk in enumerate(chunks):
@@ -110,7 +112,7 @@ class LayerSweep(Generic[ChunkT]):
             gradients: (C, E) gradient by each chunk's embeddings.
             backward: takes a scalar and accumulates its gradients.
         """
-        upper = list(gradients)
+        upper = list(gradients)  # by the output of the stage that comes next
         for index in reversed(range(len(self._stages))):
             with self._hold(index):
                 for number, chunk in enumerate(chunks):
@@ -125,7 +127,7 @@ class LayerSweep(Generic[ChunkT]):
         gradient: torch.Tensor,
         backward: Callable[[torch.Tensor], None],
     ) -> torch.Tensor:
-        """Run one stage of one chunk again; returns the gradient by its input."""
+        """Run one stage of one chunk again; return the gradient by its input."""
         hidden = None
         if index > 0:
             hidden = self.store.take(index, number).detach().requires_grad_()
@@ -146,26 +148,26 @@ def make_sweep(
     seed: Callable[[int], None],
     agreement: Agreement,
 ) -> LayerSweep[Any]:
-    """The two sweeps of a step over its chunks.
+    """Prepare the two sweeps of a step over its chunks.
 
     Args:
-        engine: gathers what a stage needs: its layer; `outside_of_layers` is held throughout.
-        stages: embedding, each layer, and what follows them.
-        config: where the inputs of the layers wait.
-        seed: sets the random numbers of a chunk.
-        agreement: asked before each stage.
+        engine: gathers each stage's layer; `outside_of_layers` is held throughout.
+        stages: embedding, each layer, and the last one after them.
+        config: keeps the inputs of the layers on the device or the host.
+        seed: seeds torch for a chunk.
+        agreement: checked before each stage.
     """
     owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
 
     def hold(stage: int) -> AbstractContextManager[None]:
-        agreement.point()
+        agreement.check()
         return engine.hold(owned[stage])
 
     return LayerSweep(stages, hold=hold, seed=seed, on_host=config.chunks.boundaries == "host")
 
 
 def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:
-    """An encoder cut into the stages of a sweep: embedding, each layer, pooling."""
+    """Cut an encoder into the stages of a sweep: embedding, each layer, pooling."""
 
     def embed(chunk: TensorChunk, _: None) -> torch.Tensor:
         hidden, chunk.packed = encoder.embed(
@@ -183,6 +185,6 @@ def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tens
 
 
 def outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
-    """Token embedding, final norm, and a head if there is one."""
+    """Return the parameters of token embedding, final norm, and a head if there is one."""
     inside = {id(parameter) for parameter in encoder.layers.parameters()}
     return [parameter for parameter in encoder.parameters() if id(parameter) not in inside]

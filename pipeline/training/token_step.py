@@ -1,12 +1,14 @@
 """One optimizer step of token prediction: the exact gradient of the mean over the global batch.
 
-Shapes: P predictions, D width, V vocabulary. The (P, V) scores never exist at once: each tile's
-graph is gone after its backward.
+    hide      tokens of every chunk, a function of seed, step and text   (data.text_loader.predict)
+    agree     on the denominator of the mean, summed over ranks
+    chunk     tokens (T,) -> hidden states (P, D) of the predictions
+    head      in tiles: (R, D) -> scores (R, V) -> loss, backward to (R, D)
+    backward  of sum(hidden * gradient), through the layers
+    update    one reduction, one clip, one AdamW step
 
-hide     tokens of every chunk, a function of seed, step and text   (data.masking)
-agree    the denominator of the mean, summed over ranks
-chunk    tokens -> hidden states -> scores of the vocabulary in tiles -> backward, one by one
-update   one reduction, one clip, one AdamW step
+Shapes: T tokens and P predictions of a chunk, R of them in a tile, D width, V vocabulary. The
+(P, V) scores never exist at once: each tile's graph is gone after its backward.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class TokenSums:
 
 
 def tile_rows(vocabulary: int, device: str) -> int:
-    """Predictions whose scores fit into the memory of a tile."""
+    """Return the number of predictions whose scores fit into the memory of a tile."""
     return max(1, TILE_BYTES[device] // (_BYTES_PER_SCORE * vocabulary))
 
 
@@ -75,19 +77,20 @@ def cross_entropy_in_tiles(
     backward: Callable[[Tensor], None],
     rows: int,
 ) -> TokenSums:
-    """Score, compare and go back through the head, tile by tile.
+    """Score, compare and run backward through the head, tile by tile.
 
     Args:
-        hidden: (P, D) hidden states; their own graph is left alone.
+        hidden: (P, D) hidden states; no gradient enters their graph.
         labels: (P,) tokens to predict.
         weights: (P,) factor on each prediction's cross-entropy.
         scores: (R, D) hidden states to (R, V) float32 scores.
-        backward: takes a scalar and accumulates its gradients, also those of the head.
+        backward: takes a scalar and accumulates its gradients, the head's included.
         rows: predictions of a tile.
     """
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    # One tensor for all tiles: what outlives a tile must not lie between the tiles' large ones.
+    # One tensor for all tiles: small tensors that outlive a tile would lie between the tiles' large
+    # ones and fragment the memory.
     gradient = torch.empty_like(hidden)
     tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights, gradient)]
     for part, label, weight, out in zip(*tiles, strict=True):
@@ -107,10 +110,10 @@ def cross_entropy_in_tiles(
 
 
 class TokenPrediction:
-    """MNTP, masked diffusion or next-token prediction; learns nothing beside the model.
+    """MNTP, masked diffusion or next-token prediction; has no parameters except the model's.
 
     Raises:
-        UserError: tokens are to be hidden, but nothing says by which one.
+        UserError: the objective hides tokens, but no mask token is known.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
@@ -122,7 +125,7 @@ class TokenPrediction:
     def accumulate(
         self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
     ) -> dict[str, float]:
-        """Leave the reduced gradients of a batch in the engine; returns the step's numbers.
+        """Leave the reduced gradients of a batch in the engine; return the step's numbers.
 
         Raises:
             NonFiniteLossError: on all ranks; no gradient was accumulated.
@@ -161,14 +164,14 @@ class TokenPrediction:
         }
 
     def update(self, lr: float) -> None:
-        """Nothing to update."""
+        """Do nothing: only the model learns."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: what is hidden is a function of seed and step."""
+        """Return nothing: the choice of hidden tokens is a function of seed and step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing."""
 
     def _run(
         self,
@@ -178,14 +181,14 @@ class TokenPrediction:
         scale: float,
         agreement: Agreement,
     ) -> tuple[float, float]:
-        """All chunks forward and back; returns the global loss, and predictions that are right."""
+        """Run all chunks; return the global loss and the number of correct predictions."""
         chunks = [
             _to_tensors(number, chunk, predictions[number], scale)
             for number, chunk in enumerate(batch.chunks)
         ]
         seed = seed_of_chunks(self._config.seed, batch.step)
         if self._config.schedule == "sweep":
-            stages = [*encoder_stages(engine.encoder)[:-1], _take(engine.encoder)]
+            stages = [*encoder_stages(engine.encoder)[:-1], _predicting_states(engine.encoder)]
             sweep = make_sweep(engine, stages, self._config, seed, agreement)
             return _sweep(engine, chunks, sweep)
         return _chunk_by_chunk(engine, chunks, seed, agreement)
@@ -193,9 +196,9 @@ class TokenPrediction:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _TokenChunk(TensorChunk):
-    """A chunk on the device, and what to predict in it."""
+    """A chunk on the device, and its predictions."""
 
-    states: torch.Tensor  # (P,) places of the hidden states that predict
+    states: torch.Tensor  # (P,) positions of the hidden states that predict
     labels: torch.Tensor  # (P,)
     weights: torch.Tensor  # (P,) float32
 
@@ -220,13 +223,13 @@ def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float)
 def _chunk_by_chunk(
     engine: Engine, chunks: list[_TokenChunk], seed: Callable[[int], None], agreement: Agreement
 ) -> tuple[float, float]:
-    """Each chunk's graph is gone before the next one's forward: there is nothing to cache."""
+    """Run chunk after chunk: each graph is gone before the next forward, so nothing is cached."""
     model: LanguageModel = engine.encoder
     sums = []
     with engine.hold(list(model.parameters())), engine.accumulation():
         with agreement.out_of_memory_on_all_ranks():
             for chunk in chunks:
-                agreement.point()
+                agreement.check()
                 seed(chunk.number)
                 with torch.enable_grad():
                     hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
@@ -240,7 +243,7 @@ def _chunk_by_chunk(
 def _sweep(
     engine: Engine, chunks: list[_TokenChunk], sweep: LayerSweep[_TokenChunk]
 ) -> tuple[float, float]:
-    """Layer by layer; the hidden states that predict stand in the place of the embeddings."""
+    """Run layer by layer; the hidden states that predict replace the embeddings."""
     with engine.hold(outside_of_layers(engine.encoder)):
         states = sweep.forward(chunks)
         with engine.accumulation():
@@ -253,8 +256,8 @@ def _sweep(
     return numbers
 
 
-def _take(model: LanguageModel) -> Callable[[_TokenChunk, torch.Tensor], torch.Tensor]:
-    """The last stage of a sweep: final norm, and only the states that predict."""
+def _predicting_states(model: LanguageModel) -> Callable[[_TokenChunk, torch.Tensor], torch.Tensor]:
+    """Return the last stage of a sweep: final norm, and only the states that predict."""
     return lambda chunk, hidden: model.family.finish(model.model, hidden)[0, chunk.states]
 
 
@@ -271,7 +274,7 @@ def _through_the_head(engine: Engine, hidden: torch.Tensor, chunk: _TokenChunk) 
 
 
 def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-    """Loss and right predictions over all chunks of all ranks.
+    """Sum loss and correct predictions over all chunks of all ranks.
 
     Raises:
         NonFiniteLossError: on all ranks.

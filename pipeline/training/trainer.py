@@ -18,6 +18,7 @@ from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
+from pipeline.launch import World
 from pipeline.loss.targets import check_loss
 from pipeline.model.encoder import build_model
 from pipeline.model.weights import model_digests
@@ -31,24 +32,33 @@ from pipeline.training.engine import (
     StepGivenUpError,
     seed_random,
 )
-from pipeline.training.evaluations import Evaluations
+from pipeline.training.evaluations import Evaluations, ScoringCommands
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers, require_trackers
-from pipeline.training.run_checkpoints import (
-    RunCheckpoints,
-    StopRequest,
-    newest_checkpoint,
-    take_over,
-)
+from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
 from pipeline.training.run_identity import require_same_run, run_identity
+from pipeline.training.stop import StopRequest
 from pipeline.training.token_step import TokenPrediction
-from pipeline.training.zero import ZeroEngine, build_optimizer, learning_rate, placement_of
+from pipeline.training.zero import ZeroEngine, placement_of
 
-# Steps left out in a row after which no more are: what is wrong is not the batch.
+# Steps skipped in a row after which the run ends: the batches are not at fault.
 _MOST_SKIPPED = 20
 
 
-def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> None:
+def train(
+    config: TrainConfig,
+    ds_config: dict[str, Any],
+    world: World,
+    *,
+    scoring: ScoringCommands | None = None,
+) -> None:
     """Train until `num_steps`, from the newest checkpoint if there is one.
+
+    Args:
+        config: the run.
+        ds_config: a DeepSpeed config without any `auto` left.
+        world: this rank among the others, which it joins here.
+        scoring: command lines that score checkpoints; given where the config has `evaluate`.
 
     Raises:
         UserError: data, checkpoint and config do not belong together.
@@ -56,7 +66,10 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
     """
     run = RunDir(config.output_dir)
     stop = StopRequest(run.stop_request, launchers=world.launchers)
-    evaluations = Evaluations(config, config.evaluate) if config.evaluate else None
+    evaluations = None
+    if config.evaluate is not None:
+        assert scoring is not None, "evaluate: no commands were given"
+        evaluations = Evaluations(config, config.evaluate, scoring)
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     warning = require_negatives(loader, config)
@@ -95,10 +108,10 @@ def train(config: TrainConfig, ds_config: dict[str, Any], world: comm.World) -> 
 
 
 def _is_finished(newest: Path, run: RunDir, config: TrainConfig, identity: dict[str, Any]) -> bool:
-    """Whether the run has made its last step; says so.
+    """Return whether the run has made its last step, and print it.
 
     Raises:
-        UserError: the checkpoint is another run's than the config's, on all ranks alike.
+        UserError: the checkpoint belongs to another run than the config, on all ranks.
     """
 
     def check() -> int:
@@ -120,7 +133,7 @@ def _is_finished(newest: Path, run: RunDir, config: TrainConfig, identity: dict[
 
 
 class Training:
-    """What lives as long as the run: model, engine, objective, and where they are saved."""
+    """The state of a run: model, engine and objective, its checkpoints and its logs."""
 
     def __init__(
         self,
@@ -136,7 +149,7 @@ class Training:
         self.config, self.run, self.objective = config, run, objective
         self._num_skipped = 0  # steps in a row
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
-        seed_random(config.seed)  # a fresh adapter starts alike on every rank
+        seed_random(config.seed)  # a fresh adapter is the same on every rank
         model = build_model(config, placement=placement_of(ds_config))
         self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
         self.checkpoints = RunCheckpoints(
@@ -149,7 +162,7 @@ class Training:
         )
 
     def describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
-        """Write what the run is into its folder."""
+        """Write config, DeepSpeed config, environment and kinds of batches into the folder."""
         comm.on_main(lambda: self._describe(ds_config, loader))
 
     def _describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
@@ -162,7 +175,7 @@ class Training:
             write_json(self.run.kinds, {name: describe_unit(unit) for name, unit in kinds.items()})
 
     def loop(self, loader: Loader, *, first_step: int) -> None:
-        """Run the steps that are left.
+        """Run the remaining steps.
 
         Raises:
             Stopped: asked to stop; a checkpoint was written.
@@ -174,7 +187,7 @@ class Training:
     def _steps(self, loader: Loader, trackers: list[Tracker]) -> None:
         config = self.config
         for batch in loader:
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 values = self._fitting_step(batch, loader)
             except StepGivenUpError:
@@ -187,11 +200,11 @@ class Training:
             if last:
                 _say(f"done: {self.checkpoints.complete(done)}")
                 return
-            # One collective call for all that a step's end decides.
+            # One collective call for all decisions at a step's end.
             wanted, writing, seconds = comm.max_over_ranks(
                 bool(self._stop_request.reason()),
                 self.checkpoints.is_writing,
-                time.perf_counter() - began,
+                time.perf_counter() - start,
             )
             if wanted:
                 self._stop(done)
@@ -202,7 +215,7 @@ class Training:
             self._agreement.end_step(seconds)
 
     def _stop(self, done: int) -> NoReturn:
-        """Save and leave, after `done` finished steps; on all ranks alike."""
+        """Save and leave, after `done` finished steps; called on all ranks."""
         reason = self._stop_request.agreed_reason()
         path = self.checkpoints.save(done)
         self._stop_request.clear()
@@ -212,7 +225,7 @@ class Training:
         )
 
     def _fitting_step(self, batch: GlobalBatch, loader: Loader) -> dict[str, float]:
-        """One step, cut into smaller chunks on all ranks as often as one rank lacks memory.
+        """Run one step; while a rank runs out of memory, repeat it in smaller chunks on all ranks.
 
         Raises:
             DiffembedError: a single text does not fit, or the schedule keeps all graphs.
@@ -225,19 +238,21 @@ class Training:
                 sizes = comm.all_gather_object((len(largest.input_ids), len(largest.lengths)))
                 tokens, rows = max(sizes)
                 if rows == 1 or self.config.schedule == "plain":
-                    cure = "schedule to cache or sweep, " if self.config.objective is None else ""
+                    other = "schedule to cache or sweep, "
+                    if self.config.objective is not None:
+                        other = ""  # tokens are always predicted chunk by chunk
                     raise DiffembedError(
-                        f"{error}: {tokens} tokens in {rows} texts; set {cure}"
+                        f"{error}: {tokens} tokens in {rows} texts; set {other}"
                         f"gradient_checkpointing, or a smaller max_document_length"
                     ) from error
                 # A batch that was planned ahead may still have the size that failed before.
                 loader.max_chunk_tokens = min(loader.max_chunk_tokens, tokens // 2)
-                _say(f"{error}: {tokens} tokens; going on with {loader.max_chunk_tokens} a chunk")
+                _say(f"{error}: {tokens} tokens; continuing with {loader.max_chunk_tokens} a chunk")
                 batch = loader.batch(batch.step)
 
     def step(self, batch: GlobalBatch) -> dict[str, float]:
-        """One optimizer step; returns its numbers, the same on every rank but for times."""
-        began = time.perf_counter()
+        """Run one optimizer step; return its numbers, the same on every rank except times."""
+        start = time.perf_counter()
         config = self.config
         try:
             values = self.objective.accumulate(self.engine, batch, self._agreement)
@@ -249,7 +264,7 @@ class Training:
             return self._non_finite(batch, f"gradient norm is {grad_norm}", {})
         self._num_skipped = 0
         self.objective.update(lr)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         return {
             **values,
             "lr": lr,
@@ -263,33 +278,33 @@ class Training:
         }
 
     def _non_finite(
-        self, batch: GlobalBatch, what: str, details: dict[str, Any]
+        self, batch: GlobalBatch, fault: str, details: dict[str, Any]
     ) -> dict[str, float]:
-        """Leave the step out, or end the run; loss and norm are global, so all ranks do the same.
+        """Skip the step, or end the run; loss and norm are global, so all ranks do the same.
 
         Raises:
-            DiffembedError: the policy is to stop, or leaving steps out is of no use; a dump names
+            DiffembedError: the policy is to stop, or skipping steps does not help; a dump names
                 the batch and the broken texts.
         """
         intact = self.engine.weights_are_finite()
         self._num_skipped += 1
         if self.config.non_finite == "skip" and intact and self._num_skipped < _MOST_SKIPPED:
-            _say(f"step {batch.step + 1}: {what}; left out")
+            _say(f"step {batch.step + 1}: {fault}; skipped")
             return {"loss": math.nan, "lr": 0.0, "skipped": 1, "tokens_per_second": 0.0}
         dump = self.run.root / f"non-finite-step-{batch.step + 1}-rank-{comm.rank()}.json"
         examples = batch.example_ids.tolist()
-        write_json(dump, {"what": what, **details, "example_ids": examples})
-        comm.barrier()  # the first rank to leave ends the others; all dumps come before
+        write_json(dump, {"what": fault, **details, "example_ids": examples})
+        comm.barrier()  # the first rank to leave ends the others: all dumps must be written
         raise DiffembedError(
-            f"{what} at step {batch.step + 1}, which was not applied"
+            f"{fault} at step {batch.step + 1}, which was not applied"
             + (f", as in {self._num_skipped - 1} steps before" if self._num_skipped > 1 else "")
             + f"; the batch is in {dump}; {self._how_weights_are(intact)}"
         )
 
     def _how_weights_are(self, intact: bool) -> str:
-        """What is known of the weights after a step that was not finite, and what helps."""
+        """Describe the weights after a step that was not finite, and the remedies."""
         names = checkpoint_folder.names(self.run.checkpoints)
-        back = f"`diffembed rewind {self.run.root} NAME` takes the run back to an older checkpoint"
+        back = f"`diffembed rewind {self.run.root} NAME` continues from an older checkpoint"
         resume = "the same command starts again from step 1"
         if names:
             resume = f"the same command resumes from {names[-1]} (there are {', '.join(names)})"
@@ -304,7 +319,7 @@ class Training:
             helps += ", or set non_finite: skip, which may change on resuming"
         return (
             "the weights are finite, though an update too large may have spoilt them before: look "
-            f"at loss and grad_norm in {self.run.metrics}; {resume} and meets this batch again; "
+            f"at loss and grad_norm in {self.run.metrics}; {resume} and gets this batch again; "
             f"{helps}; where the weights were spoilt, {back}"
         )
 
@@ -322,7 +337,7 @@ class Training:
 
 
 def _holds(path: Path, config: TrainConfig) -> bool:
-    """Whether a file is there and says the same as a config."""
+    """Compare a file, which may be missing, with a config."""
     try:
         return path.is_file() and load_config(TrainConfig, path) == config
     except UserError:
@@ -330,7 +345,7 @@ def _holds(path: Path, config: TrainConfig) -> bool:
 
 
 def describe_unit(unit: Unit) -> dict[str, Any]:
-    """What the examples of a kind of batch have in common, for `kinds.json`."""
+    """Describe the examples of one kind of batch, for `kinds.json`."""
     instructions = [group.instruction for group in unit.groups]
     return {
         "source": unit.groups[0].source,
@@ -347,10 +362,10 @@ def _say(text: str) -> None:
 
 
 def make_objective(config: TrainConfig, dataset: Dataset) -> Objective:
-    """The objective of a run.
+    """Build the objective of a run.
 
     Raises:
-        UserError: tokens are to be hidden, but nothing says by which one.
+        UserError: the objective hides tokens, but no mask token is known.
     """
     if config.objective is None:
         return Contrastive(config)

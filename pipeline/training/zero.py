@@ -1,110 +1,26 @@
-"""The DeepSpeed engine: cached chunks in, exact sharded gradients out.
+"""The DeepSpeed engine at ZeRO stage 1, 2 or 3: cached chunks in, exact sharded gradients out.
 
-ZeRO-3:  [ rank 0 | rank 1 | rank 2 + padding ]    equal shares, the last ones padded with zeros
+    one step   hold (gather) -> embed ... backward (fp32 sums) -> one reduction -> step(lr)
+    state      a parameter's fp32 master and moments by rank, stage 3:
+               [ rank 0 | rank 1 | rank 2 + padding ]    equal shares, padded with zeros
+
+DeepSpeed's own hooks decide per micro-batch; one optimizer step here has many backwards and one
+reduction, so `hold` and `accumulation` take these decisions.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pipeline import comm
-from pipeline.config import OptimizerConfig
 from pipeline.model.weights import Placement
-from pipeline.training.engine import GradientSums
-
-
-def equal_share(num_elements: int, *, rank: int, share: int) -> range:
-    """Return the elements of one rank where every rank has room for `share` of them.
-
-    Ranks beyond the last element get an empty range.
-    """
-    start = min(rank * share, num_elements)
-    return range(start, min(start + share, num_elements))
-
-
-def padded(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Return flat (K,) values, K <= size, followed by zeros: (size,)."""
-    return torch.nn.functional.pad(values, (0, size - len(values)))
-
-
-def covering_rows(shape: Sequence[int], elements: range) -> range:
-    """Return the rows, along the first dimension, that hold these flat elements."""
-    width = math.prod(shape[1:])
-    return range(elements.start // width, -(-elements.stop // width))
-
-
-def read_share(tensor: Any, elements: range) -> torch.Tensor:
-    """Read flat elements of a tensor in a file, and of the file little more than these.
-
-    Args:
-        tensor: a slice as safetensors' `get_slice` returns it.
-        elements: which ones; may be empty.
-    """
-    shape = tensor.get_shape()
-    if not shape:  # a number, which has no rows
-        return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
-    rows = covering_rows(shape, elements)
-    read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
-    before = rows.start * math.prod(shape[1:])
-    return read[elements.start - before : elements.stop - before]
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay, norms and biases do not.
-
-    Call before ZeRO-3 partitions the parameters: a partitioned one has lost its shape.
-    """
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Parameters loaded straight into partitions carry their shape in `ds_shape`.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
-
-    torch's own AdamW, so that no machine needs a compiler to build an optimizer.
-    """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
-
-
-def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0-based), nothing to save or restore.
-
-    Linear warm-up over `warmup_steps` from lr/warmup_steps to lr, then the chosen decay, which
-    would reach 0 at `decay_steps`, or `num_steps` without it.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    end = config.decay_steps or num_steps
-    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
-    if config.decay == "linear":
-        return config.lr * (1 - progress)
-    if config.decay == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr
-
 
 _HOLDER = "diffembed"
 # Contexts that must never be left, not even by the garbage collector after their engine is gone.
@@ -114,14 +30,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed so that it neither compiles nor chats."""
+    """Import DeepSpeed without compilation and log lines."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     # DeepSpeed would compile a shared-memory collective at start-up that only inference uses;
-    # a machine without a compiler could not even begin.
+    # a machine without a compiler could not start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
@@ -154,7 +70,7 @@ class Partitions(Placement):
             self._deepspeed.zero.Init(
                 module=torch.nn.ParameterList(parameters),
                 config_dict_or_path=self._ds_config,
-                # That of hpZ, if an engine of this process has made it.
+                # hpZ's group, if an engine of this process has made it.
                 zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
             )
             self._partitioned = parameters[0]
@@ -163,7 +79,7 @@ class Partitions(Placement):
 
 
 def placement_of(ds_config: dict[str, Any]) -> Placement:
-    """Where a ZeRO stage wants a model's weights: in partitions, or whole on every rank."""
+    """Return the form of weights that a ZeRO stage needs: partitions, or whole on every rank."""
     if ds_config["zero_optimization"]["stage"] == 3:
         return Partitions(ds_config)
     return Placement(comm.device(), together=comm.together)
@@ -173,7 +89,7 @@ class ZeroEngine:
     """One DeepSpeed engine at ZeRO stage 1, 2 or 3 around an encoder.
 
     Args:
-        model: the encoder, whole or partitioned; its trainable parameters are those of `optimizer`.
+        model: the encoder, whole or partitioned; `optimizer` has its trainable parameters.
         optimizer: a torch optimizer over the trainable parameters.
         ds_config: a DeepSpeed config without any `auto` left.
     """
@@ -206,8 +122,8 @@ class ZeroEngine:
 
         Skips the engine's and the outermost module's own hooks. At ZeRO-3 those record the order of
         modules and compare it between ranks, in collectives that a rank which fails in a chunk
-        would leave the others waiting in; caching changes the order twice a step anyway. What they
-        are for (accumulate or overwrite, gather, prefetch) `accumulation` and `hold` decide here.
+        would leave the others waiting in; caching changes the order twice a step anyway. Their
+        purposes (accumulate or overwrite, gather, prefetch) belong to `accumulation` and `hold`.
         """
         out: torch.Tensor = self._engine.module.forward(input_ids, lengths, instruction_tokens)
         return out
@@ -226,12 +142,12 @@ class ZeroEngine:
         """
         sharded = [p for p in parameters if hasattr(p, "ds_id")] if self.stage == 3 else []
         missing = [p for p in sharded if p.ds_status.name == "NOT_AVAILABLE"]
-        # hpZ's second copy of a frozen parameter outlives a step, that of a trained one does not;
-        # one gather reads either copies or partitions.
+        # hpZ's second copy outlives a step for frozen parameters only. One gather reads copies or
+        # partitions, not both.
         for copied in (False, True):
-            alike = [p for p in missing if (p.ds_secondary_tensor is not None) == copied]
-            if alike:
-                alike[0].all_gather_coalesced(alike).wait()
+            group = [p for p in missing if (p.ds_secondary_tensor is not None) == copied]
+            if group:
+                group[0].all_gather_coalesced(group).wait()
         for parameter in sharded:
             parameter.ds_active_sub_modules.add(_HOLDER)
         try:
@@ -247,8 +163,8 @@ class ZeroEngine:
     def accumulation(self) -> Iterator[None]:
         """Every backward of one optimizer step goes inside; gradients are reduced once, on exit.
 
-        Without it ZeRO-1 and 2 keep only the last chunk's gradient, without a word. DeepSpeed's
-        `grad_accum_dtype` only begins at the reduction: until then we add up, in fp32.
+        Without it ZeRO-1 and 2 silently keep only the last chunk's gradient. DeepSpeed's
+        `grad_accum_dtype` applies from the reduction on: before it, `GradientSums` adds up.
         """
         coalesce = self._engine.coalesce_grad_reduction()
         coalesce.__enter__()
@@ -265,9 +181,9 @@ class ZeroEngine:
         coalesce.__exit__(None, None, None)
 
     def discard(self) -> None:
-        """Forget what an accumulation gathered before an exception ended it; on all ranks alike."""
+        """Drop the gradients of an accumulation that an exception ended; called on all ranks."""
         zero = self._engine.optimizer
-        # What leaving DeepSpeed's context would have undone, but for the reduction.
+        # Leaving DeepSpeed's context would do the same, and reduce.
         self._engine.inside_no_sync_ctxt = False
         zero._coalesce_grad_reduction = False
         for parameter in self._parameters.values():
@@ -278,12 +194,12 @@ class ZeroEngine:
         """Accumulate the gradients of a scalar.
 
         DeepSpeed averages over ranks while each rank holds its own share of the sum: the caller
-        has to scale the gradient it begins with by the world size, once.
+        has to multiply the loss's gradient by the world size, once.
         """
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """Clip, update, and clear the gradients; returns their global norm before clipping.
+        """Clip, update, and clear the gradients; return their global norm before clipping.
 
         Where the norm is not finite, nothing is updated.
         """
@@ -307,7 +223,7 @@ class ZeroEngine:
             self._moments_linked = True
 
     def full_gradient(self, name: str) -> torch.Tensor:
-        """The whole averaged gradient of a parameter, fp32; a collective call, before `step`."""
+        """Return the whole averaged gradient of a parameter, fp32; collective, before `step`."""
         from deepspeed.utils import safe_get_full_grad
 
         gradient: torch.Tensor = safe_get_full_grad(self._parameters[name])
@@ -320,25 +236,25 @@ class ZeroEngine:
 
     @property
     def optimizer_steps(self) -> int:
-        """How many updates the optimizer has made."""
+        """The number of updates that the optimizer has made."""
         zero = self._engine.optimizer
         state = zero.optimizer.state.get(self._flat_partitions()[0], {})
         # Not DeepSpeed's own count, which also counts updates that it skipped.
         return int(state["step"]) if "step" in state else 0
 
     def weights_are_finite(self) -> bool:
-        """Whether all trained weights of all ranks are numbers; a collective call."""
+        """Check that all trained weights of all ranks are finite; a collective call."""
         finite = all(bool(torch.isfinite(part).all()) for part in self._flat_partitions())
         return not comm.any_rank(not finite)
 
     @property
     def _has_moments(self) -> bool:
-        """Whether the optimizer has made its state, which it does at its first update."""
+        """True once the optimizer has made its state, at its first update."""
         state = self._engine.optimizer.optimizer.state
         return _MOMENTS[0] in state.get(self._flat_partitions()[0], {})
 
     def _flat_partitions(self) -> list[torch.Tensor]:
-        """This rank's fp32 master partitions, the keys of the optimizer's state."""
+        """Return this rank's fp32 master partitions, the keys of the optimizer's state."""
         zero = self._engine.optimizer
         partitions: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat
@@ -348,7 +264,7 @@ class ZeroEngine:
         return partitions
 
     def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole fp32 weight of a parameter and its AdamW moments; a collective call.
+        """Return the whole fp32 weight of a parameter and its AdamW moments; a collective call.
 
         The moments are zeros before the first update.
         """
@@ -375,20 +291,20 @@ class ZeroEngine:
         self._link_moments()
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """The shape of a whole parameter."""
+        """Return the shape of a whole parameter."""
         parameter = self._parameters[name]
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def share_of(self, name: str) -> range:
-        """The flat elements of a parameter whose master and moments this rank keeps."""
+        """Return the flat elements of a parameter whose master and moments this rank keeps."""
         parameter: Any = self._parameters[name]
         if self.stage == 3:
             share = parameter.ds_tensor.ds_numel
             return equal_share(parameter.ds_numel, rank=comm.rank(), share=share)
         if parameter._hp_mapping is None:  # wholly in other ranks' partitions
             return range(0)
-        place = parameter._hp_mapping.lp_fragment_address
-        return range(place.start, place.start + place.numel)
+        address = parameter._hp_mapping.lp_fragment_address
+        return range(address.start, address.start + address.numel)
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
         """Set a parameter and its moments from this rank's share; a collective call.
@@ -431,3 +347,67 @@ class ZeroEngine:
     def close(self) -> None:
         """Release the engine's hooks and buffers."""
         self._engine.destroy()
+
+
+class GradientSums:
+    """Adds up in fp32 every gradient that autograd leaves in a low-precision parameter.
+
+    autograd adds into `.grad` in the parameter's type. In bfloat16 a sum keeps 8 bits: after a
+    hundred chunks most of a chunk's contribution is lost, and the number of chunks would change the
+    gradient.
+
+    Costs 4 bytes per element of those parameters between `open` and `hand_back`.
+
+    Args:
+        parameters: the trainable parameters; fp32 ones are left to autograd.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._is_open = False
+        for parameter in parameters:
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def open(self) -> None:
+        """Take every gradient from now on."""
+        self._is_open = True
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        if not self._is_open or parameter.grad is None:
+            return
+        assert isinstance(parameter, torch.nn.Parameter)
+        if parameter in self._sums:
+            self._sums[parameter].add_(parameter.grad)
+        else:
+            self._sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    def discard(self) -> None:
+        """Drop the sums."""
+        self._is_open = False
+        self._sums.clear()
+
+    def hand_back(self) -> None:
+        """Put each sum, rounded once, where autograd would have left it."""
+        self._is_open = False
+        while self._sums:
+            parameter, total = self._sums.popitem()
+            # A parameter that ZeRO-3 has partitioned has no shape: a gradient of its full shape can
+            # only be set through `data`.
+            parameter.grad = torch.empty_like(parameter)
+            parameter.grad.data = total.to(parameter.dtype)
+
+
+def equal_share(num_elements: int, *, rank: int, share: int) -> range:
+    """Return the flat elements of one rank where every rank has room for `share` of them.
+
+    Ranks beyond the last element get an empty range.
+    """
+    start = min(rank * share, num_elements)
+    return range(start, min(start + share, num_elements))
+
+
+def padded(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return flat (K,) values, K <= size, followed by zeros: (size,)."""
+    return torch.nn.functional.pad(values, (0, size - len(values)))

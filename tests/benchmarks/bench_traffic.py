@@ -29,9 +29,11 @@ from bench_support import (
 
 from pipeline import comm
 from pipeline.data.batch import GlobalBatch
+from pipeline.launch import discover_world
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE, launch_ranks
 from tests.traffic import Traffic
 
@@ -138,7 +140,7 @@ def _mark_second_pass(engine: ZeroEngine, counted: Traffic) -> None:
 def main(folder: str, size: str) -> None:
     """One rank; rank 0 prints a JSON line per case."""
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     for chunks in (4,) if size == "quick" else (4, 8, 16):
         for schedule in ("cache", "sweep"):
             result = measure(Path(folder), schedule, chunks)

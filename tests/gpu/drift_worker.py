@@ -15,9 +15,11 @@ import torch
 
 from pipeline import comm
 from pipeline.config import ModelConfig
+from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.benchmarks.bench_support import Gradients, draw_texts, gradient_error, step_config
 from tests.support import PATIENCE
 
@@ -26,7 +28,7 @@ NUM_CHUNKS, ROWS, VOCAB_SIZE = 128, 4, 500
 
 def main(path: str) -> None:
     """Backward of every chunk through the engine, and beside it into an fp32 sum."""
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     device = comm.device()
     model = ModelConfig(path=path, dtype="bfloat16")
     encoder = build_encoder(model).to(device)

@@ -14,13 +14,14 @@ import torch
 
 from pipeline import comm
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
+from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.zero import placement_of
 
 
 def main() -> None:
-    comm.start(comm.discover_world())
+    comm.start(discover_world())
     model = ModelConfig(path=sys.argv[1], dtype="bfloat16")
     config = TrainConfig(
         output_dir=Path("unused"), num_steps=1, model=model, data=DataConfig(path=Path("unused"))

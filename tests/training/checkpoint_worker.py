@@ -10,9 +10,11 @@ import torch
 
 from pipeline import checkpoint_folder, comm
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
+from pipeline.launch import discover_world
 from pipeline.training import checkpoints
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 
 IDENTITY = {"data.global_batch_size": 8}
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", choices=["save", "load"])
     arguments = parser.parse_args()
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     for dtype in ("float32", "bfloat16"):
         for stage in (1, 2, 3):
             folder = arguments.folder / f"{dtype}-{stage}"

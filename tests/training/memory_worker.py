@@ -15,11 +15,13 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import Agreement, ChunkOutOfMemoryError, StepGivenUpError
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors
 
@@ -90,7 +92,7 @@ def give_up(engine: ZeroEngine, config: TrainConfig) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     for stage in (1, 2, 3):
         for in_backward_pass in (False, True):
             result = run_case(sys.argv[1], stage=stage, in_backward_pass=in_backward_pass)

@@ -27,11 +27,13 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
+from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import seed_random
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
@@ -193,7 +195,7 @@ def run_case(
 def main() -> None:
     model_path = sys.argv[1]
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     world_size = comm.world_size()
     # (schedule, chunks that keep their graph, chunks per rank); dropout is always on.
     layouts = [("cache", 0, counts) for counts in ([1, 1], [2, 2], [5, 5], [8, 8], [3, 5])]

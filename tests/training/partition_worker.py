@@ -21,12 +21,14 @@ from trap_worker import ZEROS, make_config
 from pipeline import comm
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import DiffembedError
+from pipeline.launch import discover_world
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.weights import Placement
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import seed_random
-from pipeline.training.zero import ZeroEngine, build_optimizer, placement_of
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine, placement_of
 from tests.support import PATIENCE
 
 CPU = torch.device("cpu")
@@ -120,7 +122,7 @@ def failure(path: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     large, tiny, broken = sys.argv[1:]
     results: list[dict[str, Any]] = [{"case": "memory", **memory(large)}]
     full = ModelConfig(path=tiny, dtype="float32")

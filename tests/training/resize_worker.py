@@ -16,6 +16,7 @@ import torch
 from checkpoint_worker import IDENTITY, start_engine, train
 
 from pipeline import checkpoint_folder, comm
+from pipeline.launch import discover_world
 from pipeline.training import checkpoints
 from pipeline.training.zero import ZeroEngine, import_deepspeed
 from tests.support import PATIENCE, free_port
@@ -88,7 +89,7 @@ def main() -> None:
             ranks.append(os.fork())
             if not ranks[-1]:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-                comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+                comm.start(discover_world(), timeout_seconds=PATIENCE)
                 run_rank(folder, move)
                 comm.leave(0, gracefully=True)
         if any(os.waitpid(rank, 0)[1] for rank in ranks):

@@ -21,7 +21,7 @@ def pass_points(agreement: Agreement, before: Callable[[int], None] = lambda poi
         with agreement.out_of_memory_on_all_ranks():
             for point in range(NUM_POINTS):
                 before(point)
-                agreement.point()
+                agreement.check()
     except (ChunkOutOfMemoryError, StepGivenUpError) as error:
         return f"{type(error).__name__} at {point}"
     return "whole"

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.config import EvaluateEveryConfig, TrainConfig, load_config
 from pipeline.errors import UserError
+from pipeline.train import scoring_commands
 from pipeline.training import evaluations as scoring
 from pipeline.training.evaluations import Evaluations
 from tests.evaluation import benchmark_replicas
@@ -79,7 +80,7 @@ def started(recipe: Path, evaluation: Path, run: Path, monkeypatch) -> tuple[Eva
     config = load_config(TrainConfig, recipe, (f"output_dir={run}", "checkpoint.every=1"))
     commands: list = []
     monkeypatch.setattr(subprocess, "Popen", lambda _, **how: commands.append(how))
-    return Evaluations(config, every), commands
+    return Evaluations(config, every, scoring_commands(every)), commands
 
 
 def checkpoint_of(run: Path, step: int, weights: str = "") -> Path:
@@ -177,15 +178,20 @@ def test_a_fault_of_scoring_does_not_end_training(
     assert "step-000002 is not scored: " in capsys.readouterr().out
 
 
+def evaluations_of(config: TrainConfig, evaluation: Path) -> Evaluations:
+    every = EvaluateEveryConfig(every=2, config=evaluation)
+    return Evaluations(config, every, scoring_commands(every))
+
+
 def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
     recipe, evaluation, tmp_path, monkeypatch
 ) -> None:
     config = load_config(TrainConfig, recipe)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch here"):
-        Evaluations(config, EvaluateEveryConfig(every=2, config=evaluation))
+        evaluations_of(config, evaluation)
     with pytest.raises(UserError, match="nowhere"):
-        Evaluations(config, EvaluateEveryConfig(every=2, config=tmp_path / "nowhere.yaml"))
+        evaluations_of(config, tmp_path / "nowhere.yaml")
     with pytest.raises(UserError, match=r"a multiple of checkpoint\.every \(4\)"):
         load_config(
             TrainConfig,
@@ -224,7 +230,8 @@ def slurm(recipe, evaluation, tmp_path, monkeypatch) -> tuple[Evaluations, Path]
     monkeypatch.chdir(ROOT)
     every = EvaluateEveryConfig(every=2, config=evaluation, text_elements=64)
     overrides = (f"output_dir={tmp_path}/run", "checkpoint.every=1")
-    return Evaluations(load_config(TrainConfig, recipe, overrides), every), state
+    config = load_config(TrainConfig, recipe, overrides)
+    return Evaluations(config, every, scoring_commands(every)), state
 
 
 def orders(state: Path) -> list[str]:
@@ -261,7 +268,7 @@ def test_a_step_that_slurm_does_not_take_is_submitted_at_the_next_checkpoint(
     fault, patience, said, slurm, tmp_path, monkeypatch, capsys
 ) -> None:
     evaluations, state = slurm
-    monkeypatch.setattr(scoring, "_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(scoring, "_SUBMIT_SECONDS", patience)
     state.write_text(fault)
     evaluations.start(checkpoint_of(tmp_path / "run", 2), 2)
     evaluations.finish()
@@ -271,7 +278,7 @@ def test_a_step_that_slurm_does_not_take_is_submitted_at_the_next_checkpoint(
     assert orders(state) == []
 
     state.write_text("well")
-    monkeypatch.setattr(scoring, "_PATIENCE_SECONDS", 120)
+    monkeypatch.setattr(scoring, "_SUBMIT_SECONDS", 120)
     evaluations.start(checkpoint_of(tmp_path / "run", 3), 3)
     evaluations.finish()
     assert orders(state) == ["export-step-000002", *CHAIN]

@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_with_a_dump(
     assert code != 0
     assert "loss is nan at step 2, which was not applied; the batch is in" in stderr
     assert "the weights are finite, though" in stderr
-    assert "the same command starts again from step 1 and meets this batch again" in stderr
+    assert "the same command starts again from step 1 and gets this batch again" in stderr
     assert f"`diffembed rewind {tmp_path} NAME`" in stderr
     dumps = sorted(tmp_path.glob("non-finite-step-2-rank-*.json"))
     assert dumps  # the launcher may end a rank before it has written its own

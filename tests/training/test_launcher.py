@@ -47,21 +47,21 @@ TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": 
 def test_where_the_launcher_answers(
     environment: dict[str, str], place: tuple[str, int] | None
 ) -> None:
-    assert launch.place(environment) == place
+    assert launch.launcher_address(environment) == place
 
 
 def test_a_launcher_that_answers_is_no_fault_and_one_that_has_gone_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(launch, "_TIMEOUT_SECONDS", 0.1)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        launch.require_it()
+        launch.require_launcher()
     with pytest.raises(DiffembedError, match=rf"launcher .* 127.0.0.1:{port} has ended"):
-        launch.require_it()
+        launch.require_launcher()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import OptimizerConfig
-from pipeline.training.zero import build_optimizer, learning_rate, parameter_groups
+from pipeline.training.optim import build_optimizer, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])

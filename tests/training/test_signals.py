@@ -16,9 +16,8 @@ import os, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 from torch.distributed import TCPStore
-from pipeline.training import signals
-signals._ONE_REQUEST_SECONDS = float(sys.argv[1])
-stop = signals.StopRequest(Path(sys.argv[2]), launchers=())
+from pipeline.training.stop import StopRequest
+stop = StopRequest(Path(sys.argv[2]), launchers=(), echo_seconds=float(sys.argv[1]))
 print(repr(stop.reason()))
 os.kill(os.getpid(), signal.SIGUSR1)
 print(stop.reason(), flush=True)

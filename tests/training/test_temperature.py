@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import LossConfig, OptimizerConfig
-from pipeline.training.contrastive_step import Temperature
+from pipeline.training.optim import Temperature
 
 START = 0.05
 OPTIMIZER = OptimizerConfig(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)

@@ -34,11 +34,13 @@ from pipeline.config import (
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.loader import DUMMY
 from pipeline.data.text_loader import NOTHING, Prediction, Vocabulary, predict
+from pipeline.launch import discover_world
 from pipeline.model.encoder import LanguageModel, build_language_model
 from pipeline.training import token_step
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import ChunkOutOfMemoryError, NonFiniteLossError
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
 
@@ -217,7 +219,7 @@ def run_case(
 def main() -> None:
     untied, tied = sys.argv[1:]
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     # A tile of three predictions: every chunk needs several.
     token_step.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]

@@ -23,11 +23,13 @@ from parity_worker import SEED, TEMPERATURE, make_batch, reference_gradients
 
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.launch import discover_world
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import StepGivenUpError
-from pipeline.training.zero import ZeroEngine, build_optimizer
+from pipeline.training.optim import build_optimizer
+from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.traffic import Traffic
 
@@ -250,7 +252,7 @@ def run_cases(mode: str, path: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm.start(comm.discover_world(), timeout_seconds=PATIENCE)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
     mode, path = sys.argv[1:]
     if mode == "fail":
         with _leaving_at_once():
