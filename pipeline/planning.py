@@ -1,4 +1,11 @@
-"""Predict the batch, the schedule and the memory of a run before it starts."""
+"""Predict the batch, the schedule and the memory of a run before it starts.
+
+config, shards --plan_run--> first global batch, tokens of the fullest rank and chunk
+model on the meta device --> ModelShape
+ModelShape, RankWorkload --memory_per_rank--> bytes by purpose, for each schedule
+                         --choose_schedule, graphs_that_fit--> what `auto` means
+                         --describe--> the text of `--dry-run` and `diffembed plan`
+"""
 
 from __future__ import annotations
 
@@ -33,7 +40,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, encoder: Any) -> ModelShape:
-        """Read the counts off an encoder, which may be on the meta device."""
+        """Count an encoder, which may be on the meta device."""
         config = encoder.backbone.config
         counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
         hidden = int(config.hidden_size)
@@ -49,8 +56,8 @@ class ModelShape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How a rank's share of the global batch is computed."""
+class RankWorkload:
+    """The largest share of a global batch on one rank, and the way it is computed."""
 
     world_size: int
     stage: int
@@ -63,25 +70,27 @@ class Layout:
     score_bytes: int = 0  # for a tile of scores of the vocabulary; 0 where no tokens are predicted
 
 
-def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> dict[str, float]:
-    """Bytes on the device of one rank by purpose.
+def memory_per_rank(
+    shape: ModelShape, workload: RankWorkload, schedule: Schedule
+) -> dict[str, float]:
+    """Estimate bytes on the device of one rank by purpose.
 
     Weights, fp32 master copies and moments follow the ZeRO paper (Rajbhandari et al.,
     arXiv 1910.02054, section 3). Gradients are whole on every rank until the one reduction of the
     step. A graph saves about 18 h + 4 i numbers per token and layer (attention, norms kept in
     fp32, gated MLP); with activation checkpointing one layer's worth and an h-wide input per layer.
-    An estimate: real kernels save less.
+    Real kernels save less.
     """
-    width = 4 if layout.dtype == "float32" else 2
+    width = 4 if workload.dtype == "float32" else 2
     per_layer = (18 * shape.hidden_size + 4 * shape.intermediate_size) * width
     boundary = shape.hidden_size * width
-    if layout.gradient_checkpointing:
+    if workload.gradient_checkpointing:
         per_token = per_layer + shape.num_layers * boundary
     else:
         per_token = per_layer * shape.num_layers
-    share = shape.parameters * width / (layout.world_size if layout.stage == 3 else 1)
+    share = shape.parameters * width / (workload.world_size if workload.stage == 3 else 1)
     gathered = 0.0
-    if layout.stage == 3:
+    if workload.stage == 3:
         held = shape.parameters
         if schedule == "sweep":  # one layer, and what lies outside of the layers
             held -= (shape.num_layers - 1) * shape.layer_parameters
@@ -89,65 +98,67 @@ def memory_per_rank(shape: ModelShape, layout: Layout, schedule: Schedule) -> di
     memory = {
         "weights": share,
         "weights gathered for the step": gathered,
-        # In fp32 whatever the weights are in: sums over many chunks would lose bits.
+        # fp32 for any type of weights: sums over many chunks would lose bits.
         "gradients": 4.0 * shape.trainable,
         "fp32 master and AdamW moments": (
-            0.0 if layout.offload_optimizer else 12 * shape.trainable / layout.world_size
+            0.0 if workload.offload_optimizer else 12 * shape.trainable / workload.world_size
         ),
     }
-    if layout.score_bytes:
-        memory["scores of one tile"] = float(layout.score_bytes)
+    if workload.score_bytes:
+        memory["scores of one tile"] = float(workload.score_bytes)
     if schedule == "plain":
-        memory["activations of all chunks"] = float(per_token * layout.rank_tokens)
+        memory["activations of all chunks"] = float(per_token * workload.rank_tokens)
     elif schedule == "cache":
-        memory["activations of one chunk"] = float(per_token * layout.chunk_tokens)
+        memory["activations of one chunk"] = float(per_token * workload.chunk_tokens)
     else:
-        store = boundary * (shape.num_layers + 1) * layout.rank_tokens
+        store = boundary * (shape.num_layers + 1) * workload.rank_tokens
         memory["inputs of all layers, all chunks"] = (
-            0.0 if layout.boundaries_on_host else float(store)
+            0.0 if workload.boundaries_on_host else float(store)
         )
-        memory["activations of one layer, one chunk"] = float(per_layer * layout.chunk_tokens)
+        memory["activations of one layer, one chunk"] = float(per_layer * workload.chunk_tokens)
     return memory
 
 
-def loading_peak(shape: ModelShape, layout: Layout) -> float:
-    """Bytes that weights take on a rank at most while they are read.
+def loading_peak(shape: ModelShape, workload: RankWorkload) -> float:
+    """Estimate the peak of a rank's weights in bytes while they are read.
 
-    At stage 3 they arrive piece by piece, and a rank keeps its partition of each; what lies outside
-    of the layers is taken for one piece. At stages 1 and 2 every rank reads the whole model.
+    At stage 3 they arrive piece by piece, and a rank keeps its partition of each; all weights
+    outside of the layers count as one piece. At stages 1 and 2 every rank reads the whole model.
     """
     held = float(shape.parameters)
-    if layout.stage == 3:
+    if workload.stage == 3:
         outside = shape.parameters - shape.num_layers * shape.layer_parameters
-        held = shape.parameters / layout.world_size + max(shape.layer_parameters, outside)
-    return held * (4 if layout.dtype == "float32" else 2)
+        held = shape.parameters / workload.world_size + max(shape.layer_parameters, outside)
+    return held * (4 if workload.dtype == "float32" else 2)
 
 
-def graphs_that_fit(shape: ModelShape, layout: Layout, available: float, num_chunks: int) -> int:
-    """How many chunks of a cached step may keep their graph for pass 2.
+def graphs_that_fit(
+    shape: ModelShape, workload: RankWorkload, available: float, num_chunks: int
+) -> int:
+    """Return the number of chunks of a cached step that may keep their graph for pass 2.
 
     One chunk's graph is always there while its backward runs; each kept one adds as much.
     """
-    memory = memory_per_rank(shape, layout, "cache")
+    memory = memory_per_rank(shape, workload, "cache")
     room = available - sum(memory.values())
     return min(num_chunks, max(0, int(room // memory["activations of one chunk"])))
 
 
 def choose_schedule(
     shape: ModelShape,
-    layout: Layout,
+    workload: RankWorkload,
     available: float,
     schedules: tuple[Schedule, ...] = SCHEDULES,
 ) -> Schedule:
-    """The first of the schedules, fewest FLOPs first, whose estimate fits into `available` bytes.
+    """Return the first schedule, fewest FLOPs first, whose estimate fits `available` bytes.
 
     Raises:
         UserError: none fits.
     """
-    needs = {s: sum(memory_per_rank(shape, layout, s).values()) for s in schedules}
+    needs = {s: sum(memory_per_rank(shape, workload, s).values()) for s in schedules}
     for schedule in schedules:
         if needs[schedule] <= available and not (
-            schedule == "sweep" and layout.gradient_checkpointing
+            schedule == "sweep" and workload.gradient_checkpointing
         ):
             return schedule
     raise UserError(
@@ -160,12 +171,12 @@ def choose_schedule(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """A run's first global batch, laid out as every rank would, and the schedule for it."""
+    """A run's first global batch, as every rank would lay it out, and its schedule."""
 
     batch: GlobalBatch  # as rank 0 gets it
     num_examples: int
     shape: ModelShape
-    layout: Layout
+    workload: RankWorkload
     schedule: Schedule
     keep_graphs: int
     warning: str  # about queries without negatives, if any
@@ -174,13 +185,13 @@ class RunPlan:
 def plan_run(
     config: TrainConfig, ds_config: dict[str, Any], *, world_size: int, available: float
 ) -> RunPlan:
-    """Lay out the first batch and choose the schedule where the config says `auto`.
+    """Lay out the first batch and choose the schedule where the config has `auto`.
 
     Args:
         config: the run.
         ds_config: the resolved DeepSpeed config.
         world_size: ranks to plan for.
-        available: bytes of device memory of the rank that has least.
+        available: bytes of device memory on the rank with the least.
 
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
@@ -190,7 +201,7 @@ def plan_run(
     warning = require_negatives(loader, config)
     tokens = loader.chunk_tokens(0)
     zero = ds_config["zero_optimization"]
-    layout = Layout(
+    workload = RankWorkload(
         world_size=world_size,
         stage=zero["stage"],
         dtype=config.model.dtype,
@@ -206,16 +217,16 @@ def plan_run(
     shape = ModelShape.of(encoder)
     schedule = config.schedule
     if schedule == "auto":
-        # Tokens are predicted chunk by chunk, which in memory is what `cache` needs.
+        # Tokens are predicted chunk by chunk, which needs the memory of `cache`.
         allowed = SCHEDULES if config.objective is None else SCHEDULES[1:]
-        schedule = choose_schedule(shape, layout, available, allowed)
+        schedule = choose_schedule(shape, workload, available, allowed)
     return RunPlan(
         batch=loader.batch(0),
         num_examples=sum(unit.size for unit in loader.order.units),
         shape=shape,
-        layout=layout,
+        workload=workload,
         schedule=schedule,
-        keep_graphs=_keep_graphs(config, shape, layout, schedule, available, len(tokens[0])),
+        keep_graphs=_keep_graphs(config, shape, workload, schedule, available, len(tokens[0])),
         warning=warning,
     )
 
@@ -223,7 +234,7 @@ def plan_run(
 def _keep_graphs(
     config: TrainConfig,
     shape: ModelShape,
-    layout: Layout,
+    workload: RankWorkload,
     schedule: Schedule,
     available: float,
     num_chunks: int,
@@ -231,20 +242,20 @@ def _keep_graphs(
     kept = config.chunks.keep_graphs
     if schedule != "cache" or config.objective is not None:
         return 0
-    return graphs_that_fit(shape, layout, available, num_chunks) if kept == "auto" else kept
+    return graphs_that_fit(shape, workload, available, num_chunks) if kept == "auto" else kept
 
 
 def describe(plan: RunPlan, config: TrainConfig) -> str:
-    """A plan as aligned lines of text."""
-    batch, layout, shape = plan.batch, plan.layout, plan.shape
-    memory = memory_per_rank(shape, layout, plan.schedule)
+    """Format a plan as aligned lines of text."""
+    batch, workload, shape = plan.batch, plan.workload, plan.shape
+    memory = memory_per_rank(shape, workload, plan.schedule)
     optimizer = config.optimizer
     lines = [
         *_objective(batch, config),
         (
             "tokens",
-            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {layout.chunk_tokens:,} tokens x "
-            f"{layout.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
+            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {workload.chunk_tokens:,} tokens "
+            f"x {workload.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
         ),
         ("steps", _steps(plan, config)),
         (
@@ -260,13 +271,13 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         (
             "schedule",
             f"{plan.schedule}{' (auto)' if config.schedule == 'auto' else ''}, "
-            f"{plan.keep_graphs} graphs kept, ZeRO stage {layout.stage} "
-            f"on {layout.world_size} ranks",
+            f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
+            f"on {workload.world_size} ranks",
         ),
         *([("warning", plan.warning)] if plan.warning else []),
         *((f"memory: {name}", _bytes(size)) for name, size in memory.items() if size),
         ("memory: sum per rank", _bytes(sum(memory.values()))),
-        ("memory: peak while loading", _bytes(loading_peak(shape, layout))),
+        ("memory: peak while loading", _bytes(loading_peak(shape, workload))),
     ]
     return _align(lines)
 
@@ -280,7 +291,7 @@ def _objective(batch: GlobalBatch, config: TrainConfig) -> list[tuple[str, str]]
 
 
 def _steps(plan: RunPlan, config: TrainConfig) -> str:
-    """Steps x batch = examples, in epochs."""
+    """Format steps x batch = examples, in epochs."""
     unit = "queries" if config.objective is None else "texts"
     size = config.data.global_batch_size
     total = config.num_steps * size
@@ -291,7 +302,7 @@ def _steps(plan: RunPlan, config: TrainConfig) -> str:
 
 
 def describe_loss(*, num_queries: int, num_documents: int, width: int, world_size: int) -> str:
-    """What the loss alone costs each rank at a size that need not exist yet."""
+    """Format the cost of the loss alone, at a size for which no data need exist."""
     cost = loss_cost(
         num_queries=num_queries,
         num_documents=num_documents,

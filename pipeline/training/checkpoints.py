@@ -1,17 +1,18 @@
-"""Save and restore checkpoints, whole or not at all, on any number of ranks.
+"""Save and restore checkpoints, complete or not at all, on any number of ranks.
 
     checkpoints/step-000020/state.json                     step, sizes and SHA-256 of every file
                             tensors-00000-of-00002.safetensors   rank 0's share of the tensors
-    checkpoints/latest                                     name of the newest whole checkpoint
+    checkpoints/latest                                     name of the newest complete checkpoint
 
-Tensors are stored whole, by parameter name: weight, exp_avg and exp_avg_sq in fp32. A checkpoint
-therefore does not depend on the ZeRO stage or the world size that wrote it, and frozen weights
-(LoRA's base) are not in it. Dropout masks and data order are functions of (seed, step, rank), so
-there is no other state to save.
+`checkpoint_folder.py` knows the folder; this file knows the tensors. They are stored whole, by
+parameter name: weight, exp_avg and exp_avg_sq in fp32. A checkpoint therefore does not depend on
+the ZeRO stage or the world size that wrote it, and frozen weights (LoRA's base) are not in it.
+Dropout masks and data order are functions of (seed, step, rank), so there is no other state to
+save.
 
     a step boundary    every rank copies its share of the state to host memory     (collective)
-    behind its back    each rank writes its file, reads it back, compares, hashes  (next steps run)
-                       and waits, with a limit, for a disk that is full or away
+    in the background  each rank writes its file, reads it back, compares, hashes  (next steps run)
+                       and waits, with a limit, for a disk that is full or unreachable
     a later boundary   all have written: state.json, rename, then `latest`         (collective)
 
 A rank whose write fails makes all ranks fail at that later boundary; the checkpoints before stay.
@@ -49,12 +50,17 @@ from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_
 from pipeline.files import sync_file
 from pipeline.training.run_identity import require_same_run
 
-# What is stored of each parameter.
+# Tensors stored for each parameter.
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 
+T = TypeVar("T")
+# A checkpoint waits this long for a disk; less than ranks wait for each other.
+PATIENCE_SECONDS = 900.0
+
+
 class Stateful(Protocol):
-    """What a checkpoint needs of an engine."""
+    """The part of an engine that a checkpoint uses."""
 
     @property
     def parameter_names(self) -> list[str]:
@@ -62,133 +68,22 @@ class Stateful(Protocol):
 
     @property
     def optimizer_steps(self) -> int:
-        """How many updates the optimizer has made."""
+        """The number of updates that the optimizer has made."""
 
     def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """The whole state of a parameter in tensors of its own; a collective call."""
+        """Return copies of a parameter's whole state; a collective call."""
 
     def prepare_restore(self, optimizer_steps: int) -> None:
-        """Make room for state to restore."""
+        """Allocate state to restore into."""
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """The shape of a whole parameter."""
+        """Return the shape of a whole parameter."""
 
     def share_of(self, name: str) -> range:
-        """The flat elements of a parameter whose state this rank keeps."""
+        """Return the flat elements of a parameter whose state this rank keeps."""
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
-        """Take this rank's elements of a parameter's state; a collective call."""
-
-
-def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Restore the engine; returns the next step to run and `extra`. A collective call.
-
-    Raises:
-        UserError: the checkpoint is damaged or belongs to another run, on all ranks alike.
-    """
-
-    def check() -> State:
-        state = read_state(path)
-        require_same_run(path, state, identity)
-        return state
-
-    state = comm.on_main(check)
-    with comm.together():
-        verify(path, slice(comm.rank(), None, comm.world_size()))
-    if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
-        raise UserError(
-            f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
-            fix="resume with the model section that the run began with",
-        )
-    with comm.together():
-        _check_shapes(path, engine)
-    engine.prepare_restore(state["optimizer_steps"])
-    for file, names in _parameters_by_file(path).items():
-        with _open(path, file) as tensors:
-            for name in names:
-                elements = engine.share_of(name)
-                share = {
-                    key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
-                }
-                engine.restore_state(name, share)
-    return state["step"], state["extra"]
-
-
-def covering_rows(shape: Sequence[int], elements: range) -> range:
-    """Return the rows, along the first dimension, that hold these flat elements."""
-    width = math.prod(shape[1:])
-    return range(elements.start // width, -(-elements.stop // width))
-
-
-def read_share(tensor: Any, elements: range) -> torch.Tensor:
-    """Read flat elements of a tensor in a file, and little more of the file than these.
-
-    Args:
-        tensor: a slice as safetensors' `get_slice` returns it.
-        elements: may be empty.
-    """
-    shape = tensor.get_shape()
-    if not shape:  # a number, which has no rows
-        return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
-    rows = covering_rows(shape, elements)
-    read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
-    before = rows.start * math.prod(shape[1:])
-    return read[elements.start - before : elements.stop - before]
-
-
-def _check_shapes(path: Path, engine: Stateful) -> None:
-    """Compare the shapes of parameters, which flat elements no longer show.
-
-    Raises:
-        UserError: names the first one that differs.
-    """
-    for file, names in _parameters_by_file(path).items():
-        with _open(path, file) as tensors:
-            for name in names:
-                found = tuple(tensors.get_slice(f"{name}/weight").get_shape())
-                if found != engine.shape_of(name):
-                    raise UserError(
-                        f"checkpoint {path}: {name} has shape {list(found)}",
-                        allowed=f"{list(engine.shape_of(name))}, as the model has",
-                        fix="resume with the model section that the run began with",
-                    )
-
-
-def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yield (parameter name, its whole state) in a fixed order; needs no engine."""
-    for file, names in _parameters_by_file(path).items():
-        with _open(path, file) as tensors:
-            for name in names:
-                yield name, {key: tensors.get_tensor(f"{name}/{key}") for key in KEYS}
-
-
-def _parameters_by_file(path: Path) -> dict[str, list[str]]:
-    """Names of parameters by the file that holds them, in an order that all ranks share."""
-    found = {}
-    for file in sorted(read_state(path)["files"]):
-        with _open(path, file) as tensors:
-            keys = tensors.keys()
-            found[file] = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
-    return found
-
-
-@contextmanager
-def _open(path: Path, file: str) -> Iterator[Any]:
-    """Open a checkpoint's file of tensors.
-
-    Raises:
-        UserError: it, or what is read from it inside of the block, is damaged.
-    """
-    try:
-        with safe_open(path / file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise damaged_checkpoint(path, f"{file} cannot be read ({error})") from error
-
-
-T = TypeVar("T")
-# How long a checkpoint waits for a disk; less than ranks wait for each other.
-PATIENCE_SECONDS = 900.0
+        """Restore this rank's elements of a parameter's state; a collective call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +96,7 @@ class _Pending:
 
 
 class Saver:
-    """Writes one checkpoint at a time; all ranks call `begin` and `finish` alike.
+    """Writes one checkpoint at a time; all ranks call `begin` and `finish` together.
 
     Args:
         folder: the run's `checkpoints` folder, on a disk that all ranks share.
@@ -214,12 +109,12 @@ class Saver:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and not finished; the same on all ranks."""
+        """True between `begin` and `finish`; the same on all ranks."""
         return self._pending is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank has still something to write; differs between ranks."""
+        """True while this rank is writing; differs between ranks."""
         return self._pending is not None and not self._pending.written.done()
 
     def begin(
@@ -235,8 +130,8 @@ class Saver:
         Args:
             engine: what to save.
             step: finished optimizer steps; the next one to run.
-            identity: what a resuming run must have in common (see `checkpoint.load`).
-            extra: plain values that `checkpoint.load` hands back.
+            identity: values that a resuming run must share (see `load`).
+            extra: plain values that `load` returns.
         """
         assert self._pending is None, "the save before this one is not finished"
         rank, world_size = comm.rank(), comm.world_size()
@@ -244,7 +139,7 @@ class Saver:
         share = {}
         for index, name in enumerate(engine.parameter_names):
             state = engine.gather_state(name)
-            # Every rank takes part in the gather, one keeps the result: writing is shared out.
+            # Every rank takes part in the gather, one keeps the result: they share the writing.
             if index % world_size == rank:
                 for key, tensor in state.items():
                     share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
@@ -263,10 +158,10 @@ class Saver:
         )
 
     def finish(self) -> Path:
-        """Wait until all ranks have written, and let the checkpoint appear; a collective call.
+        """Wait until all ranks have written, then publish the checkpoint; a collective call.
 
         Raises:
-            DiffembedError: some rank could not write, on all ranks alike.
+            DiffembedError: some rank could not write; raised on all ranks.
         """
         pending, self._pending = self._pending, None
         assert pending is not None, "nothing to finish"
@@ -285,21 +180,20 @@ class Saver:
         if faults:
             raise DiffembedError(
                 f"{pending.target} could not be written ({'; '.join(faults)}); the checkpoints "
-                f"before it are whole, run the same command to resume once this is mended"
+                f"before it are complete, run the same command to resume once this is repaired"
             )
         return pending.target
 
 
 def patiently(write: Callable[[], T], target: Path) -> T:
-    """Return what `write` returns, repeated while the disk is full or away.
+    """Call `write` until it succeeds, while the disk is full or unreachable; return its result.
 
-    The state to write is in memory, and training has the next steps to do meanwhile: a minute's
-    fault of a disk costs nothing. What another path or other permissions would cure is not
-    repeated.
+    The state to write is in memory, and training runs its next steps meanwhile: a minute's fault
+    of a disk costs nothing. Faults of paths and permissions are not retried.
 
     Args:
         write: may be called again after it failed.
-        target: what is being written, for messages.
+        target: path to name in messages.
     """
     waited = 0.0
     for pause in itertools.chain((5.0, 10.0, 20.0), itertools.repeat(30.0)):
@@ -321,8 +215,8 @@ def patiently(write: Callable[[], T], target: Path) -> T:
 
 
 def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, Any]]:
-    """Write this rank's tensors and compare what can be read back; its name, size and hash."""
-    # What a partitioned parameter looks like where it was not gathered.
+    """Write this rank's tensors, read them back, compare; return the file's name, size and hash."""
+    # A partitioned parameter that was not gathered is empty.
     if empty := [key for key, tensor in share.items() if not tensor.numel()]:
         raise ValueError(f"{empty[0]} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,3 +231,109 @@ def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, A
             ):
                 raise OSError(f"{path.name}: {key} was read back with other values")
     return path.name, describe_file(path)
+
+
+def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Restore the engine; return the next step to run and `extra`. A collective call.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another run, on all ranks.
+    """
+
+    def check() -> State:
+        state = read_state(path)
+        require_same_run(path, state, identity)
+        return state
+
+    state = comm.on_main(check)
+    with comm.together():
+        verify(path, slice(comm.rank(), None, comm.world_size()))
+    if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
+        raise UserError(
+            f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",
+            fix="resume with the model section that the run started with",
+        )
+    with comm.together():
+        _check_shapes(path, engine)
+    engine.prepare_restore(state["optimizer_steps"])
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                elements = engine.share_of(name)
+                share = {
+                    key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
+                }
+                engine.restore_state(name, share)
+    return state["step"], state["extra"]
+
+
+def _check_shapes(path: Path, engine: Stateful) -> None:
+    """Compare the shapes of parameters, which flat elements no longer show.
+
+    Raises:
+        UserError: names the first one that differs.
+    """
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                found = tuple(tensors.get_slice(f"{name}/weight").get_shape())
+                if found != engine.shape_of(name):
+                    raise UserError(
+                        f"checkpoint {path}: {name} has shape {list(found)}",
+                        allowed=f"{list(engine.shape_of(name))}, as the model has",
+                        fix="resume with the model section that the run started with",
+                    )
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield (parameter name, its whole state) in a fixed order; needs no engine."""
+    for file, names in _parameters_by_file(path).items():
+        with _open(path, file) as tensors:
+            for name in names:
+                yield name, {key: tensors.get_tensor(f"{name}/{key}") for key in KEYS}
+
+
+def _parameters_by_file(path: Path) -> dict[str, list[str]]:
+    """Return names of parameters by file, in an order that all ranks share."""
+    found = {}
+    for file in sorted(read_state(path)["files"]):
+        with _open(path, file) as tensors:
+            keys = tensors.keys()
+            found[file] = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
+    return found
+
+
+@contextmanager
+def _open(path: Path, file: str) -> Iterator[Any]:
+    """Open a checkpoint's file of tensors.
+
+    Raises:
+        UserError: the file is damaged, also where a read inside the block finds it.
+    """
+    try:
+        with safe_open(path / file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise damaged_checkpoint(path, f"{file} cannot be read ({error})") from error
+
+
+def read_share(tensor: Any, elements: range) -> torch.Tensor:
+    """Read flat elements of a tensor in a file, and little more of the file than these.
+
+    Args:
+        tensor: a slice as safetensors' `get_slice` returns it.
+        elements: may be empty.
+    """
+    shape = tensor.get_shape()
+    if not shape:  # a number, which has no rows
+        return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
+    rows = covering_rows(shape, elements)
+    read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
+    before = rows.start * math.prod(shape[1:])
+    return read[elements.start - before : elements.stop - before]
+
+
+def covering_rows(shape: Sequence[int], elements: range) -> range:
+    """Return the rows, along the first dimension, that hold these flat elements."""
+    width = math.prod(shape[1:])
+    return range(elements.start // width, -(-elements.stop // width))

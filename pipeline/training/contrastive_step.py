@@ -10,8 +10,8 @@
     pass 2     embed again, with graph and the same dropout; backward of sum(embedding * gradient)
     update     one reduction over ranks, one clip, one AdamW step; then the temperature
 
-The gradient is that of one batch without chunks: the loss sees every text of every rank at once,
-and a chunk's backward only needs the loss's gradient by its own embeddings.
+The result equals the gradient of one batch without chunks: the loss sees every text of every rank
+at once, and a chunk's backward only needs the loss's gradient by its own embeddings.
 
 After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
 (arXiv 2101.06983), algorithm 1.

@@ -1,6 +1,6 @@
-"""The DeepSpeed JSON and our config made into one: every `auto` filled, every disagreement refused.
+"""Resolve the DeepSpeed JSON: fill every `auto` from the training config, refuse contradictions.
 
-`config.yaml` owns hyper-parameters, the DeepSpeed JSON owns sharding and offload.
+The training config owns hyper-parameters, the DeepSpeed JSON owns sharding and offload.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _OWNED_BY_CONFIG = {
     "scheduler": "optimizer.warmup_steps and optimizer.decay of the training config",
 }
 
-# Everything else is refused: DeepSpeed takes unknown keys without a word, and what it does know
-# has not been shown to give exact gradients together with one reduction per step.
+# Everything else is refused: DeepSpeed silently accepts unknown keys, and its other features have
+# not been shown to give exact gradients together with one reduction per step.
 _KNOWN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "bf16", "fp16", "zero_optimization", "data_types"),
@@ -39,9 +39,16 @@ _SWITCHES = {
     *("round_robin_gradients", "pin_memory", "fast_init", "enabled", "wall_clock_breakdown"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
 }
-_SECTIONS = {"bf16", "fp16", "zero_optimization", "data_types", "comms_logger", "offload_optimizer"}
+_SECTIONS = {
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "data_types",
+    "comms_logger",
+    "offload_optimizer",
+}
 _WORDS = {"device", "communication_data_type", "grad_accum_dtype"}
-_OTHERS = {"enabled", "grad_accum_dtype"}
+_NESTED = {"enabled", "grad_accum_dtype"}
 _ROUNDS = "it rounds what ranks exchange, and gradients would not be exact"
 _WHY = {
     "zero_quantized_weights": _ROUNDS,
@@ -73,10 +80,10 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
 def resolve_ds_config(
     ds_config: dict[str, Any], config: TrainConfig, *, world_size: int
 ) -> dict[str, Any]:
-    """Return the complete DeepSpeed config; pure.
+    """Return the complete DeepSpeed config.
 
     Raises:
-        UserError: a value contradicts the training config, or asks for what cannot be exact.
+        UserError: a value contradicts the training config, or its gradients would not be exact.
     """
     tree = copy.deepcopy(ds_config)
     for key, owner in _OWNED_BY_CONFIG.items():
@@ -86,7 +93,7 @@ def resolve_ds_config(
     _check_types(tree)
     bf16 = config.model.dtype == "bfloat16"
     # DeepSpeed's micro-batch and accumulation know nothing of cached chunks: one optimizer step
-    # is one accumulation boundary, whatever the number of chunks.
+    # is one accumulation boundary for any number of chunks.
     _fill(tree, "train_micro_batch_size_per_gpu", 1)
     _fill(tree, "gradient_accumulation_steps", 1)
     _fill(tree, "train_batch_size", world_size)
@@ -105,7 +112,7 @@ def resolve_ds_config(
 
 
 def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None:
-    """Raise on the first key that the trainer does not know, unless it only says `off`."""
+    """Raise on the first key that the trainer does not know, unless it is only turned off."""
     for key, value in tree.items():
         off = key in _WHY and value in (False, None)
         if key not in known and not off:
@@ -117,7 +124,7 @@ def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None
 
 
 def _check_kinds(tree: dict[str, Any], prefix: str = "") -> None:
-    """Raise on the first value that is of another kind than its key; numbers are sizes."""
+    """Raise on the first value whose type does not fit its key; numbers are sizes."""
     for key, value in tree.items():
         if key in _SECTIONS:
             fits, allowed = isinstance(value, dict) or value is None, "a JSON object"
@@ -128,14 +135,14 @@ def _check_kinds(tree: dict[str, Any], prefix: str = "") -> None:
         else:
             fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
             allowed = "a number >= 0"
-        if not fits and value != "auto" and key in _KNOWN | _KNOWN_ZERO | _KNOWN_OFFLOAD | _OTHERS:
+        if not fits and value != "auto" and key in _KNOWN | _KNOWN_ZERO | _KNOWN_OFFLOAD | _NESTED:
             raise UserError(f"DeepSpeed config sets {prefix}{key} to {value!r}", allowed=allowed)
         if isinstance(value, dict):
             _check_kinds(value, f"{prefix}{key}.")
 
 
 def _check_zero(tree: dict[str, Any], world_size: int) -> None:
-    """Raise on what cannot be combined with one exact reduction per step."""
+    """Raise on settings that cannot be combined with one exact reduction per step."""
     _check_keys(tree, _KNOWN)
     _check_kinds(tree)
     zero = tree.get("zero_optimization") or {}
@@ -193,7 +200,7 @@ def _fill(
     found = tree.get(key, "auto")
     if found not in ("auto", value):
         raise UserError(
-            f"DeepSpeed config sets {prefix}{key} to {found!r}, but {owner} says {value!r}",
+            f"DeepSpeed config sets {prefix}{key} to {found!r}, but {owner} is {value!r}",
             fix=f'set it to "auto" in the DeepSpeed config, or change {owner}',
         )
     tree[key] = value

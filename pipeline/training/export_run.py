@@ -1,4 +1,8 @@
-"""Export a checkpoint of a run as a folder that other packages load."""
+"""Export a checkpoint of a run as a folder that other packages load.
+
+checkpoint (or `init`) --same run? same shards?--> encoder with its weights --> export folder
+dataset                --instructions, prefixes, sources--> prompts and model card
+"""
 
 from __future__ import annotations
 
@@ -53,8 +57,8 @@ def export_run(
         check: load the folder by other libraries and compare vectors before it takes its place.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, the config would make another model
-            of it than was trained, the output cannot be written, or the check fails.
+        UserError: there is no such checkpoint, it is damaged, the config describes another model
+            than was trained, the output cannot be written, or the check fails.
     """
     run = RunDir(config.output_dir)
     output = output or run.export
@@ -70,7 +74,7 @@ def export_run(
     manifest = dataset.manifest
     # Imports of other libraries take long; they run while this process reads weights.
     with OutsideProcess() if check else nullcontext() as outside:
-        seed_random(config.seed)  # the adapter that training began with
+        seed_random(config.seed)  # gives a fresh adapter the weights that training started from
         encoder = build_model(config)
         step, digest = 0, None
         if path is not None:
@@ -97,12 +101,12 @@ def export_run(
 
 
 def _trained_texts(dataset: Dataset) -> TrainedTexts:
-    """Count the instructions of queries and, in a sample, what stood before documents."""
+    """Count the instructions of queries and, in a sample, the prefixes of documents."""
     manifest = dataset.manifest
     instructions: Counter[str] = Counter()
     for group in manifest.groups:
         instructions[group.instruction] += group.count
-    # Documents hold their prompt as tokens; whatever made them used one of these.
+    # Documents hold their prefix as tokens; those made by our template are recognised.
     template = manifest.template
     prefixes = {template.document_prefix(), *map(template.document_prefix, instructions)}
     tokenizer = load_tokenizer(manifest.tokenizer.path, key="tokenizer of the dataset")
@@ -113,20 +117,20 @@ def _trained_texts(dataset: Dataset) -> TrainedTexts:
     found: Counter[str] = Counter()
     for tokens, length in zip(dataset.documents.views("tokens", numbers), lengths, strict=True):
         head = tuple(tokens[:length].tolist())
-        # Of an instruction of their own only the words are left.
+        # A prefix from the data itself is decoded.
         found[known.get(head) or tokenizer.decode(head, skip_special_tokens=True)] += 1
     return TrainedTexts(instructions=instructions, document_prefixes=found)
 
 
 def _leading_tokens(tokenizer: Any, prefix: str) -> tuple[int, ...]:
-    """The tokens before a text that shards count as its prompt's."""
+    """Return the tokens before a text that shards count as its prefix."""
     row = tokenizer(prefix + "a", return_offsets_mapping=True)
     count = tokens_within(row["offset_mapping"], instruction_characters(prefix))
     return tuple(row["input_ids"][:count])
 
 
 def _data_table(manifest: Manifest) -> str:
-    """What the model was trained on, for its card; local folders stay unnamed."""
+    """Describe the training data for the model card; local folders stay unnamed."""
     lines = [
         "| source | format | from | rows read | examples | weight |",
         "|---|---|---|---|---|---|",
@@ -156,7 +160,7 @@ def _find(run: RunDir, name: str) -> Path:
 
 
 def _load_weights(encoder: Encoder, path: Path) -> int:
-    """Put a checkpoint's trained weights into the encoder; returns its step."""
+    """Put a checkpoint's trained weights into the encoder; return its step."""
     state = checkpoint_folder.verify(path)
     parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -164,7 +168,7 @@ def _load_weights(encoder: Encoder, path: Path) -> int:
             if name not in parameters:
                 raise UserError(
                     f"checkpoint {path} holds {name}, which the model does not have",
-                    fix="export with the model section that the run began with",
+                    fix="export with the model section that the run started with",
                 )
             parameters.pop(name).copy_(tensors["weight"])
     if parameters:

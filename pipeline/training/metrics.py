@@ -1,4 +1,4 @@
-"""One line of numbers per step, kept in order across interruptions."""
+"""Log one line of numbers per step, in order across interruptions: file, screen, trackers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.files import read_json_lines, write_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """What every line of `metrics.jsonl` holds, among others."""
+    """The fields of `metrics.jsonl` that are read back."""
 
     step: int
 
@@ -37,14 +37,14 @@ class Tracker(Protocol):
         """Take one step's numbers, and the kind of its batch (see Order.kinds)."""
 
     def close(self) -> None:
-        """Write what is not written yet: a rank ends without Python's own end, which would."""
+        """Write buffered numbers: a rank exits without Python's finalisation, which would."""
 
 
 class JsonLines:
     """`metrics.jsonl`: one JSON object per step.
 
-    `step` counts from 0, as the data order does: the line of step 0 is what the screen calls step
-    1, and checkpoint `step-000001` holds its update.
+    `step` counts from 0, as the data order does: the line of step 0 is step 1 on the
+    screen, and checkpoint `step-000001` holds its update.
 
     Args:
         path: the file, appended to.
@@ -59,7 +59,7 @@ class JsonLines:
         self._waiting = ""
 
     def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
-        """Append one line; what a full disk does not take waits for the next step."""
+        """Append one line; where the disk is full, it waits for the next step."""
         # JSON has no NaN; a reader of another language would stop at it.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         named = {"kind": kind} if kind else {}
@@ -68,7 +68,7 @@ class JsonLines:
         self._try_to_write("its lines wait for the next step")
 
     def _write(self) -> None:
-        """Append the lines that wait, wholly or not at all."""
+        """Append all waiting lines, or nothing."""
         with self._path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             lines = self._waiting.encode()
@@ -94,7 +94,7 @@ class JsonLines:
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
-    fix = "move it away; the resumed run then begins another one"
+    fix = "move it away; the resumed run then starts a new one"
     lines = read_json_lines(path, _Line, fix=fix)
     kept = [text for text, line in lines if line["step"] < first_step]
     if first_step and not kept:
@@ -127,11 +127,11 @@ class Progress:
             line = f"step {step + 1}/{self._num_steps}  {text}{self._left(step, now)}"
             with contextlib.suppress(OSError):  # a log on a full disk
                 print(line, flush=True)
-        # The first step also pays for what is made only once.
+        # Not from the start: the first step also builds everything that later steps reuse.
         self._first = self._first or (step, now)
 
     def _left(self, step: int, now: float) -> str:
-        """How long the steps that are left take at the pace so far."""
+        """Estimate the time of the remaining steps at the pace so far."""
         if self._first is None or step == self._first[0]:
             return ""
         pace = (now - self._first[1]) / (step - self._first[0])
@@ -139,13 +139,13 @@ class Progress:
         return f"  {datetime.timedelta(seconds=seconds)} left"
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def describe_step(values: dict[str, float], kind: str) -> str:
-    """The numbers of a step that somebody who watches a run wants to see."""
+    """Format a step's numbers for the screen."""
     parts = [f"loss {values['loss']:.4f}" + (f" ({kind})" if kind else "")]
     if "accuracy@1" in values:
         parts.append(f"accuracy@1 {values['accuracy@1']:.3f}")
@@ -183,7 +183,7 @@ class _Tensorboard:
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers then leave out what was written after the checkpoint that the run resumes from.
+        # Readers then skip steps written after the checkpoint that the run resumes from.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
@@ -195,7 +195,7 @@ class _Tensorboard:
 
 
 def _by_kind(values: dict[str, float], kind: str) -> dict[str, float]:
-    """The loss once more, as a curve of batches of one kind."""
+    """Repeat the loss under the name of its kind of batch, for a curve per kind."""
     return {f"loss/{kind}": values["loss"]} if kind else {}
 
 
@@ -221,8 +221,8 @@ def open_trackers(
     Args:
         names: `wandb`, `tensorboard`.
         run_dir: the run's folder, which they write to.
-        config: what the run was asked, to show beside its curves.
-        first_step: the step that the run begins or resumes with.
+        config: the run's config, to show next to its curves.
+        first_step: the step that the run starts or resumes with.
     """
     trackers: list[Tracker] = []
     for name in names:

@@ -1,4 +1,8 @@
-"""When a run saves, stops and resumes."""
+"""Decide when a run saves, publishes and resumes, and what follows a complete checkpoint.
+
+begin(step) --Saver, in the background--> finish() --> evaluations link its files, if due
+                                                   --> keeper mirrors it, deletes older ones
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from pipeline.training.zero import ZeroEngine
 
 
 def take_over(run: RunDir, mirror: Path | None) -> None:
-    """Take the run's folder over from whoever worked in it before; rank 0 only.
+    """Claim the run's folder and clean up after the process before; rank 0 only.
 
     Raises:
         UserError: another process works in it, or the mirror cannot be written to.
@@ -37,27 +41,27 @@ def take_over(run: RunDir, mirror: Path | None) -> None:
 
 
 def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
-    """The run's own, or where its folder holds none the one on slower storage."""
+    """Return the newest checkpoint of the run's folder, or, if it has none, of the mirror."""
     newest = checkpoint_folder.latest(run.checkpoints)
     newest = newest or (checkpoint_folder.latest(mirror) if mirror else None)
-    if newest is None and comm.rank() == 0 and (there := checkpoint_folder.names(run.checkpoints)):
+    if newest is None and comm.rank() == 0 and (others := checkpoint_folder.names(run.checkpoints)):
         say_warning(
-            f"{run.checkpoints}/{LATEST} is missing: the run begins at step 0, beside "
-            f"{', '.join(there)} (`diffembed rewind {run.root} {there[-1]}` continues from there)"
+            f"{run.checkpoints}/{LATEST} is missing: the run starts at step 0, although there are "
+            f"{', '.join(others)} (`diffembed rewind {run.root} {others[-1]}` continues from there)"
         )
     return newest
 
 
 class RunCheckpoints:
-    """Saves and restores an engine and its objective; all ranks call every method alike.
+    """Saves and restores an engine and its objective; all ranks call every method together.
 
     Args:
         run: the run's folder.
-        config: how many checkpoints stay, and where copies go.
-        engine: whose weights and moments are saved.
-        objective: whose state goes beside them.
-        identity: what a resuming run must have in common (see `checkpoint.load`).
-        evaluations: what scores whole checkpoints, if anything does.
+        config: number of checkpoints to keep, and the mirror.
+        engine: its weights and moments are saved.
+        objective: its state is saved with them.
+        identity: values that a resuming run must share (see `checkpoints.load`).
+        evaluations: scores complete checkpoints, if configured.
     """
 
     def __init__(
@@ -75,24 +79,24 @@ class RunCheckpoints:
         self._evaluations = evaluations
         self._saver = Saver(run.checkpoints)
         self._keeper = Keeper(run.checkpoints, config)
-        self._newest_step = 0  # of the newest checkpoint, whole or on its way
+        self._newest_step = 0  # of the newest checkpoint, complete or on its way
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank has still something to write; differs between ranks."""
+        """True while this rank is writing; differs between ranks."""
         return self._saver.is_writing
 
     def resume(self, path: Path) -> int:
-        """Load a checkpoint; returns the next step."""
+        """Load a checkpoint; return the next step."""
         step, extra = checkpoints.load(path, self._engine, self._identity)
         self._objective.load_state_dict(extra)
         self._newest_step = step
         if comm.rank() == 0 and path.parent == self._folder:
-            self._follow_up(path, step)  # what follows may be what was interrupted
+            self._follow_up(path, step)  # the follow-up itself may have been interrupted
         return step
 
     def begin(self, step: int) -> None:
-        """Start a checkpoint after `step` finished steps; training goes on while it is written."""
+        """Start a checkpoint after `step` finished steps; training continues meanwhile."""
         self.finish()  # one at a time, or host memory would hold several
         self._saver.begin(
             self._engine, step=step, identity=self._identity, extra=self._objective.state_dict()
@@ -100,7 +104,7 @@ class RunCheckpoints:
         self._newest_step = step
 
     def finish(self) -> None:
-        """Let the checkpoint on its way appear, if there is one, and see to what follows."""
+        """Publish the checkpoint on its way, if there is one, and run its follow-up."""
         if not self._saver.is_pending:
             return
         path = self._saver.finish()
@@ -108,7 +112,7 @@ class RunCheckpoints:
             self._follow_up(path, self._newest_step)
 
     def save(self, step: int) -> Path:
-        """Make sure that the state after `step` steps is on disk, the mirror's included."""
+        """Make sure that the state after `step` steps is on disk, and in the mirror."""
         if self._newest_step != step:
             self.begin(step)
         self.finish()
@@ -117,17 +121,17 @@ class RunCheckpoints:
         return self._folder / checkpoint_name(step)
 
     def complete(self, step: int) -> Path:
-        """As `save`, for the last step: also wait until its evaluation is begun."""
+        """Save after the last step, and wait until its evaluation has started."""
         path = self.save(step)
         if comm.rank() == 0 and self._evaluations:
             self._evaluations.finish()
         return path
 
     def _follow_up(self, path: Path, step: int) -> None:
-        """What follows once a checkpoint is whole and `latest` names it; rank 0 only.
+        """Evaluate, mirror and prune after `latest` names a new checkpoint; rank 0 only.
 
-        Training waits for it: long work belongs in the background. Those who need the files of
-        `path` for longer come first and keep links to them, because the keeper deletes.
+        Training waits for it: long work belongs in the background. Evaluations come first and keep
+        links to the files of `path`, because the keeper deletes.
         """
         if self._evaluations:
             self._evaluations.start(path, step)

@@ -1,4 +1,9 @@
-"""What makes a run the run it is: what its checkpoints and whoever resumes it must agree on."""
+"""Compare a run with its checkpoints: a resumed run must be the one that wrote them.
+
+config, shards, model files --run_identity--> flat `key: value`, stored in state.json
+resume   all keys equal, except `_FREE_KEYS` (steps, schedule, logging, folders)
+export   only content and the keys that decide vectors
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from pipeline.config import DataConfig, ModelConfig, TrainConfig, as_tree
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 
-# What may change when a run is resumed; everything else would make it another run.
+# Keys that may change when a run is resumed; any other would make it another run.
 _FREE_KEYS = (
     "output_dir",
     "num_steps",
@@ -23,22 +28,22 @@ _FREE_KEYS = (
     "non_finite",
     "trackers",
 )
-# Compared by other means than equality of the key.
+# Not keys of the config, and not compared for equality alone.
 _DATA, _WEIGHTS, _DECAY_END = "data.fingerprint", "model.weights", "optimizer.decay_end"
-# What decides the vectors of an export; weights may be read in another type.
+# Keys that decide the vectors of an export; weights may be read in another type.
 _VECTOR_KEYS = ("loss.similarity", "model.")
 _NO_VECTOR_KEYS = (
     *("model.dtype", "model.attention_dropout", "model.gradient_checkpointing"),
     "model.lora.dropout",
 )
-# Where weights are does not matter once it is known what they are.
-_PLACES = ("model.path", "model.revision", "model.adapter", "model.merged_adapters")
+# Paths of weights do not matter where digests of their files are known.
+_PATHS = ("model.path", "model.revision", "model.adapter", "model.merged_adapters")
 
 
 def run_identity(
     config: TrainConfig, dataset: Dataset | None, weights: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The keys of a config that a resumed run may not change, as flat `key.sub: value`.
+    """Return the keys of a config that a resumed run may not change, as flat `key.sub: value`.
 
     Args:
         config: the run.
@@ -74,7 +79,7 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
         others = f" (also different: {', '.join(differ[1:])})" if differ[1:] else ""
         raise UserError(
             f"{key} is {wanted.get(key)!r}{others}",
-            allowed=f"{saved.get(key)!r}, which the run in {run} began with",
+            allowed=f"{saved.get(key)!r}, which the run in {run} started with",
             fix=f"set {key} back to resume, or choose another output_dir for a new run",
         )
     _require_same_schedule(run, state["step"], saved, wanted)
@@ -95,8 +100,8 @@ def require_same_model(
         dataset: its shards.
 
     Returns:
-        Files of weights that changed since the run began, where all of its weights were trained:
-        whether they matter is known once the model is built, see `require_own_weights`.
+        Files of weights that changed since the run started, where all of its weights were trained.
+        Whether they matter is known once the model is built, see `require_own_weights`.
 
     Raises:
         UserError: names what differs.
@@ -123,7 +128,7 @@ def require_same_model(
 
 
 def require_own_weights(path: Path, changed: list[str], from_base: list[str]) -> None:
-    """Refuse changed files of a base model if an export takes tensors from them; else say so.
+    """Refuse changed files of a base model if an export takes tensors from them, else warn.
 
     Args:
         path: the checkpoint.
@@ -137,7 +142,7 @@ def require_own_weights(path: Path, changed: list[str], from_base: list[str]) ->
         _refuse_changed(path.parent.parent, changed)
     if changed:
         print(
-            f"export: {', '.join(changed[:3])} changed since the run began; not needed, because "
+            f"export: {', '.join(changed[:3])} changed since the run started; not needed, because "
             f"{path.name} holds every tensor of the export",
             file=sys.stderr,
         )
@@ -156,30 +161,30 @@ def _keys(config: TrainConfig) -> dict[str, Any]:
 
 
 def _differing(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Keys of different values; one that a checkpoint was written without has its default."""
+    """List keys of different values; a key that the checkpoint lacks has its default."""
     first = TrainConfig(
         output_dir=Path(), num_steps=1, model=ModelConfig(path=""), data=DataConfig(path=Path())
     )
     before = {**_keys(first), **saved}
     ignored = {_DATA, _WEIGHTS, _DECAY_END, "optimizer.decay_steps"}
     if _WEIGHTS in saved and _WEIGHTS in wanted:
-        ignored.update(_PLACES)
+        ignored.update(_PATHS)
     # Sections that one of the two leaves out: their keys are in the other alone.
     keys = [key for key in {**wanted, **saved} if key not in ignored]
     return [key for key in keys if before.get(key) != wanted.get(key)]
 
 
 def _require_same_shards(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse other shards than the run began with."""
+    """Refuse other shards than the run started with."""
     if _DATA in saved and saved[_DATA] != wanted.get(_DATA, saved[_DATA]):
         raise UserError(
-            f"data.path: the shards there are not those that the run in {run} began with",
-            fix="set data.path back to them, or prepare them again with the same config and files",
+            f"data.path: the run in {run} started with other shards than these",
+            fix="set data.path back, or prepare the shards again with the same config and files",
         )
 
 
 def _changed_files(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the model's files that are not those that the run began with."""
+    """List the model's files that changed since the run started."""
     before, now = saved.get(_WEIGHTS), wanted.get(_WEIGHTS)
     if before is None or now is None:  # a checkpoint of an earlier version has no digests
         return []
@@ -192,13 +197,13 @@ def _holds_weights(name: str) -> bool:
 
 
 def _refuse_changed(run: Path, different: list[str]) -> None:
-    """Refuse other files of the model than the run began with, if there are any."""
+    """Refuse changed files of the model, if there are any."""
     if different:
         key = "model.adapter" if different[0].startswith("adapter ") else "model.path"
         raise UserError(
-            f"{key}: {', '.join(different[:3])} changed since the run in {run} began: its "
-            "checkpoints belong to the weights of then",
-            fix=f"set {key} back to the files of then, or choose another output_dir to start a "
+            f"{key}: {', '.join(different[:3])} changed since the run in {run} started: its "
+            "checkpoints belong to the earlier weights",
+            fix=f"set {key} back to the earlier files, or choose another output_dir to start a "
             "new run",
         )
 
@@ -210,7 +215,7 @@ def _require_same_schedule(
     before, now = saved.get(_DECAY_END), wanted.get(_DECAY_END)
     if before is None or now is None or before == now:
         return
-    if step <= wanted["optimizer.warmup_steps"]:  # decay has not begun
+    if step <= wanted["optimizer.warmup_steps"]:  # the decay has not started
         return
     fix = f"set optimizer.decay_steps: {before}"
     if now > before:

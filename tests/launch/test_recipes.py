@@ -165,7 +165,7 @@ def test_every_recipe_is_planned_at_its_real_size(
             ends = np.cumsum([group.count for group in groups])
             drawn = np.unique(np.searchsorted(ends, batch.example_ids, side="right"))
             assert len({groups[number].source for number in drawn}) == 1, recipe
-        needed = sum(memory_per_rank(plan.shape, plan.layout, plan.schedule).values())
+        needed = sum(memory_per_rank(plan.shape, plan.workload, plan.schedule).values())
         assert needed <= 80 * GIB, recipe
         print(
             f"| {recipe.with_suffix('')} | {trained:,} | {published.data.global_batch_size:,} | "

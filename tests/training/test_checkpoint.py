@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
 
 def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "checkpoints", Memory(a=1.0), step=1, identity={"seed": 1})
-    with pytest.raises(UserError, match=r"seed is 2 \| allowed: 1, which the run in .* began with"):
+    with pytest.raises(UserError, match=r"seed is 2 \| allowed: 1, which the run .* started with"):
         checkpoints.load(path, Memory(a=0.0), {"seed": 2})
 
 

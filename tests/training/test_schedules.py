@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.batch import GlobalBatch
-from pipeline.planning import Layout, ModelShape, memory_per_rank
+from pipeline.planning import ModelShape, RankWorkload, memory_per_rank
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.layer_sweep import BoundaryStore
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, load, make_batch, step_config
@@ -66,7 +66,7 @@ def test_a_sweep_keeps_the_bytes_that_the_plan_counts(
     monkeypatch.setattr(BoundaryStore, "put", note)
     engine, batch = Counting(model_path), batch_of_four_chunks()
     accumulate_gradients(engine, batch, step_config("sweep"), device=torch.device("cpu"))
-    layout = Layout(
+    workload = RankWorkload(
         world_size=1,
         stage=3,
         dtype="float32",
@@ -74,5 +74,5 @@ def test_a_sweep_keeps_the_bytes_that_the_plan_counts(
         chunk_tokens=max(len(chunk.input_ids) for chunk in batch.chunks),
         gradient_checkpointing=False,
     )
-    plan = memory_per_rank(ModelShape.of(engine.encoder), layout, "sweep")
+    plan = memory_per_rank(ModelShape.of(engine.encoder), workload, "sweep")
     assert sum(sizes) == plan["inputs of all layers, all chunks"]

@@ -1,4 +1,4 @@
-"""A rank finds its place from what its launcher says, or says in one line what is missing."""
+"""A rank finds itself from its launcher's variables, or names in one line what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import pytest
 
 from pipeline import comm
 from pipeline.errors import DiffembedError, UserError
-from pipeline.launch import World, discover_world, local_ranks, rendezvous, requested_gpu
+from pipeline.launch import (
+    World,
+    discover_world,
+    local_ranks,
+    rendezvous,
+    requested_gpu,
+    without_rank,
+)
 from tests.support import PATIENCE, free_port
 
 OPEN_MPI = {
@@ -159,3 +166,17 @@ def test_ranks_of_a_host_are_counted_as_the_launcher_says(
     environ: dict[str, str], ranks: int
 ) -> None:
     assert local_ranks(environ) == ranks
+
+
+def test_a_process_without_these_variables_is_no_rank_under_any_launcher() -> None:
+    launchers = {
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        "mpirun": tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK")),
+        "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    }
+    for launcher, names in launchers.items():
+        environ = {**dict.fromkeys(names, "1"), names[1]: "2", "HF_HOME": "1", "SLURM_CONF": "c"}
+        assert discover_world(environ).world_size == 2, launcher
+        found = without_rank(environ)
+        assert found == {"HF_HOME": "1", "SLURM_CONF": "c"}
+        assert not discover_world(found).launched
