@@ -39,6 +39,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     if dist.is_initialized():
         return
     launch.require_launcher()
+    # torch and DeepSpeed read these, whichever launcher set its own.
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -101,6 +102,7 @@ def least_memory(world: World) -> float:
         total = float(torch.cuda.get_device_properties(device()).total_memory)
     else:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # Ranks of one host share its memory.
         total = ram / int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
     least = torch.tensor([0.9 * total], dtype=torch.float64, device=device())
     return float(all_reduce_(least, "min"))
@@ -144,6 +146,7 @@ def any_rank(flag: bool) -> bool:
 
 def max_over_ranks(*values: float) -> list[float]:
     """Return the maximum over ranks of the first value, the second, ..., in one collective call."""
+    # float64 holds counts and flags exactly.
     own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
     return [float(value) for value in all_reduce_(own, "max").tolist()]
 
@@ -163,6 +166,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
+    # The first collective says that something failed, and only then do ranks exchange texts.
     if any_rank(error is not None):
         found = None if error is None else (isinstance(error, UserError), str(error))
         results = all_gather_object(found)
@@ -187,6 +191,7 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     counts = [torch.zeros_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
     sizes = [int(c) for c in counts]
+    # `all_gather` takes equal shapes only.
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: x.shape[0]] = x
     gathered = [torch.empty_like(padded) for _ in sizes]
@@ -199,7 +204,7 @@ def all_gather_stack(x: torch.Tensor) -> torch.Tensor:
     """Stack every rank's tensor of one common shape (...) in rank order: (world size, ...)."""
     if world_size() == 1:
         return x[None]
-    parts = [torch.empty_like(x) for _ in range(world_size())]
+    parts = [torch.empty_like(x) for _ in range(world_size())]  # W x (...)
     dist.all_gather(parts, x.contiguous())
     return torch.stack(parts)
 
@@ -240,6 +245,7 @@ def on_main(function: Callable[[], T]) -> T:
         except DiffembedError as error:
             outcome = error
         except Exception as error:
+            # A bug: no rank can continue, and the launcher ends the others.
             if (outcome := explain_os_error(error)) is None:
                 raise
     outcome = broadcast_object(outcome)

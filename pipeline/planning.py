@@ -82,12 +82,14 @@ def memory_per_rank(
     Real kernels save less.
     """
     width = 4 if workload.dtype == "float32" else 2
+    # Numbers that a layer's backward needs, for one token.
     per_layer = (18 * shape.hidden_size + 4 * shape.intermediate_size) * width
     boundary = shape.hidden_size * width
     if workload.gradient_checkpointing:
         per_token = per_layer + shape.num_layers * boundary
     else:
         per_token = per_layer * shape.num_layers
+    # Stages 1 and 2 keep whole weights on every rank.
     share = shape.parameters * width / (workload.world_size if workload.stage == 3 else 1)
     gathered = 0.0
     if workload.stage == 3:
@@ -196,10 +198,10 @@ def plan_run(
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
-    dataset = open_dataset(config, verify=False)
+    dataset = open_dataset(config, verify=False)  # verifying all shards would take too long
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
     warning = require_negatives(loader, config)
-    tokens = loader.chunk_tokens(0)
+    tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
     zero = ds_config["zero_optimization"]
     workload = RankWorkload(
         world_size=world_size,
@@ -212,6 +214,7 @@ def plan_run(
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         score_bytes=0 if config.objective is None else TILE_BYTES["cuda"],
     )
+    # Shapes without weights, so that a login node can plan.
     encoder = build_model(config, meta=True)
     check_loss(config.loss, width=encoder.num_dimensions, has_scores=dataset.manifest.has_scores)
     shape = ModelShape.of(encoder)

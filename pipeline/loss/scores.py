@@ -53,7 +53,7 @@ class BlockTiles:
         self._query_RE, self._document_KE = query_RE, document_KE
         self._ceiling_R, self._plan, self._scratch = ceiling_R, plan, scratch
         starts = range(0, document_KE.shape[0], plan.columns)
-        # Excluded pairs by column, so that those of each tile are one slice.
+        # Excluded pairs by column, so that each tile's pairs are one slice.
         column, order = excluded[1].sort()
         self._excluded = (excluded[0][order], column)
         edges = torch.tensor([*starts, document_KE.shape[0]], device=column.device)
@@ -153,7 +153,7 @@ class BlockTiles:
         return weight_RT, self._peak_R
 
     def _document_weights(self, number: int, peak_T: Tensor) -> Tensor:
-        """Return exp(score - peak) with the peak of its columns, in a slot of its own."""
+        """Return exp(score - peak) with the peak of its columns, in the second slot."""
         weight_RT = self._scores(number, slot=1).sub_(peak_T).exp_()
         for refined in self._refined[number]:
             refined.write_weights_(weight_RT, peak_T[refined.column])

@@ -142,6 +142,7 @@ class Saver:
             # Every rank takes part in the gather, one keeps the result: they share the writing.
             if index % world_size == rank:
                 for key, tensor in state.items():
+                    # A copy: the next step changes the original while this one is written.
                     share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
         path = partial_folder(target) / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
         self._pending = _Pending(
@@ -166,6 +167,7 @@ class Saver:
         pending, self._pending = self._pending, None
         assert pending is not None, "nothing to finish"
         error = pending.written.exception()
+        # A string is a fault, a pair is a file.
         outcomes = comm.all_gather_object(repr(error) if error else pending.written.result())
         faults = [f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)]
         if not faults and comm.rank() == 0:
@@ -246,6 +248,7 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
         return state
 
     state = comm.on_main(check)
+    # Each rank hashes a part of the files.
     with comm.together():
         verify(path, slice(comm.rank(), None, comm.world_size()))
     if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
@@ -255,10 +258,12 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
         )
     with comm.together():
         _check_shapes(path, engine)
+    # Nothing of the engine has changed so far: every refusal comes before this line.
     engine.prepare_restore(state["optimizer_steps"])
     for file, names in _parameters_by_file(path).items():
         with _open(path, file) as tensors:
             for name in names:
+                # Of a file that another number of ranks wrote, only this rank's elements are read.
                 elements = engine.share_of(name)
                 share = {
                     key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
@@ -329,7 +334,7 @@ def read_share(tensor: Any, elements: range) -> torch.Tensor:
         return torch.as_tensor(tensor[...]).reshape(1)[elements.start : elements.stop]
     rows = covering_rows(shape, elements)
     read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
-    before = rows.start * math.prod(shape[1:])
+    before = rows.start * math.prod(shape[1:])  # elements of earlier rows
     return read[elements.start - before : elements.stop - before]
 
 

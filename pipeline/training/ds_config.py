@@ -197,7 +197,7 @@ def _check_types(tree: dict[str, Any]) -> None:
 def _fill(
     tree: dict[str, Any], key: str, value: Any, *, owner: str = "this trainer", prefix: str = ""
 ) -> None:
-    found = tree.get(key, "auto")
+    found = tree.get(key, "auto")  # a missing key is to be filled too
     if found not in ("auto", value):
         raise UserError(
             f"DeepSpeed config sets {prefix}{key} to {found!r}, but {owner} is {value!r}",

@@ -181,7 +181,7 @@ class Evaluations:
         for earlier in (partial, kept):
             shutil.rmtree(earlier, ignore_errors=True)
         shutil.copytree(checkpoint, partial / checkpoint.name, copy_function=_link)
-        partial.rename(kept)
+        partial.rename(kept)  # complete from here on
         train = dataclasses.replace(self._train, output_dir=folder, evaluate=None)
         write_text(folder / _TRAIN, dump_config(train))
         write_text(RunDir(folder).checkpoint_digest, checkpoint_digest(checkpoint))

@@ -76,6 +76,7 @@ def export_run(
     with OutsideProcess() if check else nullcontext() as outside:
         seed_random(config.seed)  # gives a fresh adapter the weights that training started from
         encoder = build_model(config)
+        # `init` keeps the weights that the run starts from.
         step, digest = 0, None
         if path is not None:
             require_own_weights(path, changed, encoder.names_from_base())
@@ -112,6 +113,7 @@ def _trained_texts(dataset: Dataset) -> TrainedTexts:
     tokenizer = load_tokenizer(manifest.tokenizer.path, key="tokenizer of the dataset")
     known = {_leading_tokens(tokenizer, prefix): prefix for prefix in prefixes}
     size = manifest.num_documents
+    # Spread over all documents, because each source is contiguous.
     numbers = np.linspace(0, size - 1, min(size, _SAMPLE)).astype(np.int64)
     lengths = dataset.documents.scalars("instruction_tokens", numbers).tolist()
     found: Counter[str] = Counter()
@@ -124,6 +126,7 @@ def _trained_texts(dataset: Dataset) -> TrainedTexts:
 
 def _leading_tokens(tokenizer: Any, prefix: str) -> tuple[int, ...]:
     """Return the tokens before a text that shards count as its prefix."""
+    # With a text after it, because the last token of a prefix may merge with the text.
     row = tokenizer(prefix + "a", return_offsets_mapping=True)
     count = tokens_within(row["offset_mapping"], instruction_characters(prefix))
     return tuple(row["input_ids"][:count])

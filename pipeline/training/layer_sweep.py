@@ -42,6 +42,7 @@ class BoundaryStore:
         """Keep the input of a stage for a chunk."""
         self._device = hidden.device
         if self._on_host and hidden.is_cuda:
+            # Pinned, so that the copy runs while the next chunk is computed.
             pinned = torch.empty_like(hidden, device="cpu", pin_memory=True)
             hidden = pinned.copy_(hidden, non_blocking=True)
         self._kept[stage, chunk] = hidden
@@ -88,6 +89,7 @@ class LayerSweep(Generic[ChunkT]):
         # Each chunk has its own stream of random numbers, continued from stage to stage, as it
         # would be if the chunk passed all stages at once.
         for index, stage in enumerate(self._stages):
+            # Gathered once for all chunks: the point of this schedule.
             with self._hold(index):
                 for number, chunk in enumerate(chunks):
                     hidden = hiddens[number]
@@ -131,9 +133,11 @@ class LayerSweep(Generic[ChunkT]):
         hidden = None
         if index > 0:
             hidden = self.store.take(index, number).detach().requires_grad_()
+        # The dropout masks of the forward.
         self._states.pop((index, number)).restore()
         with torch.enable_grad():
             out = self._stages[index](chunk, hidden)
+            # Not at the first stage of a frozen token table.
             if out.requires_grad:
                 backward((out * gradient).sum())
         if hidden is None or hidden.grad is None:
@@ -157,6 +161,7 @@ def make_sweep(
         seed: seeds torch for a chunk.
         agreement: checked before each stage.
     """
+    # The first and the last stage use parameters that are held throughout.
     owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
 
     def hold(stage: int) -> AbstractContextManager[None]:

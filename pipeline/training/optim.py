@@ -32,6 +32,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
             # A parameter that ZeRO-3 has partitioned has lost its shape to `ds_shape`.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (decayed if len(shape) >= 2 else kept).append(parameter)
+    # DeepSpeed cannot partition an empty group.
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
@@ -47,6 +48,7 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    # Without decay_steps, a longer run would change rates of steps already made: see run_identity.
     end = config.decay_steps or num_steps
     progress = (step - config.warmup_steps) / (end - config.warmup_steps)
     if config.decay == "linear":
@@ -84,6 +86,7 @@ class Temperature:
         if not self._learned:
             return
         assert gradient is not None, "the loss was not asked for the gradient"
+        # d(loss) / d(log t) = d(loss) / dt * t
         self._log.grad = torch.tensor(gradient * self.value, dtype=torch.float64)
         self._adam.param_groups[0]["lr"] = lr
         self._adam.step()
@@ -92,6 +95,7 @@ class Temperature:
         """Return plain numbers from which `load_state_dict` restores everything."""
         if not self._learned:
             return {}
+        # Empty before the first update.
         moments = self._adam.state.get(self._log, {})
         return {"log": self._log.item(), **{k: float(v) for k, v in moments.items()}}
 

@@ -27,7 +27,7 @@ def take_over(run: RunDir, mirror: Path | None) -> None:
     Raises:
         UserError: another process works in it, or the mirror cannot be written to.
     """
-    run.claim()
+    run.claim()  # first: another process may be writing what looks like leftovers
     remove_leftovers(run.checkpoints)
     if mirror is None:
         return
@@ -44,6 +44,7 @@ def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
     """Return the newest checkpoint of the run's folder, or, if it has none, of the mirror."""
     newest = checkpoint_folder.latest(run.checkpoints)
     newest = newest or (checkpoint_folder.latest(mirror) if mirror else None)
+    # Silently starting over would cost the user the run.
     if newest is None and comm.rank() == 0 and (others := checkpoint_folder.names(run.checkpoints)):
         say_warning(
             f"{run.checkpoints}/{LATEST} is missing: the run starts at step 0, although there are "
@@ -91,6 +92,7 @@ class RunCheckpoints:
         step, extra = checkpoints.load(path, self._engine, self._identity)
         self._objective.load_state_dict(extra)
         self._newest_step = step
+        # A checkpoint in the mirror was followed up before it got there.
         if comm.rank() == 0 and path.parent == self._folder:
             self._follow_up(path, step)  # the follow-up itself may have been interrupted
         return step
@@ -113,6 +115,7 @@ class RunCheckpoints:
 
     def save(self, step: int) -> Path:
         """Make sure that the state after `step` steps is on disk, and in the mirror."""
+        # Otherwise a checkpoint of this very step is on its way, or just appeared.
         if self._newest_step != step:
             self.begin(step)
         self.finish()

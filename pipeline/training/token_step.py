@@ -93,7 +93,7 @@ def cross_entropy_in_tiles(
     # ones and fragment the memory.
     gradient = torch.empty_like(hidden)
     tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights, gradient)]
-    for part, label, weight, out in zip(*tiles, strict=True):
+    for part, label, weight, out in zip(*tiles, strict=True):  # (R, D), (R,), (R,), (R, D)
         leaf = part.requires_grad_()
         with torch.enable_grad():
             score_RV = scores(leaf)
@@ -188,6 +188,7 @@ class TokenPrediction:
         ]
         seed = seed_of_chunks(self._config.seed, batch.step)
         if self._config.schedule == "sweep":
+            # Pooling is replaced: the states of the predictions take the place of embeddings.
             stages = [*encoder_stages(engine.encoder)[:-1], _predicting_states(engine.encoder)]
             sweep = make_sweep(engine, stages, self._config, seed, agreement)
             return _sweep(engine, chunks, sweep)
@@ -234,6 +235,7 @@ def _chunk_by_chunk(
                 with torch.enable_grad():
                     hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
                 found = _through_the_head(engine, hidden, chunk)
+                # Continues below the head: the gradient of this scalar by `hidden` is the loss's.
                 engine.backward((hidden * found.gradient).sum())
                 sums.append((found.loss, found.correct))
         # Before the reduction, so that a batch that is left out leaves nothing behind.
@@ -303,7 +305,7 @@ def _vocabulary(config: TrainConfig, objective: ObjectiveConfig, dataset: Datase
     size = dataset.tokenizer.vocab_size
     masked = objective.mntp or objective.masked_diffusion
     if masked is None:
-        return Vocabulary(size=size, mask=-1)
+        return Vocabulary(size=size, mask=-1)  # next-token prediction hides nothing
     tokenizer = load_model_tokenizer(config.model.path)
     return Vocabulary(
         size=size,

@@ -1,4 +1,12 @@
-"""A training run from its config to its last checkpoint, resumable at every step."""
+"""Run a training from its config to its last checkpoint, resumable at every step.
+
+    train     checks without other ranks -> join -> claim the folder -> engine -> resume
+    step      Objective.accumulate -> Engine.step -> Objective.update -> numbers
+    boundary  agree over ranks: stop? checkpoint written? -> log, checkpoint, next step
+
+Everything that one rank may find (a signal, a lack of memory, a loss that is not finite) is agreed
+on before any rank acts on it.
+"""
 
 from __future__ import annotations
 
@@ -65,20 +73,24 @@ def train(
         Stopped: asked to stop; a checkpoint was written.
     """
     run = RunDir(config.output_dir)
+    # First: a signal during the long start is a request too, and does not kill the process.
     stop = StopRequest(run.stop_request, launchers=world.launchers)
     evaluations = None
     if config.evaluate is not None:
         assert scoring is not None, "evaluate: no commands were given"
         evaluations = Evaluations(config, config.evaluate, scoring)
+    # Checks that need no other rank come before joining: a faulty rank then ends at once.
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     warning = require_negatives(loader, config)
     objective = make_objective(config, dataset)
     comm.start(world)
+    # From here on, a check on one rank must raise on all (see comm.on_main).
     comm.on_main(lambda: require_trackers(config.trackers))
     comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
     newest = newest_checkpoint(run, config.checkpoint.mirror)
     identity = run_identity(config, dataset, model_digests(config.model))
+    # Before the model is loaded: a finished run, or another run's checkpoint, is known in seconds.
     if newest and _is_finished(newest, run, config, identity):
         return
     if warning:
@@ -103,6 +115,7 @@ def train(
         _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")
     # After the checks of resuming: a refused run leaves the folder as it was.
     training.describe(ds_config, loader)
+    # The order of data is a function of seed and step: the step is all of its state.
     loader.load_state_dict({**loader.state_dict(), "step": step})
     training.loop(loader, first_step=step)
 
@@ -191,6 +204,7 @@ class Training:
             try:
                 values = self._fitting_step(batch, loader)
             except StepGivenUpError:
+                # The step left no gradient: a resumed run computes it again from its start.
                 self._stop(batch.step)
             done = batch.step + 1
             last = done == config.num_steps
@@ -208,6 +222,7 @@ class Training:
             )
             if wanted:
                 self._stop(done)
+            # On all ranks or on none, because `finish` is a collective call.
             if not writing:
                 self.checkpoints.finish()
             if done % config.checkpoint.every == 0:
@@ -235,6 +250,7 @@ class Training:
                 return self.step(batch)
             except ChunkOutOfMemoryError as error:
                 largest = max(batch.chunks, key=lambda chunk: len(chunk.input_ids))
+                # All ranks must choose the same new size, or their numbers of chunks would differ.
                 sizes = comm.all_gather_object((len(largest.input_ids), len(largest.lengths)))
                 tokens, rows = max(sizes)
                 if rows == 1 or self.config.schedule == "plain":
@@ -259,12 +275,14 @@ class Training:
         except NonFiniteLossError as error:
             return self._non_finite(batch, str(error), {"texts": error.texts})
         lr = learning_rate(batch.step, config.optimizer, config.num_steps)
+        # A norm that is not finite means that the engine has updated nothing.
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
             return self._non_finite(batch, f"gradient norm is {grad_norm}", {})
         self._num_skipped = 0
         self.objective.update(lr)
         seconds = time.perf_counter() - start
+        # Counts are the global batch's; times and memory are this rank's.
         return {
             **values,
             "lr": lr,
