@@ -146,9 +146,18 @@ def any_rank(flag: bool) -> bool:
 
 def max_over_ranks(*values: float) -> list[float]:
     """Return the maximum over ranks of the first value, the second, ..., in one collective call."""
+    return _reduce_numbers(values, "max")
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Return the sum over ranks of the first value, the second, ..., in one collective call."""
+    return _reduce_numbers(values, "sum")
+
+
+def _reduce_numbers(values: tuple[float, ...], op: str) -> list[float]:
     # float64 holds counts and flags exactly.
     own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
-    return [float(value) for value in all_reduce_(own, "max").tolist()]
+    return [float(value) for value in all_reduce_(own, op).tolist()]
 
 
 @contextmanager

@@ -24,23 +24,6 @@ from pathlib import Path
 
 from pipeline.errors import DiffembedError, UserError
 
-_RANK_VARIABLES = re.compile(
-    r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
-    r"|MASTER_(ADDR|PORT)"
-)
-# Needed to find Slurm itself.
-_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
-
-
-def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a process that must not act as a rank of this process's job."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in _KEPT or not _RANK_VARIABLES.fullmatch(name)
-    }
-
-
 # Variables that hold rank, world size and local rank, by launcher.
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -113,10 +96,27 @@ def local_ranks(environ: Mapping[str, str] | None = None) -> int:
     return 1
 
 
+_RANK_VARIABLES = re.compile(
+    r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
+    r"|MASTER_(ADDR|PORT)"
+)
+# Needed to find Slurm itself.
+_KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for a process that must not act as a rank of this process's job."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _KEPT or not _RANK_VARIABLES.fullmatch(name)
+    }
+
+
 def requested_gpu(
     environ: Mapping[str, str] | None = None, devices: tuple[str, ...] = _GPU_DEVICES
 ) -> str:
-    """Return the evidence that this process should compute on a GPU, empty where there is no such.
+    """Return the evidence that this process should compute on a GPU, or an empty text.
 
     A driver too old for torch makes every GPU invisible to it: a run would otherwise train on the
     CPU, for days, without an error.

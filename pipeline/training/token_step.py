@@ -146,7 +146,7 @@ class TokenPrediction:
             )
             for chunk in batch.chunks
         ]
-        total, predicted = _sum_over_ranks(
+        total, predicted = comm.sum_over_ranks(
             sum(prediction.total for prediction in predictions),
             sum(float((prediction.weights > 0).sum()) for prediction in predictions),
         )
@@ -282,16 +282,10 @@ def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float
         NonFiniteLossError: on all ranks.
     """
     losses, correct = (float(torch.stack(numbers).sum()) for numbers in zip(*sums, strict=True))
-    mean, right = _sum_over_ranks(losses / comm.world_size(), correct)
+    mean, right = comm.sum_over_ranks(losses / comm.world_size(), correct)
     if not math.isfinite(mean):
         raise NonFiniteLossError(mean, [])
     return mean, right
-
-
-def _sum_over_ranks(*values: float) -> list[float]:
-    sums = torch.tensor(values, dtype=torch.float64, device=comm.device())
-    found: list[float] = comm.all_reduce_(sums).tolist()
-    return found
 
 
 def _is_shifted(config: TrainConfig, objective: ObjectiveConfig) -> bool:
