@@ -15,10 +15,9 @@ from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError, say_warning
 from pipeline.run_folder import RunDir
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Saver
+from pipeline.training.checkpoints import Saver, Stateful
 from pipeline.training.engine import Objective
 from pipeline.training.evaluations import Evaluations
-from pipeline.training.zero import ZeroEngine
 
 
 def take_over(run: RunDir, mirror: Path | None) -> None:
@@ -70,7 +69,7 @@ class RunCheckpoints:
         run: RunDir,
         config: CheckpointConfig,
         *,
-        engine: ZeroEngine,
+        engine: Stateful,
         objective: Objective,
         identity: dict[str, Any],
         evaluations: Evaluations | None,
