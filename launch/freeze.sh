@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Renews launch/constraints.txt: installs the newest versions that pyproject.toml allows into a
-# temporary environment and writes them down. Run launch/test.sh afterwards, then commit.
+# temporary environment and records them. Run launch/test.sh afterwards, then commit.
 #
 #   launch/freeze.sh [python]
 set -euo pipefail

@@ -43,7 +43,7 @@ install_project() {
       "newer | fix: activate another environment, or none" >&2
     exit 2
   fi
-  # The code of this checkout runs, also where the environment was made for another one.
+  # Run the code of this checkout, even if the environment was made for another one.
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   stamp=$(python -c 'import sys; print(sys.prefix)')/.diffembed-installed
   wanted=$({
@@ -54,10 +54,10 @@ install_project() {
     return
   fi
   echo "installing this project and its dependencies (a few minutes the first time)"
-  # --no-compile: Python compiles what it imports, which is a small part of what is installed; that
-  # makes the installation three times as fast.
+  # --no-compile: Python compiles the few modules that it imports, and the installation takes a third
+  # of the time.
   local install=(python -m pip install --quiet --no-compile --disable-pip-version-check)
-  # The torch of this machine's driver stays, whether it is there already or DIFFEMBED_TORCH names it.
+  # Keep a torch that matches this machine's driver: an installed one, or the one of DIFFEMBED_TORCH.
   local left_out='^torch=='
   if [[ -n ${DIFFEMBED_TORCH:-} ]]; then
     # shellcheck disable=SC2086 # several arguments

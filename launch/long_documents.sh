@@ -2,8 +2,8 @@
 # Long documents: a small model learns to find what a document of up to 1,024 words hides once, and
 # is scored on needles and passkeys in documents of up to 8,192, before and after. No GPU needed, no
 # network except for the installation. Training shares no hidden text and no question with the scored
-# documents, and words a passkey differently; needles are problems of concepts that it never meets.
-# Shared are the templates of the background, and the names of the other concepts as topics.
+# documents, and words a passkey differently; needles are problems of concepts outside the training.
+# Both use the same templates of the background, and the names of the other concepts as topics.
 # Results: runs/long_documents/report/report.md
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # The paper's comparison in miniature: from one corpus, two language models of one size, by masked
 # diffusion and by predicting the next token; each becomes an embedder with bidirectional and with
-# causal attention, beside embedders from random weights. Scored on concepts and documents that no
-# training saw, most of them far longer than the documents that embedders learned from.
+# causal attention, and so do random weights. Scored on concepts and documents that are not in any
+# training data, most of them far longer than the documents of training.
 #
 #   launch/miniature.sh [key=value ...]
 #
-# No GPU needed, no network but for the installation; what follows changes all trainings (`seed=2`
-# for another repetition, which needs another folder: move runs/miniature away first). Run again, it
-# goes on where it was. Results: runs/miniature/report/report.md, read beside
-# launch/recipes/miniature/README.md
+# No GPU needed, no network except for the installation. Arguments change all trainings (`seed=2` for
+# another repetition, which needs another folder: move runs/miniature away first). Run it again to
+# continue. Results: runs/miniature/report/report.md; launch/recipes/miniature/README.md explains them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/trial.sh
@@ -18,7 +17,7 @@ recipe=launch/recipes/miniature
 out=runs/miniature
 changes=("$@")
 
-# One training and its export, unless that is there: train NAME CONFIG [key=value ...]
+# One training and its export, unless it exists: train NAME CONFIG [key=value ...]
 train() {
   local name=$1 config=$2
   shift 2
@@ -47,8 +46,8 @@ embed() {
   train "$1-$3" $recipe/train.yaml model.path="$2" model.attention="$3" model.pooling=$pooling
 }
 
-# Two commands at once, each with a core: faster than two ranks of one training, which wait for each
-# other: side_by_side "COMMAND ARGUMENTS" "COMMAND ARGUMENTS"
+# Run two commands at once, each on a core, which is faster than two ranks of one training that wait
+# for each other: side_by_side "COMMAND ARGUMENTS" "COMMAND ARGUMENTS"
 side_by_side() {
   local first second failed=0
   $1 &
@@ -63,7 +62,7 @@ side_by_side() {
 mkdir -p "$out"
 SECONDS=0
 
-say "1. Data: problems of 54 concepts, ten of which no training may see"
+say "1. Data: problems of 54 concepts, ten of them held out from all training"
 if [[ ! -f $out/hub/mteb/BRIGHT/README.md ]]; then
   run python -m ReasonAug templates --out $out/data --problems-per-concept 128
   run python -m ReasonAug texts --data $out/data
@@ -81,7 +80,7 @@ say "2. Pre-training from the same random weights on the same texts"
 side_by_side "train diffusion $recipe/diffusion.yaml" \
   "train autoregressive $recipe/autoregressive.yaml"
 
-say "3. Embedders: every start with both kinds of attention"
+say "3. Embedders: each model with both kinds of attention"
 side_by_side "embed diffusion $out/diffusion/export bidirectional" \
   "embed autoregressive $out/autoregressive/export causal"
 side_by_side "embed diffusion $out/diffusion/export causal" \
@@ -89,7 +88,7 @@ side_by_side "embed diffusion $out/diffusion/export causal" \
 side_by_side "embed random $out/random/export bidirectional" \
   "embed random $out/random/export causal"
 
-say "4. Scores on what no training saw, and the report"
+say "4. Scores on concepts and documents outside the training, and the report"
 run diffembed evaluate run $recipe/evaluate.yaml
 run diffembed report $recipe/evaluate.yaml
 printf '\nDone in %d min %02d s after installation.\n' $((SECONDS / 60)) $((SECONDS % 60))

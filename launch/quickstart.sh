@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole journey on this machine: raw data -> shards -> training with ZeRO-3 and gradient
 # caching on two ranks, killed and resumed -> export -> FollowIR, LongEmbed and BRIGHT replicas ->
-# report. No GPU needed, no network but for the installation. Every command is one that you would
-# run on a cluster, and is shown before it runs. Results: runs/quickstart/report/report.md
+# report. No GPU needed, no network except for the installation. The commands are the same on a
+# cluster, and each is shown before it runs. Results: runs/quickstart/report/report.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/trial.sh
@@ -31,7 +31,7 @@ printf '$ %s &\n' "${train[*]}"
 setsid "${train[@]}" &
 job=$!
 trap 'kill -9 -- -$job 2>/dev/null || true' EXIT
-# Step 30 lies ten steps after the checkpoint of step 20: those ten are lost and run again.
+# Step 30 is ten steps after the checkpoint of step 20: ten steps are lost and run again.
 while kill -0 $job 2>/dev/null && (($(wc -l 2>/dev/null <$out/run/metrics.jsonl || echo 0) < 30)); do
   sleep 0.2
 done

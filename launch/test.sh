@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 
-# Some tests bring up a real Slurm of their own, or two hosts with a wire between them. Without the
-# programs for that they skip and say so.
+# Some tests start a real Slurm, or two hosts in network namespaces. Without the programs for that
+# they are skipped.
 lacks() {
   ! PATH=$PATH:/usr/sbin command -v "$1" >/dev/null
 }
@@ -19,7 +19,7 @@ if { lacks slurmctld || lacks munged || lacks pdsh || lacks ip; } && [[ $EUID ==
   fi
 fi
 
-# Every test but the ones made for a GPU compares figures of the CPU.
+# All tests except the ones in tests/gpu compare results of the CPU.
 if [[ $* != *tests/gpu* ]]; then
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 fi

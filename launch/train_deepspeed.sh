@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with the deepspeed launcher: on this machine, or on those of a hostfile (needs pdsh).
+# Trains with the deepspeed launcher: on this machine, or on the machines of a hostfile (needs pdsh).
 #   launch/train_deepspeed.sh CONFIG [--deepspeed JSON] [key=value ...]
 #
 #   RANKS     ranks on this machine (default: one per GPU)

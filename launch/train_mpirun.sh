@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains with mpirun: on this machine, or on those of a hostfile.
+# Trains with mpirun: on this machine, or on the machines of a hostfile.
 #   launch/train_mpirun.sh CONFIG [--deepspeed JSON] [key=value ...]
 #
-#   RANKS     ranks in all (default: one per GPU of this machine, or one per slot of the hostfile)
+#   RANKS     total number of ranks (default: one per GPU of this machine, or one per slot of the hostfile)
 #   HOSTFILE  machines to train on (see launch/hostfile.example)
 #
-# Asked to stop, by SIGINT, SIGTERM or SIGUSR1, it saves a checkpoint and exits with 75; asked again,
-# it ends at once.
+# On SIGINT, SIGTERM or SIGUSR1 it saves a checkpoint and exits with 75; on a second signal it ends at
+# once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
@@ -15,7 +15,7 @@ flags=()
 if [[ -n ${HOSTFILE:-} ]]; then
   flags+=(--hostfile "$HOSTFILE")
   first=$(grep --max-count=1 --only-matching '^[^# ]\+' "$HOSTFILE")
-  # Ranks on other machines must find the first one, by the same network, and import from the same
+  # Ranks on other machines must find the first machine on the same network, and use the same
   # environment.
   flags+=(-x "MASTER_ADDR=$first" -x PATH)
   for name in $(compgen -e | grep -E '^(MASTER_PORT|(NCCL|GLOO|TORCH|OMP|HF|DS)_|PYTHON)'); do
@@ -24,23 +24,23 @@ if [[ -n ${HOSTFILE:-} ]]; then
 else
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
   RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
-  # Also on a machine with fewer cores than ranks.
+  # Works with fewer cores than ranks.
   flags+=(--oversubscribe)
 fi
 if [[ -n ${RANKS:-} ]]; then
   flags+=(-n "$RANKS")
 fi
 
-# Open MPI 5 kills the ranks a quarter of a second after it was told to end, whatever they are
-# writing. SIGUSR1 it only hands on.
+# Open MPI 5 kills the ranks a quarter of a second after SIGTERM, even in the middle of a save. It only
+# forwards SIGUSR1.
 stop() {
   kill -"$signal" "$mpirun"
   signal=TERM
 }
 signal=USR1
-# A process group of its own, or it would hear Ctrl-C as well.
+# A separate process group, which does not get Ctrl-C.
 set -m
-# A rank's threads would otherwise all be tied to one core.
+# Without --bind-to none, all threads of a rank would share one core.
 mpirun "${flags[@]}" --bind-to none \
   python pipeline/train.py --deepspeed ds_configs/zero3.json "$@" </dev/null &
 mpirun=$!

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts in this folder that try something out on one machine with two ranks:
-# installs if needed, and sets up what follows to run there without a network.
+# Sourced by the scripts in this folder that run an experiment on one machine with two ranks:
+# installs if needed, and configures the commands to run without a network.
 source launch/install.sh
 
 # As many processes as cores: more threads would only wait for each other.

@@ -1,4 +1,10 @@
-"""Every way a run may end, as one exception tree with its exit code."""
+"""End every failed command with one line and an exit code.
+
+DiffembedError    1   root of all errors that this package raises on purpose
+|- UserError      2   config, data or command is wrong; running it again would fail again
+|- MachineError   1   a disk, a limit or a mount failed; running it again may succeed
+`- Stopped       75   a checkpoint was saved on request; running it again continues
+"""
 
 from __future__ import annotations
 
@@ -21,25 +27,25 @@ class UserError(DiffembedError):
     """The user's config, data or command is wrong; exits with 2.
 
     Args:
-        found: what was met, with the key path or file that holds it.
-        allowed: what would have been accepted.
-        fix: what to change, when the two do not already say it.
+        found: the key or file, and the wrong value in it.
+        allowed: the values that are accepted.
+        fix: the change to make, if it does not follow from these two.
     """
 
     exit_code = 2
 
     def __init__(self, found: str, *, allowed: str = "", fix: str = "") -> None:
         self.found, self.allowed, self.fix = found, allowed, fix
-        parts = [found]
+        message = [found]
         if allowed:
-            parts.append(f"allowed: {allowed}")
+            message.append(f"allowed: {allowed}")
         if fix:
-            parts.append(f"fix: {fix}")
-        super().__init__(" | ".join(part.replace("\n", " ") for part in parts))
+            message.append(f"fix: {fix}")
+        super().__init__(" | ".join(message).replace("\n", " "))
 
 
 class Stopped(DiffembedError):  # noqa: N818 -- an outcome, not a fault
-    """The run was asked to stop, wrote a checkpoint, and can be resumed; exits with 75."""
+    """The run saved a checkpoint on request and can be resumed; exits with 75."""
 
     exit_code = 75
 
@@ -48,7 +54,7 @@ class MachineError(DiffembedError):
     """A disk, a limit or a mount of this machine failed; the config is fine; exits with 1."""
 
 
-# Faults of a path that the user gave: only another path, or other permissions, helps.
+# Errors of a path that the user gave: only another path, or other permissions, help.
 _PATH_FAULTS = {
     errno.EACCES: "give a path that this user may read or write",
     errno.EPERM: "give a path that this user may read or write",
@@ -56,11 +62,11 @@ _PATH_FAULTS = {
     errno.ENOENT: "give a path that exists",
     errno.ENOTDIR: "give a path whose parents are folders",
     errno.EISDIR: "give the path of a file",
-    errno.EEXIST: "give another path, or remove what is there",
+    errno.EEXIST: "give another path, or remove the existing file",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "give a path without a circle of symbolic links",
 }
-# Faults of the machine: the same command works once they are gone.
+# Errors of the machine: the same command works once they are repaired.
 _MACHINE_FAULTS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
@@ -76,12 +82,12 @@ _MACHINE_FAULTS = {
 def explain_os_error(error: BaseException) -> DiffembedError | None:
     """Return the one-line form of a failed disk access, or None for any other error.
 
-    Libraries written in Rust (safetensors, tokenizers) raise errors of their own types, whose text
-    ends in `(os error N)`; they are recognised by it.
+    Libraries written in Rust (safetensors, tokenizers) raise other types of errors; their text ends
+    in `(os error N)`.
     """
     if _is_out_of_memory(error):
         lines = str(error).strip().splitlines() or ["out of memory"]
-        cure = "ask for smaller sizes, or for a machine with more memory"
+        cure = "use smaller sizes, or a machine with more memory"
         return MachineError(f"{lines[-1]} | fix: {cure}")
     number, path = _number_of(error), ""
     if number is None:
@@ -105,7 +111,7 @@ def _number_of(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def name_full_disk(path: Path) -> Iterator[None]:
-    """Name the path that is written in an error about a full disk; Arrow's and Rust's name none."""
+    """Add the path to errors about a full disk; Arrow's and Rust's do not name it."""
     try:
         yield
     except Exception as error:
@@ -116,26 +122,26 @@ def name_full_disk(path: Path) -> Iterator[None]:
 
 
 def say_warning(message: str) -> None:
-    """Tell the user on stderr what is left out or replaced, where the command carries on."""
+    """Print one line on stderr about something left out or replaced, and carry on."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell Python's, Arrow's and torch's ways to say that the host has no memory left."""
+    """Return True for errors of Python, Arrow or torch about a host without free memory."""
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
 def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
-    """Turn whatever a library raises over a user's file into one line that names the file.
+    """Turn any error of a library that reads a user's file into one line that names the file.
 
-    For a call that does nothing but read it: a damaged file makes such code fail anywhere, with
-    errors of any type (KeyError, AttributeError, a Rust panic).
+    Use it around code that only reads: a damaged file makes such code fail anywhere, with errors of
+    any type (KeyError, AttributeError, a Rust panic).
 
     Args:
-        found: the file and what was tried, for the message; the library's reason is added.
-        allowed: what would have been accepted.
-        fix: what to change.
+        found: the file and the attempt, for the message; the library's reason is added.
+        allowed: the content that is accepted.
+        fix: the change to make.
     """
     try:
         yield
@@ -150,14 +156,14 @@ def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
 
 
 def say_error(error: DiffembedError) -> None:
-    """Print the one line with which every command reports an error of this package."""
+    """Print an error of this package as one line on stderr."""
     name = "UserError" if isinstance(error, UserError) else type(error).__name__
     print(f"{name}: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def errors_end_the_process() -> Iterator[None]:
-    """End a command with one line and an exit code for an error of this package or of a disk."""
+    """Exit with one line and a code for an error of this package or of a disk."""
     try:
         yield
     except DiffembedError as error:

@@ -1,4 +1,16 @@
-"""The layout of a run folder: config, environment, lock, checkpoints, logs."""
+"""Know the layout of a run's folder, claim it for one training, and describe the environment.
+
+RUN/config.yaml         the resolved config, with a first line that marks it as a run's
+    ds_config.json      the resolved DeepSpeed JSON
+    environment.json    versions, machine, commit
+    metrics.jsonl       one line per logged step; kinds.json explains its kinds of batches
+    lock                held by the training that works on the run
+    stop                exists while a stop is requested (`diffembed stop`)
+    checkpoints/        see checkpoint_folder.py
+    export/  results/  report/
+    evaluations/        scores of checkpoints made during training, a folder like RUN per step
+    jobs/               batch scripts, frozen configs and logs of Slurm jobs
+"""
 
 from __future__ import annotations
 
@@ -15,7 +27,7 @@ from pipeline.checkpoint_folder import LATEST, is_checkpoint
 from pipeline.errors import UserError
 from pipeline.files import remove_unfinished, sign_lock, try_lock
 
-# First line of a run's config.yaml, which tells it from a user's file of that name.
+# The first line of a run's config.yaml, which distinguishes it from a user's file of that name.
 OWN_CONFIG = (
     "# The whole config of this run, resolved. Runs overwrite this file; change your own one.\n"
 )
@@ -23,11 +35,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "
 
 
 class RunDir:
-    """Names of everything below a run's folder.
-
-    config.yaml ds_config.json environment.json metrics.jsonl kinds.json checkpoints/ export/
-    results/ report/
-    """
+    """The paths in a run's folder."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -35,31 +43,32 @@ class RunDir:
         self.ds_config = self.root / "ds_config.json"
         self.environment = self.root / "environment.json"
         self.metrics = self.root / "metrics.jsonl"
-        # What the kinds of batches in `metrics` are: source and instruction by short name.
+        # Source and instruction of each kind of batch in `metrics`, by its short name.
         self.kinds = self.root / "kinds.json"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
         self.results = self.root / "results"
         self.report = self.root / "report"
-        # Scores of single checkpoints, made while training went on.
+        # Scores of single checkpoints, made during training.
         self.evaluations = self.root / "evaluations"
-        # In a folder below it: which checkpoint, of those that may have had its name, is scored.
+        # In a folder of `evaluations`: the digest of the scored checkpoint, because a rewound run
+        # writes other checkpoints of the same names.
         self.checkpoint_digest = self.root / "checkpoint.digest"
-        # Present while somebody asks the trainer to checkpoint and stop (`diffembed stop`).
+        # Exists while the trainer is requested to checkpoint and stop (`diffembed stop`).
         self.stop_request = self.root / "stop"
         self._lock: TextIO | None = None
 
     def require_own(self) -> None:
-        """Check that the folder is empty, a run's, or holds only files of other names.
+        """Check that the folder belongs to a run, or has no file that a run would overwrite.
 
         Raises:
-            UserError: a file that a run writes is there, but no run wrote it.
+            UserError: it has such a file, which no run wrote.
         """
         if _is_own_config(self.config):
             return
         fix = "rename or move it, or choose another output_dir"
         written = [self.config, self.ds_config, self.environment, self.metrics]
-        # Somebody who copies a run may leave its config.yaml behind; its checkpoints tell.
+        # The copy of a run may lack its config.yaml; the checkpoints show that it is a run.
         if any(map(is_checkpoint, self.checkpoints.glob("*"))):
             written = [self.config]
         for path in written:
@@ -71,21 +80,19 @@ class RunDir:
         for path in sorted(self.checkpoints.glob("*")):
             if path.name != LATEST and not is_checkpoint(path):
                 raise UserError(
-                    f"output_dir: {path} is no checkpoint of a run, and runs write their "
+                    f"output_dir: {path} is not a checkpoint of a run, and runs write their "
                     f"checkpoints to {self.checkpoints}",
                     fix=fix,
                 )
 
     def claim(self, *, patience_seconds: float = 60) -> None:
-        """Make sure that no other training works on this run, until this process ends.
-
-        The system takes the lock back however the process ends.
+        """Lock the run until this process ends, so that no other training works on it.
 
         Args:
-            patience_seconds: how long to wait for another one that may be about to end.
+            patience_seconds: how long to wait for another training that may be about to end.
 
         Raises:
-            UserError: it is still there.
+            UserError: the other training still runs.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         lock = (self.root / "lock").open("a+")
@@ -105,16 +112,16 @@ class RunDir:
 
 
 def _is_own_config(path: Path) -> bool:
-    """Whether a run wrote this config.yaml; runs of earlier versions wrote it without a mark."""
+    """Return True if a run wrote this config.yaml; earlier versions wrote it without the mark."""
     if not path.is_file():
         return False
     text = path.read_text(errors="replace")
-    beside = path.with_name("environment.json").is_file() and path.with_name("lock").is_file()
-    return text.startswith(OWN_CONFIG) or (beside and "#" not in text)
+    in_run = path.with_name("environment.json").is_file() and path.with_name("lock").is_file()
+    return text.startswith(OWN_CONFIG) or (in_run and "#" not in text)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine and commit of a run, for `environment.json`."""
+    """Return versions, machine and commit of a run, for `environment.json`."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -132,7 +139,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `+changes` when it differs."""
+    """Return the commit of the checkout that this package runs from, `+changes` if it differs."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(

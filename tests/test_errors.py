@@ -1,4 +1,4 @@
-"""Errors of disks end a command with one line and the exit code of whoever can mend them."""
+"""Errors of disks end a command with one line: exit code 2 for a wrong path, 1 for a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records on disk: what was written is read, and what was changed since is refused by name."""
+"""Records on disk are read as they were written, and refused by name if changed since."""
 
 from __future__ import annotations
 

@@ -162,8 +162,10 @@ _NOT_OFFERED = {
 def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: str) -> UserError:
     """Return the first fault of a pydantic report as one line, with the keys of the others."""
     faults: dict[str, list[ErrorDetails]] = {}
+    # A list with a faulty item is also "too short": its valid items are counted.
+    reported = [f for f in error.errors() if not (f["type"] == "too_short" and f["input"])]
     # A misspelt key first: the missing key follows from it.
-    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN):
+    for fault in sorted(reported, key=lambda fault: fault["type"] != _UNKNOWN):
         faults.setdefault(_key_of(tree, fault), []).append(fault)
     (key, own), *others = faults.items()
     more = f" (and {len(others)} more: {_shorten(', '.join(k for k, _ in others))})"

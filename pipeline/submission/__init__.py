@@ -1,1 +1,7 @@
-"""Configs to Slurm jobs: text by pure functions, one thin shell that asks Slurm."""
+"""Turn configs into Slurm jobs, and keep a training job alive through restarts.
+
+    chain ──> jobs (text of batch scripts) ──> submit ──> slurm ──> sbatch, squeue, scontrol
+    slurm/train.sbatch ──> restart ──> allocation ──> health on every node
+
+`submit`, `restart`, `allocation` and `health` are also programs, `python -m pipeline.submission.X`.
+"""

@@ -1,8 +1,8 @@
-"""The current Slurm job from the inside: nodes, time left, faults, requeue.
+"""Know the current Slurm job from inside: nodes and their faults, time left, requeue, successor.
 
-python -m pipeline.submission.allocation
+    python -m pipeline.submission.allocation
 
-prints the address of the job's first node.
+prints the address of the job's first node, for `slurm/train.sbatch`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.submission import slurm
 from pipeline.submission.health import MARK, Health
 from pipeline.submission.slurm import IN_A_JOB, locked_records
 
-# Set by every batch script that `diffembed submit` writes: where that script is kept.
+# Set by every batch script of `diffembed submit`: the path of that script.
 SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
-# It must find what this job still writes down, and not meet its last processes.
+# A successor starts after this job has written its last files and its processes have ended.
 _DELAY = "--begin=now+10"
 
 
 def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
-    """Submit this job's own script again and let its dependents wait for the new job.
+    """Submit this job's own script again, and let jobs that depend on it wait for the new one.
 
     Args:
         job: its id.
@@ -48,40 +48,41 @@ def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
     script = Path(os.environ[SCRIPT_VARIABLE])
     flags = (_DELAY, *([f"--exclude={','.join(without)}"] if without else []))
     cluster = slurm.read_settings().get("ClusterName", "")
-    # Locked: who submits the chain at this moment must find one of the two jobs, not both.
+    # Locked: a process that submits the chain at this moment must find one of the two jobs.
     with locked_records({script.parent}, cluster) as records:
         successor = slurm.submit_text(script, *flags, patience=slurm.IN_A_JOB)
-        # On a full disk, the next submission finds it by its script.
+        # Without this entry (a full disk), the next submission finds the job by its script.
         with contextlib.suppress(OSError):
             records[script.parent].add(script.stem, successor)
     for dependent, dependency in _dependents(job).items():
         moved = re.sub(rf":{job}\b", f":{successor}", dependency)
         order = ("update", f"JobId={dependent}", f"Dependency={moved}")
-        slurm.ask("scontrol", *order, patience=slurm.IN_A_JOB)
+        slurm.check_output("scontrol", *order, patience=slurm.IN_A_JOB)
     return successor
 
 
 def _dependents(job: str) -> dict[str, str]:
-    """Dependencies of the jobs that wait for this one, by id."""
+    """Return the dependencies of the jobs that wait for this one, by id."""
     words = ("--me", "--noheader", "--format=%A %E")
-    listing = slurm.ask("squeue", *words, patience=slurm.IN_A_JOB)
+    listing = slurm.check_output("squeue", *words, patience=slurm.IN_A_JOB)
     waiting = dict(line.split(maxsplit=1) for line in listing.splitlines())
-    # `afterok:8(unfulfilled),afterok:10_*(unfulfilled)` is told; `afterok:8,afterok:10` is heard.
-    plain = {own: re.sub(r"(_\*)?\(\w+\)", "", told) for own, told in waiting.items()}
-    return {own: told for own, told in plain.items() if re.search(rf":{job}\b", told)}
+    # Slurm prints `afterok:8(unfulfilled),afterok:10_*(unfulfilled)`, and accepts
+    # `afterok:8,afterok:10`.
+    accepted = {own: re.sub(r"(_\*)?\(\w+\)", "", shown) for own, shown in waiting.items()}
+    return {own: text for own, text in accepted.items() if re.search(rf":{job}\b", text)}
 
 
-# More than all checks of a node may take together.
+# Longer than all checks of a node take together.
 _HEALTH_SECONDS = 240
 
 
 class NoCheckError(DiffembedError):
-    """The nodes could not be checked, for a reason that is not known to be theirs."""
+    """The nodes could not be checked, for a reason that may not be theirs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class State:
-    """The state of a job: still run by Slurm, and about to lose its nodes or not."""
+class JobState:
+    """The state of a job: still run by Slurm, and about to lose its nodes."""
 
     running: bool
     preempted: bool
@@ -89,14 +90,14 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Faults:
-    """Faults of a job's nodes, each by its node, and of what all of them share."""
+    """Faults of single nodes of a job, by node, and a fault that all nodes share."""
 
     nodes: Mapping[str, str]
     shared: str
 
 
 def own_id() -> str:
-    """The id by which this job alone can be queued again."""
+    """Return the id by which this job alone can be requeued."""
     # The plain id of an array's last element means the whole array.
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -104,31 +105,31 @@ def own_id() -> str:
 
 
 def first_address() -> str:
-    """The address by which Slurm itself reaches the first node; a node's name need not resolve."""
+    """Return the address by which Slurm reaches the first node, whose name need not resolve."""
     node = _expand(os.environ["SLURM_JOB_NODELIST"])[0]
-    shown = slurm.ask("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
+    shown = slurm.check_output("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
     found = re.search(r"NodeAddr=(\S+)", shown)
     return found[1] if found else node
 
 
-def read_state(job: str) -> State:
-    """Ask Slurm for the state of a job.
+def read_state(job: str) -> JobState:
+    """Read the state of a job from Slurm.
 
     Raises:
-        NoAnswerError: Slurm did not answer for an hour; that says nothing about the job.
+        NoAnswerError: Slurm did not answer for an hour; the state is unknown.
     """
     fields = _fields(job)
-    return State(
+    return JobState(
         running=fields.get("JobState") == "RUNNING",
         preempted=fields.get("PreemptTime", "None") != "None",
     )
 
 
 def seconds_left(job: str) -> float:
-    """Time until Slurm ends a job.
+    """Return the time until Slurm ends a job.
 
     Raises:
-        DiffembedError: Slurm does not say.
+        DiffembedError: Slurm shows no time limit.
     """
     shown = _fields(job).get("EndTime", "")
     try:
@@ -138,17 +139,17 @@ def seconds_left(job: str) -> float:
 
 
 def excluded_nodes(job: str) -> tuple[str, ...]:
-    """Nodes that a job must not get already, in Slurm's notation."""
+    """Return the nodes that a job already excludes, in Slurm's notation."""
     names = _fields(job).get("ExcNodeList", "(null)")
     return () if names == "(null)" else (names,)
 
 
 def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
-    """True when a job's partitions have as many nodes as it needs in addition to some others."""
+    """Return True if a job's partitions have enough nodes without some."""
     partitions = _fields(job).get("Partition", "")
     total = 0
     for name in filter(None, partitions.split(",")):
-        shown = slurm.ask("scontrol", "show", "partition", name, patience=IN_A_JOB)
+        shown = slurm.check_output("scontrol", "show", "partition", name, patience=IN_A_JOB)
         found = re.search(r"TotalNodes=(\d+)", shown)
         total += int(found[1]) if found else 0
     lost = len(_expand(",".join(without)))
@@ -156,40 +157,41 @@ def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
 
 
 def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
-    """Queue this job again; it ends soon after.
+    """Requeue this job, which ends it soon after.
 
     Args:
         job: its id.
-        without: nodes that it must no longer get.
+        without: nodes that it must not get again.
 
     Returns:
-        Why Slurm refuses; empty when it does not.
+        Slurm's reason for a refusal; empty if it accepts.
     """
-    done = _order("requeue", job)
-    # An order whose answer was lost is refused when it is given again.
+    done = _scontrol("requeue", job)
+    # A command whose answer was lost may be refused the second time.
     if done.returncode and read_state(job).running:
         return slurm.complaint(done)
     if without:
-        # Only now: the nodes of a job that runs cannot be changed.
-        _order("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
+        # Only now: the nodes of a running job cannot be changed.
+        _scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(without)}")
     return ""
 
 
-def find_faults(run_folder: Path) -> Faults:
-    """Check all nodes of this job; nodes that are fit are left out.
+def check_nodes(run_folder: Path) -> Faults:
+    """Check all nodes of this job; fit nodes are left out.
 
     Raises:
         NoCheckError: the check could not be started at all.
     """
     nodes = _expand(os.environ["SLURM_JOB_NODELIST"])
-    answers = slurm.patiently(lambda: _ask_nodes(nodes, run_folder), IN_A_JOB)
-    return judge({node: answers.get(node) for node in nodes})
+    answers = slurm.retry_unanswered(lambda: _run_checks(nodes, run_folder), IN_A_JOB)
+    return attribute_faults({node: answers.get(node) for node in nodes})
 
 
-def judge(answers: Mapping[str, Health | None]) -> Faults:
-    """Decide which faults are the nodes' own; None is a node that did not answer.
+def attribute_faults(answers: Mapping[str, Health | None]) -> Faults:
+    """Decide if faults belong to single nodes or to all; None is a node that did not answer.
 
-    What several nodes all say of the run's folder, or of their clocks, is said of the server.
+    A fault of the run's folder, or of the clock, that all of several nodes report belongs to the
+    file server.
     """
     several = len(answers) > 1
     if several and all(health is None for health in answers.values()):
@@ -201,18 +203,18 @@ def judge(answers: Mapping[str, Health | None]) -> Faults:
     if shared:
         return Faults(nodes={}, shared=shared[0])
     if several and all(health and health.clock for health in answers.values()):
-        # No other node would be better, and it stops no training.
+        # No other node would be better, and training works.
         node, health = next(iter(given.items()))
         print(
             f"{node}: {health.clock[0]}, as on all nodes: the server's clock is wrong", flush=True
         )
         given = {node: dataclasses.replace(health, clock=()) for node, health in given.items()}
     silent = {node: "its check did not answer" for node in answers if node not in given}
-    unfit = {node: health.words for node, health in given.items() if health.words}
+    unfit = {node: health.message for node, health in given.items() if health.message}
     return Faults(nodes=silent | unfit, shared="")
 
 
-def _ask_nodes(nodes: list[str], run_folder: Path) -> dict[str, Health]:
+def _run_checks(nodes: list[str], run_folder: Path) -> dict[str, Health]:
     scratch = os.environ.get("NODE_SCRATCH", "/tmp")
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
@@ -227,27 +229,26 @@ def _ask_nodes(nodes: list[str], run_folder: Path) -> dict[str, Health]:
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:
         if slurm.is_silence(complaint):
-            said = filter(slurm.is_silence, complaint.splitlines())
-            raise slurm.no_answer(next(said))
+            raise slurm.no_answer(next(filter(slurm.is_silence, complaint.splitlines())))
         raise NoCheckError(f"the nodes could not be checked: {complaint.strip()}")
     return {node: Health(**json.loads(faults)) for node, faults in found.items()}
 
 
 def _expand(names: str) -> list[str]:
-    """Nodes one by one, from Slurm's notation."""
-    shown = slurm.ask("scontrol", "show", "hostnames", names, patience=IN_A_JOB)
+    """Expand Slurm's notation of nodes to a list."""
+    shown = slurm.check_output("scontrol", "show", "hostnames", names, patience=IN_A_JOB)
     return shown.split()
 
 
 def _fields(job: str) -> dict[str, str]:
     words = ("show", "job", job, "--oneliner")
-    shown = slurm.ask("scontrol", *words, patience=IN_A_JOB, accepted="Invalid job id")
+    shown = slurm.check_output("scontrol", *words, patience=IN_A_JOB, accepted="Invalid job id")
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
-def _order(*words: str) -> subprocess.CompletedProcess[str]:
-    """Give an order, with patience while the controller is away; a refusal is in the answer."""
-    return slurm.patiently(lambda: slurm.run("scontrol", *words), IN_A_JOB)
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of scontrol, repeated while Slurm does not answer."""
+    return slurm.retry_unanswered(lambda: slurm.run("scontrol", *words), IN_A_JOB)
 
 
 if __name__ == "__main__":

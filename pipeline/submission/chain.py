@@ -1,4 +1,4 @@
-"""Decide which stages of an experiment are left, and what each job waits for.
+"""Decide which stages of an experiment are left to do, and the jobs that each one waits for.
 
 config, inputs ──> shards ──> run ──> export ──> scores ──> report
      recipe        identity   checkpoint's     fingerprints   results'
@@ -7,7 +7,8 @@ config, inputs ──> shards ──> run ──> export ──> scores ──> 
     prepare ──> train ──> export ──> evaluate (array) ──────────────────────> report
                                 └──> evaluate-plan ──> -embed (array) ──> -score ──┘
 
-Reads configs and what is finished; asks nothing of Slurm.
+The upper picture shows how a finished stage is recognised: by hashes of its inputs, never by times
+of files. Only configs and files are read here, not Slurm's queue.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from pipeline.evaluation.results import changed_inputs, read_result, results_dig
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model.export_folder import SETTINGS, is_export
 from pipeline.run_folder import RunDir
-from pipeline.submission.jobs import Job, digest
+from pipeline.submission.jobs import Job, short_hash
 
 
 def is_prepared(config: PrepareConfig) -> bool:
-    """True when the shards are there, made from this very config and these inputs.
+    """Return True if the shards exist and were made from this config and these inputs.
 
     Raises:
-        UserError: other shards are there.
+        UserError: the folder holds other shards.
     """
     # Inside, because it imports pyarrow.
     from pipeline.data.prepare.recipe import prepare_status
@@ -58,7 +59,8 @@ def is_prepared(config: PrepareConfig) -> bool:
         raise UserError(
             f"output_dir: {config.output_dir} holds shards that were made from another config or "
             f"other inputs",
-            fix="`diffembed prepare` says what differs; choose another output_dir, or remove it",
+            fix="`diffembed prepare` prints the difference; choose another output_dir, or delete "
+            "this one",
         )
     return status == "whole"
 
@@ -99,9 +101,9 @@ def _local_digests(model: ModelConfig) -> dict[str, str] | None:
 
 
 def require_shards(config: TrainConfig) -> None:
-    """Refuse shards that are missing or of another tokenizer than the model's.
+    """Refuse missing shards, and shards made with another tokenizer than the model's.
 
-    A model that only the compute nodes can load is checked there.
+    A model that only the compute nodes can load is checked by the job.
 
     Raises:
         UserError: training would refuse them.
@@ -121,7 +123,7 @@ def require_shards(config: TrainConfig) -> None:
 
 
 def is_exported(config: TrainConfig, checkpoint: str, output: Path) -> bool:
-    """True when a folder is the export of this checkpoint with the settings of this config."""
+    """Return True if a folder is the export of this checkpoint with this config's settings."""
     weights = any(output.glob("*.safetensors"))
     if not weights or not is_export(output):
         return False
@@ -135,12 +137,12 @@ def is_exported(config: TrainConfig, checkpoint: str, output: Path) -> bool:
     checkpoints = RunDir(config.output_dir).checkpoints
     name = latest_name(checkpoints) if checkpoint == "latest" else checkpoint
     path = checkpoints / (name or "")
-    # Of a checkpoint that was pruned, the export is what is left.
+    # The export of a pruned checkpoint is all that is left of it.
     return not is_checkpoint(path) or made.get("checkpoint") == checkpoint_digest(path)
 
 
-def unscored(config: EvaluateConfig) -> tuple[int, ...]:
-    """Numbers of the elements without valid scores.
+def unscored_elements(config: EvaluateConfig) -> tuple[int, ...]:
+    """Return the numbers of the elements without valid scores.
 
     Raises:
         UserError: an export is missing.
@@ -154,7 +156,7 @@ def unscored(config: EvaluateConfig) -> tuple[int, ...]:
 
 
 def is_reported(config: EvaluateConfig) -> bool:
-    """True when the report is made of the very scores that are there."""
+    """Return True if the report was made from the current scores."""
     report = RunDir(config.output_dir).report / "report.json"
     if not report.is_file():
         return False
@@ -166,13 +168,13 @@ def is_reported(config: EvaluateConfig) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Chain:
-    """Jobs in the order of their submission, and a line for each that is finished already."""
+    """Jobs in the order of their submission, and a line for each finished stage."""
 
     jobs: tuple[Job, ...] = ()
     finished: tuple[str, ...] = ()
 
     def then(self, other: Chain) -> Chain:
-        """Both, with the first jobs of `other` waiting for the last of this one."""
+        """Return both chains, the first jobs of `other` waiting for the last of this one."""
         waited_for = {name for job in self.jobs for name in job.after}
         last = tuple(job.name for job in self.jobs if job.name not in waited_for)
         later = tuple(
@@ -182,15 +184,15 @@ class Chain:
 
 
 def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
-    """The job that builds the shards.
+    """Return the job that builds the shards.
 
     Raises:
-        UserError: the config is wrong; so for all functions here.
+        UserError: the config is wrong, here and in all functions below.
     """
     tree = load_config(PrepareConfig, config, overrides)
-    # Beside the shards: preparing refuses a folder that holds anything else.
+    # Next to the shards: `prepare` refuses a folder that holds anything else.
     folder = tree.output_dir.with_name(f"{tree.output_dir.name}-jobs")
-    path, files = _frozen(folder, "prepare", tree)
+    path, files = _frozen_config(folder, "prepare", tree)
     job = Job(
         name="prepare",
         script="prepare.sbatch",
@@ -200,7 +202,7 @@ def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
         files=files,
         exclusive=True,
     )
-    # Preparing would refuse it too, but only after waiting in the queue.
+    # `prepare` would refuse other shards too, but only after waiting in the queue.
     if is_prepared(tree):
         return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
     return Chain(jobs=(job,))
@@ -209,13 +211,13 @@ def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
 def train_chain(
     config: Path, overrides: tuple[str, ...], deepspeed: Path, *, shards_follow: bool = False
 ) -> Chain:
-    """The job that trains, through as many restarts as it takes.
+    """Return the job that trains, restarted as often as needed.
 
     Args:
         config: of the training run.
         overrides: changes to it.
         deepspeed: its DeepSpeed JSON.
-        shards_follow: an earlier job makes the shards; if not, they must be there.
+        shards_follow: an earlier job makes the shards; if not, they must exist.
 
     Raises:
         UserError: the run has checkpoints of another config, or the shards are missing or made
@@ -229,9 +231,9 @@ def train_chain(
     if not shards_follow:
         require_shards(tree)
     folder = _run_folder(tree.output_dir)
-    path, files = _frozen(folder, "train", tree)
-    engine = _read(deepspeed)
-    engine_path = folder / f"deepspeed-{digest(engine)}.json"
+    path, files = _frozen_config(folder, "train", tree)
+    engine = _read_deepspeed(deepspeed)
+    engine_path = folder / f"deepspeed-{short_hash(engine)}.json"
     job = Job(
         name="train",
         script="train.sbatch",
@@ -247,16 +249,16 @@ def train_chain(
 def export_chain(
     config: Path, overrides: tuple[str, ...], steps: tuple[ExportStep, ...], *, ready: bool = True
 ) -> Chain:
-    """The jobs that make exports of a run.
+    """Return the jobs that make exports of a run.
 
     Args:
         config: of the training run.
         overrides: changes to it.
-        steps: what is exported, and where to.
-        ready: whether training is finished; if not, exports that are there will be stale.
+        steps: checkpoint and folder of each export.
+        ready: training is finished; if not, existing exports will be stale.
     """
     tree = load_config(TrainConfig, config, overrides)
-    path, files = _frozen(_run_folder(tree.output_dir), "train", tree)
+    path, files = _frozen_config(_run_folder(tree.output_dir), "train", tree)
     jobs, finished = [], []
     for step in steps:
         name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
@@ -284,22 +286,22 @@ def evaluate_chain(
     text_elements: int | None = None,
     ready: bool = True,
 ) -> Chain:
-    """The jobs that score exports and report.
+    """Return the jobs that score exports and report.
 
     Args:
         config: of the evaluation.
         overrides: changes to it.
-        text_elements: share the texts of all tasks among so many elements of an array; None: one
+        text_elements: share the texts of all tasks among this many elements of an array; None: one
             element for each model, task and length.
-        ready: whether the exports are there; if not, scores that are there may be stale.
+        ready: the exports exist; if not, existing scores may be stale.
 
     Raises:
-        UserError: the config is wrong, or `ready` and an export is missing.
+        UserError: the config is wrong, or an export is missing although `ready`.
     """
     tree = load_config(EvaluateConfig, config, overrides)
     folder = _run_folder(tree.output_dir)
-    path, files = _frozen(folder, "evaluate", tree)
-    left = unscored(tree) if ready else tuple(range(len(list_elements(tree))))
+    path, files = _frozen_config(folder, "evaluate", tree)
+    left = unscored_elements(tree) if ready else tuple(range(len(list_elements(tree))))
     report = _report(tree)
     if not left:
         line = f"evaluate: all {len(list_elements(tree))} elements of {tree.output_dir} are scored"
@@ -308,7 +310,7 @@ def evaluate_chain(
     gpu = {**common, "flags": "EVALUATE_FLAGS"}
     if text_elements is None:
         run = Job(name="evaluate", arguments=("run", str(path)), array=left, **gpu)
-        report = dataclasses.replace(report, after=(run.name,), tells_of_failure=True)
+        report = dataclasses.replace(report, after=(run.name,), reports_failure=True)
         return Chain(jobs=(run, report))
     cpu = {**common, "flags": "CPU_FLAGS"}
     plan = Job(name="evaluate-plan", arguments=("plan", str(path)), **cpu)
@@ -323,22 +325,22 @@ def evaluate_chain(
         name="evaluate-score",
         arguments=("score", str(path)),
         after=(embed.name,),
-        tells_of_failure=True,
+        reports_failure=True,
         **cpu,
     )
     return Chain(jobs=(plan, embed, score, dataclasses.replace(report, after=(score.name,))))
 
 
 def report_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
-    """The job that writes the report of scores that are there."""
+    """Return the job that reports the existing scores."""
     return Chain(jobs=(_report(load_config(EvaluateConfig, config, overrides)),))
 
 
 def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
-    """All jobs of an experiment."""
+    """Return all jobs of an experiment."""
     tree = load_config(ChainConfig, config, overrides)
     training = train_chain(tree.train, (), tree.deepspeed, shards_follow=bool(tree.prepare))
-    # A run that is finished needs its shards no more.
+    # A finished run does not need its shards any more.
     chain = prepare_chain(tree.prepare) if tree.prepare and training.jobs else Chain()
     exports = export_chain(tree.train, (), tree.exports, ready=not training.jobs)
     chain = chain.then(training).then(exports)
@@ -354,14 +356,14 @@ def _run_folder(output_dir: Path) -> Path:
     return output_dir / "jobs"
 
 
-def _frozen(folder: Path, stem: str, config: Any) -> tuple[Path, dict[Path, str]]:
-    """Where the resolved config will be, named by its content, and that content."""
+def _frozen_config(folder: Path, stem: str, config: Any) -> tuple[Path, dict[Path, str]]:
+    """Return the path of a copy of the resolved config, named by its content, and that content."""
     text = dump_config(config)
-    path = folder / f"{stem}-{digest(text)}.yaml"
+    path = folder / f"{stem}-{short_hash(text)}.yaml"
     return path, {path: text}
 
 
-def _read(path: Path) -> str:
+def _read_deepspeed(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such file", fix="give the path of a DeepSpeed JSON")
     return path.read_text()
@@ -369,7 +371,7 @@ def _read(path: Path) -> str:
 
 def _report(config: EvaluateConfig) -> Job:
     folder = _run_folder(config.output_dir)
-    path, files = _frozen(folder, "evaluate", config)
+    path, files = _frozen_config(folder, "evaluate", config)
     return Job(
         name="report",
         script="report.sbatch",

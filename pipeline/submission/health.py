@@ -1,10 +1,10 @@
-"""Check that this node is fit to train; one line of answer, from Python's own library.
+"""Check that this node is fit to train, and print one line; uses Python's standard library only.
 
-python -m pipeline.submission.health RUN_FOLDER SCRATCH_FOLDER NUM_GPUS
+    python -m pipeline.submission.health RUN_FOLDER SCRATCH_FOLDER NUM_GPUS
 
-A fault is the node's own, or belongs to something that all nodes share: a full run folder is full
-on every node. Some faults look the same either way until the nodes are compared (see
-`allocation.judge`).
+A fault belongs to the node, or to something that all nodes share: a full run folder is full on
+every node. Some faults look the same until the nodes are compared (see
+`allocation.attribute_faults`).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ import time
 from pathlib import Path
 
 MARK = "health:"
-# A node below this fails in the middle of a checkpoint or of compiling a kernel.
+# With less, a node fails in the middle of a checkpoint or while it compiles a kernel.
 _FREE_BYTES = 2**30
-# Beyond it, authentication fails and files seem older than what they were made of.
+# Beyond it, authentication fails, and files seem older than their inputs.
 _CLOCK_SECONDS = 60
 _GPU_SECONDS = 45
 _FOLDER_SECONDS = 45
 _QUERY = "index,mig.mode.current,ecc.errors.uncorrected.volatile.total"
-# No node can help them, however it reaches the folder.
+# Errors of the folder itself, the same from every node.
 _SHARED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """Faults of a node, in words; all empty when it is fit.
+    """Faults found on a node, as messages; all empty if it is fit.
 
     Args:
         own: of the node: GPUs, its local disk.
         shared: of the run's folder itself.
-        folder: of the way to the run's folder: the node's mount, or the server.
-        clock: how far its clock is from the file server's.
+        folder: of the access to the run's folder: the node's mount, or the server.
+        clock: distance of its clock from the file server's.
     """
 
     own: tuple[str, ...] = ()
@@ -49,13 +49,13 @@ class Health:
     clock: tuple[str, ...] = ()
 
     @property
-    def words(self) -> str:
-        """All faults, or nothing."""
+    def message(self) -> str:
+        """All faults in one line; empty without any."""
         return "; ".join((*self.own, *self.shared, *self.folder, *self.clock))
 
 
-def find_faults(run_folder: Path, scratch: Path, num_gpus: int) -> Health:
-    """Check this node, without ever waiting for a disk that hangs."""
+def check_node(run_folder: Path, scratch: Path, num_gpus: int) -> Health:
+    """Check this node without blocking on a disk that hangs."""
     own = _gpu_faults(num_gpus) if num_gpus else []
     number, fault = probe(scratch)
     own += [fault] if fault else []
@@ -69,7 +69,7 @@ def find_faults(run_folder: Path, scratch: Path, num_gpus: int) -> Health:
 
 def _gpu_faults(wanted: int) -> list[str]:
     command = shutil.which("nvidia-smi")
-    if command is None:  # another vendor's
+    if command is None:  # no GPUs, or another vendor's
         return []
     words = [command, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
     try:
@@ -78,10 +78,10 @@ def _gpu_faults(wanted: int) -> list[str]:
         return [f"nvidia-smi did not answer within {_GPU_SECONDS} s"]
     lines = [line.split(", ") for line in done.stdout.splitlines() if line]
     if done.returncode:
-        # A GPU that fell off the bus: all others may still answer.
-        said = (done.stderr or done.stdout).strip().splitlines()
-        return [f"nvidia-smi: {said[-1] if said else f'exit code {done.returncode}'}"]
-    # Of a GPU that is cut into instances, Slurm counts those.
+        # A GPU fell off the bus; the others may still answer.
+        printed = (done.stderr or done.stdout).strip().splitlines()
+        return [f"nvidia-smi: {printed[-1] if printed else f'exit code {done.returncode}'}"]
+    # If a GPU is split into MIG instances, Slurm counts the instances.
     whole = all(mode != "Enabled" for _, mode, _ in lines)
     faults = [f"{len(lines)} of {wanted} GPUs answer"] if whole and len(lines) < wanted else []
     for index, _, errors in lines:
@@ -91,12 +91,12 @@ def _gpu_faults(wanted: int) -> list[str]:
 
 
 def probe(folder: Path) -> tuple[int, str]:
-    """Write a little to a folder and see how much room it has.
+    """Write a small file to a folder and read its free space.
 
-    A child does it: a process that waits for a dead mount cannot be interrupted.
+    A child process does it, because a process that waits for a dead mount cannot be interrupted.
 
     Returns:
-        The number of the error and the fault in words; 0 and nothing when the folder is fit.
+        The error number and a message; 0 and an empty one if the folder is fit.
     """
     words = [sys.executable, "-m", "pipeline.submission.health", "--probe", str(folder)]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -117,7 +117,7 @@ def probe(folder: Path) -> tuple[int, str]:
 
 
 def _write_a_little(folder: Path) -> tuple[int, int]:
-    """Error number, or 0, and free bytes of a folder."""
+    """Return the error number, or 0, and the free bytes of a folder."""
     try:
         free = shutil.disk_usage(folder).free
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -130,12 +130,12 @@ def _write_a_little(folder: Path) -> tuple[int, int]:
 
 
 def _clock_faults(shared: Path) -> list[str]:
-    """A shared folder's files carry the time of its server, the same for all nodes."""
+    """Compare this clock with the file server's, which sets the times of new files."""
     try:
         with tempfile.NamedTemporaryFile(dir=shared, prefix=".clock-") as file:
             away = time.time() - Path(file.name).stat().st_mtime
     except OSError:
-        return []  # the next use of the folder says so
+        return []  # the next use of the folder reports it
     if abs(away) > _CLOCK_SECONDS:
         return [f"its clock is {away:.0f} s away from the clock of {shared}"]
     return []
@@ -147,7 +147,7 @@ def main() -> None:
         print(json.dumps(_write_a_little(Path(sys.argv[2]))))
         return
     run_folder, scratch, num_gpus = sys.argv[1:]
-    health = find_faults(Path(run_folder), Path(scratch), int(num_gpus))
+    health = check_node(Path(run_folder), Path(scratch), int(num_gpus))
     node = os.environ.get("SLURMD_NODENAME", "this node")
     print(f"{MARK} {node}: {json.dumps(dataclasses.asdict(health))}", flush=True)
 

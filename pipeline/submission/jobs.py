@@ -1,4 +1,14 @@
-"""Batch scripts, sbatch flags, and the record of submitted jobs."""
+"""Describe jobs, and write their batch scripts; pure text, without Slurm.
+
+A batch script is assembled from four parts. Slurm takes the last of several equal flags, so each
+part overrides the parts above it:
+
+    #SBATCH lines of slurm/NAME.sbatch       defaults
+    SITE_FLAGS and KIND_FLAGS                slurm/cluster.env
+    name, log, array, dependency             of this submission
+    --sbatch "..."                           of the user
+    set -- ARGUMENTS; body of NAME.sbatch
+"""
 
 from __future__ import annotations
 
@@ -13,16 +23,16 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-# Flags that a submission itself depends on.
+# Flags on which a submission depends, by their short names.
 _SHORT = {
     **{"-J": "--job-name", "-o": "--output", "-e": "--error", "-d": "--dependency"},
     **{"-a": "--array", "-D": "--chdir", "-W": "--wait", "-M": "--clusters"},
 }
 _LONG = (*_SHORT.values(), "--wrap", "--test-only")
-# sbatch takes a long name that is cut short as well.
+# sbatch accepts unique prefixes of long names.
 _SHORTEST = len("--job")
 _REFUSED = {
-    "--array": "leave it out: the array is what is left to score; ARRAY_LIMIT in "
+    "--array": "leave it out: the array holds all elements left to score; ARRAY_LIMIT in "
     "slurm/cluster.env limits how many run at a time",
     "--chdir": "go to that folder, which must hold slurm/, and submit there",
     "--wait": "leave it out, and wait for the job with `squeue` or --after",
@@ -37,9 +47,9 @@ class Flag:
     """One flag with its value.
 
     Args:
-        name: long, where the code here knows it; else as it was written.
+        name: its long form if known here, otherwise as written.
         value: empty for a flag without one.
-        words: as they were written.
+        words: the flag as written.
     """
 
     name: str
@@ -62,11 +72,11 @@ def split_flags(text: str, origin: str) -> tuple[str, ...]:
 
 
 def parse_flags(words: Sequence[str], origin: str) -> tuple[Flag, ...]:
-    """Put each flag's words together.
+    """Group words into flags with their values.
 
     Raises:
-        UserError: a word is no flag, or a flag would break what a submission depends on; `origin`
-            names where it stands.
+        UserError: a word is not a flag, or a flag would break the submission; `origin` names the
+            place of the flags.
     """
     flags: list[Flag] = []
     for word in words:
@@ -85,14 +95,14 @@ def parse_flags(words: Sequence[str], origin: str) -> tuple[Flag, ...]:
 
 
 def last_value(flags: Sequence[Flag], name: str, default: str) -> str:
-    """The value that Slurm takes of several equal flags."""
+    """Return the value that Slurm uses of several equal flags: the last."""
     return next((flag.value for flag in reversed(flags) if flag.name == name), default)
 
 
 def expand_log(pattern: str, *, job: str, name: str) -> str:
-    """The path of a log in Slurm's notation as one that a shell finds."""
+    """Expand the path of a log in Slurm's notation to a pattern for a shell."""
     values = {"%": "%", "x": name, "j": job, "J": job, "A": job}
-    # Of others, such as an element of an array or a node, the value comes later.
+    # Others, such as the element of an array or the node, are not known yet.
     return re.sub(r"%\d*([a-zA-Z%])", lambda found: values.get(found[1], "*"), pattern)
 
 
@@ -114,17 +124,17 @@ class Job:
     """A request to Slurm, before its flags and the ids of other jobs are known.
 
     Args:
-        name: what it does, such as `train`; also the job's name in Slurm, after `diffembed-`.
+        name: its task, such as `train`; also the job's name in Slurm, after `diffembed-`.
         script: the file in `slurm/` that it runs.
-        flags: the array in `slurm/cluster.env` with this kind of job's flags.
-        folder: where its batch script, its configs and its log are kept.
+        flags: the array in `slurm/cluster.env` with the flags of this kind of job.
+        folder: holds its batch script, its configs and its log.
         arguments: of the script.
-        files: what the arguments name below `folder`, as they are now: a job that waits in the
-            queue for days must not see later edits.
-        array: numbers of the array's elements; empty for a job that is no array.
-        after: names of the jobs of the same chain that must have succeeded.
-        tells_of_failure: whether it runs also when they have not, to say what is missing.
-        exclusive: whether `folder` may have one job of this name at a time.
+        files: contents of the files in `folder` that the arguments name, as they are now: a job
+            that waits in the queue for days must not see later edits.
+        array: numbers of the array's elements; empty for a job without an array.
+        after: names of the jobs of the same chain that must succeed first.
+        reports_failure: run it even if they failed, to report what is missing.
+        exclusive: `folder` may have only one job of this name at a time.
     """
 
     name: str
@@ -135,34 +145,34 @@ class Job:
     files: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     array: tuple[int, ...] = ()
     after: tuple[str, ...] = ()
-    tells_of_failure: bool = False
+    reports_failure: bool = False
     exclusive: bool = False
 
     @property
     def key(self) -> str:
-        """Equal for jobs that do the same: name and arguments, whose file names hold hashes."""
-        return f"{self.name}-{digest(self.name, *self.arguments)}"
+        """Equal for jobs with equal effects: name and arguments, whose file names hold hashes."""
+        return f"{self.name}-{short_hash(self.name, *self.arguments)}"
 
     @property
     def text_path(self) -> Path:
-        """Where the batch script is kept."""
+        """The path of the batch script."""
         return self.folder / f"{self.key}.sbatch"
 
     @property
     def log(self) -> Path:
-        """Where the job writes, in Slurm's notation."""
-        # The folder's own name is not Slurm's to expand.
+        """The path of the job's output, in Slurm's notation."""
+        # A % in the folder's name must not be expanded by Slurm.
         folder = Path(str(self.folder).replace("%", "%%"))
         return folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
 
     @property
     def slurm_name(self) -> str:
-        """Its name in Slurm, unless a flag changes it."""
+        """The job's name in Slurm, unless a flag changes it."""
         return f"diffembed-{self.name}"
 
 
-def digest(*parts: str) -> str:
-    """A short hash of some strings."""
+def short_hash(*parts: str) -> str:
+    """Return a short hash of some strings."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -176,18 +186,18 @@ def batch_text(
     array_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole batch script of a job, for `sbatch FILE` without a flag.
+    """Return the whole batch script of a job, for `sbatch FILE` without any flag.
 
     Args:
-        job: what is submitted.
-        body: text of its file in `slurm/`; its own `#SBATCH` lines come first, so that all others
-            win over them.
+        job: the job to submit.
+        body: text of its file in `slurm/`.
         site_flags: flags from `slurm/cluster.env`.
-        own_flags: flags of this submission; they win over the site's.
-        after: ids of jobs that must have succeeded, unless this one tells of their failure; when
-            one no longer can, Slurm cancels this job instead of keeping it forever.
-        array_limit: how many elements of an array may run at a time.
-        environment: variables for the job, in addition to those that Slurm passes on.
+        own_flags: flags of this submission.
+        after: ids of jobs that must succeed first, or only end first for a job that reports their
+            failure; if one cannot succeed any more, Slurm cancels this job instead of keeping it
+            forever.
+        array_limit: the number of elements of an array that may run at a time.
+        environment: variables for the job, in addition to the ones that Slurm exports.
     """
     header, commands = _split(body)
     submission = [f"--job-name={job.slurm_name}", f"--output={job.log}"]
@@ -195,8 +205,8 @@ def batch_text(
         limit = f"%{array_limit}" if array_limit else ""
         submission.append(f"--array={array_ranges(job.array)}{limit}")
     if after:
-        end = "afterany" if job.tells_of_failure else "afterok"
-        # Slurm takes the last of several equal flags: the site's or the user's would replace ours.
+        end = "afterany" if job.reports_failure else "afterok"
+        # The site's or the user's dependency would replace ours: join them.
         wanted = last_value((*site_flags, *own_flags), _DEPENDENCY, "")
         all_of = [f"{end}:{':'.join(after)}", *([wanted] if wanted else [])]
         submission += [f"{_DEPENDENCY}={','.join(all_of)}", "--kill-on-invalid-dep=yes"]
@@ -220,7 +230,7 @@ def batch_text(
 
 
 def array_ranges(indices: Sequence[int]) -> str:
-    """Ascending numbers in Slurm's notation: `0-2,5`."""
+    """Return ascending numbers in Slurm's notation: `0-2,5`."""
     ranges: list[list[int]] = []
     for index in indices:
         if ranges and ranges[-1][-1] == index - 1:
@@ -231,12 +241,12 @@ def array_ranges(indices: Sequence[int]) -> str:
 
 
 def _directive(*words: str) -> str:
-    # Slurm reads quotes in these lines as a shell does.
+    # Slurm parses quotes in these lines as a shell does.
     return _DIRECTIVE + shlex.join(words)
 
 
 def _split(body: str) -> tuple[list[str], str]:
-    """The `#SBATCH` lines of a script, and its text without them and without `#!`."""
+    """Split a script into its `#SBATCH` lines and its text without them and without `#!`."""
     lines = body.splitlines()
     if lines and lines[0].startswith("#!"):
         del lines[0]
@@ -266,9 +276,9 @@ class Site:
     """A cluster's flags of `sbatch`.
 
     Args:
-        path: the file they were read from.
+        path: the file with the flags.
         flags: by the name of their array.
-        array_limit: how many elements of an array may run at a time; None: as Slurm decides.
+        array_limit: the number of elements of an array that may run at a time; None: Slurm's limit.
     """
 
     path: Path
@@ -276,36 +286,36 @@ class Site:
     array_limit: int | None
 
     def flags_of(self, array: str) -> tuple[Flag, ...]:
-        """Flags of one kind of job; they follow, and win over, the flags of every job."""
+        """Return the flags of one kind of job, after the flags of all jobs, which they override."""
         return self.flags["SITE_FLAGS"] + self.flags[array]
 
 
 def read_site() -> Site:
-    """The site of this checkout: `DIFFEMBED_CLUSTER_ENV`, or `slurm/cluster.env`.
+    """Read the site's file: `DIFFEMBED_CLUSTER_ENV`, or `slurm/cluster.env`.
 
     Raises:
-        UserError: no such file, or bash does not accept it or misses one of its arrays.
+        UserError: there is no such file, bash rejects it, or an array is missing.
     """
     path = Path(os.environ.get("DIFFEMBED_CLUSTER_ENV", "slurm/cluster.env"))
     if not path.is_file():
         raise UserError(
             f"{path}: no such file",
-            fix="go to the folder that holds slurm/, or let DIFFEMBED_CLUSTER_ENV name the file",
+            fix="go to the folder that holds slurm/, or set DIFFEMBED_CLUSTER_ENV to the file",
         )
     limit, *values = _run_site_file(path).split("\0")[:-1]
     if limit and not limit.isdecimal():
-        raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or nothing")
+        raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or empty")
     flags = {name: parse_flags(words, f"{path}: {name}") for name, words in _group(values).items()}
     return Site(path=path, flags=flags, array_limit=int(limit) if limit else None)
 
 
 def _run_site_file(path: Path) -> str:
-    """What `_SCRIPT` prints for a site file; batch scripts read it under `set -eu` too."""
+    """Return the output of `_SCRIPT` for a site file; batch scripts read it with `set -eu` too."""
     allowed = f"bash with the arrays {', '.join(FLAG_ARRAYS)}"
     try:
         if b"\r\n" in path.read_bytes():
             raise UserError(
-                f"{path}: lines end as on Windows (CR LF)",
+                f"{path}: Windows line ends (CR LF)",
                 allowed=allowed,
                 fix=f"run `sed -i 's/\\r$//' {path}`",
             )
@@ -319,23 +329,23 @@ def _run_site_file(path: Path) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"{path}: bash has not read it after {_SITE_SECONDS} s",
+            f"{path}: bash has not read it within {_SITE_SECONDS} s",
             allowed=allowed,
-            fix="take out what waits or asks",
+            fix="remove commands that wait or ask for input",
         ) from error
     if done.returncode:
-        silent = f"a command in it ends with exit code {done.returncode} and says nothing"
+        silent = f"a command in it ends with exit code {done.returncode} and no message"
         raise UserError(
             f"{path}: {done.stderr.strip() or silent}",
             allowed=allowed,
-            fix="let every command in it succeed under `set -eu`, as batch scripts read it; "
-            f"`bash -eux {path}` shows where it ends",
+            fix="make every command in it succeed under `set -eu`, as in batch scripts; "
+            f"`bash -eux {path}` shows the command",
         )
     return done.stdout
 
 
 def _group(values: list[str]) -> dict[str, tuple[str, ...]]:
-    """The arrays by name; an empty value ends each."""
+    """Return the arrays by name; an empty value ends each."""
     found: list[list[str]] = [[]]
     for value in values:
         if value:

@@ -1,11 +1,11 @@
-"""Commands to Slurm: submit, list, cancel, wait for an answer; settings of the site.
+"""Run Slurm's commands, and record the jobs submitted from a folder.
 
-A controller that does not answer has neither refused nor accepted: questions are asked again for a
-while, and a submission whose answer is lost is looked for in the queue before it is sent again.
+A controller that does not answer has neither refused nor accepted. Commands without side effects
+are repeated for a while; a submission whose answer is lost is first searched for in the queue.
 
-A number alone is not a job: another cluster, a Slurm that lost its state, and the copy of a folder
-all have jobs of the same numbers. A job in the queue belongs to a folder when its batch script lies
-there, or when it is still exactly what was noted there of a submission from this very folder.
+An id alone does not identify a job: another cluster, a Slurm that lost its state, and a copy of
+the folder all have jobs with the same ids. A job in the queue belongs to a folder if its batch
+script is in it, or if the job still matches the record of a submission from this very folder.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from pipeline.launch import without_rank
 from pipeline.submission.jobs import Job
 
 T = TypeVar("T")
-# Seconds between two tries at most.
+# The longest pause between two attempts, in seconds.
 LONGEST_WAIT = 30
 
 
-def repeat(
+def retry(
     call: Callable[[], T],
     *,
     on: type[Exception],
@@ -52,8 +52,8 @@ def repeat(
     """Repeat a call while it raises an error of one kind, at growing intervals.
 
     Args:
-        call: what to try.
-        on: the kind of error; any other one is raised at once.
+        call: the function to try.
+        on: the kind of error; any other error is raised at once.
         seconds: after which the last error is raised.
         tell: called once, with the first error, before the first wait.
     """
@@ -73,21 +73,21 @@ def repeat(
     return retrying(call)
 
 
-# A busy controller answers late; Slurm's own commands give up after about as long.
+# A busy controller answers late; Slurm's own commands time out after about as long.
 _COMMAND_SECONDS = 120
-# For how long a question is repeated: while a person waits, and while a job does.
+# How long to repeat a command without an answer: while a person waits, and while a job waits.
 AT_SUBMISSION = 60
 IN_A_JOB = 3600
-# A job whose submission was cut off may enter the queue shortly after the controller answers again.
+# A job whose submission lost its answer may enter the queue shortly after the controller is back.
 _SETTLING = (0, 2, 5)
 _SILENT = re.compile(
     r"unable to contact|timed out|zero bytes|connection (refused|reset|fail)|connect failure"
     r"|communication (connection )?failure|standby mode|not responding|munge encode failed",
     re.IGNORECASE,
 )
-# What a job sets for its own node.
+# Variables that a job sets for its own node.
 _OF_A_NODE = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "TMPDIR")
-# Variables that win over the lines of a batch script, and would break what depends on them.
+# Variables that override lines of a batch script on which the submission depends.
 _OF_A_SUBMISSION = (
     *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_WAIT"),
 )
@@ -95,13 +95,13 @@ _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT"),
 }
-# No name or path holds this character.
+# No name or path contains this character.
 _SEPARATOR = "\x1f"
 _FIELDS = _SEPARATOR.join(("%F", "%j", "%V", "%T", "%r", "%E", "%o"))
 
 
 class NoAnswerError(UserError):
-    """Slurm did not answer: nothing is known about what it was asked or told."""
+    """Slurm did not answer: the command may or may not have had its effect."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +113,8 @@ class QueuedJob:
         name: of the job.
         command: the path of its batch script.
         submitted: when it was submitted or queued again, by the controller's clock.
-        states: of its parts, such as `RUNNING`.
-        reason: why it waits.
+        states: of its elements, such as `RUNNING`.
+        reason: for waiting.
         waits_for: ids of jobs that must end first.
     """
 
@@ -128,23 +128,23 @@ class QueuedJob:
 
     @property
     def is_active(self) -> bool:
-        """True while a part of it waits or runs."""
+        """True while any element of it waits or runs."""
         return not self.states <= _ENDED
 
     @property
     def has_started(self) -> bool:
-        """True when a part of it is neither waiting nor ended."""
+        """True if any element of it is neither waiting nor ended."""
         return bool(self.states - _ENDED - {"PENDING"})
 
     @property
-    def words(self) -> str:
-        """State and reason, for people."""
+    def description(self) -> str:
+        """Its state and reason, for messages."""
         state = min(self.states - _ENDED, default=min(self.states)).lower()
         return state if self.reason == "None" else f"{state} ({self.reason.lower()})"
 
 
 def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment to hand on to a new job: from a job or a rank, without what is its own."""
+    """Return the environment for a new job, without variables of the current job or rank."""
     own = {key: value for key, value in environ.items() if key not in _OF_A_SUBMISSION}
     if not {"SLURM_JOB_ID", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"} & environ.keys():
         return own
@@ -152,10 +152,10 @@ def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str:
-    """Submit a batch script once, with flags that win over its own; returns the job's id.
+    """Submit a batch script once, with flags that override its own; return the job's id.
 
     Raises:
-        UserError: Slurm refuses it, cannot be asked, or says nothing that holds an id.
+        UserError: Slurm refuses it, does not answer, or prints no id.
     """
     path = path.absolute()
     known = {job.id for job in list_jobs(patience=patience) if job.command == str(path)}
@@ -164,7 +164,7 @@ def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str
         try:
             done = run("sbatch", "--parsable", *flags, str(path))
         except NoAnswerError:
-            # The controller may have taken it all the same.
+            # The controller may have accepted it all the same.
             if found := _find_new(path, known):
                 return found
             raise
@@ -173,20 +173,20 @@ def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str
             print(done.stderr.strip(), file=sys.stderr, flush=True)
         job = job_id(done.stdout) or _find_new(path, known)
         if not job:
-            said = _joined(done.stdout) or "nothing"
+            printed = _joined(done.stdout) or "nothing"
             raise UserError(
-                f"{path.name}: sbatch prints no job id: {said}",
-                fix="look at squeue; the sbatch that comes first on PATH must print the id",
+                f"{path.name}: sbatch prints no job id: {printed}",
+                fix="look at squeue; the first sbatch on PATH must print the id",
             )
         return job
 
-    return patiently(attempt, patience)
+    return retry_unanswered(attempt, patience)
 
 
 def job_id(answer: str) -> str:
-    """The id in the output of `sbatch --parsable`, which a site may surround by other lines.
+    """Return the id in the output of `sbatch --parsable`, which a site may surround by other lines.
 
-    Empty where no line, or more than one, could be it.
+    Empty if no line, or more than one, looks like an id.
     """
     # The id may be followed by the name of its cluster.
     found = re.findall(r"^\s*(\d+)(?:;[^;\n]*)?\s*$", answer, re.MULTILINE)
@@ -195,7 +195,7 @@ def job_id(answer: str) -> str:
 
 
 def _find_new(path: Path, known: Collection[str]) -> str:
-    """The id of a job of this batch script that was not there before."""
+    """Return the id of a new job with this batch script, or nothing."""
     for seconds in _SETTLING:
         time.sleep(seconds)
         jobs = list_jobs(patience=IN_A_JOB)
@@ -206,34 +206,34 @@ def _find_new(path: Path, known: Collection[str]) -> str:
 
 
 def check_text(name: str, text: str) -> None:
-    """Ask Slurm whether it could ever run a batch script.
+    """Check that Slurm could run a batch script at some time.
 
     Raises:
-        UserError: it could not, or cannot be asked.
+        UserError: it could not, or does not answer.
     """
-    _accept(patiently(lambda: run("sbatch", "--test-only", stdin=text), AT_SUBMISSION), name)
+    _accept(retry_unanswered(lambda: run("sbatch", "--test-only", stdin=text), AT_SUBMISSION), name)
 
 
 def list_jobs(ids: Iterable[str] = (), *, patience: float = AT_SUBMISSION) -> list[QueuedJob]:
-    """This user's jobs, and others by their ids, as far as Slurm still knows them.
+    """Return this user's jobs, and the jobs with these ids, if Slurm still knows them.
 
     Raises:
-        UserError: Slurm cannot be asked.
+        UserError: Slurm does not answer.
     """
     show = ("--noheader", "--states=all", f"--format={_FIELDS}")
-    shown = ask("squeue", "--me", *show, patience=patience)
+    shown = check_output("squeue", "--me", *show, patience=patience)
     jobs = _parse_queue(shown)
     if missing := sorted(set(ids) - jobs.keys()):
-        # Slurm forgets ended jobs; a single id that it does not know is an error to it.
+        # Slurm forgets ended jobs, and fails for a single id that it does not know.
         words = ("squeue", f"--jobs={','.join(missing)}", *show)
-        jobs |= _parse_queue(ask(*words, patience=patience, accepted="Invalid job id"))
+        jobs |= _parse_queue(check_output(*words, patience=patience, accepted="Invalid job id"))
     return list(jobs.values())
 
 
 def _parse_queue(shown: str) -> dict[str, QueuedJob]:
     jobs: dict[str, QueuedJob] = {}
     for line in shown.splitlines():
-        # With several clusters, their names stand between the lines.
+        # With several clusters, lines with their names come in between.
         if line.count(_SEPARATOR) != _FIELDS.count(_SEPARATOR):
             continue
         job, name, submitted, state, reason, dependency, command = line.split(_SEPARATOR)
@@ -254,29 +254,31 @@ def _parse_queue(shown: str) -> dict[str, QueuedJob]:
 
 
 def cancel(job: str) -> None:
-    """End a job that waits."""
-    ask("scancel", job, accepted="Invalid job id|already completing or completed")
+    """Cancel a job that waits."""
+    check_output("scancel", job, accepted="Invalid job id|already completing or completed")
 
 
 def read_settings() -> dict[str, str]:
-    """The settings of this Slurm, such as `ClusterName`."""
-    shown = ask("scontrol", "show", "config")
+    """Return the settings of this Slurm, such as `ClusterName`."""
+    shown = check_output("scontrol", "show", "config")
     return dict(re.findall(r"^(\w+)\s*=[ \t]*(.*?)\s*$", shown, re.MULTILINE))
 
 
-def ask(command: str, *words: str, patience: float = AT_SUBMISSION, accepted: str = "") -> str:
-    """Return the output of a command of Slurm.
+def check_output(
+    command: str, *words: str, patience: float = AT_SUBMISSION, accepted: str = ""
+) -> str:
+    """Return the output of one of Slurm's commands, repeated while Slurm does not answer.
 
     Args:
         command: its name.
         words: its arguments.
-        patience: for how many seconds it is repeated while Slurm does not answer.
-        accepted: a pattern of complaints that are answers.
+        patience: for how many seconds it is repeated.
+        accepted: a pattern of error messages that count as an answer.
 
     Raises:
-        UserError: it refuses, or cannot be asked.
+        UserError: the command fails, or Slurm does not answer.
     """
-    done = patiently(lambda: run(command, *words), patience)
+    done = retry_unanswered(lambda: run(command, *words), patience)
     if done.returncode and not (accepted and re.search(accepted, done.stderr)):
         raise UserError(
             f"{command}: {complaint(done) or f'exit code {done.returncode}'}",
@@ -285,22 +287,22 @@ def ask(command: str, *words: str, patience: float = AT_SUBMISSION, accepted: st
     return done.stdout
 
 
-def patiently(call: Callable[[], T], seconds: float) -> T:
-    """Repeat a call while Slurm does not answer, with a line on stderr; give up after a while.
+def retry_unanswered(call: Callable[[], T], seconds: float) -> T:
+    """Repeat a call while Slurm does not answer, with one line on stderr.
 
     Raises:
-        NoAnswerError: Slurm never answered.
+        NoAnswerError: Slurm did not answer for this many seconds.
     """
 
     def tell(error: BaseException) -> None:
         assert isinstance(error, NoAnswerError)
         print(f"{error.found}; waiting for it, up to {seconds:.0f} s", file=sys.stderr)
 
-    return repeat(call, on=NoAnswerError, seconds=seconds, tell=tell)
+    return retry(call, on=NoAnswerError, seconds=seconds, tell=tell)
 
 
 def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm once; a refusal is in the answer.
+    """Run one of Slurm's commands once; the caller checks its exit code.
 
     Raises:
         NoAnswerError: the controller cannot be reached.
@@ -328,24 +330,24 @@ def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProce
 
 
 def no_answer(what: str) -> NoAnswerError:
-    """The error for a controller that says nothing."""
+    """Return the error for a controller that does not answer."""
     return NoAnswerError(
-        what, fix="try again when Slurm answers; a job that it has taken is found then"
+        what, fix="try again when Slurm answers; a job that it has accepted will be found"
     )
 
 
 def is_silence(complaint: str) -> bool:
-    """True when a command of Slurm failed because the controller could not be reached."""
+    """Return True for an error message about a controller that cannot be reached."""
     return bool(_SILENT.search(complaint))
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """Everything a command complains about, in one line: the reason may stand anywhere in it."""
+    """Return everything that a failed command printed, in one line: the reason may be anywhere."""
     return _joined(done.stderr) or _joined(done.stdout)
 
 
 def _joined(text: str) -> str:
-    """Lines as one, without ornaments and without the name of the command before each."""
+    """Join lines, without decoration and without the name of the command before each."""
     lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if re.search(r"\w", line)))
 
@@ -353,21 +355,21 @@ def _joined(text: str) -> str:
 def _accept(done: subprocess.CompletedProcess[str], name: str) -> None:
     if done.returncode:
         raise UserError(
-            f"{name}: sbatch says {complaint(done) or f'nothing (exit code {done.returncode})'}",
+            f"{name}: sbatch: {complaint(done) or f'no message, exit code {done.returncode}'}",
             fix="correct the flags in slurm/cluster.env, or --sbatch; if they were accepted "
-            "before, ask the site",
+            "before, ask the site's support",
         )
 
 
 _SUFFIX = ".sbatch"
 
 
-class Record:
-    """The jobs of one folder, by key; as many keys as configs were submitted.
+class JobRecord:
+    """The jobs that were submitted from one folder, by key, kept in its `jobs.json`.
 
     Args:
         folder: holds the batch scripts and `jobs.json`.
-        cluster: name of the Slurm that is asked.
+        cluster: name of the current Slurm cluster.
     """
 
     def __init__(self, folder: Path, cluster: str) -> None:
@@ -376,18 +378,18 @@ class Record:
         self._jobs, self.is_damaged = _read(self.path)
 
     def ids(self) -> list[str]:
-        """Ids that this cluster may know, ended jobs included."""
+        """Return the ids that this cluster may know, including ended jobs."""
         return [entry["id"] for entry in self._jobs.values() if not self._is_elsewhere(entry)]
 
     def elsewhere(self, job: Job) -> str:
-        """The other cluster that has got this job, and its id there; empty when none has."""
+        """Return the other cluster that has this job, and its id there; empty if none has."""
         entry = self._jobs.get(job.key, {})
         return f"{entry['cluster']} (job {entry['id']})" if self._is_elsewhere(entry) else ""
 
     def find(self, queue: Iterable[QueuedJob]) -> dict[str, QueuedJob]:
-        """Those of some jobs that belong to this folder and wait or run, by key."""
+        """Select the jobs that belong to this folder and wait or run, by key."""
         found: dict[str, QueuedJob] = {}
-        # Of two with one script, the later one continues the earlier one.
+        # Of two jobs with one script, the later continues the earlier.
         for job in sorted(queue, key=lambda job: int(job.id)):
             if job.is_active and (key := self._key_of(job)):
                 found[key] = job
@@ -397,7 +399,7 @@ class Record:
         script = Path(job.command)
         if script.suffix == _SUFFIX and script.parent.resolve() == self._folder:
             return script.stem
-        # A site's own sbatch may submit a copy of the script.
+        # A site's own `sbatch` may submit a copy of the script.
         for key, entry in self._jobs.items():
             if (
                 entry["id"] == job.id
@@ -411,10 +413,10 @@ class Record:
         return ""
 
     def add(self, key: str, job_id: str) -> None:
-        """Note a submitted job; it is on disk when this returns."""
+        """Record a submitted job; it is on disk when this returns."""
         now = datetime.datetime.now().isoformat(timespec="seconds")
         self._jobs[key] = {
-            "name": name_of(key),
+            "name": job_name(key),
             "id": job_id,
             "submitted": now,
             "cluster": self._cluster,
@@ -423,7 +425,7 @@ class Record:
         write_json(self.path, self._jobs)
 
     def confirm(self, queue: Iterable[QueuedJob]) -> None:
-        """Note how Slurm shows the jobs that were added, by its own clock."""
+        """Record how Slurm shows the added jobs, with the times of its own clock."""
         shown = {job.id: job for job in queue}
         for entry in self._jobs.values():
             job = shown.get(entry["id"])
@@ -435,13 +437,13 @@ class Record:
         return bool(entry.get("cluster", self._cluster) != self._cluster)
 
 
-def name_of(key: str) -> str:
-    """The name of the job with this key (see `Job.key`)."""
+def job_name(key: str) -> str:
+    """Return the name of the job with this key (see `Job.key`)."""
     return key.rpartition("-")[0]
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The entries of `jobs.json`, and True if it was damaged; Slurm's queue knows the rest."""
+    """Return the entries of `jobs.json`, and True if it was damaged: the queue has the rest."""
     if not path.exists():
         return {}, False
     try:
@@ -460,20 +462,20 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], bool]:
 
 
 @contextlib.contextmanager
-def locked_records(folders: set[Path], cluster: str) -> Iterator[dict[Path, Record]]:
-    """The records of some folders while no other process submits to them; waits for one that does.
+def locked_records(folders: set[Path], cluster: str) -> Iterator[dict[Path, JobRecord]]:
+    """Yield the records of folders, locked; wait while another process submits from them.
 
     Raises:
         UserError: a folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        # Sorted: two who lock the same folders in another order would wait for each other.
+        # Sorted: two processes that lock folders in different orders would wait for each other.
         for folder in sorted(folders):
             try:
                 stack.enter_context(one_at_a_time(folder / ".lock"))
             except OSError as error:
                 raise UserError(
                     f"{folder}: cannot be written ({error.strerror})",
-                    fix="choose an output_dir of your own",
+                    fix="choose another output_dir",
                 ) from error
-        yield {folder: Record(folder, cluster) for folder in folders}
+        yield {folder: JobRecord(folder, cluster) for folder in folders}

@@ -1,6 +1,10 @@
 """Submit a chain of jobs, each job once.
 
-python -m pipeline.submission.submit TRAIN_YAML CHECKPOINT EVALUATE_YAML [TEXT_ELEMENTS]
+    chain ──> locked records + Slurm's queue ──> keep, submit, or replace each job ──> ids and logs
+
+    python -m pipeline.submission.submit TRAIN_YAML CHECKPOINT EVALUATE_YAML [TEXT_ELEMENTS]
+
+submits the export and the evaluation of one checkpoint, for the training job that wrote it.
 """
 
 from __future__ import annotations
@@ -28,19 +32,19 @@ from pipeline.submission.jobs import (
     read_site,
     split_flags,
 )
-from pipeline.submission.slurm import QueuedJob, Record, locked_records, name_of
+from pipeline.submission.slurm import JobRecord, QueuedJob, job_name, locked_records
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
-# In a path, Slurm reads the first as an order not to expand anything, and no line holds the others.
+# In a path, Slurm takes the first as a request to expand nothing; the others end the line.
 _NOT_IN_PATHS = ("\\", "\n", "\r")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """The wishes of one command, in addition to its chain.
+    """The options of one submission, in addition to its chain.
 
     Args:
-        flags: of `sbatch`, for the jobs whose flags in the site's file are `flags_of`.
+        flags: of `sbatch`, for the jobs whose array of flags in the site's file is `flags_of`.
         flags_of: the name of that array.
         after: ids of jobs that the first jobs of the chain wait for.
     """
@@ -50,18 +54,19 @@ class Submission:
     after: tuple[str, ...] = ()
 
     def flags_for(self, job: Job) -> tuple[Flag, ...]:
-        """The flags that this job gets."""
+        """Return the flags of `sbatch` for one job."""
         return self.flags if job.flags == self.flags_of else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
-    """The jobs of a chain that are in Slurm, and those left to submit.
+class _Changes:
+    """The difference between a chain and Slurm's queue.
 
     Args:
         kept: jobs that wait or run, by name.
         new: jobs to submit.
-        replaced: ids of jobs that wait for a job which is gone; a new one takes the place of each.
+        replaced: ids of waiting jobs to cancel: the job that they wait for is gone, and a new job
+            replaces each.
     """
 
     kept: Mapping[str, QueuedJob]
@@ -69,8 +74,8 @@ class _Work:
     replaced: tuple[str, ...]
 
 
-def show(chain: Chain, submission: Submission) -> str:
-    """All batch scripts as they would be submitted; ids of jobs to come are written as NAME.
+def batch_scripts(chain: Chain, submission: Submission) -> str:
+    """Return all batch scripts as they would be submitted, with NAME for ids not known yet.
 
     Raises:
         UserError: a folder of the chain cannot be written, or a flag is refused.
@@ -86,17 +91,17 @@ def show(chain: Chain, submission: Submission) -> str:
 
 def _require_writable(folder: Path) -> None:
     """Refuse a folder that could not be made or written, without making it."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder}: cannot be written", fix="choose an output_dir of your own")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{folder}: cannot be written", fix="choose another output_dir")
 
 
 def submit(chain: Chain, submission: Submission) -> None:
-    """Submit what is neither finished nor in Slurm already, and print every job's id.
+    """Submit all jobs that are neither finished nor in Slurm already; print every job's id.
 
     Raises:
-        UserError: Slurm refuses a job (then none is submitted), or a folder belongs to another
-            job that waits or runs.
+        UserError: Slurm refuses a job (then none is submitted), or another job that waits or runs
+            uses a folder.
     """
     site = read_site()
     for line in chain.finished:
@@ -108,35 +113,35 @@ def submit(chain: Chain, submission: Submission) -> None:
     with locked_records(folders, settings.get("ClusterName", "")) as records:
         queue = slurm.list_jobs(i for record in records.values() for i in record.ids())
         active = {folder: record.find(queue) for folder, record in records.items()}
-        _say_what_is_unclear(chain, records, active)
-        work = _divide(chain, active)
-        _check(work.new, active, settings, site, submission)
-        ids = _submit_new(chain, work, records, site, submission)
-        for job in work.replaced:
+        _print_unclear(chain, records, active)
+        changes = _compare(chain, active)
+        _require_acceptable(changes.new, active, settings, site, submission)
+        ids = _submit_new(chain, changes, records, site, submission)
+        for job in changes.replaced:
             slurm.cancel(job)
-        if work.new:
+        if changes.new:
             shown = slurm.list_jobs(ids.values())
             for record in records.values():
                 record.confirm(shown)
-    _say_how_to_watch(chain.jobs, ids, site, submission)
+    _print_how_to_watch(chain.jobs, ids, site, submission)
 
 
-def _say_what_is_unclear(
-    chain: Chain, records: Mapping[Path, Record], active: Mapping[Path, Mapping[str, QueuedJob]]
+def _print_unclear(
+    chain: Chain, records: Mapping[Path, JobRecord], active: Mapping[Path, Mapping[str, QueuedJob]]
 ) -> None:
     for folder, record in records.items():
         if record.is_damaged:
             print(
-                f"{record.path}: damaged; of the jobs noted there, {len(active[folder])} are found "
-                f"in Slurm's queue"
+                f"{record.path}: damaged; {len(active[folder])} of its jobs are found in Slurm's "
+                f"queue"
             )
     for job in chain.jobs:
         if other := records[job.folder].elsewhere(job):
-            print(f"{job.name}: also submitted to cluster {other}, which is not asked here")
+            print(f"{job.name}: also submitted to cluster {other}, which is not checked here")
 
 
-def _divide(chain: Chain, active: Mapping[Path, Mapping[str, QueuedJob]]) -> _Work:
-    """Decide which jobs of a chain are kept as they are in Slurm."""
+def _compare(chain: Chain, active: Mapping[Path, Mapping[str, QueuedJob]]) -> _Changes:
+    """Compare a chain with the jobs in Slurm's queue."""
     kept: dict[str, QueuedJob] = {}
     new, replaced = [], []
     for job in chain.jobs:
@@ -145,30 +150,30 @@ def _divide(chain: Chain, active: Mapping[Path, Mapping[str, QueuedJob]]) -> _Wo
             kept[job.name] = queued
             continue
         new.append(job)
-        # One that has started reads what is there now; what it still does, the new one finds done.
+        # A job that has started is not cancelled: the new one will find its changes done.
         if queued and not queued.has_started:
             replaced.append(queued.id)
-    return _Work(kept=kept, new=tuple(new), replaced=tuple(replaced))
+    return _Changes(kept=kept, new=tuple(new), replaced=tuple(replaced))
 
 
 def _is_still_right(job: Job, queued: QueuedJob, kept: Mapping[str, QueuedJob]) -> bool:
-    """True when a job in the queue waits for the very jobs that it must wait for now."""
+    """Return True if a job in the queue waits for exactly the jobs that it must wait for now."""
     if job.exclusive and queued.has_started:
-        return True  # one at a time
+        return True  # only one may run
     return all(name in kept and kept[name].id in queued.waits_for for name in job.after)
 
 
 def _submit_new(
     chain: Chain,
-    work: _Work,
-    records: Mapping[Path, Record],
+    changes: _Changes,
+    records: Mapping[Path, JobRecord],
     site: Site,
     submission: Submission,
 ) -> dict[str, str]:
-    """Submit the new jobs in order and print each job of the chain; returns their ids by name."""
+    """Submit the new jobs in order and print each job of the chain; return the ids by name."""
     ids: dict[str, str] = {}
     for job in chain.jobs:
-        if job in work.new:
+        if job in changes.new:
             text = _text(job, site, submission, _waits_for(job, ids, submission))
             for path, content in {**job.files, job.text_path: text}.items():
                 write_text(path, content)
@@ -176,21 +181,21 @@ def _submit_new(
             records[job.folder].add(job.key, ids[job.name])
             state = "submitted"
         else:
-            ids[job.name] = work.kept[job.name].id
-            state = f"{work.kept[job.name].words} already"
+            ids[job.name] = changes.kept[job.name].id
+            state = f"{changes.kept[job.name].description} already"
         waits = ", ".join(f"{name} {ids[name]}" for name in job.after)
         print(f"{job.name} {ids[job.name]} {state}" + (f", after {waits}" if waits else ""))
     return ids
 
 
-def _check(
+def _require_acceptable(
     new: Sequence[Job],
     active: Mapping[Path, Mapping[str, QueuedJob]],
     settings: Mapping[str, str],
     site: Site,
     submission: Submission,
 ) -> None:
-    """Refuse the whole chain before a part of it is in the queue."""
+    """Refuse the whole chain before any part of it is in the queue."""
     longest = max((len(job.array) and job.array[-1] for job in new), default=0)
     limit = int(settings.get("MaxArraySize", "1001"))  # Slurm's default
     if longest and longest >= limit:
@@ -203,11 +208,11 @@ def _check(
         others = [
             other
             for key, other in active[job.folder].items()
-            if name_of(key) == job.name and key != job.key
+            if job_name(key) == job.name and key != job.key
         ]
         if job.exclusive and others:
             raise UserError(
-                f"{job.folder.parent}: job {others[0].id} is {others[0].words} there with "
+                f"{job.folder.parent}: job {others[0].id} is {others[0].description} there with "
                 f"another config",
                 fix=f"wait, scancel {others[0].id}, or choose another output_dir",
             )
@@ -241,12 +246,12 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
     )
 
 
-def _say_how_to_watch(
+def _print_how_to_watch(
     jobs: Sequence[Job], ids: dict[str, str], site: Site, submission: Submission
 ) -> None:
     print(f"watch: squeue --jobs={','.join(ids.values())}")
     for job in jobs:
-        # The lines of a submission win over the site's; its own flags win over both.
+        # The user's flags override the log and the name of the submission.
         flags = submission.flags_for(job)
         log = last_value(flags, "--output", str(job.log))
         name = last_value(flags, "--job-name", job.slurm_name)
@@ -257,7 +262,7 @@ def _say_how_to_watch(
     print(f"end:   scancel {' '.join(ids.values())}")
 
 
-# The array of `slurm/cluster.env` whose jobs `--sbatch` is for.
+# The array of `slurm/cluster.env` whose jobs get the flags of `--sbatch`.
 _MAIN_FLAGS = {
     "prepare": "PREPARE_FLAGS",
     "train": "TRAIN_FLAGS",
@@ -279,17 +284,17 @@ def submit_command(
     after: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Show or submit what a command asks for.
+    """Submit the jobs of `diffembed submit`, or print their batch scripts.
 
     Args:
         what: the kind of job, or `all`.
         config: its YAML file; of a chain for `all`.
         overrides: changes to it.
         deepspeed: the DeepSpeed JSON of a training run.
-        exports: which checkpoint is exported, and where to.
+        exports: checkpoint and folder of an export.
         text_elements: see `evaluate_chain`.
         flags: flags of `sbatch` as one string.
-        after: ids of jobs that must have succeeded first.
+        after: ids of jobs that must succeed first.
         dry_run: print the batch scripts and submit nothing.
 
     Raises:
@@ -303,7 +308,7 @@ def submit_command(
     if what == "prepare":
         jobs = chain.prepare_chain(config, overrides)
     elif what == "train":
-        # Behind another job, neither the shards nor the exports need be there yet.
+        # An earlier job may make the shards, or below the exports.
         jobs = chain.train_chain(config, overrides, deepspeed, shards_follow=bool(after))
     elif what == "export":
         jobs = chain.export_chain(config, overrides, (exports,))
@@ -319,20 +324,19 @@ def submit_command(
         after=after,
     )
     if dry_run:
-        print(show(jobs, submission))
+        print(batch_scripts(jobs, submission))
     else:
         submit(jobs, submission)
 
 
 def main(words: list[str]) -> None:
-    """Submit the chain; what is finished or submitted already is left out."""
+    """Submit the export and evaluation of a checkpoint, without finished or submitted jobs."""
     train, checkpoint, evaluate, *texts = words
     chain = export_chain(Path(train), (), (ExportStep(checkpoint=checkpoint),))
     scores = evaluate_chain(
         Path(evaluate),
         text_elements=int(texts[0]) if texts else None,
-        # The export is still to come.
-        ready=not chain.jobs,
+        ready=not chain.jobs,  # no export is left to make
     )
     submit(chain.then(scores), Submission())
 

@@ -114,7 +114,7 @@ def word_tokenizer(folder: Path) -> str:
 
 
 def local_path(published: str, raw: Path) -> str:
-    """Where `write_raw` put what a recipe finds below data/ or on the hub."""
+    """Return the local path for a path below data/ or on the hub, as `write_raw` wrote it."""
     if published.startswith("hub:"):
         return str(raw / (published.split("/")[1].replace(":", "-") + ".jsonl"))
     assert published.startswith("data/"), published
@@ -122,7 +122,7 @@ def local_path(published: str, raw: Path) -> str:
 
 
 def prepare_recipe(recipe: Path, *, raw: Path, tokenizer: str, output_dir: Path) -> Path:
-    """Run a data recipe as it stands, but for where it reads and writes."""
+    """Run a data recipe with other paths for input and output, and no other change."""
     config = load_config(PrepareConfig, recipe)
     sources = tuple(
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What the hub and the paper say of the models and configurations that the recipes repeat."""
+"""Figures of the hub and the paper about models and configurations that the recipes repeat."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WHOLE = {
     "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
 }
-# What peft counts for rank 16 on all seven linear layers.
+# Trainable parameters by peft's count, for rank 16 on all seven linear layers.
 RANK_16 = {
     "Dream-org/Dream-v0-Instruct-7B": 40_370_176,
     "Qwen/Qwen2.5-7B-Instruct": 40_370_176,

@@ -44,7 +44,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What the shards of one data set look like."""
+    """The sizes of one data set's shards."""
 
     groups: tuple[tuple[str, str, int], ...]  # (source, instruction, examples)
     query: Lengths
@@ -53,7 +53,7 @@ class Shape:
 
 
 def write_shards(folder: Path, shape: Shape, *, tokenizer: str = "") -> Path:
-    """A dataset folder whose examples have one positive and negatives of their own.
+    """Write a dataset folder whose examples have one positive and a list of negatives.
 
     The examples of another group point to the same documents again: a batch of one group never
     holds one twice, and the store stays small.

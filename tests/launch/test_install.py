@@ -1,4 +1,4 @@
-"""The installer's checks, with stand-ins for `python` and `pip` that note what they are told."""
+"""The installer's checks, with fake `python` and `pip` that record their arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_slurm import put_command
+
 ROOT = Path(__file__).resolve().parents[2]
-# A Python of an environment: new enough, with or without torch, whose pip writes down its arguments
-# and what the constraints hold.
+# A Python of an environment: new enough, with or without torch, whose pip records its arguments
+# and the constraints.
 PYTHON = """#!/bin/bash
 case "$*" in
   *sys.prefix*) echo "$PREFIX" ;;
@@ -35,10 +37,8 @@ if [[ $1 == --version ]]; then echo "Python 3.10.12"; else exit 1; fi
 
 def install(folder: Path, *, python: str, **environment: str) -> subprocess.CompletedProcess[str]:
     programs = folder / "bin"
-    programs.mkdir(parents=True, exist_ok=True)
     for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
-        (programs / name).write_text(python)
-        (programs / name).chmod(0o755)
+        put_command(programs / name, python)
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "source launch/install.sh"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Every recipe is read, planned on a model of its real size, and says what the paper says."""
+"""Every recipe can be read and planned on a model of its real size, and agrees with the paper."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRAINING = sorted(
 )
 DATA = sorted(path for path in (RECIPES / "data").glob("*.yaml") if path.stem != "common")
 EVALUATION = sorted((RECIPES / "evaluate").rglob("*.yaml"))
-# Models whose every text is a turn of a chat in the published code, and what is around it.
+# Models whose texts are chat turns in the published code, and the characters around each text.
 CHATS = {
     "llama3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
     "mistral": ("[INST] ", " [/INST]"),
@@ -161,7 +161,7 @@ def test_every_recipe_is_planned_at_its_real_size(
         groups = Dataset.open(config.data.path).manifest.groups
         if config.objective is None:
             assert batch.num_queries == published.data.global_batch_size, recipe
-            # One task per global batch, whatever the number of ranks.
+            # One task per global batch, for any number of ranks.
             ends = np.cumsum([group.count for group in groups])
             drawn = np.unique(np.searchsorted(ends, batch.example_ids, side="right"))
             assert len({groups[number].source for number in drawn}) == 1, recipe

@@ -23,7 +23,7 @@ def released() -> Path:
     """A folder with the released `generations.jsonl` and `definitions.jsonl`."""
     folder = os.environ.get("GENERATIONS")
     if not folder:
-        pytest.skip("needs GENERATIONS=FOLDER, that of the released generations")
+        pytest.skip("needs GENERATIONS=FOLDER with the released generations")
     return Path(folder)
 
 

@@ -1,4 +1,4 @@
-"""Concepts of given generations that training never meets, and the replica that asks with them."""
+"""Concepts of given generations are kept out of training, and are the queries of a replica."""
 
 from __future__ import annotations
 

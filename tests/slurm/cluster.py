@@ -57,10 +57,10 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1,batch_sched_delay=0
 KillWait=5
 MessageTimeout=10
-# Finished jobs stay listed, so that a test can still ask how they ended.
+# Finished jobs stay listed, so that a test can read how they ended.
 MinJobAge=3600
 GresTypes=gpu
-# Jobs of the second partition take nodes from those of the first, which get GraceTime to save.
+# Jobs of the second partition preempt jobs of the first, which get GraceTime to save.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
@@ -70,7 +70,7 @@ PartitionName=urgent PriorityTier=2
 
 
 def why_unavailable() -> str:
-    """What this machine lacks to run Slurm; empty when nothing."""
+    """Return the reason why this machine cannot run Slurm; empty if it can."""
     missing = [name for name in _COMMANDS if shutil.which(name, path=_PATH) is None]
     if not missing:
         return ""
@@ -104,7 +104,7 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def command(self, *words: object) -> str:
-        """Run a Slurm command and return what it printed, without the last line break."""
+        """Run a Slurm command and return its output without the last line break."""
         return self.attempt(*words, check=True).stdout.strip()
 
     def attempt(
@@ -160,7 +160,7 @@ class Cluster:
         return found
 
     def poll(self, ready: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
-        """Ask until the answer is yes.
+        """Poll a condition until it is true.
 
         Raises:
             AssertionError: it took longer than `seconds`; shows jobs, nodes and the last log lines.
@@ -189,7 +189,7 @@ class Cluster:
     def cut_power(self, node: str) -> None:
         """End everything on a node at once, and let the controller notice.
 
-        It would notice by itself after SlurmdTimeout; being told has the same effect.
+        It would notice after SlurmdTimeout; this has the same effect.
         """
         daemon = self._daemons[node]
         daemon.kill()
@@ -288,10 +288,10 @@ class Cluster:
         self._daemons[name] = daemon
 
     def _stop(self) -> None:
-        # A cluster that never came up has no jobs, and nobody to ask about them.
+        # A cluster that never started has no jobs and no controller.
         with contextlib.suppress(AssertionError):
             self.cancel_all()
-        # Munge last: the others need it to say goodbye.
+        # Munge last: the others need it to shut down.
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
@@ -324,7 +324,7 @@ def _kill(process: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; held open together so that they differ."""
+    """Return free ports; held open together so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

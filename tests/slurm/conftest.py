@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, why_unavailable
+
+from tests.slurm.cluster import Cluster, why_unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 

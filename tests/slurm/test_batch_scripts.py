@@ -1,4 +1,4 @@
-"""The shipped batch scripts, unmodified, on a real Slurm, with a stand-in for the trainer."""
+"""The shipped batch scripts, unmodified, on a real Slurm, with a fake trainer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import Cluster
+
+from tests.fake_slurm import put_command
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
-# Says who it is; then ends as $ENDING asks.
+# Prints its rank and environment, then ends in the way that $ENDING names.
 TRAINER = """\
 import os, signal, sys, time
 env = os.environ
@@ -50,12 +52,12 @@ for i in 0 1 2 3 4 5 6 7; do echo "$i, Disabled, 0"; done
 
 
 class TrainJob:
-    """`slurm/train.sbatch`, submitted from a folder whose trainer is the stand-in.
+    """`slurm/train.sbatch`, submitted from a folder with a fake trainer.
 
     Args:
         cluster: runs it.
         folder: where it is submitted.
-        ending: what the trainer does.
+        ending: the way in which the trainer ends.
         flags: of sbatch.
         run: the run's folder.
         site: more lines of the site's file.
@@ -72,9 +74,7 @@ class TrainJob:
     ) -> None:
         (folder / "pipeline").mkdir(parents=True)
         (folder / "pipeline/train.py").write_text(TRAINER)
-        (folder / "bin").mkdir()
-        (folder / "bin/nvidia-smi").write_text(NVIDIA_SMI)
-        (folder / "bin/nvidia-smi").chmod(0o755)
+        put_command(folder / "bin/nvidia-smi", NVIDIA_SMI)
         config = yaml.safe_load((ROOT / "launch/recipes/quickstart/train.yaml").read_text())
         (folder / "train.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(run)}))
         # Slurm's patience with the peers of a crashed rank, shortened.
@@ -97,7 +97,7 @@ class TrainJob:
         ).stdout.strip()
 
     def find(self, pattern: str) -> list[str]:
-        """What the pattern's group, or the pattern, matches in the lines of the log."""
+        """Return matches of the pattern, or of its group, in the lines of the log."""
         text = self._log.read_text() if self._log.exists() else ""
         return re.findall(pattern, text, re.MULTILINE)
 
@@ -159,7 +159,7 @@ def test_training_out_of_time_is_requeued_and_goes_on(
     job = jobs["out of time"]
     session_cluster.poll(lambda: len(job.find("ready")) == 2)
 
-    # What `--signal=B:USR1@120` does two minutes before the time limit.
+    # As `--signal=B:USR1@120` two minutes before the time limit.
     session_cluster.command("scancel", "--batch", "--signal=USR1", job.id)
 
     assert job.end() == "COMPLETED"
@@ -173,7 +173,7 @@ def test_training_whose_save_outlasts_the_time_limit_is_requeued_before_it(
     job = jobs["slow save"]
 
     assert job.end() == "COMPLETED"
-    assert job.find("^queued again: out of time")
+    assert job.find("^requeued: out of time")
     assert sorted(job.find(r"rank (\d) .* restart 1$")) == ["0", "1"]
 
 
@@ -184,7 +184,7 @@ def test_the_last_element_of_an_array_is_requeued_without_the_others(
     session_cluster.poll(lambda: len(job.find("ready")) == 2)
     first, last = f"{job.id}_0", f"{job.id}_1"
 
-    # Its plain job id is that of the array.
+    # Its plain job id is the array's id.
     session_cluster.command("scancel", "--batch", "--signal=USR1", last)
     session_cluster.poll(lambda: session_cluster.states(job.id)[last] == "COMPLETED")
 
@@ -199,7 +199,7 @@ def test_training_that_somebody_cancels_stays_cancelled(
 
     session_cluster.command("scancel", job.id)
     # Its ranks saved and left with 75; asking for a requeue now would bring the job back.
-    session_cluster.poll(lambda: job.find("not queued again: Slurm ends this job itself") != [])
+    session_cluster.poll(lambda: job.find("not requeued: Slurm ends this job itself") != [])
 
     assert job.end() == "CANCELLED"
 
@@ -211,14 +211,14 @@ def test_training_with_a_faulty_config_fails_with_its_code_and_stays_down(
 
     assert job.end() == "FAILED"
     assert "ExitCode=2:0" in session_cluster.command("scontrol", "show", "job", job.id)
-    assert job.find("not queued again: exit code 2")
+    assert job.find("not requeued: exit code 2")
 
 
 def test_training_that_is_asked_to_stop_stays_down(jobs: dict[str, TrainJob]) -> None:
     job = jobs["stop"]
 
     assert job.end() == "FAILED"
-    assert job.find("not queued again: stopped on request; submit again to continue")
+    assert job.find("not requeued: stopped on request; submit again to continue")
 
 
 def test_training_goes_on_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -> None:
@@ -227,7 +227,7 @@ def test_training_goes_on_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -
     # Its peer would sleep for minutes.
     assert job.end() == "COMPLETED"
     # 1 of the crashed rank, 137 of the peer that Slurm killed; srun hands on the higher one.
-    assert job.find("^queued again: the ranks ended with exit code 137")
+    assert job.find("^requeued: the ranks ended with exit code 137")
 
 
 def test_training_without_progress_across_three_requeues_stops_and_says_why(
@@ -248,7 +248,7 @@ def test_an_unfit_node_is_named_and_the_job_goes_on_without_it(jobs: dict[str, T
 
     assert job.end() == "COMPLETED"
     (unfit,) = job.find(
-        r"queued again: unfit nodes (node\d): nvidia-smi: Unable to determine the device"
+        r"requeued: unfit nodes (node\d): nvidia-smi: Unable to determine the device"
     )
     assert job.find(r"rank 0 of 1 .* on (node\d) .* restart 1") == [
         {"node1": "node2", "node2": "node1"}[unfit]

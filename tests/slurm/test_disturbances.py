@@ -1,4 +1,4 @@
-"""A training job while what it depends on is away for a while; nothing of it is its own fault."""
+"""A training job survives when its controller, disk or nodes are away for a while."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from test_batch_scripts import TrainJob
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.test_batch_scripts import TrainJob
 
 pytestmark = pytest.mark.slurm
 
-# A slow `module load`: lasts until the test says so.
+# A slow `module load` that waits for the test.
 SLOW = "activate() {{ until [[ -e {} ]]; do sleep 0.1; done; }}"
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
 
 from pipeline.config import (
     EvaluateConfig,
@@ -28,6 +27,7 @@ from pipeline.model.encoder import build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter
 from tests.evaluation.local_hub import serve
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -43,7 +43,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What `export_encoder` asks of a manifest."""
+    """The part of a manifest that `export_encoder` reads."""
 
     path: str
     append_eos: bool = False
@@ -130,7 +130,7 @@ def test_an_array_with_a_third_of_its_elements_killed_and_rerun_scores_bit_ident
         sign = "" if victim == victims[0] else "block 1/"
         cluster.poll(lambda log=log, sign=sign: log.exists() and sign in log.read_text())
         cluster.command("scancel", "--signal=KILL", "--full", f"{job}_{victim}")
-    # One more begins a second time, as after the end of its node.
+    # One more starts a second time, as after the failure of its node.
     requeued = max(set(range(NUM_ELEMENTS)) - set(victims))
     log = tmp_path / f"{requeued}.log"
     cluster.poll(lambda: log.exists() and "block 1/" in log.read_text())

@@ -1,4 +1,4 @@
-"""Checkpoints of a training job, scored by jobs that it submits while it goes on."""
+"""Checkpoints of a training job are scored by jobs that it submits while it continues."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import Cluster
 
 from tests.evaluation import benchmark_replicas
+from tests.slurm.cluster import Cluster
 from tests.training.tiny_recipe import make_recipe
 
 # Real jobs, most of whose time is the start of Python.
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slurm
 
 TASK = "BrightAopsRetrieval"
 STEPS = [2, 4]
-# Exports do not begin before the file is there.
+# Exports wait for this file.
 SITE = """\
 source {checkout}/slurm/cluster.env
 TRAIN_FLAGS=(--nodes=1 --ntasks-per-node=1)
@@ -94,7 +94,7 @@ def test_training_goes_on_while_its_checkpoints_are_scored_to_the_last(
     assert (evaluations / "report/steps.png").exists()
     header = "| task | metric | step 2 | step 4 |"
     assert header in (evaluations / "report/report.md").read_text()
-    # What made the scores goes, but for the exports of the newest and the best.
+    # The sources of the scores are deleted, except for the exports of the newest and the best.
     first, last = (point["score"] for point in points)
     kept = {STEPS[-1], STEPS[0] if first > last else STEPS[-1]}
     assert sorted(kept) == [

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from disturbed_chain import (
+
+from tests.slurm.cluster import Cluster
+from tests.tools.disturbed_chain import (
     EVERY,
     STRIDE,
     TASKS,

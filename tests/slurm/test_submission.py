@@ -1,4 +1,4 @@
-"""`diffembed submit` on a real Slurm: what it refuses, and what it does not do twice."""
+"""`diffembed submit` on a real Slurm: it refuses bad flags and submits nothing twice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import Cluster
 
 from pipeline.errors import UserError
+from tests.fake_slurm import put_command, put_first_on_path
+from tests.slurm.cluster import Cluster
 from tests.support import PATIENCE
 from tests.tiny_models import prepare_tiny
 
@@ -205,11 +206,8 @@ def test_a_job_that_waits_does_not_see_later_edits_of_its_config(
 def test_a_rank_of_a_running_job_submits_jobs_that_are_none_of_its_own(
     cluster: Cluster, checkout: Path, evaluation: Path, tmp_path: Path, held: None
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin/diffembed"
-    # A stand-in for the array's element: what it finds in its environment.
-    command.write_text(f"#!/bin/sh\nenv >{tmp_path}/env.$SLURM_ARRAY_TASK_ID\n")
-    command.chmod(0o755)
+    # A fake element of the array, which writes down its environment.
+    put_command(tmp_path / "bin/diffembed", f"env >{tmp_path}/env.$SLURM_ARRAY_TASK_ID")
     flags = "EVALUATE_FLAGS=(--ntasks=1)\nCPU_FLAGS=(--ntasks=1)\n"
     (tmp_path / "cluster.env").write_text(f"source {checkout}/slurm/cluster.env\n{flags}")
     submit = f"{sys.executable} -m pipeline.cli submit evaluate {evaluation}"
@@ -255,11 +253,8 @@ def test_behind_an_element_that_fails_the_report_says_what_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin/diffembed"
-    command.write_text(FAILING.format(python=sys.executable))
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    put_command(tmp_path / "bin/diffembed", FAILING.format(python=sys.executable))
+    put_first_on_path(tmp_path / "bin", monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(checkout))
     site = f"source {checkout}/slurm/cluster.env\nEVALUATE_FLAGS=()\nCPU_FLAGS=()\n"
     (tmp_path / "cluster.env").write_text(site)
@@ -328,14 +323,12 @@ def test_scores_of_a_checkpoint_wait_for_its_export_and_are_submitted_once(
 
 def put_sbatch(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a site's own `sbatch` before Slurm's, which its text calls as `real`."""
-    (folder / "site").mkdir(exist_ok=True)
-    command = folder / "site/sbatch"
     real = f'real() {{ {shutil.which("sbatch")} "$@"; }}'
-    command.write_text(
-        f'#!/bin/bash\n{real}\n[[ $* == *--test-only* ]] && {{ real "$@"; exit; }}\n{body}\n'
+    put_command(
+        folder / "site/sbatch",
+        f'#!/bin/bash\n{real}\n[[ $* == *--test-only* ]] && {{ real "$@"; exit; }}\n{body}\n',
     )
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}/site:{os.environ['PATH']}")
+    put_first_on_path(folder / "site", monkeypatch)
 
 
 def test_a_job_whose_answer_was_lost_is_found_instead_of_submitted_again(
@@ -454,7 +447,7 @@ def test_the_log_that_is_named_is_the_one_that_slurm_writes(
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/diffembed").symlink_to("/bin/true")
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    put_first_on_path(tmp_path / "bin", monkeypatch)
     site = tmp_path / "cluster.env"
     flags = "SITE_FLAGS=(--export=NONE)\nCPU_FLAGS=(--ntasks=1)\nactivate() { :; }\n"
     site.write_text(site.read_text() + flags)

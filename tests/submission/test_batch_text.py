@@ -1,4 +1,4 @@
-"""Batch scripts as strings: what Slurm reads first, what wins, what a job finds."""
+"""Batch scripts as strings: their flags in order, the site's file, the job's environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(**changes: object) -> Job:
 
 
 def flags(text: str) -> list[str]:
-    """What sbatch reads: the directives above the first command."""
+    """The directives that sbatch reads: the ones above the first command."""
     found = []
     for line in text.splitlines():
         if line and not line.startswith("#"):
@@ -68,7 +68,7 @@ def test_a_job_that_waits_is_cancelled_when_its_turn_can_never_come() -> None:
 
     assert {"--dependency=afterok:7:8", "--kill-on-invalid-dep=yes"} <= set(waiting)
     assert not any("dependency" in flag for flag in flags(batch_text(job(), BODY, site_flags=[])))
-    told = flags(batch_text(job(tells_of_failure=True), BODY, site_flags=[], after=("7",)))
+    told = flags(batch_text(job(reports_failure=True), BODY, site_flags=[], after=("7",)))
     assert "--dependency=afterany:7" in told
 
 
@@ -152,11 +152,11 @@ def test_a_site_file_that_lacks_something_is_refused_by_name(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("SITE_FLAGS=()\r\n", r"lines end as on Windows .*sed -i 's/\\r\$//'"),
-        ("[[ -n ${NOPE:-} ]] && X=1\n", ".* exit code 1 and says nothing .*bash -eux .*site.env"),
+        ("SITE_FLAGS=()\r\n", r"Windows line ends .*sed -i 's/\\r\$//'"),
+        ("[[ -n ${NOPE:-} ]] && X=1\n", ".* exit code 1 and no message .*bash -eux .*site.env"),
         ("echo hello >&2\nfalse\n", "hello .*bash -eux"),
-        ("read -r answer\n", ".* exit code 1 and says nothing"),
-        ("sleep 9\n", "bash has not read it after 1 s .* fix: take out what waits"),
+        ("read -r answer\n", ".* exit code 1 and no message"),
+        ("sleep 9\n", "bash has not read it within 1 s .* fix: remove commands that wait"),
     ],
     ids=["CR LF", "a test that fails", "a command that fails", "a question", "waiting"],
 )

@@ -34,7 +34,7 @@ from pipeline.evaluation.results import inputs_of, results_digest
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model.weights import model_digests_here
 from pipeline.submission.chain import Chain, export_chain, prepare_chain, train_chain, whole_chain
-from pipeline.submission.submit import Submission, show
+from pipeline.submission.submit import Submission, batch_scripts
 from pipeline.training.run_identity import run_identity
 from tests.tiny_models import prepare_tiny, tiny_starter
 
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_slurm_is_asked(
     (tmp_path / "file").touch()
 
     with pytest.raises(UserError, match="file/run/jobs: cannot be written"):
-        show(train(f"output_dir={tmp_path}/file/run"), Submission())
+        batch_scripts(train(f"output_dir={tmp_path}/file/run"), Submission())
 
 
 def test_a_finished_run_whose_config_was_edited_is_refused_by_key(

@@ -1,4 +1,4 @@
-"""What becomes of a training job that ended, and what makes a node unfit."""
+"""Decisions about a training job that starts or ends, and faults that make a node unfit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 from pipeline.checkpoint_folder import latest_step
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
-from pipeline.submission.allocation import State, judge, read_state, requeue
-from pipeline.submission.health import Health, find_faults
+from pipeline.submission.allocation import JobState, attribute_faults, read_state, requeue
+from pipeline.submission.health import Health, check_node
 from pipeline.submission.restart import Ending, History, begin, decide, end
 from pipeline.submission.slurm import NoAnswerError
+from tests.fake_slurm import FakeSlurm, put_command, put_first_on_path
 
 
 def ending(code: int, **changes: object) -> Ending:
@@ -60,20 +61,18 @@ def test_a_start_counts_as_idle_until_a_checkpoint_is_newer_than_it(tmp_path: Pa
     history = History(tmp_path, "7")
 
     assert history.idle_starts(latest_step(checkpoints)) == 0
-    assert history.endings(0) == ["no word: a node failed, or the job was killed"] * 2
+    assert history.endings(0) == ["unknown: a node failed, or the job was killed"] * 2
     # Another job counts from zero.
     assert History(tmp_path, "8").idle_starts(0) == 0
 
 
 def test_a_node_with_room_and_the_right_time_is_fit(tmp_path: Path) -> None:
-    assert find_faults(tmp_path, tmp_path, 0) == Health()
+    assert check_node(tmp_path, tmp_path, 0) == Health()
 
 
-def put_nvidia_smi(folder: Path, commands: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in: no test can make a real GPU fall off the bus."""
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{commands}\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+def put_nvidia_smi(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(folder / "nvidia-smi", body)
+    put_first_on_path(folder, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_a_node_whose_gpus_do_not_all_answer_is_unfit(
 ) -> None:
     put_nvidia_smi(tmp_path, commands, monkeypatch)
 
-    assert find_faults(tmp_path, tmp_path, 2) == Health(own=(fault,))
+    assert check_node(tmp_path, tmp_path, 2) == Health(own=(fault,))
 
 
 @pytest.mark.parametrize(
@@ -101,16 +100,16 @@ def test_gpus_without_error_counters_or_cut_into_instances_are_fit(
 ) -> None:
     put_nvidia_smi(tmp_path, f"echo '{line}'", monkeypatch)
 
-    assert find_faults(tmp_path, tmp_path, wanted) == Health()
+    assert check_node(tmp_path, tmp_path, wanted) == Health()
 
 
 def test_a_node_without_its_scratch_folder_is_unfit(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
 
     fault = f"{missing} cannot be written (No such file or directory)"
-    assert find_faults(tmp_path, missing, 0) == Health(own=(fault,))
+    assert check_node(tmp_path, missing, 0) == Health(own=(fault,))
     # Of the run's folder it may be the node's mount, or the folder itself.
-    assert find_faults(missing, tmp_path, 0) == Health(folder=(fault,))
+    assert check_node(missing, tmp_path, 0) == Health(folder=(fault,))
 
 
 def test_a_node_with_a_wrong_clock_is_unfit(
@@ -119,7 +118,7 @@ def test_a_node_with_a_wrong_clock_is_unfit(
     now = time.time()
     monkeypatch.setattr("pipeline.submission.health.time.time", lambda: now + 500)
 
-    (fault,) = find_faults(tmp_path, tmp_path, 0).clock
+    (fault,) = check_node(tmp_path, tmp_path, 0).clock
     assert fault.startswith("its clock is ")
 
 
@@ -128,7 +127,7 @@ def test_a_full_run_folder_is_a_fault_that_all_nodes_share(
 ) -> None:
     monkeypatch.setattr("pipeline.submission.health._FREE_BYTES", 2**62)
 
-    health = find_faults(tmp_path, tmp_path, 0)
+    health = check_node(tmp_path, tmp_path, 0)
     assert "GiB free, less than" in health.shared[0]
     # The same of the node's own disk is the node's.
     assert "GiB free, less than" in health.own[0]
@@ -159,7 +158,7 @@ def test_a_folder_that_hangs_is_named_instead_of_waited_for(
     monkeypatch.setattr("pipeline.submission.health._FOLDER_SECONDS", 1)
 
     fault = f"{hung_mount} did not answer within 1 s"
-    assert find_faults(hung_mount, hung_mount.parent, 0) == Health(folder=(fault,))
+    assert check_node(hung_mount, hung_mount.parent, 0) == Health(folder=(fault,))
 
 
 FULL = Health(shared=("run is full",))
@@ -174,7 +173,7 @@ LATE = Health(clock=("its clock is 600 s away",))
         ([Health(own=("GPU",)), Health()], {"node0": "GPU"}, False),
         ([Health(), None], {"node1": "its check did not answer"}, False),
         ([None], {"node0": "its check did not answer"}, False),
-        # Whatever all nodes say is not theirs.
+        # A fault that all nodes report belongs to none of them.
         ([None, None], {}, True),
         ([FULL], {}, True),
         ([FULL, Health()], {}, True),
@@ -189,97 +188,91 @@ LATE = Health(clock=("its clock is 600 s away",))
 def test_what_all_nodes_share_is_held_against_none_of_them(
     answers: list[Health | None], nodes: dict[str, str], shared: bool
 ) -> None:
-    faults = judge({f"node{i}": health for i, health in enumerate(answers)})
+    faults = attribute_faults({f"node{i}": health for i, health in enumerate(answers)})
 
     assert (faults.nodes, bool(faults.shared)) == (nodes, shared)
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for `srun` and `scontrol`: two nodes, the second of which says nothing."""
-    bodies = {
-        "srun": "echo 'health: node1: {}'",
-        "scontrol": f"""\
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """A Slurm of two nodes; the health check of the second does not answer."""
+    slurm = FakeSlurm(tmp_path, monkeypatch)
+    slurm.put("srun", "echo 'health: node1: {}'")
+    slurm.put(
+        "scontrol",
+        """\
 case "$1 $2" in
   "show hostnames") echo "$3" | tr , "\\n" ;;
-  "show job") echo "Partition=test JobState=${{STATE:-RUNNING}}" ;;
-  "show partition") echo "TotalNodes=${{NODES:-9}}" ;;
-  *) echo "$*" >>{tmp_path}/orders ;;
+  "show job") echo "Partition=test JobState=${STATE:-RUNNING}" ;;
+  "show partition") echo "TotalNodes=${NODES:-9}" ;;
+  *) record "$@" ;;
 esac""",
-    }
-    for name, body in bodies.items():
-        put_command(tmp_path / name, body)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    )
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node1,node2")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     monkeypatch.setattr("pipeline.submission.slurm.LONGEST_WAIT", 0)
-    return tmp_path
-
-
-def put_command(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
+    return slurm
 
 
 @pytest.fixture
-def config(slurm: Path) -> TrainConfig:
+def config(slurm: FakeSlurm) -> TrainConfig:
     recipe = Path(__file__).resolve().parents[2] / "launch/recipes/quickstart/train.yaml"
-    return load_config(TrainConfig, recipe, (f"output_dir={slurm}/run",))
+    return load_config(TrainConfig, recipe, (f"output_dir={slurm.folder}/run",))
 
 
 def test_a_job_avoids_a_node_that_does_not_answer_and_gives_up_after_three_such_starts(
-    slurm: Path, config: TrainConfig
+    slurm: FakeSlurm, config: TrainConfig
 ) -> None:
     for _ in range(3):
-        with pytest.raises(DiffembedError, match="queued again: unfit nodes node2: its check did"):
+        with pytest.raises(DiffembedError, match="requeued: unfit nodes node2: its check did"):
             begin(config, "7")
-    with pytest.raises(DiffembedError, match="unfit nodes 4 times, not queued again: node2"):
+    with pytest.raises(DiffembedError, match="unfit nodes 4 times, not requeued: node2"):
         begin(config, "7")
 
-    orders = (slurm / "orders").read_text().splitlines()
-    assert orders == ["requeue 7", "update JobId=7 ExcNodeList=node2"] * 3
+    assert slurm.orders == ["requeue 7", "update JobId=7 ExcNodeList=node2"] * 3
     # None of these starts came to training.
     assert History(config.output_dir, "7").idle_starts(0) == 0
 
 
 def test_a_job_does_not_wait_for_nodes_that_its_partition_does_not_have(
-    slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NODES", "2")
 
-    with pytest.raises(DiffembedError, match="too few nodes are left without node2, not queued"):
+    with pytest.raises(DiffembedError, match="too few nodes are left without node2, not requeued"):
         begin(config, "7")
-    assert not (slurm / "orders").exists()
+    assert slurm.orders == []
 
 
-def test_a_check_that_cannot_start_counts_like_a_crash(slurm: Path, config: TrainConfig) -> None:
-    put_command(slurm / "srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
+def test_a_check_that_cannot_start_counts_like_a_crash(
+    slurm: FakeSlurm, config: TrainConfig
+) -> None:
+    slurm.put("srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
 
-    with pytest.raises(DiffembedError, match="^queued again: the nodes could not be checked"):
+    with pytest.raises(DiffembedError, match="^requeued: the nodes could not be checked"):
         begin(config, "7")
     assert History(config.output_dir, "7").idle_starts(0) == 1
 
 
 @pytest.mark.parametrize("answer", ["exit 1", "echo 'health: node1: {}'"], ids=["none", "one"])
 def test_a_job_that_is_cancelled_during_its_check_stays_cancelled(
-    answer: str, slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    answer: str, slurm: FakeSlurm, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_command(slurm / "srun", answer)
+    slurm.put("srun", answer)
     monkeypatch.setenv("STATE", "CANCELLED")
 
-    with pytest.raises(DiffembedError, match="^not queued again: Slurm ends this job itself"):
+    with pytest.raises(DiffembedError, match="^not requeued: Slurm ends this job itself"):
         begin(config, "7")
-    assert not (slurm / "orders").exists()
+    assert slurm.orders == []
 
 
 def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
-    slurm: Path,
+    slurm: FakeSlurm,
     config: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.submission.slurm.LONGEST_WAIT", 0)
-    put_command(slurm / "srun", 'printf "health: node%s: {}\\n" 1 2')
+    slurm.put("srun", 'printf "health: node%s: {}\\n" 1 2')
     # Full on the first look, not on the second.
     looks = iter([(28, "run has 0.60 GiB free"), (0, "")])
     monkeypatch.setattr("pipeline.submission.restart.probe", lambda _: next(looks))
@@ -288,15 +281,13 @@ def test_a_full_run_folder_is_waited_for_and_then_ends_the_job_in_one_line(
 
     monkeypatch.setattr("pipeline.submission.restart.probe", lambda _: (28, "run is full"))
     monkeypatch.setattr("pipeline.submission.restart._SHARED_SECONDS", 0)
-    with pytest.raises(
-        DiffembedError, match=r"run is full, for 0 minutes, not queued again \| fix:"
-    ):
+    with pytest.raises(DiffembedError, match=r"run is full, for 0 minutes, not requeued \| fix:"):
         begin(config, "7")
-    assert not (slurm / "orders").exists()
+    assert slurm.orders == []
 
 
 def test_a_job_is_queued_again_also_when_its_end_cannot_be_noted(
-    slurm: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -304,33 +295,32 @@ def test_a_job_is_queued_again_also_when_its_end_cannot_be_noted(
     monkeypatch.setattr("pipeline.submission.restart.write_json", fail)
     end(config, "7", 1, out_of_time=False)
 
-    assert (slurm / "orders").read_text() == "requeue 7\n"
+    assert slurm.orders == ["requeue 7"]
 
 
-def test_no_answer_is_not_an_answer(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_not_an_answer(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     # Answers the third time.
-    silence = "slurm_load_jobs error: Unable to contact slurm controller"
-    put_command(
-        slurm / "scontrol",
-        f"echo >>{slurm}/calls\n[ $(wc -l <{slurm}/calls) -lt 3 ] || exec echo JobState=RUNNING\n"
-        f"echo '{silence}' >&2; exit 1",
+    no_contact = "slurm_load_jobs error: Unable to contact slurm controller"
+    slurm.put(
+        "scontrol",
+        "record\n[ $(count) -lt 3 ] || exec echo JobState=RUNNING\n"
+        f"echo '{no_contact}' >&2; exit 1",
     )
-    assert read_state("7") == State(running=True, preempted=False)
+    assert read_state("7") == JobState(running=True, preempted=False)
 
     monkeypatch.setattr("pipeline.submission.allocation.IN_A_JOB", 0)
-    (slurm / "calls").unlink()
+    (slurm.folder / "orders").unlink()
     with pytest.raises(NoAnswerError, match="Unable to contact slurm controller"):
         read_state("7")
 
 
-def test_a_requeue_whose_answer_is_lost_is_not_followed_by_another_job(slurm: Path) -> None:
-    # A stand-in: takes the order, says nothing, and refuses it the second time.
-    put_command(
-        slurm / "scontrol",
-        f"[ $1 = requeue ] || exec echo JobState=PENDING\n"
-        f"echo >>{slurm}/calls\n"
-        f"[ $(wc -l <{slurm}/calls) = 1 ] && echo 'Socket timed out on send/recv' >&2 ||"
-        f" echo 'Job is pending execution' >&2\nexit 1",
+def test_a_requeue_whose_answer_is_lost_is_not_followed_by_another_job(slurm: FakeSlurm) -> None:
+    # The first requeue is accepted without an answer, the second is refused.
+    slurm.put(
+        "scontrol",
+        "[ $1 = requeue ] || exec echo JobState=PENDING\nrecord\n"
+        "[ $(count) = 1 ] && echo 'Socket timed out on send/recv' >&2 ||"
+        " echo 'Job is pending execution' >&2\nexit 1",
     )
 
     assert requeue("7") == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.train import scoring_commands
 from pipeline.training import evaluations as scoring
 from pipeline.training.evaluations import Evaluations
 from tests.evaluation import benchmark_replicas
+from tests.fake_slurm import FakeSlurm
 from tests.training.trainer_command import ROOT, run_trainer
 
 TASK = "BrightAopsRetrieval"
@@ -200,31 +200,23 @@ def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
         )
 
 
-# A stand-in for Slurm's command; a real one that fails when it should is in nobody's hands.
+# Fails or hangs as the file `slurm-is` tells it; a real Slurm cannot be made to do so on time.
 SBATCH = """\
-#!/bin/sh
 case $(cat {folder}/slurm-is) in
   away) echo "sbatch: error: Unable to contact slurm controller" >&2; exit 1;;
   hung) exec sleep 600;;
 esac
 case $* in *--test-only*) exit;; esac
-echo $* >>{folder}/orders; wc -l <{folder}/orders
+record "$@"; count
 """
 
 
 @pytest.fixture
 def slurm(recipe, evaluation, tmp_path, monkeypatch) -> tuple[Evaluations, Path]:
-    """Evaluations every second step through the stand-in; the file says how it behaves."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    silent = "#!/bin/sh\n"
-    for name in ("sbatch", "squeue", "scontrol"):
-        text = SBATCH.format(folder=tmp_path) if name == "sbatch" else silent
-        (commands / name).write_text(text)
-        (commands / name).chmod(0o755)
+    """Evaluations every second step through a fake Slurm, and the file with its state."""
+    FakeSlurm(tmp_path, monkeypatch).put("sbatch", SBATCH.format(folder=tmp_path))
     state = tmp_path / "slurm-is"
     state.write_text("well")
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(ROOT / "slurm/cluster.env"))
     monkeypatch.chdir(ROOT)

@@ -1,10 +1,10 @@
-"""The short form of `python -m tests.training.kill_tally`."""
+"""The short form of `python -m tests.tools.kill_tally`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.training.kill_tally import Tally
+from tests.tools.kill_tally import Tally
 
 
 def test_a_run_killed_at_random_moments_goes_on_bit_equal(recipe: Path, tmp_path: Path) -> None:

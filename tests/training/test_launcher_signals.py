@@ -1,4 +1,4 @@
-"""The cells of `python -m tests.training.launcher_signals` in which launchers differ most."""
+"""The cells of `python -m tests.tools.launcher_signals` in which launchers differ most."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import why_unavailable
-from tests.training.launcher_signals import ON_SLURM, SCRIPT, Trial, environment_of
+from tests.tools.launcher_signals import ON_SLURM, SCRIPT, Trial, environment_of
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import free_port
-from tests.training.kill_tally import curve
+from tests.tools.kill_tally import curve
 from tests.training.launches import ROOT, TRAIN, Launch, send
 from tests.training.two_hosts import (
     ADDRESSES,

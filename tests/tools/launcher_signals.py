@@ -1,6 +1,6 @@
 """What becomes of a run under each launcher when the launcher, or one rank, gets a signal.
 
-    python -m tests.training.launcher_signals [LAUNCHER ...]
+    python -m tests.tools.launcher_signals [LAUNCHER ...]
 
 prints a table launcher x signal x outcome: the exit code that a shell sees, and whether the
 checkpoint of the step at which the run stopped is there. The second signal goes to a rank of a run

@@ -1,9 +1,9 @@
-"""A whole chain of `diffembed submit all` whose training is disturbed again and again.
+"""Disturb the training of a whole chain of `diffembed submit all` again and again.
 
-    python -m tests.slurm.disturbed_chain
+    python -m tests.tools.disturbed_chain
 
-brings up a Slurm of two nodes, runs the chain twice, undisturbed and disturbed, and prints what
-happened: to the jobs, to the training run, and how the two ends compare.
+starts a Slurm of two nodes, runs the chain twice, undisturbed and disturbed, and prints the events
+of the jobs and of the training run, and a comparison of the two results.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class ChainRun:
         return "".join(path.read_text() for path in self.folder.glob("run/jobs/*train-*.out"))
 
     def disturb(self, disturbance: Callable[[ChainRun], None]) -> int:
-        """Let training go on for a while, disturb it, wait until it starts again.
+        """Let training continue for a while, disturb it, and wait until it starts again.
 
         Returns:
             Steps that were finished when the disturbance came.
@@ -210,7 +210,7 @@ def a_node_without_power(run: ChainRun) -> None:
 
 
 def the_time_limit(run: ChainRun) -> None:
-    # What `--signal=B:USR1@120` does two minutes before it.
+    # As `--signal=B:USR1@120` two minutes before it.
     run.cluster.command("scancel", "--batch", "--signal=USR1", run.ids["train"])
 
 
@@ -300,7 +300,7 @@ def main() -> None:
 
 
 def _essence(log: str) -> str:
-    pattern = r"start|resuming|Stopped|queued again|end: exit|CANCELLED|error|done:"
+    pattern = r"start|resuming|Stopped|requeued|end: exit|CANCELLED|error|done:"
     return "\n".join(line for line in log.splitlines() if re.search(pattern, line))
 
 

@@ -1,6 +1,6 @@
 """Kills a run over and over, at moments and victims drawn by lot, and counts the right resumes.
 
-    python -m tests.training.kill_tally --rounds 50 --seed 0
+    python -m tests.tools.kill_tally --rounds 50 --seed 0
 
 A round starts or resumes the run of two ranks under one of three launchers, waits for its moment,
 and sends SIGKILL. It counts once a later start has resumed from the checkpoint that `latest` named,

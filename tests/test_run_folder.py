@@ -1,4 +1,4 @@
-"""A run's folder takes nothing that somebody else wrote for its own."""
+"""A run refuses a folder with files of another origin that it would overwrite."""
 
 from __future__ import annotations
 

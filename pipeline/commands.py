@@ -1,1 +1,0 @@
-"""Groups of `diffembed` subcommands, and the arguments they share."""
