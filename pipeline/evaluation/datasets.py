@@ -148,7 +148,7 @@ def localise(task: Any, snapshots: Path | None) -> Any:
     """Point one task object at its data set's folder below `snapshots`, laid out as on the hub.
 
     Only this object changes: mteb keeps metadata on the class, so that it is copied first. An own
-    task is left as it is.
+    task is not changed.
 
     Raises:
         UserError: the data set is not among the snapshots, or was fetched at another revision.

@@ -67,7 +67,7 @@ _PLAN = "plan.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingPlan:
-    """A written plan: the blocks to embed, and what they cost.
+    """A written plan: the blocks to embed, and their costs.
 
     Attributes:
         folder: of the plan.
@@ -242,7 +242,7 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
     )
     with contextlib.closing(LocalWorkers(min(num_workers, len(tasks)))) as workers:
         listed = dict(workers.each(work, tasks))
-    # In the order of the tasks, not of completion: the plan does not depend on who was faster.
+    # In the order of the tasks, not of completion: the plan does not depend on their speed.
     return [listed[task] for task in tasks]
 
 

@@ -1,8 +1,12 @@
-"""Embed the texts of a file into one file, resumable, with any number of processes.
+"""Embed the texts of a file into one file, with any number of processes, and resume after a kill.
 
-    input --blocks--> read | tokenise | embed, longest first --parts--> output, in input order
+    input: files --> blocks of bytes --> part-000000.arrow, ... --> output, in the input's order
+                     one process each
 
-Reading and tokenising run ahead in a thread. What a process holds at a time is two groups of texts.
+    of one block:    read --> group of texts --> tokenise | embed, longest first --> part
+                     in a thread, one group ahead         | in the process
+
+A process holds two groups of texts at a time. A finished part is never computed again.
 """
 
 from __future__ import annotations
@@ -44,34 +48,34 @@ from pipeline.model.load_export import LoadedExport
 from pipeline.workers import open_workers, read_ahead
 
 _VERSION = 2
-# Characters of the texts that are embedded, and held in memory, at a time.
+# Characters of a group of texts.
 _GROUP_CHARACTERS = 2**20
-_SPLIT = None  # of a hub data set: its default
+_SPLIT = None  # the default split of a hub data set
 _PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeJob:
-    """What to embed and how.
+    """The arguments of `diffembed encode`.
 
     Attributes:
         model: an export.
         input: JSON lines, Parquet or plain lines; a file, a folder, a glob or an fsspec URL.
         output: the file to write: .arrow (IPC), .parquet or .npy.
-        field: which field of a record is the text; plain lines have only `text`.
-        id_field: which field names a record; None for `id` or `_id` where the records have one,
-            empty for row numbers.
-        title_field: which field stands before the text; None for the `title` of documents whose
-            text is in `text`, empty for no title.
-        role: whether texts are queries or documents, for the model's template.
+        field: the field of a record that is the text; plain lines have only `text`.
+        id_field: the field of a record's id; None for `id` or `_id` if the records have one, empty
+            for row numbers.
+        title_field: a field that precedes the text; None for the `title` of documents whose text
+            is in `text`, empty for no title.
+        role: of the texts, for the model's template.
         instruction: of all texts; empty for none.
         max_length: tokens after which a text is cut; None for the export's own limit.
         dtype: of the vectors in the file.
-        dimensions: keep only so many of a vector's first numbers.
+        dimensions: keep only this many of a vector's first numbers.
         precision: of weights and arithmetic.
         max_tokens: packed tokens of one forward.
-        block_bytes: input of a block; what a killed run may have to do again per process. None: a
-            64th of the input, within bounds, so that many processes have work.
+        block_bytes: input of a block, which a killed process has to do again. None: a 64th of the
+            input, within bounds, so that many processes have work.
     """
 
     model: Path
@@ -101,25 +105,25 @@ class EncodeJob:
 
     @property
     def folder(self) -> Path:
-        """Where plan and parts wait for the last of them."""
+        """Return the folder of plan and parts, until all parts are finished."""
         return self.output.with_name(f".{self.output.name}.parts")
 
     def part(self, block: int) -> Path:
-        """The vectors of a block."""
+        """Return the path of a block's vectors."""
         return self.folder / f"part-{block:06d}.arrow"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What the processes of a job agree on."""
+class EncodePlan:
+    """The blocks and fields that the processes of a job agree on."""
 
-    recipe: str  # hash of all that decides the vectors
+    recipe: str  # hash of everything that decides the vectors
     blocks: tuple[Block, ...]
     fields: Fields
 
 
 def recipe_of(job: EncodeJob) -> str:
-    """Hash of what is embedded and how."""
+    """Hash everything that decides the vectors: input, model and settings."""
     tree = {
         **dataclasses.asdict(job),
         "version": _VERSION,
@@ -133,14 +137,14 @@ def recipe_of(job: EncodeJob) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def begin(job: EncodeJob, recipe: str) -> None:
-    """Continue the same job where it was left, start over otherwise.
+def start_or_continue(job: EncodeJob, recipe: str) -> None:
+    """Keep the parts of a killed run of the same job; otherwise remove them and write a plan.
 
     Raises:
         UserError: a record cannot be embedded.
     """
     shutil.rmtree(job.folder / "claims", ignore_errors=True)
-    if _begun_recipe(job.folder) == recipe:
+    if _recipe_of_parts(job.folder) == recipe:
         return
     shutil.rmtree(job.folder, ignore_errors=True)
     files = list_files(job.input, "--input")
@@ -161,13 +165,13 @@ def begin(job: EncodeJob, recipe: str) -> None:
         role=job.role,
     )
     job.folder.mkdir(parents=True)
-    plan = Plan(recipe=recipe, blocks=tuple(blocks), fields=fields)
+    plan = EncodePlan(recipe=recipe, blocks=tuple(blocks), fields=fields)
     write_json(job.folder / _PLAN, dataclasses.asdict(plan))
     read_plan.cache_clear()
 
 
-def _begun_recipe(folder: Path) -> str | None:
-    """The recipe of what is begun in a job's folder; None for nothing, or a damaged plan."""
+def _recipe_of_parts(folder: Path) -> str | None:
+    """Return the recipe of the parts in a job's folder; None without parts or a readable plan."""
     try:
         return read_plan(folder).recipe
     except (OSError, ValueError, TypeError, KeyError):
@@ -175,11 +179,11 @@ def _begun_recipe(folder: Path) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def read_plan(folder: Path) -> Plan:
-    """The plan that `begin` left in a job's folder."""
+def read_plan(folder: Path) -> EncodePlan:
+    """Read the plan that `start_or_continue` wrote."""
     tree = json.loads((folder / _PLAN).read_text())
     blocks = tuple(Block(**block) for block in tree["blocks"])
-    return Plan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
+    return EncodePlan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
 
 
 def _read(block: Block, on_bad: OnBadRow | None = None) -> Iterator[Record]:
@@ -188,15 +192,15 @@ def _read(block: Block, on_bad: OnBadRow | None = None) -> Iterator[Record]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
-    """A text to embed; `id` is None where row numbers name the vectors."""
+    """A text to embed; `id` is None if row numbers name the vectors."""
 
     id: str | None
     text: str
     record: Record
 
 
-def read_groups(plan: Plan, number: int) -> Iterator[list[Text]]:
-    """The texts of a block, a bounded number of characters at a time."""
+def read_groups(plan: EncodePlan, number: int) -> Iterator[list[Text]]:
+    """Yield the texts of a block, a bounded number of characters at a time."""
     group: list[Text] = []
     characters = 0
     for record in _read(plan.blocks[number]):
@@ -213,22 +217,22 @@ def read_groups(plan: Plan, number: int) -> Iterator[list[Text]]:
 
 
 def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
-    """Embed all texts of a job; run again after a kill, it does only what is missing.
+    """Embed all texts of a job; after a kill, a second run computes only the missing parts.
 
-    Under mpirun or srun the ranks share the blocks; else this process starts its own.
+    Under mpirun or srun the ranks share the blocks; otherwise this process starts children.
 
     Args:
-        job: what to embed and how.
-        num_processes: processes to start; by default one per GPU, else one per core.
+        job: the arguments.
+        num_processes: children to start; by default one per GPU, else one per core.
 
     Returns:
-        The file: `id` (string) and `vector` (fixed-size list) in the input's order, as Arrow or
+        The output: `id` (string) and `vector` (fixed-size list) in the input's order, as Arrow or
         Parquet; for NumPy the vectors alone, with their ids in a JSON file.
 
     Raises:
         UserError: input, model or output are not usable.
     """
-    # Now, so that a run that is continued on another machine does not mix two precisions.
+    # Part of the recipe: a run that is continued on another machine must not mix two precisions.
     job = dataclasses.replace(job, precision=resolve_precision(job.precision))
     recipe = recipe_of(job)
     if job.output.exists():
@@ -241,7 +245,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
     with open_workers(num_processes, rendezvous=rendezvous) as workers:
         workers.barrier()
         if workers.is_main:
-            begin(job, recipe)
+            start_or_continue(job, recipe)
         workers.barrier()
         parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
         work = functools.partial(_encode_block, job)
@@ -254,7 +258,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
 
 
 def _check_finished(job: EncodeJob, recipe: str) -> None:
-    """Accept the file of this very job as done."""
+    """Accept the output of this very job as finished, and refuse any other file."""
     if read_recipe(job.output) != recipe:
         raise UserError(
             f"--output: {job.output} exists, but was not made from this input with these settings",
@@ -263,7 +267,7 @@ def _check_finished(job: EncodeJob, recipe: str) -> None:
 
 
 def _encode_block(job: EncodeJob, number: int) -> None:
-    """Write the part of one block."""
+    """Embed a block and write its part."""
     plan = read_plan(job.folder)
     model = _load(job)
     schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)
@@ -290,7 +294,7 @@ def _encode_block(job: EncodeJob, number: int) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _load(job: EncodeJob) -> LoadedExport:
-    """The model on this process's device, once per process."""
+    """Load the model on this process's device, once per process."""
     model = load_here(
         job.model,
         max_tokens=job.max_tokens,
@@ -305,11 +309,12 @@ def _load(job: EncodeJob) -> LoadedExport:
 def _stored(
     job: EncodeJob, vectors_ND: NDArray[np.float32], texts: Sequence[Text]
 ) -> pa.FixedSizeListArray:
-    """The vectors in the type that they are stored in.
+    """Convert vectors to the type in the file.
 
     Raises:
-        UserError: a vector is not finite, so that nothing could be found by it.
+        UserError: a vector is not finite, so that no search could use it.
     """
+    # Values beyond float16 become infinite without a warning; the check below refuses them.
     with np.errstate(over="ignore"):
         stored_ND = vectors_ND.astype(job.dtype)
     for found_ND, cause in ((vectors_ND, f"by {job.model}"), (stored_ND, f"as {job.dtype}")):
@@ -327,16 +332,16 @@ def _stored(
 
 
 def _tokenised(
-    job: EncodeJob, plan: Plan, model: LoadedExport, number: int
+    job: EncodeJob, plan: EncodePlan, model: LoadedExport, number: int
 ) -> Iterator[tuple[list[Text], list[list[int]], list[int]]]:
-    """Texts that are packed together, their token ids, and how many of these the prefix has."""
+    """Yield groups of texts, their token ids, and how many of these belong to the prefix."""
     prefix, suffix = model.template.frame(job.role, job.instruction)
     for group in read_groups(plan, number):
         yield group, *model.tokenize([text.text for text in group], prefix, suffix)
 
 
 def _assemble(job: EncodeJob) -> None:
-    """Put the parts together in the input's order and remove them."""
+    """Join the parts in the input's order, and remove them."""
     plan = read_plan(job.folder)
     parts = [job.part(number) for number in range(len(plan.blocks))]
     fix = f"remove {job.folder} and run the same command again"
@@ -347,7 +352,7 @@ def _assemble(job: EncodeJob) -> None:
 
 
 def _batches(parts: Sequence[Path], *, numbered: bool, fix: str) -> Iterator[pa.RecordBatch]:
-    """The batches of all parts, named by row numbers where the records have no ids.
+    """Yield the batches of all parts, with row numbers as ids if the records have none.
 
     Raises:
         UserError: a part is damaged.

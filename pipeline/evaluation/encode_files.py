@@ -1,4 +1,9 @@
-"""Read texts to embed, and write vectors as Arrow, Parquet or NumPy."""
+"""Choose the fields of the texts to embed, and write vectors as Arrow, Parquet or NumPy.
+
+records --survey, before any is embedded--> Fields: text, title, id
+                                            warnings on stderr, one line each
+ids, vectors --write_vectors--> .arrow | .parquet | .npy and .ids.json
+"""
 
 from __future__ import annotations
 
@@ -21,21 +26,21 @@ from pipeline.errors import UserError
 from pipeline.evaluation.datasets import Role
 from pipeline.files import atomic_path
 
-# Where `--id-field` names no field: the names of the usual formats, BEIR's last.
+# Defaults of `--id-field`: the usual name, then BEIR's.
 _ID_FIELDS = ("id", "_id")
 _TITLE = "title"
 _TEXT = "text"
-# Places that a message lists.
+# Records that a message lists.
 _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Fields:
-    """Which fields of a record are embedded and name it.
+    """The fields of a record that are used.
 
     Attributes:
         text: the text.
-        title: stands before the text; None for no title.
+        title: precedes the text; None for no title.
         id: the record's id; None for row numbers.
     """
 
@@ -44,10 +49,10 @@ class Fields:
     id: str | None
 
     def text_of(self, record: Record) -> str:
-        """Return the text to embed, behind its title; an empty one for a blank line."""
+        """Return the text to embed, behind its title; an empty text for a blank line."""
         text: str = record.value.get(self.text)
         title = record.value.get(self.title) if self.title else None
-        # As evaluation and `prepare` join them.
+        # The same as in evaluations and training data.
         return f"{title} {text}".strip() if title else text
 
     def id_of(self, record: Record) -> str | None:
@@ -57,21 +62,21 @@ class Fields:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Count:
-    """Records of one kind: how many, and where the first ones are."""
+    """The number of records of one kind, and where the first ones are."""
 
     total: int = 0
-    places: list[str] = dataclasses.field(default_factory=list)
+    shown: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, record: Record) -> None:
         if self.total < _SHOWN:
-            self.places.append(record.where)
+            self.shown.append(record.where)
         self.total += 1
 
     def __str__(self) -> str:
         if self.total == 1:
-            return self.places[0]
-        more = ", ..." if self.total > len(self.places) else ""
-        return f"{self.total} records: {', '.join(self.places)}{more}"
+            return self.shown[0]
+        more = ", ..." if self.total > len(self.shown) else ""
+        return f"{self.total} records: {', '.join(self.shown)}{more}"
 
 
 def survey(
@@ -84,21 +89,20 @@ def survey(
     title_field: str | None,
     role: Role,
 ) -> Fields:
-    """Read all records once, choose the fields, and say what is unusual.
+    """Read all records once, choose the fields, and print warnings.
 
-    Hours of embedding must not end at a record that has no text.
+    Hours of embedding must not end at a record without a text.
 
     Args:
-        records: blank lines of plain text among them; those of JSON lines have the value None.
-        bad: takes records that cannot be embedded, and has those that could not be read.
+        records: with blank lines, whose value is None between JSON lines.
+        bad: collects records that cannot be read or embedded.
         source: names the records in messages.
-        field: holds the text.
-        id_field: names a record; None for the usual names, empty for row numbers.
-        title_field: stands before the text; None for `title` before `text` of a document, empty
-            for no title.
+        field: of the text.
+        id_field: None for the usual names, empty for row numbers.
+        title_field: None for `title` before the `text` of a document, empty for no title.
 
     Raises:
-        UserError: there is no text, or some records lack a text or an id.
+        UserError: no record has a text, or some records lack a text or an id.
     """
     explicit_title = bool(title_field)
     if title_field is None:
@@ -121,7 +125,7 @@ def survey(
         title=title_field if found.num_titles else None,
         id=found.choose_id(explicit=bool(id_field)),
     )
-    found.say_unusual(fields)
+    found.print_warnings(fields)
     return fields
 
 
@@ -132,14 +136,14 @@ def _wanted_ids(id_field: str | None) -> tuple[str, ...]:
 
 
 class _Survey:
-    """Counts over all records."""
+    """Counts over all records, from which the fields are chosen."""
 
     def __init__(self, *, field: str, title: str, id_fields: tuple[str, ...]) -> None:
         self._field, self._title, self._id_fields = field, title, id_fields
         self.num_records = self.num_texts = self.num_titles = 0
         self._blank_texts = self._skipped = 0
         self._without_id = {name: _Count() for name in id_fields}
-        # 8 bytes of a hash per id: the ids of a large input would not fit in memory.
+        # 8 bytes per id, to count repetitions: the ids themselves might not fit in memory.
         self._ids = {name: array.array("Q") for name in id_fields}
         self._plain = True
 
@@ -157,7 +161,7 @@ class _Survey:
         text = record.value.get(self._field)
         if not isinstance(text, str):
             raise record.fail(
-                f"{self._field}: {_found(record, self._field)}",
+                f"{self._field}: {_describe(record, self._field)}",
                 allowed=f"a text; fields are {', '.join(map(str, record.value))}",
                 fix="" if self._field not in record.value else "leave such records out",
             )
@@ -183,10 +187,10 @@ class _Survey:
             self._ids[name].append(int.from_bytes(digest.digest(), "little"))
 
     def choose_id(self, *, explicit: bool) -> str | None:
-        """Return the first field that every record has; None where no record has one.
+        """Return the first field that every record has; None if no record has any.
 
         Raises:
-            UserError: some records have an id and others have none.
+            UserError: some records have an id and others lack it.
         """
         for name in self._id_fields:
             missing = self._without_id[name]
@@ -201,33 +205,33 @@ class _Survey:
                 )
         return None
 
-    def say_unusual(self, fields: Fields) -> None:
-        """Print what a user may not expect, one line each."""
+    def print_warnings(self, fields: Fields) -> None:
+        """Print what users may not expect, one line each."""
         if self._blank_texts:
-            _say(
-                f"{self._blank_texts} of {self.num_records} texts are blank; each keeps its place, "
+            _warn(
+                f"{self._blank_texts} of {self.num_records} texts are blank; each keeps its row, "
                 "with the vector of an empty text"
             )
         if self._skipped:
-            _say(f"blank lines between records, left out and not numbered: {self._skipped}")
+            _warn(f"blank lines between records, left out and not numbered: {self._skipped}")
         if fields.title:
-            _say(f"the field {fields.title!r} stands before the text (--title-field '' drops it)")
+            _warn(f"the field {fields.title!r} precedes the text (--title-field '' drops it)")
         if fields.id:
             repeated = self.num_records - len(np.unique(np.frombuffer(self._ids[fields.id], "Q")))
             if repeated:
-                _say(f"{repeated} of {self.num_records} records repeat an earlier {fields.id}")
+                _warn(f"{repeated} of {self.num_records} records repeat an earlier {fields.id}")
         elif not self._plain:
-            _say("no record has an id; vectors are named by row numbers, from 0")
+            _warn("no record has an id; vectors are named by row numbers, from 0")
 
 
-def _found(record: Record, field: str) -> str:
+def _describe(record: Record, field: str) -> str:
     if field not in record.value:
         return "no such field"
     value = record.value[field]
     return "null" if value is None else type(value).__name__
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"encode: {line}", file=sys.stderr, flush=True)
 
 
@@ -242,7 +246,7 @@ def ids_path(path: Path) -> Path:
 
 
 def schema_of(dtype: str, num_dimensions: int, recipe: str) -> pa.Schema:
-    """Return the columns of a file of vectors; `recipe` identifies what was embedded, and how."""
+    """Return the columns of a file of vectors; `recipe` identifies its content."""
     kind = pa.float32() if dtype == "float32" else pa.float16()
     fields = [("id", pa.string()), ("vector", pa.list_(kind, num_dimensions))]
     return pa.schema(fields, metadata={_METADATA: recipe})
@@ -291,10 +295,10 @@ def _parquet(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _numpy(path: Path, schema: pa.Schema) -> Iterator[Any]:
-    """(N, D) vectors in the file, their ids in a JSON file that is written before it."""
+    """Write (N, D) vectors to the file, and their ids to a JSON file."""
     vectors = schema.field("vector").type
     dtype = np.dtype(vectors.value_type.to_pandas_dtype())
-    # The vectors get their name last: their presence means that both files are whole.
+    # The file of vectors is renamed last: its presence means that both files are whole.
     with (
         atomic_path(path) as temporary,
         temporary.open("wb") as file,
@@ -302,19 +306,19 @@ def _numpy(path: Path, schema: pa.Schema) -> Iterator[Any]:
         names.open("w") as ids,
     ):
         writer = _NumpyWriter(file, ids, dtype, vectors.list_size)
-        writer.begin(schema.metadata[_METADATA].decode())
+        writer.start(schema.metadata[_METADATA].decode())
         yield writer
         writer.end()
 
 
 class _NumpyWriter:
-    """Appends rows; the header, which holds their number, is written last over a blank one."""
+    """Append rows; the header, which holds their number, is overwritten at the end."""
 
     def __init__(self, file: Any, ids: Any, dtype: np.dtype[Any], width: int) -> None:
         self._file, self._ids, self._dtype, self._width = file, ids, dtype, width
         self._num_rows = 0
 
-    def begin(self, recipe: str) -> None:
+    def start(self, recipe: str) -> None:
         self._ids.write(f'{{"{_RECIPE}": {json.dumps(recipe)}, "ids": [')
         self._write_header()
 

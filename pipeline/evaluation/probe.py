@@ -1,6 +1,15 @@
-"""Classify single words from a frozen model's hidden states.
+"""Classify words from a frozen model's hidden states (LLM2Vec, arXiv 2404.05961, section 4.1).
 
-Shapes: N words, D width of the model, K tags.
+    tagged sentences --> tokens --> hidden states --> one state per word --> linear classifier
+
+    words       the        old      ships
+    tokens      [CLS] the  old      sh     ips   [SEP]
+    same_token        the  old      sh                    state of the word's first token
+    next_token  [CLS]      the      old                   state of the token before it
+
+With `merge_subwords`, the mean over all tokens of a word takes the place of the first one.
+
+Letters: N words, D width of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ _DOCUMENT = "-DOCSTART-"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sentence:
-    """Words, and the tag of each."""
+    """The words of a sentence, and the tag of each."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -38,7 +47,7 @@ def read_sentences(path: Path, task: str) -> list[Sentence]:
     """Read a file of tagged sentences: `.jsonl` or `.json` lines, columns otherwise.
 
     Raises:
-        UserError: it is missing, empty, or a line is not what it should be.
+        UserError: the file is missing or empty, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -49,9 +58,7 @@ def read_sentences(path: Path, task: str) -> list[Sentence]:
     read = _read_json if path.suffix in (".jsonl", ".json") else _read_columns
     sentences = read(path, lines, task)
     if not sentences:
-        raise UserError(
-            f"{path}: no sentence in it", allowed="columns of CoNLL-2003, or JSON lines"
-        )
+        raise UserError(f"{path}: no sentences", allowed="columns of CoNLL-2003, or JSON lines")
     return sentences
 
 
@@ -99,25 +106,26 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
 def tokens_of_words(
     words: tuple[str, ...], tokenizer: Any, max_length: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a sentence, and for each word the places of its tokens.
+    """Return the token ids of a sentence, and the positions of each word's tokens.
 
     The words are joined with spaces; a token belongs to the word in which it ends. Words beyond
-    `max_length` tokens have none.
+    `max_length` tokens have no positions.
     """
     encoded = tokenizer(
         " ".join(words), truncation=True, max_length=max_length, return_offsets_mapping=True
     )
-    places: list[list[int]] = [[] for _ in words]
-    owner = [number for number, word in enumerate(words) for _ in range(len(word) + 1)]
-    for place, (start, end) in enumerate(encoded["offset_mapping"]):
+    positions: list[list[int]] = [[] for _ in words]
+    # The word of each character; a space belongs to the word before it.
+    word_of = [number for number, word in enumerate(words) for _ in range(len(word) + 1)]
+    for position, (start, end) in enumerate(encoded["offset_mapping"]):
         if end > start:  # not a special token
-            places[owner[end - 1]].append(place)
-    return encoded["input_ids"], places
+            positions[word_of[end - 1]].append(position)
+    return encoded["input_ids"], positions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WordStates:
-    """The words of a file that have a hidden state to be classified by."""
+    """The hidden states of a file's words, and their tags."""
 
     states_ND: torch.Tensor
     tags: list[str]
@@ -157,26 +165,26 @@ def probe(config: ProbeConfig) -> Path:
 def _word_states(
     export: LoadedExport, sentences: list[Sentence], config: ProbeConfig
 ) -> WordStates:
-    """One state per word: of its first token or the mean over all, or of those before them."""
+    """Return one state per word: see the picture above."""
     tokenised = [
         tokens_of_words(sentence.words, export.tokenizer, config.max_length)
         for sentence in sentences
     ]
     states = export.token_states([ids for ids, _ in tokenised])
-    back = int(config.labels == "next_token")
+    shift = int(config.labels == "next_token")
     rows, tags, skipped = [], [], 0
-    for sentence, (_, words), own in zip(sentences, tokenised, states, strict=True):
-        for tag, places in zip(sentence.tags, words, strict=True):
-            chosen = places if config.merge_subwords else places[:1]
-            seen = [place - back for place in chosen if place >= back]
-            if seen:
-                rows.append(own[seen].float().mean(dim=0).to(own.dtype))
+    for sentence, (_, words), states_LD in zip(sentences, tokenised, states, strict=True):
+        for tag, positions in zip(sentence.tags, words, strict=True):
+            chosen = positions if config.merge_subwords else positions[:1]
+            read = [position - shift for position in chosen if position >= shift]
+            if read:
+                rows.append(states_LD[read].float().mean(dim=0).to(states_LD.dtype))
                 tags.append(tag)
             else:
                 skipped += 1
     if not rows:
         raise UserError(
-            f"labels: {config.labels}: no word has a hidden state to be classified by",
+            f"labels: {config.labels}: no word has a hidden state to classify",
             fix="give sentences of more than one token",
         )
     return WordStates(states_ND=torch.stack(rows), tags=tags, skipped=skipped)
@@ -185,7 +193,7 @@ def _word_states(
 def _classify(
     config: ProbeConfig, train: WordStates, states_ND: torch.Tensor, names: list[str]
 ) -> list[str]:
-    """Train on one file's words and tag another's."""
+    """Train on the words of one file, and tag the words of another."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     numbers = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([numbers[tag] for tag in train.tags])
@@ -202,6 +210,6 @@ def _classify(
             torch.autograd.backward(loss)
             optimizer.step()
     with torch.inference_mode():
-        parts = torch.split(states_ND, config.batch_size)
-        best = torch.cat([classifier(part.to(device).float()).argmax(dim=1) for part in parts])
+        batches = torch.split(states_ND, config.batch_size)
+        best = torch.cat([classifier(rows.to(device).float()).argmax(dim=1) for rows in batches])
     return [names[number] for number in best.tolist()]

@@ -409,7 +409,7 @@ def by_kind(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (N,) means over a twentieth of the values around each one, fewer at the ends."""
     reach = len(values) // 40
-    # Differences of running sums: N operations, whatever the width of the window.
+    # Differences of running sums: N operations for a window of any width.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - reach, 0)
     high = np.minimum(np.arange(len(values)) + reach + 1, len(values))

@@ -1,7 +1,15 @@
-"""Tasks of an evaluation: names, instructions, array elements; without mteb.
+"""List the elements of an evaluation, word its queries, and read own tasks; without mteb.
 
-mteb falls back to one default instruction and applies it to documents as well; scores then drop
-without any message, so this package asks only this file.
+    config --> tasks_of --> list_elements: one `Element` per model, task and length, in this order:
+
+        index   model   task                     max_length
+        0       weak    BrightAopsRetrieval      4096
+        1       weak    LEMBPasskeyRetrieval      512
+        2       weak    LEMBPasskeyRetrieval     4096
+        3       strong  BrightAopsRetrieval      4096
+
+Instructions come from here alone: mteb falls back to one default instruction, and applies it to
+documents as well, so that scores drop without any message.
 """
 
 from __future__ import annotations
@@ -17,8 +25,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, SourceConfig
 from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.corpus import (
@@ -31,13 +37,13 @@ from pipeline.data.sources.corpus import (
 from pipeline.data.sources.records import BadRecords, BadRowError, Record
 from pipeline.errors import UserError
 
-# The folder that mteb makes when it is imported; nothing is kept there by this package.
+# The folder that mteb creates when it is imported; this package keeps nothing there.
 _CACHE = "MTEB_CACHE"
 
 
 @functools.lru_cache(maxsize=1)
 def load_mteb() -> Any:
-    """Import mteb, also where the home folder is missing or read-only, as on many compute nodes."""
+    """Import mteb, also if the home folder is missing or read-only, as on many compute nodes."""
     if _CACHE not in os.environ:
         try:
             Path.home().joinpath(".cache", "mteb").mkdir(parents=True, exist_ok=True)
@@ -60,8 +66,8 @@ _BRIGHT_TOPICS = (
     "SustainableLiving",
     "Pony",
 )
-# Same names and members as mteb's benchmarks; a test holds them together. The two BRIGHT entries
-# split mteb's `BRIGHT(v1.1)`, whose standard and long halves have different metrics.
+# Names and tasks of mteb's benchmarks; a test compares them. The two BRIGHT entries split mteb's
+# `BRIGHT(v1.1)`, whose standard and long halves have different metrics.
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "FollowIR": (
         "Robust04InstructionRetrieval",
@@ -91,7 +97,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:
-    """Task names in order, benchmarks replaced by their tasks, each task once."""
+    """Return task names in order, with benchmarks replaced by their tasks, each task once."""
     tasks: dict[str, None] = {}
     for name in names:
         tasks.update(dict.fromkeys(BENCHMARKS.get(name, (name,))))
@@ -99,7 +105,7 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def benchmark_of(task: str) -> str:
-    """The benchmark a task belongs to; `other` for tasks of none of them."""
+    """Return the benchmark of a task; `other` for all other tasks."""
     for benchmark, tasks in BENCHMARKS.items():
         if task in tasks:
             return benchmark
@@ -127,8 +133,8 @@ INSTRUCTIONS: dict[str, str] = {
     for benchmark in ("BRIGHT", "BRIGHT-long")
     for task in BENCHMARKS[benchmark]
 }
-# The published sentences of arXiv 2505.15045 (appendix D.2), letter by letter: a table is compared
-# with what it was made with. Its other tasks have none and get the default with a colon.
+# The published sentences of arXiv 2505.15045 (appendix D.2), letter by letter, misprints included:
+# they made its tables. Its other tasks have none, and get the default with a colon.
 _PAPER_DEFAULT = "Retrieve text based on user query:"
 _PAPER_POST = "Given a {}, retrieve relevant passages that help answer the {}:"
 _PAPER_BRIGHT = {
@@ -150,30 +156,29 @@ PAPER_INSTRUCTIONS: dict[str, str] = {
     "method as the correct solution to the given question:",
     **{f"Bright{topic}Retrieval": text for topic, text in _PAPER_BRIGHT.items()},
 }
-_SETS = {
+_INSTRUCTION_SETS = {
     "diffembed": (INSTRUCTIONS, DEFAULT_INSTRUCTION),
     "paper": (PAPER_INSTRUCTIONS, _PAPER_DEFAULT),
 }
 
 
 def instruction_for(task: str, model: EvaluatedModel, config: EvaluateConfig) -> str:
-    """The instruction of a task's queries for a model.
+    """Return the instruction of a task's queries for a model.
 
-    The model's own text wins, then the config's, then the set the model asks for; a text may be
-    empty. FollowIR's instructions belong to single queries and are part of their texts already;
-    what stands here comes before them.
+    The model's `instructions` win over the config's, and these over the model's set; an instruction
+    may be empty. FollowIR's own instructions are part of each query's text, behind this one.
     """
     for given in (model.instructions, config.instructions):
         for name in (task, benchmark_of(task)):
             if name in given:
                 return given[name]
-    table, default = _SETS[model.instruction_set]
+    table, default = _INSTRUCTION_SETS[model.instruction_set]
     return table.get(task, default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Element:
-    """One element of the job array; `own` is its task's folder where the task is not mteb's."""
+    """One element of the job array; `own` is its task's folder, unless it is a task of mteb."""
 
     index: int
     model: EvaluatedModel
@@ -184,12 +189,12 @@ class Element:
 
     @property
     def result_path(self) -> Path:
-        """Written last and by rename: its presence means that the element is finished."""
+        """Return the path of the result, which is written last: finished elements have it."""
         return self.folder / "result.json"
 
 
 def lengths_of(config: EvaluateConfig, task: str) -> tuple[int, ...]:
-    """Maximum lengths a task is run at: its own, else its benchmark's, else the config's."""
+    """Return the maximum lengths of a task: its own, else its benchmark's, else the config's."""
     for name in (task, benchmark_of(task)):
         if name in config.lengths:
             return config.lengths[name]
@@ -197,10 +202,10 @@ def lengths_of(config: EvaluateConfig, task: str) -> tuple[int, ...]:
 
 
 def tasks_of(config: EvaluateConfig) -> dict[str, OwnTask | None]:
-    """All tasks by name in order, benchmarks replaced by their tasks; None for those of mteb.
+    """Return all tasks in order, with benchmarks replaced by their tasks; None for tasks of mteb.
 
     Raises:
-        UserError: an own task has the name of one of the benchmarks' tasks.
+        UserError: an own task has the name of a benchmark or of one of its tasks.
     """
     tasks: dict[str, OwnTask | None] = {}
     for task in config.tasks:
@@ -214,10 +219,10 @@ def tasks_of(config: EvaluateConfig) -> dict[str, OwnTask | None]:
 
 
 def check_names(config: EvaluateConfig) -> None:
-    """Refuse lengths and instructions of tasks that are not evaluated.
+    """Refuse lengths and instructions for tasks that are not evaluated.
 
     Raises:
-        UserError: a key is no such task or benchmark, most likely because it is misspelt.
+        UserError: a key is not an evaluated task or benchmark, most likely because of a typo.
     """
     tasks = tasks_of(config)
     benchmarks = [name for name in BENCHMARKS if any(benchmark_of(task) == name for task in tasks)]
@@ -231,16 +236,16 @@ def check_names(config: EvaluateConfig) -> None:
 def _refuse_unknown(key: str, names: Iterable[str], allowed: list[str]) -> None:
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
+            similar = difflib.get_close_matches(name, allowed, n=1)
             raise UserError(
                 f"{key}: {name!r} is not evaluated",
                 allowed=", ".join(allowed),
-                fix=f"write {near[0]}" if near else f"take it out, or add {name} to tasks",
+                fix=f"write {similar[0]}" if similar else f"remove it, or add {name} to tasks",
             )
 
 
 def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
-    """All elements in array order: model by model, task by task, length by length.
+    """Return all elements in array order: model by model, task by task, length by length.
 
     Raises:
         UserError: lengths or instructions are given for a task that is not evaluated.
@@ -267,10 +272,10 @@ def list_elements(config: EvaluateConfig) -> tuple[Element, ...]:
 
 
 def element_at(config: EvaluateConfig, index: int) -> Element:
-    """The element an array job was started for.
+    """Return the element with an index.
 
     Raises:
-        UserError: no element has that index; the array and the config do not belong together.
+        UserError: no element has it; the array was started for another config.
     """
     elements = list_elements(config)
     if not 0 <= index < len(elements):
@@ -281,9 +286,6 @@ def element_at(config: EvaluateConfig, index: int) -> Element:
             fix="start the array with the length that `diffembed evaluate count` prints",
         )
     return elements[index]
-
-
-_SUBSET = "default"
 
 
 def make_task(own: OwnTask) -> Any:
@@ -304,20 +306,23 @@ def make_task(own: OwnTask) -> Any:
         )
 
         def load_data(self, *args: Any, **kwargs: Any) -> None:
-            self.dataset = {_SUBSET: {own.split: read_split(own)}}
+            self.dataset = {"default": {own.split: read_split(own)}}
             self.data_loaded = True
 
     return FolderTask()
 
 
 def read_split(own: OwnTask) -> dict[str, Any]:
-    """Read corpus, queries and judgements, as mteb holds a split.
+    """Read corpus, queries and judgements in the form of mteb's splits.
 
-    As with mteb's own tasks, queries without judgements do not count; how many is said.
+    As in mteb's own tasks, queries without judgements do not count; their number is printed.
 
     Raises:
-        UserError: a file is missing or damaged, or no query is left; names file and line.
+        UserError: a file is missing or damaged, or no query has judgements; names file and line.
     """
+    # Slow to import, and not needed to list elements.
+    from datasets import Dataset
+
     source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
     bad = BadRecords(f"tasks.{own.name}")
     try:
@@ -332,7 +337,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
                 allowed = "a whole number; documents above 0 are relevant"
                 bad.add(record.fail(f"score {score}", allowed=allowed))
         for name, record in queries.items():
-            if name in judged and not isinstance(_asked(record)[0], str):
+            if name in judged and not isinstance(_query_of(record)[0], str):
                 bad.add(record.fail("no text", allowed="a text in the field text or query"))
         bad.refuse()
     except UserError as error:
@@ -344,17 +349,18 @@ def read_split(own: OwnTask) -> dict[str, Any]:
             f"tasks.{own.name}: no query of {own.path} has judgements in split {own.split!r}",
             fix="check the ids in queries and qrels, or give the task another split",
         )
-    _say_left_out(own, queries, judged)
+    _report_left_out(own, queries, judged)
+    scored = {query: record for query, record in queries.items() if query in relevant}
     return {
-        "corpus": datasets.Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
-        "queries": _query_table({query: queries[query] for query in queries if query in relevant}),
+        "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
+        "queries": Dataset.from_dict(_query_columns(scored)),
         "relevant_docs": relevant,
         "top_ranked": None,
     }
 
 
 def _distinct(documents: Iterator[tuple[str, str, Record]], bad: BadRecords) -> dict[str, str]:
-    """Texts by id; a document with the id of another one is bad."""
+    """Return texts by id; a document with the id of another one is bad."""
     corpus: dict[str, str] = {}
     for name, text, record in documents:
         if corpus.setdefault(name, text) != text:
@@ -364,7 +370,7 @@ def _distinct(documents: Iterator[tuple[str, str, Record]], bad: BadRecords) -> 
 
 
 def _distinct_queries(records: Iterator[Record], bad: BadRecords) -> dict[str, Record]:
-    """Records by id; a query without an id, or with the id of another one, is bad."""
+    """Return records by id; a query without an id, or with the id of another one, is bad."""
     queries: dict[str, Record] = {}
     for record in records:
         try:
@@ -372,14 +378,14 @@ def _distinct_queries(records: Iterator[Record], bad: BadRecords) -> dict[str, R
         except BadRowError as fault:
             bad.add(fault)
             continue
-        if _asked(first) != _asked(record):
+        if _query_of(first) != _query_of(record):
             found = f"an earlier query has the id {name!r}"
             bad.add(record.fail(found, allowed="one id per query"))
     return queries
 
 
-def _asked(record: Record) -> tuple[object, object]:
-    """Text and instruction of a query."""
+def _query_of(record: Record) -> tuple[object, object]:
+    """Return the text and the instruction of a query."""
     value = record.value
     return value.get("text", value.get("query")), value.get("instruction")
 
@@ -390,21 +396,20 @@ def _records(source: SourceConfig, part: str, bad: BadRecords) -> Iterator[Recor
             yield from read_records(block, split=None, on_bad=bad.add)
 
 
-def _query_table(queries: dict[str, Record]) -> datasets.Dataset:
-    """Ids and texts, with the queries' own instructions where there are any."""
-    columns: dict[str, list[str | None]] = {"id": list(queries), "text": []}
-    for record in queries.values():
-        columns["text"].append(record.value.get("text", record.value.get("query")))
-    if any(record.value.get("instruction") for record in queries.values()):
-        columns["instruction"] = [record.value.get("instruction") for record in queries.values()]
-    return datasets.Dataset.from_dict(columns)
+def _query_columns(queries: dict[str, Record]) -> dict[str, list[Any]]:
+    """Return ids and texts, and the queries' own instructions if there are any."""
+    texts, instructions = zip(*map(_query_of, queries.values()), strict=True)
+    columns = {"id": list(queries), "text": list(texts)}
+    if any(instructions):
+        columns["instruction"] = list(instructions)
+    return columns
 
 
-def _say_left_out(own: OwnTask, queries: dict[str, Record], judged: dict[str, Any]) -> None:
+def _report_left_out(own: OwnTask, queries: dict[str, Record], judged: dict[str, Any]) -> None:
     counts = {
         "queries without judgements, left out": len(queries.keys() - judged.keys()),
         "judged queries without text, left out": len(judged.keys() - queries.keys()),
     }
-    for what, count in counts.items():
+    for kind, count in counts.items():
         if count:
-            print(f"{own.name}: {what}: {count}", flush=True)
+            print(f"{own.name}: {kind}: {count}", flush=True)

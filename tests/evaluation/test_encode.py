@@ -182,7 +182,7 @@ def test_vector_i_belongs_to_line_i_also_where_lines_are_blank(
     wanted = load_export(plain.model).encode_texts(["", "river", "", "   ", "stone", ""])
     assert names == [str(line) for line in range(6)]
     np.testing.assert_allclose(vectors, wanted, atol=1e-6)
-    assert "4 of 6 texts are blank; each keeps its place" in capsys.readouterr().err
+    assert "4 of 6 texts are blank; each keeps its row" in capsys.readouterr().err
 
 
 def test_texts_that_reach_the_maximum_length_are_counted(
@@ -221,7 +221,7 @@ def test_a_beir_corpus_has_its_ids_and_its_titles_before_the_texts(
         vectors, model.encode_texts(["River stone", "cloud", "amber"]), atol=1e-6
     )
     said = capsys.readouterr().err
-    assert "'title' stands before the text" in said
+    assert "'title' precedes the text" in said
     assert "1 of 3 records repeat an earlier _id" in said
     bare = dataclasses.replace(plain, id_field="", title_field="")
     names, vectors = encode_rows(bare, "bare.jsonl", content)

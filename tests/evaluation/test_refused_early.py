@@ -43,7 +43,7 @@ def test_a_key_of_a_task_that_is_not_evaluated_is_refused(
         wrong = dataclasses.replace(one, models=(model,))
     else:
         wrong = dataclasses.replace(one, **{key: {name: (8,) if key == "lengths" else "x"}})
-    fix = f"write {AOPS}" if name == "BrightAop" else f"take it out, or add {name} to tasks"
+    fix = f"write {AOPS}" if name == "BrightAop" else f"remove it, or add {name} to tasks"
     with pytest.raises(UserError) as error:
         list_elements(wrong)
     expected = f"{key}: '{name}' is not evaluated | allowed: {AOPS}, BRIGHT | fix: {fix}"
