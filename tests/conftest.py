@@ -1,4 +1,4 @@
-"""A temporary folder for everything that the tests start, gone after them."""
+"""What all tests share: a temporary folder for what they start, gone with it after them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+from tests import forks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +22,4 @@ def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
             patch.setenv(name, folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
+        forks.stop_server()

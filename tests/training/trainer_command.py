@@ -1,4 +1,4 @@
-"""The trainer of this checkout as a command, alone or on ranks of the deepspeed launcher."""
+"""The trainer of this checkout as a command, alone, on ranks, or under the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import PATIENCE, free_port
+from tests import forks
+from tests.support import PATIENCE, free_port, run_together
 
 ROOT = Path(__file__).parents[2]
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run_trainer(
     *arguments: str | Path, num_ranks: int = 1, script: str | Path = "pipeline/train.py"
 ) -> subprocess.CompletedProcess[str]:
-    """Run it in the checkout's folder until it ends, whatever its exit code."""
-    launcher: list[str | Path] = [sys.executable]
-    if num_ranks > 1:
-        launcher = [Path(sys.executable).with_name("deepspeed"), f"--master_port={free_port()}"]
-        launcher += ["--num_accelerators", str(num_ranks)]
+    """Run it in the checkout's folder until it ends, whatever its exit code; all ranks' output."""
+    words = [str(word) for word in (script, *arguments)]
+    if num_ranks == 1:
+        return forks.run(words, folder=ROOT, timeout=PATIENCE)
+    ranks = run_together([words] * num_ranks, folder=ROOT)
+    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    stdout, stderr = ("".join(rank.stdout for rank in ranks), "".join(r.stderr for r in ranks))
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+
+def run_under_deepspeed(*arguments: str | Path, num_ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run it on really started ranks of the deepspeed launcher."""
+    launcher: list[str | Path] = [Path(sys.executable).with_name("deepspeed")]
+    launcher += [f"--master_port={free_port()}", "--num_accelerators", str(num_ranks)]
     return subprocess.run(
-        [str(word) for word in (*launcher, script, *arguments)],
+        [str(word) for word in (*launcher, "pipeline/train.py", *arguments)],
         cwd=ROOT,
-        env={**os.environ, **_ENVIRONMENT},
+        env={**os.environ, **forks.ENVIRONMENT},
         text=True,
         capture_output=True,
         timeout=PATIENCE,

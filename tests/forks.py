@@ -1,0 +1,421 @@
+"""Python processes without the start: forked from a server that has imported the slow libraries.
+
+Importing torch, transformers, DeepSpeed and mteb takes 6 to 10 seconds of CPU: most of the time
+of a command on a tiny model. `Process` and `run` take what follows `python` on a command line:
+
+    forks.run(["pipeline/train.py", "config.yaml"], folder=ROOT)
+    forks.run(["-m", "pipeline.cli", "report", "config.yaml"], folder=ROOT, environment={...})
+
+The first call starts the server (this module as a program), which forks a child for each request.
+A child has its own environment, folder, arguments, streams and process group, runs the program as
+`__main__` and ends as Python does, with its exit handlers. The server has no thread and no process
+group, and has read no data. It ends, with its children, when its parent does.
+
+A process is really started where a fork would not be the same:
+  - variables that libraries read while they are imported differ from the server's;
+  - torch sees a GPU, which a forked child cannot use once its parent has looked at it;
+  - `DIFFEMBED_TEST_FORKS=0`.
+Tests of launchers, signals, imports and installation start their processes themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import multiprocessing.util
+import os
+import pkgutil
+import random
+import runpy
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+# What every process of a test is started with, forked or not.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+_LIBRARIES = (
+    *("torch", "torch.distributed", "transformers", "deepspeed", "peft", "datasets"),
+    *("sentence_transformers", "pyarrow.parquet", "pydantic", "typer", "mteb", "fsspec", "yaml"),
+    *("matplotlib.pyplot", "hypothesis", "pytest"),
+    # DeepSpeed imports it with its first engine, and with it torch's compiler.
+    "deepspeed.runtime.zero.muon.original_muon",
+    # Imported by name as a model is built or read.
+    *("transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.modeling_auto"),
+    "transformers.models.auto.tokenization_auto",
+)
+# Read by libraries while they are imported, or by the interpreter and the linker as they start.
+_READ_AT_START = (
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "MTEB_", "TOKENIZERS_", "DS_", "MPL"),
+    *(
+        "OMP_",
+        "OPENBLAS_",
+        "MKL_",
+        "KMP_",
+        "GOMP_",
+        "CUDA_",
+        "NVIDIA_",
+        "NCCL_",
+        "TORCH",
+        "PYTORCH_",
+    ),
+    *("PYTHON", "LD_", "LC_", "LANG", "XDG_", "HOME"),
+)
+# Set in a child by `_take_environment`, or of no effect on a process that has started.
+_SET_AFTER_START = ("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID")
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class Process:
+    """A Python process, forked or started; as far as it goes, `subprocess.Popen`.
+
+    Args:
+        words: what follows `python`: a script, `-m` and a module, or `-c` and code; then arguments.
+        folder: its working directory.
+        environment: variables in addition to this process's and `ENVIRONMENT`.
+        stdout: an open file for what it prints.
+        stderr: an open file for its errors; `stdout` by default.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str | Path],
+        *,
+        folder: Path,
+        stdout: IO[str],
+        stderr: IO[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        words = [str(word) for word in words]
+        whole = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        self.returncode: int | None = None
+        self._started: subprocess.Popen[bytes] | None = None
+        streams = (stdout, stderr or stdout)
+        server = _server_for(whole)
+        if server is None:
+            self._started = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=folder,
+                env=whole,
+                stdin=subprocess.DEVNULL,
+                stdout=streams[0],
+                stderr=streams[1],
+                start_new_session=True,
+            )
+            self.pid = self._started.pid
+            return
+        self._status, status = os.pipe()
+        request = {"words": words, "folder": str(folder), "environment": whole}
+        server.send(request, [*(stream.fileno() for stream in streams), status])
+        os.close(status)
+        self.pid = self._read_number() or 0
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+        return self._end(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code as soon as it ends.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs longer.
+        """
+        code = self._end(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("python", timeout or 0)
+        return code
+
+    def kill(self) -> None:
+        """Kill it with the processes of its group."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _end(self, timeout: float | None) -> int | None:
+        if self._started is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.returncode = self._started.wait(timeout)
+        elif self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            code = self._read_number()
+            # The server is gone, and its children with it.
+            self.returncode = -signal.SIGKILL if code is None else code
+            os.close(self._status)
+        return self.returncode
+
+    def _read_number(self) -> int | None:
+        line = b""
+        while (byte := os.read(self._status, 1)) not in (b"", b"\n"):
+            line += byte
+        return int(line) if line else None
+
+
+def run(
+    words: Sequence[str | Path],
+    *,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python process to its end, whatever its exit code; kill it after so many seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed.
+    """
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = Process(
+            words, folder=folder, environment=environment, stdout=stdout, stderr=stderr
+        )
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        texts = []
+        for stream in (stdout, stderr):
+            stream.seek(0)
+            texts.append(stream.read())
+    return subprocess.CompletedProcess([str(word) for word in words], code, *texts)
+
+
+# --- the server, seen from the tests -----------------------------------------------------------
+
+
+class _Server:
+    """The server's process, and the socket by which it is asked."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.read_at_start = _read_at_start(environment)
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks", str(other.fileno())],
+            cwd=ROOT,
+            env=dict(environment),
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        other.close()
+
+    def send(self, request: Mapping[str, object], descriptors: Sequence[int]) -> None:
+        socket.send_fds(self._socket, [json.dumps(request).encode()], list(descriptors))
+
+    def stop(self) -> None:
+        self._socket.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+_server: _Server | None = None
+
+
+def _server_for(environment: Mapping[str, str]) -> _Server | None:
+    """Return the server if its children would be what a process of this environment is."""
+    global _server
+    import torch
+
+    if environment.get("DIFFEMBED_TEST_FORKS") == "0" or torch.cuda.is_available():
+        return None
+    if _server is None:
+        _server = _Server(environment)
+    return _server if _server.read_at_start == _read_at_start(environment) else None
+
+
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_AT_START) and name not in _SET_AFTER_START
+    }
+
+
+def stop_server() -> None:
+    """End the server, with what it has forked; the next process starts another one."""
+    global _server
+    if _server is not None:
+        _server.stop()
+        _server = None
+
+
+# --- forks -------------------------------------------------------------------------------------
+
+
+def import_libraries() -> None:
+    """Import what commands import, and this project's modules."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    for package in ("pipeline", "ReasonAug"):
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("qwen2")  # keeps its table of all models
+    # A process that has started MPI must not fork.
+    assert "mpi4py.MPI" not in sys.modules
+
+
+def fork(work: Callable[[], object], *, folder: Path, stdout: int, stderr: int) -> int:
+    """Call `work` in a child, in `folder`, with open files as its streams; return its process id.
+
+    The child leads a process group, ends with the exit code of Python's rules and without the exit
+    handlers of this process, and is killed if this process ends first.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            if os.getppid() == parent:
+                os.dup2(stdout, 1)
+                os.dup2(stderr, 2)
+                for stream in {stdout, stderr} - {1, 2}:
+                    os.close(stream)
+                os.chdir(folder)
+                code = _exit_code(work)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def _exit_code(work: Callable[[], object]) -> int:
+    """Call `work`, wait for threads and workers as Python does at its end; what it exits with."""
+    code: object = 0
+    try:
+        work()
+    except SystemExit as end:
+        code = 0 if end.code is None else end.code
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code) & 0xFF  # type: ignore[call-overload]
+
+
+def _serve(requests: socket.socket) -> None:
+    """Fork a child for each request; write its process id, then its exit code, to its pipe."""
+    children: dict[int, tuple[int, int]] = {}  # pidfd: process id, pipe
+    with selectors.DefaultSelector() as selector:
+        selector.register(requests, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not requests:
+                    selector.unregister(key.fileobj)
+                    pid, status = children.pop(key.fd)
+                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    with contextlib.suppress(BrokenPipeError):  # the test has forgotten it
+                        os.write(status, b"%d\n" % code)
+                    os.close(key.fd)
+                    os.close(status)
+                    continue
+                message, descriptors, *_ = socket.recv_fds(requests, 2**20, 3)
+                if not message:
+                    for pid, _ in children.values():
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(pid, signal.SIGKILL)
+                    return
+                request = json.loads(message)
+                stdout, stderr, status = descriptors
+
+                def work(request: dict = request, status: int = status) -> None:
+                    selector.close()
+                    requests.close()
+                    for fd, (_, pipe) in children.items():
+                        os.close(fd)
+                        os.close(pipe)
+                    os.close(status)
+                    _become(request["words"], request["environment"])
+
+                pid = fork(work, folder=Path(request["folder"]), stdout=stdout, stderr=stderr)
+                os.close(stdout)
+                os.close(stderr)
+                os.write(status, b"%d\n" % pid)
+                pidfd = os.pidfd_open(pid)
+                children[pidfd] = (pid, status)
+                selector.register(pidfd, selectors.EVENT_READ)
+
+
+def _become(words: list[str], environment: dict[str, str]) -> None:
+    """Run a program as `__main__`, then the exit handlers."""
+    _take_environment(environment)
+    # Its second execution, as __main__, is meant.
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            sys.path[0] = str(Path.cwd())
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path[0] = ""
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(words[1], "<string>", "exec"), main.__dict__)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        raise SystemExit(1) from None
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    """Set the environment, and what modules have kept from the one at their import."""
+    import datasets
+    import numpy as np
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    # Anything else would be the same in all children, and mteb seeds all three at its import.
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    if cache := environment.get("HF_DATASETS_CACHE"):
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+
+
+if __name__ == "__main__":
+    # Children look at their parent's modules, so the server is not `__main__`.
+    from tests import forks
+
+    forks.import_libraries()
+    gc.collect()
+    gc.freeze()  # shared with children: a collection of theirs copies no page
+    forks._serve(socket.socket(fileno=int(sys.argv[1])))
