@@ -11,7 +11,7 @@ from pipeline import comm
 from tests.benchmarks.bench_support import tiny_qwen2
 from tests.fake_cuda.fake_cuda import CUDA, CudaTensor
 
-# What NCCL can send.
+# Types that NCCL can send.
 NCCL_TYPES = {
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int8, torch.uint8, torch.int32, torch.int64),
@@ -40,6 +40,6 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose heads are as wide as the kernels ask."""
+    """A tiny model whose heads are as wide as the kernels require."""
     folder = tmp_path_factory.mktemp("qwen2")
     return tiny_qwen2(folder, hidden_size=64, num_layers=2, vocab_size=300)

@@ -37,7 +37,7 @@ def _weights(q: Tensor, k: Tensor, *, causal: bool, scale: float, window: Any) -
 
 
 def _check(q: Tensor, boundaries: tuple[Tensor, Tensor], longest: int) -> None:
-    """Refuse what the CUDA kernel refuses."""
+    """Refuse the inputs that the CUDA kernel refuses."""
     for each in boundaries:
         assert each.dtype == torch.int32, f"boundaries must be int32, not {each.dtype}"
     assert type(longest) is int, "the longest row must be a number of the host"

@@ -1,4 +1,4 @@
-"""How far 128 coalesced bf16 backwards drift from the fp32 sum of the same 128 gradients.
+"""Measure how far 128 coalesced bf16 backwards drift from the fp32 sum of the same 128 gradients.
 
 One rank, ZeRO-2 as the trainer configures it; prints one JSON line.
 """
@@ -27,7 +27,7 @@ NUM_CHUNKS, ROWS, VOCAB_SIZE = 128, 4, 500
 
 
 def main(path: str) -> None:
-    """Backward of every chunk through the engine, and beside it into an fp32 sum."""
+    """Run every chunk's backward through the engine, and into an fp32 sum."""
     comm.start(discover_world(), timeout_seconds=PATIENCE)
     device = comm.device()
     model = ModelConfig(path=path, dtype="bfloat16")

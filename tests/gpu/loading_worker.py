@@ -1,4 +1,4 @@
-"""The one rank of the GPU loading test: a bfloat16 model in partitions, beside it read whole.
+"""The one rank of the GPU loading test: a bfloat16 model in partitions, and read whole.
 
 Prints one JSON line.
 """

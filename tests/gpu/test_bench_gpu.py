@@ -1,4 +1,4 @@
-"""The GPU benchmark counts its FLOPs right and builds the model it says; checked on the CPU."""
+"""The GPU benchmark counts its FLOPs right and builds the model it names; checked on the CPU."""
 
 from __future__ import annotations
 

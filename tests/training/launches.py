@@ -142,7 +142,7 @@ class Launch:
             time.sleep(0.1)
 
     def output(self) -> str:
-        """What has been printed so far."""
+        """Return the output so far."""
         self._output.seek(0)
         return self._output.read()
 

@@ -27,7 +27,7 @@ from tests.training.exactness import gradient_errors
 
 
 def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str, float]:
-    """Fail once with two chunks a rank, then go on with five."""
+    """Fail once with two chunks a rank, then continue with five."""
     model = ModelConfig(path=model_path, dtype="float32")
     config = TrainConfig(
         output_dir=Path("unused"),
@@ -72,7 +72,7 @@ def run_case(model_path: str, *, stage: int, in_backward_pass: bool) -> dict[str
 
 
 def give_up(engine: ZeroEngine, config: TrainConfig) -> bool:
-    """Ask rank 1 alone to stop near the end of a step; whether the step was given up."""
+    """Request a stop on rank 1 alone near a step's end; return whether the step was given up."""
     points = 0
 
     def wants_to_stop() -> bool:

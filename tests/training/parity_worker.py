@@ -66,7 +66,7 @@ def make_batch(
                 input_ids=np.concatenate([texts[i] for i in part]).astype(np.int64),
                 lengths=np.array([len(texts[i]) for i in part], dtype=np.int64),
                 texts=part.astype(np.int64),
-                # Queries begin with an instruction of two tokens.
+                # Queries start with an instruction of two tokens.
                 instruction_tokens=np.where(part < NUM_QUERIES, 2, 0).astype(np.int64),
             )
         )
@@ -150,7 +150,7 @@ def run_case(
     pool_instruction: bool,
     distilled: bool,
 ) -> dict[str, float]:
-    """Worst relative error over all parameters, and the loss beside the reference's."""
+    """Return the worst relative error over all parameters, and both losses."""
     model = ModelConfig(
         path=model_path,
         dtype="float32",

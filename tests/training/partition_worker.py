@@ -1,4 +1,4 @@
-"""One rank of the loading tests: a model built in ZeRO-3 partitions, beside the same built whole.
+"""One rank of the loading tests: a model built in ZeRO-3 partitions, and the same built whole.
 
 Prints one JSON line per result and rank, on rank 0.
 """
@@ -109,7 +109,7 @@ def two_steps(path: str, zero: dict[str, Any], model: ModelConfig, *, pieces: bo
 
 
 def failure(path: str) -> str:
-    """How a model that cannot be built is refused."""
+    """Return the error of a model that cannot be built."""
     ds_config = resolve_ds_config(
         {"zero_optimization": {"stage": 3}}, make_config(path), world_size=comm.world_size()
     )

@@ -33,7 +33,7 @@ PAIRS: tuple[tuple[int, int, dict[str, int]], ...] = (
 
 
 def differences(engine: ZeroEngine, path: Path) -> list[str]:
-    """What of an engine is not bit by bit what the checkpoint's files hold."""
+    """List parameters of an engine that differ in any bit from the checkpoint's files."""
     found = []
     for name, stored in checkpoints.iterate_tensors(path):
         state = engine.gather_state(name)
@@ -68,7 +68,7 @@ def run_rank(folder: Path, move: int) -> None:
 
 
 def save_after_a_step(engine: ZeroEngine, folder: Path, step: int) -> None:
-    """Train, so that the next move meets other numbers, and save."""
+    """Train, so that the next move has other numbers, and save."""
     train(engine, range(step, step + 1))
     saver = checkpoints.Saver(folder)
     saver.begin(engine, step=step + 1, identity=IDENTITY)
@@ -79,7 +79,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     import_deepspeed()
-    # What DeepSpeed imports when it makes an engine takes longer than everything else here.
+    # DeepSpeed's imports for an engine take longer than everything else here.
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     for move, world_size in enumerate(WORLD_SIZES):
         os.environ.update(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")

@@ -23,7 +23,7 @@ SIMCSE = ("model.attention_dropout=0.3", LORA)
 
 
 def run(recipe: Path, name: str, *changes: str) -> None:
-    """Train in the folder `name` beside the recipe."""
+    """Train in the folder `name` next to the recipe."""
     train.run([str(recipe), "--deepspeed", ZERO, f"output_dir={recipe.parent / name}", *changes])
 
 

@@ -48,7 +48,7 @@ def steps_of_a_rank() -> list[str]:
     ends.append(pass_points(agreement))
     agreement.end_step(seconds=9)
     ends.append(pass_points(agreement, ask))  # a short step is always finished
-    # Ranks that had lost each other would not meet here.
+    # Ranks that had lost each other would hang here.
     assert comm.all_gather_object(rank) == [0, 1]
     return ends
 

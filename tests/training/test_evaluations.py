@@ -1,4 +1,4 @@
-"""Checkpoints scored while training goes on: beside it, not in it."""
+"""Checkpoints are scored during training, by other processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(recipe: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_checkpoint_is_scored_beside_training_though_it_is_pruned_meanwhile(
+def test_a_checkpoint_is_scored_during_training_though_it_is_pruned_meanwhile(
     recipe: Path, evaluation: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_scored_beside_training_though_it_is_pruned_meanwhile(
     assert result["score"] == points[0]["score"] > 0
     assert result["instruction"] == "Find it"
     assert result["revision"].startswith("step-000002-")
-    # Whose score it is: told by the checkpoint through its export, and by the folder of the step.
+    # The score names its checkpoint, through the export and in the folder of the step.
     digest = (run / "evaluations/step-000002/checkpoint.digest").read_text()
     assert result["checkpoint"] == digest
     assert sorted(p.name for p in (run / "evaluations").glob("step-*")) == ["step-000002"]
@@ -107,7 +107,7 @@ def test_only_its_turn_is_scored_and_only_once(recipe, evaluation, tmp_path, mon
     assert kept.stat().st_nlink == 1
 
 
-def test_a_run_that_is_taken_back_has_its_new_checkpoints_scored_and_forgets_the_others(
+def test_a_run_that_was_rewound_has_its_new_checkpoints_scored_and_forgets_the_others(
     recipe, evaluation, tmp_path, monkeypatch, capsys
 ) -> None:
     run = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_a_run_that_is_taken_back_has_its_new_checkpoints_scored_and_forgets_the
     capsys.readouterr()
 
     again, commands = started(recipe, evaluation, run, monkeypatch)
-    again.start(run / "checkpoints/step-000002", 2)  # where the run goes on from
+    again.start(run / "checkpoints/step-000002", 2)  # from which the run continues
     assert commands == []
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()] == ["step-000004", "step-000006"]
@@ -142,7 +142,7 @@ def test_a_run_that_is_taken_back_has_its_new_checkpoints_scored_and_forgets_the
     assert kept.read_text() == "third weights"
 
 
-def test_what_scores_beside_training_is_no_rank_of_it_and_leaves_it_the_gpus(
+def test_a_scoring_process_is_no_rank_of_training_and_leaves_it_the_gpus(
     recipe, evaluation, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")

@@ -38,7 +38,7 @@ def test_an_adapter_alone_and_merged_give_the_same_vectors_and_say_what_they_nee
     np.testing.assert_allclose(alone, merged, atol=1e-5)
 
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("adapter", "merged")}
-    # Dream's published folder runs code of its own in transformers, so its adapter needs ours.
+    # Dream's published folder runs its own code in transformers, so its adapter needs ours.
     assert "load_export" in cards["adapter"] and "A merged export needs neither" in cards["adapter"]
     assert "SentenceTransformer" in cards["merged"]
     for card in cards.values():

@@ -1,4 +1,4 @@
-"""An export is the model that was trained, whatever the config says by now."""
+"""An export is the model that was trained, even if the config has changed since."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_other_weights_of_the_base_do_not_matter_where_all_of_them_were_trained(
     for output in exports:
         result = CliRunner().invoke(app, [*command, "--output", str(output)])
         assert result.exception is None, result.output
-        said = "model.safetensors changed since the run began; not needed"
+        said = "model.safetensors changed since the run started; not needed"
         assert (said in result.output) == (output == exports[1])
         change_weights(base)
     before, after = (load_file(output / "model.safetensors") for output in exports)

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("failure_worker.py")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's lines without what was measured."""
+    """Return the run's lines without measured times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]

@@ -1,4 +1,4 @@
-"""A rank whose launcher had ended before the rank could look who started it."""
+"""A rank ends if its launcher ended before the rank could find out its parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": 
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "address"),
     [
         ({}, None),
         ({**TORCHRUN, "MASTER_PORT": "29500"}, ("127.0.0.1", 29500)),
@@ -45,9 +45,9 @@ TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": 
     ],
 )
 def test_where_the_launcher_answers(
-    environment: dict[str, str], place: tuple[str, int] | None
+    environment: dict[str, str], address: tuple[str, int] | None
 ) -> None:
-    assert launch.launcher_address(environment) == place
+    assert launch.launcher_address(environment) == address
 
 
 def test_a_launcher_that_answers_is_no_fault_and_one_that_has_gone_is(
@@ -69,7 +69,7 @@ def test_a_launcher_that_answers_is_no_fault_and_one_that_has_gone_is(
     [
         ("torchrun", ["--no-python"], "the launcher that answered at"),
         ("deepspeed", ["--no_python", "--no_local_rank"], "the command deepspeed has ended"),
-        # What ranks say after its end, mpirun no longer hands on.
+        # After its end, mpirun forwards no output of ranks.
         ("mpirun", [], ""),
     ],
 )

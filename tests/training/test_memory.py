@@ -1,4 +1,4 @@
-"""A rank that runs out of memory makes all ranks go on with smaller chunks."""
+"""A rank that runs out of memory makes all ranks continue with smaller chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of a run reach whoever was asked to take them, once for each step."""
+"""Numbers of a run reach every tracker, once for each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def needs(name: str) -> None:
 
 
 def interrupted(open_tracker: Any) -> dict[int, float]:
-    """Log steps 0 to 4, then once more from 3 on, as a run that resumes there; what is due."""
+    """Log steps 0 to 4, then again from 3 on, as a run that resumes there; return the lines due."""
     for first, stop in ((0, 5), (3, 7)):
         tracker: Tracker = open_tracker(first)
         for step in range(first, stop):

@@ -21,7 +21,7 @@ MIB = 2**20
 def results(
     model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What both ranks measured, by case."""
+    """Return the measurements of both ranks, by case."""
     large = tmp_path_factory.mktemp("large")
     config = hf.LlamaConfig(
         vocab_size=6000,

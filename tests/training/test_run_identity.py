@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what would make it another run."""
+"""A resumed run may change some keys; a change of any other is refused."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_what_only_decides_how_fast_and_how_told_may_change(recipe: Path, change
     assert identity(recipe, change) == identity(recipe)
 
 
-def resume(recipe: Path, began: tuple[str, ...], goes_on: tuple[str, ...], *, step: int) -> None:
+def resume(recipe: Path, started: tuple[str, ...], resumed: tuple[str, ...], *, step: int) -> None:
     """Compare two runs as one that resumes after `step` steps does."""
-    state = {"step": step, "identity": identity(recipe, *began)}
-    require_same_run(Path("run/checkpoints/step"), state, identity(recipe, *goes_on))
+    state = {"step": step, "identity": identity(recipe, *started)}
+    require_same_run(Path("run/checkpoints/step"), state, identity(recipe, *resumed))
 
 
 @pytest.mark.parametrize(
-    ("began", "goes_on"),
+    ("started", "resumed"),
     [
         ("num_steps=6", "num_steps=9"),
         ("num_steps=9", "num_steps=6"),
@@ -87,18 +87,18 @@ def resume(recipe: Path, began: tuple[str, ...], goes_on: tuple[str, ...], *, st
     ],
 )
 def test_learning_rates_of_steps_already_made_may_not_change(
-    recipe: Path, began: str, goes_on: str
+    recipe: Path, started: str, resumed: str
 ) -> None:
-    cosine = ("optimizer.decay=cosine",) if "cosine" in began else ()
+    cosine = ("optimizer.decay=cosine",) if "cosine" in started else ()
     with pytest.raises(UserError, match=r"num_steps: the learning rate would decay until step"):
-        resume(recipe, (began,), (*cosine, goes_on), step=3)
-    resume(recipe, (began,), (*cosine, goes_on), step=2)  # still warming up: nothing changes
+        resume(recipe, (started,), (*cosine, resumed), step=3)
+    resume(recipe, (started,), (*cosine, resumed), step=2)  # still warming up: nothing changes
     if not cosine:
         constant = "optimizer.decay=constant"
-        resume(recipe, (began, constant), (goes_on, constant), step=3)
+        resume(recipe, (started, constant), (resumed, constant), step=3)
 
 
-def test_a_run_may_end_earlier_on_the_curve_that_it_began(recipe: Path) -> None:
+def test_a_run_may_end_earlier_on_the_curve_that_it_started(recipe: Path) -> None:
     resume(recipe, ("num_steps=9",), ("num_steps=6", "optimizer.decay_steps=9"), step=3)
 
 
@@ -112,9 +112,9 @@ def test_a_run_may_end_earlier_on_the_curve_that_it_began(recipe: Path) -> None:
     ],
 )
 def test_a_section_that_is_left_out_or_added_is_another_run(recipe: Path, section: str) -> None:
-    for began, goes_on in (((section,), ()), ((), (section,))):
+    for started, resumed in (((section,), ()), ((), (section,))):
         with pytest.raises(UserError, match=section.partition("=")[0]):
-            resume(recipe, began, goes_on, step=3)
+            resume(recipe, started, resumed, step=3)
 
 
 def test_all_keys_that_differ_are_named(recipe: Path) -> None:
@@ -149,7 +149,7 @@ def test_other_bytes_of_the_base_or_its_adapter_are_refused_and_another_place_is
 
     path, state = Path("run/checkpoints/step"), {"step": 1, "identity": with_digests(digests)}
     require_same_run(path, state, with_digests(digests, "model.path=moved"))
-    with pytest.raises(UserError, match=rf"{key}: {file} changed since the run in run began"):
+    with pytest.raises(UserError, match=rf"{key}: {file} changed since the run in run started"):
         require_same_run(path, state, with_digests({**digests, file: "x"}))
     # A checkpoint of an earlier version knows the model by its place only.
     old = {"step": 1, "identity": identity(recipe)}
@@ -160,6 +160,6 @@ def test_other_bytes_of_the_base_or_its_adapter_are_refused_and_another_place_is
 
 def test_other_shards_are_named_by_the_key_that_the_user_knows(recipe: Path) -> None:
     state = {"step": 1, "identity": identity(recipe, shards="others")}
-    with pytest.raises(UserError, match=r"data\.path: the shards there are not those") as error:
+    with pytest.raises(UserError, match=r"data\.path: .* started with other shards") as error:
         require_same_run(Path("run/checkpoints/step"), state, identity(recipe))
     assert "fingerprint" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A save that is whole, late or failed, never half; and what is kept of many."""
+"""A save is complete, late or failed, never half; of many, the right ones are kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     saver.begin(engine, step=5, identity={})
     assert saver.is_pending
     assert saver.is_writing
-    engine.state["a"]["weight"].fill_(9.0)  # the next step goes on meanwhile
+    engine.state["a"]["weight"].fill_(9.0)  # the next step runs meanwhile
     assert checkpoint_folder.latest(tmp_path) is None
     disk_is_ready.set()
     path = saver.finish()
@@ -170,7 +170,7 @@ def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12):
         save(tmp_path, Memory(a=1.0), step=step, identity={})
     checkpoint_folder.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
-    # Of what the run was taken back from nothing is deleted.
+    # Checkpoints from before a rewind are not deleted.
     kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
     assert checkpoint_folder.names(tmp_path) == kept
 

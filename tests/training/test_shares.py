@@ -1,4 +1,4 @@
-"""Every rank restores exactly its own elements, whatever the sizes and the number of ranks."""
+"""Every rank restores exactly its own elements, for any sizes and number of ranks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 try:
     # In C++, as ranks wait for each other; Python runs no handler of a signal meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True)
-    store.wait(["what nobody sets"], timedelta(seconds=float(sys.argv[3])))
+    store.wait(["never set"], timedelta(seconds=float(sys.argv[3])))
 except Exception:
     print(stop.reason(), flush=True)
 """
@@ -34,7 +34,7 @@ except Exception:
 @pytest.mark.parametrize(
     ("seconds_of_one_request", "seconds_in_c", "code", "printed"),
     [
-        # A launcher hands on what the rank got as well.
+        # A launcher forwards a signal that the rank has received as well.
         (60, 2, 0, ["''", "SIGUSR1", "SIGUSR1"]),
         (0, 600, 128 + signal.SIGTERM, ["''", "SIGUSR1"]),
     ],

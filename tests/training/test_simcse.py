@@ -35,7 +35,7 @@ LINES, TEMPERATURE = 12, 0.05
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """12 lines, of which the first occurs three times, and their tokenizer's model beside them."""
+    """12 lines, of which the first occurs three times, and a model for them."""
     folder = tmp_path_factory.mktemp("simcse")
     rng = random.Random(0)
     lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(LINES - 2)]

@@ -1,4 +1,4 @@
-"""MNTP, SimCSE, supervised: each stage begins with what the last one learned."""
+"""MNTP, SimCSE, supervised: each stage starts from the weights of the one before."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ optimizer: {{lr: 3.0e-2}}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The run's lines without what a clock measured."""
+    """Return the run's lines without measured times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
@@ -68,7 +68,7 @@ def test_a_stopped_and_resumed_mntp_run_is_bit_equal_to_an_uninterrupted_one(fol
     [
         # The exported adapter on the base model is the merged export.
         ("simcse", "simcse on the adapter", "simcse without mntp"),
-        # The continued adapter begins where the same adapter ends that goes into the weights.
+        # The continued adapter starts where the same adapter, merged into the weights, ends.
         ("supervised", "supervised on the merged", "supervised without simcse"),
     ],
 )

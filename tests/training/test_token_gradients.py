@@ -1,4 +1,4 @@
-"""Gradients of token prediction at two ranks equal those of transformers' models in one process."""
+"""Gradients of token prediction on two ranks equal transformers' own in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed does silently wrong or never finishes, unless the trainer handles it."""
+"""Faults of DeepSpeed, silent or hanging, that the trainer handles."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
 
     for script in ("train_mpirun.sh", "train_deepspeed.sh"):
         with Launch(by_script(hosts, script), *arguments, environment=environment) as launch:
-            # A start writes the file of the curve anew.
+            # Each start rewrites the file of the curve.
             while "step " not in launch.output():
                 assert launch.process.poll() is None, launch.output()
                 time.sleep(0.01)

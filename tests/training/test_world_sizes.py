@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks and another ZeRO stage is still the same run."""
+"""A run that continues with other ranks and another ZeRO stage is still the same run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_adapters_alone_are_saved(folder: Path) -> None:
     for name, weight in adapters.items():
         assert "lora_" in name
         assert min(weight.shape) == 5, name
-        assert weight.count_nonzero() == weight.numel(), name  # B begins as zeros
+        assert weight.count_nonzero() == weight.numel(), name  # B starts as zeros
     for file in newest.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             assert all(tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118

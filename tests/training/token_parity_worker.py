@@ -148,7 +148,7 @@ def our_name(name: str) -> str:
 def break_off(
     step: Any, engine: Any, batch: GlobalBatch, fault: float | None, error: type[Exception]
 ) -> None:
-    """A step in which rank 1 alone scores NaN, or lacks memory; all ranks must leave it alike."""
+    """A step in which rank 1 alone scores NaN, or lacks memory; all ranks must leave it."""
     scores = LanguageModel.logits
 
     def faulty(self: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def break_off(
 def run_case(
     path: str, *, kind: str, stage: int, counts: list[int], lora: bool, schedule: str
 ) -> dict[str, Any]:
-    """Worst relative error over all parameters, and the loss beside the reference's."""
+    """Return the worst relative error over all parameters, and both losses."""
     objective, attention, shift = OBJECTIVES[kind]
     model = ModelConfig(
         path=path,

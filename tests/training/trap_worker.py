@@ -70,7 +70,7 @@ def make_engine(model: torch.nn.Module, zero: dict[str, Any], config: TrainConfi
 def updates(
     path: str, zero: dict[str, Any], schedule: str, *, padded: bool = True
 ) -> dict[str, float]:
-    """Three steps without clipping, beside the same in plain torch; 3 and 5 chunks.
+    """Run three steps without clipping, and the same in plain torch; 3 and 5 chunks.
 
     Gradients of the third step tell whether the updates reached every copy of the weights.
 
@@ -111,7 +111,7 @@ def updates(
 
 
 def moments(stage: int) -> dict[str, Any]:
-    """Worst first moment after one update, beside (1 - beta1) times the gradient.
+    """Compare the worst first moment after one update with (1 - beta1) times the gradient.
 
     Before it comes an update that is not finite, and must not count as one.
     """
@@ -123,7 +123,7 @@ def moments(stage: int) -> dict[str, Any]:
         engine.backward((engine.embed(ids, torch.ones_like(ids)) * math.inf).sum())
     left_out = not math.isfinite(engine.step(LR)) and engine.optimizer_steps == 0
     for name, parameter in TwoGroups().named_parameters():
-        state = engine.gather_state(name)  # what a checkpoint would hold
+        state = engine.gather_state(name)  # as in a checkpoint
         left_out &= torch.equal(state["weight"], parameter.detach())
         left_out &= not (state["exp_avg"].any() or state["exp_avg_sq"].any())
     with engine.accumulation():
@@ -185,7 +185,7 @@ def _chunk_loss(embed: Any, chunk: int, rank: int) -> torch.Tensor:
 
 
 def traffic(path: str, schedule: str, num_chunks: int) -> dict[str, float]:
-    """What the third step moves, and the most it holds, in units of the model and of a layer."""
+    """Return traffic and peak of the third step, in units of the model and of a layer."""
     config = make_config(path, schedule=schedule)
     encoder = build_encoder(config.model).train()
     whole = sum(p.numel() for p in encoder.parameters())
@@ -205,7 +205,7 @@ def traffic(path: str, schedule: str, num_chunks: int) -> dict[str, float]:
     return {
         "gathered": moved["gathered"] / (4 * whole),
         "reduced": moved["reduced"] / (4 * whole),
-        # Beside the embedding and the final norm.
+        # In addition to the embedding and the final norm.
         "live_layers": (max(live) - (whole - len(encoder.layers) * layer)) / layer,
     }
 
@@ -265,7 +265,7 @@ def main() -> None:
 
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """What pipeline/train.py does with an error."""
+    """Handle an error as pipeline/train.py does."""
     try:
         yield
     except RuntimeError as error:

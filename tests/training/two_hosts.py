@@ -14,7 +14,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 def why_unavailable() -> str:
-    """What this machine lacks; empty when nothing."""
+    """Return the programs that this machine lacks."""
     for command, package in (("ip", "iproute2"), ("pdsh", "pdsh")):
         if shutil.which(command) is None:
             return f"no command {command} (Debian: apt-get install {package})"
