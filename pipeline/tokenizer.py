@@ -9,9 +9,8 @@ A template puts text before and behind each text. A prefix is measured in charac
 tokens that lie wholly inside of it are the prefix's (`tokens_within`); a text that is too long
 loses its own last tokens, never what stands behind it (`cut_before`):
 
-    string    Query: what is zero? [/Q]        max_length = 6
-    tokens    Query|:| what| is| zero|?| [/|Q]|</s>
-    kept      Query|:| what|           [/|Q]|</s>
+    tokens    Query|:| how| many| rows|?| [/|Q]|</s>
+    kept      Query|:| how|             [/|Q]|</s>        max_length = 6
 """
 
 from __future__ import annotations
@@ -180,6 +179,7 @@ def load_fast_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerI
             fix="set append_eos to false or give the tokenizer an eos_token",
         )
     _check_eos_flag(tokenizer, path, append_eos)
+    # Of a copy: the files may set a truncation and padding, and both are decided here per text.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -217,6 +217,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     Args:
         tokenizer: a Hugging Face tokenizer.
     """
+    # Sorted, because the order of a vocabulary may change when its files are rewritten.
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     # `verbose=False`: no warning of probes that are longer than the model's length.
     probes = [list(tokenizer(text, verbose=False)["input_ids"]) for text in _PROBES]
@@ -241,33 +242,29 @@ class TextTokenizer:
         ids = self._tokenizer.encode("a").ids
         self._missing = int(append_eos and (not ids or ids[-1] != eos_id))
 
-    def encode(self, texts: Sequence[str], max_length: int) -> list[NDArray[np.int32]]:
-        """Return the token ids of each text: at least one, at most `max_length`.
-
-        A row of `max_length` tokens may have been cut; a shorter one was not.
-        """
-        nothing = [0] * len(texts)
-        return self.encode_framed(texts, max_length, prefixes=nothing, suffixes=nothing)[0]
-
-    def encode_framed(
+    def encode(
         self,
         texts: Sequence[str],
         max_length: int,
         *,
-        prefixes: Sequence[int],
-        suffixes: Sequence[int],
+        prefixes: Sequence[int] | None = None,
+        suffixes: Sequence[int] | None = None,
     ) -> tuple[list[NDArray[np.int32]], NDArray[np.int32]]:
-        """Like `encode`, but keep suffixes when cutting, and count the tokens of instructions.
+        """Turn texts into rows of token ids, and count the tokens of their prefixes.
+
+        A row of `max_length` tokens may have been cut; a shorter one was not.
 
         Args:
-            texts: whole strings, prefix and suffix included.
+            texts: (R,) whole strings, prefix and suffix included.
             max_length: tokens after which a text is cut.
             prefixes: characters of each text's prefix, from `instruction_characters`.
             suffixes: characters at the end of each text that a cut must keep.
 
         Returns:
-            (R,) rows of ids, and (R,) tokens of each row's prefix, fewer than the row has.
+            (R,) rows of ids, each of at least one token, and (R,) tokens of each row's prefix,
+            fewer than the row has.
         """
+        prefixes, suffixes = prefixes or [0] * len(texts), suffixes or [0] * len(texts)
         room = max_length - self._missing
         backend = self._tokenizer
         ends = any(suffixes)
@@ -277,7 +274,7 @@ class TextTokenizer:
             backend.enable_truncation(room)
         # The faster call computes no offsets, so it serves only texts without prefix and suffix.
         encode = backend.encode_batch if ends or any(prefixes) else backend.encode_batch_fast
-        rows, skipped = [], np.zeros(len(texts), dtype=np.int32)
+        rows, counts = [], np.zeros(len(texts), dtype=np.int32)
         encodings = zip(encode(list(texts)), texts, prefixes, suffixes, strict=True)
         for number, (encoding, text, prefix, suffix) in enumerate(encodings):
             ids = encoding.ids
@@ -288,8 +285,8 @@ class TextTokenizer:
                 ids = [*ids, self._append]
             rows.append(np.array(ids or self._nothing, dtype=np.int32))
             if prefix:
-                skipped[number] = min(tokens_within(encoding.offsets, prefix), len(rows[-1]) - 1)
-        return rows, skipped
+                counts[number] = min(tokens_within(encoding.offsets, prefix), len(rows[-1]) - 1)
+        return rows, counts
 
 
 def instruction_characters(prefix: str) -> int:
@@ -331,6 +328,7 @@ def cut_before(
     """
     if len(ids) <= max_length:
         return ids
+    # Special tokens have the offset (0, 0), so those at the end are kept as well.
     kept = 0
     for _, end in reversed(offsets):
         if 0 < end <= num_characters:
@@ -460,10 +458,12 @@ def read_limits(path: str, revision: str | None = None, *, factor: float = 1.0) 
 
 def limits_of(tree: Mapping[str, Any], path: str = "the model") -> ModelLimits:
     """Derive the limits from the contents of a config.json."""
+    # A model that reads images, too, keeps the keys of its text model in `text_config`.
     inner = tree.get("text_config")
     if isinstance(inner, dict):
         tree = {**tree, **inner}
     kind = str(tree.get("model_type"))
+    # LLaDA pads its embedding beyond the vocabulary.
     tokens = _positive(tree.get("embedding_size")) or _positive(tree.get("vocab_size"))
     if kind not in _ABSOLUTE:
         trained = next((n for key in _ROTARY if (n := _positive(tree.get(key)))), None)

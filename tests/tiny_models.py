@@ -41,7 +41,7 @@ def prepare_tiny(folder: Path, num_rows: int = 16) -> PrepareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSource:
-    """What an export asks of a dataset's tokenizer."""
+    """The tokenizer of a dataset, as an export needs it."""
 
     path: str
     append_eos: bool = False

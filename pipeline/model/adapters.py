@@ -89,6 +89,7 @@ def _only_adds(files: AdapterFiles) -> bool:
     config = files.config
     return (
         config.peft_type == peft.PeftType.LORA
+        # Other starts, such as PiSSA, take a part out of the base weights.
         and config.init_lora_weights in (True, False, "gaussian")
         and not any(getattr(config, key, None) for key in _BEYOND_ADDING)
         and all(".lora_" in name for name in files.weights)
@@ -99,11 +100,12 @@ def _merge_by_layer(backbone: nn.Module, files: AdapterFiles, placement: Placeme
     tuners: dict[nn.Module, Any] = {}
     base = {id(parameter) for parameter in backbone.parameters()}
     adapted = files.attach(backbone)
-    _leave_meta(adapted, base, placement.device)
+    _allocate_adapter(adapted, base, placement.device)
     files.load(adapted)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):  # it holds the layer that it replaces
             tuners[module.get_base_layer()] = module
+    # The backbone becomes plain again; `tuners` still hold its layers, whose weights are to come.
     adapted.unload()
     backbone.requires_grad_(True)  # peft froze it
 
@@ -114,7 +116,7 @@ def _merge_by_layer(backbone: nn.Module, files: AdapterFiles, placement: Placeme
     return merge
 
 
-def _leave_meta(adapted: nn.Module, base: set[int], device: torch.device) -> None:
+def _allocate_adapter(adapted: nn.Module, base: set[int], device: torch.device) -> None:
     """Allocate an adapter's own weights, which peft creates on the backbone's meta device."""
     for module in adapted.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -134,6 +136,7 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
             f"weights: {reason}",
             allowed="adapters that peft can merge, such as LoRA",
         ) from error
+    # Added tokens, for example, give the merged model rows that the backbone lacks.
     merged: dict[str, Tensor] = dict(base.named_parameters())
     if {name: value.shape for name, value in merged.items()} != {
         name: value.shape for name, value in backbone.named_parameters()
@@ -148,7 +151,7 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
         with torch.no_grad():
             for attribute, parameter in module.named_parameters(recurse=False):
                 name = f"{names[module]}.{attribute}".removeprefix(".")
-                parameter.copy_(merged.pop(name))
+                parameter.copy_(merged.pop(name))  # frees the copy as the backbone fills
 
     return merge
 
@@ -208,7 +211,7 @@ class AdapterFiles:
             UserError: the adapter's layers do not exist, or are of another kind.
         """
         model = NamedBackbone(backbone, self.outer) if self.outer else backbone
-        return attach(model, self.config, self.path)
+        return _put_adapter(model, self.config, self.path)
 
     def load(self, adapted: Any) -> None:
         """Load all weights or refuse them: peft would leave a missing one at its fresh value.
@@ -309,6 +312,7 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
         )
     saved = getattr(config, "modules_to_save", None)
     if saved:
+        # Whole copies of modules. A head's were left out above, and peft would miss the module.
         names = [f".{name}" for name, _ in backbone.named_modules()]
         own = [name for name in saved if any(known.endswith(f".{name}") for known in names)]
         config.modules_to_save = own or None
@@ -328,6 +332,7 @@ def _outer_name(
         if not name.startswith(_STEM):  # shared by all layers
             continue
         parts = name.removeprefix(_STEM).split(".")
+        # The parts before the backbone's first child are the backbone's own name.
         start = next((k for k, part in enumerate(parts) if part in children), None)
         if start is None:
             heads.append(name)
@@ -344,7 +349,7 @@ def _outer_name(
     return outer.pop(), heads
 
 
-def attach(model: nn.Module, config: peft.PeftConfig, path: str | None = None) -> Any:
+def _put_adapter(model: nn.Module, config: peft.PeftConfig, path: str | None = None) -> Any:
     """Put an adapter on a model; on the meta device if the model is there.
 
     Args:
@@ -355,6 +360,7 @@ def attach(model: nn.Module, config: peft.PeftConfig, path: str | None = None) -
     Raises:
         UserError: the layers that the config names do not exist, or are of another kind.
     """
+    # Otherwise peft would allocate real adapter weights for a model of shapes.
     shapes_only = next(model.parameters()).is_meta
     try:
         with warnings.catch_warnings():
@@ -407,7 +413,7 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> nn.Module:
         use_rslora=config.rslora,
         bias="none",
     )
-    adapted: nn.Module = attach(backbone, adapter)
+    adapted: nn.Module = _put_adapter(backbone, adapter)
     return adapted
 
 
@@ -456,6 +462,8 @@ def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
     """Rename an adapter to the backbone's own names; its patterns become lists of names."""
     if not files.outer:
         return files
+    # Patterns were written for outer names, and would match nothing, or something else, among inner
+    # ones. So each is resolved with outer names here, and only the layers it found are kept.
     outer = f"{files.outer}."
     config = files.config
     modules = [name for name, _ in backbone.named_modules() if name]

@@ -159,7 +159,7 @@ def _window(module: Any, sliding_window: int | None, rows: PackedRows) -> tuple[
     # Not the argument itself: its meaning differs between models, by one token.
     reach = int(module.config.sliding_window)
     if reach >= rows.longest:
-        return None
+        return None  # every row fits, and kernels are faster without a window
     return (reach - 1, 0) if rows.causal else (reach, reach)
 
 
@@ -198,6 +198,7 @@ def _attend(
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
+    # The softmax in float32, as in transformers' own eager attention.
     weights = F.dropout(scores.float().softmax(dim=-1).to(q.dtype), dropout)
     return weights @ v.repeat_interleave(repeats, dim=1)
 

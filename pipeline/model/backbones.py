@@ -68,7 +68,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
             merge(module)
 
     if config.trust_remote_code:
-        for module in model.modules():
+        for module in model.modules():  # its own code has read the weights already
             finish(module)
     elif placement is not None:
         keys = native.keys if native else {}
@@ -126,6 +126,7 @@ def _resolve(
             fix="remove that key; model.attention decides how the model attends",
         )
     if family.decoder:
+        # Saved with an export, where transformers reads it.
         hf_config.is_causal = config.attention == "causal"
     elif config.attention == "causal":
         raise UserError(
@@ -134,7 +135,7 @@ def _resolve(
         )
     if config.rope_scaling is not None:
         scale_rope(hf_config, config.rope_scaling)
-    hf_config.use_cache = False
+    hf_config.use_cache = False  # a text is read once; a key/value cache would only take memory
     if config.attention_dropout is not None:
         setattr(hf_config, family.attention_dropout, config.attention_dropout)
     return native, hf_config, family
@@ -184,6 +185,7 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
         allowed="a folder in Hugging Face layout, or a model name in the local cache",
         fix=model_fix(config.path),
     ):
+        # Not AutoConfig: for an unknown model_type it would look for code in the folder.
         published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
     if not isinstance(published.get("model_type"), str):
         raise UserError(
@@ -321,6 +323,7 @@ def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
         alone = _last_states(inner, embedded[:, :5], real[:, :5]).float()
         padded = _last_states(inner, embedded, real)[:, :5].float()
         longer = _last_states(inner, embedded, torch.ones_like(real))[:, :5].float()
+    # The rounding of the dtype, far below the effect of an attended token.
     noise = (1e-4 if config.dtype == "float32" else 3e-2) * alone.abs().max()
     if (alone - padded).abs().max() > noise:
         raise UserError(

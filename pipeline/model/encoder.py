@@ -54,6 +54,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.config = config
         self.family = family
+        # Checked in `embed`, because a lookup beyond them would crash a GPU process.
         self._positions = limits_of(self.model.config.to_dict(), config.path).positions
 
     def forward(
@@ -140,6 +141,7 @@ class Encoder(nn.Module):
 
     def run_layer(self, index: int, hidden: Tensor, context: LayerContext) -> Tensor:
         """Run one block on (1, T, D) hidden states."""
+        # No mask: `packed_attention` takes `rows`, which the layer passes through as a keyword.
         out: Tensor = self.layers[index](
             hidden, attention_mask=None, rows=context.rows, **context.layer_inputs[index]
         )
@@ -166,7 +168,7 @@ class Encoder(nn.Module):
             )
 
     def names_from_base(self) -> list[str]:
-        """Names of the tensors of an export that no training of this model changes."""
+        """Return the names of an export's tensors that training this model does not change."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         held = [name for name in self.model.state_dict() if name not in trained]
         return held + unused_names(self.model, self.family, self.config)
@@ -297,6 +299,7 @@ class LanguageModel(Encoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score all tokens for (P, D) hidden states: (P, V) float32."""
+        # float32, because the loss sums exponentials over the whole vocabulary.
         scores: Tensor = self.lm_head(hidden).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
         return scores if cap is None else cap * torch.tanh(scores / cap)
@@ -308,6 +311,7 @@ class LanguageModel(Encoder):
         """
         self.merge_adapters()
         with quiet():
+            # Only the class is new: our trained modules take the place of its empty ones.
             with torch.device("meta"):
                 whole: Any = AutoModelForCausalLM.from_config(
                     self.model.config, trust_remote_code=False
@@ -355,7 +359,7 @@ def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | No
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
     if encoder.model.config.tie_word_embeddings:
         head.weight = embedding
-    elif placement is not None:
+    elif placement is not None:  # otherwise the head stays on the meta device
         with placement.together():
             if placement.reads:
                 weight = _read_head(config, (vocabulary, width))

@@ -377,6 +377,7 @@ def _replace_folder(output_dir: Path) -> Iterator[Path]:
     try:
         with name_full_disk(output_dir):
             yield work
+        # A folder cannot replace another one in one step, so the old one moves away first.
         if output_dir.exists():
             output_dir.rename(old)
         work.rename(output_dir)
@@ -421,7 +422,7 @@ def _check(
     else:
         batches, wanted = [], []
         stored = encoder.config.dtype
-        encoder.float()
+        encoder.float()  # in place: nothing uses the encoder after its export
         for batch, arguments in _batches(model, facts.prompts):
             batches.append(batch)
             wanted.append(model.encode_texts(*arguments))

@@ -165,6 +165,7 @@ class LoadedExport:
         """
         if not texts:
             return [], []
+        # Offsets take time, so they are computed only where a prefix is to be left out.
         count_prefix = bool(prefix) and not self.encoder.config.pool_instruction
         strings = [prefix + text for text in texts]
         if suffix:
@@ -253,9 +254,11 @@ def load_export(
     changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if dimensions and config.dimensions and dimensions > config.dimensions:
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
+    # An export is a transformers model like any other, so it is built as a base model would be.
     encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
     tokenizer = load_tokenizer(str(folder))
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
+    # Checking every text for too large ids costs time, and most tokenizers cannot give any.
     if limits.num_tokens is not None and max(tokenizer.get_vocab().values()) < limits.num_tokens:
         limits = dataclasses.replace(limits, num_tokens=None)
     if max_length is None:  # as sentence-transformers does

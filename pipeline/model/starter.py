@@ -32,6 +32,7 @@ def build_starter(config: StarterConfig) -> Path:
     tokenizer = _train_tokenizer(config)
     tokenizer.save_pretrained(config.output_dir)
     torch.manual_seed(config.seed)
+    # Dream's weights are Qwen2's, names included, so transformers' class draws them.
     native = Qwen2Config(**_sizes(config), is_causal=False)
     weights = {k: v.contiguous() for k, v in Qwen2ForCausalLM(native).state_dict().items()}
     with atomic_path(config.output_dir / "model.safetensors") as temporary:

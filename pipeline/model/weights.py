@@ -170,6 +170,7 @@ class WeightReader:
         Raises:
             UserError: one cannot be read or converted.
         """
+        # By module, because a rule may join several published tensors into one weight, or split it.
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
         wanted = [source for module in modules for source in self._sources.get(module, ())]
         with self._files.slices(wanted) as slices:
@@ -199,6 +200,7 @@ class WeightReader:
 
     def _check(self) -> None:
         """Convert shapes only, to find all faults of names and shapes at once."""
+        # Tensors on the meta device have shapes but no content, so this costs no memory.
         shapes = {k: torch.empty(size, device="meta") for k, size in self._files.shapes.items()}
         info = self._load(shapes, torch.device("meta"))
         self._model._adjust_missing_and_unexpected_keys(info)
@@ -231,6 +233,7 @@ class WeightReader:
         An unknown tensor inside the backbone would change its vectors, so it is no head.
         """
         prefix = f"{self._model.base_model_prefix}."
+        # `model.pooler.` in a checkpoint with a head, `pooler.` in one of the backbone alone.
         inner = key.removeprefix(prefix)
         if inner.startswith((_LANGUAGE_HEAD, *(f"{part}." for part in _OUTSIDE))):
             return True
@@ -281,6 +284,8 @@ def load_weights(
         UserError: weights do not fit or cannot be read.
     """
     _compute_buffers(model, placement.device)
+    # Only one piece at a time is whole in memory. A process that does not read allocates the same
+    # shapes, because `take` is collective.
     with placement.together():
         reader = open_reader() if placement.reads else None
     for names in _pieces(model, layers) if placement.by_piece else [_names(model)]:
@@ -303,7 +308,7 @@ def _pieces(model: nn.Module, layers: nn.ModuleList) -> list[list[str]]:
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
     pieces: dict[str, list[str]] = {}
     for name in _names(model):
-        piece = name.rpartition(".")[0]
+        piece = name.rpartition(".")[0]  # the module; inside a layer, the layer
         if name.startswith(prefix):
             piece = prefix + name.removeprefix(prefix).partition(".")[0]
         pieces.setdefault(piece, []).append(name)
@@ -363,8 +368,8 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
     own = blocks[sharing.index(comm.rank()) :: len(sharing)] if comm.rank() in sharing else []
     with comm.together():
         hashed = _hash(own, num_sharing=len(sharing))
-    for part in comm.all_gather_object(hashed):
-        hashed.update(part)
+    for others in comm.all_gather_object(hashed):
+        hashed.update(others)
     return _by_file(blocks, hashed)
 
 
@@ -388,8 +393,9 @@ def _hash(blocks: list[_FileBlock], *, num_sharing: int) -> dict[_FileBlock, byt
 def _by_file(blocks: list[_FileBlock], hashed: dict[_FileBlock, bytes]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name in dict.fromkeys(block.name for block in blocks):
-        parts = [digest for block, digest in sorted(hashed.items()) if block.name == name]
-        digests[name] = hashlib.sha256(b"".join(parts)).hexdigest()
+        # In the order of the file, however the blocks were shared.
+        own = [digest for block, digest in sorted(hashed.items()) if block.name == name]
+        digests[name] = hashlib.sha256(b"".join(own)).hexdigest()
     return digests
 
 

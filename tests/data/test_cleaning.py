@@ -201,14 +201,14 @@ def test_documents_that_were_not_cut_are_not_tokenised_again(
     short = build(records, name="short", max_document_length=32)
     fresh = build(records, name="fresh", max_document_length=60)
     counted: list[int] = []
-    encode = TextTokenizer.encode_framed
+    encode = TextTokenizer.encode
 
     def counting(self: TextTokenizer, texts: Any, max_length: int, **ends: Any) -> Any:
         if max_length == 60:
             counted.append(len(texts))
         return encode(self, texts, max_length, **ends)
 
-    monkeypatch.setattr(TextTokenizer, "encode_framed", counting)
+    monkeypatch.setattr(TextTokenizer, "encode", counting)
     reused = build(records, name="reused", max_document_length=60, reuse=short.folder)
     assert sum(counted) == short.manifest.document_lengths.cut == 10
     assert reused.manifest == fresh.manifest
@@ -251,10 +251,11 @@ def test_prepared_strings_are_those_that_evaluation_will_format(
     encoder = TextTokenizer(tokenizer_json, eos_id=None, append_eos=False)
     assert dataset.template == template
     stored = dataset.template
-    query = encoder.encode([stored.format_query("who", "Pair up")], 48)[0]
+    (query,), _ = encoder.encode([stored.format_query("who", "Pair up")], 48)
     assert dataset.examples.views("query", np.array([0]))[0].tolist() == query.tolist()
     # Documents of a symmetric set carry the instruction as well.
-    pair = encoder.encode([stored.document_prefix("Pair up") + text for text in ("he", "she")], 64)
+    documents = [stored.document_prefix("Pair up") + text for text in ("he", "she")]
+    pair, _ = encoder.encode(documents, 64)
     views = dataset.documents.views("tokens", np.arange(2))
     assert sorted(view.tolist() for view in views) == sorted(row.tolist() for row in pair)
 

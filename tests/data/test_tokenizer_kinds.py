@@ -125,7 +125,7 @@ def test_a_text_has_the_specials_of_its_tokenizer_and_one_eos_if_asked(
         return
     tokenizer_json, info = load_fast_tokenizer(str(tmp_path), append_eos=append)
     encoder = TextTokenizer(tokenizer_json, eos_id=info.eos_id, append_eos=append)
-    rows = [row.tolist() for row in encoder.encode(TEXTS, LIMIT)]
+    rows = [row.tolist() for row in encoder.encode(TEXTS, LIMIT)[0]]
     exported = AutoTokenizer.from_pretrained(tmp_path)
     if append:
         append_eos(exported)
@@ -152,7 +152,7 @@ def test_a_text_cut_within_its_instruction_keeps_a_token_to_pool(
     kind(tmp_path)
     tokenizer_json, info = load_fast_tokenizer(str(tmp_path), append_eos=False)
     encoder = TextTokenizer(tokenizer_json, eos_id=info.eos_id, append_eos=False)
-    rows, skipped = encoder.encode_framed([TEXTS[2]], 5, prefixes=[len(TEXTS[2])], suffixes=[0])
+    rows, skipped = encoder.encode([TEXTS[2]], 5, prefixes=[len(TEXTS[2])], suffixes=[0])
     assert len(rows[0]) == 5
     assert 3 <= skipped[0] <= 4
 

@@ -36,8 +36,8 @@ PROOFS = {
     ),
     "2 padding is attended to": (
         "tests/model/test_encoder.py::test_a_vector_does_not_depend_on_its_batch_mates",
-        "tests/model/test_families.py::test_packed_rows_equal_transformers_padded_batch",
-        "tests/model/test_remote.py::test_padding_that_leaks_into_vectors_is_refused",
+        "tests/model/test_architectures.py::test_packed_rows_equal_transformers_padded_batch",
+        "tests/model/test_backbones.py::test_padding_that_leaks_into_vectors_is_refused",
     ),
     "3 a global batch mixes the tasks of several ranks": (
         "tests/launch/test_fidelity.py::test_a_global_batch_has_one_task_on_all_ranks_together",

@@ -1,3 +1,5 @@
+"""Adapters that are added fresh, continued, or merged below others."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,6 +14,7 @@ import transformers as hf
 from pipeline.config import LoraConfig, ModelConfig, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
+from tests.model.model_support import save_adapter
 
 IDS, LENGTHS = torch.arange(3, 20), torch.tensor([12, 5])
 
@@ -29,19 +32,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base")
     hf.LlamaForCausalLM(llama(initializer_range=0.3)).save_pretrained(path)
     return path
-
-
-def save_adapter(model: Any, folder: Path, seed: int = 1) -> Any:
-    """A peft adapter with weights that matter, trained elsewhere on `model`."""
-    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    adapted = peft.get_peft_model(model, adapter)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    adapted.save_pretrained(folder)
-    return adapted
 
 
 def reference(adapted: Any) -> torch.Tensor:

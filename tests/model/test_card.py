@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from pipeline.model.card import add_evaluation
+from pipeline.config import ModelConfig
+from pipeline.model.card import add_evaluation, licence_keys, serving_table
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
@@ -72,3 +75,62 @@ def test_the_card_says_what_is_needed_and_under_which_licence(
             in card
         )
     assert str(base) not in card.split("## Recipe")[0].split("---")[1]
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ({"license": "Apache 2.0"}, {"license": "apache-2.0"}),
+        ({"license": ["mit", "apache-2.0"]}, {"license": ["mit", "apache-2.0"]}),
+        ({"license": ["mit"]}, {"license": "mit"}),
+        (
+            {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"},
+            {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"},
+        ),
+        ({"license": "my own terms"}, {"license": "other", "license_name": "my-own-terms"}),
+        ({"license": ["mit", "mine"]}, {"license": "other", "license_name": "mit-mine"}),
+        ({"license_name": "mine"}, {"license": "other", "license_name": "mine"}),
+        ({"license": None}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_card_names_licences_that_the_hub_accepts(found: Any, wanted: Any) -> None:
+    assert licence_keys(found) == wanted
+
+
+@pytest.mark.parametrize(
+    "content", [b"---\nlicense: [mit\n---\n", b"\xff\xfe\x00", b"---\n- a\n- b\n---\n"]
+)
+def test_a_damaged_card_of_the_base_is_said_and_costs_no_export(
+    starter: Path, tmp_path: Path, content: bytes, capsys: Any
+) -> None:
+    model = make(starter)
+    (starter / "README.md").write_bytes(content)
+    try:
+        folder = export(*model, starter, tmp_path / "export")
+    finally:
+        (starter / "README.md").unlink()
+    assert "WARNING: the model card of" in capsys.readouterr().err
+    assert "license:" not in card_of(folder)
+
+
+def test_a_card_tells_which_servers_would_mask_a_bidirectional_decoder() -> None:
+    def table(family: str, decoder: bool = True, **changes: Any) -> dict[str, str]:
+        config = ModelConfig(path="m", **changes)
+        text = serving_table(config, family=family, decoder=decoder, similarity="dot")
+        rows = [line.split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
+        assert text.startswith("This decoder attends in both directions") == (
+            decoder and config.attention == "bidirectional"
+        )
+        return {name.removeprefix("| "): rest for name, rest in rows}
+
+    assert "honours `is_causal: false`" in table("qwen2")["vLLM"]
+    assert table("gemma2")["vLLM"].startswith("**no**")
+    assert "attention `eager`" in table("gemma2")["transformers"]
+    assert "use_bidirectional_attention" in table("llama")["text-embeddings-inference"]
+    assert table("qwen2")["infinity"].startswith("**no**")
+    causal = table("gemma2", attention="causal", normalize=False)
+    assert causal["vLLM"].startswith("yes") and causal["infinity"].startswith("**no**")
+    encoder = table("bert", decoder=False)
+    assert all(rest.startswith("yes") for name, rest in encoder.items() if name in ("vLLM",))
+    assert table("qwen2", pooling="weighted_mean")["vLLM"].startswith("**no**")

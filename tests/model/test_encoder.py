@@ -1,17 +1,21 @@
+"""An encoder's vectors, pooling, adapters and dropout; its forward never waits for a GPU."""
+
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import models as st_models
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import LoraConfig, ModelConfig
+from pipeline.config import POOLINGS, LoraConfig, ModelConfig, Pooling
 from pipeline.errors import UserError
-from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.model.attention import PackedRows
+from pipeline.model.encoder import Encoder, build_encoder, pool
 
 LENGTHS = torch.tensor([6, 1, 11, 4])
 
@@ -127,11 +131,11 @@ def test_tokens_of_an_instruction_are_pooled_where_the_config_says_so(starter: P
 
 def test_layer_by_layer_equals_forward(starter: Path) -> None:
     encoder = make(starter)
-    hidden, packed = encoder.embed(tokens(), LENGTHS)
+    hidden, context = encoder.embed(tokens(), LENGTHS)
     assert len(encoder.layers) == 2
     for index in range(2):
-        hidden = encoder.run_layer(index, hidden, packed)
-    assert torch.equal(encoder.finish(hidden, packed), encoder(tokens(), LENGTHS))
+        hidden = encoder.run_layer(index, hidden, context)
+    assert torch.equal(encoder.finish(hidden, context), encoder(tokens(), LENGTHS))
 
 
 def test_vectors_are_fp32_unit_rows_also_in_bf16(starter: Path) -> None:
@@ -168,3 +172,74 @@ def test_lengths_that_do_not_tile_the_tokens_are_refused(starter: Path, lengths:
     encoder = build_encoder(ModelConfig(path=str(starter), dtype="float32"))
     with pytest.raises(UserError, match="22 packed tokens"):
         encoder(tokens(), torch.tensor(lengths))
+
+
+ROW_LENGTHS = [3, 1, 5]
+
+
+def test_every_pooling_equals_a_loop_over_rows() -> None:
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    rows = PackedRows.of(torch.tensor(ROW_LENGTHS), causal=False)
+    for how, of_row in {
+        "mean": lambda row: row.sum(0) / len(row),
+        "weighted_mean": lambda row: (
+            sum((i + 1) * vector for i, vector in enumerate(row)) / sum(range(1, len(row) + 1))
+        ),
+        "last_token": lambda row: row[-1],
+        "first_token": lambda row: row[0],
+    }.items():
+        wanted = torch.stack([of_row(row) for row in hidden.split(ROW_LENGTHS)])
+        torch.testing.assert_close(pool(hidden, rows, how), wanted)
+
+
+@pytest.mark.parametrize("how", ["mean", "weighted_mean", "last_token", "first_token"])
+def test_a_pooling_without_instructions_equals_sentence_transformers(how: Any) -> None:
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    skipped = [2, 0, 3]
+    rows = PackedRows.of(torch.tensor(ROW_LENGTHS), causal=False, not_pooled=torch.tensor(skipped))
+    (mode,) = (mode for mode, pooling in POOLINGS.items() if pooling == how)
+    theirs = st_models.Pooling(4, mode, include_prompt=False)
+    wanted = [
+        theirs(
+            {
+                "token_embeddings": row[None],
+                "attention_mask": torch.ones(1, len(row), dtype=torch.int64),
+                "prompt_length": count,
+            }
+        )["sentence_embedding"]
+        for row, count in zip(hidden.split(ROW_LENGTHS), skipped, strict=True)
+    ]
+    torch.testing.assert_close(pool(hidden, rows, how), torch.cat(wanted))
+
+
+def test_pooling_of_bf16_states_is_summed_in_fp32() -> None:
+    hidden = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)
+    rows = PackedRows.of(torch.tensor([4096]), causal=False)
+    assert pool(hidden, rows, "mean").item() == 1.0  # a bf16 sum would stop at 256
+
+
+# On the meta device everything that would wait for a GPU (`item`, `nonzero`, counting) raises,
+# because it has no data to read.
+@pytest.mark.parametrize("pool_instruction", [True, False])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_forward_and_backward_never_wait(
+    starter: Path, attention: str, pooling: Pooling, pool_instruction: bool
+) -> None:
+    config = ModelConfig(
+        path=str(starter), attention=attention, pooling=pooling, pool_instruction=pool_instruction
+    )
+    encoder = build_encoder(config, meta=True)
+    input_ids = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device="meta")
+    instruction_tokens = torch.zeros(len(ROW_LENGTHS), dtype=torch.long, device="meta")
+    vectors = encoder(input_ids, torch.tensor(ROW_LENGTHS), instruction_tokens)
+    assert vectors.shape == (len(ROW_LENGTHS), encoder.num_dimensions)
+    vectors.sum().backward()
+    assert all(p.grad is not None for p in encoder.layers.parameters())
+
+
+def test_lengths_on_the_device_would_be_waited_for(starter: Path) -> None:
+    encoder = build_encoder(ModelConfig(path=str(starter)), meta=True)
+    input_ids = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device="meta")
+    with pytest.raises(RuntimeError, match="no data"):
+        encoder(input_ids, torch.tensor(ROW_LENGTHS, device="meta"))

@@ -1,3 +1,5 @@
+"""An export gives the encoder's vectors again, here and in sentence-transformers."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
+from pipeline.model.export import check_output
 from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
@@ -98,7 +101,7 @@ def test_vectors_without_instruction_tokens_are_those_of_sentence_transformers(
     assert (moved > 0.01) == (pooling != "last_token")
     # A text that is all instruction keeps a token to pool.
     assert np.isfinite(load_export(folder).encode_texts([""], prefix.rstrip())).all()
-    # Folders of others need not say that a prompt is pooled.
+    # Other libraries' folders need not state that a prompt is pooled.
     path = other / "1_Pooling" / "config.json"
     settings = json.loads(path.read_text())
     assert settings.pop("include_prompt")
@@ -183,3 +186,17 @@ def test_real_minilm_weights_give_sentence_transformers_vectors(outside: Outside
     # Meaning, not only numbers: the paraphrase is nearer than the other sentence.
     a, b, c = load_export(folder).encode_texts(["A cat sleeps.", "A kitten naps.", "Taxes rose."])
     assert a @ b > a @ c + 0.3
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file"):
+        check_output(tmp_path / "file")
+    with pytest.raises(UserError, match="--output"):
+        check_output(tmp_path / "file" / "export")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty and not an export"):
+        check_output(tmp_path / "full")
+    check_output(tmp_path / "new" / "export")
+    assert not (tmp_path / "new" / "export").exists()

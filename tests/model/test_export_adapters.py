@@ -43,7 +43,7 @@ def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
     plain, _ = make(starter)
     plain.save_backbone(tmp_path / "base")
     encoder, config = make(tmp_path / "base", attention=attention, lora=LoraConfig(rank=4))
-    with torch.no_grad():  # the base as it is on disk, the adapter alone trained
+    with torch.no_grad():  # base weights as on disk, only the adapter trained
         disk = dict(plain.model.named_parameters())
         for name, parameter in encoder.model.named_parameters():
             if "lora_" not in name:

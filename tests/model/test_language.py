@@ -1,4 +1,4 @@
-"""Language-model heads of published layouts, beside transformers' own models."""
+"""Heads of published language models give the scores of transformers' own models."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ TASKS: dict[str | None, Any] = {
     "FEATURE_EXTRACTION": hf.AutoModel,
     None: hf.AutoModelForCausalLM,
 }
-# LoRA as it is configured out there; a name in full begins with the backbone's own.
+# LoRA as users configure it; a full name starts with the backbone's name.
 LORA: dict[str, dict[str, Any]] = {
     "plain": {},
     "alpha by full name": {"alpha_pattern": {f"{LAYERS}.q_proj": 64}},
@@ -48,7 +48,7 @@ LORA: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"use_rslora": True},
     "all biases": {"bias": "all"},
     "biases of its layers": {"bias": "lora_only"},
-    "bias of its own": {"lora_bias": True},
+    "own bias": {"lora_bias": True},
     "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "trainable tokens": {"trainable_token_indices": [5, 6]},
     "saved norms": {"modules_to_save": ["input_layernorm"]},
@@ -61,7 +61,7 @@ HEADS = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "saved head": {"modules_to_save": ["lm_head"]},
 }
-# What other kinds need beyond the layers they are put on.
+# Settings that other kinds need in addition to their layers.
 NEEDS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10},
     "BOFT": {"boft_block_size": 4},
@@ -101,7 +101,7 @@ def cases() -> Iterator[Any]:
         for task in TASKS:
             own = changes
             if task == "FEATURE_EXTRACTION":  # trained on the backbone alone
-                if "layers_to_transform" in changes:  # peft asks for a name before `layers`
+                if "layers_to_transform" in changes:  # peft needs a name before `layers`
                     continue
                 text = json.dumps(changes).replace("model.", "")
                 own = json.loads(text.replace(r"model\\.", ""))
@@ -277,7 +277,7 @@ def test_an_adapter_of_a_causal_model_is_continued_with_its_own_scales(
         ("lora_" in name) == parameter.requires_grad
         for name, parameter in encoder.named_parameters()
     )
-    # What is saved of it is the same adapter, by the names of the backbone alone.
+    # It is saved as the same adapter, under the names of the backbone alone.
     encoder.save_adapter(tmp_path / "b")
     wanted = merged_by_peft(base, tmp_path / "a", "CAUSAL_LM")
     again = merged_by_peft(base, tmp_path / "b", "FEATURE_EXTRACTION")

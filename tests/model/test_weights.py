@@ -1,8 +1,10 @@
-"""Weights read piece by piece are the weights that transformers reads at once."""
+"""Weights read piece by piece are the weights that transformers reads at once; digests of files."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,20 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from test_adapters import save_adapter
-from test_families import CASES, save_model
-from test_native import llada_folder
+from transformers import Qwen2Model
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model import weights
 from pipeline.model.encoder import build_encoder
-from pipeline.model.weights import Placement
+from pipeline.model.weights import Placement, model_digests, model_digests_here
+from tests.model.model_support import CASES, llada_folder, save_adapter, save_model
+from tests.support import run_ranks
 from tests.tiny_models import save_lifted
 
 
 class Pieces(Placement):
-    """Keeps whole what it is handed, and notes it."""
+    """Keep weights whole, and note the size of every piece."""
 
     by_piece = True
 
@@ -52,7 +55,7 @@ def test_pieces_equal_what_transformers_loads_at_once(
     save_model(CASES[name][0], tmp_path)
     placement, before = Pieces(), torch.get_rng_state()
     encoder = build_encoder(ModelConfig(path=str(tmp_path), dtype=dtype), placement=placement)
-    # Nothing random was drawn: an adapter that follows starts alike on any rank.
+    # No random numbers were drawn, so a fresh adapter starts equal on all ranks.
     assert torch.equal(torch.get_rng_state(), before)
     wanted = hf.AutoModel.from_pretrained(
         tmp_path, dtype=getattr(torch, dtype), **encoder.family.arguments
@@ -170,3 +173,57 @@ def test_heads_of_a_complete_checkpoint_are_counted_and_left_out(
     assert_same_tensors(build_encoder(config).backbone, plain)
     told = capsys.readouterr().err
     assert said in told if said else "outside" not in told
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_lifted(tmp_path_factory.mktemp("base"), Qwen2Model, num_hidden_layers=1)
+
+
+def digests_of(path: str) -> dict[str, str]:
+    weights.BLOCK_BYTES = 1000  # several blocks for every rank
+    return model_digests(ModelConfig(path=path))
+
+
+def test_digests_are_the_same_on_any_number_of_ranks(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (base / "model.safetensors").read_bytes()
+    blocks = [hashlib.sha256(content[i : i + 1000]).digest() for i in range(0, len(content), 1000)]
+    first, second = run_ranks(2, digests_of, str(base))
+    assert first == second
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
+    assert model_digests_here(ModelConfig(path=str(base))) == first
+    assert first.keys() == {"config.json", "model.safetensors"}
+    assert first["model.safetensors"] == hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def test_one_changed_byte_of_equal_size_and_time_shows_and_another_place_does_not(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"abc")
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+
+    def found(path: Path) -> dict[str, str]:
+        return model_digests(ModelConfig(path=str(path), merged_adapters=(str(adapter),)))
+
+    before = found(base)
+    assert found(moved) == before
+    assert "adapter 1/adapter_model.safetensors" in before
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    shutil.copystat(base / "model.safetensors", weights)
+    (adapter / "adapter_config.json").write_text("[]")
+    after = found(moved)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"model.safetensors", "adapter 1/adapter_config.json"}
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path: cannot read a config\.json"):
+        model_digests(ModelConfig(path=str(tmp_path)))

@@ -193,7 +193,7 @@ def _encode(
     skipped: list[int] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         part = texts[start : start + _TEXTS_PER_CALL]
-        rows, counts = build.encoder.encode_framed(
+        rows, counts = build.encoder.encode(
             [entry.text for entry in part],
             limit,
             prefixes=[entry.prefix for entry in part],

@@ -1,4 +1,4 @@
-"""Exports as other libraries load them, and what the check of an export finds."""
+"""Exports as other libraries load them, and the results of the check of an export."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_export_never_promises_more_tokens_than_its_model_has_positions_for(
     assert f"cut at {positions} tokens" in capsys.readouterr().err
     settings = json.loads((folder / "sentence_bert_config.json").read_text())
     assert settings["max_seq_length"] == load_export(folder).max_length == positions
-    # A folder that promises more is cut, too, and says so.
+    # A folder that promises more is cut, too, with a warning.
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
     loaded = load_export(folder)
     assert f"texts are cut at {positions}" in capsys.readouterr().err

@@ -16,55 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-
-WIDTH, LAYERS, HEADS, MLP, VOCAB = 16, 2, 4, 24, 90
-LLADA = {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
-    "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
-    "d_model": WIDTH,
-    "n_layers": LAYERS,
-    "n_heads": HEADS,
-    "n_kv_heads": HEADS,
-    "mlp_hidden_size": MLP,
-    "embedding_size": VOCAB,
-    "vocab_size": VOCAB,
-    "max_sequence_length": 64,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "block_type": "llama",
-    "activation_type": "silu",
-    "layer_norm_type": "rms",
-    "include_bias": False,
-    "weight_tying": False,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-    "mask_token_id": 2,
-}
-
-
-def llada_folder(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    """Write a random checkpoint in LLaDA's layout; returns its weights."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "model.transformer.wte.weight": (VOCAB, WIDTH),
-        "model.transformer.ln_f.weight": (WIDTH,),
-        "model.transformer.ff_out.weight": (VOCAB, WIDTH),
-    }
-    for layer in range(LAYERS):
-        block = f"model.transformer.blocks.{layer}"
-        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
-            shapes[f"{block}.{name}.weight"] = (WIDTH, WIDTH)
-        for name in ("attn_norm", "ff_norm"):
-            shapes[f"{block}.{name}.weight"] = (WIDTH,)
-        for name in ("ff_proj", "up_proj"):
-            shapes[f"{block}.{name}.weight"] = (MLP, WIDTH)
-        shapes[f"{block}.ff_out.weight"] = (WIDTH, MLP)
-    weights = {k: torch.randn(shape, generator=generator) * 0.4 for k, shape in shapes.items()}
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**LLADA, **changes}))
-    return weights
+from tests.model.model_support import HEADS, LAYERS, MLP, VOCAB, WIDTH, llada_folder
 
 
 def llada_states(w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -107,7 +59,7 @@ def test_llada_computes_its_papers_equations(tmp_path: Path) -> None:
     ours = encoder(torch.cat(rows), torch.tensor([12, 7]))
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
-    # What is saved is a Llama that transformers reads without remote code.
+    # The saved folder is a Llama that transformers reads without remote code.
     encoder.save_backbone(tmp_path / "saved")
     names = load_file(tmp_path / "saved" / "model.safetensors")
     assert "layers.1.mlp.gate_proj.weight" in names

@@ -1,3 +1,5 @@
+"""Packed attention: every kernel computes the definition, and no row sees another."""
+
 from __future__ import annotations
 
 import re
@@ -35,7 +37,7 @@ def fake_flash(
     *, dropout_p: float, softmax_scale: float, causal: bool, window_size: tuple[int, int],
     softcap: float = 0.0, deterministic: bool = False,
 ) -> Any:  # fmt: skip
-    """flash-attn's documented call: a causal mask besides the window."""
+    """flash-attn's documented call: a causal mask in addition to the window."""
     assert torch.equal(bq, bk) and bq.dtype == torch.int32 and mq == mk == max(LENGTHS)
     assert dropout_p == softcap == 0 and not deterministic
     left, right = window_size
@@ -46,7 +48,7 @@ def fake_torch(
     q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int,
     *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """torch's documented call: the window alone says what is causal."""
+    """torch's documented call: the window alone makes it causal."""
     assert torch.equal(bq, bk) and bq.dtype == torch.int32 and mq == mk == max(LENGTHS)
     assert enable_gqa == (q.shape[1] != k.shape[1])
     return naive(q, k, v, bq, scale, window_size)
@@ -56,7 +58,7 @@ def fake_torch_2_11(
     q: Any, k: Any, v: Any, bq: Any, bk: Any, mq: int, mk: int,
     *, scale: float, window_size: tuple[int, int],
 ) -> Any:  # fmt: skip
-    """The call of torch 2.11, which says nothing about grouped heads."""
+    """The call of torch 2.11, which has no argument for grouped heads."""
     assert q.shape == k.shape == v.shape
     return naive(q, k, v, bq, scale, window_size)
 
@@ -79,7 +81,7 @@ def fresh_probes() -> Iterator[None]:
 
 @pytest.fixture(params=["rows", "flash", "torch", "torch 2.11"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to attend; the GPU kernels are stood in for by their documented meaning."""
+    """Each way to attend; the GPU kernels are replaced by their documented meaning."""
     if request.param == "rows":
         return
     if request.param == "flash":
@@ -118,7 +120,7 @@ CUDA = torch.device("cuda")
 def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     install_flash_attention(monkeypatch, fake_flash)
 
-    def ask(
+    def kernel_name(
         dtype: torch.dtype = torch.bfloat16,
         *,
         device: torch.device = CUDA,
@@ -129,21 +131,21 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
         kernel = attention.choose_kernel(device, dtype, width, dropout=dropout, softcap=softcap)
         return kernel and kernel.name
 
-    assert ask() == "flash-attn"
-    assert ask(torch.float32) is None
-    assert ask(device=torch.device("cpu")) is None
-    assert ask(width=512) is None
-    assert ask(softcap=50.0) == "flash-attn"
-    assert ask(dropout=0.1) == "flash-attn"
+    assert kernel_name() == "flash-attn"
+    assert kernel_name(torch.float32) is None
+    assert kernel_name(device=torch.device("cpu")) is None
+    assert kernel_name(width=512) is None
+    assert kernel_name(softcap=50.0) == "flash-attn"
+    assert kernel_name(dropout=0.1) == "flash-attn"
     install_flash_attention(monkeypatch, lambda q: q)  # a release without capped scores
     attention.flash_attention.cache_clear()
-    assert ask(softcap=50.0) is None
+    assert kernel_name(softcap=50.0) is None
     monkeypatch.delitem(sys.modules, "flash_attn")
     attention.flash_attention.cache_clear()
-    assert ask() == "torch's variable-length kernel"
+    assert kernel_name() == "torch's variable-length kernel"
     # torch's kernel knows neither, which would silently be lost.
-    assert ask(dropout=0.1) is None
-    assert ask(softcap=50.0) is None
+    assert kernel_name(dropout=0.1) is None
+    assert kernel_name(softcap=50.0) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
     ],
     ids=["kernel", "CPU", "float32", "wide heads", "dropout", "capped"],
 )
-def test_a_run_says_how_it_computes_attention(given: dict[str, Any], line: str) -> None:
+def test_a_run_tells_how_it_computes_attention(given: dict[str, Any], line: str) -> None:
     defaults: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_width": 64}
     assert re.search(line, attention.describe_kernel(**{**defaults, **given}))
 
@@ -215,3 +217,10 @@ def test_capped_scores_meet_dropout_after_the_softmax() -> None:
         weight = torch.nn.functional.dropout(score.softmax(-1), 0.4)
         wanted.append(torch.einsum("bhij,bhjk->bihk", weight, three))
     torch.testing.assert_close(ours, torch.cat(wanted, dim=1), atol=1e-6, rtol=0)
+
+
+def test_positions_restart_in_every_row() -> None:
+    rows = PackedRows.of(torch.tensor(LENGTHS), causal=True)
+    assert rows.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert rows.boundaries.tolist() == [0, 3, 4, 9]
+    assert rows.longest == 5
