@@ -1,4 +1,4 @@
-"""`python -m ReasonAug`: training data, generated or out of generations, and replicas."""
+"""Write training data, generated or from generations, and replicas: `python -m ReasonAug`."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def rows(
         Path, typer.Option(help="JSONL of n, domain, concept, generation, check")
     ],
     definitions: Annotated[Path, typer.Option(help="JSONL of domain, concept, definition")],
-    out: Annotated[Path, typer.Option(help="the JSONL of training rows; its summary lies beside")],
+    out: Annotated[Path, typer.Option(help="JSONL of training rows; a summary goes next to it")],
     seed: Seed = 0,
     held_out: Annotated[
-        float, typer.Option(help="share of the concepts that no row may hold anything of")
+        float, typer.Option(help="share of the concepts to keep out of all rows")
     ] = 0.0,
     hub: Annotated[
         Path | None,
-        typer.Option(help="folder for a BRIGHT replica that asks with the concepts held out"),
+        typer.Option(help="folder for a BRIGHT replica with queries about the concepts held out"),
     ] = None,
 ) -> None:
-    """Turn what a language model generated into training rows."""
+    """Turn a language model's generations into training rows."""
     write_generation_rows(generations, definitions, out, seed=seed, held_out=held_out, hub=hub)
 
 
 @app.command()
 def replicas(
     data: Annotated[Path, typer.Option(help="folder written by `templates`")],
-    out: Annotated[Path, typer.Option(help="folder that stands for the hub")],
+    out: Annotated[Path, typer.Option(help="folder that replaces the hub")],
     seed: Seed = 0,
     max_tokens: Annotated[int, typer.Option(help="cap of the LongEmbed documents")] = 1024,
     divide_lengths: Annotated[
         int,
         typer.Option(
-            help="LongEmbed split test_N holds documents of N / this many tokens; above 1 they "
-            "hold what is sought once, at 1 once in every 256 tokens"
+            help="LongEmbed split test_N has documents of N / this many tokens; above 1 they "
+            "contain the answer once, at 1 once in every 256 tokens"
         ),
     ] = 1,
     long_queries: Annotated[int, typer.Option(help="LongEmbed queries of each length")] = 10,
@@ -89,10 +89,10 @@ def replicas(
 def texts(
     data: Annotated[Path, typer.Option(help="folder written by `templates`")],
     seed: Seed = 0,
-    num_long: Annotated[int, typer.Option(help="long texts beside the problems")] = 1024,
+    num_long: Annotated[int, typer.Option(help="long texts in addition to the problems")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="length of the longest of them")] = 1024,
 ) -> None:
-    """Write plain texts to pre-train on, and rows that ask for what a short text hides."""
+    """Write plain texts to pre-train on, and rows that search for a fact in a short text."""
     write_texts(data, seed=seed, num_long=num_long, max_tokens=max_tokens)
 
 
@@ -103,12 +103,12 @@ def long(
     rows: Annotated[int, typer.Option(help="training rows, notes and needles in turn")] = 4096,
     max_tokens: Annotated[int, typer.Option(help="length of the longest document")] = 4096,
 ) -> None:
-    """Write training rows whose long documents hide what the query asks for."""
+    """Write training rows whose long documents contain the answer to the query once."""
     write_long_rows(data, seed=seed, num_rows=rows, max_tokens=max_tokens)
 
 
 def main() -> None:
-    """Run the command; a mistake of the user ends with one line and exit code 2."""
+    """Run the command; an error of the user ends with one line and exit code 2."""
     with errors_end_the_process():
         app()
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and errors in the words of the command line."""
+"""Read and write JSON lines and folders, with errors in the words of the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_jsonl(path: Path, *, fix: str) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(found=f"{path}: {error.reason}", allowed="UTF-8 text") from error
     rows = []
-    # Not `splitlines`: a line separator of Unicode may stand inside a JSON string.
+    # Not `splitlines`: a JSON string may contain Unicode's line separators.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

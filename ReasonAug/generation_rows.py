@@ -1,4 +1,4 @@
-"""Training rows out of generations: problem, concept and worked problems lead to each other.
+"""Make training rows from generations: problem, concept and worked problems find each other.
 
 Rows whose hard negative a language model writes are not among them: that takes such a model.
 """
@@ -34,11 +34,11 @@ def write_generation_rows(
     held_out: float = 0.0,
     hub: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the rows to `out` and what became of the generations to `<out>.summary.json`.
+    """Write the rows to `out`, and counts of used and rejected generations to `<out>.summary.json`.
 
     Args:
         held_out: Share of the concepts of which nothing becomes a row.
-        hub: Where a BRIGHT replica is written that asks with the problems of these concepts.
+        hub: Folder for a BRIGHT replica whose queries are the problems of these concepts.
 
     Returns:
         The content of the summary.
@@ -75,7 +75,7 @@ def write_generation_rows(
 def generation_rows(
     problems: Problems, definitions: Mapping[tuple[str, str], str], *, seed: int
 ) -> list[Row]:
-    """All rows, shuffled; the same for the same problems in the same order.
+    """Return all rows, shuffled; the same for the same problems in the same order.
 
     Args:
         definitions: The text of each (domain, concept).

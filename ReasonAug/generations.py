@@ -1,4 +1,4 @@
-"""Problems and solutions out of what a language model wrote, as far as its second pass agrees."""
+"""Read problems and solutions that a language model wrote and confirmed in a second pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKS = "#*_:"  # without any, "Problem" is the first word of a sentence
 _FENCE = re.compile(r"```python[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 _VERDICT = re.compile(r"[\W_]*(yes|no)\b", re.IGNORECASE)
 
-# Why a generation was left out.
+# The reasons to reject a generation.
 UNPARSABLE = "unparsable"
 REJECTED = "rejected"
 NO_VERDICT = "no_verdict"
@@ -41,12 +41,12 @@ class GeneratedProblem:
     solution: str
 
     def document(self) -> str:
-        """Problem and solution as one document, under one spelling of the headings."""
+        """Return problem and solution as one document, with one spelling of the headings."""
         return f"**Problem**\n{self.statement}\n\n**Solution**\n{self.solution}"
 
 
 def split_generation(text: str) -> tuple[str, str] | None:
-    """Problem and solution of a generation, or None where a heading or a body is missing."""
+    """Return problem and solution of a generation; None if a heading or a body is missing."""
     headings = list(_headings(text))
     problem = next((h for h in headings if h["name"].lower() == "problem"), None)
     if problem is None:
@@ -60,7 +60,7 @@ def split_generation(text: str) -> tuple[str, str] | None:
 
 
 def definition_body(text: str) -> str:
-    """What stands below the heading `Definition`; the whole text where there is none."""
+    """Return the text below the heading `Definition`; the whole text without that heading."""
     heading = next((h for h in _headings(text) if h["name"].lower() == "definition"), None)
     return text[heading.end() if heading else 0 :].strip()
 
@@ -70,19 +70,19 @@ def _headings(text: str) -> Iterator[re.Match[str]]:
 
 
 def verdict(check: str | None) -> bool | None:
-    """Yes or no, the first word of the check; None where it begins otherwise."""
+    """Return the first word of the check, yes or no; None for any other word."""
     found = _VERDICT.match(check or "")
     return found[1].lower() == "yes" if found else None
 
 
 def program(check: str) -> str | None:
-    """The first Python program of a check, or None."""
+    """Return the first Python program of a check, or None."""
     found = _FENCE.search(check)
     return found[1].strip("\n") or None if found else None
 
 
 def judge(row: Mapping[str, Any]) -> GeneratedProblem | str:
-    """The accepted problem of a row of generations, or why there is none."""
+    """Return the accepted problem of a row of generations, or the reason of its rejection."""
     parts = split_generation(row["generation"])
     if parts is None:
         return UNPARSABLE
@@ -101,7 +101,7 @@ def judge(row: Mapping[str, Any]) -> GeneratedProblem | str:
 
 
 def read_generations(path: Path) -> tuple[list[GeneratedProblem], Counter[str]]:
-    """Accepted problems in the order of the file, and how many generations met which fate.
+    """Return accepted problems in the order of the file, and counts of rejections by reason.
 
     Raises:
         UserError: The file is missing or empty, or a row lacks a field.
@@ -109,7 +109,7 @@ def read_generations(path: Path) -> tuple[list[GeneratedProblem], Counter[str]]:
     fix = "name a file of generations"
     rows = read_jsonl(path, fix=fix)
     if not rows:
-        raise UserError(f"{path}: holds no generation", fix=fix)
+        raise UserError(f"{path}: no generation in it", fix=fix)
     require_texts(path, rows, ("domain", "concept", "generation"), optional="check")
     judged = [judge(row) for row in rows]
     fates = Counter(fate if isinstance(fate, str) else ACCEPTED for fate in judged)
@@ -119,7 +119,7 @@ def read_generations(path: Path) -> tuple[list[GeneratedProblem], Counter[str]]:
 
 
 def read_definitions(path: Path) -> dict[tuple[str, str], str]:
-    """The definition of each (domain, concept), without its headings.
+    """Return the definition of each (domain, concept), without its headings.
 
     Raises:
         UserError: The file is missing or a row lacks a field.
@@ -132,7 +132,7 @@ def read_definitions(path: Path) -> dict[tuple[str, str], str]:
 def by_domain(
     problems: Iterable[GeneratedProblem],
 ) -> dict[str, dict[str, list[GeneratedProblem]]]:
-    """Problems of each concept of each domain, in order of appearance."""
+    """Group problems by domain and concept, in order of appearance."""
     groups: dict[str, dict[str, list[GeneratedProblem]]] = {}
     for problem in problems:
         groups.setdefault(problem.domain, {}).setdefault(problem.concept, []).append(problem)

@@ -1,8 +1,8 @@
-"""Training rows whose long documents hide what the query asks for, once.
+"""Write training rows whose long documents contain the answer to the query once.
 
-Only the training split is used, and the sentences and questions are worded differently from the
-LongEmbed replicas': a needle is sought by another problem of a training concept, a note by its
-topic. Background sentences come from the same templates as everywhere in ReasonAug.
+Only the training split is used, and sentences and questions are worded differently from the
+LongEmbed replicas'. The query of a needle is another problem of a training concept, the query of a
+note is about its topic. Background comes from the same templates as everywhere in ReasonAug.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ReasonAug.splits import TRAIN, Entry, by_concept
 from ReasonAug.triplets import TASKS, Row
 
 _SHORTEST = 64  # tokens of a document
-_SCENE_SENTENCES = 16  # sentences about one scene before the next one begins
+_SCENE_SENTENCES = 16  # sentences about one scene before the next scene
 
 _SYLLABLE = ("bcdfghklmnprstvw", "aeiou", ("", "l", "n", "r", "s", "t"))  # sounds in order
 
 NOTE_TASK = "Given a question about a note, retrieve the text that holds the note"
-# What a document says about a topic, and the question that only this document answers.
+# Notes about a topic, and the question that only a document with the note answers.
 NOTES = (
     (
         "The combination of the locker for {topic} is {number}. Whoever needs the locker for "
@@ -51,7 +51,7 @@ NOTES = (
 
 
 def write_long_rows(data: Path, *, seed: int, num_rows: int, max_tokens: int) -> None:
-    """Write `long.jsonl` beside `problems.jsonl`: notes and needles in turn.
+    """Write `long.jsonl` next to `problems.jsonl`: notes and needles in turn.
 
     Args:
         data: Folder written by `templates`.
@@ -76,7 +76,7 @@ def write_long_rows(data: Path, *, seed: int, num_rows: int, max_tokens: int) ->
 def long_rows(
     entries: Sequence[Entry], rng: Random, *, count: int, max_tokens: int
 ) -> Iterator[Row]:
-    """Rows of both kinds in turn; the lengths of the documents are uniform on a log scale."""
+    """Return rows of both kinds in turn; document lengths are uniform on a log scale."""
     concepts = by_concept(entries, TRAIN)
     topics = _topics(rng, sorted(concepts))
     for number in range(count):
@@ -91,7 +91,7 @@ def long_rows(
 
 
 def _needle(concepts: dict[str, list[Entry]], rng: Random) -> Row:
-    """A problem as the query, a worked problem of the same concept to be hidden."""
+    """Return a problem as the query, and a worked problem of the same concept to hide."""
     asked, hidden = rng.sample(concepts[rng.choice(sorted(concepts))], 2)
     return {
         "domain": hidden.problem.domain,
@@ -104,7 +104,7 @@ def _needle(concepts: dict[str, list[Entry]], rng: Random) -> Row:
 
 
 def _note(topic: str, rng: Random) -> Row:
-    """A question about a topic, and the note to be hidden."""
+    """Return a question about a topic, and the note to hide."""
     note, question = rng.choice(NOTES)
     return {
         "domain": "notes",
@@ -132,13 +132,13 @@ def _topics(rng: Random, names: Sequence[str]) -> Iterator[str]:
 
 
 def _invented(rng: Random) -> str:
-    """A word of two to four random syllables."""
+    """Return a word of two to four random syllables."""
     syllables = ("".join(map(rng.choice, _SYLLABLE)) for _ in range(rng.randint(2, 4)))
     return "".join(syllables)
 
 
 def hide_once(hidden: str, length: int, rng: Random) -> str:
-    """Background of about `length` tokens with `hidden` at a random place."""
+    """Return background of about `length` tokens with `hidden` at a random position."""
     room = length - num_tokens(hidden)
     sentences: list[str] = []
     while room > 0:

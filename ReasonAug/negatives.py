@@ -1,4 +1,4 @@
-"""Hard negatives: the lexically nearest texts (BM25) among those that are not the answer."""
+"""Find hard negatives: the lexically nearest texts (BM25) that are not an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _B = 0.75
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers of `text`."""
+    """Return the lower-case words and numbers of `text`."""
     return re.findall(r"[a-z]+|\d+", text.lower())
 
 
@@ -38,7 +38,7 @@ class Bm25:
         self._weights = idf * frequency * (_K1 + 1) / saturation
 
     def scores(self, queries: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Scores, shape (number of queries, number of documents)."""
+        """Return scores, shape (number of queries, number of documents)."""
         asked = np.zeros((len(queries), len(self._columns)), dtype=np.float32)
         for row, query in enumerate(queries):
             for word in words(query):
@@ -56,7 +56,7 @@ def nearest_others(
     *,
     count: int,
 ) -> list[list[int]]:
-    """For each query the best-scoring documents with another label, best first.
+    """Return, for each query, the best-scoring documents with another label, best first.
 
     Returns:
         Per query, indices into `documents`, at most `count`.

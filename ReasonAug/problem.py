@@ -1,4 +1,9 @@
-"""What a concept is, and how it becomes problems whose solutions were checked."""
+"""Define a concept, and write problems of it whose solutions are verified.
+
+concepts/NAME.py    draws the numbers of a problem, and solves it in two ways
+concepts/NAME.yaml  definition, wordings and worked solutions with {names} of those numbers
+scenes.py           people, places and background, the same for all concepts
+"""
 
 from __future__ import annotations
 
@@ -35,11 +40,11 @@ class Concept:
     """A named idea with a family of problems that need it.
 
     Attributes:
-        definition: What the idea says. Line breaks inside a paragraph are free.
+        definition: The idea in one paragraph.
         draw: Draws the numbers of one problem, solves it, and raises ArithmeticError unless a
             second, independent method agrees.
-        forms: Problem texts separated by blank lines, as `str.format` templates over the drawn
-            values and the scene. The last form never occurs in training.
+        forms: Problem texts, as `str.format` templates over the drawn values and the scene. The
+            last form never occurs in training.
         solutions: Worked solutions, in the same notation.
         verified_by: The second method, in words.
         held_out: True if nothing of this concept may be trained on.
@@ -50,15 +55,23 @@ class Concept:
     domain: str
     definition: str
     draw: Callable[[Random], Values]
-    forms: str
-    solutions: str
+    forms: tuple[str, ...]
+    solutions: tuple[str, ...]
     verified_by: str
     held_out: bool = False
     code: str = ""
 
+    @classmethod
+    def with_texts(cls, texts: Mapping[str, Any], *, name: str, **code: Any) -> Concept:
+        """Return a concept whose definition, forms and solutions are in `texts` by its name."""
+        own = texts[name]
+        forms, solutions = tuple(own["forms"]), tuple(own["solutions"])
+        definition = own["definition"]
+        return cls(name=name, definition=definition, forms=forms, solutions=solutions, **code)
+
     def definition_body(self) -> str:
-        """The definition as a document, with the implementation in a coding domain."""
-        body = f"**Concept**\n{self.name}\n\n**Definition**\n{' '.join(self.definition.split())}"
+        """Return the definition as a document, with the implementation in a coding domain."""
+        body = f"**Concept**\n{self.name}\n\n**Definition**\n{self.definition}"
         if not self.code:
             return body
         return f"{body}\n\n**Implementation Code**\n```python\n{self.code.strip()}\n```"
@@ -78,17 +91,12 @@ class Problem:
     verification: str
 
     def document(self) -> str:
-        """Problem and solution as one document."""
+        """Return problem and solution as one document."""
         return f"**Problem**\n{self.statement}\n\n**Solution**\n{self.solution}"
 
 
-def paragraphs(text: str) -> tuple[str, ...]:
-    """The blank-line separated paragraphs of `text`, each on one line."""
-    return tuple(" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip())
-
-
 def num_tokens(text: str) -> int:
-    """A tokenizer-free estimate of the length of `text`: words and single symbols."""
+    """Estimate the length of `text` without a tokenizer: words and single symbols."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -109,9 +117,9 @@ def compose(concept: Concept, rng: Random, *, form: int, max_tokens: int) -> Pro
     values = dict(concept.draw(rng))
     scene = draw_scene(rng)
     fields = {**scene.fields(), **values}
-    core = paragraphs(concept.forms)[form].format(**fields)
+    core = concept.forms[form].format(**fields)
     core = core[0].upper() + core[1:]
-    solution = rng.choice(paragraphs(concept.solutions)).format(**fields)
+    solution = rng.choice(concept.solutions).format(**fields)
     tail = values.get("statement_tail", "") or rng.choice(_NUMERIC_CLOSINGS)
     solution += values.get("solution_tail", "")
     budget = max_tokens - num_tokens(f"{core} {tail} {solution}") - 8  # 8: the two headings

@@ -1,4 +1,4 @@
-"""Coding problems: run a solution on its own examples and against an independent brute force."""
+"""Draw coding problems: run a solution on its examples and against an independent brute force."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_function(source: str, name: str) -> Callable[..., Any]:
 def coding_draw(
     source: str, *, reference: Callable[..., Any], arguments: Callable[[Random], tuple[Any, ...]]
 ) -> Callable[[Random], Values]:
-    """The `draw` of a coding concept.
+    """Return the `draw` of a coding concept.
 
     Args:
         source: Python source of a function `solve`.
@@ -98,7 +98,7 @@ def coding_draw(
 
 
 def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh lists, so that a function which changes its arguments cannot change the example."""
+    """Copy lists, so that a function which changes its arguments cannot change the example."""
     return tuple(_copy(argument) for argument in arguments)
 
 

@@ -1,4 +1,4 @@
-"""Training triplets (query, document, hard negative) of the built-in concepts."""
+"""Make training triplets (query, document, hard negative) of the built-in concepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAIRS = 4  # ordered pairs per problem of a concept
 
 
 def training_rows(entries: Sequence[Entry], *, seed: int) -> list[Row]:
-    """All training rows, shuffled; only entries of the training split are used."""
+    """Return all training rows, shuffled; only entries of the training split are used."""
     rng = Random(f"{seed}/rows")
     problems: dict[str, list[Problem]] = {}
     for entry in entries:
@@ -47,7 +47,7 @@ def _drafts(concept: Concept, problems: list[Problem], rng: Random) -> Iterable[
         yield draft("p2i", problem.statement, target)
         if by_name:
             yield draft("i2ps", concept.name, answer(problem))
-    # Of the ordered pairs, a quarter has the richer query; the rest asks by the problem alone.
+    # A quarter of the ordered pairs has the richer query, the rest the problem alone.
     for index, (asked, found) in enumerate(_pairs(problems, rng)):
         if index % 4:
             yield draft("p2ps", asked.statement, found.document())
@@ -58,7 +58,7 @@ def _drafts(concept: Concept, problems: list[Problem], rng: Random) -> Iterable[
 
 
 def _pairs(problems: list[Problem], rng: Random) -> list[tuple[Problem, Problem]]:
-    """Ordered pairs in which every problem asks equally often, mostly of different wording."""
+    """Return ordered pairs, every problem equally often first, mostly of different wording."""
     pairs: dict[tuple[int, int], None] = {}
     for a, asked in enumerate(problems):
         for _ in range(_PAIRS):

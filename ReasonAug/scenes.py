@@ -1,6 +1,6 @@
-"""The stories around a problem: who, where, and background that has nothing to do with the idea.
+"""Draw the story around a problem: people, a place, and background unrelated to the idea.
 
-All concepts share the same scenes, so the setting of a problem says nothing about its solution.
+All concepts share the same scenes, so the setting of a problem gives no hint about its solution.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ _MOODS = ("grey", "quiet", "bright", "rainy", "cheerful", "cold", "sleepy", "sto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """Who acts where; `world` groups the places."""
+    """People, a place and its things; `world` groups the places."""
 
     who: str
     other: str
@@ -110,7 +110,7 @@ class Scene:
     things: str
 
     def fields(self) -> dict[str, str]:
-        """The template fields of this scene."""
+        """Return the template fields of this scene."""
         return {
             "who": self.who,
             "other": self.other,
@@ -130,7 +130,7 @@ def draw_scene(rng: Random) -> Scene:
 
 
 def background(scene: Scene, rng: Random, num_sentences: int) -> list[str]:
-    """Sentences about the scene that no solution needs; neighbours are never the same template."""
+    """Return sentences that no solution needs; neighbours never have the same template."""
     sentences: list[str] = []
     order: list[str] = []
     while len(sentences) < num_sentences:

@@ -1,4 +1,4 @@
-"""Which problems may be trained on: three splits, apart by construction.
+"""Split problems into training, unseen problems and unseen concepts, apart by construction.
 
 `train` and `unseen_problems` share concepts but no problem; `unseen_concepts` shares nothing.
 """
@@ -13,7 +13,7 @@ from random import Random
 
 from pipeline.errors import UserError
 from ReasonAug.concepts import CONCEPTS
-from ReasonAug.problem import Concept, Problem, compose, paragraphs
+from ReasonAug.problem import Concept, Problem, compose
 
 TRAIN = "train"
 UNSEEN_PROBLEMS = "unseen_problems"
@@ -26,24 +26,24 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A problem with its place in the data set."""
+    """A problem with its identifier and split."""
 
     id: str
     split: str
     problem: Problem
 
     def row(self) -> dict[str, object]:
-        """The entry as a line of `problems.jsonl`."""
+        """Return the entry as a line of `problems.jsonl`."""
         return {"id": self.id, "split": self.split, **asdict(self.problem)}
 
 
 def slug(name: str) -> str:
-    """`name` as a part of an identifier."""
+    """Return `name` as a part of an identifier."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("'", "")).strip("-")
 
 
 def is_held_out(concept: str, *, share: float, seed: int) -> bool:
-    """Whether a concept of given generations is kept out of training, by the hash of its name.
+    """Return True if a concept of given generations is held out, by the hash of its name.
 
     The name alone decides, so a concept stays where it is when others come or go, and one that two
     domains know goes the same way in both.
@@ -53,7 +53,7 @@ def is_held_out(concept: str, *, share: float, seed: int) -> bool:
 
 
 def by_concept(entries: Sequence[Entry], split: str) -> dict[str, list[Entry]]:
-    """The entries of a split, grouped by concept in order of appearance."""
+    """Return the entries of a split, grouped by concept in order of appearance."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.split == split:
@@ -62,19 +62,19 @@ def by_concept(entries: Sequence[Entry], split: str) -> dict[str, list[Entry]]:
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """The word 5-grams of `text`, in lower case."""
+    """Return the word 5-grams of `text`, in lower case."""
     words = re.findall(r"\w+", text.lower())
     count = max(1, len(words) - _SHINGLE + 1)
     return frozenset(tuple(words[i : i + _SHINGLE]) for i in range(count))
 
 
 def overlap(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> float:
-    """Jaccard similarity of two sets of shingles."""
+    """Return the Jaccard similarity of two sets of shingles."""
     return len(a & b) / len(a | b)
 
 
 def make_entries(*, seed: int, problems_per_concept: int, max_tokens: int) -> list[Entry]:
-    """All problems of all concepts, with their splits; the same for the same arguments.
+    """Return all problems of all concepts with their splits; the same for the same arguments.
 
     Of a seen concept a quarter becomes `unseen_problems`: half of these in the one form that
     training never shows, the others in known forms, but far from every training text.
@@ -89,7 +89,7 @@ def make_entries(*, seed: int, problems_per_concept: int, max_tokens: int) -> li
 
 
 def _entries_of(concept: Concept, seed: int, count: int, max_tokens: int) -> Iterator[Entry]:
-    last = len(paragraphs(concept.forms)) - 1
+    last = len(concept.forms) - 1
     num_unseen = max(4, count // 4)
     known: list[frozenset[tuple[str, ...]]] = []
     taken: set[str] = set()
@@ -117,7 +117,7 @@ def _distinct(
     rivals: list[frozenset[tuple[str, ...]]],
     taken: set[str],
 ) -> Problem:
-    """Draw until the statement is new, and unlike every rival."""
+    """Draw until the statement is new, and different enough from every rival."""
     for attempt in range(_ATTEMPTS):
         problem = compose(concept, Random(f"{key}/{attempt}"), form=form, max_tokens=max_tokens)
         if problem.statement in taken:

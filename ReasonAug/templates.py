@@ -1,4 +1,4 @@
-"""The offline generator: problems, definitions and training rows from the built-in concepts."""
+"""Generate problems, definitions and training rows from the built-in concepts, offline."""
 
 from __future__ import annotations
 

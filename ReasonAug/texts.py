@@ -1,4 +1,4 @@
-"""Plain texts to pre-train on, and rows that ask for what a short text hides.
+"""Write plain texts to pre-train on, and rows that search for a fact in a short text.
 
 Only the training split is used: no problem, name or definition of an evaluation concept occurs.
 """
@@ -18,14 +18,14 @@ from ReasonAug.replicas.longembed import Size, drawer, drawer_question, hide
 from ReasonAug.splits import TRAIN, Entry, by_concept, slug
 from ReasonAug.triplets import Row
 
-TASK = "Retrieve text based on user query"  # what the evaluation asks on tasks without their own
+TASK = "Retrieve text based on user query"  # the evaluation's instruction for tasks without one
 _SHORTEST = 128  # tokens of a long text
-_ROW_TOKENS = 64  # of a document that hides something
+_ROW_TOKENS = 64  # of a document with a hidden passkey
 _ROWS = 48  # per concept
 
 
 def write_texts(data: Path, *, seed: int, num_long: int, max_tokens: int) -> None:
-    """Write `texts.jsonl` and `hidden.jsonl` beside `problems.jsonl`.
+    """Write `texts.jsonl` and `hidden.jsonl` next to `problems.jsonl`.
 
     Args:
         data: Folder written by `templates`.
@@ -50,13 +50,13 @@ def write_texts(data: Path, *, seed: int, num_long: int, max_tokens: int) -> Non
     write_jsonl(data / "texts.jsonl", ({"text": text} for text in texts))
     write_jsonl(data / "hidden.jsonl", rows)
     print(f"texts: {len(texts)}, {num_long} of them long")
-    print(f"rows that ask for what a text hides: {len(rows)}")
+    print(f"rows that search for a hidden passkey: {len(rows)}")
 
 
 def _long_texts(
     entries: Sequence[Entry], rng: Random, *, count: int, max_tokens: int
 ) -> Iterator[str]:
-    """Every other one hides a worked problem, the others a passkey; all lengths of a log scale."""
+    """Return long texts that hide a worked problem or a passkey in turn, of log-uniform lengths."""
     size = Size(cap=max_tokens, divisor=1)
     for number in range(count):
         entry = rng.choice(entries)
@@ -67,7 +67,7 @@ def _long_texts(
 
 
 def hidden_rows(entries: Sequence[Entry], rng: Random) -> Iterator[Row]:
-    """Rows (question about a concept's drawer, text that hides its passkey, another's text)."""
+    """Return rows: question about a concept's drawer, text with its passkey, another text."""
     size = Size(cap=_ROW_TOKENS)
     domains = {name: group[0].problem.domain for name, group in by_concept(entries, TRAIN).items()}
     for concept, domain in domains.items():

@@ -1,4 +1,4 @@
-"""Rows without their hard negative become complete: BM25-near texts of another concept."""
+"""Complete training rows with hard negatives: texts of another concept that are near by BM25."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = {
     "ps2ps": "Given a worked problem, retrieve another one that relies on the same concept",
 }
 CODING = (ALGORITHM, DATA_STRUCTURE)
-_NEAR_CONCEPTS = 2  # a name or definition is drawn from this many nearest ones,
+_NEAR_CONCEPTS = 2  # draw a name or definition from this many nearest ones,
 _NEAR_PROBLEMS = 8  # a worked problem from this many
 
 
@@ -59,12 +59,12 @@ class Draft:
 
 
 def answer(problem: Solved) -> str:
-    """What a concept's name should find: in a coding domain the solution alone."""
+    """Return the text that a concept's name should find: in a coding domain the solution alone."""
     return problem.solution if problem.domain in CODING else problem.document()
 
 
 def with_concept(problem: Solved) -> str:
-    """A query that says which concept its problem needs."""
+    """Return a query that names the concept which its problem needs."""
     return f"**Problem**\n{problem.statement}\n\n**Concept**\n{problem.concept}"
 
 
@@ -98,7 +98,7 @@ def complete(
     number: Counter[str] = Counter()
     for shape, (documents, owners) in shapes.items():
         chosen = [draft for draft in drafts if _shape(draft) == shape]
-        # A name holds too few words to be near anything: compare by definition instead.
+        # A name has too few words to be near anything: compare by definition instead.
         searched = shapes["definition"][0] if shape == "name" else documents
         near = nearest_others(
             [draft.query for draft in chosen],

@@ -1,4 +1,4 @@
-"""All concepts, in a fixed order."""
+"""List all concepts, in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ReasonAug.concepts import (
 )
 from ReasonAug.problem import Concept
 
-_FAMILIES = (
+FAMILIES = (
     algorithm_sequences,
     algorithm_search,
     algorithm_graphs,
@@ -33,6 +33,4 @@ _FAMILIES = (
     finance_markets,
 )
 
-CONCEPTS: tuple[Concept, ...] = tuple(
-    concept for family in _FAMILIES for concept in family.CONCEPTS
-)
+CONCEPTS: tuple[Concept, ...] = tuple(concept for family in FAMILIES for concept in family.CONCEPTS)

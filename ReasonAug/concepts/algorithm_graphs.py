@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from pipeline.config.loading import read_yaml
 from ReasonAug.problem import ALGORITHM, Concept
 from ReasonAug.programs import coding_draw
+
+TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _graph(rng: Random) -> list[list[int]]:
@@ -53,7 +57,8 @@ def _relax(edges: list[list[int]], start: int, goal: int) -> int:
     return distance.get(goal, -1)
 
 
-DIJKSTRA = Concept(
+DIJKSTRA = Concept.with_texts(
+    TEXTS,
     name="Dijkstra's Algorithm",
     domain=ALGORITHM,
     code=_DIJKSTRA,
@@ -63,32 +68,6 @@ DIJKSTRA = Concept(
         arguments=lambda rng: (_graph(rng), 0, rng.randint(2, 3)),
     ),
     verified_by="executed on its examples; repeated relaxation of all edges",
-    definition="""
-    Shortest paths from one node in a graph with non-negative edge costs: repeatedly settle the
-    nearest unsettled node, taken from a priority queue, and relax the edges that leave it.
-    """,
-    forms="""
-    Roads [town, town, minutes] are listed in `edges` and can be used in both directions. How many
-    minutes does the fastest route from `start` to `goal` take?
-
-    In the network `edges` every link [u, v, cost] has a positive cost. Find the cheapest connection
-    from `start` to `goal`.
-
-    {who} sends a message from desk `start` at {place} to desk `goal`. Passing it from desk to desk
-    takes the seconds given in `edges` as [desk, desk, seconds]. After how many seconds can it
-    arrive at the earliest?
-
-    Fire spreads between neighbouring huts; each triple in `edges` names two huts and the time it
-    needs to leap from one to the other. It breaks out in hut `start`. When will hut `goal` catch
-    fire?
-    """,
-    solutions="""
-    Dijkstra's algorithm: settle the nodes in order of their distance from the start with a heap;
-    the edge costs are not negative, so a settled distance is final.
-
-    Shortest path in a weighted graph. A priority queue yields the nearest unsettled node, whose
-    edges are relaxed. The first time that the goal is popped, its distance is minimal (Dijkstra).
-    """,
 )
 
 _KAHN = """
@@ -128,38 +107,13 @@ def _dependencies(rng: Random) -> tuple[Any, ...]:
     return n, pairs
 
 
-TOPOLOGICAL_SORT = Concept(
+TOPOLOGICAL_SORT = Concept.with_texts(
+    TEXTS,
     name="Topological Sorting (Kahn's Algorithm)",
     domain=ALGORITHM,
     code=_KAHN,
     draw=coding_draw(_KAHN, reference=_first_order, arguments=_dependencies),
     verified_by="executed on its examples; all orders tried",
-    definition="""
-    Orders the nodes of a directed acyclic graph so that every edge points forward: repeatedly
-    output a node without unfinished predecessors. If nodes are left over, there is a cycle.
-    """,
-    forms="""
-    There are `n` courses 0..n-1 and `pairs` [a, b] which say that a must be taken before b. Return
-    an order that respects all pairs, the lexicographically smallest one, or [] if there is none.
-
-    {who} must finish `n` jobs at {place}. For some of them others have to be done earlier, as
-    listed in `pairs` (earlier, later). In which order can the jobs be done, smaller numbers first
-    where there is a choice? [] if the rules contradict each other.
-
-    Given `n` modules and the dependencies `pairs` [needed, user], produce the build sequence,
-    preferring low numbers, or an empty list for circular dependencies.
-
-    Getting dressed: `n` pieces of clothing, and `pairs` telling which piece goes on underneath
-    which. Print the sequence of putting them on, lowest label first whenever several are possible,
-    or nothing if it cannot be done.
-    """,
-    solutions="""
-    Topological sorting with Kahn's algorithm: count the unfinished predecessors of each node and
-    always take the smallest node that has none. Left-over nodes mean a cycle.
-
-    Treat the rules as a directed graph. A node with in-degree zero may come next; removing it
-    lowers the in-degree of its followers. If the order stays incomplete, the graph is cyclic.
-    """,
 )
 
 CONCEPTS = (DIJKSTRA, TOPOLOGICAL_SORT)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from pipeline.config.loading import read_yaml
 from ReasonAug.problem import ALGORITHM, Concept
 from ReasonAug.programs import coding_draw
+
+TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
+
 
 _COINS = """
 def solve(coins, amount):
@@ -31,7 +36,8 @@ def _fewest(coins: list[int], amount: int) -> int:
     return steps
 
 
-COIN_CHANGE = Concept(
+COIN_CHANGE = Concept.with_texts(
+    TEXTS,
     name="Coin Change",
     domain=ALGORITHM,
     code=_COINS,
@@ -41,31 +47,6 @@ COIN_CHANGE = Concept(
         arguments=lambda rng: (sorted(rng.sample(range(2, 13), 3)), rng.randint(8, 40)),
     ),
     verified_by="executed on its examples; breadth-first search over totals",
-    definition="""
-    The fewest coins that make an amount, with unlimited coins of each denomination, follow from
-    dynamic programming: the best for a total is one more than the best for total minus a coin.
-    """,
-    forms="""
-    Coins with the values `coins` are available without limit. What is the smallest number of coins
-    that pays exactly `amount`? Return -1 if it cannot be paid.
-
-    {who} has plenty of {things} in the sizes `coins` and must fill a gap of length `amount` exactly
-    with as few as possible. How many are needed (-1 if impossible)?
-
-    A vending machine at {place} gives back `amount` in pieces of the denominations `coins`. Find
-    the minimum count of pieces, or -1.
-
-    A robot hops along a line in jumps whose lengths are listed in `coins`, each as often as it
-    likes and always forward. After how few jumps can it be precisely at distance `amount`? Report
-    -1 if never.
-    """,
-    solutions="""
-    Coin change by dynamic programming: the fewest coins for a total are one more than the fewest
-    for the total minus some coin.
-
-    Fill a table of totals from 0 up to the amount. Greedy choice of the largest denomination fails
-    in general, but the dynamic program tries every coin for each total.
-    """,
 )
 
 _KNAPSACK = """
@@ -94,36 +75,13 @@ def _load(rng: Random) -> tuple[Any, ...]:
     return weights, [rng.randint(1, 20) for _ in range(n)], rng.randint(6, 18)
 
 
-KNAPSACK = Concept(
+KNAPSACK = Concept.with_texts(
+    TEXTS,
     name="0/1 Knapsack",
     domain=ALGORITHM,
     code=_KNAPSACK,
     draw=coding_draw(_KNAPSACK, reference=_best_load, arguments=_load),
     verified_by="executed on its examples; all subsets enumerated",
-    definition="""
-    Choose items, each at most once, with total weight within a capacity so that the total value is
-    as large as possible. Dynamic programming over the remaining capacity solves it.
-    """,
-    forms="""
-    Each item i has weight `weights[i]` and value `values[i]` and can be taken once. What is the
-    greatest total value with total weight at most `capacity`?
-
-    {who} loads a van at {place}. The {things} weigh `weights` and bring in `values`; the van
-    carries `capacity`. Each is either on board or left behind. Maximise the income.
-
-    A student has `capacity` hours before the exam. Topic i takes `weights[i]` hours and is worth
-    `values[i]` marks, but only if studied completely. Which mark total is achievable?
-
-    For a festival of `capacity` minutes, acts offer to play for `weights` minutes and would attract
-    `values` visitors. An act is booked in full or not at all. How many visitors can be attracted?
-    """,
-    solutions="""
-    0/1 knapsack: best[room] is the largest value that fits. Going through the capacities downwards
-    makes sure that each item is used at most once.
-
-    Dynamic programming over the capacity. For every item, either leave it or take it and add its
-    value to the best load of the remaining room. Knapsack in O(n * capacity).
-    """,
 )
 
 _SHIP = """
@@ -155,7 +113,8 @@ def _smallest_limit(xs: list[int], days: int) -> int:
     return best
 
 
-BINARY_SEARCH = Concept(
+BINARY_SEARCH = Concept.with_texts(
+    TEXTS,
     name="Binary Search on the Answer",
     domain=ALGORITHM,
     code=_SHIP,
@@ -168,31 +127,6 @@ BINARY_SEARCH = Concept(
         ),
     ),
     verified_by="executed on its examples; all ways to cut the list enumerated",
-    definition="""
-    If a limit that works implies that every larger limit works, the smallest working limit is found
-    by halving an interval of candidates, testing feasibility at its middle.
-    """,
-    forms="""
-    Packages with weights `xs` are shipped in the given order within `days` days. What is the
-    smallest daily capacity of the ship that makes it possible?
-
-    {who} divides the {things}, of sizes `xs` in a row, into at most `days` consecutive portions.
-    Make the largest portion as small as possible and return its size.
-
-    Chapters of `xs` pages are to be read in order over `days` evenings, whole chapters only. Find
-    the least number of pages which, allowed per evening, is enough.
-
-    A wall with panels of `xs` square metres is painted by a team of `days` painters, each
-    responsible for neighbouring panels. When everybody paints equally fast, how many square metres
-    does the busiest one get in the fairest split?
-    """,
-    solutions="""
-    Binary search on the answer: whether a limit is feasible can be tested greedily, and feasibility
-    is monotone. Halve the interval between the largest element and the total.
-
-    Guess the limit. A greedy pass tells whether it is enough; if so, try smaller, otherwise larger.
-    Searching by bisection over limits needs O(n log sum) steps.
-    """,
 )
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from pipeline.config.loading import read_yaml
 from ReasonAug.problem import ALGORITHM, Concept
 from ReasonAug.programs import coding_draw
+
+TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
+
 
 _KADANE = """
 def solve(xs):
@@ -23,7 +28,8 @@ def _best_block(xs: list[int]) -> int:
     return max(sum(xs[i:j]) for i in range(len(xs)) for j in range(i + 1, len(xs) + 1))
 
 
-KADANE = Concept(
+KADANE = Concept.with_texts(
+    TEXTS,
     name="Kadane's Algorithm",
     domain=ALGORITHM,
     code=_KADANE,
@@ -33,32 +39,6 @@ KADANE = Concept(
         arguments=lambda rng: ([rng.randint(-9, 9) for _ in range(rng.randint(5, 9))],),
     ),
     verified_by="executed on its examples; all blocks enumerated",
-    definition="""
-    Finds the contiguous block with the largest sum in one pass: the best block that ends here
-    either extends the best block that ended one place before, or starts afresh.
-    """,
-    forms="""
-    Given a list `xs` of daily profits, some of them negative, find the largest total profit of a
-    run of consecutive days. The run must contain at least one day.
-
-    {who} notes for every hour at {place} how many {things} came in (positive) or went out
-    (negative) in `xs`. Over which unbroken stretch of hours was the net inflow greatest? Report the
-    inflow.
-
-    An array `xs` of integers is given. Over all non-empty subarrays, what is the maximum sum?
-
-    A hiker records the change of height between neighbouring milestones in `xs`. Choose a start and
-    a later finish such that the height gained in between is as big as it can be, and return the
-    gain.
-    """,
-    solutions="""
-    Kadane's algorithm. Keep the largest sum of a block that ends at the current element: either the
-    element alone or the previous block extended by it. The maximum of these sums is the answer, in
-    linear time.
-
-    One pass suffices for the maximum subarray: a contiguous block with negative running sum never
-    helps what follows, so drop it and start afresh. This is Kadane's algorithm, O(n).
-    """,
 )
 
 _LIS = """
@@ -85,7 +65,8 @@ def _longest_rise(xs: list[int]) -> int:
     )
 
 
-LIS = Concept(
+LIS = Concept.with_texts(
+    TEXTS,
     name="Longest Increasing Subsequence",
     domain=ALGORITHM,
     code=_LIS,
@@ -95,31 +76,6 @@ LIS = Concept(
         arguments=lambda rng: ([rng.randint(1, 20) for _ in range(rng.randint(5, 9))],),
     ),
     verified_by="executed on its examples; all subsequences enumerated",
-    definition="""
-    The longest selection of elements of a sequence, kept in order, in which every element exceeds
-    the one before. Keeping the smallest possible last element for each length gives O(n log n).
-    """,
-    forms="""
-    From the numbers in `xs`, cross out as few as possible so that the remaining ones, in their
-    original order, strictly increase. Return how many remain.
-
-    {who} watches {things} pass by with the weights `xs`. Some may be picked up, each heavier than
-    the previous pick. What is the largest number of picks?
-
-    For the sequence `xs`, determine the length of the longest strictly ascending subsequence, which
-    need not be contiguous.
-
-    Bridges may connect northern landing number 1, 2, 3, ... with the southern landings listed in
-    `xs` (landing i to landing xs[i]). No two bridges may cross or share a southern landing. How
-    many can be built at most?
-    """,
-    solutions="""
-    Longest increasing subsequence. For each length store the smallest last element of an increasing
-    subsequence of this length; binary search finds the entry that the next element improves.
-
-    The stored tails are sorted, so bisect finds where an element extends or improves an increasing
-    subsequence. The number of tails is the length of the longest one; O(n log n).
-    """,
 )
 
 _EDIT = """
@@ -153,7 +109,8 @@ def _edits(a: str, b: str) -> int:
     return steps
 
 
-EDIT_DISTANCE = Concept(
+EDIT_DISTANCE = Concept.with_texts(
+    TEXTS,
     name="Edit Distance",
     domain=ALGORITHM,
     code=_EDIT,
@@ -164,32 +121,6 @@ EDIT_DISTANCE = Concept(
         arguments=lambda rng: (_word(rng, "abc", 2, 4), _word(rng, "abc", 2, 4)),
     ),
     verified_by="executed on its examples; breadth-first search over words",
-    definition="""
-    The smallest number of insertions, deletions and substitutions that turn one string into
-    another. It is computed by dynamic programming over prefixes of both strings.
-    """,
-    forms="""
-    Two strings `a` and `b` are given. A letter may be inserted, removed or replaced by another one.
-    What is the smallest number of such operations that turns `a` into `b`?
-
-    {who} mistypes the word `b` as `a`. Correcting means adding a missing character, erasing one, or
-    overwriting one. With how few corrections can it be repaired?
-
-    A spelling checker measures how far the input `a` is from the dictionary word `b` by counting
-    single-character changes (insert, delete, substitute). Compute the minimum.
-
-    Two strands of molecules, written as letters in `a` and `b`, differ by mutations: a letter is
-    lost, a letter is gained, or a letter turns into a different letter. At least how many mutations
-    lie between the strands?
-    """,
-    solutions="""
-    Edit distance by dynamic programming: for every pair of prefixes, take the cheapest of
-    substitution, deletion and insertion. One row of the table is enough.
-
-    Let d(i, j) be the distance of the prefixes of length i and j of the two strings. It is d(i-1,
-    j-1) if the last characters agree, otherwise one more than the minimum over insert, delete and
-    substitute (Levenshtein).
-    """,
 )
 
 
@@ -213,7 +144,8 @@ def solve(xs):
     return water
 """
 
-RAIN_WATER = Concept(
+RAIN_WATER = Concept.with_texts(
+    TEXTS,
     name="Trapping Rain Water",
     domain=ALGORITHM,
     code=_RAIN,
@@ -226,31 +158,6 @@ RAIN_WATER = Concept(
         arguments=lambda rng: ([rng.randint(0, 6) for _ in range(rng.randint(5, 10))],),
     ),
     verified_by="executed on its examples; water level of each column from its definition",
-    definition="""
-    Over each column of an elevation profile, water stands as high as the lower of the highest walls
-    to its left and right. Two pointers that move inwards from the lower side sum it in linear time.
-    """,
-    forms="""
-    The list `xs` gives the heights of walls of width 1, side by side. After heavy rain, how many
-    units of water stay between the walls?
-
-    {who} builds a profile of toy bricks with column heights `xs` and pours water over it. Whatever
-    can flow off to the left or right does so. How much is held back?
-
-    An elevation map `xs` has one bar per metre. Compute the volume of the puddles that form in its
-    dips.
-
-    In a side view of a mountain ridge, `xs` are the altitudes from west to east. When all hollows
-    have been filled by lakes up to the point of overflow, what is the total cross-section of the
-    lakes?
-    """,
-    solutions="""
-    Trapping rain water with two pointers: the water over a column is limited by the lower of the
-    highest walls on both sides, so always advance from the lower side.
-
-    Each column holds min(highest bar to the left, highest bar to the right) minus its own height.
-    Moving two pointers inwards and keeping both maxima gives the trapped water in one pass.
-    """,
 )
 
 _PREFIX = """
@@ -267,7 +174,8 @@ def _ranges(rng: Random) -> tuple[Any, ...]:
     return xs, [sorted(rng.choices(range(len(xs)), k=2)) for _ in range(rng.randint(2, 4))]
 
 
-PREFIX_SUM = Concept(
+PREFIX_SUM = Concept.with_texts(
+    TEXTS,
     name="Prefix Sum",
     domain=ALGORITHM,
     code=_PREFIX,
@@ -277,32 +185,6 @@ PREFIX_SUM = Concept(
         arguments=_ranges,
     ),
     verified_by="executed on its examples; every range added up directly",
-    definition="""
-    After storing the cumulative totals of a fixed array, the sum of any range is the difference of
-    two of them, so each query takes constant time.
-    """,
-    forms="""
-    The array `xs` never changes. Answer many queries [low, high]: what do the elements from
-    position low to position high, both included, add up to? Each answer must take constant time.
-
-    At {place} the number of {things} handled each day is in `xs`. {who} is asked again and again
-    for the total of a period, from one day to another. Prepare the data so that every pair in
-    `queries` is answered at once.
-
-    For a fixed list `xs` return the range totals for all index pairs in `queries` without adding up
-    the elements anew for each pair.
-
-    Milestones along a road are `xs` kilometres apart. Travellers want to know, for stretches of
-    sections first..last listed in `queries`, how long each is. There are millions of travellers and
-    one road.
-    """,
-    solutions="""
-    Prefix sums: store the cumulative totals once. A range total is the difference of two prefix
-    sums.
-
-    Precompute prefix[i], the sum of the first i elements. Each query low..high is then prefix[high
-    + 1] - prefix[low], in constant time after linear preparation.
-    """,
 )
 
 CONCEPTS = (KADANE, LIS, EDIT_DISTANCE, RAIN_WATER, PREFIX_SUM)

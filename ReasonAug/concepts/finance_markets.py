@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from random import Random
 
+from pipeline.config.loading import read_yaml
 from ReasonAug.problem import FINANCE, Concept, Values, agree
+
+TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _capm(rng: Random) -> Values:
@@ -20,36 +24,12 @@ def _capm(rng: Random) -> Values:
     }  # fmt: skip
 
 
-CAPM = Concept(
+CAPM = Concept.with_texts(
+    TEXTS,
     name="Capital Asset Pricing Model",
     domain=FINANCE,
     draw=_capm,
     verified_by="return of the market-and-cash portfolio with the same exposure",
-    definition="""
-    The expected return of an asset is the risk-free rate plus its beta times the market risk
-    premium: E = rf + beta (rm - rf). Only risk that moves with the market is rewarded.
-    """,
-    forms="""
-    Treasury bills yield {free} % and the market as a whole is expected to return {market} %. A
-    stock moves {beta} times as strongly as the market. What return should investors require?
-
-    {who} analyses a company whose sensitivity to the market index is {beta}. Safe deposits bring
-    {free} percent, the index is expected to bring {market} percent. Which expected return is
-    appropriate?
-
-    For a valuation, the cost of equity is needed. Sensitivity coefficient: {beta}; government
-    paper: {free} %; broad share portfolio: {market} %. Compute it.
-
-    Whenever the whole exchange rises by one percent, this paper rises by {beta} percent. Without
-    any danger one earns {free} %, with the whole exchange {market} % on average. What may the
-    holder of this paper fairly hope for per year?
-    """,
-    solutions="""
-    Capital asset pricing model: {free} + {beta} * ({market} - {free}) = {expected:.4g} %.
-
-    The market risk premium is {premium:.4g} %. CAPM rewards beta only: risk-free rate + beta *
-    premium = {free} + {beta} * {premium:.4g} = {expected:.4g} % expected return.
-    """,
 )
 
 
@@ -68,39 +48,12 @@ def _wacc(rng: Random) -> Values:
     }  # fmt: skip
 
 
-WACC = Concept(
+WACC = Concept.with_texts(
+    TEXTS,
     name="Weighted Average Cost of Capital",
     domain=FINANCE,
     draw=_wacc,
     verified_by="exact yearly payments to owners and lenders over total capital",
-    definition="""
-    A firm financed with equity E and debt D pays on average E/(E+D) times the cost of equity plus
-    D/(E+D) times the cost of debt after tax.
-    """,
-    forms="""
-    A firm has {equity} million of equity, on which owners expect {cost_e} %, and {debt} million of
-    debt at {cost_d} %. Interest is deductible at a tax rate of {tax} %. What does its capital cost
-    on average?
-
-    {who} needs a hurdle rate. Shareholders supplied {equity} m and want {cost_e} percent; banks
-    supplied {debt} m at {cost_d} percent before the {tax} percent tax relief. Find the blended
-    rate.
-
-    The operator of {place} is financed by {equity} m of shares (required return {cost_e} %) and
-    {debt} m of loans ({cost_d} %, tax {tax} %). Determine the overall percentage that new projects
-    must earn.
-
-    Two sorts of money fund the business: owners' funds, {equity} m, for which {cost_e} % is asked,
-    and borrowed funds, {debt} m, for {cost_d} %, of which the treasury gives back {tax} % as
-    relief. How expensive is one unit of money, both sorts taken together?
-    """,
-    solutions="""
-    Weighted average cost of capital: {equity}/{total} * {cost_e} + {debt}/{total} * {cost_d} * (1 -
-    0.{tax}) = {average:.4g} %.
-
-    Debt costs {net:.4g} % after tax. Weighting equity and debt with their shares of the total
-    capital of {total} million, WACC = {average:.4g} %.
-    """,
 )
 
 
@@ -119,37 +72,13 @@ def _break_even(rng: Random) -> Values:
     }  # fmt: skip
 
 
-BREAK_EVEN = Concept(
+BREAK_EVEN = Concept.with_texts(
+    TEXTS,
     name="Break-Even Point",
     domain=FINANCE,
     draw=_break_even,
     held_out=True,
     verified_by="raising the quantity until revenue covers cost",
-    definition="""
-    The break-even quantity is the number of units at which the contribution margin, price less
-    variable cost, has paid the fixed costs: Q = F / (p - v).
-    """,
-    forms="""
-    Producing mugs costs {fixed} a year in rent and wages, plus {variable} for each mug. A mug sells
-    for {price}. How many must be sold so that no loss is made?
-
-    {who} opens a stand at {place}. Overheads come to {fixed}, ingredients to {variable} per
-    portion, and a portion is sold at {price}. From which number of portions does the stand stop
-    losing money?
-
-    A workshop has fixed costs of {fixed}. Every unit needs material for {variable} and brings in
-    {price}. What output covers all costs?
-
-    Before the first customer comes, {fixed} has been spent. Each customer pays {price} and causes
-    expenses of {variable}. How many customers are needed until the spending is recovered?
-    """,
-    solutions="""
-    Break-even: contribution margin per unit {price} - {variable} = {margin}. Fixed costs {fixed} /
-    {margin}, rounded up, give {units} units (revenue {revenue}).
-
-    Each unit sold contributes {margin} towards the fixed costs of {fixed}. The break-even quantity
-    is {fixed}/{margin}, that is {units} units; below it there is a loss, above it a profit.
-    """,
 )
 
 
@@ -168,40 +97,13 @@ def _parity(rng: Random) -> Values:
     }  # fmt: skip
 
 
-PUT_CALL_PARITY = Concept(
+PUT_CALL_PARITY = Concept.with_texts(
+    TEXTS,
     name="Put-Call Parity",
     domain=FINANCE,
     draw=_parity,
     held_out=True,
     verified_by="equal payoffs of the two portfolios in every final state, equal cost today",
-    definition="""
-    A European call plus the discounted strike pays the same as a European put plus the share, so C
-    + K exp(-rT) = P + S. Otherwise there would be an arbitrage.
-    """,
-    forms="""
-    A European put with strike {strike} and {years} years to expiry costs {put:.2f}. The share
-    stands at {spot} and the continuously compounded interest rate is {rate} %. What must the call
-    with the same strike and expiry cost?
-
-    {who} can buy the right to sell a stock at {strike} in {years} years for {put:.2f}. The stock
-    trades at {spot}, money grows at {rate} percent (continuous). At which premium is the right to
-    buy at the same terms free of arbitrage?
-
-    Options on a share quoted at {spot} expire in {years} years, exercise price {strike}. The
-    selling option is priced {put:.2f}, interest is {rate} % with continuous compounding. Price the
-    buying option.
-
-    Somebody quotes {put:.2f} for insurance against a share falling below {strike} within {years}
-    years. The share itself is at {spot}; riskless growth is {rate} % per year, continuously. What
-    is the fair premium for profiting from every rise above {strike} on the same date?
-    """,
-    solutions="""
-    Put-call parity: C = P + S - K exp(-rT) = {put:.2f} + {spot} - {discounted:.4f} = {call:.4f}.
-
-    A call plus the discounted strike K exp(-r T) = {discounted:.4f} has the payoff of a put plus
-    the share. No arbitrage: the call option costs {put:.2f} + {spot} - {discounted:.4f} =
-    {call:.4f}.
-    """,
 )
 
 
@@ -221,36 +123,12 @@ def _sharpe(rng: Random) -> Values:
     }  # fmt: skip
 
 
-SHARPE = Concept(
+SHARPE = Concept.with_texts(
+    TEXTS,
     name="Sharpe Ratio",
     domain=FINANCE,
     draw=_sharpe,
     verified_by="variance from all pairwise differences",
-    definition="""
-    The Sharpe ratio of a portfolio is its mean return above the risk-free rate divided by the
-    standard deviation of its returns: reward per unit of volatility.
-    """,
-    forms="""
-    A fund returned {returns} percent in successive years, while cash paid {free} %. How much excess
-    return did it earn per unit of volatility?
-
-    {who} compares portfolios by reward for fluctuation. For yearly results of {returns} percent and
-    a safe rate of {free} percent, compute the figure (sample standard deviation).
-
-    The pension fund of {place} reports annual returns of {returns} (in %). Relative to the
-    risk-free {free} %, what is its risk-adjusted performance?
-
-    Gains of {returns} percent were booked one after the other. A savings book would have given
-    {free} percent. Divide what was earned on top by how strongly the gains scattered: what comes
-    out?
-    """,
-    solutions="""
-    Sharpe ratio: mean return {mean:.4g} % less {free} % gives an excess of {excess:.4g} %; the
-    standard deviation is {deviation:.4g} %; the ratio is {ratio:.4g}.
-
-    Mean {mean:.4g}, sample standard deviation {deviation:.4g}. Excess return per unit of risk, the
-    Sharpe ratio of the portfolio, is ({mean:.4g} - {free}) / {deviation:.4g} = {ratio:.4g}.
-    """,
 )
 
 
@@ -265,36 +143,12 @@ def _fisher(rng: Random) -> Values:
     }  # fmt: skip
 
 
-FISHER = Concept(
+FISHER = Concept.with_texts(
+    TEXTS,
     name="Fisher Equation (Real Interest Rate)",
     domain=FINANCE,
     draw=_fisher,
     verified_by="number of baskets of goods that the money buys before and after",
-    definition="""
-    Nominal rate i, real rate r and inflation p satisfy 1 + i = (1 + r)(1 + p). The real rate says
-    how much purchasing power grows; i - p is only an approximation.
-    """,
-    forms="""
-    An account pays {nominal} % a year while prices rise by {inflation} %. By what percentage does
-    the purchasing power of the money change?
-
-    {who} earned {nominal} percent on savings, but everything in the shops became {inflation}
-    percent dearer. How much richer is {who} in terms of goods?
-
-    With a nominal yield of {nominal} % and inflation of {inflation} %, what exact rate of return
-    remains after adjusting for the price level?
-
-    A year ago a sum would have filled a hundred shopping carts. It has since grown by {nominal} %,
-    and the content of a cart costs {inflation} % more. By how many percent has the number of carts
-    changed?
-    """,
-    solutions="""
-    Fisher equation: (1 + {nominal}/100) / (1 + {inflation}/100) - 1 = {real:.4g} % real interest.
-    The difference {rough:.4g} % is only an approximation.
-
-    Divide growth of money by growth of prices. The real interest rate is (100 + {nominal}) / (100 +
-    {inflation}) - 1 = {real:.4g} %: that is the inflation-adjusted change of purchasing power.
-    """,
 )
 
 CONCEPTS = (CAPM, WACC, BREAK_EVEN, PUT_CALL_PARITY, SHARPE, FISHER)

@@ -1,4 +1,4 @@
-"""Small local replicas of the three benchmarks, from problems that are never trained on."""
+"""Write small local replicas of the three benchmarks, from problems outside the training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_replicas(
 
     Args:
         data: Folder written by `templates`.
-        hub: Folder that stands for the hub; data sets keep their names below it.
+        hub: Folder that replaces the hub; data sets keep their names below it.
         seed: Same seed, same bytes.
         max_tokens: Cap of the LongEmbed documents.
         divide_lengths: Tokens of a LongEmbed split's name for one token of its documents.
@@ -69,7 +69,7 @@ def write_replicas(
 
 
 def read_entries(path: Path, splits: Sequence[str]) -> list[Entry]:
-    """The entries of `problems.jsonl` that belong to `splits`.
+    """Return the entries of `problems.jsonl` that belong to `splits`.
 
     Raises:
         UserError: The file is missing, malformed, or lacks one of the splits.

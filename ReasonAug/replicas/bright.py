@@ -1,7 +1,7 @@
-"""BRIGHT replicas: find worked problems that rely on the same concept, in other words.
+"""Make BRIGHT replicas: find worked problems of the same concept with different wording.
 
-`theoremqa_questions` asks with unseen problems of the training concepts, `aops` with concepts that
-training never met. Documents in the wording of the query are excluded, as BRIGHT excludes them.
+Queries of `theoremqa_questions` are unseen problems of training concepts, queries of `aops` are
+problems of held-out concepts. Documents with the wording of the query are excluded, as in BRIGHT.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ABOUT = (
     "BrightAopsRetrieval): problems of concepts that are not trained on. Gold documents rely on "
     "the same concept and are worded differently; documents worded like the query are excluded."
 )
-_SEEN_QUERIES = 4  # per concept, half of them in the wording that training never shows
+_SEEN_QUERIES = 4  # per concept, half of them with a wording outside the training
 _UNSEEN_QUERIES = 6  # per concept and wording
 _UNSEEN_DOCUMENTS = 3  # per concept and wording
 _DISTRACTORS = 6  # per seen concept, among the documents of the unseen concepts
 
 
 def bright_configs(entries: Sequence[Entry]) -> Configs:
-    """The configs `documents` and `examples` with both subsets as splits."""
+    """Return the configs `documents` and `examples` with both subsets as splits."""
     seen_queries: list[Entry] = []
     seen_documents: list[Entry] = []
     distractors: list[Entry] = []
     for group in by_concept(entries, UNSEEN_PROBLEMS).values():
-        # Entries alternate between known wordings and the new one, so both kinds ask.
+        # Entries alternate between known wordings and the new one, so queries have both.
         asked = group[: min(_SEEN_QUERIES, len(group) // 3)]
         rest = group[len(asked) :]
         seen_queries += asked

@@ -1,7 +1,7 @@
-"""A FollowIR replica: the same query with a wide and with a narrow instruction.
+"""Make a FollowIR replica: the same query with a wide and with a narrow instruction.
 
 The wide one accepts a concept's problems in every setting, the narrow one only those set at a few
-places. What the narrow one makes irrelevant should sink; p-MRR measures whether it does.
+places. Documents that only the wide one accepts should sink; p-MRR measures it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST_ID = 301  # TREC topics are numbered from 301
 
 
 def followir_configs(entries: Sequence[Entry], rng: Random) -> Configs:
-    """The six configs of a FollowIR data set."""
+    """Return the six configs of a FollowIR data set."""
     groups = _usable(entries, rng)
     documents = [entry for group in groups.values() for entry in group]
     tables: dict[str, list[dict[str, Any]]] = {
@@ -58,7 +58,7 @@ def followir_configs(entries: Sequence[Entry], rng: Random) -> Configs:
 
 
 def _usable(entries: Sequence[Entry], rng: Random) -> dict[str, list[Entry]]:
-    """Documents per concept whose text tells where they are set; all unseen concepts, some seen."""
+    """Return documents per concept whose text names their place; all unseen concepts, some seen."""
     seen, unseen = by_concept(entries, UNSEEN_PROBLEMS), by_concept(entries, UNSEEN_CONCEPTS)
     chosen = rng.sample(sorted(seen), min(_SEEN_CONCEPTS, len(seen)))
     groups = {}
@@ -69,7 +69,7 @@ def _usable(entries: Sequence[Entry], rng: Random) -> dict[str, list[Entry]]:
 
 
 def _worlds(group: Sequence[Entry]) -> list[str]:
-    """Up to two worlds that hold some of the documents, but not most of them."""
+    """Return up to two worlds with some of the documents, but not most of them."""
     counts = {world: sum(e.problem.world == world for e in group) for world in PLACES}
     fitting = [world for world, count in counts.items() if 2 <= count <= len(group) // 2]
     return fitting[:2]

@@ -1,4 +1,4 @@
-"""A BRIGHT replica out of generations: other worked problems of a concept never trained on."""
+"""Make a BRIGHT replica from generations: find other worked problems of a held-out concept."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write_generated_bright(
 
     Args:
         problems: All that passed; each becomes a document.
-        held_out: The concepts whose problems ask.
+        held_out: The concepts whose problems are queries.
 
     Raises:
-        UserError: No problem can ask, or `hub` cannot be written.
+        UserError: No problem can be a query, or `hub` cannot be written.
     """
     make_folder(hub)
     count = write_dataset(hub, "mteb/BRIGHT", generated_configs(problems, held_out), about=_ABOUT)
@@ -38,10 +38,10 @@ def write_generated_bright(
 
 
 def generated_configs(problems: Sequence[GeneratedProblem], held_out: Collection[str]) -> Configs:
-    """The configs `documents` and `examples` with one split.
+    """Return the configs `documents` and `examples` with one split.
 
     Raises:
-        UserError: No concept held out has two problems, so that nothing could be found.
+        UserError: No held-out concept has two problems, so no query has an answer.
     """
     documents: dict[str, GeneratedProblem] = {}
     same: dict[tuple[str, str], list[str]] = {}

@@ -1,4 +1,4 @@
-"""Data sets in the hub's folder layout: a README that names the files, one file per split."""
+"""Write data sets in the hub's layout: a README that names the files, one file per split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LongEmbed replicas: one document of a length hides what the query asks for.
+"""Make LongEmbed replicas: one document of each length contains the answer to the query.
 
 Needle: a worked problem of a concept that training never met, sought by another problem of this
 concept. Passkey: the number of the drawer on a concept, sought by the name of the concept.
@@ -18,18 +18,18 @@ from ReasonAug.splits import UNSEEN_CONCEPTS, Entry, by_concept
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BLOCK = 256  # tokens about one scene
-_DOCUMENTS = 10  # per length, as many as there are concepts that training never met
+_DOCUMENTS = 10  # per length, as many as there are held-out concepts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How long the documents are and how much is asked.
+    """The lengths of the documents and the number of queries.
 
     Attributes:
         cap: Tokens of the longest document.
-        divisor: A document of split test_N has N / divisor tokens. At 1 a document repeats what it
-            hides in every block of 256 tokens; otherwise it holds it once.
-        num_queries: Of each length.
+        divisor: A document of split test_N has N / divisor tokens. At 1 a document has the hidden
+            text in every block of 256 tokens; otherwise it has it once.
+        num_queries: For each length.
     """
 
     cap: int
@@ -37,11 +37,11 @@ class Size:
     num_queries: int = _DOCUMENTS
 
     def length(self, nominal: int) -> int:
-        """Tokens of a document of split test_`nominal`."""
+        """Return the number of tokens of a document of split test_`nominal`."""
         return min(nominal // self.divisor, self.cap)
 
     def about(self) -> str:
-        """The README text of both data sets."""
+        """Return the README text of both data sets."""
         shown = "N" if self.divisor == 1 else f"N / {self.divisor}"
         copies = (
             f"is repeated once in every {_BLOCK} tokens" if self.divisor == 1 else "stands once"
@@ -54,7 +54,7 @@ class Size:
 
 
 def needle_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Configs:
-    """Config `needle` of LongEmbed: queries, corpus and qrels, told apart by split."""
+    """Return config `needle` of LongEmbed: queries, corpus and qrels, separated by split."""
     groups = [
         sorted(group, key=lambda entry: (num_tokens(entry.problem.document()), entry.id))
         for group in by_concept(entries, UNSEEN_CONCEPTS).values()
@@ -84,7 +84,7 @@ def needle_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Conf
 
 
 def passkey_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Configs:
-    """Configs `corpus`, `queries` and `default` (relevance) with one split per length."""
+    """Return configs `corpus`, `queries` and `default` (relevance), one split per length."""
     configs: dict[str, dict[str, list[dict[str, Any]]]] = {
         "corpus": {},
         "queries": {},
@@ -107,7 +107,7 @@ def passkey_configs(entries: Sequence[Entry], rng: Random, *, size: Size) -> Con
 
 
 def drawer(concept: str, rng: Random) -> str:
-    """What the passkey documents hide."""
+    """Return the sentence that a passkey document hides."""
     key = rng.randint(10000, 99999)
     return (
         f"The passkey of the drawer on {concept} is {key}. Remember it: {key} is the "
@@ -116,12 +116,12 @@ def drawer(concept: str, rng: Random) -> str:
 
 
 def drawer_question(concept: str) -> str:
-    """What is asked about it."""
+    """Return the question about it."""
     return f"What is the passkey of the drawer on {concept}?"
 
 
 def hide(hidden: str, size: Size, nominal: int, rng: Random) -> str:
-    """Background of a document's length, in blocks, with `hidden` at a random place."""
+    """Return background of a document's length in blocks, with `hidden` at a random position."""
     length = size.length(nominal)
     count = max(1, length // _BLOCK)
     holding = range(count) if size.divisor == 1 else (rng.randrange(count),)

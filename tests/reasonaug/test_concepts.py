@@ -5,12 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from ReasonAug.concepts import CONCEPTS
-from ReasonAug.problem import DOMAINS, Concept, agree, compose, num_tokens, paragraphs
+from ReasonAug.concepts import CONCEPTS, FAMILIES
+from ReasonAug.problem import DOMAINS, Concept, agree, compose, num_tokens
 from ReasonAug.programs import coding_draw, load_function
 
 Rows = list[dict[str, Any]]
@@ -26,12 +27,16 @@ def test_five_domains_hold_forty_or_more_concepts_and_each_domain_keeps_some_bac
     assert len({concept.name for concept in CONCEPTS}) == len(CONCEPTS)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_every_text_of_a_family_belongs_to_one_of_its_concepts(family: ModuleType) -> None:
+    assert [concept.name for concept in family.CONCEPTS] == list(family.TEXTS)
+
+
 @pytest.mark.parametrize("concept", CONCEPTS, ids=lambda concept: concept.name)
 def test_every_wording_of_a_concept_is_complete_and_does_not_name_it(concept: Concept) -> None:
     name = re.sub(r"\(.*?\)", "", concept.name).strip().lower()
-    forms = paragraphs(concept.forms)
-    assert len(set(forms)) == 4
-    for form in range(len(forms)):
+    assert len(set(concept.forms)) == 4
+    for form in range(4):
         problem = compose(concept, Random(form), form=form, max_tokens=1500)
         assert not re.search(r"\{(who|other|place|things|role)\}", problem.document())
         assert not re.search(rf"\b{re.escape(name)}\b", problem.statement.lower())
