@@ -316,10 +316,10 @@ class Training:
         raise DiffembedError(
             f"{fault} at step {batch.step + 1}, which was not applied"
             + (f", as in {self._num_skipped - 1} steps before" if self._num_skipped > 1 else "")
-            + f"; the batch is in {dump}; {self._how_weights_are(intact)}"
+            + f"; the batch is in {dump}; {self._describe_weights(intact)}"
         )
 
-    def _how_weights_are(self, intact: bool) -> str:
+    def _describe_weights(self, intact: bool) -> str:
         """Describe the weights after a step that was not finite, and the remedies."""
         names = checkpoint_folder.names(self.run.checkpoints)
         back = f"`diffembed rewind {self.run.root} NAME` continues from an older checkpoint"
