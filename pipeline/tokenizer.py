@@ -30,8 +30,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from pipeline.config import POOLINGS, ModelConfig, Template, local_file, read_declared
-from pipeline.config.model import model_fix, require_model_place
+from pipeline.config import (
+    POOLINGS,
+    ModelConfig,
+    Template,
+    local_file,
+    model_fix,
+    read_declared,
+    require_model_path,
+)
 from pipeline.errors import UserError, blame, say_warning
 
 _CODE_FIX = (
@@ -57,7 +64,7 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     allowed = "a folder with tokenizer.json, or a model name in the local cache"
     # Dream publishes a tokenizer class, but the files are Qwen2's.
     native = {"Dream": Qwen2Tokenizer}
-    require_model_place(path, key=key)
+    require_model_path(path, key=key)
     folder, model_type = Path(path), ""
     local = folder.is_dir() or not _can_reach_hub()
     # A folder without a model is fine; one with a damaged config.json might be Dream's.

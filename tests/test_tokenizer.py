@@ -282,7 +282,7 @@ def test_a_pooling_that_does_not_exist_here_has_to_be_replaced_in_the_config(
     tmp_path: Path,
 ) -> None:
     path = declare(tmp_path, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True})
-    with pytest.raises(UserError, match=r"model\.pooling: none.*max\+mean"):
+    with pytest.raises(UserError, match=r"model\.pooling: not given.*max\+mean"):
         ModelConfig(path=path)
     assert ModelConfig(path=path, pooling="mean").pooling == "mean"
 

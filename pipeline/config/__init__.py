@@ -29,8 +29,10 @@ from pipeline.config.model import (
     RopeScaling,
     StarterConfig,
     local_file,
+    model_fix,
     pooling_mode,
     read_declared,
+    require_model_path,
 )
 from pipeline.config.training import (
     CheckpointConfig,
@@ -85,6 +87,8 @@ __all__ = [
     "dump_config",
     "load_config",
     "local_file",
+    "model_fix",
     "pooling_mode",
     "read_declared",
+    "require_model_path",
 ]

@@ -108,7 +108,7 @@ def _read(path: str, name: str, revision: str | None) -> Any:
         return None
 
 
-def require_model_place(path: str, *, key: str) -> None:
+def require_model_path(path: str, *, key: str) -> None:
     """Refuse a path without a folder; a possible name on the hub is left to the hub's client.
 
     Args:

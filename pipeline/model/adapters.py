@@ -27,8 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline import comm
-from pipeline.config import LoraConfig
-from pipeline.config.model import model_fix
+from pipeline.config import LoraConfig, model_fix
 from pipeline.errors import UserError, say_warning
 from pipeline.model.weights import Placement
 

@@ -68,6 +68,7 @@ def _embed_decoder(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, 
 
 
 def _embed_gpt2(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, LayerInputs]:
+    # Learned positions are added here, so the layers need none.
     hidden = model.drop(model.wte(ids) + model.wpe(positions))
     return hidden, [{}] * len(model.h)
 
@@ -293,10 +294,11 @@ def scale_rope(hf_config: PretrainedConfig, scaling: RopeScaling) -> None:
             f"model.rope_scaling: this model's positions are already {rope['rope_type']}",
             fix="remove model.rope_scaling",
         )
-    trained = hf_config.max_position_embeddings
+    trained = hf_config.max_position_embeddings  # read before it grows below
     if scaling.kind == "ntk":
         width = getattr(hf_config, "head_dim", None)
         width = width or hf_config.hidden_size // hf_config.num_attention_heads
+        # Phi-3's small models rotate only a part of each head.
         width = int(width * rope.get("partial_rotary_factor", 1.0))
         rope["rope_theta"] *= scaling.factor ** (width / (width - 2))
     else:

@@ -22,8 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
-from pipeline.config import ModelConfig
-from pipeline.config.model import model_fix, require_model_place
+from pipeline.config import ModelConfig, model_fix, require_model_path
 from pipeline.errors import UserError, blame
 from pipeline.model.adapters import Merge, plan_merge
 from pipeline.model.architectures import (
@@ -179,7 +178,7 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged, or names no kind of model.
     """
-    require_model_place(config.path, key="model.path")
+    require_model_path(config.path, key="model.path")
     with blame(
         f"model.path: cannot read a config.json from {config.path!r}",
         allowed="a folder in Hugging Face layout, or a model name in the local cache",

@@ -97,6 +97,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
             f"## Recipe\n\nThese weights are the run {state}:\n\n```yaml\n"
             f"{facts.recipe.strip()}\n```"
         )
+    # ModelCard parses the header again, so a value that YAML would misread fails here.
     header = _header(facts, licence).to_yaml()
     body = "\n\n".join(sections)
     write_text(folder / "README.md", str(ModelCard(f"---\n{header}\n---\n\n{body}\n")))
@@ -134,6 +135,7 @@ def add_evaluation(folder: Path, table: str, *, name: str, results: Sequence[Eva
     if found:
         _, heading, rest = after.partition("\n## ")
         card.text = f"{before}{_EVALUATION}\n\n{table.strip()}\n{heading}{rest}"
+        # The hub shows these as `model-index`.
         card.data["model_name"], card.data["eval_results"] = name, list(results)
         write_text(path, str(card))
 
@@ -237,6 +239,7 @@ scores = queries @ documents.T
 ```"""
 
 
+# As one line of the card's code: mask and places are (C, L, 1), hidden is (C, L, D).
 _POOLING_CODE = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "weighted_mean": "(hidden * (w := mask * places)).sum(1) / w.sum(1)",
@@ -356,6 +359,7 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
         ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
         ("infinity", *_infinity(bidirectional, similarity)),
     ]
+    # Both notes are about silent errors: wrong vectors without a message.
     lines = ["| program | serves it | with |", "|---|---|---|"]
     lines += [f"| {name} | {verdict} | {how or '-'} |" for name, verdict, how in rows]
     if bidirectional:
@@ -472,6 +476,7 @@ def licence_keys(data: Mapping[str, Any]) -> dict[str, Any]:
         data: the header of the base model's card.
     """
     found = data.get("license")
+    # The hub's own field is a word or a list of words; older cards hold free text.
     words = [str(word) for word in (found if isinstance(found, list) else [found]) if word]
     ids = [_hub_id(word) for word in words]
     name, link = data.get("license_name"), data.get("license_link")
@@ -479,6 +484,7 @@ def licence_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: str(value) for key, value in given.items() if value}
     if not words and not kept:
         return {}
+    # One unknown licence makes the whole field "other": the hub takes no list with it.
     if words and None not in ids:
         return {"license": ids[0] if len(ids) == 1 else ids, **kept}
     return {"license": "other", "license_name": _slug(" ".join(words) or "unnamed"), **kept}

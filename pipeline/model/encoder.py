@@ -109,7 +109,7 @@ class Encoder(nn.Module):
     @property
     def model(self) -> Any:
         """The Hugging Face model itself, inside any adapters."""
-        inner = getattr(self.backbone, "get_base_model", None)
+        inner = getattr(self.backbone, "get_base_model", None)  # only peft's wrapper has it
         return inner() if inner else self.backbone
 
     @property
@@ -215,6 +215,7 @@ def pool(hidden_TD: Tensor, rows: PackedRows, how: Pooling) -> Tensor:
     if how == "mean":
         total = lengths if not_pooled is None else lengths - not_pooled
         return _sum_rows(hidden_TD, lengths) / total[:, None]
+    # The weights 1 ... L sum to L (L + 1) / 2; without the first k tokens, k (k + 1) / 2 less.
     total = lengths * (lengths + 1) / 2
     if not_pooled is not None:
         total = total - not_pooled * (not_pooled + 1) / 2
@@ -345,6 +346,7 @@ def build_language_model(
             fix="train it contrastively, without objective",
         )
     head = _build_head(encoder, config, placement)
+    # An adapter-only export has no place for a trained head.
     if config.lora is not None or config.adapter_use == "continue":
         head.requires_grad_(False)
     return LanguageModel(encoder, head).eval()
@@ -356,6 +358,7 @@ def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | No
     vocabulary, width = getattr(
         embedding, "ds_shape", embedding.shape
     )  # the whole shape under ZeRO-3
+    # Without storage; the weight comes from the embedding or from the files.
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
     if encoder.model.config.tie_word_embeddings:
         head.weight = embedding
@@ -431,6 +434,7 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             f"objective: the tokenizer of {config.path} {what}",
             fix="set mask_token in the objective's section to a token of its vocabulary, such as _",
         )
+    # Added tokens may have ids beyond the embedding.
     size = read_limits(config.path, config.revision).num_tokens
     if size is not None and known >= size:
         raise UserError(

@@ -114,6 +114,7 @@ def read_settings(folder: Path, name: str, kind: type[T], *required: str) -> T:
     fix = "give a folder written by `diffembed export`, or in sentence-transformers layout"
     tree = read_json(path, fix=fix)
     found = check_kind(tree, kind, where=str(path), fix=fix)
+    # Not by the type: folders of earlier versions lack keys, and each caller needs only some.
     for key in required:
         if key not in tree:
             raise UserError(f"{path}: damaged ({key}: Field required)", fix=fix)
@@ -138,6 +139,7 @@ def adapted_model_config(export: Path) -> ModelConfig:
     """
     tree = read_settings(export, SETTINGS, ExportSettings, "model")["model"]
     trained = build_config(ModelConfig, tree, origin=str(export / SETTINGS))
+    # The adapter of training is stored in the export itself, on top of those merged before it.
     return dataclasses.replace(
         trained,
         lora=None,
@@ -223,6 +225,7 @@ class Prompts:
         """Choose the prompts that match the texts of training."""
         counts = texts.instructions
         frequent = max(counts, key=lambda text: counts[text]) if counts else ""
+        # Several prefixes cannot be one stored prompt; the template's own is the best guess then.
         prefixes = list(texts.document_prefixes)
         document = prefixes[0] if len(prefixes) == 1 else template.document_prefix()
         return cls(

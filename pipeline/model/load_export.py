@@ -282,6 +282,7 @@ def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = is_export(folder)
     optional = [kind for kind in _MODULES[2:] if kind in kinds]
+    # Exactly these modules in this order: any other one would change the vectors.
     if kinds != [*_MODULES[:2], *optional] or ("Dense" in kinds and not ours):
         raise UserError(
             f"{folder}/modules.json: {kinds}",
@@ -333,6 +334,7 @@ def _read_template(folder: Path) -> Template:
     if is_export(folder):
         settings = read_settings(folder, SETTINGS, ExportSettings, "template")
         return build_config(Template, settings["template"], origin=str(folder / SETTINGS))
+    # There a prompt is a plain prefix, and the two roles have these names.
     prompts = read_settings(folder, _DECLARED, SentenceTransformersConfig).get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"

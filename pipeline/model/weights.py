@@ -36,8 +36,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from pipeline import comm
-from pipeline.config import ModelConfig
-from pipeline.config.model import model_fix, require_model_place
+from pipeline.config import ModelConfig, model_fix, require_model_path
 from pipeline.errors import UserError, blame, say_warning
 from pipeline.model.export_folder import is_export
 
@@ -419,7 +418,7 @@ def _files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
 
 
 def _base_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
-    require_model_place(config.path, key="model.path")
+    require_model_path(config.path, key="model.path")
     settings = _file_or_none(config.path, "config.json", config.revision)
     if settings is None:
         raise UserError(
