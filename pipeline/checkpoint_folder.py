@@ -139,6 +139,7 @@ def rewind(folder: Path, name: str) -> Path:
             f"{folder}: no checkpoint {name!r}",
             allowed=", ".join(names(folder)) or "no checkpoint is left",
         )
+    # Before `latest` changes: a damaged checkpoint would stop the next start.
     verify(folder / name)
     _write_latest(folder / name)
     return folder / name
@@ -152,6 +153,7 @@ def read_state(path: Path) -> State:
     """
     file, fix = path / _STATE, _how_to_continue(path)
     tree = read_json(file, fix=fix)
+    # Before all other keys, which a newer format may have renamed.
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if isinstance(version, int) and version > _FORMAT_VERSION:
         raise UserError(
@@ -222,6 +224,7 @@ def publish(path: Path, description: Mapping[str, Any], files: Mapping[str, Any]
     partial = partial_folder(path)
     if partial.exists():  # not yet renamed by a call that failed after that
         state = {"format_version": _FORMAT_VERSION, **description, "files": files}
+        # The last file: a folder without it is not a checkpoint.
         write_sealed(partial / _STATE, state)
         sync_dir(partial)
         if path.exists():  # from before the run was rewound
@@ -281,6 +284,7 @@ def copy(path: Path, mirror: Path) -> None:
     shutil.copytree(path, partial)
     for file in partial.iterdir():
         sync_file(file)
+    # The copy is read back: storage that lost bytes on the way must not replace a good checkpoint.
     verify(partial)
     shutil.rmtree(target, ignore_errors=True)  # from before the run was rewound
     partial.rename(target)

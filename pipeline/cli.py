@@ -3,7 +3,7 @@
     starter  prepare  export  encode  probe  report  submit     files in, files out
     stop  rewind                                                a run's folder
     data      inspect  verify                                   prepared shards
-    plan      run  loss                                         the cost of a run that has not begun
+    plan      run  loss                                         the cost of a run, in advance
     evaluate  count  run  prefetch  plan  embed  score          an evaluation, step by step
 
 Commands import heavy packages inside, after they have read their config: `--help` and errors of a

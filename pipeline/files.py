@@ -8,7 +8,7 @@ hash of their content (they are sealed), so that a reader refuses a file that wa
     npy, one array       32 bytes after the array save_vectors     map_vectors
     Arrow file           metadata of every batch  batch_writer     read_batch
 
-Files from before there were hashes are read without that check.
+Records from before there were hashes are read without that check; arrays and batches are refused.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with name_full_disk(path):
             yield temporary
+            # Before the rename: after a power failure, the name must not lead to missing bytes.
             sync_file(temporary)
         temporary.replace(path)
     finally:
@@ -85,6 +86,7 @@ def sync_file(path: Path) -> None:
 
 def sync_dir(path: Path) -> None:
     """Wait until the names in a folder are on disk."""
+    # A folder is a file of names: without this, a rename may be lost in a power failure.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -244,6 +246,7 @@ def parse_json(text: str, *, where: str, fix: str) -> Any:
 
 
 def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python's parser would silently keep the last of two values.
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -329,6 +332,7 @@ def load_arrays(path: Path, *names: str, fix: str) -> dict[str, NDArray[Any]]:
 def _hash_arrays(arrays: dict[str, NDArray[Any]]) -> bytes:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
+        # With name and shape, so that swapped or reshaped arrays differ.
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())  # row by row, however the array is laid out in memory
     return digest.digest()
@@ -338,6 +342,7 @@ def save_vectors(path: Path, vectors_ND: NDArray[Any]) -> None:
     """Write one array as an npy file atomically, followed by a hash, which numpy does not read."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, vectors_ND)
+        # At the end, because other readers must find a plain npy file.
         file.write(hashlib.sha256(vectors_ND.tobytes()).digest())
 
 
@@ -377,6 +382,7 @@ def read_batch(path: Path, number: int, *, fix: str) -> pa.RecordBatch:
         UserError: the file is missing or damaged.
     """
     with blame(f"{path}: damaged", fix=fix), pa.memory_map(str(path)) as file:
+        # A memory map, so that a file of many batches costs the memory of one.
         batch, metadata = pyarrow.ipc.open_file(file).get_batch_with_custom_metadata(number)
         batch.validate(full=True)
         found = _hash_batch(batch).encode()

@@ -106,6 +106,7 @@ class RunDir:
                 )
             time.sleep(0.5)
         sign_lock(lock)
+        # Kept open: closing the file would free the lock.
         self._lock = lock
         for path in (self.config, self.ds_config, self.environment, self.metrics):
             remove_unfinished(path)
@@ -125,6 +126,7 @@ def describe_environment() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
+            # From metadata, because importing torch or deepspeed takes seconds.
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"

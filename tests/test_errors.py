@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.sources.records import BadRowError
-from pipeline.errors import MachineError, UserError, errors_end_the_process, explain_os_error
+from pipeline.errors import (
+    MachineError,
+    UserError,
+    blame,
+    errors_end_the_process,
+    explain_os_error,
+)
 from pipeline.files import atomic_path, require_writable
 
 
@@ -103,3 +109,27 @@ def test_an_error_of_a_row_is_reported_as_the_users(capsys: pytest.CaptureFixtur
 
     assert ended.value.code == 2
     assert capsys.readouterr().err == "UserError: rows.jsonl:2: text: null\n"
+
+
+def test_any_error_of_a_library_over_a_file_is_one_line_about_the_file() -> None:
+    for error in (KeyError("x"), AttributeError("two\nlines"), RecursionError(), StopIteration()):
+        with pytest.raises(UserError) as caught, blame("a.json: damaged", fix="write it again"):
+            raise error
+        assert str(caught.value).startswith("a.json: damaged (")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^own$"), blame("a.json: damaged"):
+        raise UserError("own")
+    with pytest.raises(KeyboardInterrupt), blame("a.json: damaged"):
+        raise KeyboardInterrupt
+
+
+def test_a_machine_without_memory_is_one_line_with_exit_1() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (MemoryError(), caught.value):
+        explained = explain_os_error(error)
+        assert explained is not None
+        assert explained.exit_code == 1
+        assert "memory" in str(explained)

@@ -34,6 +34,7 @@ from pipeline.config.model import (
     read_declared,
     require_model_path,
 )
+from pipeline.config.rules import require
 from pipeline.config.training import (
     CheckpointConfig,
     ChunkConfig,
@@ -90,5 +91,6 @@ __all__ = [
     "model_fix",
     "pooling_mode",
     "read_declared",
+    "require",
     "require_model_path",
 ]

@@ -51,6 +51,7 @@ class Template:
     def query_prefix(self, instruction: str) -> str:
         """Return the characters before a query's text."""
         before, _, after = self.query.partition(_TEXT)
+        # Without an instruction, "Instruct: " alone would be a prefix that no training has seen.
         if instruction or _INSTRUCTION not in before:
             return before.replace(_INSTRUCTION, instruction)
         return before.partition(_INSTRUCTION)[0] if after else ""

@@ -115,6 +115,7 @@ class EvaluateConfig:
                 lengths,
                 "integers >= 1 (tokens), each once",
             )
+        # Texts are packed into forwards whole.
         longest = max([self.max_length, *itertools.chain(*self.lengths.values())])
         require(
             self.max_tokens >= longest,

@@ -38,6 +38,8 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
             has a wrong type or breaks a rule; the message names the file and the whole key path.
     """
     path = Path(path).expanduser()
+    # Files and overrides are merged as plain trees, so that pydantic sees the result only once and
+    # rules between keys hold for what the user finally gets.
     tree = _read_tree(path, extended_by=())
     _refuse_repeated(overrides)
     for override in overrides:
@@ -49,6 +51,7 @@ def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
     """Validate a tree of plain values into `kind`; `origin` names it in messages."""
     try:
         config = TypeAdapter(kind).validate_python(tree)
+        # Pydantic accepts true as 1; in a config it is a mistake.
         for key in _booleans_as_numbers(tree, as_tree(config), ""):
             raise UserError(f"{key}: a switch (true or false)", allowed="a number")
     except ValidationError as error:
@@ -213,6 +216,7 @@ def _describe_expected(kind: type, fault: ErrorDetails) -> str:
 
 def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
     """Return the range of a number, or the least length of a list: `an integer >= 2 (queries)`."""
+    # The JSON schema has the whole range of a field, pydantic's error only the violated limit.
     schema = TypeAdapter(kind).json_schema()
     given = _find(schema, location)
     node = _resolve(schema, given)
@@ -247,6 +251,7 @@ def _find(schema: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, 
     node = schema
     for part in location:
         inside = _resolve(schema, node)
+        # Any other part names a branch of a union, such as `constrained-int`.
         if isinstance(part, int):
             node = inside["items"]
         elif part in inside.get("properties", {}):

@@ -62,6 +62,7 @@ def read_declared(path: str, revision: str | None = None) -> Declared:
 
     A damaged file counts as absent: code that loads such a folder as an embedder refuses it.
     """
+    # Its presence is what makes a folder a sentence-transformers one.
     modules = _read(path, "modules.json", revision)
     if not isinstance(modules, list):
         return Declared()
@@ -228,6 +229,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        # Resolved here, so that a dumped config states the pooling that was used.
         if self.pooling is None:
             chosen = default_pooling(self.path, self.revision)  # type: ignore[unreachable]
             object.__setattr__(self, "pooling", chosen)

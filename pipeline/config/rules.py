@@ -31,12 +31,14 @@ def expand_path(value: Any) -> Any:
     Raises:
         ValueError: there is no such user or variable, or the path is empty.
     """
+    # A Path comes from Python code, which means exactly this path.
     if not isinstance(value, str) or "://" in value:
         return value
     if not value.strip() or "\n" in value:
         raise ValueError("a path of one line")
     head = "hub:" if value.startswith("hub:") else ""
     path = os.path.expanduser(os.path.expandvars(value.removeprefix(head)))  # noqa: PTH111
+    # Left over because the variable is not set: a folder named `$DATA` is never meant.
     if missing := re.search(r"\$(\w+|\{\w*\})", path):
         raise ValueError(f"a path without {missing[0]}, which is not set in the environment")
     if path.startswith("~"):

@@ -226,6 +226,7 @@ class TrainConfig:
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
+        # Only a step with a checkpoint can be scored.
         every = self.evaluate.every if self.evaluate else self.checkpoint.every
         require(
             every % self.checkpoint.every == 0,
@@ -247,6 +248,7 @@ class TrainConfig:
             f"at least num_steps ({self.num_steps})",
         )
         self._check_schedule()
+        # Settings of the other kind of training would have no effect, so they are refused.
         if self.objective is None:
             require(
                 self.data.block_length is None,

@@ -26,8 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import Precision
-from pipeline.config.rules import require
+from pipeline.config import Precision, require
 from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.files import file_size, list_files
 from pipeline.data.sources.records import BadRecords, Block, OnBadRow, Record

@@ -146,6 +146,7 @@ def excluded_nodes(job: str) -> tuple[str, ...]:
 
 def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
     """Return True if a job's partitions have enough nodes without some."""
+    # A job may name several partitions and starts in any of them.
     partitions = _fields(job).get("Partition", "")
     total = 0
     for name in filter(None, partitions.split(",")):
@@ -209,6 +210,7 @@ def attribute_faults(answers: Mapping[str, Health | None]) -> Faults:
             f"{node}: {health.clock[0]}, as on all nodes: the server's clock is wrong", flush=True
         )
         given = {node: dataclasses.replace(health, clock=()) for node, health in given.items()}
+    # A check that hangs is as bad as a fault: training would hang on that node too.
     silent = {node: "its check did not answer" for node in answers if node not in given}
     unfit = {node: health.message for node, health in given.items() if health.message}
     return Faults(nodes=silent | unfit, shared="")
@@ -226,6 +228,7 @@ def _run_checks(nodes: list[str], run_folder: Path) -> dict[str, Health]:
         output, complaint = done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
         late, output, complaint = True, (error.stdout or b"").decode(), ""
+    # Other lines come from the site's login scripts.
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:
         if slurm.is_silence(complaint):

@@ -91,8 +91,8 @@ def require_resumable(config: TrainConfig) -> None:
 
 def _local_digests(model: ModelConfig) -> dict[str, str] | None:
     """Digests of a model's files; None for a model of the hub, which jobs compare as they load."""
-    places = [model.path, *model.all_merged, *([model.adapter] if model.adapter else [])]
-    if not all(Path(place).is_dir() for place in places):
+    folders = [model.path, *model.all_merged, *([model.adapter] if model.adapter else [])]
+    if not all(Path(folder).is_dir() for folder in folders):
         return None
     # Inside, because it imports torch.
     from pipeline.model.weights import model_digests_here

@@ -56,6 +56,7 @@ class Health:
 
 def check_node(run_folder: Path, scratch: Path, num_gpus: int) -> Health:
     """Check this node without blocking on a disk that hangs."""
+    # All faults, not the first only: they help the site to repair the node.
     own = _gpu_faults(num_gpus) if num_gpus else []
     number, fault = probe(scratch)
     own += [fault] if fault else []
@@ -120,6 +121,7 @@ def _write_a_little(folder: Path) -> tuple[int, int]:
     """Return the error number, or 0, and the free bytes of a folder."""
     try:
         free = shutil.disk_usage(folder).free
+        # Written and synced: a full or read-only disk may still accept an empty file.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
             file.flush()

@@ -80,10 +80,12 @@ def parse_flags(words: Sequence[str], origin: str) -> tuple[Flag, ...]:
     """
     flags: list[Flag] = []
     for word in words:
+        # It would end the #SBATCH line.
         if "\n" in word:
             raise UserError(f"{origin}: {word!r}", allowed="flags without line breaks")
         if word.startswith("-") and len(word) > 1:
             flags.append(_parse_word(word))
+        # The value of a flag may be a separate word: `--nodes 4`.
         elif flags and not flags[-1].value:
             flags[-1] = dataclasses.replace(flags[-1], value=word, words=(*flags[-1].words, word))
         else:
@@ -211,6 +213,7 @@ def batch_text(
         all_of = [f"{end}:{':'.join(after)}", *([wanted] if wanted else [])]
         submission += [f"{_DEPENDENCY}={','.join(all_of)}", "--kill-on-invalid-dep=yes"]
         own_flags = [flag for flag in own_flags if flag.name != _DEPENDENCY]
+    # Below all directives: Slurm stops reading them at the first command.
     exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
     return "\n".join(
         [
@@ -302,6 +305,7 @@ def read_site() -> Site:
             f"{path}: no such file",
             fix="go to the folder that holds slurm/, or set DIFFEMBED_CLUSTER_ENV to the file",
         )
+    # Zero bytes separate the values, because flags may contain any other character.
     limit, *values = _run_site_file(path).split("\0")[:-1]
     if limit and not limit.isdecimal():
         raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or empty")

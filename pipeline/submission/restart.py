@@ -158,6 +158,7 @@ def begin(config: TrainConfig, job: str) -> None:
         DiffembedError: no progress, a run folder that stays full or away, or unfit nodes; in the
             last case the job was requeued without them, up to a limit.
     """
+    # Recorded before anything can fail, so that even a start that dies at once counts.
     history, step = _wait_for_shared(lambda: _record_start(config, job))
     # One more than `end` allows: starts that ended with their node were not counted there.
     if history.idle_starts(step) > _MAX_IDLE + 1:
@@ -209,6 +210,7 @@ def end(
     Raises:
         DiffembedError: the job makes no progress, or Slurm refuses both a requeue and a successor.
     """
+    # First: a job that Slurm has cancelled meanwhile must not be requeued.
     state = allocation.read_state(job)
     history, idle_starts = None, 1
     try:
@@ -225,6 +227,7 @@ def end(
             preempted=state.preempted,
             running=state.running,
             idle_starts=idle_starts,
+            # A full disk can look like a wrong config.
             folder_fault=probe(config.output_dir)[1] if code == 2 else "",
         )
     )
@@ -315,6 +318,7 @@ def _continue(job: str, history: History | None, why: str, *, without: tuple[str
     if not refusal:
         return f"requeued: {why}"
     successor = submit_successor(job, without=without)
+    # Otherwise a chain of successors would never reach the limit of idle starts.
     if history:
         with contextlib.suppress(OSError):
             history.hand_over(successor)

@@ -146,6 +146,7 @@ class QueuedJob:
 def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for a new job, without variables of the current job or rank."""
     own = {key: value for key, value in environ.items() if key not in _OF_A_SUBMISSION}
+    # Neither in a job nor a rank: a login node, whose environment belongs to the user.
     if not {"SLURM_JOB_ID", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"} & environ.keys():
         return own
     return {key: value for key, value in without_rank(own).items() if key not in _OF_A_NODE}
@@ -158,6 +159,7 @@ def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str
         UserError: Slurm refuses it, does not answer, or prints no id.
     """
     path = path.absolute()
+    # Ids before the submission: if its answer is lost, a job with another id is the new one.
     known = {job.id for job in list_jobs(patience=patience) if job.command == str(path)}
 
     def attempt() -> str:
@@ -169,6 +171,7 @@ def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str
                 return found
             raise
         _accept(done, path.name)
+        # Warnings of the site, such as about a deprecated partition.
         if done.stderr.strip():
             print(done.stderr.strip(), file=sys.stderr, flush=True)
         job = job_id(done.stdout) or _find_new(path, known)
@@ -238,6 +241,7 @@ def _parse_queue(shown: str) -> dict[str, QueuedJob]:
             continue
         job, name, submitted, state, reason, dependency, command = line.split(_SEPARATOR)
         waits_for = frozenset(re.findall(r":(\d+)", dependency))
+        # One line per element of an array, or per group of equal ones.
         states = frozenset((state,))
         if earlier := jobs.get(job):
             states, waits_for = states | earlier.states, waits_for | earlier.waits_for
@@ -324,6 +328,7 @@ def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProce
         )
     except subprocess.TimeoutExpired as error:
         raise no_answer(f"{command} did not answer within {_COMMAND_SECONDS} s") from error
+    # Slurm has no exit code for this; only the message differs from a refusal.
     if done.returncode and _SILENT.search(done.stderr):
         raise no_answer(f"{command}: {complaint(done)}")
     return done
@@ -414,6 +419,7 @@ class JobRecord:
 
     def add(self, key: str, job_id: str) -> None:
         """Record a submitted job; it is on disk when this returns."""
+        # This clock until `confirm` replaces it: the controller's may differ.
         now = datetime.datetime.now().isoformat(timespec="seconds")
         self._jobs[key] = {
             "name": job_name(key),

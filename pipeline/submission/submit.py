@@ -80,6 +80,7 @@ def batch_scripts(chain: Chain, submission: Submission) -> str:
     Raises:
         UserError: a folder of the chain cannot be written, or a flag is refused.
     """
+    # A dry run writes nothing, but finds what would stop a submission.
     for folder in {job.folder for job in chain.jobs}:
         _require_writable(folder)
     site = read_site()
@@ -117,6 +118,7 @@ def submit(chain: Chain, submission: Submission) -> None:
         changes = _compare(chain, active)
         _require_acceptable(changes.new, active, settings, site, submission)
         ids = _submit_new(chain, changes, records, site, submission)
+        # Only now: a chain that cannot be submitted must not lose the jobs that wait.
         for job in changes.replaced:
             slurm.cancel(job)
         if changes.new:
@@ -175,6 +177,7 @@ def _submit_new(
     for job in chain.jobs:
         if job in changes.new:
             text = _text(job, site, submission, _waits_for(job, ids, submission))
+            # Before the job exists, so that it finds its files even if it starts at once.
             for path, content in {**job.files, job.text_path: text}.items():
                 write_text(path, content)
             ids[job.name] = slurm.submit_text(job.text_path)

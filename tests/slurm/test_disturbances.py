@@ -69,6 +69,6 @@ def test_training_waits_for_a_disk_that_is_read_only_or_full_for_a_while(
     disk("size=3g")
 
     assert job.end() == "COMPLETED"
-    assert job.find("how this start ended could not be noted: .* No space left on device")
+    assert job.find("the end of this start could not be recorded: .* No space left on device")
     # It is no node's fault.
     assert "ExcNodeList=(null)" in cluster.command("scontrol", "show", "job", job.id)

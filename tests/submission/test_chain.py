@@ -242,7 +242,7 @@ def test_a_finished_run_whose_config_was_edited_is_refused_by_key(
     assert train().finished
     assert train("log_every=3").finished
     for key, value in (("optimizer.lr", "0.5"), ("model.attention", "causal"), ("seed", "7")):
-        with pytest.raises(UserError, match=rf"^{key}\b.*{value}.* began .*set .*back"):
+        with pytest.raises(UserError, match=rf"^{key}\b.*{value}.* started .*set .*back"):
             train(f"{key}={value}")
 
 
