@@ -175,7 +175,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    # The first collective says that something failed, and only then do ranks exchange texts.
+    # A flag in one cheap collective; only after a failure do ranks exchange texts.
     if any_rank(error is not None):
         found = None if error is None else (isinstance(error, UserError), str(error))
         results = all_gather_object(found)

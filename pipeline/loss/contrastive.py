@@ -19,8 +19,9 @@ contrasted with its query's negatives alone, whose sum of exponentials has the l
                    loss    0.963
 
 A negative's gradient is its share exp(score - z) of dl/dz, a positive's is the opposite of dl/dz.
-From there, d(loss) / d(q rows) = d(loss) / d(score) @ d rows / 0.5, likewise for documents, and
-last the part along each row is removed, because a cosine does not depend on a row's length.
+The gradient by the queries is this matrix @ document rows / 0.5, the gradient by the documents its
+transpose @ query rows / 0.5; last, the part along each row is removed, because a cosine does not
+depend on a row's length.
 
 This is InfoNCE (van den Oord et al., arXiv 1807.03748, eq. 4) once per positive: a query's other
 positives are in no denominator, nor are masked documents. The loss is the mean over queries of the

@@ -89,6 +89,7 @@ def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
     return TensorChunk(
         number=number,
         input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
+        # On the host, because code that splits rows must not wait for the device.
         lengths=torch.from_numpy(chunk.lengths),
         instruction_tokens=None
         if skipped is None

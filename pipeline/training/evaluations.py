@@ -178,6 +178,7 @@ class Evaluations:
         """Link the checkpoint's files and write the configs that the commands read."""
         kept = RunDir(folder).checkpoints
         partial = kept.with_name(f".{kept.name}.partial")
+        # Left by an attempt that was killed.
         for earlier in (partial, kept):
             shutil.rmtree(earlier, ignore_errors=True)
         shutil.copytree(checkpoint, partial / checkpoint.name, copy_function=_link)

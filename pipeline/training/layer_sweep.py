@@ -119,6 +119,7 @@ class LayerSweep(Generic[ChunkT]):
             with self._hold(index):
                 for number, chunk in enumerate(chunks):
                     gradient = upper[number]
+                    # By this stage's input, hence by the output of the stage below.
                     upper[number] = self._backward_one(index, number, chunk, gradient, backward)
 
     def _backward_one(

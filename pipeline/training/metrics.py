@@ -69,6 +69,7 @@ class JsonLines:
 
     def _write(self) -> None:
         """Append all waiting lines, or nothing."""
+        # Unbuffered, in one call: the part that a full disk took can be cut off again.
         with self._path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             lines = self._waiting.encode()
@@ -96,6 +97,7 @@ class JsonLines:
 def _lines_before(path: Path, first_step: int) -> list[str]:
     fix = "move it away; the resumed run then starts a new one"
     lines = read_json_lines(path, _Line, fix=fix)
+    # The resumed run computes the other steps again, and logs them.
     kept = [text for text, line in lines if line["step"] < first_step]
     if first_step and not kept:
         print(f"{path}: no line of the steps before {first_step}", file=sys.stderr, flush=True)

@@ -118,6 +118,7 @@ class RunCheckpoints:
         if self._newest_step != step:
             self.begin(step)
         self.finish()
+        # The process may end after this: its background copies must be done.
         if comm.rank() == 0:
             self._keeper.wait()
         return self._folder / checkpoint_name(step)

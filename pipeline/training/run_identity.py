@@ -152,8 +152,10 @@ def _keys(config: TrainConfig) -> dict[str, Any]:
     tree = as_tree(config)
     for key in _FREE_KEYS:
         tree.pop(key)
+    # Neither changes the examples or their order.
     for key in ("path", "prefetch"):
         tree["data"].pop(key)
+    # Two keys set the end of the decay: their effect is compared.
     end = tree["optimizer"].pop("decay_steps") or config.num_steps
     keys = _flatten(tree)
     keys[_DECAY_END] = None if config.optimizer.decay == "constant" else end

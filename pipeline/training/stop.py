@@ -50,6 +50,7 @@ class StopRequest:
         """Return why this rank wants to stop, empty when it does not."""
         if not self._reason:
             if comm.rank() == 0 and self._file.exists():
+                # Not remembered: a user may take the file away again.
                 return f"{self._file.name} file"
             if self._launchers and launch.launcher_processes() != self._launchers:
                 self._reason = "the launcher's end"

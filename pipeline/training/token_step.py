@@ -134,6 +134,7 @@ class TokenPrediction:
         """
         agreement = agreement or Agreement()
         agreement.begin_step()
+        # A function of (seed, step, text): a resumed run hides the same tokens.
         predictions = [
             predict(
                 chunk,
@@ -282,6 +283,7 @@ def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float
         NonFiniteLossError: on all ranks.
     """
     losses, correct = (float(torch.stack(numbers).sum()) for numbers in zip(*sums, strict=True))
+    # Without the factor world size, which the weights carry (see `accumulate`).
     mean, right = comm.sum_over_ranks(losses / comm.world_size(), correct)
     if not math.isfinite(mean):
         raise NonFiniteLossError(mean, [])

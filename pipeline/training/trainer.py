@@ -233,7 +233,7 @@ class Training:
         """Save and leave, after `done` finished steps; called on all ranks."""
         reason = self._stop_request.agreed_reason()
         path = self.checkpoints.save(done)
-        self._stop_request.clear()
+        self._stop_request.clear()  # after the save: a request that failed stays
         raise Stopped(
             f"{reason} after step {done} of {self.config.num_steps}; saved {path}, "
             f"run the same command to resume"
