@@ -223,7 +223,7 @@ def main() -> None:
     # A tile of three predictions: every chunk needs several.
     token_step.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
-    token_step.load_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
+    token_step.load_model_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
     cases = [
         ("mntp", [1, 1], False, "cache", untied),
         ("mntp, causal", [3, 5], True, "cache", untied),
