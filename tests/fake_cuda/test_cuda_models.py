@@ -12,7 +12,7 @@ import torch
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.model.encoder import build_encoder
 from tests.fake_cuda.fake_cuda import CudaTensor, FakeCuda, to_cuda
-from tests.model.test_families import CASES, DECODERS, LENGTHS, save_model
+from tests.model.model_support import CASES, DECODERS, LENGTHS, save_model
 
 POOLINGS = ("mean", "weighted_mean", "last_token", "first_token")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
+from pipeline.model.architectures import FAMILIES
+
 SIZES = {
     "vocab_size": 200,
     "hidden_size": 32,
@@ -19,14 +21,8 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-
-
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
 GROUPED = {**SIZES, **IDS, "num_key_value_heads": 2}
-
-
 # Name -> config, and the attention of transformers that computes it. Windows are shorter than the
 # longest row, so that they matter.
 CASES: dict[str, tuple[hf.PretrainedConfig, str]] = {
@@ -59,8 +55,7 @@ CASES: dict[str, tuple[hf.PretrainedConfig, str]] = {
         "sdpa",
     ),
 }
-
-
+DECODERS = [name for name in CASES if FAMILIES[name.removesuffix("-window")].decoder]
 LENGTHS = torch.tensor([3, 17, 1, 9])
 
 
@@ -85,8 +80,6 @@ def padded_means(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 WIDTH, LAYERS, HEADS, MLP, VOCAB = 16, 2, 4, 24, 90
-
-
 LLADA = {
     "model_type": "llada",
     "architectures": ["LLaDAModelLM"],

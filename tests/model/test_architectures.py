@@ -16,9 +16,16 @@ from pipeline.errors import UserError
 from pipeline.model.architectures import FAMILIES
 from pipeline.model.encoder import build_encoder
 from pipeline.model.export import finish_config
-from tests.model.model_support import CASES, GROUPED, IDS, LENGTHS, SIZES, padded_means, save_model
-
-DECODERS = [name for name in CASES if FAMILIES[name.removesuffix("-window")].decoder]
+from tests.model.model_support import (
+    CASES,
+    DECODERS,
+    GROUPED,
+    IDS,
+    LENGTHS,
+    SIZES,
+    padded_means,
+    save_model,
+)
 
 
 def test_every_family_has_a_case() -> None:
@@ -168,8 +175,6 @@ def test_a_gemma_config_whose_copies_would_differ_is_refused(tmp_path: Path) -> 
 
 
 ROTARY = [name for name in CASES if hasattr(CASES[name][0], "rope_parameters")]
-
-
 SHORT, FACTOR = 8, 3.0  # the longest row has 17 tokens
 
 
