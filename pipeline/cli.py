@@ -295,17 +295,17 @@ def score(config: Config, overrides: Overrides = None) -> None:
 @data_commands.command()
 def inspect(folder: Shards) -> None:
     """Show sources, counts, lengths and a few decoded examples."""
-    from pipeline.data.shards import inspect as inspect_shards
+    from pipeline.data.shards import inspect_dataset
 
-    print(inspect_shards(folder))
+    print(inspect_dataset(folder))
 
 
 @data_commands.command()
 def verify(folder: Shards) -> None:
     """Read every shard and compare it with its recorded hash."""
-    from pipeline.data.shards import verify as verify_shards
+    from pipeline.data.shards import verify_dataset
 
-    print(verify_shards(folder))
+    print(verify_dataset(folder))
 
 
 @plan_commands.command("run")

@@ -338,6 +338,12 @@ def _hash_arrays(arrays: dict[str, NDArray[Any]]) -> bytes:
     return digest.digest()
 
 
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write one array as a npy file atomically."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
 def save_vectors(path: Path, vectors_ND: NDArray[Any]) -> None:
     """Write one array as an npy file atomically, followed by a hash, which numpy does not read."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:

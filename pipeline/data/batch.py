@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+_NOTHING: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,12 @@ class Ragged:
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(offsets=offsets, values=values)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[NDArray[Any]]) -> Ragged:
+        """Copy rows into one array."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        return cls.from_lengths(lengths, np.concatenate(rows) if rows else _NOTHING)
 
     @classmethod
     def from_pairs(cls, rows: IntArray, values: IntArray, num_rows: int) -> Ragged:

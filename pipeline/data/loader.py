@@ -1,6 +1,7 @@
-"""One global batch at a time, the same on every cluster; each rank reads only its own tokens.
+"""Load one global batch at a time, the same on every cluster; each rank reads only its own tokens.
 
-order (ids of the step) -> relevance (documents, masks) -> balance (rank, chunk) -> tokens
+step -> example ids -> documents and masks -> chunks of every rank -> tokens of this rank
+        order.Order    order.find_relevance   batch.plan_chunks       shards.Dataset
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pipeline.data.order import (
     Order,
     Relevance,
     choose,
+    find_relevance,
     make_key,
     num_negatives,
-    relate,
     source_shares,
 )
 from pipeline.data.shards import Dataset
@@ -38,11 +39,11 @@ DUMMY = Chunk(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Drawn:
-    """What a step's batch is made of, before any text is read."""
+    """Examples, documents and lengths of a step's batch; no text has been read yet."""
 
-    ids: IntArray
+    ids: IntArray  # (N,)
     listed: dict[str, Ragged]  # all documents of the examples
-    chosen: dict[str, IntArray]  # places of those that the step takes
+    chosen: dict[str, IntArray]  # positions of the documents that the step takes
     relevance: Relevance
     lengths: IntArray  # (S,) tokens of each text: queries, then documents
 
@@ -52,14 +53,14 @@ class Loader:
 
     Args:
         dataset: an opened dataset folder.
-        config: what a batch is made of.
-        rank: this process among `world_size`; decides only whose chunks are read.
-        max_chunk_tokens: token budget of a chunk; a longer text gets a chunk of its own.
-        max_chunk_cost: cost budget of a chunk, as `balance.text_cost` counts it.
-        min_chunks: at least so many chunks per rank.
+        config: size and mixture of a batch, documents per query.
+        rank: this process among `world_size`; decides only which chunks are read.
+        max_chunk_tokens: token budget of a chunk; a longer text gets its own chunk.
+        max_chunk_cost: cost budget of a chunk, as `batch.text_cost` counts it.
+        min_chunks: at least this many chunks per rank.
         seed: decides the order and the choice of documents.
         attention_length: length at which attention costs as much as the linear layers.
-        groups: what the order draws from; by default the dataset's groups of examples.
+        groups: populations that the order draws from; by default the dataset's groups of examples.
 
     Raises:
         UserError: the batch cannot be formed from this dataset.
@@ -102,7 +103,7 @@ class Loader:
         self._step = 0
 
     def batch(self, step: int) -> GlobalBatch:
-        """The batch of a step; depends on nothing that happened before."""
+        """Return the batch of a step; depends on nothing that happened before."""
         drawn = self._draw(step)
         ids, relevance = drawn.ids, drawn.relevance
         scores = self._scores(ids, drawn.listed, drawn.chosen)
@@ -125,7 +126,7 @@ class Loader:
         )
 
     def num_negatives(self, step: int, *, own: bool) -> IntArray:
-        """(N,) negatives of each query of a step, of its own or of the batch; reads no text."""
+        """(N,) listed negatives of each query of a step, or all in its batch; reads no text."""
         found = self._draw(step).relevance
         return num_negatives(
             positives=found.positives,
@@ -142,7 +143,7 @@ class Loader:
         return len(np.unique(keys)), len(drawn.relevance.document_ids)
 
     def chunk_tokens(self, step: int) -> list[list[int]]:
-        """Tokens of every rank's chunks of a step, dummies too; reads no text."""
+        """Return the tokens of every rank's chunks of a step, with dummies; reads no text."""
         lengths = self._lengths(step)
         return [
             [int(lengths[texts].sum()) if len(texts) else len(DUMMY.input_ids) for texts in chunks]
@@ -162,7 +163,7 @@ class Loader:
         positives, negatives = (
             _select(listed[name], chosen[name]) for name in ("positives", "negatives")
         )
-        relevance = relate(
+        relevance = find_relevance(
             positives=positives,
             negatives=negatives,
             all_positives=listed["positives"],
@@ -178,7 +179,7 @@ class Loader:
         return _Drawn(ids=ids, listed=listed, chosen=chosen, relevance=relevance, lengths=lengths)
 
     def _plan(self, lengths: IntArray) -> list[list[IntArray]]:
-        """Every rank's chunks of texts with the given (S,) lengths, as arrays of text indices."""
+        """Return every rank's chunks of texts of (S,) lengths, as arrays of text indices."""
         return plan_chunks(
             lengths,
             world_size=self._world_size,
@@ -189,7 +190,7 @@ class Loader:
         )
 
     def _check(self, listed: dict[str, Ragged]) -> None:
-        """Refuse what a damaged shard would otherwise turn into an obscure failure."""
+        """Refuse contradictions of a damaged shard, which would cause an obscure failure later."""
         found = np.concatenate([lists.values for lists in listed.values()])
         num_documents = len(self.dataset.documents)
         if listed["positives"].lengths.min() < 1 or found.min() < 0 or found.max() >= num_documents:
@@ -198,8 +199,8 @@ class Loader:
             )
 
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
-        """Places of the documents taken this step; another epoch takes others."""
-        # A key each, or lists of one length would always give their k-th documents together.
+        """Return positions of the documents taken this step; another epoch takes others."""
+        # With one key, lists of equal length would always give their k-th documents together.
         key, other = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
         first = self.dataset.examples.scalars("num_first_negatives", ids)
         return {
@@ -214,7 +215,7 @@ class Loader:
     def _scores(
         self, ids: IntArray, listed: dict[str, Ragged], chosen: dict[str, IntArray]
     ) -> tuple[Ragged | None, Ragged | None]:
-        """Teacher scores beside the chosen documents; examples without a teacher get NaN."""
+        """Return teacher scores of the chosen documents; examples without a teacher get NaN."""
         if not self.dataset.manifest.has_scores:
             return None, None
         num_positives = listed["positives"].lengths
@@ -275,7 +276,7 @@ class Loader:
         )
 
     def _join(self, views: list[IntArray]) -> IntArray:
-        """(T,) tokens of some texts, one after another."""
+        """Join the tokens of some texts to (T,)."""
         input_ids: IntArray = np.concatenate(views).astype(np.int64)
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
@@ -283,7 +284,7 @@ class Loader:
         return input_ids
 
     def __iter__(self) -> Iterator[GlobalBatch]:
-        """Batches from the current step on, for ever; the next one is prepared in a thread."""
+        """Yield batches from the current step on, for ever; a thread prepares the next one."""
         if not self.config.prefetch:
             while True:
                 batch = self.batch(self._step)
@@ -296,7 +297,7 @@ class Loader:
 
     @property
     def max_chunk_tokens(self) -> int:
-        """Token budget of a chunk; set it on all ranks alike, for batches planned from then on."""
+        """Token budget of a chunk; set the same on all ranks, for batches planned from then on."""
         return self._max_tokens
 
     @max_chunk_tokens.setter
@@ -304,7 +305,7 @@ class Loader:
         self._max_tokens = tokens
 
     def state_dict(self) -> dict[str, int]:
-        """What resuming needs: the next step, and numbers that must not have changed."""
+        """Return the next step, and numbers that must not have changed when it resumes."""
         return {
             "version": _STATE_VERSION,
             "step": self._step,
@@ -332,7 +333,7 @@ class Loader:
         self._step = int(state["step"])
 
 
-def _select(lists: Ragged, places: IntArray) -> Ragged:
-    """The values at ascending `places`, with their rows."""
-    lengths = np.bincount(lists.rows[places], minlength=len(lists)).astype(np.int64)
-    return Ragged.from_lengths(lengths, lists.values[places])
+def _select(lists: Ragged, positions: IntArray) -> Ragged:
+    """Return the values at ascending positions, in their rows."""
+    lengths = np.bincount(lists.rows[positions], minlength=len(lists)).astype(np.int64)
+    return Ragged.from_lengths(lengths, lists.values[positions])

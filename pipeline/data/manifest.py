@@ -1,4 +1,8 @@
-"""The table of contents of a dataset folder, and the only file that makes it readable."""
+"""Describe a dataset folder in its manifest, the last file that `prepare` writes.
+
+A folder without a manifest is no dataset. Everything else in it is found, and checked, through the
+manifest: names, rows and hashes of the shards, groups of examples, tokenizer and template.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """What became of one source: rows read, examples kept, drops by reason, things to know."""
+    """The result of one source: rows read, examples kept, drops by reason, warnings."""
 
     name: str
     format: str
@@ -61,7 +65,7 @@ class LengthHistogram:
 
     @classmethod
     def of(cls, lengths: IntArray, limit: int) -> LengthHistogram:
-        """Histogram of (R,) lengths truncated at `limit`."""
+        """Return the histogram of (R,) lengths truncated at `limit`."""
         bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
         return cls(
             counts=tuple(np.bincount(bins).tolist()),
@@ -72,7 +76,7 @@ class LengthHistogram:
         )
 
     def plus(self, other: LengthHistogram) -> LengthHistogram:
-        """Histogram of both sets of texts."""
+        """Return the histogram of both sets of texts."""
         size = max(len(self.counts), len(other.counts))
         counts = np.zeros(size, dtype=np.int64)
         for part in (self.counts, other.counts):
@@ -88,10 +92,10 @@ class LengthHistogram:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything about a dataset but its tokens.
+    """Everything about a dataset except its tokens.
 
-    `groups` tile the examples in order: example ids are positions in the example shards one after
-    another, document ids positions in the document shards.
+    `groups` cover the examples in order, without gaps. Example ids are positions in the example
+    shards, one after another; document ids are positions in the document shards.
     """
 
     version: int
@@ -113,7 +117,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the manifest, and through the shards' hashes of every token."""
+        """Hash of the manifest; as that holds the shards' hashes, it covers every token."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
@@ -136,7 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a dataset folder.
 
     Raises:
-        UserError: the folder holds no dataset, or one that this version cannot read.
+        UserError: the folder holds no dataset, a damaged one, or one of another version.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -159,14 +163,15 @@ def read_manifest(folder: Path) -> Manifest:
     except UserError as error:
         if str(path) in error.found:
             raise
-        raise UserError(f"{path}: damaged ({error})", fix=fix) from error  # a rule of the template
+        # A rule of the template, whose message does not name the file.
+        raise UserError(f"{path}: damaged ({error})", fix=fix) from error
     for reason in _contradictions(manifest):
         raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again")
     return manifest
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """Counts and names that do not fit together."""
+    """Yield counts and names that contradict each other."""
     counted = (
         ("examples", manifest.num_examples, manifest.example_shards),
         ("documents", manifest.num_documents, manifest.document_shards),

@@ -1,4 +1,14 @@
-"""Choose the examples of each step as a pure function of seed, step and dataset."""
+"""Choose the examples and documents of each step as a pure function of seed, step and dataset.
+
+    groups (source, instruction)  --make_units-->  units, each with its share of the batches
+    step  --Order-->  a unit, and its next window of elements  --permute-->  example ids
+    example ids  --choose-->  their documents  --find_relevance-->  who answers whom
+
+Every random number is a hash of its purpose, seed and position, so that any step can be computed
+without the steps before it, and does not depend on the number of ranks.
+
+Letters: N examples of a batch, M its documents, R rows of a ragged array, nnz its values.
+"""
 
 from __future__ import annotations
 
@@ -11,66 +21,6 @@ from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.errors import UserError
-
-
-def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-
-
-def make_key(*parts: int) -> int:
-    """One 64-bit key from several integers; every part and its place matter."""
-    key = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
-    return int(key[0])
-
-
-def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
-    """Numbers from 0 up to 1, each a function of the key and of its own integers in `parts`.
-
-    Args:
-        key: from `make_key`.
-        parts: arrays of one shape (N,), values 0 and above.
-
-    Returns:
-        (N,) multiples of 2**-53.
-    """
-    word = np.full(parts[0].shape, key, dtype=np.uint64)
-    for part in parts:
-        word = mix(word * _STEP + part.astype(np.uint64) + np.uint64(1))
-    return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def permute(index: IntArray, size: int, key: int) -> IntArray:
-    """Map indices through a keyed bijection of 0..size-1 without storing it.
-
-    A four-round Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that
-    holds `size`, walked until it lands inside (Black and Rogaway, 2002).
-
-    Args:
-        index: any shape, values 0..size-1.
-        size: number of elements permuted, at least 1.
-        key: selects the permutation.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = [np.uint64(make_key(key, number)) for number in range(4)]
-    flat = np.asarray(index, dtype=np.uint64).ravel().copy()
-    outside = np.arange(len(flat))
-    while len(outside):
-        left, right = flat[outside] >> half, flat[outside] & low
-        for round_key in keys:
-            left, right = right, left ^ (mix(right + round_key) & low)
-        flat[outside] = (left << half) | right
-        outside = outside[flat[outside] >= size]
-    return flat.astype(np.int64).reshape(np.shape(index))
-
 
 Homogeneous = Literal["none", "source", "instruction"]
 # A cycle fixes each unit's share exactly; its length bounds the work of starting at any step.
@@ -87,150 +37,6 @@ class Group:
     instruction: str
     start: int
     count: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Stream:
-    """Endless epochs over `size` elements; no `window` in a row ever holds one element twice.
-
-    With size >= 3 * window every epoch is a permutation of all elements. Elements seen in the last
-    window of an epoch wait until after the first window of the next one. A smaller stream's epoch
-    has as many whole windows as fit, and leaves a different remainder out each time.
-    """
-
-    size: int
-    window: int
-    key: int
-
-    @property
-    def is_small(self) -> bool:
-        """Whether epochs are cut to whole windows."""
-        return self.size < 3 * self.window
-
-    def take(self, *, ordinal: int, start: int, count: int) -> IntArray:
-        """Elements of one window.
-
-        Args:
-            ordinal: how many windows were taken before; used by small streams.
-            start: how many elements were taken before; used by the others.
-            count: elements wanted, at most `window`.
-        """
-        if self.is_small:
-            epoch, place = divmod(ordinal, self.size // self.window)
-            first = place * self.window
-            return self._epoch(epoch, np.arange(first, first + count))
-        epoch, first = divmod(start, self.size)
-        inside = min(count, self.size - first)
-        parts = [self._epoch(epoch, np.arange(first, first + inside))]
-        if inside < count:
-            parts.append(self._epoch(epoch + 1, np.arange(count - inside)))
-        return np.concatenate(parts)
-
-    def _epoch(self, epoch: int, places: IntArray) -> IntArray:
-        key = make_key(self.key, epoch)
-        elements = permute(places, self.size, key)
-        head = 2 * self.window
-        if epoch == 0 or self.is_small or not len(places) or places[0] >= head:
-            return elements
-        first = permute(np.arange(head), self.size, key)
-        last = permute(
-            np.arange(self.size - self.window, self.size),
-            self.size,
-            make_key(self.key, epoch - 1),
-        )
-        seen = np.isin(first, last)
-        adjusted = np.concatenate([first[~seen], first[seen]])
-        early = places < head
-        elements[early] = adjusted[places[early]]
-        return elements
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """Groups that are drawn as one population, and the share of the batches they get."""
-
-    groups: tuple[Group, ...]
-    share: float
-
-    @property
-    def size(self) -> int:
-        """Number of examples."""
-        return sum(group.count for group in self.groups)
-
-    def example_ids(self, elements: IntArray) -> IntArray:
-        """Example ids of elements 0..size-1."""
-        counts = np.array([group.count for group in self.groups], dtype=np.int64)
-        starts = np.array([group.start for group in self.groups], dtype=np.int64)
-        ends = np.cumsum(counts)
-        shifts: IntArray = starts - (ends - counts)
-        return elements + shifts[np.searchsorted(ends, elements, side="right")]
-
-
-def source_shares(
-    groups: Sequence[Group],
-    *,
-    weights: Mapping[str, float],
-    temperature: float,
-    cap: int | None,
-) -> dict[str, float]:
-    """Share of each source: weight * min(count, cap) ** (1 / temperature), normalised.
-
-    Temperature 1 is proportional to size, larger is flatter (Raffel et al., arXiv 1910.10683,
-    section 3.5.2, who also cap the size that counts).
-    """
-    counts: dict[str, int] = {}
-    for group in groups:
-        counts[group.source] = counts.get(group.source, 0) + group.count
-    unknown = sorted(set(weights) - set(counts))
-    if unknown:
-        raise UserError(f"data.weights: no source {unknown[0]!r}", allowed=", ".join(counts))
-    raw = {
-        source: weights.get(source, 1.0) * min(count, cap or count) ** (1.0 / temperature)
-        for source, count in counts.items()
-    }
-    total = sum(raw.values())
-    if not total > 0:
-        raise UserError("data.weights: every source has weight 0", allowed="one above 0")
-    return {source: value / total for source, value in raw.items() if value > 0}
-
-
-def make_units(
-    groups: Sequence[Group], *, shares: Mapping[str, float], homogeneous: Homogeneous, batch: int
-) -> list[Unit]:
-    """Gather groups into the populations that batches are drawn from.
-
-    With `instruction`, a source's groups smaller than a batch are joined into one unit of mixed
-    instructions, so that no batch repeats an example; if even that is too small it joins the
-    source's smallest other unit.
-
-    Raises:
-        UserError: a source has fewer examples than one homogeneous batch needs.
-    """
-    units = []
-    for source, share in shares.items():
-        own = [group for group in groups if group.source == source]
-        total = sum(group.count for group in own)
-        if homogeneous != "none" and total < batch:
-            raise UserError(
-                f"data.homogeneous: {homogeneous} needs a full batch from each source, and "
-                f"{source!r} has {total} examples for data.global_batch_size {batch}",
-                fix=f"lower global_batch_size to {total}, set data.homogeneous to none, "
-                f"or set data.weights.{source} to 0",
-            )
-        parts = _merge_small(own, batch) if homogeneous == "instruction" else [own]
-        for part in parts:
-            size = sum(group.count for group in part)
-            units.append(Unit(groups=tuple(part), share=share * size / total))
-    return units
-
-
-def _merge_small(groups: list[Group], batch: int) -> list[list[Group]]:
-    parts = [[group] for group in groups if group.count >= batch]
-    small = [group for group in groups if group.count < batch]
-    if small and sum(group.count for group in small) < batch and parts:
-        smallest = min(range(len(parts)), key=lambda place: parts[place][0].count)
-        small = parts.pop(smallest) + small
-    return [*parts, small] if small else parts
 
 
 class Order:
@@ -286,7 +92,7 @@ class Order:
         return dict(zip(names, self.units, strict=True))
 
     def kind(self, step: int) -> str:
-        """Name of the population of a step's examples; empty for a mixture."""
+        """Return the name of the population of a step's examples; empty for a mixture."""
         if self.homogeneous == "none":
             return ""
         return [*self.kinds][self._draw_unit(step)[0]]
@@ -301,25 +107,30 @@ class Order:
         return self.units[unit].example_ids(elements)
 
     def _mixed(self, step: int) -> IntArray:
-        """Slots of a cycle lie sorted by unit; a step takes every `_QUOTA_STEPS`-th of them."""
-        cycle, place = divmod(step, _QUOTA_STEPS)
+        """Return a step's examples from all units, in shares that even out over a cycle.
+
+        A cycle has one slot per example of `_QUOTA_STEPS` steps. Slots are sorted by unit, and step
+        k of the cycle takes slots k, k + _QUOTA_STEPS, and so on.
+        """
+        cycle, residue = divmod(step, _QUOTA_STEPS)
         first, last = self._first_slot, self._first_slot + self._counts
-        before = _count_residues(last, place) - _count_residues(first, place)
-        until = _count_residues(last, place + 1) - _count_residues(first, place + 1)
-        parts = []
+        # Elements of each unit that the steps of the cycle before this one, and up to it, take.
+        before = _count_residues(last, residue) - _count_residues(first, residue)
+        until = _count_residues(last, residue + 1) - _count_residues(first, residue + 1)
+        drawn = []
         for number, unit in enumerate(self.units):
             elements = self._streams[number].take(
                 ordinal=step,
                 start=int(cycle * self._counts[number] + before[number]),
                 count=int(until[number] - before[number]),
             )
-            parts.append(unit.example_ids(elements))
-        return np.concatenate(parts)
+            drawn.append(unit.example_ids(elements))
+        return np.concatenate(drawn)
 
     def _draw_unit(self, step: int) -> tuple[int, int]:
-        """The unit of a homogeneous step, and how many batches it has given before."""
+        """Return the unit of a homogeneous step, and how many batches it has given before."""
         length = int(self._counts.sum())
-        cycle, place = divmod(step, length)
+        cycle, slot = divmod(step, length)
         cached = self._cycle_cache
         if cached is None or cached[0] != cycle:
             slots = permute(np.arange(length), length, make_key(self.seed, 2, cycle))
@@ -329,8 +140,8 @@ class Order:
             first = np.cumsum(self._counts) - self._counts
             ordinals[by_unit] = np.arange(length) - np.repeat(first, self._counts)
             cached = self._cycle_cache = (cycle, units, ordinals)
-        unit = int(cached[1][place])
-        return unit, int(cycle * self._counts[unit] + cached[2][place])
+        unit = int(cached[1][slot])
+        return unit, int(cycle * self._counts[unit] + cached[2][slot])
 
     def _refuse_small(self, windows: IntArray) -> None:
         for unit, window in zip(self.units, windows, strict=True):
@@ -343,21 +154,169 @@ class Order:
 
 
 def _apportion(share: NDArray[np.float64], total: int) -> IntArray:
-    """Whole numbers that add up to `total`, near share * total, none of them 0."""
+    """Round share * total to whole numbers that add up to `total`, none of them 0."""
     exact = share / share.sum() * max(total, len(share))
     counts: IntArray = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = max(total, len(share)) - int(counts.sum())
     if missing > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    for _ in range(-missing):  # room made for units whose exact share is below one
+    for _ in range(-missing):  # make room for units whose exact share is below one
         counts[np.argmax(counts)] -= 1
     return counts
 
 
 def _count_residues(stop: IntArray, below: int) -> IntArray:
-    """How many k in 0..stop-1 have k mod _QUOTA_STEPS < below."""
+    """Count the k in 0..stop-1 with k mod _QUOTA_STEPS < below."""
     count: IntArray = (stop // _QUOTA_STEPS) * below + np.minimum(stop % _QUOTA_STEPS, below)
     return count
+
+
+def source_shares(
+    groups: Sequence[Group],
+    *,
+    weights: Mapping[str, float],
+    temperature: float,
+    cap: int | None,
+) -> dict[str, float]:
+    """Return each source's share: weight * min(count, cap) ** (1 / temperature), normalised.
+
+    Temperature 1 is proportional to size, larger is flatter (Raffel et al., arXiv 1910.10683,
+    section 3.5.2, who also cap the size that counts).
+    """
+    counts: dict[str, int] = {}
+    for group in groups:
+        counts[group.source] = counts.get(group.source, 0) + group.count
+    unknown = sorted(set(weights) - set(counts))
+    if unknown:
+        raise UserError(f"data.weights: no source {unknown[0]!r}", allowed=", ".join(counts))
+    raw = {
+        source: weights.get(source, 1.0) * min(count, cap or count) ** (1.0 / temperature)
+        for source, count in counts.items()
+    }
+    total = sum(raw.values())
+    if not total > 0:
+        raise UserError("data.weights: every source has weight 0", allowed="one above 0")
+    return {source: value / total for source, value in raw.items() if value > 0}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Groups that are drawn as one population, and the share of the batches they get."""
+
+    groups: tuple[Group, ...]
+    share: float
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return sum(group.count for group in self.groups)
+
+    def example_ids(self, elements: IntArray) -> IntArray:
+        """Return the example ids of elements 0..size-1."""
+        counts = np.array([group.count for group in self.groups], dtype=np.int64)
+        starts = np.array([group.start for group in self.groups], dtype=np.int64)
+        ends = np.cumsum(counts)
+        shifts: IntArray = starts - (ends - counts)
+        return elements + shifts[np.searchsorted(ends, elements, side="right")]
+
+
+def make_units(
+    groups: Sequence[Group], *, shares: Mapping[str, float], homogeneous: Homogeneous, batch: int
+) -> list[Unit]:
+    """Gather groups into the populations that batches are drawn from.
+
+    With `instruction`, a source's groups smaller than a batch are joined into one unit of mixed
+    instructions, so that no batch repeats an example; if even that is too small it joins the
+    source's smallest other unit.
+
+    Raises:
+        UserError: a source has fewer examples than one homogeneous batch needs.
+    """
+    units = []
+    for source, share in shares.items():
+        own = [group for group in groups if group.source == source]
+        total = sum(group.count for group in own)
+        if homogeneous != "none" and total < batch:
+            raise UserError(
+                f"data.homogeneous: {homogeneous} needs a full batch from each source, and "
+                f"{source!r} has {total} examples for data.global_batch_size {batch}",
+                fix=f"lower global_batch_size to {total}, set data.homogeneous to none, "
+                f"or set data.weights.{source} to 0",
+            )
+        merged = _merge_small(own, batch) if homogeneous == "instruction" else [own]
+        for members in merged:
+            size = sum(group.count for group in members)
+            units.append(Unit(groups=tuple(members), share=share * size / total))
+    return units
+
+
+def _merge_small(groups: list[Group], batch: int) -> list[list[Group]]:
+    """Join the groups that are smaller than a batch, with the smallest other one if need be."""
+    large = [[group] for group in groups if group.count >= batch]
+    small = [group for group in groups if group.count < batch]
+    if small and sum(group.count for group in small) < batch and large:
+        smallest = min(range(len(large)), key=lambda index: large[index][0].count)
+        small = large.pop(smallest) + small
+    return [*large, small] if small else large
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """Endless epochs over `size` elements; no `window` in a row ever holds one element twice.
+
+    With size >= 3 * window every epoch is a permutation of all elements. Elements seen in the last
+    window of an epoch wait until after the first window of the next one. A smaller stream's epoch
+    has as many whole windows as fit, and leaves a different remainder out each time.
+    """
+
+    size: int
+    window: int
+    key: int
+
+    @property
+    def is_small(self) -> bool:
+        """True where epochs are cut to whole windows."""
+        return self.size < 3 * self.window
+
+    def take(self, *, ordinal: int, start: int, count: int) -> IntArray:
+        """Return the elements of one window.
+
+        Args:
+            ordinal: how many windows were taken before; used by small streams.
+            start: how many elements were taken before; used by the others.
+            count: elements wanted, at most `window`.
+        """
+        if self.is_small:
+            epoch, number = divmod(ordinal, self.size // self.window)
+            first = number * self.window
+            return self._epoch(epoch, np.arange(first, first + count))
+        epoch, first = divmod(start, self.size)
+        inside = min(count, self.size - first)
+        elements = self._epoch(epoch, np.arange(first, first + inside))
+        if inside < count:
+            more = self._epoch(epoch + 1, np.arange(count - inside))
+            elements = np.concatenate([elements, more])
+        return elements
+
+    def _epoch(self, epoch: int, positions: IntArray) -> IntArray:
+        """Return the elements at ascending positions of an epoch."""
+        key = make_key(self.key, epoch)
+        elements = permute(positions, self.size, key)
+        head = 2 * self.window
+        if epoch == 0 or self.is_small or not len(positions) or positions[0] >= head:
+            return elements
+        # Near the start of an epoch: move elements of the last window before it back by a window.
+        first = permute(np.arange(head), self.size, key)
+        last = permute(
+            np.arange(self.size - self.window, self.size),
+            self.size,
+            make_key(self.key, epoch - 1),
+        )
+        seen = np.isin(first, last)
+        adjusted = np.concatenate([first[~seen], first[seen]])
+        early = positions < head
+        elements[early] = adjusted[positions[early]]
+        return elements
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,42 +329,7 @@ class Relevance:
     masked: Ragged
 
 
-def num_negatives(
-    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
-) -> IntArray:
-    """(N,) documents that each query of a batch is told apart from: its own ones, or all."""
-    if own:
-        return negatives.lengths
-    return num_documents - positives.lengths - masked.lengths
-
-
-def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
-    """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
-
-    Args:
-        lists: (R rows) what there is to choose from.
-        count: how many to take where a row has as many.
-        num_first: (R,) values of each row that come before the others; None for no such values.
-        key: decides the choice.
-
-    Returns:
-        (nnz,) places in `lists.values`, ascending.
-    """
-    lengths = lists.lengths
-    if not len(lengths) or lengths.max() <= count:
-        return np.arange(len(lists.values), dtype=np.int64)
-    rows, places = lists.rows, np.arange(len(lists.values), dtype=np.int64)
-    rank = mix(places.astype(np.uint64) ^ np.uint64(make_key(key)))
-    late = np.zeros(len(places), dtype=bool)
-    if num_first is not None:
-        late = places - lists.offsets[:-1][rows] >= num_first[rows]
-    order = np.lexsort((rank, late, rows))
-    # Within each row the order is now: first values by chance, then the others by chance.
-    taken = places < lists.offsets[:-1][rows] + count
-    return np.sort(order[taken])
-
-
-def relate(
+def find_relevance(
     *,
     positives: Ragged,
     negatives: Ragged,
@@ -415,14 +339,14 @@ def relate(
 ) -> Relevance:
     """Number the documents of a batch and find its known false negatives.
 
-    A document of the batch is masked for a query that it answers by the data, though not chosen:
-    it is another positive of the example, or a positive of an example with the same query or the
-    same concept. Negatives listed by the example itself stay negatives.
+    A document of the batch is masked for a query if, by the data, it answers the query but was not
+    chosen as its positive: it is another positive of the example, or a positive of an example with
+    the same query or the same concept. Negatives that the example lists stay negatives.
 
     Args:
         positives, negatives: (N rows) chosen document ids.
         all_positives: (N rows) every positive the example lists.
-        concept: (N,) hash of what the example is about, -1 for unknown.
+        concept: (N,) hash of the example's concept, -1 for unknown.
         query_key: (N,) hash of the query's text.
     """
     num_queries = len(positives)
@@ -432,10 +356,9 @@ def relate(
     split = len(positives.values)
     chosen = Ragged(offsets=positives.offsets, values=inverse[:split].astype(np.int64))
     against = Ragged(offsets=negatives.offsets, values=inverse[split:].astype(np.int64))
-    place = np.searchsorted(ids, all_positives.values)
-    place = np.minimum(place, len(ids) - 1)
-    present = ids[place] == all_positives.values
-    pairs = [_pairs(all_positives.rows[present], place[present], len(ids))]
+    nearest = np.minimum(np.searchsorted(ids, all_positives.values), len(ids) - 1)
+    present = ids[nearest] == all_positives.values
+    pairs = [_pairs(all_positives.rows[present], nearest[present], len(ids))]
     for label in (concept, query_key):
         pairs.append(_shared(label, chosen, len(ids)))
     known = np.unique(np.concatenate(pairs))
@@ -450,22 +373,117 @@ def relate(
 
 
 def _pairs(rows: IntArray, documents: IntArray, num_documents: int) -> IntArray:
-    """(query, document) pairs as single numbers."""
+    """Return (query, document) pairs as single numbers."""
     return rows.astype(np.int64) * num_documents + documents
 
 
 def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
-    """Pairs of each query with the positives of all queries that carry its label (not -1)."""
+    """Pair each query with the positives of all queries that have its label, which is not -1."""
     labels, groups, counts = np.unique(label, return_inverse=True, return_counts=True)
     rows = np.flatnonzero((label[chosen.rows] >= 0) & (counts[groups[chosen.rows]] > 1))
-    # Each label's documents once, though several of its queries may share one.
+    # Each document once per label, though several queries of the label may share it.
     owned = np.unique(groups[chosen.rows[rows]] * num_documents + chosen.values[rows])
     per_label = Ragged.from_pairs(owned // num_documents, owned % num_documents, len(labels))
     lengths = per_label.lengths[groups]
     starts = per_label.offsets[:-1][groups]
     ends = np.cumsum(lengths)
-    places = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
+    # Positions starts[q] .. starts[q] + lengths[q] - 1 of each query q, one after another.
+    positions = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
         starts - (ends - lengths), lengths
     )
     queries = np.repeat(np.arange(len(label), dtype=np.int64), lengths)
-    return _pairs(queries, per_label.values[places], num_documents)
+    return _pairs(queries, per_label.values[positions], num_documents)
+
+
+def num_negatives(
+    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
+) -> IntArray:
+    """(N,) negatives of each query: the listed ones, or all of the batch except known answers."""
+    if own:
+        return negatives.lengths
+    return num_documents - positives.lengths - masked.lengths
+
+
+def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
+    """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
+
+    Args:
+        lists: (R rows) the candidates.
+        count: how many to take of a row that has as many.
+        num_first: (R,) values at the front of each row that are preferred; None for none.
+        key: decides the choice.
+
+    Returns:
+        (nnz,) positions in `lists.values`, ascending.
+    """
+    lengths = lists.lengths
+    if not len(lengths) or lengths.max() <= count:
+        return np.arange(len(lists.values), dtype=np.int64)
+    rows, positions = lists.rows, np.arange(len(lists.values), dtype=np.int64)
+    rank = mix(positions.astype(np.uint64) ^ np.uint64(make_key(key)))
+    late = np.zeros(len(positions), dtype=bool)
+    if num_first is not None:
+        late = positions - lists.offsets[:-1][rows] >= num_first[rows]
+    order = np.lexsort((rank, late, rows))
+    # Each row is now shuffled, preferred values first; its first `count` values are taken.
+    taken = positions < lists.offsets[:-1][rows] + count
+    return np.sort(order[taken])
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def make_key(*parts: int) -> int:
+    """Make one 64-bit key from several integers; each of them and their order matter."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
+    return int(key[0])
+
+
+def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
+    """Return numbers from 0 up to 1, each a function of the key and of its integers in `parts`.
+
+    Args:
+        key: from `make_key`.
+        parts: arrays of one shape (N,), values 0 and above.
+
+    Returns:
+        (N,) multiples of 2**-53.
+    """
+    word = np.full(parts[0].shape, key, dtype=np.uint64)
+    for part in parts:
+        word = mix(word * _STEP + part.astype(np.uint64) + np.uint64(1))
+    return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: IntArray, size: int, key: int) -> IntArray:
+    """Map indices through a keyed bijection of 0..size-1 without storing it.
+
+    A four-round Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that
+    holds `size`, walked until it lands inside (Black and Rogaway, 2002).
+
+    Args:
+        index: any shape, values 0..size-1.
+        size: number of elements permuted, at least 1.
+        key: selects the permutation.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(make_key(key, number)) for number in range(4)]
+    flat = np.asarray(index, dtype=np.uint64).ravel().copy()
+    outside = np.arange(len(flat))
+    while len(outside):
+        left, right = flat[outside] >> half, flat[outside] & low
+        for round_key in keys:
+            left, right = right, left ^ (mix(right + round_key) & low)
+        flat[outside] = (left << half) | right
+        outside = outside[flat[outside] >= size]
+    return flat.astype(np.int64).reshape(np.shape(index))

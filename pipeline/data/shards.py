@@ -1,9 +1,20 @@
-"""Arrow IPC shards, memory-mapped: ragged rows by id; verify and inspect them."""
+"""Read a dataset folder: ragged rows by id from memory-mapped Arrow shards.
+
+    manifest.json        sources, groups, lengths, and the name, rows and sha256 of each shard
+    examples-K.arrow     query tokens; numbers of the positive and negative documents; scores
+    documents-K.arrow    each distinct document once, ordered by hash
+    report.md, dropped.jsonl, recipe.json    for people, and for the next `prepare`
+
+An id is a position in the shards of a kind, one after another. `verify_dataset` and
+`inspect_dataset` are for people.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +39,7 @@ DOCUMENT_SCHEMA = pa.schema(
     [
         ("tokens", pa.large_list(pa.int32())),
         ("hash", pa.binary(16)),
-        # Tokens at the front that are the instruction's; a pooling may leave them out.
+        # Tokens of the instruction, at the front; pooling can leave them out.
         ("instruction_tokens", pa.int32()),
     ],
 )
@@ -38,7 +49,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("instruction_tokens", pa.int32()),
         ("positives", pa.large_list(pa.int64())),
         ("negatives", pa.large_list(pa.int64())),
-        # The first so many negatives always come before the others.
+        # This many negatives at the front are always chosen before the others.
         ("num_first_negatives", pa.int32()),
         # Hashes; equal values mark known false negatives. -1: no concept.
         ("concept", pa.int64()),
@@ -50,23 +61,28 @@ EXAMPLE_SCHEMA = pa.schema(
 
 
 def ragged_array(rows: Sequence[NDArray[np.int32]] | Ragged, kind: pa.DataType) -> pa.Array:
-    """An Arrow large_list of the rows' values, without copying a `Ragged`."""
-    if not isinstance(rows, Ragged):
-        values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
-        rows = Ragged.from_lengths(np.array([len(row) for row in rows], dtype=np.int64), values)
+    """Return an Arrow large_list of the rows' values, without copying a `Ragged`."""
+    rows = rows if isinstance(rows, Ragged) else Ragged.from_rows(rows)
     return pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values, type=kind))
+
+
+@contextlib.contextmanager
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a writer of record batches to an Arrow IPC file, which appears when all are written."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        yield writer
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow IPC file atomically, as one record batch."""
     table = table.combine_chunks()
-    # An empty table has no batch of its own, but readers expect one.
+    # An empty table has no batches, but readers expect one.
     batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as writer,
-    ):
+    with table_writer(path, table.schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
@@ -75,7 +91,7 @@ def map_batch(path: Path) -> pa.RecordBatch:
     """Memory-map the single record batch of an Arrow IPC file.
 
     Raises:
-        UserError: the file is missing or no such Arrow file.
+        UserError: the file is missing, damaged, or has another number of record batches.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -89,7 +105,7 @@ def map_batch(path: Path) -> pa.RecordBatch:
 
 
 class _Shard:
-    """One mapped file: numpy views of its columns; the kernel pages in what is touched."""
+    """One mapped file: numpy views of its columns; the kernel loads the pages that are read."""
 
     def __init__(self, path: Path, info: ShardInfo, schema: pa.Schema) -> None:
         batch = map_batch(path)
@@ -99,7 +115,7 @@ class _Shard:
         self.offsets: dict[str, IntArray] = {}
         for name in schema.names:
             column = batch.column(name)
-            # Arrow trusts what it maps; a wrong offset would be read far outside the file.
+            # Arrow does not check mapped files; a wrong offset would be read outside the file.
             try:
                 column.validate()
                 if column.null_count:
@@ -138,7 +154,7 @@ class Table:
             if path.stat().st_size != info.bytes:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes",
-                    allowed=f"{info.bytes} bytes, as the manifest says",
+                    allowed=f"{info.bytes} bytes, as in the manifest",
                     fix="copy the file again, or prepare the dataset again",
                 )
 
@@ -153,57 +169,55 @@ class Table:
         return shard
 
     def _split(self, ids: IntArray) -> list[tuple[_Shard, IntArray, IntArray]]:
-        """For each shard that ids touch: the shard, places in `ids`, and rows in the shard."""
+        """Return each shard with some of the ids, their positions in `ids`, and their rows."""
         shards = np.searchsorted(self._ends, ids, side="right")
-        parts = []
+        found = []
         for number in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == number)
+            positions = np.flatnonzero(shards == number)
             first = int(self._ends[number]) - self._infos[number].rows
-            parts.append((self._shard(number), places, ids[places] - first))
-        return parts
+            found.append((self._shard(number), positions, ids[positions] - first))
+        return found
 
     def hashes(self) -> NDArray[np.bytes_]:
         """(R,) 16-byte hashes of all rows."""
-        parts = [self._shard(number).hashes for number in range(len(self._infos))]
-        return np.concatenate(parts) if parts else np.empty(0, dtype="S16")
+        hashes = [self._shard(number).hashes for number in range(len(self._infos))]
+        return np.concatenate(hashes) if hashes else np.empty(0, dtype="S16")
 
     def scalars(self, name: str, ids: IntArray) -> IntArray:
         """(R,) values of an integer column at rows `ids`."""
         out = np.empty(len(ids), dtype=np.int64)
-        for shard, places, rows in self._split(ids):
-            out[places] = shard.columns[name][rows]
+        for shard, positions, rows in self._split(ids):
+            out[positions] = shard.columns[name][rows]
         return out
 
     def lengths(self, name: str, ids: IntArray) -> IntArray:
         """(R,) lengths of a list column at rows `ids`; touches no values."""
         out = np.empty(len(ids), dtype=np.int64)
-        for shard, places, rows in self._split(ids):
-            out[places] = shard.offsets[name][rows + 1] - shard.offsets[name][rows]
+        for shard, positions, rows in self._split(ids):
+            out[positions] = shard.offsets[name][rows + 1] - shard.offsets[name][rows]
         return out
 
     def first(self, name: str, ids: IntArray) -> IntArray:
         """(R,) first values of a list column at rows `ids`, none of which may be empty."""
         out = np.empty(len(ids), dtype=np.int64)
-        for shard, places, rows in self._split(ids):
-            out[places] = shard.columns[name][shard.offsets[name][rows]]
+        for shard, positions, rows in self._split(ids):
+            out[positions] = shard.columns[name][shard.offsets[name][rows]]
         return out
 
     def views(self, name: str, ids: IntArray) -> list[NDArray[np.int64]]:
-        """The values of a list column at rows `ids`, as views of the mapped file."""
+        """Return the values of a list column at rows `ids`, as views of the mapped file."""
         out: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(ids)
-        for shard, places, rows in self._split(ids):
+        for shard, positions, rows in self._split(ids):
             values = shard.columns[name]
             starts, stops = shard.offsets[name][rows], shard.offsets[name][rows + 1]
-            pieces = zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True)
-            for place, start, stop in pieces:
-                out[place] = values[start:stop]
+            spans = zip(positions.tolist(), starts.tolist(), stops.tolist(), strict=True)
+            for position, start, stop in spans:
+                out[position] = values[start:stop]
         return out
 
     def ragged(self, name: str, ids: IntArray) -> Ragged:
-        """The values of a list column at rows `ids`, copied into one array."""
-        views = self.views(name, ids)
-        values = np.concatenate(views) if views else np.empty(0, dtype=np.int64)
-        return Ragged.from_lengths(self.lengths(name, ids), values)
+        """Return the values of a list column at rows `ids`, copied into one array."""
+        return Ragged.from_rows(self.views(name, ids))
 
 
 class Dataset:
@@ -242,7 +256,7 @@ class Dataset:
         return total
 
     def damaged(self, what: str) -> UserError:
-        """The error for a reader to raise who meets what no whole shard holds."""
+        """Return the error for a reader that found a value which no intact shard holds."""
         return UserError(
             f"{self.folder}: {what}",
             fix="run `diffembed data verify` on the folder to find the damaged shard",
@@ -253,15 +267,15 @@ class Dataset:
         if fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"{self.folder}: prepared with the tokenizer {self.tokenizer.path!r}, which "
-                f"differs from that of {path!r}",
+                f"differs from the tokenizer of {path!r}",
                 fix="prepare the dataset with the model's own tokenizer",
             )
 
     def require_model(self, model: ModelConfig) -> None:
-        """Refuse a model that lacks a row or a position for what the shards hold.
+        """Refuse a model without an embedding or a position for some token of the shards.
 
         Raises:
-            UserError: with what the model has.
+            UserError: names the longest text or the largest token, and the model's limit.
         """
         warn_if_unlike_base(model, self.template)
         factor = 1.0 if model.rope_scaling is None else model.rope_scaling.factor
@@ -275,7 +289,8 @@ class Dataset:
             lengths, fix="prepare with shorter max_query_length and max_document_length"
         )
         limits.warn_of_length(lengths)
-        # Most tokenizers that are larger than the model are so by tokens that no text has.
+        # A tokenizer may have more tokens than the model if no text contains them: read the shards
+        # only then.
         if limits.num_tokens is not None and self.tokenizer.vocab_size > limits.num_tokens:
             limits.require_token(self.largest_token(), where=str(self.folder))
 
@@ -296,7 +311,7 @@ class Dataset:
 
     @property
     def template(self) -> Template:
-        """How instructions and texts were joined before tokenising."""
+        """The template that joined instructions and texts before tokenising."""
         return self.manifest.template
 
     @property
@@ -311,7 +326,7 @@ class Dataset:
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return self.manifest.num_examples
 
     @property
@@ -326,11 +341,11 @@ _SAMPLE_CHARACTERS = 400
 HISTOGRAM_NAME = "lengths.png"
 
 
-def verify(path: str | Path) -> str:
+def verify_dataset(path: str | Path) -> str:
     """Hash every byte of a dataset folder against its manifest.
 
     Returns:
-        One line that says what was read.
+        One line: shards and bytes that were read.
 
     Raises:
         UserError: something is missing or damaged; the message names the file.
@@ -342,8 +357,8 @@ def verify(path: str | Path) -> str:
     return f"{path}: {shards} shards, {total} bytes, all as in the manifest"
 
 
-def inspect(path: str | Path, *, num_samples: int = 2, plot: bool = True) -> str:
-    """Describe a dataset folder; also writes its length histogram there as a PNG.
+def inspect_dataset(path: str | Path, *, num_samples: int = 2, plot: bool = True) -> str:
+    """Describe a dataset folder; also write its length histogram there as a PNG.
 
     Args:
         path: the dataset folder.
@@ -423,7 +438,7 @@ def _samples(dataset: Dataset, count: int) -> Iterator[str]:
 
 
 def plot_lengths(manifest: Manifest, path: Path) -> Path:
-    """Draw both length histograms into a PNG; returns its path."""
+    """Draw both length histograms into a PNG; return its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

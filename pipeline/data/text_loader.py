@@ -1,238 +1,24 @@
-"""Global batches of plain texts, and which of their tokens to predict.
+"""Load batches of plain texts, and open the dataset and the loader of a training run.
 
-T tokens of a chunk, C its rows, P predictions. Chance never depends on ranks, chunks or the order
-of work: the draw for a token is a hash of (seed, step, id of its text, its position).
-
-order (ids of the step) -> lengths -> balance (rank, chunk) -> tokens
+step -> example ids -> their first positives, or blocks of joined texts -> chunks -> tokens
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.config import DataConfig, MntpConfig, ObjectiveConfig, TrainConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch, IntArray, Ragged
 from pipeline.data.loader import DUMMY, Loader
-from pipeline.data.order import Group, make_key, uniform
+from pipeline.data.order import Group
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.tokenizer import load_model_tokenizer, tokenizer_fingerprint
 
-FloatArray = NDArray[np.float64]
-_Bools = NDArray[np.bool_]
-# What the draws are for: the level of a row, which tokens are hidden, by what, by which token.
-_LEVEL, _HIDE, _REPLACE, _TOKEN = range(4, 8)
-# BERT's shares: mask token below the first, random token below the second, unchanged above.
-_BERT_MASK, _BERT_RANDOM = 0.8, 0.9
-# The smallest level of a row, which bounds the weight of its tokens; as LLaDA was trained.
-_MIN_LEVEL = 1e-3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Vocabulary:
-    """The ids that masking deals with."""
-
-    size: int
-    mask: int  # -1 where nothing is masked
-    special: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """What the model sees of a chunk and what it must say about it.
-
-    The loss of a global batch is the sum of weight * cross-entropy over the predictions of all
-    chunks, divided by the sum of their `total`.
-    """
-
-    input_ids: IntArray  # (T,) with tokens hidden
-    states: IntArray  # (P,) place in 0..T-1 of the hidden state that predicts
-    labels: IntArray  # (P,) the token it must give
-    weights: FloatArray  # (P,)
-    total: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Tokens:
-    """A chunk's tokens, each with its text and place."""
-
-    ids: IntArray  # (T,)
-    text: IntArray  # (T,) id of the text, the same on every rank and in every chunk
-    position: IntArray  # (T,) in its row
-    row: IntArray  # (T,) row of the chunk
-
-
-def predict(
-    chunk: Chunk,
-    objective: ObjectiveConfig,
-    vocabulary: Vocabulary,
-    *,
-    text_ids: IntArray,
-    shift: bool,
-    seed: int,
-    step: int,
-) -> Prediction:
-    """Hide tokens of a chunk and say what has to be predicted from where.
-
-    A token that no hidden state may predict (the first of a row, where predictions are shifted) is
-    never hidden. A chunk with nothing to predict gets one prediction of weight 0, so that all
-    ranks have the same gradients to reduce.
-
-    Args:
-        text_ids: (N,) for each text of the global batch, an id that decides its chance.
-        shift: whether a token is predicted from the hidden state before it.
-    """
-    if chunk.is_dummy:
-        return _pad(chunk.input_ids)
-    row = np.repeat(np.arange(len(chunk.lengths), dtype=np.int64), chunk.lengths)
-    first = np.cumsum(chunk.lengths) - chunk.lengths
-    tokens = _Tokens(
-        ids=chunk.input_ids,
-        text=text_ids[chunk.texts][row],
-        position=np.arange(len(row), dtype=np.int64) - first[row],
-        row=row,
-    )
-
-    def draw(purpose: int) -> Callable[..., FloatArray]:
-        key = make_key(seed, purpose, step)
-        return lambda *parts: uniform(key, *parts)
-
-    may = tokens.position > 0 if shift else np.ones(len(row), dtype=np.bool_)
-    if objective.next_token is not None:
-        return _ask(tokens, tokens.ids, may, shift)
-    if objective.mntp is not None:
-        may &= ~np.isin(tokens.ids, list(vocabulary.special))
-        hidden = may & (draw(_HIDE)(tokens.text, tokens.position) < objective.mntp.mask_rate)
-        return _ask(
-            tokens, _replace(tokens, hidden, objective.mntp, vocabulary, draw), hidden, shift
-        )
-    # Masked diffusion: the mean over rows of the mean over their tokens, each at its row's level.
-    level = _MIN_LEVEL + (1 - _MIN_LEVEL) * draw(_LEVEL)(tokens.text)
-    hidden = may & (draw(_HIDE)(tokens.text, tokens.position) < level)
-    tokens_of_row = np.bincount(row[may], minlength=len(chunk.lengths))
-    weights = 1 / (level[hidden] * tokens_of_row[row[hidden]])
-    ids = np.where(hidden, vocabulary.mask, tokens.ids)
-    total = float((tokens_of_row > 0).sum())
-    return _ask(tokens, ids, hidden, shift, weights=weights, total=total)
-
-
-def _replace(
-    tokens: _Tokens,
-    hidden: _Bools,
-    config: MntpConfig,
-    vocabulary: Vocabulary,
-    draw: Callable[[int], Callable[..., FloatArray]],
-) -> IntArray:
-    """(T,) tokens with the hidden ones replaced."""
-    if config.replace == "all":
-        return np.where(hidden, vocabulary.mask, tokens.ids)
-    how = draw(_REPLACE)(tokens.text, tokens.position)
-    other = (draw(_TOKEN)(tokens.text, tokens.position) * vocabulary.size).astype(np.int64)
-    replaced = np.where(how < _BERT_MASK, vocabulary.mask, other)
-    return np.where(hidden & (how < _BERT_RANDOM), replaced, tokens.ids)
-
-
-def _ask(
-    tokens: _Tokens,
-    ids: IntArray,
-    predicted: _Bools,
-    shift: bool,
-    *,
-    weights: FloatArray | None = None,
-    total: float | None = None,
-) -> Prediction:
-    """Predict the marked tokens; by default the loss is the mean over them."""
-    places = np.flatnonzero(predicted)
-    if not len(places):
-        return _pad(ids, total or 0.0)
-    return Prediction(
-        input_ids=ids,
-        states=places - int(shift),
-        labels=tokens.ids[places],
-        weights=np.ones(len(places)) if weights is None else weights,
-        total=float(len(places)) if total is None else total,
-    )
-
-
-def _pad(ids: IntArray, total: float = 0.0) -> Prediction:
-    """One prediction that counts nothing."""
-    nothing = np.zeros(1, dtype=np.int64)
-    return Prediction(
-        input_ids=ids, states=nothing, labels=nothing, weights=np.zeros(1), total=total
-    )
-
-
-# Batches whose queries are checked for negatives before a run starts.
-_CHECKED_STEPS = 8
-
-
-def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
-    """Open the shards and make sure that they are the model's.
-
-    Args:
-        config: where the shards and the model are.
-        verify: read every shard again and compare its hash; a flipped bit may still be a token.
-
-    Raises:
-        UserError: a shard is damaged, was made with another tokenizer than the model's, or holds
-            texts that the model cannot take.
-    """
-    dataset = Dataset.open(config.data.path, verify=verify)
-    path = config.model.path
-    dataset.require_tokenizer(tokenizer_fingerprint(load_model_tokenizer(path)), path)
-    dataset.require_model(config.model)
-    return dataset
-
-
-def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
-    """The loader of one rank of a training run, for those who train and those who plan."""
-    kind = Loader if config.objective is None else TextLoader
-    return kind(
-        dataset,
-        config.data,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        max_chunk_tokens=config.chunks.max_tokens,
-        max_chunk_cost=config.chunks.max_cost,
-        min_chunks=config.chunks.min_chunks,
-    )
-
-
-def require_negatives(loader: Loader, config: TrainConfig) -> str:
-    """Check that queries of the first batches have documents to be told apart from.
-
-    Returns:
-        A warning about the queries that have none; empty where all have some.
-
-    Raises:
-        UserError: no query has any, so that there is nothing to learn.
-    """
-    distilled = config.loss.distillation is not None
-    if config.objective is not None or distilled:
-        return ""
-    steps = min(config.num_steps, _CHECKED_STEPS)
-    own = config.loss.negatives == "own"
-    counts = np.concatenate([loader.num_negatives(step, own=own) for step in range(steps)])
-    lacking = int((counts == 0).sum())
-    what = f"{lacking} of {len(counts)} queries in the first {steps} batches have no negative"
-    if lacking == len(counts):
-        queries, documents = loader.num_different(0)
-        raise UserError(
-            f"data.path: {loader.dataset.folder}: {what} "
-            f"(different queries in the first batch: {queries}, different documents: {documents})",
-            allowed="batches in which a query meets documents that do not answer it",
-            fix="check that columns name the right fields, or give hard negatives"
-            + (", or set loss.negatives: batch" if own else ""),
-        )
-    return f"{what}: they teach nothing" if lacking else ""
-
-
+# The relevance of a batch without queries.
 NOTHING = Ragged.from_lengths(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
@@ -240,7 +26,7 @@ class TextLoader(Loader):
     """Batches of documents without queries: the text of an example is its first positive.
 
     Takes the arguments of `Loader`. With `data.block_length` a text is a block of that many tokens
-    of one group's texts in their order; what is left at a group's end is dropped.
+    of one group's texts in their order; the rest at a group's end is dropped.
 
     Raises:
         UserError: the batch cannot be formed from this dataset.
@@ -248,12 +34,12 @@ class TextLoader(Loader):
 
     def __init__(self, dataset: Dataset, config: DataConfig, **settings: Any) -> None:
         length = config.block_length
-        self._blocks = None if length is None else Blocks(dataset, length)
+        self._blocks = None if length is None else TokenBlocks(dataset, length)
         groups = None if self._blocks is None else self._blocks.groups
         super().__init__(dataset, config, groups=groups, **settings)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The batch of a step; depends on nothing that happened before."""
+        """Return the batch of a step; depends on nothing that happened before."""
         ids, documents, lengths = self._draw_texts(step)
         return GlobalBatch(
             step=step,
@@ -275,7 +61,7 @@ class TextLoader(Loader):
         return self._draw_texts(step)[2]
 
     def _draw_texts(self, step: int) -> tuple[IntArray, IntArray, IntArray]:
-        """(N,) examples of a step, the document or block of each, and its tokens."""
+        """Return (N,) examples of a step, the document or block of each, and its length."""
         ids = self.order.batch(step)
         if self._blocks is not None:
             return ids, ids, np.full(len(ids), self._blocks.length, dtype=np.int64)
@@ -293,7 +79,7 @@ class TextLoader(Loader):
 
 
 def _documents(dataset: Dataset, ids: IntArray) -> IntArray:
-    """(N,) the document that is the text of each example."""
+    """(N,) document that is the text of each example."""
     found = dataset.examples.first("positives", ids)
     count = len(dataset.documents)
     if found.min() < 0 or found.max() >= count:
@@ -301,15 +87,7 @@ def _documents(dataset: Dataset, ids: IntArray) -> IntArray:
     return found
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Stream:
-    """The texts of a group one after another: where each one ends, and its document."""
-
-    documents: IntArray  # (N,)
-    ends: IntArray  # (N,) tokens up to and with each document
-
-
-class Blocks:
+class TokenBlocks:
     """Each group's texts joined in the order of their examples and cut into equal blocks.
 
     Args:
@@ -317,7 +95,7 @@ class Blocks:
         length: tokens of a block.
 
     Attributes:
-        groups: the groups again, counting blocks in the place of examples.
+        groups: the dataset's groups, with blocks instead of examples.
 
     Raises:
         UserError: no group has a whole block.
@@ -326,7 +104,7 @@ class Blocks:
     def __init__(self, dataset: Dataset, length: int) -> None:
         self.length = length
         self._dataset = dataset
-        self._streams: list[_Stream] = []
+        self._joined: list[_JoinedTexts] = []
         groups: list[Group] = []
         start = 0
         for group in dataset.manifest.groups:
@@ -335,7 +113,7 @@ class Blocks:
             ends = np.cumsum(dataset.documents.lengths("tokens", documents))
             count = int(ends[-1]) // length
             if count:
-                self._streams.append(_Stream(documents=documents, ends=ends))
+                self._joined.append(_JoinedTexts(documents=documents, ends=ends))
                 groups.append(dataclasses.replace(group, start=start, count=count))
                 start += count
         if not groups:
@@ -349,11 +127,85 @@ class Blocks:
     def read(self, block: int) -> IntArray:
         """(length,) tokens of a block."""
         number = int(np.searchsorted(self._starts, block, side="right")) - 1
-        stream = self._streams[number]
-        begin = (block - int(self._starts[number])) * self.length
-        first = int(np.searchsorted(stream.ends, begin, side="right"))
-        last = int(np.searchsorted(stream.ends, begin + self.length, side="left"))
-        views = self._dataset.documents.views("tokens", stream.documents[first : last + 1])
-        offset = begin - (int(stream.ends[first - 1]) if first else 0)
+        texts = self._joined[number]
+        start = (block - int(self._starts[number])) * self.length
+        first = int(np.searchsorted(texts.ends, start, side="right"))
+        last = int(np.searchsorted(texts.ends, start + self.length, side="left"))
+        views = self._dataset.documents.views("tokens", texts.documents[first : last + 1])
+        offset = start - (int(texts.ends[first - 1]) if first else 0)
         joined: IntArray = np.concatenate(views)[offset : offset + self.length]
         return joined
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _JoinedTexts:
+    """The texts of a group, one after another."""
+
+    documents: IntArray  # (N,)
+    ends: IntArray  # (N,) tokens up to the end of each document
+
+
+# Batches whose queries are checked for negatives before a run starts.
+_CHECKED_STEPS = 8
+
+
+def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
+    """Open the shards and check that the model can train on them.
+
+    Args:
+        config: paths of the shards and the model.
+        verify: compare the hash of every shard; after a flipped bit, a token may still look valid.
+
+    Raises:
+        UserError: a shard is damaged, was made with another tokenizer than the model's, or holds
+            texts that the model cannot take.
+    """
+    dataset = Dataset.open(config.data.path, verify=verify)
+    path = config.model.path
+    dataset.require_tokenizer(tokenizer_fingerprint(load_model_tokenizer(path)), path)
+    dataset.require_model(config.model)
+    return dataset
+
+
+def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size: int) -> Loader:
+    """Return the loader of one rank of a training run, as training and planning use it."""
+    kind = Loader if config.objective is None else TextLoader
+    return kind(
+        dataset,
+        config.data,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        max_chunk_tokens=config.chunks.max_tokens,
+        max_chunk_cost=config.chunks.max_cost,
+        min_chunks=config.chunks.min_chunks,
+    )
+
+
+def require_negatives(loader: Loader, config: TrainConfig) -> str:
+    """Check that queries of the first batches have negatives.
+
+    Returns:
+        A warning about the queries that have none; empty where all have some.
+
+    Raises:
+        UserError: no query has any, so that there is nothing to learn.
+    """
+    distilled = config.loss.distillation is not None
+    if config.objective is not None or distilled:
+        return ""
+    steps = min(config.num_steps, _CHECKED_STEPS)
+    own = config.loss.negatives == "own"
+    counts = np.concatenate([loader.num_negatives(step, own=own) for step in range(steps)])
+    lacking = int((counts == 0).sum())
+    found = f"{lacking} of {len(counts)} queries in the first {steps} batches have no negative"
+    if lacking == len(counts):
+        queries, documents = loader.num_different(0)
+        raise UserError(
+            f"data.path: {loader.dataset.folder}: {found} "
+            f"(different queries in the first batch: {queries}, different documents: {documents})",
+            allowed="batches in which a query finds documents that do not answer it",
+            fix="check that columns name the right fields, or give hard negatives"
+            + (", or set loss.negatives: batch" if own else ""),
+        )
+    return f"{found}: they teach nothing" if lacking else ""

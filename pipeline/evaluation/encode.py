@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pipeline.config import Precision, require
 from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.files import file_size, list_files
-from pipeline.data.sources.records import BadRecords, Block, OnBadRow, Record
+from pipeline.data.sources.records import BadRecords, FileBlock, OnBadRow, Record
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.datasets import Role
 from pipeline.evaluation.encode_files import (
@@ -117,7 +117,7 @@ class EncodePlan:
     """The blocks and fields that the processes of a job agree on."""
 
     recipe: str  # hash of everything that decides the vectors
-    blocks: tuple[Block, ...]
+    blocks: tuple[FileBlock, ...]
     fields: Fields
 
 
@@ -181,11 +181,11 @@ def _recipe_of_parts(folder: Path) -> str | None:
 def read_plan(folder: Path) -> EncodePlan:
     """Read the plan that `start_or_continue` wrote."""
     tree = json.loads((folder / _PLAN).read_text())
-    blocks = tuple(Block(**block) for block in tree["blocks"])
+    blocks = tuple(FileBlock(**block) for block in tree["blocks"])
     return EncodePlan(recipe=tree["recipe"], blocks=blocks, fields=Fields(**tree["fields"]))
 
 
-def _read(block: Block, on_bad: OnBadRow | None = None) -> Iterator[Record]:
+def _read(block: FileBlock, on_bad: OnBadRow | None = None) -> Iterator[Record]:
     return read_records(block, split=_SPLIT, on_bad=on_bad, blank_lines=True)
 
 

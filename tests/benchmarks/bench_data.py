@@ -29,8 +29,8 @@ from pipeline.data.batch import Ragged, assign_by_cost, text_cost
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.order import Group, Order
 from pipeline.data.prepare import prepare
-from pipeline.data.prepare.clean import collect_block, dedup_slice, fixed_binary, shelve_documents
-from pipeline.data.prepare.plan import Build, make_plan
+from pipeline.data.prepare.clean import collect_block, dedup_slice, hashes_to_arrow, store_corpus
+from pipeline.data.prepare.plan import Build, TokeniseSummary, make_plan
 from pipeline.data.prepare.tokenise import make_catalogue, tokenise_slice
 from pipeline.data.shards import DOCUMENT_SCHEMA, Table, ragged_array, write_table
 from pipeline.workers import LocalWorkers
@@ -65,7 +65,7 @@ def bench_random_reads(folder: Path) -> None:
     hashes = np.array([f"{k:016d}" for k in range(len(lengths))], dtype="S16")
     path = folder / "documents-00000.arrow"
     none = pa.array(np.zeros(len(lengths), np.int32))
-    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes), none]
+    columns = [ragged_array(tokens, pa.int32()), hashes_to_arrow(hashes), none]
     write_table(path, pa.table(columns, schema=DOCUMENT_SCHEMA))
     info = ShardInfo(file=path.name, rows=len(lengths), bytes=path.stat().st_size, sha256="")
     ours = Table(folder, [info], DOCUMENT_SCHEMA)
@@ -163,7 +163,7 @@ def bench_tokenise(folder: Path) -> None:
     source, tokenizer_path = make_corpus(folder, 10_000)
     build = Build(make_config(folder, source, tokenizer_path, "d"), folder / "build")
     make_plan(build)
-    shelve_documents(build, 0)
+    store_corpus(build, 0)
     for block in range(len(build.plan.blocks)):
         collect_block(build, block)
     slices = range(build.plan.num_slices)
@@ -185,9 +185,7 @@ def bench_tokenise(folder: Path) -> None:
 
     datasets.disable_progress_bars()
     ours, mapped = best(lambda: [tokenise_slice(build, number) for number in slices], theirs)
-    tokens = sum(
-        json.loads(build.output("tokenise", number).read_text())["tokens"] for number in slices
-    )
+    tokens = sum(build.read_summary(TokeniseSummary, number).tokens for number in slices)
     row("tokenising, tokens/s per core", f"{tokens / ours:,.0f}", "")
     row("... against datasets.map", f"{mapped / ours:.2f}x", ">= 1x")
 

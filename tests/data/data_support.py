@@ -15,7 +15,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.shards import Dataset
 from pipeline.data.sources import expand_sources, plan_source, read_rows
-from pipeline.data.sources.corpus import Shelf
+from pipeline.data.sources.corpus import References
 from pipeline.data.sources.records import Row
 
 ConfigMaker = Callable[..., PrepareConfig]
@@ -65,14 +65,14 @@ def make_source(path: Path | str, format: str = "columns", **options: Any) -> So
 
 
 def rows_of(
-    source: SourceConfig, *, block_bytes: int = 10**9, shelf: Shelf | None = None
+    source: SourceConfig, *, block_bytes: int = 10**9, references: References | None = None
 ) -> list[Row]:
     """All rows of a source, block by block."""
     return [
         row
         for expanded in expand_sources([source])
         for block in plan_source(expanded, block_bytes=block_bytes)
-        for _, row in read_rows(expanded, block, shelf)
+        for _, row in read_rows(expanded, block, references)
     ]
 
 

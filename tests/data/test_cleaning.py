@@ -26,7 +26,7 @@ from pipeline.data.prepare.contamination import (
     ratio_above,
 )
 from pipeline.data.prepare.near_duplicates import minhash
-from pipeline.data.shards import Dataset, inspect
+from pipeline.data.shards import Dataset, inspect_dataset
 from pipeline.errors import UserError
 from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
 
@@ -293,7 +293,7 @@ def test_a_source_made_of_evaluation_documents_is_marked_for_whoever_reads_the_s
     dataset = Dataset.open(prepare(make_config(source), num_workers=1))
     (info,) = dataset.manifest.sources
     assert any("not zero-shot" in warning for warning in info.warnings)
-    assert "not zero-shot" in inspect(dataset.folder, plot=False)
+    assert "not zero-shot" in inspect_dataset(dataset.folder, plot=False)
 
 
 def difflib_ratio(left: str, right: str) -> float:

@@ -14,7 +14,7 @@ from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 import pipeline
 from pipeline import files
 from pipeline.config import PrepareConfig, SourceConfig, dump_config
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import STEPS, Step, prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, UserError
 from tests.support import PATIENCE
@@ -69,10 +69,10 @@ def crash(*build: object) -> None:
 
 
 class CrashError(Exception):
-    """Stands for the end of the process at a rename."""
+    """Raised where a process would end at a rename."""
 
 
-def test_stopping_at_any_rename_and_going_on_gives_the_same_bytes(
+def test_stopping_at_any_rename_and_continuing_gives_the_same_bytes(
     config: PrepareConfig, make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = contents(prepare(config, num_workers=1))
@@ -119,13 +119,11 @@ def test_a_killed_process_leaves_nothing_readable_and_is_continued(
 
 
 def test_a_build_of_another_config_is_not_continued(
-    config: PrepareConfig, make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, make_config: ConfigMaker
 ) -> None:
     first = make_config(*config.sources, max_document_length=32)
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.prepare._finish", crash)
-        with pytest.raises(CrashError):
-            prepare(first, num_workers=1)
+    with pytest.raises(CrashError):
+        prepare(first, num_workers=1, steps=(*STEPS, Step("crash", crash, lambda build: 1)))
     dataset = Dataset.open(prepare(config, num_workers=1))
     assert dataset.max_document_length == 64
 
@@ -170,13 +168,9 @@ def run_step(config: PrepareConfig, folder: Path) -> list[int]:
             task.kill()
 
 
-def test_a_killed_worker_is_reported_and_the_rest_continues(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.data.prepare._STEPS", (("collect", kill_self, lambda build: 2),))
+def test_a_killed_worker_is_reported_and_the_rest_continues(config: PrepareConfig) -> None:
     with pytest.raises(DiffembedError, match="run the same command again"):
-        prepare(config, num_workers=2)
-    monkeypatch.undo()
+        prepare(config, num_workers=2, steps=[Step("collect", kill_self, lambda build: 2)])
     assert Dataset.open(prepare(config, num_workers=1)).num_examples == 150
 
 

@@ -9,15 +9,13 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig, PrepareConfig, SourceConfig
-from pipeline.data import prepare as prepare_module
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import STEPS, Step, prepare
 from pipeline.data.prepare import recipe as recipes
 from pipeline.data.prepare.recipe import prepare_status
 from pipeline.errors import UserError
@@ -148,20 +146,14 @@ def test_a_new_file_a_missing_one_and_another_setting_are_named(
 
 
 def test_half_built_shards_of_changed_data_are_started_over(
-    config: PrepareConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def change(*_: object) -> None:
         replace_bytes(tmp_path / "test.jsonl", b"question", b"Question")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        steps = (*prepare_module._STEPS[:2], ("dedup", change, lambda build: 1))
-        patch.setattr(prepare_module, "_STEPS", steps)
-        with pytest.raises(OSError, match="No space"):
-            prepare(config, num_workers=1)
+    with pytest.raises(OSError, match="No space"):
+        prepare(config, num_workers=1, steps=(*STEPS[:2], Step("dedup", change, lambda build: 1)))
     assert ".dataset.building; the same command continues it" in capsys.readouterr().err
     prepare(config, num_workers=1)
     assert "starting over: decontaminate.mine: " in capsys.readouterr().err
@@ -169,17 +161,13 @@ def test_half_built_shards_of_changed_data_are_started_over(
 
 
 def test_inputs_that_change_during_the_work_make_no_dataset(
-    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PrepareConfig, tmp_path: Path
 ) -> None:
-    finish = prepare_module._finish
-
-    def change(*arguments: Any) -> None:
+    def change(*_: object) -> None:
         replace_bytes(tmp_path / "test.jsonl", b"question", b"Question")
-        finish(*arguments)
 
-    monkeypatch.setattr(prepare_module, "_finish", change)
     with pytest.raises(UserError, match="has changed, while it was prepared"):
-        prepare(config, num_workers=1)
+        prepare(config, num_workers=1, steps=(*STEPS, Step("change", change, lambda build: 1)))
     assert prepare_status(config) == "missing"
 
 
@@ -196,7 +184,7 @@ def test_of_two_prepares_of_one_folder_the_second_waits_and_finds_it_whole(
     prepare(config, num_workers=1)
     second.join()
     output = capsys.readouterr().out
-    assert "dataset is whole: " in output and output.count("-> ") == 2
+    assert "dataset is complete: " in output and output.count("-> ") == 2
     assert not lock.exists()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import Ragged
-from pipeline.data.order import choose, relate
+from pipeline.data.order import choose, find_relevance
 from pipeline.data.prepare.near_duplicates import join_pairs
 
 ROW = st.lists(st.integers(0, 30), max_size=5, unique=True)
@@ -76,7 +76,7 @@ def test_masks_follow_their_definition(
     bad = [[d for d in row if d not in own] for (own, row, _, _) in examples]
     concept = np.array([concept for _, _, concept, _ in examples])
     query = np.array([key for _, _, _, key in examples])
-    found = relate(
+    found = find_relevance(
         positives=ragged(good),
         negatives=ragged(bad),
         all_positives=ragged(listed),

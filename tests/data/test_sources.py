@@ -18,7 +18,7 @@ from data_support import make_source, rows_of, write_jsonl
 import pipeline
 from pipeline.config import SourceConfig
 from pipeline.data.sources import FORMATS, expand_sources
-from pipeline.data.sources.corpus import Shelf, read_judgements
+from pipeline.data.sources.corpus import References, read_judgements
 from pipeline.data.sources.records import Row
 from pipeline.errors import UserError
 from tests.support import PATIENCE
@@ -258,13 +258,13 @@ def test_reasonir_hq_finds_its_positives_by_id(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [record])
     source = make_source(path, "reasonir_hq", documents=str(path))
     texts = {"docs/1.txt": "because"}
-    shelf = Shelf(document=texts.get, judgements={})
-    (row,) = rows_of(source, shelf=shelf)
+    references = References(document=texts.get, judgements={})
+    (row,) = rows_of(source, references=references)
     assert row.query == "why" and row.instruction == "Given a post"
     assert row.positives == ("because",) and row.negatives == ("wrong", "false")
-    empty = Shelf(document={}.get, judgements={})
+    empty = References(document={}.get, judgements={})
     with pytest.raises(UserError, match="rows.jsonl:1: document id 'docs/1.txt' is not in"):
-        rows_of(source, shelf=empty)
+        rows_of(source, references=empty)
     (plain,) = rows_of(make_source(path, "reasonir_vl"))
     assert plain.positives == ("docs/1.txt",)
 
@@ -321,8 +321,8 @@ def test_a_folder_in_mteb_layout_joins_queries_to_judged_documents(
             pq.write_table(pa.Table.from_pylist(rows), tmp_path / part / name)
     source = make_source(tmp_path, "mteb", instruction="Find")
     texts = {row["_id"]: row["text"] for row in corpus}
-    shelf = Shelf(document=texts.get, judgements=read_judgements(source))
-    assert rows_of(source, shelf=shelf) == [
+    references = References(document=texts.get, judgements=read_judgements(source))
+    assert rows_of(source, references=references) == [
         Row(
             query="zero",
             positives=("text 1", "text 3"),

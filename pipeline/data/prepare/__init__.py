@@ -1,12 +1,25 @@
-"""Raw data to a dataset folder: in parallel, resumable, always the same bytes.
+"""Turn raw files into a dataset folder: in parallel, resumable, with the same bytes every time.
 
-    lookup -> collect -> check -> dedup -> sign -> pair -> catalogue
-    sources   blocks     one      slices   slices  bands   one
+    step        tasks     a row of source "faq" on its way
+    ----        -----     ---------------------------------
+    make_plan   1         rows.jsonl bytes 0-40000 is block 0; its documents fall into 2 slices
+    lookup      sources   (only where rows name documents by id: id d7 -> "a lake")
+    collect     blocks    {"query": "river?", "pos": ["flowing water"], "neg": ["a lake", ""]}
+                            -> query "Instruct: Define\nQuery: river?", positives [91c4..],
+                               negatives [0a7e..]; "" is dropped; texts by hash to slices 1 and 0
+    check       1         (bad rows of all blocks are refused together)
+    dedup       slices    0a7e.. also occurs in block 3: its text is taken from block 0
+    sign        slices    "a lake" -> 128 MinHash values, 16 band keys
+    pair        bands     "a lake" and "A lake." share a band and 90 % of the values: one document
+    catalogue   1         0a7e.. is document 0, 91c4.. document 1; (faq, "Define") is group 0
+    tokenise    slices    document 0 -> [64, 12, 7]
+    relate      blocks    query [9, 31, 4, 8], positives [1], negatives [0], sorted by group
+    layout      1         documents 0-1 go to shard documents-00000, examples 0-99 to examples-00000
+    pack        shards    documents-00000.arrow, its sha256 and lengths
+    manifest    1         report.md, dropped.jsonl (with ""), recipe.json, manifest.json
 
-    -> tokenise -> relate -> layout -> pack -> manifest
-       slices      blocks    one       shards  one
-
-Each step is a set of tasks; a task's output appears by rename, and what exists is not done again.
+plan.py lists the files that the steps hand each other. A task's output appears by rename; a task
+whose output exists is not run again, so that a killed build continues where it stopped.
 """
 
 from __future__ import annotations
@@ -15,88 +28,83 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import PrepareConfig
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, read_manifest
-from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, shelve_documents
+from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, store_corpus
 from pipeline.data.prepare.near_duplicates import NUM_BANDS, pair_band, sign_slice
 from pipeline.data.prepare.plan import Build, Progress, describe, make_plan, say
-from pipeline.data.prepare.recipe import find_change, prepare_status, read_recipe
-from pipeline.data.prepare.tokenise import make_catalogue, relate_block, tokenise_slice
+from pipeline.data.prepare.recipe import find_change, read_recipe
+from pipeline.data.prepare.tokenise import link_block, make_catalogue, tokenise_slice
 from pipeline.data.prepare.write_shards import (
+    complete_dataset,
     count_unwanted,
     lay_out,
     pack_shard,
     read_layout,
-    write_manifest,
 )
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.files import hold_lock, require_writable
-from pipeline.tokenizer import tokenizer_fingerprint
 from pipeline.workers import Workers, open_workers
 
-__all__ = ["prepare_status", "tokenizer_fingerprint"]
 
-_Step = tuple[str, Callable[[Build, int], None], Callable[[Build], int]]
+class Step(NamedTuple):
+    """A step: its folder's name, its work on one task, and how many tasks it has."""
+
+    name: str
+    work: Callable[[Build, int], None]
+    num_tasks: Callable[[Build], int]
 
 
 def _one(build: Build) -> int:
     return 1
 
 
-def _num_blocks(build: Build) -> int:
-    return len(build.plan.blocks)
-
-
-def _num_slices(build: Build) -> int:
-    return build.plan.num_slices
-
-
-def _num_sources(build: Build) -> int:
+def _sources(build: Build) -> int:
     return len(build.plan.sources)
 
 
-def _num_signed_slices(build: Build) -> int:
-    return 0 if build.config.near_duplicates is None else build.plan.num_slices
+def _blocks(build: Build) -> int:
+    return len(build.plan.blocks)
 
 
-def _num_bands(build: Build) -> int:
-    return 0 if build.config.near_duplicates is None else NUM_BANDS
+def _slices(build: Build) -> int:
+    return build.plan.num_slices
 
 
-def _num_shards(build: Build) -> int:
-    return len(read_layout(build))
-
-
-_STEPS: tuple[_Step, ...] = (
-    ("lookup", shelve_documents, _num_sources),
-    ("collect", collect_block, _num_blocks),
-    ("check", check_rows, _one),
-    ("dedup", dedup_slice, _num_slices),
-    ("sign", sign_slice, _num_signed_slices),
-    ("pair", pair_band, _num_bands),
-    ("catalogue", make_catalogue, _one),
-    ("tokenise", tokenise_slice, _num_slices),
-    ("relate", relate_block, _num_blocks),
-    ("layout", lay_out, _one),
-    ("pack", pack_shard, _num_shards),
-    ("manifest", write_manifest, _one),
+STEPS = (
+    Step("lookup", store_corpus, _sources),
+    Step("collect", collect_block, _blocks),
+    Step("check", check_rows, _one),
+    Step("dedup", dedup_slice, _slices),
+    Step("sign", sign_slice, lambda build: _slices(build) if build.finds_near_duplicates else 0),
+    Step("pair", pair_band, lambda build: NUM_BANDS if build.finds_near_duplicates else 0),
+    Step("catalogue", make_catalogue, _one),
+    Step("tokenise", tokenise_slice, _slices),
+    Step("relate", link_block, _blocks),
+    Step("layout", lay_out, _one),
+    Step("pack", pack_shard, lambda build: len(read_layout(build))),
+    Step("manifest", complete_dataset, _one),
 )
 
 
-def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
+def prepare(
+    config: PrepareConfig, *, num_workers: int | None = None, steps: Sequence[Step] = STEPS
+) -> Path:
     """Build the dataset folder of a config, alone or as one rank of an MPI job.
 
-    Interrupted at any point, the same call continues. A folder that is already complete for the
-    same config and inputs is left as it is. Of several calls for one folder, one works and the
-    others wait for it.
+    After an interruption at any point, the same call continues. A folder that is already complete
+    for the same config and inputs stays untouched. Of several calls for one folder, one works and
+    the others wait for it.
 
     Args:
-        config: what to read, how to tokenise it, and where to write.
+        config: the inputs, how to tokenise them, and where to write.
         num_workers: processes when not started by an MPI launcher; all cores by default.
+        steps: run in this order; after the last one the dataset gets its final name.
 
     Returns:
         The dataset folder.
@@ -104,75 +112,53 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Path:
     Raises:
         UserError: a source, the tokenizer or the output folder is not usable.
     """
-    target = _require_place(config.output_dir)
+    target = _resolve_target(config.output_dir)
     build = Build(config, target.with_name(f".{target.name}.building"))
     rendezvous = target.with_name(f".{target.name}.step")
     with (
         open_workers(num_workers, rendezvous=rendezvous) as workers,
         contextlib.ExitStack() as stack,
     ):
-        # Shards that are whole may be on a disk that is not writable, where no lock can be held.
+        # A finished dataset may lie on a read-only disk, where no lock can be held.
         if workers.is_main and (build.folder.exists() or not _is_done(config, target)):
             require_writable(target.parent, key="output_dir")
             lock = target.with_name(f".{target.name}.lock")
-            stack.enter_context(hold_lock(lock, tell=_say_who_is_first))
-            _begin(build, target)
+            stack.enter_context(hold_lock(lock, tell=_print_lock_holder))
+            _start_or_continue(build, target)
         workers.barrier()
-        # Where the dataset is whole already, the main rank has begun nothing.
-        if build.output("plan", 0).exists():
-            _work(workers, build)
+        # Without a plan the dataset was already complete, and the main rank started nothing.
+        if build.plan_path.exists():
+            _run_steps(workers, build, steps)
             if workers.is_main:
                 _finish(build, target)
             workers.barrier()
     return config.output_dir
 
 
-def _require_place(folder: Path) -> Path:
-    """The real place of a dataset, which can be renamed to when the work is done.
+def _resolve_target(folder: Path) -> Path:
+    """Return the real path of a dataset, to which a finished build can be renamed.
 
     Raises:
-        UserError: it cannot be.
+        UserError: nothing can be renamed to it.
     """
     target = folder.resolve()
     if os.path.ismount(target):
         raise UserError(
             f"output_dir: {folder} is where a file system is mounted", fix="name a folder inside it"
         )
-    # Names of the folder's helpers are longer by this much.
+    # The names of the helper folders are longer by this much.
     longest = 255 - len(".building-00000000-0000-000")
     if len(os.fsencode(target.name)) > longest:
         raise UserError(f"output_dir: {folder}", allowed=f"a name of at most {longest} bytes")
     return target
 
 
-def _say_who_is_first(holder: str) -> None:
+def _print_lock_holder(holder: str) -> None:
     say(f"waiting for another prepare of this folder ({holder})")
 
 
-def _work(workers: Workers, build: Build) -> None:
-    """Run all steps; after an error, say what becomes of the work that is done."""
-    try:
-        for name, work, count in _STEPS:
-            outputs = [build.output(name, task) for task in range(count(build))]
-            progress = Progress(name, outputs)
-            workers.run(
-                functools.partial(work, build),
-                outputs,
-                claims=build.folder / "claims" / name,
-                on_done=progress.update if workers.is_main else lambda: None,
-            )
-            if workers.is_main:
-                progress.finish()
-    except Exception:
-        say(
-            f"what is done so far is kept in {build.folder}; the same command continues it, or "
-            f"starts over if the config or an input is another by then"
-        )
-        raise
-
-
 def _is_done(config: PrepareConfig, target: Path) -> bool:
-    """Say whether the output folder holds the dataset of this very config and these very inputs.
+    """Return whether the output folder holds the dataset of this config and these inputs.
 
     Raises:
         UserError: it holds something else.
@@ -196,23 +182,23 @@ def _is_done(config: PrepareConfig, target: Path) -> bool:
             f"{change}",
             fix="choose another output_dir, or remove it",
         )
-    print(f"{config.output_dir} is whole: {_describe(config)}", flush=True)
+    print(f"{config.output_dir} is complete: {_describe(config)}", flush=True)
     return True
 
 
-def _begin(build: Build, target: Path) -> None:
+def _start_or_continue(build: Build, target: Path) -> None:
     """Continue a build of the same config and inputs, or start over.
 
-    Nothing is begun where another process has finished the dataset meanwhile.
+    Do neither if another process has finished the dataset in the meantime.
     """
     if _is_done(build.config, target):
-        # Of a process that was killed between its last two steps.
+        # Left by a process that was killed between its last two steps.
         shutil.rmtree(build.folder, ignore_errors=True)
         return
-    # Those of a killed build; there are none where this process works alone.
+    # Claims of killed ranks would keep their tasks from ever being done.
     shutil.rmtree(build.folder / "claims", ignore_errors=True)
-    if build.output("plan", 0).exists():
-        change = _change_since_begun(build)
+    if build.plan_path.exists():
+        change = _change_since_start(build)
         if change is None:
             return
         say(f"starting over: {change}")
@@ -221,12 +207,12 @@ def _begin(build: Build, target: Path) -> None:
     try:
         make_plan(build)
     except BaseException:
-        # Without a plan, nothing in it is of use to a later call.
+        # Without a plan, a later call can use nothing in the folder.
         shutil.rmtree(build.folder, ignore_errors=True)
         raise
 
 
-def _change_since_begun(build: Build) -> str | None:
+def _change_since_start(build: Build) -> str | None:
     try:
         recipe = read_recipe(build.folder)
     except UserError as error:
@@ -234,18 +220,40 @@ def _change_since_begun(build: Build) -> str | None:
     return find_change(build.config, recipe)
 
 
+def _run_steps(workers: Workers, build: Build, steps: Sequence[Step]) -> None:
+    """Run all steps; after an error, print what happens to the finished work."""
+    try:
+        for step in steps:
+            num_tasks = step.num_tasks(build)
+            progress = Progress(build, step.name, num_tasks)
+            workers.run(
+                functools.partial(step.work, build),
+                [build.summary_path(step.name, task) for task in range(num_tasks)],
+                claims=build.folder / "claims" / step.name,
+                on_done=progress.update if workers.is_main else lambda: None,
+            )
+            if workers.is_main:
+                progress.finish()
+    except Exception:
+        say(
+            f"finished work is kept in {build.folder}; the same command continues it, or "
+            f"starts over if the config or an input has changed by then"
+        )
+        raise
+
+
 def _finish(build: Build, target: Path) -> None:
-    """Rename the finished folder to its place; the parts are removed after.
+    """Give the dataset its final name, and remove the rest of the build.
 
     Raises:
         UserError: an input was changed while it was read.
     """
     unwanted = count_unwanted(build)
-    if change := _change_since_begun(build):
+    if change := _change_since_start(build):
         raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():
         target.rmdir()  # empty, or `_is_done` would have refused it
-    (build.folder / "dataset").rename(target)
+    build.dataset.rename(target)
     shutil.rmtree(build.folder)
     for source in read_manifest(target).sources:
         for warning in source.warnings:

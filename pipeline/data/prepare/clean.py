@@ -1,4 +1,10 @@
-"""Clean rows, resolve document ids, and keep each document text once."""
+"""Clean rows, resolve document ids, and keep each document text once.
+
+lookup   store_corpus     documents of a source that are named by id: a table and an index
+collect  collect_block    rows of a block, their documents as hashes; texts sorted into slices
+check    check_rows       all bad rows of all blocks, refused together
+dedup    dedup_slice      distinct documents of a slice, and the block that holds each text
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +22,28 @@ import pyarrow as pa
 from pipeline.config import SourceConfig, Template
 from pipeline.data.batch import IntArray
 from pipeline.data.prepare.contamination import ContaminationIndex, Match
-from pipeline.data.prepare.plan import Build, Hashes, count_dropped, write_dropped
-from pipeline.data.shards import map_batch, write_table
+from pipeline.data.prepare.plan import (
+    CORPUS_SCHEMA,
+    DISTINCT_SCHEMA,
+    ROW_SCHEMA,
+    TEXT_SCHEMA,
+    Build,
+    CollectSummary,
+    DedupSummary,
+    LookupSummary,
+    TextHashes,
+    count_dropped,
+    write_dropped,
+)
+from pipeline.data.shards import map_batch, table_writer, write_table
 from pipeline.data.sources import read_rows
 from pipeline.data.sources.corpus import (
-    Shelf,
+    QueryCheck,
+    References,
+    check_queries,
     corpus_records,
+    has_references,
     read_judgements,
-    refers_to_documents,
-    survey_queries,
 )
 from pipeline.data.sources.records import (
     EXCERPT,
@@ -36,75 +54,69 @@ from pipeline.data.sources.records import (
     refuse_bad_rows,
     stable_hash,
 )
-from pipeline.files import atomic_path, write_json
+from pipeline.files import save_array, write_json
 from pipeline.tokenizer import instruction_characters
 
-_SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
-_ROWS_PER_BATCH = 1024
+# Rows of a record batch of the corpus: the index refers to (batch, row).
+_CORPUS_BATCH = 1024
 
 
-def shelve_documents(build: Build, task: int) -> None:
-    """Write the documents a source refers to as one table, and an index of their ids.
+def store_corpus(build: Build, task: int) -> None:
+    """Write the documents that a source refers to as one table, and an index of their ids.
 
     Raises:
         UserError: a document, or a judgement of one, cannot be used.
     """
     source = build.plan.sources[task]
     rows = BadRows(source)
-    result: dict[str, Any] = {"documents": 0, "first_texts": {}, "unjudged": 0}
-    if refers_to_documents(source):
-        keys = _write_shelf(build, task, corpus_records(source, rows.add))
-        documents = _open_documents(
-            build.beside("lookup", task, "documents"), build.beside("lookup", task, "index")
-        )
-        result["documents"] = len(keys)
+    num_documents, check = 0, QueryCheck()
+    if has_references(source):
+        keys = _write_corpus(build, task, corpus_records(source, rows.add))
+        num_documents = len(keys)
+        corpus = _open_corpus(build.corpus(task), build.corpus_index(task))
         if len(np.unique(keys)) < len(keys):
-            _report_repeated(corpus_records(source, lambda bad: None), documents.find, rows)
+            _report_repeated(corpus_records(source, lambda bad: None), corpus.find, rows)
         if source.format == "mteb":
-            survey = survey_queries(source, documents.find, rows)
-            result |= {"first_texts": survey.first_texts, "unjudged": survey.num_unjudged}
+            check = check_queries(source, corpus.find, rows)
     refuse_bad_rows(source.name, [rows.summary], 0)
     write_dropped(build, "lookup", task, rows.dropped)
-    write_json(build.output("lookup", task), result | {"dropped": count_dropped(rows.dropped)})
+    build.write_summary(
+        task,
+        LookupSummary(
+            documents=num_documents,
+            first_texts=check.first_texts,
+            unjudged=check.num_unjudged,
+            dropped=count_dropped(rows.dropped),
+        ),
+    )
 
 
-def _write_shelf(build: Build, task: int, records: Iterator[tuple[str, str, Record]]) -> IntArray:
+def _write_corpus(build: Build, task: int, records: Iterator[tuple[str, str, Record]]) -> IntArray:
     """Write table and index; returns the hashes of the ids."""
     parts: list[IntArray] = []
-    path = build.beside("lookup", task, "documents")
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA) as writer,
-    ):
-        for rows in _batches((name, text) for name, text, _ in records):
+    pairs = ((name, text) for name, text, _ in records)
+    with table_writer(build.corpus(task), CORPUS_SCHEMA) as writer:
+        while rows := list(itertools.islice(pairs, _CORPUS_BATCH)):
             parts.append(np.array([stable_hash(name) for name, _ in rows], dtype=np.int64))
             columns = [list(part) for part in zip(*rows, strict=True)]
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            writer.write_batch(pa.record_batch(columns, schema=CORPUS_SCHEMA))
     keys = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     order = np.argsort(keys, kind="stable")
-    index = build.beside("lookup", task, "index")
-    with atomic_path(index) as temporary, temporary.open("wb") as handle:
-        np.save(handle, np.stack([keys[order], order]))
+    save_array(build.corpus_index(task), np.stack([keys[order], order]))
     return keys
 
 
 def _report_repeated(
     records: Iterator[tuple[str, str, Record]], find: Callable[[str], str | None], rows: BadRows
 ) -> None:
-    """List the documents whose id another one with another text has before them."""
+    """List the documents whose id an earlier document with another text has."""
     for name, text, record in records:
         if find(name) != text:
             rows.drop(record.where, "document", "another text of the same id precedes it", text)
 
 
-def _batches(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while rows := list(itertools.islice(pairs, _ROWS_PER_BATCH)):
-        yield rows
-
-
-class _Documents:
-    """The table of `shelve_documents`, memory-mapped."""
+class _Corpus:
+    """The documents that `store_corpus` wrote, memory-mapped."""
 
     def __init__(self, path: Path, index: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -112,75 +124,80 @@ class _Documents:
         self._keys, self._rows = np.load(index, mmap_mode="r")
 
     def find(self, name: str) -> str | None:
-        """The text of a document id."""
+        """Return the text of a document id."""
         key = stable_hash(name)
-        place = int(np.searchsorted(self._keys, key))
-        while place < len(self._keys) and self._keys[place] == key:
-            batch, row = divmod(int(self._rows[place]), _ROWS_PER_BATCH)
+        entry = int(np.searchsorted(self._keys, key))
+        # Two ids may have the same hash.
+        while entry < len(self._keys) and self._keys[entry] == key:
+            batch, row = divmod(int(self._rows[entry]), _CORPUS_BATCH)
             columns = self._batch(batch)
             if columns["id"][row].as_py() == name:
                 text: str = columns["text"][row].as_py()
                 return text
-            place += 1
+            entry += 1
         return None
 
 
 @functools.lru_cache(maxsize=4)
-def _open_documents(path: Path, index: Path) -> _Documents:
-    return _Documents(path, index)
+def _open_corpus(path: Path, index: Path) -> _Corpus:
+    return _Corpus(path, index)
 
 
-def open_shelf(build: Build, number: int) -> Shelf | None:
-    """What a source's reader looks things up in; None where its records are complete."""
+def _open_references(build: Build, number: int) -> References | None:
+    """Return what a source's records refer to by id; None where the records are complete."""
     source = build.plan.sources[number]
-    if not refers_to_documents(source):
+    if not has_references(source):
         return None
-    documents = _open_documents(
-        build.beside("lookup", number, "documents"), build.beside("lookup", number, "index")
-    )
-    found = json.loads(build.output("lookup", number).read_text())
-    return Shelf(
-        document=documents.find,
+    return References(
+        document=_open_corpus(build.corpus(number), build.corpus_index(number)).find,
         judgements=read_judgements(source),
-        first_texts=found["first_texts"],
+        first_texts=build.read_summary(LookupSummary, number).first_texts,
     )
 
 
-ROW_SCHEMA = pa.schema(
-    [
-        ("query", pa.large_string()),  # instruction and text, as they will be tokenised
-        ("prefix", pa.int32()),  # characters of the instruction
-        ("suffix", pa.int32()),  # characters that the template puts behind the text
-        ("query_key", pa.int64()),
-        ("instruction", pa.large_string()),
-        ("concept", pa.int64()),
-        ("positives", pa.large_list(pa.binary(16))),
-        ("negatives", pa.large_list(pa.binary(16))),
-        ("num_first_negatives", pa.int32()),
-        ("scores", pa.large_list(pa.float32())),
-    ]
-)
-_DOCUMENT_SCHEMA = pa.schema(
-    [
-        ("hash", pa.binary(16)),
-        ("text", pa.large_string()),
-        ("prefix", pa.int32()),
-        ("suffix", pa.int32()),
-    ]
-)
 # Beyond this many, instructions belong to queries and cannot name groups.
 MAX_INSTRUCTIONS = 1024
-# Where so many rows at the beginning of a block are bad, all of them are.
+# If this many rows at the start of a block are all bad, the rest is not read: the config is wrong.
 _HOPELESS = 100
 
 
-def hash_text(text: str) -> bytes:
-    """16 bytes that stand for a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def collect_block(build: Build, task: int) -> None:
+    """Read one block; write its rows, and its distinct documents sorted into slices."""
+    planned = build.plan.blocks[task]
+    source = build.plan.sources[planned.source]
+    contamination = None
+    if build.config.decontaminate is not None:
+        contamination = ContaminationIndex(build.config.decontaminate, build.contamination)
+    bad = BadRows(source)
+    collector = _Collector(source, build.config.template, contamination, bad)
+    for record, row in read_rows(
+        source,
+        planned.block,
+        _open_references(build, planned.source),
+        on_bad=collector.add_bad,
+        on_unwanted=collector.count_unwanted,
+    ):
+        collector.add(record, row)
+    write_table(build.rows(task), pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA))
+    _write_block_texts(build, task, collector.documents)
+    dropped = [*bad.dropped, *collector.dropped]
+    write_dropped(build, "collect", task, dropped)
+    instructions = {str(row["instruction"]) for row in collector.rows}
+    build.write_summary(
+        task,
+        CollectSummary(
+            read=collector.num_read,
+            unwanted=collector.num_unwanted,
+            dropped=count_dropped(dropped),
+            has_scores=any(row["scores"] for row in collector.rows),
+            instructions=sorted(instructions)[: MAX_INSTRUCTIONS + 1],
+            **dataclasses.asdict(bad.summary),
+        ),
+    )
 
 
-class FramedText(NamedTuple):
-    """A string as its template writes it, and the characters at its ends that are not the text."""
+class TemplatedText(NamedTuple):
+    """A text inside its template, and the characters at both ends that are not the text."""
 
     text: str
     prefix: int  # characters of the instruction
@@ -189,14 +206,14 @@ class FramedText(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class _Collector:
-    """Rows and distinct documents of one block, and what was dropped from it."""
+    """Rows and distinct documents of one block, and everything dropped from it."""
 
     source: SourceConfig
     template: Template
     contamination: ContaminationIndex | None
     bad: BadRows
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    documents: dict[bytes, FramedText] = dataclasses.field(default_factory=dict)
+    documents: dict[bytes, TemplatedText] = dataclasses.field(default_factory=dict)
     matches: dict[tuple[bytes, bool], Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     num_read: int = 0
@@ -207,7 +224,7 @@ class _Collector:
         self.num_unwanted += 1
 
     def add(self, record: Record, row: Row) -> None:
-        """Clean one row's documents, and keep the row or say why not."""
+        """Clean one row's documents, and keep the row or list why it is dropped."""
         self.num_read += 1
         if self.bad.count:
             return  # the build will stop; only further bad rows matter
@@ -236,11 +253,7 @@ class _Collector:
         self.num_read += 1
         self.bad.add(bad)
         if self.bad.count == self.num_read == _HOPELESS:
-            self.refuse_bad()
-
-    def refuse_bad(self) -> None:
-        """Refuse the bad rows that this block has so far."""
-        refuse_bad_rows(self.source.name, [self.bad.summary], self.num_read)
+            refuse_bad_rows(self.source.name, [self.bad.summary], self.num_read)
 
     def _clean(
         self,
@@ -250,9 +263,9 @@ class _Collector:
         texts: tuple[str, ...],
         taken: dict[bytes, int] | tuple[()],
     ) -> dict[bytes, int]:
-        """Hash and place of each text worth keeping; a repeated text is kept once."""
+        """Return hash and index of each text worth keeping; a repeated text is kept once."""
         kept: dict[bytes, int] = {}
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             key = hash_text(self.template.format_document(text, row.document_instruction))
             if not text.strip():
                 self._drop(record, kind, "empty", text)
@@ -261,7 +274,7 @@ class _Collector:
             elif (match := self._match(key, text, is_query=False)) is not None:
                 self._drop(record, kind, "in an evaluation set", text, match)
             else:
-                kept.setdefault(key, place)
+                kept.setdefault(key, index)
         return kept
 
     def _match(self, key: bytes, text: str, *, is_query: bool) -> Match | None:
@@ -291,11 +304,12 @@ class _Collector:
         prefix = instruction_characters(template.document_prefix(instruction))
         suffix = len(template.document_suffix(instruction))
         for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
-            for key, place in keys.items():
-                text = template.format_document(texts[place], instruction)
-                self.documents.setdefault(key, FramedText(text, prefix, suffix))
-        places = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
-        first = sum(place < row.num_first_negatives for place in negatives.values())
+            for key, index in keys.items():
+                text = template.format_document(texts[index], instruction)
+                self.documents.setdefault(key, TemplatedText(text, prefix, suffix))
+        # Scores list the positives, then the negatives, of the row as it was read.
+        scored = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
+        num_first = sum(index < row.num_first_negatives for index in negatives.values())
         self.rows.append(
             {
                 "query": template.format_query(row.query, row.instruction),
@@ -306,49 +320,35 @@ class _Collector:
                 "concept": stable_hash(self.source.name, row.concept) if row.concept else -1,
                 "positives": list(positives),
                 "negatives": list(negatives),
-                "num_first_negatives": first,
-                "scores": [row.scores[place] for place in places] if row.scores else [],
+                "num_first_negatives": num_first,
+                "scores": [row.scores[index] for index in scored] if row.scores else [],
             }
         )
 
 
-def collect_block(build: Build, task: int) -> None:
-    """Read one block; write its rows, and its distinct documents sorted into slices."""
-    planned = build.plan.blocks[task]
-    source = build.plan.sources[planned.source]
-    contamination = None
-    if build.config.decontaminate is not None:
-        contamination = ContaminationIndex(
-            build.config.decontaminate, build.folder / "contamination"
-        )
-    bad = BadRows(source)
-    collector = _Collector(source, build.config.template, contamination, bad)
-    shelf = open_shelf(build, planned.source)
-    for record, row in read_rows(
-        source,
-        planned.block,
-        shelf,
-        on_bad=collector.add_bad,
-        on_unwanted=collector.count_unwanted,
-    ):
-        collector.add(record, row)
-    rows = pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA)
-    write_table(build.beside("collect", task, "rows"), rows)
-    _write_documents(build, task, collector.documents)
-    dropped = [*bad.dropped, *collector.dropped]
-    write_dropped(build, "collect", task, dropped)
-    instructions = {str(row["instruction"]) for row in collector.rows}
-    write_json(
-        build.output("collect", task),
-        {
-            "read": collector.num_read,
-            "unwanted": collector.num_unwanted,
-            "dropped": count_dropped(dropped),
-            **bad.summary,
-            "has_scores": any(row["scores"] for row in collector.rows),
-            "instructions": sorted(instructions)[: MAX_INSTRUCTIONS + 1],
-        },
-    )
+def hash_text(text: str) -> bytes:
+    """Return the 16 bytes that identify a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _write_block_texts(build: Build, task: int, documents: dict[bytes, TemplatedText]) -> None:
+    """Write one record batch per slice, so that a slice's task reads only its own part."""
+    hashes = np.array(list(documents), dtype="S16")
+    texts = list(documents.values())
+    order = np.argsort(hashes, kind="stable")
+    slices = build.slice_of(hashes[order])
+    ends = np.searchsorted(slices, np.arange(build.plan.num_slices), side="right")
+    with table_writer(build.block_texts(task), TEXT_SCHEMA) as writer:
+        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            rows = order[start:end]
+            chosen = [texts[row] for row in rows.tolist()]
+            columns = [
+                hashes_to_arrow(hashes[rows]),
+                pa.array([entry.text for entry in chosen], pa.large_string()),
+                pa.array([entry.prefix for entry in chosen], pa.int32()),
+                pa.array([entry.suffix for entry in chosen], pa.int32()),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=TEXT_SCHEMA))
 
 
 def check_rows(build: Build, task: int) -> None:
@@ -357,88 +357,62 @@ def check_rows(build: Build, task: int) -> None:
     Raises:
         UserError: a source has bad rows and its `on_bad_row` is `stop`.
     """
-    plan = build.plan
-    for number, source in enumerate(plan.sources):
-        blocks = [k for k, planned in enumerate(plan.blocks) if planned.source == number]
-        found = [json.loads(build.output("collect", block).read_text()) for block in blocks]
-        refuse_bad_rows(source.name, found, sum(entry["read"] for entry in found))
-    write_json(build.output("check", task), {})
-
-
-def _write_documents(build: Build, task: int, documents: dict[bytes, FramedText]) -> None:
-    """One record batch per slice, so that a slice's task reads only its own part."""
-    hashes = np.array(list(documents), dtype="S16")
-    texts = list(documents.values())
-    order = np.argsort(hashes, kind="stable")
-    slices = build.slice_of(hashes[order])
-    ends = np.searchsorted(slices, np.arange(build.plan.num_slices), side="right")
-    path = build.beside("collect", task, "documents")
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, _DOCUMENT_SCHEMA) as writer,
-    ):
-        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-            places = order[start:end]
-            chosen = [texts[place] for place in places.tolist()]
-            columns = [
-                fixed_binary(hashes[places]),
-                pa.array([entry.text for entry in chosen], pa.large_string()),
-                pa.array([entry.prefix for entry in chosen], pa.int32()),
-                pa.array([entry.suffix for entry in chosen], pa.int32()),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=_DOCUMENT_SCHEMA))
-
-
-def fixed_binary(hashes: Hashes) -> pa.Array:
-    """16-byte hashes as an Arrow array, zero bytes at the end included."""
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16), len(hashes), [None, pa.py_buffer(hashes.astype("S16").tobytes())]
-    )
-
-
-def binary_to_numpy(array: pa.Array) -> Hashes:
-    """An Arrow binary(16) array as numpy 16-byte strings."""
-    raw = np.frombuffer(array.buffers()[1] or b"", dtype="S16")
-    return raw[array.offset : array.offset + len(array)]
-
-
-def _read_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
-    """The documents of one slice that one block brought."""
-    with pa.memory_map(str(build.beside("collect", block, "documents"))) as source:
-        return pa.ipc.open_file(source).get_batch(number)
+    for number, source in enumerate(build.plan.sources):
+        found = [build.read_summary(CollectSummary, block) for block in build.blocks_of(number)]
+        refuse_bad_rows(source.name, found, sum(summary.read for summary in found))
+    write_json(build.summary_path("check", task), {})
 
 
 def dedup_slice(build: Build, task: int) -> None:
     """Find the distinct documents of a slice: sorted hashes, and the block each is taken from."""
     parts = [
-        binary_to_numpy(_read_slice(build, block, task).column("hash"))
+        hashes_from_arrow(_read_block_slice(build, block, task).column("hash"))
         for block in range(len(build.plan.blocks))
     ]
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype="S16")
     blocks = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
+    # The first occurrence in the order of the blocks: the same one whoever runs this.
     unique, first = np.unique(hashes, return_index=True)
-    chosen = {"hash": fixed_binary(unique), "block": blocks[first], "row": rows[first]}
-    write_table(build.beside("dedup", task, "documents"), pa.table(chosen))
-    write_json(build.output("dedup", task), {"found": len(hashes), "kept": len(unique)})
+    columns = [hashes_to_arrow(unique), blocks[first], rows[first]]
+    write_table(build.distinct(task), pa.table(columns, schema=DISTINCT_SCHEMA))
+    build.write_summary(task, DedupSummary(found=len(hashes), kept=len(unique)))
 
 
-def read_chosen_texts(build: Build, number: int, wanted: IntArray | None) -> list[FramedText]:
+def _read_block_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
+    """Return the documents of slice `number` that one block holds."""
+    with pa.memory_map(str(build.block_texts(block))) as source:
+        return pa.ipc.open_file(source).get_batch(number)
+
+
+def read_distinct_texts(build: Build, number: int, wanted: IntArray | None) -> list[TemplatedText]:
     """Return a slice's distinct documents in the order of their hashes.
 
     Args:
         number: the slice.
-        wanted: places in the slice; None for all.
+        wanted: positions in the slice; None for all.
     """
-    chosen = map_batch(build.beside("dedup", number, "documents"))
-    blocks, rows = chosen.column("block").to_numpy(), chosen.column("row").to_numpy()
+    distinct = map_batch(build.distinct(number))
+    blocks, rows = distinct.column("block").to_numpy(), distinct.column("row").to_numpy()
     if wanted is not None:
         blocks, rows = blocks[wanted], rows[wanted]
-    found: dict[int, FramedText] = {}
+    found: dict[int, TemplatedText] = {}
     for block in np.unique(blocks).tolist():
-        places = np.flatnonzero(blocks == block)
-        batch = _read_slice(build, block, number).take(pa.array(rows[places]))
-        columns = (batch.column(name).to_pylist() for name in FramedText._fields)
-        found |= zip(places.tolist(), map(FramedText, *columns), strict=True)
-    return [found[place] for place in range(len(rows))]
+        positions = np.flatnonzero(blocks == block)
+        batch = _read_block_slice(build, block, number).take(pa.array(rows[positions]))
+        columns = (batch.column(name).to_pylist() for name in TemplatedText._fields)
+        found |= zip(positions.tolist(), map(TemplatedText, *columns), strict=True)
+    return [found[position] for position in range(len(rows))]
+
+
+def hashes_to_arrow(hashes: TextHashes) -> pa.Array:
+    """Return 16-byte hashes as an Arrow array, with the zero bytes at their ends."""
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(hashes), [None, pa.py_buffer(hashes.astype("S16").tobytes())]
+    )
+
+
+def hashes_from_arrow(array: pa.Array) -> TextHashes:
+    """Return an Arrow binary(16) array as numpy strings of 16 bytes."""
+    raw = np.frombuffer(array.buffers()[1] or b"", dtype="S16")
+    return raw[array.offset : array.offset + len(array)]

@@ -1,4 +1,14 @@
-"""Find near-duplicate documents with MinHash."""
+"""Find near-duplicate documents with MinHash.
+
+    sign   text -> word 5-grams -> 128 smallest hashes, in 16 bands of 8 -> one key per band
+    pair   documents with the same key in a band -> compare all 128 hashes -> (document, earlier)
+    catalogue   connected documents -> the first of them is kept
+
+Hand-written, because libraries choose other hash functions: other signatures would merge other
+documents, so that shards made before could not be made again.
+
+Letters: R documents of a slice, D of the dataset, S shingles of a text, P pairs.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +17,35 @@ from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray
 from pipeline.data.order import mix
-from pipeline.data.prepare.clean import read_chosen_texts
+from pipeline.data.prepare.clean import read_distinct_texts
 from pipeline.data.prepare.contamination import GOLDEN_RATIO, hash_ngrams, hash_words
-from pipeline.data.prepare.plan import Build
+from pipeline.data.prepare.plan import Build, PairSummary, SignSummary
 from pipeline.data.shards import map_batch
-from pipeline.files import atomic_path, write_json
+from pipeline.files import save_array
 
 NUM_BANDS = 16
 _ROWS_PER_BAND = 8
 NUM_HASHES = NUM_BANDS * _ROWS_PER_BAND
 _SHINGLE_WORDS = 5
+# One per hash function: a hash of a shingle is mixed with it.
 _SALTS = mix(np.arange(1, NUM_HASHES + 1, dtype=np.uint64) * np.uint64(GOLDEN_RATIO))
 
 
-def minhash(text: str) -> NDArray[np.uint32]:
-    """(NUM_HASHES,) MinHash signature of a text's word 5-grams (Broder, 1997).
+def sign_slice(build: Build, task: int) -> None:
+    """Write the signatures and band keys of one slice's documents."""
+    documents = read_distinct_texts(build, task, None)
+    signatures = np.zeros((len(documents), NUM_HASHES), dtype=np.uint32)
+    for row, document in enumerate(documents):
+        signatures[row] = minhash(document.text)
+    save_array(build.signatures(task), signatures)
+    save_array(build.bands(task), band_keys(signatures))
+    build.write_summary(task, SignSummary(documents=len(documents)))
 
-    The share of equal places in two signatures estimates the Jaccard similarity of the sets with a
+
+def minhash(text: str) -> NDArray[np.uint32]:
+    """Return the (NUM_HASHES,) MinHash signature of a text's word 5-grams (Broder, 1997).
+
+    The share of equal values in two signatures estimates the Jaccard similarity of the sets with a
     standard error of at most 0.045.
     """
     shingles = np.unique(hash_ngrams(hash_words(text), _SHINGLE_WORDS))
@@ -35,79 +57,58 @@ def minhash(text: str) -> NDArray[np.uint32]:
 
 
 def band_keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """(NUM_BANDS, R) keys of (R, NUM_HASHES) signatures; near-duplicates share one of them.
+    """Return (NUM_BANDS, R) keys of (R, NUM_HASHES) signatures; near-duplicates share one of them.
 
-    With 16 bands of 8, texts of similarity 0.9 meet with probability 0.9999, of 0.7 with 0.61.
+    With 16 bands of 8, texts of similarity 0.9 share a key with probability 0.9999, of 0.7 with
+    0.61.
     """
     keys = np.zeros((NUM_BANDS, len(signatures)), dtype=np.uint64)
     for band in range(NUM_BANDS):
-        for place in range(band * _ROWS_PER_BAND, (band + 1) * _ROWS_PER_BAND):
-            keys[band] = mix(keys[band] * np.uint64(GOLDEN_RATIO) + signatures[:, place])
+        for column in range(band * _ROWS_PER_BAND, (band + 1) * _ROWS_PER_BAND):
+            keys[band] = mix(keys[band] * np.uint64(GOLDEN_RATIO) + signatures[:, column])
     return keys
 
 
-def sign_slice(build: Build, task: int) -> None:
-    """Write the signatures and band keys of one slice's documents."""
-    documents = read_chosen_texts(build, task, None)
-    signatures = np.zeros((len(documents), NUM_HASHES), dtype=np.uint32)
-    for row, document in enumerate(documents):
-        signatures[row] = minhash(document.text)
-    for suffix, array in (("signatures", signatures), ("bands", band_keys(signatures))):
-        path = build.beside("sign", task, suffix)
-        with atomic_path(path) as temporary, temporary.open("wb") as handle:
-            np.save(handle, array)
-    write_json(build.output("sign", task), {"documents": len(documents)})
-
-
 def pair_band(build: Build, task: int) -> None:
-    """Compare documents that share one band; write pairs (document, earlier one it repeats)."""
-    num_slices = build.plan.num_slices
-    keys = np.concatenate(
-        [
-            np.load(build.beside("sign", number, "bands"), mmap_mode="r")[task]
-            for number in range(num_slices)
-        ]
-    )
+    """Compare documents that share a key of one band; write the pairs that are similar enough."""
+    slices = range(build.plan.num_slices)
+    keys = np.concatenate([np.load(build.bands(k), mmap_mode="r")[task] for k in slices])
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    # Each run of equal keys is compared with its first document.
-    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]  # none of none
-    starts = np.flatnonzero(first)
+    # Each run of equal keys is compared with its first document only: pairs stay linear in number.
+    # The slice matters where there are no documents, and so no first one.
+    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+    starts = np.flatnonzero(is_first)
     heads = np.repeat(order[starts], np.diff(np.append(starts, len(ordered))))
     different = order != heads
     later, earlier = order[different], heads[different]
     similar = _similarity(build, later, earlier) >= (build.config.near_duplicates or 1.0)
-    path = build.beside("pair", task, "pairs")
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, np.stack([later[similar], earlier[similar]]))
-    write_json(build.output("pair", task), {"pairs": int(similar.sum())})
+    save_array(build.pairs(task), np.stack([later[similar], earlier[similar]]))
+    build.write_summary(task, PairSummary(pairs=int(similar.sum())))
 
 
 def _similarity(build: Build, left: IntArray, right: IntArray) -> NDArray[np.float64]:
-    """Estimated Jaccard similarity of pairs of documents, by places in the catalogue."""
-    sizes = [
-        map_batch(build.beside("dedup", number, "documents")).num_rows
-        for number in range(build.plan.num_slices)
-    ]
+    """(P,) estimated Jaccard similarity of pairs of documents, numbered over all slices."""
+    sizes = [map_batch(build.distinct(k)).num_rows for k in range(build.plan.num_slices)]
     ends = np.cumsum(sizes)
     wanted, inverse = np.unique(np.concatenate([left, right]), return_inverse=True)
     signatures = np.empty((len(wanted), NUM_HASHES), dtype=np.uint32)
     slices = np.searchsorted(ends, wanted, side="right")
     for number in np.unique(slices).tolist():
         own = slices == number
-        stored = np.load(build.beside("sign", number, "signatures"), mmap_mode="r")
+        stored = np.load(build.signatures(number), mmap_mode="r")
         signatures[own] = stored[wanted[own] - (ends[number] - sizes[number])]
     equal = signatures[inverse[: len(left)]] == signatures[inverse[len(left) :]]
     similarity: NDArray[np.float64] = equal.mean(axis=1, dtype=np.float64)
     return similarity
 
 
-def representatives(build: Build, num_documents: int) -> IntArray:
-    """(D,) for each document the first of those it is a near-duplicate of, itself if none."""
+def find_representatives(build: Build, num_documents: int) -> IntArray:
+    """(D,) for each document the first one that it is a near-duplicate of; itself if none."""
     first = np.arange(num_documents, dtype=np.int64)
-    if build.config.near_duplicates is None:
+    if not build.finds_near_duplicates:
         return first
-    pairs = [np.load(build.beside("pair", band, "pairs")) for band in range(NUM_BANDS)]
+    pairs = [np.load(build.pairs(band)) for band in range(NUM_BANDS)]
     return join_pairs(first, np.unique(np.concatenate(pairs, axis=1), axis=1))
 
 
@@ -115,7 +116,7 @@ def join_pairs(first: IntArray, pairs: IntArray) -> IntArray:
     """Give all members of a connected group its smallest number.
 
     Args:
-        first: (D,) numbers 0..D-1.
+        first: (D,) numbers 0..D-1; changed in place.
         pairs: (2, P) connected numbers.
     """
     while True:
@@ -125,6 +126,6 @@ def join_pairs(first: IntArray, pairs: IntArray) -> IntArray:
         smaller = np.minimum(left, right)
         np.minimum.at(first, left, smaller)
         np.minimum.at(first, right, smaller)
-        # Chains of representatives are cut short before the next round.
+        # Shorten chains of representatives before the next round.
         while not np.array_equal(first, shorter := first[first]):
             first = shorter

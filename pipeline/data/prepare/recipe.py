@@ -1,8 +1,8 @@
-"""Record what a dataset was made from, to tell a stale dataset from a current one.
+"""Record the inputs of a dataset, to tell a stale dataset from a current one.
 
     config, bytes of every input, tokenizer ──> recipe.json ──> fingerprint in manifest.json
 
-`prepare_status(config)` is the cheap question for other rooms.
+`prepare_status(config)` answers cheaply: it hashes only files whose size or times have changed.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
 from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer
 
-# What a remote file system may say about a file's content.
+# Metadata of remote file systems that changes with a file's content.
 _REMOTE_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "versionId", "generation")
-# Coarsest clock of a file system. A file younger than this when it was hashed may have been
-# changed since without showing it.
+# Coarsest clock of a file system. A file that was younger than this when it was hashed may have
+# changed since with the same time.
 _TICK_NS = 2_000_000_000
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "config.json"),
 )
-# They change the work, not the result: where the shards go, where tokens may be copied from.
-_NO_PART_OF_IT = ("output_dir", "reuse")
+# Keys that change the work, not the result.
+_WITHOUT_EFFECT = ("output_dir", "reuse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +55,8 @@ class InputFile:
         key: the config key that names it.
         file: path, or URL.
         sha256: of its bytes as stored.
-        stamp: size and times of a local file, or what a remote store says about the content. Equal
-            stamps mean equal bytes; different ones mean nothing. Empty: nothing is known.
+        stamp: size and times of a local file, or a remote store's tags of the content. Equal
+            stamps mean equal bytes; different ones mean nothing. Empty where nothing is known.
     """
 
     key: str
@@ -66,7 +66,7 @@ class InputFile:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What decides: neither the folder nor the times."""
+        """The part that decides: neither the folder nor the times."""
         return self.key, PurePath(self.file).name, self.sha256
 
 
@@ -77,13 +77,13 @@ class Recipe:
     version: int
     config: dict[str, Any]
     inputs: tuple[InputFile, ...]
-    # Its files may be rewritten without a change of what it does; the hash of that decides.
+    # Hash of its behaviour, which decides: its files may be rewritten without changing it.
     tokenizer: str
     tokenizer_files: tuple[InputFile, ...]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides the result."""
+        """Hash of everything that decides the result."""
         parts = [self.version, self.config, [entry.identity for entry in self.inputs]]
         text = json.dumps([*parts, self.tokenizer], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -93,7 +93,7 @@ def make_recipe(config: PrepareConfig, tokenizer: str) -> Recipe:
     """Hash every input of a config.
 
     Args:
-        config: what is prepared.
+        config: the dataset to prepare.
         tokenizer: from `identify_tokenizer`.
 
     Raises:
@@ -109,7 +109,7 @@ def make_recipe(config: PrepareConfig, tokenizer: str) -> Recipe:
 
 
 def require_inputs(config: PrepareConfig) -> None:
-    """Refuse a config whose inputs are not there, before any of them is read.
+    """Refuse a config with missing inputs, before any of them is read.
 
     Raises:
         UserError: a format is unknown, or a file is missing.
@@ -118,15 +118,15 @@ def require_inputs(config: PrepareConfig) -> None:
         pass
 
 
-def write_recipe(folder: Path, recipe: Recipe, *, began_ns: int) -> None:
+def write_recipe(folder: Path, recipe: Recipe, *, started_ns: int) -> None:
     """Write `recipe.json`; its modification time is the time before anything was hashed."""
     path = folder / RECIPE_NAME
     write_text(path, json.dumps(dataclasses.asdict(recipe), indent=1, ensure_ascii=False) + "\n")
-    os.utime(path, ns=(began_ns, began_ns))
+    os.utime(path, ns=(started_ns, started_ns))
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read what a dataset, or a half-built one, was made from.
+    """Read the recipe of a dataset, finished or half-built.
 
     Raises:
         UserError: nothing is recorded, or the record is damaged.
@@ -144,7 +144,7 @@ def read_recipe(folder: Path) -> Recipe:
         raise UserError(
             f"{path}: damaged ({reason})", fix="remove the folder and prepare it again"
         ) from error
-    # Files that were too young to be sure of are hashed again.
+    # Files that were very young when they were hashed are hashed again.
     recorded = path.stat().st_mtime_ns
     return dataclasses.replace(
         recipe,
@@ -155,21 +155,21 @@ def read_recipe(folder: Path) -> Recipe:
 
 def _trusted(entry: InputFile, recorded_ns: int) -> InputFile:
     young = any(
-        isinstance(part, int) and part > recorded_ns - _TICK_NS for part in entry.stamp[1:3]
+        isinstance(value, int) and value > recorded_ns - _TICK_NS for value in entry.stamp[1:3]
     )
     return dataclasses.replace(entry, stamp=()) if young else entry
 
 
 def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> str | None:
-    """Say what differs between a recipe and what the config would be prepared from now.
+    """Describe the first difference between a recipe and one that would be made now.
 
     Args:
-        config: what is asked for.
-        recipe: what is there.
-        load: load the tokenizer where its files differ, to see whether it still does the same.
+        config: the dataset that is wanted.
+        recipe: of the dataset that exists.
+        load: load the tokenizer where its files differ, to see whether it still behaves the same.
 
     Returns:
-        The first difference in words; None where the dataset is that of this config.
+        The difference in words; None where the dataset is up to date.
 
     Raises:
         UserError: an input of the config is missing or cannot be read.
@@ -196,14 +196,14 @@ def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> 
 
 
 def prepare_status(config: PrepareConfig) -> Literal["whole", "other", "missing"]:
-    """Say whether `output_dir` holds the shards of this very config and these very inputs.
+    """Tell whether `output_dir` holds the shards of this config and these inputs.
 
-    Looks at sizes and times of the inputs, and hashes only those that may have changed; uses no
-    network and loads no tokenizer.
+    Compare sizes and times of the inputs, and hash only files that may have changed; use no network
+    and load no tokenizer.
 
     Returns:
-        `whole`; `other` for shards made from something else, or whose inputs cannot be seen from
-        here; `missing` where no finished dataset is there.
+        `whole`; `other` for shards of another config or other inputs, or whose inputs cannot be
+        read on this machine; `missing` where there is no finished dataset.
     """
     if not (config.output_dir / FILE_NAME).is_file():
         return "missing"
@@ -217,11 +217,11 @@ def prepare_status(config: PrepareConfig) -> Literal["whole", "other", "missing"
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    return {key: value for key, value in as_tree(config).items() if key not in _NO_PART_OF_IT}
+    return {key: value for key, value in as_tree(config).items() if key not in _WITHOUT_EFFECT}
 
 
 def _changed_settings(recipe: Recipe, now: dict[str, Any]) -> Iterator[str]:
-    """Config keys whose values differ; a key that is newer than the recipe had its default."""
+    """Yield config keys whose values differ; keys newer than the recipe had their defaults."""
     if recipe.version != VERSION:
         yield f"version {recipe.version} of the shards, this package writes version {VERSION}"
     try:
@@ -240,45 +240,45 @@ def _changed_settings(recipe: Recipe, now: dict[str, Any]) -> Iterator[str]:
 def _flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict | list):
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for part, value in pairs:
-            yield from _flatten(value, f"{key}.{part}" if key else str(part))
+        for inner, value in pairs:
+            yield from _flatten(value, f"{key}.{inner}" if key else str(inner))
     else:
         yield key, tree
 
 
 def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """(key, file) of everything that rows, documents or verdicts are read from."""
+    """Yield (key, file) of everything that rows, documents or evaluation texts are read from."""
     for source in expand_sources(config.sources):
         for file in input_files(source):
-            for part in hub_files(file, source.split) if file.startswith(HUB) else [file]:
-                yield f"sources.{source.name}", part
+            for stored in hub_files(file, source.split) if file.startswith(HUB) else [file]:
+                yield f"sources.{source.name}", stored
     rule = config.decontaminate
     for evaluation in rule.sets if rule else ():
         for file in contamination_files(evaluation):
             split = split_to_read(file, evaluation.split, default="test")
-            for part in hub_files(file, split) if file.startswith(HUB) else [file]:
-                yield f"decontaminate.{evaluation.name}", part
+            for stored in hub_files(file, split) if file.startswith(HUB) else [file]:
+                yield f"decontaminate.{evaluation.name}", stored
 
 
 def _list_tokenizer(config: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """(key, file) of a tokenizer's files in its folder, or in the hub's cache as it is now."""
+    """Yield (key, file) of a tokenizer's files, in its folder or in the hub's cache."""
     for name in _TOKENIZER_FILES:
         file: Any = Path(config.tokenizer, name)
         if not Path(config.tokenizer).is_dir():
-            # Inside, because most tokenizers are folders.
+            # Imported here, because most tokenizers are folders and the hub's library is slow.
             from huggingface_hub import try_to_load_from_cache
             from huggingface_hub.errors import HFValidationError
 
             try:
                 file = try_to_load_from_cache(config.tokenizer, name)
             except HFValidationError:
-                return  # neither a folder nor a name: loading it says so
+                return  # neither a folder nor a name: loading it raises the error
         if isinstance(file, str | Path) and Path(file).is_file():
             yield "tokenizer", str(file)
 
 
 def identify_tokenizer(tokenizer_json: str, info: TokenizerInfo) -> str:
-    """Hash of what a tokenizer does, from `load_tokenizer`."""
+    """Hash the behaviour of a tokenizer, from the results of `load_fast_tokenizer`."""
     return hashlib.sha256(json.dumps([tokenizer_json, info.eos_id]).encode()).hexdigest()
 
 
@@ -289,15 +289,14 @@ def _load_identity(config: PrepareConfig) -> str:
 def _measure(
     files: Iterable[tuple[str, str]], known: dict[str, InputFile]
 ) -> tuple[InputFile, ...]:
-    """Hash files, several at a time; hashes of `known` files are taken over where safe."""
-    # hashlib lets other threads run; more of them than disks and cores gain nothing.
+    """Hash files, several at a time; reuse the hash of a `known` file with an equal stamp."""
+    # hashlib releases the interpreter lock; more threads than disks and cores gain nothing.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return tuple(pool.map(functools.partial(_measure_one, known=known), files))
 
 
 def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFile:
     key, file = named
-    digest = hashlib.sha256()
     try:
         filesystem, inner = fsspec.core.url_to_fs(file)
         stamp = _stamp(filesystem, inner)
@@ -305,8 +304,7 @@ def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFi
         if earlier is not None and stamp and stamp == earlier.stamp:
             return dataclasses.replace(earlier, key=key)
         with filesystem.open(inner, "rb") as handle:
-            while piece := handle.read(2**22):
-                digest.update(piece)
+            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
         same = stamp == _stamp(filesystem, inner)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file}: cannot be read ({error})") from error
@@ -314,12 +312,13 @@ def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFi
         raise UserError(
             f"{key}: {file} changed while it was read", fix="run the same command again"
         )
-    return InputFile(key=key, file=file, sha256=digest.hexdigest(), stamp=stamp)
+    return InputFile(key=key, file=file, sha256=sha256, stamp=stamp)
 
 
 def _stamp(filesystem: Any, inner: str) -> tuple[int | str, ...]:
     if isinstance(filesystem, LocalFileSystem):
-        # Of the file behind a link. A change time cannot be set back as a modification time can.
+        # Of the file behind a link. A program can set the modification time back, but not the
+        # change time.
         state = Path(inner).stat()
         return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
     info = filesystem.info(inner)

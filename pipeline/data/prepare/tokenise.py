@@ -1,9 +1,8 @@
-"""Number documents, tokenise them, and sort examples by group."""
+"""Number documents, tokenise them, and link each example to its documents."""
 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,21 @@ from numpy.typing import NDArray
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.prepare.clean import (
     MAX_INSTRUCTIONS,
-    FramedText,
-    binary_to_numpy,
-    fixed_binary,
-    read_chosen_texts,
+    TemplatedText,
+    hashes_from_arrow,
+    hashes_to_arrow,
+    read_distinct_texts,
 )
-from pipeline.data.prepare.near_duplicates import representatives
-from pipeline.data.prepare.plan import Build, Hashes, write_dropped
+from pipeline.data.prepare.near_duplicates import find_representatives
+from pipeline.data.prepare.plan import (
+    Build,
+    CatalogueSummary,
+    CollectSummary,
+    RelateSummary,
+    TextHashes,
+    TokeniseSummary,
+    write_dropped,
+)
 from pipeline.data.shards import (
     DOCUMENT_SCHEMA,
     EXAMPLE_SCHEMA,
@@ -31,146 +38,80 @@ from pipeline.data.shards import (
 )
 from pipeline.data.sources.records import EXCERPT
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, write_json
-
-
-def earlier_tokens(build: Build, hashes: Hashes) -> list[tuple[NDArray[np.int32], int] | None]:
-    """For each document its tokens, and how many are its instruction's; None where not whole."""
-    found: list[tuple[NDArray[np.int32], int] | None] = [None] * len(hashes)
-    if build.config.reuse is None:
-        return found
-    dataset = open_earlier(build)
-    stored = _stored_hashes(build.config.reuse)
-    places = np.minimum(np.searchsorted(stored, hashes), len(stored) - 1)
-    rows = np.flatnonzero(stored[places] == hashes)
-    lengths = dataset.documents.lengths("tokens", places[rows])
-    # A text that reaches the earlier limit may have been cut there.
-    whole = lengths < dataset.max_document_length
-    whole &= lengths <= build.config.max_document_length
-    rows = rows[whole]
-    views = dataset.documents.views("tokens", places[rows])
-    skipped = dataset.documents.scalars("instruction_tokens", places[rows])
-    for row, view, count in zip(rows.tolist(), views, skipped.tolist(), strict=True):
-        found[row] = view.astype(np.int32), count
-    return found
-
-
-def open_earlier(build: Build) -> Dataset:
-    """The dataset named by `reuse`.
-
-    Raises:
-        UserError: it was made with another tokenizer, or with other special tokens.
-    """
-    assert build.config.reuse is not None
-    dataset = _open(build.config.reuse)
-    earlier, own = dataset.tokenizer, build.plan.tokenizer
-    if (earlier.fingerprint, earlier.append_eos) != (own.fingerprint, own.append_eos):
-        raise UserError(
-            f"reuse: {build.config.reuse} was prepared with another tokenizer or append_eos than "
-            f"{build.config.tokenizer}",
-            fix="remove `reuse` from the config",
-        )
-    return dataset
-
-
-@functools.lru_cache(maxsize=1)
-def _open(path: Path) -> Dataset:
-    return Dataset.open(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _stored_hashes(path: Path) -> Hashes:
-    """Hashes of all documents of a dataset; they are sorted, as documents are."""
-    return _open(path).documents.hashes()
-
-
-_TEXTS_PER_CALL = 512
+from pipeline.files import save_array
 
 
 def make_catalogue(build: Build, task: int) -> None:
     """Number the documents in the order of their hashes, and name the groups of examples.
 
-    A near-duplicate gets the number of the document that stands for it. A source with more than
-    1,024 instructions has one of its own for each query; its examples form one group.
+    A near-duplicate gets the number of the document that is kept for it. A source with more than
+    1,024 instructions probably has a different one for each query; its examples form one group.
     """
     plan = build.plan
     slices = [
-        binary_to_numpy(map_batch(build.beside("dedup", number, "documents")).column("hash"))
+        hashes_from_arrow(map_batch(build.distinct(number)).column("hash"))
         for number in range(plan.num_slices)
     ]
     sizes = [len(part) for part in slices]
-    first = representatives(build, sum(sizes))
+    first = find_representatives(build, sum(sizes))
     kept = first == np.arange(len(first))
     numbers = np.cumsum(kept) - 1
-    _save(build, "hashes", np.concatenate(slices))
-    _save(build, "numbers", numbers[first])
-    _save(build, "first", first)
+    save_array(build.catalogue("hashes"), np.concatenate(slices))
+    save_array(build.catalogue("numbers"), numbers[first])
+    save_array(build.catalogue("first"), first)
     instructions: list[set[str]] = [set() for _ in plan.sources]
     for number, planned in enumerate(plan.blocks):
-        found = json.loads(build.output("collect", number).read_text())["instructions"]
         # One more than the limit is enough to know that the limit is passed.
         if len(instructions[planned.source]) <= MAX_INSTRUCTIONS:
+            found = build.read_summary(CollectSummary, number).instructions
             instructions[planned.source].update(found)
     groups = [
-        [source, instruction]
+        (source, instruction)
         for source, names in enumerate(instructions)
         for instruction in (sorted(names) if len(names) <= MAX_INSTRUCTIONS else [""])
     ]
-    write_json(build.output("catalogue", task), {"groups": groups, "slices": sizes})
+    build.write_summary(task, CatalogueSummary(groups=groups, slices=sizes))
 
 
-def _save(build: Build, suffix: str, array: NDArray[Any]) -> None:
-    path = build.beside("catalogue", 0, suffix)
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, array)
-
-
-def _load(build: Build, suffix: str) -> NDArray[Any]:
-    """A column of the catalogue, memory-mapped: all documents in the order of their hashes."""
-    column: NDArray[Any] = np.load(build.beside("catalogue", 0, suffix), mmap_mode="r")
-    return column
-
-
-def read_groups(build: Build) -> list[list[Any]]:
-    """The groups of examples in their order on disk, as [number of the source, instruction]."""
-    groups: list[list[Any]] = json.loads(build.output("catalogue", 0).read_text())["groups"]
-    return groups
+def _map_catalogue(build: Build, column: str) -> NDArray[Any]:
+    """(D,) a column of the catalogue, memory-mapped: documents in the order of their hashes."""
+    mapped: NDArray[Any] = np.load(build.catalogue(column), mmap_mode="r")
+    return mapped
 
 
 def tokenise_slice(build: Build, task: int) -> None:
     """Tokenise the documents of one slice that are kept, in the order of their hashes."""
-    sizes = json.loads(build.output("catalogue", 0).read_text())["slices"]
+    sizes = build.read_summary(CatalogueSummary, 0).slices
     start = sum(sizes[:task])
-    first = np.asarray(_load(build, "first")[start : start + sizes[task]])
+    first = np.asarray(_map_catalogue(build, "first")[start : start + sizes[task]])
     kept = first == np.arange(start, start + sizes[task])
     _report_near_duplicates(build, task, np.flatnonzero(~kept), first[~kept])
-    hashes = np.asarray(_load(build, "hashes")[start : start + sizes[task]])[kept]
-    known = earlier_tokens(build, hashes)
+    hashes = np.asarray(_map_catalogue(build, "hashes")[start : start + sizes[task]])[kept]
+    known = _reuse_tokens(build, hashes)
     missing = np.array([tokens is None for tokens in known], dtype=bool)
     wanted = np.flatnonzero(kept)[missing]
     limit = build.config.max_document_length
-    fresh = zip(*_encode(build, read_chosen_texts(build, task, wanted), limit), strict=True)
-    rows = [next(fresh) if row is None else row for row in known]
+    new = zip(*_encode(build, read_distinct_texts(build, task, wanted), limit), strict=True)
+    rows = [next(new) if row is None else row for row in known]
     tokens = [ids for ids, _ in rows]
-    skipped = pa.array([count for _, count in rows], pa.int32())
-    columns = [ragged_array(tokens, pa.int32()), fixed_binary(hashes), skipped]
-    write_table(
-        build.beside("tokenise", task, "documents"), pa.table(columns, schema=DOCUMENT_SCHEMA)
-    )
-    write_json(
-        build.output("tokenise", task),
-        {
-            "kept": len(hashes),
-            "near_duplicates": int((~kept).sum()),
-            "tokenised": len(wanted),
-            "tokens": sum(len(row) for row in tokens),
-        },
+    num_instruction = pa.array([count for _, count in rows], pa.int32())
+    columns = [ragged_array(tokens, pa.int32()), hashes_to_arrow(hashes), num_instruction]
+    write_table(build.documents(task), pa.table(columns, schema=DOCUMENT_SCHEMA))
+    build.write_summary(
+        task,
+        TokeniseSummary(
+            kept=len(hashes),
+            near_duplicates=int((~kept).sum()),
+            tokenised=len(wanted),
+            tokens=sum(len(row) for row in tokens),
+        ),
     )
 
 
-def _report_near_duplicates(build: Build, task: int, places: IntArray, first: IntArray) -> None:
-    numbers = _load(build, "numbers")
-    documents = read_chosen_texts(build, task, places)
+def _report_near_duplicates(build: Build, task: int, merged: IntArray, first: IntArray) -> None:
+    """List the documents at the positions `merged` of a slice, which `first` are kept for."""
+    numbers = _map_catalogue(build, "numbers")
+    documents = read_distinct_texts(build, task, merged)
     entries = [
         {
             "source": "",
@@ -185,99 +126,151 @@ def _report_near_duplicates(build: Build, task: int, places: IntArray, first: In
     write_dropped(build, "tokenise", task, entries)
 
 
+def _reuse_tokens(build: Build, hashes: TextHashes) -> list[tuple[NDArray[np.int32], int] | None]:
+    """Return each document's tokens from the dataset of `reuse`; None if missing or cut there.
+
+    With the tokens comes the number of them that belong to the document's instruction.
+    """
+    found: list[tuple[NDArray[np.int32], int] | None] = [None] * len(hashes)
+    if build.config.reuse is None:
+        return found
+    dataset, stored = _open_earlier(build, build.config.reuse)
+    nearest = np.minimum(np.searchsorted(stored, hashes), len(stored) - 1)
+    rows = np.flatnonzero(stored[nearest] == hashes)
+    lengths = dataset.documents.lengths("tokens", nearest[rows])
+    # A text that reaches the earlier limit may have been cut there.
+    is_whole = lengths < dataset.max_document_length
+    is_whole &= lengths <= build.config.max_document_length
+    rows = rows[is_whole]
+    views = dataset.documents.views("tokens", nearest[rows])
+    counts = dataset.documents.scalars("instruction_tokens", nearest[rows])
+    for row, view, count in zip(rows.tolist(), views, counts.tolist(), strict=True):
+        found[row] = view.astype(np.int32), count
+    return found
+
+
+def _open_earlier(build: Build, path: Path) -> tuple[Dataset, TextHashes]:
+    """Return the dataset named by `reuse`, and the sorted hashes of its documents.
+
+    Raises:
+        UserError: it was made with another tokenizer, or with other special tokens.
+    """
+    dataset, hashes = _map_earlier(path)
+    earlier, current = dataset.tokenizer, build.plan.tokenizer
+    if (earlier.fingerprint, earlier.append_eos) != (current.fingerprint, current.append_eos):
+        raise UserError(
+            f"reuse: {path} was prepared with another tokenizer or append_eos than "
+            f"{build.config.tokenizer}",
+            fix="remove `reuse` from the config",
+        )
+    return dataset, hashes
+
+
+@functools.lru_cache(maxsize=1)
+def _map_earlier(path: Path) -> tuple[Dataset, TextHashes]:
+    dataset = Dataset.open(path)
+    return dataset, dataset.documents.hashes()
+
+
+_TEXTS_PER_CALL = 512
+
+
 def _encode(
-    build: Build, texts: list[FramedText], limit: int
+    build: Build, texts: list[TemplatedText], limit: int
 ) -> tuple[list[NDArray[np.int32]], list[int]]:
-    """Token ids of each text, and how many of them are its instruction's."""
+    """Return the token ids of each text, and how many of them belong to its instruction."""
     tokens: list[NDArray[np.int32]] = []
-    skipped: list[int] = []
+    num_instruction: list[int] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         part = texts[start : start + _TEXTS_PER_CALL]
-        rows, counts = build.encoder.encode(
+        rows, counts = build.tokenizer.encode(
             [entry.text for entry in part],
             limit,
             prefixes=[entry.prefix for entry in part],
             suffixes=[entry.suffix for entry in part],
         )
         tokens += rows
-        skipped += counts.tolist()
-    return tokens, skipped
+        num_instruction += counts.tolist()
+    return tokens, num_instruction
 
 
-def relate_block(build: Build, task: int) -> None:
-    """Tokenise the queries of one block, point them to documents, and sort them by group."""
-    rows = map_batch(build.beside("collect", task, "rows"))
-    groups = read_groups(build)
+def link_block(build: Build, task: int) -> None:
+    """Tokenise the queries of one block, link them to documents, and sort them by group."""
+    rows = map_batch(build.rows(task))
+    groups = build.read_summary(CatalogueSummary, 0).groups
     source = build.plan.blocks[task].source
     group_of = {name: number for number, (owner, name) in enumerate(groups) if owner == source}
     # A source with too many instructions has the single group "".
-    own = np.array(
+    group = np.array(
         [group_of.get(name, group_of.get("", -1)) for name in rows["instruction"].to_pylist()],
         dtype=np.int64,
     )
-    order = np.argsort(own, kind="stable")
-    taken = pa.Table.from_batches([rows]).take(pa.array(order)).combine_chunks()
+    order = np.argsort(group, kind="stable")
+    ordered = pa.Table.from_batches([rows]).take(pa.array(order)).combine_chunks()
     positives, negatives = (
-        _document_numbers(build, taken[name]) for name in ("positives", "negatives")
+        _document_numbers(build, ordered[name]) for name in ("positives", "negatives")
     )
-    scores, first = taken["scores"], taken["num_first_negatives"]
-    if build.config.near_duplicates is not None:
-        positives, negatives, scores, first = _separate(positives, negatives, scores, first)
-    framed = (taken[name].to_pylist() for name in ("query", "prefix", "suffix"))
-    queries = list(map(FramedText, *framed))
-    tokens, skipped = _encode(build, queries, build.config.max_query_length)
-    columns = [
-        ragged_array(tokens, pa.int32()),
-        pa.array(skipped, pa.int32()),
-        ragged_array(positives, pa.int64()),
-        ragged_array(negatives, pa.int64()),
-        first,
-        taken["concept"],
-        taken["query_key"],
-        scores,
-    ]
-    write_table(build.beside("relate", task, "examples"), pa.table(columns, schema=EXAMPLE_SCHEMA))
-    counts = np.bincount(own, minlength=len(groups))
-    found = {str(number): int(counts[number]) for number in np.flatnonzero(counts)}
-    write_json(build.output("relate", task), {"groups": found})
+    scores, num_first = ordered["scores"], ordered["num_first_negatives"]
+    if build.finds_near_duplicates:
+        merged = _merge_numbers(positives, negatives, scores.to_pylist(), num_first.to_pylist())
+        positives, negatives, scores, num_first = merged
+    columns = (ordered[name].to_pylist() for name in ("query", "prefix", "suffix"))
+    queries = list(map(TemplatedText, *columns))
+    tokens, num_instruction = _encode(build, queries, build.config.max_query_length)
+    table = pa.table(
+        [
+            ragged_array(tokens, pa.int32()),
+            pa.array(num_instruction, pa.int32()),
+            ragged_array(positives, pa.int64()),
+            ragged_array(negatives, pa.int64()),
+            num_first,
+            ordered["concept"],
+            ordered["query_key"],
+            scores,
+        ],
+        schema=EXAMPLE_SCHEMA,
+    )
+    write_table(build.examples(task), table)
+    counts = np.bincount(group, minlength=len(groups))
+    found = {number: int(counts[number]) for number in np.flatnonzero(counts).tolist()}
+    build.write_summary(task, RelateSummary(groups=found))
 
 
 def _document_numbers(build: Build, column: pa.ChunkedArray) -> Ragged:
-    """A list column of hashes as one of document numbers."""
+    """Turn a list column of hashes into one of document numbers."""
     lists = column.combine_chunks()
-    wanted: Hashes = binary_to_numpy(lists.values)
+    wanted = hashes_from_arrow(lists.values)
     offsets: IntArray = lists.offsets.to_numpy()
-    numbers: IntArray = _load(build, "numbers")[np.searchsorted(_load(build, "hashes"), wanted)]
+    found = np.searchsorted(_map_catalogue(build, "hashes"), wanted)
+    numbers: IntArray = _map_catalogue(build, "numbers")[found]
     return Ragged(offsets=offsets, values=np.asarray(numbers, dtype=np.int64))
 
 
-def _separate(
-    positives: Ragged, negatives: Ragged, scores: pa.ChunkedArray, first: pa.ChunkedArray
+def _merge_numbers(
+    positives: Ragged, negatives: Ragged, scores: list[list[float]], num_first: list[int]
 ) -> tuple[Ragged, Ragged, pa.Array, pa.Array]:
-    """Clean rows again: near-duplicates of a positive or of each other have become one number."""
-    out: tuple[list[Any], list[Any], list[Any], list[int]] = ([], [], [], [])
-    for good, bad, score, count in zip(
-        positives, negatives, scores.to_pylist(), first.to_pylist(), strict=True
-    ):
-        kept_good = dict.fromkeys(good.tolist())
-        places = {number: len(good) - 1 - k for k, number in enumerate(good.tolist()[::-1])}
-        kept_bad: dict[int, int] = {}
-        for place, number in enumerate(bad.tolist()):
-            if number not in kept_good:
-                kept_bad.setdefault(number, place)
-        out[0].append(np.array(list(kept_good), dtype=np.int64))
-        out[1].append(np.array(list(kept_bad), dtype=np.int64))
-        chosen = [places[n] for n in kept_good] + [len(good) + k for k in kept_bad.values()]
-        out[2].append([score[place] for place in chosen] if score else [])
-        out[3].append(sum(place < count for place in kept_bad.values()))
-    clean = []
-    for rows in out[:2]:
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-        clean.append(Ragged.from_lengths(lengths, values))
+    """Drop repeated documents: near-duplicates of a positive or of each other have one number now.
+
+    A repeated positive keeps the score of its first occurrence, as does a repeated negative. A
+    negative that repeats a positive is dropped.
+    """
+    new_positives, new_negatives, new_scores, new_num_first = [], [], [], []
+    for good, bad, score, count in zip(positives, negatives, scores, num_first, strict=True):
+        first_good: dict[int, int] = {}  # number -> index of its first occurrence
+        for index, number in enumerate(good.tolist()):
+            first_good.setdefault(number, index)
+        first_bad: dict[int, int] = {}
+        for index, number in enumerate(bad.tolist()):
+            if number not in first_good:
+                first_bad.setdefault(number, index)
+        new_positives.append(np.array(list(first_good), dtype=np.int64))
+        new_negatives.append(np.array(list(first_bad), dtype=np.int64))
+        chosen = [*first_good.values(), *(len(good) + index for index in first_bad.values())]
+        new_scores.append([score[index] for index in chosen] if score else [])
+        new_num_first.append(sum(index < count for index in first_bad.values()))
     return (
-        clean[0],
-        clean[1],
-        pa.array(out[2], pa.large_list(pa.float32())),
-        pa.array(out[3], pa.int32()),
+        Ragged.from_rows(new_positives),
+        Ragged.from_rows(new_negatives),
+        pa.array(new_scores, pa.large_list(pa.float32())),
+        pa.array(new_num_first, pa.int32()),
     )

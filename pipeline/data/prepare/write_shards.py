@@ -1,18 +1,24 @@
-"""Write shards of even size, the manifest, and the report of dropped rows."""
+"""Write shards of even size, the manifest, and the report of dropped rows.
+
+layout     documents in the order of their hashes, examples by group, then block, then row;
+           a new shard starts where `shard_bytes` are full
+pack       one Arrow file per shard
+manifest   report.md, dropped.jsonl, recipe.json and, last, manifest.json
+"""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.config import SourceConfig
@@ -27,63 +33,77 @@ from pipeline.data.manifest import (
     Manifest,
     ShardInfo,
     SourceInfo,
+    write_manifest,
 )
-from pipeline.data.manifest import write_manifest as write_sealed_manifest
 from pipeline.data.order import Group
-from pipeline.data.prepare.plan import Build
-from pipeline.data.prepare.tokenise import read_groups
+from pipeline.data.prepare.plan import (
+    Build,
+    CatalogueSummary,
+    CollectSummary,
+    LookupSummary,
+    PackSummary,
+    RelateSummary,
+    RowRange,
+    TokeniseSummary,
+)
 from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, hash_file, write_json, write_text
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
-    """Rows start..stop-1 of one task's table."""
-
-    task: int
-    start: int
-    stop: int
+# For each shard its kind, and the rows of the steps' tables that it holds.
+Layout = list[tuple[Literal["documents", "examples"], list[RowRange]]]
+_LAYOUT = TypeAdapter(Layout)
+# Bytes of a row apart from its lists: hash and integers, and an offset for each list.
+_DOCUMENT_BYTES, _EXAMPLE_BYTES = 28, 56
 
 
 def lay_out(build: Build, task: int) -> None:
-    """Decide which pieces make up each shard: documents by hash, examples by group then block."""
-    plan, limit = build.plan, build.config.shard_bytes
-    documents: list[list[_Piece]] = [[]]
+    """Decide which rows make up each shard."""
+    limit = build.config.shard_bytes
+    documents: list[list[RowRange]] = [[]]
     room = limit
-    for number in range(plan.num_slices):
-        batch = map_batch(build.beside("tokenise", number, "documents"))
+    for number in range(build.plan.num_slices):
+        batch = map_batch(build.documents(number))
         ends = batch.column("tokens").offsets.to_numpy() * 4
-        ends = ends + np.arange(len(ends)) * 28
-        room = _add_pieces(documents, number, 0, ends, room, limit)
-    examples: list[list[_Piece]] = [[]]
+        ends = ends + np.arange(len(ends)) * _DOCUMENT_BYTES
+        room = _add_rows(documents, number, 0, ends, room, limit)
+    examples: list[list[RowRange]] = [[]]
     room = limit
-    counts = group_counts(build)
+    counts = count_groups(build)
     firsts = np.cumsum(counts, axis=1) - counts
     for group in range(counts.shape[1]):
         for block in np.flatnonzero(counts[:, group]).tolist():
-            batch = map_batch(build.beside("relate", block, "examples"))
+            batch = map_batch(build.examples(block))
             first, count = int(firsts[block, group]), int(counts[block, group])
-            ends = batch.column("query").offsets.to_numpy()[first : first + count + 1] * 4
-            ends = ends - ends[0]
-            for name, width in (("positives", 8), ("negatives", 8), ("scores", 4)):
+            ends = np.arange(count + 1) * _EXAMPLE_BYTES
+            for name, width in (("query", 4), ("positives", 8), ("negatives", 8), ("scores", 4)):
                 offsets = batch.column(name).offsets.to_numpy()[first : first + count + 1]
                 ends = ends + (offsets - offsets[0]) * width
-            ends = ends + np.arange(len(ends)) * 56
-            room = _add_pieces(examples, block, first, ends, room, limit)
-    shards = [("documents", pieces) for pieces in documents if pieces]
-    shards += [("examples", pieces) for pieces in examples if pieces]
-    write_json(
-        build.output("layout", task),
-        [[kind, [dataclasses.asdict(piece) for piece in pieces]] for kind, pieces in shards],
-    )
+            room = _add_rows(examples, block, first, ends, room, limit)
+    layout: Layout = [("documents", ranges) for ranges in documents if ranges]
+    layout += [("examples", ranges) for ranges in examples if ranges]
+    write_json(build.summary_path("layout", task), _LAYOUT.dump_python(layout, mode="json"))
 
 
-def _add_pieces(
-    shards: list[list[_Piece]], task: int, first: int, ends: Any, room: int, limit: int
+def read_layout(build: Build) -> Layout:
+    """Return the shards to write."""
+    return _LAYOUT.validate_json(build.summary_path("layout", 0).read_bytes())
+
+
+def _add_rows(
+    shards: list[list[RowRange]],
+    task: int,
+    first: int,
+    ends: NDArray[np.int64],
+    room: int,
+    limit: int,
 ) -> int:
-    """Append rows whose running sizes are `ends` (R + 1,), opening shards where they are full."""
+    """Append rows of a task, starting shards where they are full; return the room that is left.
+
+    Args:
+        ends: (R + 1,) bytes of the rows before each row, and of all of them.
+    """
     start, rows = 0, len(ends) - 1
     while start < rows:
         stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
@@ -91,41 +111,33 @@ def _add_pieces(
             shards.append([])
             room = limit
             continue
-        stop = max(stop, start + 1)  # a row larger than a shard has one of its own
-        shards[-1].append(_Piece(task=task, start=first + start, stop=first + stop))
+        stop = max(stop, start + 1)  # a row larger than a shard gets a shard to itself
+        shards[-1].append(RowRange(task=task, start=first + start, stop=first + stop))
         room -= int(ends[stop] - ends[start])
         start = stop
     return room
 
 
-def group_counts(build: Build) -> IntArray:
+def count_groups(build: Build) -> IntArray:
     """(blocks, groups) number of examples."""
-    counts: IntArray = np.zeros((len(build.plan.blocks), len(read_groups(build))), np.int64)
+    num_groups = len(build.read_summary(CatalogueSummary, 0).groups)
+    counts: IntArray = np.zeros((len(build.plan.blocks), num_groups), np.int64)
     for block in range(len(counts)):
-        groups = json.loads(build.output("relate", block).read_text())["groups"]
-        for group, count in groups.items():
-            counts[block, int(group)] = count
+        for group, count in build.read_summary(RelateSummary, block).groups.items():
+            counts[block, group] = count
     return counts
 
 
-def read_layout(build: Build) -> list[Any]:
-    """The shards to write, as [kind, pieces]."""
-    layout: list[Any] = json.loads(build.output("layout", 0).read_text())
-    return layout
-
-
 def pack_shard(build: Build, task: int) -> None:
-    """Copy the pieces of one shard together and hash the file."""
+    """Copy the rows of one shard together and hash the file."""
     layout = read_layout(build)
-    kind, raw_pieces = layout[task]
-    step = "tokenise" if kind == "documents" else "relate"
+    kind, ranges = layout[task]
     number = task - next(k for k, entry in enumerate(layout) if entry[0] == kind)
-    batches = []
-    for raw in raw_pieces:
-        piece = _Piece(**raw)
-        batch = map_batch(build.beside(step, piece.task, kind))
-        batches.append(batch.slice(piece.start, piece.stop - piece.start))
-    path = build.folder / "dataset" / f"{kind}-{number:05d}.arrow"
+    table_of = build.documents if kind == "documents" else build.examples
+    batches = [
+        map_batch(table_of(part.task)).slice(part.start, part.stop - part.start) for part in ranges
+    ]
+    path = build.dataset / f"{kind}-{number:05d}.arrow"
     write_table(path, pa.Table.from_batches(batches))
     packed = map_batch(path)
     list_name, limit = "tokens", build.config.max_document_length
@@ -138,42 +150,40 @@ def pack_shard(build: Build, task: int) -> None:
         sha256=hash_file(path),
     )
     lengths = LengthHistogram.of(np.diff(packed.column(list_name).offsets.to_numpy()), limit)
-    write_json(
-        build.output("pack", task),
-        {"shard": dataclasses.asdict(info), "lengths": dataclasses.asdict(lengths)},
-    )
+    build.write_summary(task, PackSummary(shard=info, lengths=lengths))
 
 
+# Dropped texts that the report shows for each reason.
 _SHOWN_PER_REASON = 3
 
 
-def write_manifest(build: Build, task: int) -> None:
+def complete_dataset(build: Build, task: int) -> None:
     """Write report and manifest; the manifest is the last file of a dataset to appear."""
-    folder = build.folder / "dataset"
-    manifest = _sum_up(build)
+    folder = build.dataset
+    manifest = _make_manifest(build)
     with atomic_path(folder / DROPPED_NAME) as temporary, temporary.open("wb") as handle:
-        for part in _dropped_parts(build):
-            with part.open("rb") as piece:
+        for path in _dropped_files(build):
+            with path.open("rb") as piece:
                 shutil.copyfileobj(piece, handle)
     with atomic_path(folder / RECIPE_NAME) as temporary:
-        # With its time, which says which stamps in it may be trusted.
+        # With its modification time: it decides which stamps in the recipe can be trusted.
         shutil.copy2(build.folder / RECIPE_NAME, temporary)
     write_text(folder / REPORT_NAME, _report(build, manifest, folder / DROPPED_NAME))
-    write_sealed_manifest(folder / FILE_NAME, manifest)
-    write_json(build.output("manifest", task), {"fingerprint": manifest.fingerprint})
+    write_manifest(folder / FILE_NAME, manifest)
+    write_json(build.summary_path("manifest", task), {"fingerprint": manifest.fingerprint})
 
 
-def _sum_up(build: Build) -> Manifest:
+def _make_manifest(build: Build) -> Manifest:
     plan, config = build.plan, build.config
-    collected = [_read(build, "collect", block) for block in range(len(plan.blocks))]
+    collected = [build.read_summary(CollectSummary, block) for block in range(len(plan.blocks))]
+    tokenised = [build.read_summary(TokeniseSummary, k) for k in range(plan.num_slices)]
     infos: dict[str, list[ShardInfo]] = {"documents": [], "examples": []}
     lengths = {kind: LengthHistogram.of(np.empty(0, np.int64), 1) for kind in infos}
     for number, (kind, _) in enumerate(read_layout(build)):
-        packed = _read(build, "pack", number)
-        infos[kind].append(ShardInfo(**packed["shard"]))
-        own = TypeAdapter(LengthHistogram).validate_python(packed["lengths"])
-        lengths[kind] = lengths[kind].plus(own)
-    counts = group_counts(build)
+        packed = build.read_summary(PackSummary, number)
+        infos[kind].append(packed.shard)
+        lengths[kind] = lengths[kind].plus(packed.lengths)
+    counts = count_groups(build)
     sources = tuple(_sources(build, collected, counts))
     if not counts.sum():
         raise UserError(
@@ -190,10 +200,8 @@ def _sum_up(build: Build) -> Manifest:
         max_document_length=config.max_document_length,
         num_examples=int(counts.sum()),
         num_documents=sum(info.rows for info in infos["documents"]),
-        num_near_duplicates=sum(
-            _read(build, "tokenise", number)["near_duplicates"] for number in range(plan.num_slices)
-        ),
-        has_scores=any(entry["has_scores"] for entry in collected),
+        num_near_duplicates=sum(summary.near_duplicates for summary in tokenised),
+        has_scores=any(summary.has_scores for summary in collected),
         sources=sources,
         groups=_groups(build, counts.sum(axis=0)),
         query_lengths=lengths["examples"],
@@ -203,45 +211,40 @@ def _sum_up(build: Build) -> Manifest:
     )
 
 
-def _read(build: Build, step: str, task: int) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads(build.output(step, task).read_text())
-    return summary
-
-
 def count_unwanted(build: Build) -> int:
     """Count the records that `where` left out of all sources."""
-    return sum(_read(build, "collect", k)["unwanted"] for k in range(len(build.plan.blocks)))
+    blocks = range(len(build.plan.blocks))
+    return sum(build.read_summary(CollectSummary, block).unwanted for block in blocks)
 
 
 def _sources(
-    build: Build, collected: list[dict[str, Any]], counts: IntArray
+    build: Build, collected: list[CollectSummary], counts: IntArray
 ) -> Iterator[SourceInfo]:
     for number, source in enumerate(build.plan.sources):
-        own = [k for k, planned in enumerate(build.plan.blocks) if planned.source == number]
-        looked_up = _read(build, "lookup", number)
-        dropped = collections.Counter(looked_up["dropped"])
-        for block in own:
-            dropped.update(collected[block]["dropped"])
-        examples = int(counts[own].sum())
+        blocks = build.blocks_of(number)
+        corpus = build.read_summary(LookupSummary, number)
+        dropped = collections.Counter(corpus.dropped)
+        for block in blocks:
+            dropped.update(collected[block].dropped)
+        examples = int(counts[blocks].sum())
         yield SourceInfo(
             name=source.name,
             format=source.format,
             path=source.path,
             weight=source.weight,
-            rows=sum(collected[block]["read"] for block in own),
+            rows=sum(collected[block].read for block in blocks),
             examples=examples,
             dropped=dict(sorted(dropped.items())),
-            warnings=tuple(_warnings(source, examples, looked_up["unjudged"])),
+            warnings=tuple(_warnings(source, examples, corpus.unjudged)),
         )
 
 
 def _losses(
-    build: Build, collected: list[dict[str, Any]], sources: tuple[SourceInfo, ...]
+    build: Build, collected: list[CollectSummary], sources: tuple[SourceInfo, ...]
 ) -> Iterator[str]:
-    """Say of each source how many rows were read, and why none of them is left."""
+    """Yield for each source how many rows were read, and why none of them is left."""
     for number, source in enumerate(sources):
-        own = [k for k, planned in enumerate(build.plan.blocks) if planned.source == number]
-        unwanted = sum(collected[block]["unwanted"] for block in own)
+        unwanted = sum(collected[block].unwanted for block in build.blocks_of(number))
         reasons = [f"{reason} {count:,}" for reason, count in source.dropped.items()]
         if unwanted:
             reasons.append(f"left out by `where` {unwanted:,}")
@@ -263,8 +266,9 @@ def _warnings(source: SourceConfig, examples: int, unjudged: int) -> Iterator[st
 
 def _groups(build: Build, counts: IntArray) -> tuple[Group, ...]:
     names = [source.name for source in build.plan.sources]
+    listed = build.read_summary(CatalogueSummary, 0).groups
     groups, start = [], 0
-    for (source, instruction), count in zip(read_groups(build), counts.tolist(), strict=True):
+    for (source, instruction), count in zip(listed, counts.tolist(), strict=True):
         if count:
             groups.append(
                 Group(source=names[source], instruction=instruction, start=start, count=count)
@@ -273,19 +277,18 @@ def _groups(build: Build, counts: IntArray) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _dropped_parts(build: Build) -> Iterator[Path]:
+def _dropped_files(build: Build) -> Iterator[Path]:
+    plan = build.plan
     steps = (
-        ("lookup", len(build.plan.sources)),
-        ("collect", len(build.plan.blocks)),
-        ("tokenise", build.plan.num_slices),
+        ("lookup", len(plan.sources)),
+        ("collect", len(plan.blocks)),
+        ("tokenise", plan.num_slices),
     )
-    for step, count in steps:
-        for task in range(count):
-            yield build.beside(step, task, "dropped")
+    return (build.dropped(step, task) for step, count in steps for task in range(count))
 
 
 def _report(build: Build, manifest: Manifest, dropped: Path) -> str:
-    """Markdown: counts per source and reason, warnings, and the first few texts of each reason."""
+    """Return Markdown: counts by source and reason, warnings, and a few texts of each reason."""
     lines = [
         "# What was kept and what was dropped",
         "",

@@ -1,4 +1,16 @@
-"""Readers of published retrieval data, chosen by `format`: files in, rows out."""
+"""Read published retrieval data: the files of a source in, rows out.
+
+    stage        example                                                  in
+    files        data/ -> data/train-00000-of-00002.jsonl.gz, ...         files.py
+    containers   a file -> blocks -> raw records with file and line       containers.py, tables.py
+    records      {"q": "fox", "pos": ["a red animal"], "neg_1": null}     records.py
+    fields       "q" is the query, "pos" the positives, "neg_*" ...       records.py, formats.py
+    references   (formats with ids) "d7" -> "a red animal"                corpus.py
+    rows         Row(query="fox", positives=("a red animal",))            formats.py
+
+A fault of a file stops the build at once; a fault of a record goes to `on_bad`, so that all of them
+can be reported together. A new format is a function in formats.py and an entry of `FORMATS`.
+"""
 
 from __future__ import annotations
 
@@ -7,59 +19,46 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources import formats
-from pipeline.data.sources.containers import (
-    block_bytes_of,
-    plan_blocks,
-    read_records,
-    split_to_read,
-)
+from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.corpus import (
-    Shelf,
+    References,
     corpus_files,
-    corpus_records,
     folder_part,
+    has_references,
     judgement_files,
-    read_judgements,
-    refers_to_documents,
-    survey_queries,
 )
-from pipeline.data.sources.files import HUB, Choice, choose_files, file_size
-from pipeline.data.sources.formats import read_columns
+from pipeline.data.sources.files import ChosenFiles, choose_files
 from pipeline.data.sources.records import (
-    EXCERPT,
     BadRowError,
-    BadRows,
-    Block,
+    FileBlock,
     OnBadRow,
     Record,
     Row,
     equals,
     field_of,
     give_up,
-    refuse_bad_rows,
 )
-from pipeline.data.sources.tables import hub_files
 from pipeline.errors import UserError
 
-_Reader = Callable[[Record, SourceConfig, Shelf | None], Iterable[Row]]
+_Parser = Callable[[Record, SourceConfig, References | None], Iterable[Row]]
 
-FORMATS: dict[str, _Reader] = {
-    "columns": read_columns,
-    "e5": formats.read_e5,
-    "lines": formats.read_lines,
-    "mteb": formats.read_mteb,
-    "msmarco_instructions": formats.read_msmarco,
-    "reasonaug": formats.read_reasonaug,
-    "reasonir_hq": formats.read_reasonir,
-    "reasonir_vl": formats.read_reasonir,
+FORMATS: dict[str, _Parser] = {
+    "columns": formats.parse_columns,
+    "e5": formats.parse_e5,
+    "lines": formats.parse_lines,
+    "mteb": formats.parse_mteb,
+    "msmarco_instructions": formats.parse_msmarco,
+    "reasonaug": formats.parse_reasonaug,
+    "reasonir_hq": formats.parse_reasonir,
+    "reasonir_vl": formats.parse_reasonir,
 }
 
 
 def expand_sources(sources: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """Check formats; an E5 folder becomes one source per set, so that caps and batches are per set.
+    """Check formats; make one source of each set of an E5 folder, for caps and batches per set.
 
     Raises:
-        UserError: a format is unknown or lacks what it needs.
+        UserError: a format is unknown, or a key that it needs is missing.
     """
     expanded = []
     for source in sources:
@@ -84,35 +83,35 @@ def expand_sources(sources: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
 
 
 def source_files(source: SourceConfig) -> list[str]:
-    """The files a source's examples are read from, in order."""
+    """Return the files that a source's examples are read from, in order."""
     if source.format == "mteb":
         return folder_part(source, "queries")
     return _chosen_files(source).files
 
 
 def source_note(source: SourceConfig) -> str:
-    """What to tell about files that are left out; empty where none are."""
+    """Return a note on the files that are left out; empty where none are."""
     return "" if source.format == "mteb" else _chosen_files(source).note
 
 
-def _chosen_files(source: SourceConfig) -> Choice:
+def _chosen_files(source: SourceConfig) -> ChosenFiles:
     key = f"sources.{source.name}.path"
     return choose_files(source.path, key, split=source.split, default_split="train")
 
 
 def input_files(source: SourceConfig) -> list[str]:
-    """Every file that a source's rows depend on, also those with documents and judgements."""
+    """Return every file that a source's rows depend on, with documents and judgements."""
     files = source_files(source)
-    if refers_to_documents(source):
+    if has_references(source):
         files += corpus_files(source)
     return files + judgement_files(source)
 
 
-def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[Block]:
-    """Cut a source into blocks that may be read in any order by anybody.
+def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[FileBlock]:
+    """Cut a source into blocks, which any process may read in any order.
 
     Raises:
-        UserError: there is nothing in it.
+        UserError: the source is empty.
     """
     left, is_empty = source.max_rows, True
     for file in source_files(source):
@@ -131,7 +130,7 @@ def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[Block]:
 
 
 def _count_rows(source: SourceConfig, file: str, most: int) -> int:
-    """Records of a file, counted up to `most`: how much of a cap it uses up."""
+    """Count records of a file up to `most`, to find how much of a cap it uses up."""
     bad: list[BadRowError] = []
     count = 0
     for block in plan_blocks(file, split=source.split, block_bytes=2**62, max_rows=most):
@@ -141,27 +140,27 @@ def _count_rows(source: SourceConfig, file: str, most: int) -> int:
 
 def read_rows(
     source: SourceConfig,
-    block: Block,
-    shelf: Shelf | None,
+    block: FileBlock,
+    references: References | None,
     *,
     on_bad: OnBadRow | None = None,
     on_unwanted: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Record, Row]]:
-    """Rows of a block with the record each came from, filtered by `where`.
+    """Yield the rows of a block with the record each came from, filtered by `where`.
 
     Args:
-        source: whose rows they are.
+        source: the source of the block.
         block: a stretch of it.
-        shelf: the documents it refers to, where it does.
+        references: the documents that its records refer to by id, if they do.
         on_bad: takes records that cannot be used; without it, the first one is raised.
         on_unwanted: called for each record that `where` leaves out.
     """
-    reader = FORMATS[source.format]
+    parse = FORMATS[source.format]
     for record in read_records(block, split=source.split, on_bad=on_bad):
         rows: list[Row] = []
         try:
             if _is_wanted(record, source):
-                rows = list(reader(record, source, shelf))
+                rows = list(parse(record, source, references))
             else:
                 on_unwanted()
             for row in rows:
@@ -190,33 +189,3 @@ def _require_whole_characters(record: Record, row: Row) -> None:
                 f"a text with half a surrogate pair ({text[error.start]!r})",
                 fix="repair the character in the source",
             ) from error
-
-
-__all__ = [
-    "EXCERPT",
-    "FORMATS",
-    "HUB",
-    "BadRowError",
-    "BadRows",
-    "Block",
-    "Record",
-    "Row",
-    "Shelf",
-    "block_bytes_of",
-    "corpus_files",
-    "corpus_records",
-    "expand_sources",
-    "file_size",
-    "hub_files",
-    "input_files",
-    "judgement_files",
-    "plan_source",
-    "read_judgements",
-    "read_rows",
-    "refers_to_documents",
-    "refuse_bad_rows",
-    "source_files",
-    "source_note",
-    "split_to_read",
-    "survey_queries",
-]

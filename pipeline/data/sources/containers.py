@@ -1,4 +1,10 @@
-"""Read raw records from JSONL, text, CSV, TSV and typed tables, in blocks."""
+"""Read raw records in blocks from files of lines and delimited files; pass tables on.
+
+    plan_blocks    file  -> blocks, which any process may read in any order
+    read_records   block -> records, in file order
+
+A block of lines or of a delimited file is a range of bytes, so that no reader must count lines.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +21,55 @@ import pyarrow as pa
 
 from pipeline.data.sources.files import (
     FETCH_AGAIN,
-    HUB,
     READABLE,
     counts_rows,
     file_size,
     is_packed,
     kind_of,
-    list_files,
     open_bytes,
 )
-from pipeline.data.sources.records import BadRowError, Block, OnBadRow, Record, give_up
-from pipeline.data.sources.tables import hub_files, is_single_dataset, plan_table, read_table
+from pipeline.data.sources.records import BadRowError, FileBlock, OnBadRow, Record, give_up
+from pipeline.data.sources.tables import is_single_dataset, plan_table, read_table
 from pipeline.errors import UserError
 
-__all__ = [
-    "HUB",
-    "BadRowError",
-    "Block",
-    "OnBadRow",
-    "Record",
-    "file_size",
-    "hub_files",
-    "list_files",
-]
+
+def plan_blocks(
+    file: str, *, split: str | None, block_bytes: int, max_rows: int | None
+) -> Iterator[FileBlock]:
+    """Cut one file into blocks of about `block_bytes`, up to `max_rows` records."""
+    if counts_rows(file):
+        yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
+    elif not kind_of(file):
+        raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
+    elif is_packed(file):
+        yield FileBlock(file=file, start=0, stop=-1, max_rows=max_rows)
+    elif kind_of(file) == "csv":
+        yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
+    else:
+        yield from plan_lines(file, block_bytes=block_bytes, max_rows=max_rows)
+
+
+def read_records(
+    block: FileBlock,
+    *,
+    split: str | None,
+    on_bad: OnBadRow | None = None,
+    blank_lines: bool = False,
+) -> Iterator[Record]:
+    """Return the records of a block, in file order.
+
+    Args:
+        block: the stretch to read.
+        split: of a hub dataset; None for its default.
+        on_bad: takes faults of lines without a record, such as one that is not JSON; without it,
+            the first fault is raised.
+        blank_lines: also yield the blank lines of files of lines; see `read_lines`.
+    """
+    if counts_rows(block.file):
+        return read_table(block, split=split)
+    if kind_of(block.file) == "csv":
+        return read_delimited(block, on_bad=on_bad)
+    return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
 
 
 def next_line(handle: IO[bytes], file: str) -> bytes:
@@ -52,11 +84,11 @@ def next_line(handle: IO[bytes], file: str) -> bytes:
         raise UserError(f"{file}: damaged compressed file ({error})", fix=FETCH_AGAIN) from error
 
 
-def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[Block]:
+def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[FileBlock]:
     """Cut a file that is not compressed into blocks of bytes, up to `max_rows` lines."""
     stop = file_size(file) if max_rows is None else _end_of_rows(file, max_rows)
     for start in range(0, stop, block_bytes):
-        yield Block(file=file, start=start, stop=min(start + block_bytes, stop))
+        yield FileBlock(file=file, start=start, stop=min(start + block_bytes, stop))
 
 
 def _end_of_rows(file: str, max_rows: int) -> int:
@@ -72,18 +104,18 @@ def _end_of_rows(file: str, max_rows: int) -> int:
 
 
 def read_lines(
-    block: Block,
+    block: FileBlock,
     *,
     on_bad: OnBadRow | None = None,
     as_text: bool = False,
     blank_lines: bool = False,
 ) -> Iterator[Record]:
-    """Lines that start within the block; the line over its end belongs to it.
+    """Yield the lines that start within the block, also the one that ends beyond it.
 
     Args:
         block: the stretch to read.
         on_bad: takes lines that hold no record; without it, the first one is raised.
-        as_text: take lines as they are, whatever the file is called.
+        as_text: yield each line as a text, in JSON files, too.
         blank_lines: also yield blank lines: as texts where each line is a text, with the value None
             where each line is JSON.
     """
@@ -147,14 +179,14 @@ _LONGEST_FIELD = 2**30
 
 
 class _Lines:
-    """Decoded lines of a file for `csv.reader`, which asks for more inside a quoted field."""
+    """Decoded lines of a file for `csv.reader`, which reads on inside a quoted field."""
 
     def __init__(self, handle: IO[bytes], file: str, position: int) -> None:
         self._handle, self._file = handle, file
         self._base = self.position = position
         self._number = 0
         self._fault = ""
-        self._waiting = b""  # a line that was looked at and not yet read
+        self._waiting = b""  # a line that `peek` has read ahead
 
     def __iter__(self) -> _Lines:
         return self
@@ -175,12 +207,12 @@ class _Lines:
         return text.removeprefix("\ufeff") if is_first else text
 
     def peek(self) -> str:
-        """The next line, which stays the next one."""
+        """Return the next line without consuming it."""
         self._waiting = self._waiting or next_line(self._handle, self._file)
         return self._waiting.decode(errors="replace")
 
     def records(self, delimiter: str) -> Iterator[tuple[int, Record, str]]:
-        """Position, fields with their place, and what is wrong, of each record from here on."""
+        """Yield position, record (a list of fields) and fault of each following record."""
         csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.reader(self, delimiter=delimiter, strict=True)
         while True:
@@ -194,7 +226,7 @@ class _Lines:
                 self._fault = self._fault or f"not a line of a table ({error})"
             record = Record(value=fields, file=self._file, number=number, base=self._base)
             if "unexpected end of data" in self._fault:
-                # All that follows it was taken for one text, so there is nothing to go on with.
+                # The rest of the file was taken for one text: no record follows.
                 raise UserError(
                     f"{record.where}: a quoted field that never ends",
                     fix='close it, and write a quote inside a field as ""',
@@ -203,8 +235,8 @@ class _Lines:
                 yield position, record, self._fault
 
 
-class _Table:
-    """An opened table: its delimiter and the names of its columns."""
+class _DelimitedFile:
+    """An opened delimited file: its delimiter and the names of its columns."""
 
     def __init__(self, handle: IO[bytes], file: str) -> None:
         self.lines = _Lines(handle, file, 0)
@@ -222,31 +254,31 @@ class _Table:
 
 
 def _delimiter_of(head: str) -> str:
-    """The character that cuts a header line into most fields."""
+    """Return the character that cuts a header line into most fields."""
     counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in _DELIMITERS}
     return max(counts, key=lambda mark: counts[mark])
 
 
-def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[Block]:
-    """Cut a table that is not compressed into blocks that begin where records begin."""
+def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[FileBlock]:
+    """Cut a delimited file that is not compressed into blocks that start where records start."""
     with open_bytes(file) as handle:
-        table = _Table(handle, file)
+        table = _DelimitedFile(handle, file)
         start = end = table.lines.position
         for taken, (position, _, _) in enumerate(table.lines.records(table.delimiter)):
             if taken == max_rows:
                 break
             if position - start >= block_bytes:
-                yield Block(file=file, start=start, stop=position)
+                yield FileBlock(file=file, start=start, stop=position)
                 start = position
             end = table.lines.position
         if end > start:
-            yield Block(file=file, start=start, stop=end)
+            yield FileBlock(file=file, start=start, stop=end)
 
 
-def read_delimited(block: Block, *, on_bad: OnBadRow | None = None) -> Iterator[Record]:
-    """The records of a block as texts by column; a blank line is none."""
+def read_delimited(block: FileBlock, *, on_bad: OnBadRow | None = None) -> Iterator[Record]:
+    """Yield the records of a block as texts by column; skip blank lines."""
     with open_bytes(block.file) as handle:
-        table = _Table(handle, block.file)
+        table = _DelimitedFile(handle, block.file)
         lines, taken = table.lines, 0
         if block.start > lines.position:
             handle.seek(block.start)
@@ -267,52 +299,13 @@ def read_delimited(block: Block, *, on_bad: OnBadRow | None = None) -> Iterator[
                 yield Record(value=value, file=record.file, number=record.number, base=record.base)
 
 
-def plan_blocks(
-    file: str, *, split: str | None, block_bytes: int, max_rows: int | None
-) -> Iterator[Block]:
-    """Cut one file into blocks of about `block_bytes`, up to `max_rows` records."""
-    if counts_rows(file):
-        yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
-    elif not kind_of(file):
-        raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
-    elif is_packed(file):
-        yield Block(file=file, start=0, stop=-1, max_rows=max_rows)
-    elif kind_of(file) == "csv":
-        yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
-    else:
-        yield from plan_lines(file, block_bytes=block_bytes, max_rows=max_rows)
-
-
-def read_records(
-    block: Block,
-    *,
-    split: str | None,
-    on_bad: OnBadRow | None = None,
-    blank_lines: bool = False,
-) -> Iterator[Record]:
-    """The records of a block, in file order.
-
-    Args:
-        block: the stretch to read.
-        split: of a hub dataset; None for its default.
-        on_bad: takes what holds no record, such as a line that is not JSON; without it, the first
-            such line is raised as a `BadRowError`.
-        blank_lines: also yield the blank lines of files of lines; see `read_lines`.
-    """
-    if counts_rows(block.file):
-        return read_table(block, split=split)
-    if kind_of(block.file) == "csv":
-        return read_delimited(block, on_bad=on_bad)
-    return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
-
-
 def split_to_read(file: str, split: str | None, *, default: str) -> str | None:
-    """Return the split of a hub dataset that is meant; a single saved dataset has no default."""
+    """Return the split to read of a hub dataset; a single saved dataset has no default."""
     return split or (None if is_single_dataset(file) else default)
 
 
-def block_bytes_of(block: Block) -> int:
-    """Estimate of the bytes of text in a block; a row of a table is taken for a kilobyte."""
+def block_bytes_of(block: FileBlock) -> int:
+    """Estimate the bytes of text in a block: a kilobyte for a row of a table."""
     if block.stop < 0:
         return 4 * file_size(block.file)
     return (block.stop - block.start) * (1024 if counts_rows(block.file) else 1)

@@ -1,4 +1,8 @@
-"""Sources that name documents by id: retrieval folders in mteb's layout, ReasonIR's hq set."""
+"""Read the documents and judgements that records refer to by id.
+
+Two formats do: folders in mteb's layout (corpus, queries, qrels), and ReasonIR's hq set, whose
+positives are ids of BRIGHT documents.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +15,46 @@ from pathlib import Path
 from pipeline.config import SourceConfig
 from pipeline.data.sources.containers import plan_blocks, read_lines, read_records
 from pipeline.data.sources.files import kind_of, list_files, stem_of
-from pipeline.data.sources.records import BadRowError, BadRows, Block, OnBadRow, Record, give_up
+from pipeline.data.sources.records import BadRowError, BadRows, FileBlock, OnBadRow, Record, give_up
 from pipeline.errors import UserError
 
-_REFERRING = ("mteb", "reasonir_hq")
-# Where judgements are: BEIR's folder, then the names that the hub gives to it.
+_FORMATS = ("mteb", "reasonir_hq")
+# Folders of judgements: BEIR's name, then the names that the hub gives to it.
 _JUDGEMENT_FOLDERS = ("qrels", "default", "data")
 
 # For each query id, its judged documents as (id, score).
-Judgements = dict[str, list[tuple[str, float]]]
+JudgedDocuments = dict[str, list[tuple[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shelf:
-    """What a reader looks up.
+class References:
+    """The texts and judgements that records refer to by id.
 
     Attributes:
-        document: the text of a document id.
+        document: returns the text of a document id.
         judgements: the judged documents of each query id.
-        first_texts: of query ids that have several texts, the one that counts.
+        first_texts: for query ids that have several texts, the first of them, which counts.
     """
 
     document: Callable[[str], str | None]
-    judgements: Judgements
+    judgements: JudgedDocuments
     first_texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def refers_to_documents(source: SourceConfig) -> bool:
-    """Whether the source's records hold document ids instead of texts."""
-    return source.format in _REFERRING
+def has_references(source: SourceConfig) -> bool:
+    """Return whether the source's records hold document ids instead of texts."""
+    return source.format in _FORMATS
 
 
 def corpus_files(source: SourceConfig) -> list[str]:
-    """The files with the documents a source refers to."""
+    """Return the files with the documents that a source refers to."""
     if source.format == "mteb":
         return folder_part(source, "corpus")
     return list_files(str(source.documents), f"sources.{source.name}.documents")
 
 
 def folder_part(source: SourceConfig, part: str) -> list[str]:
-    """Files of one part (corpus or queries) of a folder in mteb's layout."""
+    """Return the files of one part (corpus or queries) of a folder in mteb's layout."""
     folder = _folder(source)
     files = _files_of_part(folder, part)
     if not files:
@@ -62,7 +66,7 @@ def folder_part(source: SourceConfig, part: str) -> list[str]:
 
 
 def judgement_files(source: SourceConfig) -> list[str]:
-    """Files with the judgements of a split; none for formats that have no judgements."""
+    """Return the files with the judgements of a split; none for formats without judgements."""
     if source.format != "mteb":
         return []
     folder, split = _folder(source), source.split or "train"
@@ -94,13 +98,13 @@ def _folder(source: SourceConfig) -> Path:
 
 
 def _files_of_part(folder: Path, part: str) -> list[Path]:
-    """The file PART.jsonl or the like, the files PART-00000-of-00003, or the folder PART."""
+    """Return the file PART.jsonl or similar, PART-00000-of-00003 and so on, or the folder PART."""
     named = [
         path
         for path in sorted(folder.iterdir())
         if stem_of(path.name) == part and kind_of(path.name) and not path.is_dir()
     ]
-    # One file in two forms, such as corpus.jsonl and corpus.jsonl.gz, is read once.
+    # The same content in two forms, such as corpus.jsonl and corpus.jsonl.gz, is read once.
     single = [path for path in named if path.name.split(".")[0] == part]
     if single or named:
         return single[:1] or named
@@ -115,7 +119,7 @@ def _checked(source: SourceConfig, files: list[Path]) -> list[str]:
 def corpus_records(
     source: SourceConfig, on_bad: OnBadRow | None = None
 ) -> Iterator[tuple[str, str, Record]]:
-    """Id, text and record of every document a source refers to; a title precedes its text."""
+    """Yield id, text and record of every document of the corpus; a title precedes its text."""
     for record in _records(corpus_files(source), on_bad):
         try:
             name, text = identifier(record), _document_text(record)
@@ -132,7 +136,7 @@ def _records(files: list[str], on_bad: OnBadRow | None) -> Iterator[Record]:
 
 
 def identifier(record: Record) -> str:
-    """The id of a query or document, whichever of the usual names it has."""
+    """Return the id of a query or document, under any of its usual names."""
     for key in ("_id", "id"):
         if isinstance(record.value.get(key), str | int):
             return str(record.value[key])
@@ -151,14 +155,14 @@ def _document_text(record: Record) -> str:
     return f"{title} {text}".strip()
 
 
-def read_judgements(source: SourceConfig) -> Judgements:
-    """The judgements of a folder in mteb's layout that can be used; empty for other formats."""
+def read_judgements(source: SourceConfig) -> JudgedDocuments:
+    """Return the usable judgements of a folder in mteb's layout; none for other formats."""
     return _judgements_of(tuple(judgement_files(source)))
 
 
 @functools.lru_cache(maxsize=2)
-def _judgements_of(files: tuple[str, ...]) -> Judgements:
-    judgements: Judgements = {}
+def _judgements_of(files: tuple[str, ...]) -> JudgedDocuments:
+    judgements: JudgedDocuments = {}
     for _, query, document, score in judgement_records(files, lambda bad: None):
         judgements.setdefault(query, []).append((document, score))
     return judgements
@@ -167,11 +171,11 @@ def _judgements_of(files: tuple[str, ...]) -> Judgements:
 def judgement_records(
     files: tuple[str, ...], on_bad: OnBadRow
 ) -> Iterator[tuple[Record, str, str, float]]:
-    """Record, query id, document id and score of every judgement in some files."""
+    """Yield record, query id, document id and score of every judgement in some files."""
     for file in files:
-        # A TSV of judgements need not have a header.
+        # Judgements in TSV may lack a header, so their first line cannot name the columns.
         is_text = kind_of(file) in ("csv", "lines")
-        whole = Block(file=file, start=0, stop=-1)
+        whole = FileBlock(file=file, start=0, stop=-1)
         records = (
             read_lines(whole, on_bad=on_bad, as_text=True) if is_text else _records([file], on_bad)
         )
@@ -186,7 +190,7 @@ def judgement_records(
 
 
 def _judgement(record: Record, *, is_text: bool) -> tuple[str, str, float] | None:
-    """(query id, document id, score) of a record; None for the header of a TSV."""
+    """Return query id, document id and score of a record; None for the header of a TSV."""
     if is_text:
         fields = record.value["text"].split("\t")
         if record.number == 1 and fields[-1].strip().lower() == "score":
@@ -205,17 +209,17 @@ def _judgement(record: Record, *, is_text: bool) -> tuple[str, str, float] | Non
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Survey:
-    """What is known of the queries of a folder in mteb's layout before any block is read."""
+class QueryCheck:
+    """Repeated query ids with their first text, and the number of queries without judgement."""
 
-    first_texts: dict[str, str]
-    num_unjudged: int
+    first_texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_unjudged: int = 0
 
 
-def survey_queries(
+def check_queries(
     source: SourceConfig, find: Callable[[str], str | None], rows: BadRows
-) -> Survey:
-    """Compare judgements with queries and corpus, and report to `rows` what does not fit.
+) -> QueryCheck:
+    """Compare judgements with queries and corpus, and report contradictions to `rows`.
 
     Left out and listed: judgements of queries without text, and a query's further texts. A judged
     document that the corpus lacks is a bad row.
@@ -225,7 +229,7 @@ def survey_queries(
     first: dict[str, str] = {}
     repeated: dict[str, str] = {}
     num_unjudged = 0
-    # What is wrong with a query by itself is reported where it is read.
+    # Other faults of a query are reported when its row is read.
     for record in _records(folder_part(source, "queries"), lambda bad: None):
         try:
             name, text = identifier(record), record.value.get("text")
@@ -244,4 +248,4 @@ def survey_queries(
                 rows.drop(record.where, "judgement", "document not in the corpus", document)
             else:
                 rows.add(record.fail(f"judged document {document!r} is not in the corpus"))
-    return Survey(repeated, num_unjudged)
+    return QueryCheck(repeated, num_unjudged)

@@ -1,4 +1,10 @@
-"""Find the data files that a path or hub name means, and the split they belong to."""
+"""Find the data files behind a path or hub name, choose those of a split, and open them.
+
+    path, folder, glob, URL        names, or the README of a hub repository, show splits
+    or `hub:` name             ->  only files of the wanted split, with a note on the others
+
+Names are compared as on the hub, so that a downloaded repository is read as it would be there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,28 @@ import yaml
 
 from pipeline.errors import UserError
 
-# The words by which the hub, too, recognises splits.
+HUB = "hub:"
+# The advice for damaged files.
+FETCH_AGAIN = "write or fetch the file again"
+_KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "lines",
+}
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+READABLE = (
+    f"files named {', '.join(_KINDS)} (also with {', '.join(_PACKED)}) or {', '.join(_TABLES)}; "
+    "a folder or a glob of them; a folder of save_to_disk; hub:OWNER/NAME[:CONFIG]"
+)
+# Metadata that `datasets` writes next to its data; never data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SAVED = ("state.json", "dataset_dict.json")
+_POINTER = b"version https://git-lfs"
+# Words that name splits, the same as on the hub.
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -30,88 +57,77 @@ _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Choice:
-    """Files to read, and what to tell about those left out."""
+class ChosenFiles:
+    """Files to read, and a note on the files left out."""
 
     files: list[str]
     note: str = ""
 
 
-def canonical(split: str) -> str:
-    """Return one name for all spellings of a split."""
-    return _SPLIT_OF_WORD.get(split.lower(), split)
-
-
-def split_of(name: str) -> str:
-    """Return the split that a file's name or a path shows; empty if it shows none."""
-    for part in reversed(name.lower().split("/")):
-        if word := _WORD.search(part):
-            return _SPLIT_OF_WORD[word[1]]
-    return ""
-
-
-def stem_of(file: str) -> str:
-    """Return a file's name before `-00000-of-00001`, or without its endings."""
-    stem = file.rsplit("/", 1)[-1].split(".")[0]
-    numbered = _NUMBERED.match(stem)
-    return numbered[1] if numbered else stem
-
-
-def choose_by_name(
-    files: list[str], root: str, split: str | None, default: str, place: str
-) -> Choice:
-    """Choose the files of a split; those whose names show another one are left out.
-
-    Files that show no split are taken unless the split meant has files of its own and others have,
-    too: then nothing says which split they belong to.
+def list_files(
+    path: str, key: str, *, split: str | None = None, default_split: str = ""
+) -> list[str]:
+    """Return the data files of a path, a folder or a glob, in order.
 
     Args:
-        files: what was found.
-        root: the folder that their names are relative to; its own name shows nothing.
-        split: the split asked for, or None.
-        default: the split meant where none is asked for; "" for all files.
-        place: names the path in messages.
+        path: a file, a folder, a glob, an fsspec URL, or `hub:...`.
+        key: names the path in messages.
+        split: the wanted split; files that show another one are left out.
+        default_split: the wanted split of a folder or a glob where `split` is None; "" takes all
+            files.
 
     Raises:
-        UserError: the names show splits, but not the one meant.
+        UserError: there is no such file or split, or a file cannot be read.
     """
-    files = sorted(files)
-    wanted = canonical(split or default)
-    if not files or not wanted:
-        return Choice(files)
-    shown = {file: split_of(file.removeprefix(root).lstrip("/")) for file in files}
-    found = set(shown.values()) - {""}
-    if wanted in found:
-        others = found - {wanted}
-        taken = [f for f in files if shown[f] == wanted or (not shown[f] and not others)]
-    elif split is not None:
-        taken = [file for file in files if stem_of(file) == split]
-        if not taken and not found and wanted == "train":
-            taken = files
+    return choose_files(path, key, split=split, default_split=default_split).files
+
+
+def choose_files(
+    path: str, key: str, *, split: str | None = None, default_split: str = ""
+) -> ChosenFiles:
+    """Return the files of `list_files`, with a note on the files left out."""
+    if path.startswith(HUB):
+        return ChosenFiles([path])
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{key}: {path}: {error}", allowed=READABLE) from error
+    local = "://" not in path
+    label = f"{key}: {path}"
+    if local and any(Path(inner, name).is_file() for name in _SAVED):
+        return ChosenFiles([HUB + inner])
+    if filesystem.isdir(inner):
+        choice = _choose_in_folder(filesystem, inner, split, default_split, label)
+    elif (magic := re.search(r"[*?\[]", inner)) and not filesystem.exists(inner):
+        found = _matching(filesystem, [inner])
+        root = inner[: magic.start()].rpartition("/")[0]
+        choice = _choose_by_name(found, root, split, default_split, label)
     else:
-        taken = [file for file in files if not shown[file]]
-    if not taken:
-        names = sorted(found) or sorted({stem_of(file) for file in files})
-        raise UserError(
-            f"{place}: no file of the split {wanted!r}",
-            allowed=f"the splits found: {', '.join(names)}",
-            fix="set `split`, or give the path of the files",
-        )
-    return Choice(taken, _note(files, taken, shown, wanted) if split is None else "")
+        _require_file(filesystem, inner, label, local=local)
+        choice = _choose_by_name([inner], inner.rpartition("/")[0], split, "", label)
+    if not choice.files:
+        raise _nothing_found(filesystem, inner, label)
+    if local:
+        for file in choice.files:
+            _require_readable(Path(file), key)
+        return choice
+    return ChosenFiles([filesystem.unstrip_protocol(file) for file in choice.files], choice.note)
 
 
-def _note(files: list[str], taken: list[str], shown: dict[str, str], wanted: str) -> str:
-    left = [file for file in files if file not in set(taken)]
-    if not left:
-        return ""
-    splits = ", ".join(sorted({shown[file] or "no split" for file in left}))
-    names = ", ".join(file.rsplit("/", 1)[-1] for file in left[:3])
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return f"only files of the split {wanted!r} are read; left out ({splits}): {names}{more}"
+def _choose_in_folder(
+    filesystem: Any, folder: str, split: str | None, default: str, label: str
+) -> ChosenFiles:
+    wanted = split or default
+    named = _choose_by_readme(filesystem, folder, wanted, label) if wanted else None
+    if named is not None:
+        patterns, note = named
+        return ChosenFiles(_matching(filesystem, patterns), "" if split else note)
+    found = list(_files_below(filesystem, folder))
+    return _choose_by_name(found, folder, split, default, label)
 
 
-def choose_by_readme(
-    filesystem: Any, folder: str, split: str, place: str
+def _choose_by_readme(
+    filesystem: Any, folder: str, split: str, label: str
 ) -> tuple[list[str], str] | None:
     """Return the globs of a split that the README of a hub repository names, and a note.
 
@@ -128,11 +144,11 @@ def choose_by_readme(
     chosen = [c for name, c in configs.items() if name == "default" or c.get("default")]
     if len(configs) > 1 and not chosen:
         raise UserError(
-            f"{place}: its README.md has the configs {', '.join(configs)}",
+            f"{label}: its README.md has the configs {', '.join(configs)}",
             fix=f"choose one: hub:{folder}:{next(iter(configs))}",
         )
     splits = dict(_patterns((chosen or list(configs.values()))[0]["data_files"]))
-    name = find_split(splits, split, missing=f"{place}: its README.md names no split {split!r}")
+    name = find_split(splits, split, missing=f"{label}: its README.md names no split {split!r}")
     others = [other for other in splits if other != name]
     note = f"only the split {name!r} is read; left out: {', '.join(others)}" if others else ""
     return [f"{folder.rstrip('/')}/{pattern}" for pattern in splits[name]], note
@@ -157,7 +173,7 @@ def _configs(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
-    """Return (split, globs) for each way that the hub allows `data_files` to be written."""
+    """Yield (split, globs), in whichever of the hub's ways `data_files` is written."""
     if isinstance(data_files, dict):
         for split, paths in data_files.items():
             yield str(split), _strings(paths)
@@ -172,11 +188,84 @@ def _strings(paths: Any) -> list[str]:
     return [str(path) for path in (paths if isinstance(paths, list) else [paths])]
 
 
-def find_split(names: Collection[str], wanted: str, *, missing: str) -> str:
-    """Return which of the splits found is the wanted one, however it is spelt.
+def _choose_by_name(
+    files: list[str], root: str, split: str | None, default: str, label: str
+) -> ChosenFiles:
+    """Choose the files of a split; leave out files whose names show another one.
+
+    Files that show no split are taken, unless both the wanted split and other splits have files:
+    then their split is unknown.
+
+    Args:
+        files: all data files found.
+        root: the folder that their names are relative to; the name of `root` shows nothing.
+        split: the wanted split, or None.
+        default: the wanted split where `split` is None; "" for all files.
+        label: names the path in messages.
 
     Raises:
-        UserError: none of them; `missing` says so.
+        UserError: the names show splits, but not the wanted one.
+    """
+    files = sorted(files)
+    wanted = canonical(split or default)
+    if not files or not wanted:
+        return ChosenFiles(files)
+    shown = {file: _split_of(file.removeprefix(root).lstrip("/")) for file in files}
+    found = set(shown.values()) - {""}
+    if wanted in found:
+        others = found - {wanted}
+        taken = [f for f in files if shown[f] == wanted or (not shown[f] and not others)]
+    elif split is not None:
+        taken = [file for file in files if stem_of(file) == split]
+        if not taken and not found and wanted == "train":
+            taken = files
+    else:
+        taken = [file for file in files if not shown[file]]
+    if not taken:
+        names = sorted(found) or sorted({stem_of(file) for file in files})
+        raise UserError(
+            f"{label}: no file of the split {wanted!r}",
+            allowed=f"the splits found: {', '.join(names)}",
+            fix="set `split`, or give the path of the files",
+        )
+    return ChosenFiles(taken, _note(files, taken, shown, wanted) if split is None else "")
+
+
+def _note(files: list[str], taken: list[str], shown: dict[str, str], wanted: str) -> str:
+    left = [file for file in files if file not in set(taken)]
+    if not left:
+        return ""
+    splits = ", ".join(sorted({shown[file] or "no split" for file in left}))
+    names = ", ".join(file.rsplit("/", 1)[-1] for file in left[:3])
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return f"only files of the split {wanted!r} are read; left out ({splits}): {names}{more}"
+
+
+def canonical(split: str) -> str:
+    """Return one name for all spellings of a split."""
+    return _SPLIT_OF_WORD.get(split.lower(), split)
+
+
+def _split_of(name: str) -> str:
+    """Return the split that the words of a file's path name; empty if they name none."""
+    for part in reversed(name.lower().split("/")):
+        if word := _WORD.search(part):
+            return _SPLIT_OF_WORD[word[1]]
+    return ""
+
+
+def stem_of(file: str) -> str:
+    """Return a file's name before `-00000-of-00001`, or without its endings."""
+    stem = file.rsplit("/", 1)[-1].split(".")[0]
+    numbered = _NUMBERED.match(stem)
+    return numbered[1] if numbered else stem
+
+
+def find_split(names: Collection[str], wanted: str, *, missing: str) -> str:
+    """Return the one of the splits found that is the wanted one, in any spelling.
+
+    Raises:
+        UserError: there is no such split; `missing` is the message.
     """
     for name in names:
         if canonical(name) == canonical(wanted):
@@ -185,149 +274,21 @@ def find_split(names: Collection[str], wanted: str, *, missing: str) -> str:
     raise UserError(missing, allowed=allowed, fix="set `split`")
 
 
-HUB = "hub:"
-# What to do about a damaged file.
-FETCH_AGAIN = "write or fetch the file again"
-_KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "lines",
-}
-_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
-READABLE = (
-    f"files named {', '.join(_KINDS)} (also with {', '.join(_PACKED)}) or {', '.join(_TABLES)}; "
-    "a folder or a glob of them; a folder of save_to_disk; hub:OWNER/NAME[:CONFIG]"
-)
-# What `datasets` writes about its data; never data.
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SAVED = ("state.json", "dataset_dict.json")
-_POINTER = b"version https://git-lfs"
-
-
-def kind_of(file: str) -> str:
-    """Return `json`, `lines`, `csv`, `parquet`, `arrow` or `hub`; empty for other files."""
-    if file.startswith(HUB):
-        return "hub"
-    name = file.rsplit("/", 1)[-1].lower()
-    if name.startswith(".") or name in _DESCRIPTIONS:
-        return ""
-    table = _TABLES.get(Path(name).suffix)
-    if table:
-        return table
-    return _KINDS.get(Path(_unpacked(name)).suffix, "")
-
-
-def _unpacked(name: str) -> str:
-    for suffix in _PACKED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def is_packed(file: str) -> bool:
-    """Whether a file is compressed as a whole, so that it can only be read from its start."""
-    return not file.startswith(HUB) and file.lower().endswith(_PACKED)
-
-
-def counts_rows(file: str) -> bool:
-    """Whether the blocks of a file count rows, not bytes."""
-    return kind_of(file) in ("parquet", "arrow", "hub")
-
-
-def open_bytes(file: str) -> IO[bytes]:
-    """Open a file or URL for reading, decompressed.
-
-    Raises:
-        UserError: it cannot be opened.
-    """
-    try:
-        if file.lower().endswith(".zst"):
-            # Arrow brings the codec along, reads several frames, and refuses one that is cut off.
-            packed = fsspec.open(file, "rb").open()
-            return io.BufferedReader(pa.CompressedInputStream(packed, "zstd"))
-        if "://" not in file and not is_packed(file):
-            return Path(file).open("rb")
-        handle: IO[bytes] = fsspec.open(file, "rb", compression="infer").open()
-        return handle
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-
-
-def file_size(file: str) -> int:
-    """Bytes of a file, as stored; 0 for a hub dataset, which its name and revision identify."""
-    if file.startswith(HUB):
-        return 0
-    filesystem, inner = fsspec.core.url_to_fs(file)
-    return int(filesystem.size(inner))
-
-
-def list_files(
-    path: str, key: str, *, split: str | None = None, default_split: str = ""
-) -> list[str]:
-    """Return the files meant by a path: itself, the data files of a folder, or a glob, in order.
-
-    Args:
-        path: a file, a folder, a glob, an fsspec URL, or `hub:...`.
-        key: names the path in messages.
-        split: which split of the data is meant; files that show another one are left out.
-        default_split: the same for a folder or a glob where `split` is None; "" takes all files.
-
-    Raises:
-        UserError: there is no such file or split, or a file cannot be read.
-    """
-    return choose_files(path, key, split=split, default_split=default_split).files
-
-
-def choose_files(
-    path: str, key: str, *, split: str | None = None, default_split: str = ""
-) -> Choice:
-    """Return what `list_files` does, with a note on what is left out."""
-    if path.startswith(HUB):
-        return Choice([path])
-    try:
-        filesystem, inner = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{key}: {path}: {error}", allowed=READABLE) from error
-    local = "://" not in path
-    place = f"{key}: {path}"
-    if local and any(Path(inner, name).is_file() for name in _SAVED):
-        return Choice([HUB + inner])
-    if filesystem.isdir(inner):
-        choice = _choose_in_folder(filesystem, inner, split, default_split, place)
-    elif (magic := re.search(r"[*?\[]", inner)) and not filesystem.exists(inner):
-        found = _matching(filesystem, [inner])
-        root = inner[: magic.start()].rpartition("/")[0]
-        choice = choose_by_name(found, root, split, default_split, place)
-    else:
-        _require_file(filesystem, inner, place, local=local)
-        choice = choose_by_name([inner], inner.rpartition("/")[0], split, "", place)
-    if not choice.files:
-        raise _nothing_found(filesystem, inner, place)
-    if local:
-        for file in choice.files:
-            _require_readable(Path(file), key)
-        return choice
-    return Choice([filesystem.unstrip_protocol(file) for file in choice.files], choice.note)
-
-
-def _choose_in_folder(
-    filesystem: Any, folder: str, split: str | None, default: str, place: str
-) -> Choice:
-    wanted = split or default
-    named = choose_by_readme(filesystem, folder, wanted, place) if wanted else None
-    if named is not None:
-        patterns, note = named
-        return Choice(_matching(filesystem, patterns), "" if split else note)
-    found = list(_files_below(filesystem, folder))
-    return choose_by_name(found, folder, split, default, place)
-
-
 def _matching(filesystem: Any, patterns: list[str]) -> list[str]:
     found = {file for pattern in patterns for file in filesystem.glob(pattern)}
     return sorted(file for file in found if kind_of(file) and not filesystem.isdir(file))
+
+
+def _files_below(filesystem: Any, folder: str) -> Iterator[str]:
+    """Find data files in a folder and its subfolders named after splits; else in `data`."""
+    found = _files_of(filesystem, folder)
+    below = _subfolders(filesystem, folder)
+    for subfolder in sorted(below):
+        if _split_of(subfolder.rsplit("/", 1)[-1]):
+            found += [name for name in sorted(filesystem.find(subfolder)) if kind_of(name)]
+    if not found and f"{folder.rstrip('/')}/data" in below:
+        return _files_below(filesystem, f"{folder.rstrip('/')}/data")
+    return iter(found)
 
 
 def _subfolders(filesystem: Any, folder: str) -> list[str]:
@@ -344,45 +305,33 @@ def _files_of(filesystem: Any, folder: str) -> list[str]:
     return sorted(name for name in names if kind_of(name) and not filesystem.isdir(name))
 
 
-def _files_below(filesystem: Any, folder: str) -> Iterator[str]:
-    """Data files of a folder and of its subfolders named after splits; of `data` if it has none."""
-    found = _files_of(filesystem, folder)
-    below = _subfolders(filesystem, folder)
-    for subfolder in sorted(below):
-        if split_of(subfolder.rsplit("/", 1)[-1]):
-            found += [name for name in sorted(filesystem.find(subfolder)) if kind_of(name)]
-    if not found and f"{folder.rstrip('/')}/data" in below:
-        return _files_below(filesystem, f"{folder.rstrip('/')}/data")
-    return iter(found)
-
-
-def _nothing_found(filesystem: Any, inner: str, place: str) -> UserError:
+def _nothing_found(filesystem: Any, inner: str, label: str) -> UserError:
     if not filesystem.isdir(inner):
-        return UserError(f"{place}: no such file, and no folder or glob with data files")
+        return UserError(f"{label}: no such file, and no folder or glob with data files")
     below = [
         name.rsplit("/", 1)[-1]
         for name in sorted(_subfolders(filesystem, inner))
         if _files_of(filesystem, name)
     ]
     fix = f"name one of its folders with data files: {', '.join(below)}" if below else ""
-    return UserError(f"{place}: a folder without data files", allowed=READABLE, fix=fix)
+    return UserError(f"{label}: a folder without data files", allowed=READABLE, fix=fix)
 
 
-def _require_file(filesystem: Any, inner: str, place: str, *, local: bool) -> None:
-    """Refuse a path that is no folder, no glob and no readable file."""
+def _require_file(filesystem: Any, inner: str, label: str, *, local: bool) -> None:
+    """Refuse a path that is neither a folder, nor a glob, nor a readable file."""
     if local and (Path(inner).is_symlink() or Path(inner).exists()):
         if not Path(inner).is_file():
-            _require_readable(Path(inner), place)
+            _require_readable(Path(inner), label)
     elif not filesystem.isfile(inner):
         raise UserError(
-            f"{place}: no such file, and no folder or glob with data files", allowed=READABLE
+            f"{label}: no such file, and no folder or glob with data files", allowed=READABLE
         )
     if not kind_of(inner):
-        raise UserError(f"{place}: unknown kind of file", allowed=READABLE)
+        raise UserError(f"{label}: unknown kind of file", allowed=READABLE)
 
 
 def _require_readable(path: Path, key: str) -> None:
-    """Refuse what would hang or end in the middle: links to nothing, pipes, locked files."""
+    """Refuse files that would hang or fail halfway: broken links, pipes, unreadable files."""
     try:
         status = path.stat()
     except OSError as error:
@@ -406,3 +355,59 @@ def _require_readable(path: Path, key: str) -> None:
                     f"{key}: {path}: a pointer of git-lfs, not the data",
                     fix="run `git lfs pull` in its repository",
                 )
+
+
+def kind_of(file: str) -> str:
+    """Return `json`, `lines`, `csv`, `parquet`, `arrow` or `hub`; empty for other files."""
+    if file.startswith(HUB):
+        return "hub"
+    name = file.rsplit("/", 1)[-1].lower()
+    if name.startswith(".") or name in _DESCRIPTIONS:
+        return ""
+    table = _TABLES.get(Path(name).suffix)
+    if table:
+        return table
+    return _KINDS.get(Path(_unpacked(name)).suffix, "")
+
+
+def _unpacked(name: str) -> str:
+    for suffix in _PACKED:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def is_packed(file: str) -> bool:
+    """Return whether a file is compressed, so that it can only be read from its start."""
+    return not file.startswith(HUB) and file.lower().endswith(_PACKED)
+
+
+def counts_rows(file: str) -> bool:
+    """Return whether the blocks of a file count rows, not bytes."""
+    return kind_of(file) in ("parquet", "arrow", "hub")
+
+
+def open_bytes(file: str) -> IO[bytes]:
+    """Open a file or URL for reading, decompressed.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        if file.lower().endswith(".zst"):
+            # Arrow includes the codec, reads several frames, and refuses one that is cut off.
+            packed = fsspec.open(file, "rb").open()
+            return io.BufferedReader(pa.CompressedInputStream(packed, "zstd"))
+        if "://" not in file and not is_packed(file):
+            return Path(file).open("rb")
+        handle: IO[bytes] = fsspec.open(file, "rb", compression="infer").open()
+        return handle
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+
+
+def file_size(file: str) -> int:
+    """Return the stored bytes of a file; 0 for a hub dataset, which has no single file."""
+    if file.startswith(HUB):
+        return 0
+    filesystem, inner = fsspec.core.url_to_fs(file)
+    return int(filesystem.size(inner))

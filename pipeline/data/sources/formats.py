@@ -1,4 +1,4 @@
-"""Turn raw records of each published format into rows."""
+"""Turn raw records of each published format into rows: one `parse_...` per format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.config import SourceConfig
-from pipeline.data.sources.corpus import Shelf, identifier
+from pipeline.data.sources.corpus import References, identifier
 from pipeline.data.sources.files import kind_of
 from pipeline.data.sources.records import (
     Record,
@@ -27,13 +27,16 @@ from pipeline.data.sources.records import (
 )
 
 
-def read_columns(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """Any record with a query and texts, its fields named by `columns`."""
+def parse_columns(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse any record with a query and texts, its fields named by `columns`."""
     names = {key: _listed(value) for key, value in source.columns.items()}
     query = text_or_chat(record, names.get("query", ("query",))[0])
-    judged = "documents" in names
-    positives, negatives, order = (_judged if judged else _separate)(record, names)
-    scores = _scores(record, names.get("scores", ()), len(positives), len(negatives), judged)
+    labelled = "documents" in names
+    split = _split_labelled if labelled else _split_by_field
+    positives, negatives, order = split(record, names)
+    scores = _scores(record, names.get("scores", ()), len(positives), len(negatives), labelled)
     instruction, concept = names.get("instruction"), names.get("concept")
     yield Row(
         query=query,
@@ -42,7 +45,7 @@ def read_columns(record: Record, source: SourceConfig, shelf: Shelf | None) -> I
         instruction=optional_text(record, instruction[0]) if instruction else source.instruction,
         document_instruction=source.document_instruction,
         concept=optional_text(record, concept[0]) if concept else "",
-        scores=tuple(scores[place] for place in order) if scores else (),
+        scores=tuple(scores[index] for index in order) if scores else (),
     )
 
 
@@ -50,14 +53,14 @@ def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-_Columns = dict[str, tuple[str, ...]]
-# Positives, negatives, and the place in the record of each positive, then of each negative.
-_Texts = tuple[tuple[str, ...], tuple[str, ...], list[int]]
+_ColumnNames = dict[str, tuple[str, ...]]
+# Positives, negatives, and the index in the record of each positive, then of each negative.
+_Split = tuple[tuple[str, ...], tuple[str, ...], list[int]]
 
 
-def _separate(record: Record, names: _Columns) -> _Texts:
-    """Positives and negatives from fields of their own; of several fields, some may be null."""
-    # An empty cell of a table of text is what null is elsewhere.
+def _split_by_field(record: Record, names: _ColumnNames) -> _Split:
+    """Take positives and negatives from different fields; of several fields, some may be null."""
+    # Delimited files have no null; an empty cell means the same.
     absent = (None, "") if kind_of(record.file) == "csv" else (None,)
     found = list(fields_of(record, names.get("positives", ("positives",))))
     if len(found) > 1 and any(value not in absent for _, value in found):
@@ -73,8 +76,8 @@ def _separate(record: Record, names: _Columns) -> _Texts:
     return tuple(positives), tuple(negatives), list(range(len(positives) + len(negatives)))
 
 
-def _judged(record: Record, names: _Columns) -> _Texts:
-    """Documents with a label each: positives where it is above 0."""
+def _split_labelled(record: Record, names: _ColumnNames) -> _Split:
+    """Take documents with one label each: positives where it is above 0."""
     documents = [
         item
         for key, value in fields_of(record, names["documents"])
@@ -87,24 +90,24 @@ def _judged(record: Record, names: _Columns) -> _Texts:
     ]
     if len(labels) != len(documents):
         raise record.fail(f"{len(labels)} labels", allowed=f"{len(documents)}, one per document")
-    order = sorted(range(len(labels)), key=lambda place: labels[place] <= 0)
+    order = sorted(range(len(labels)), key=lambda index: labels[index] <= 0)
     count = sum(label > 0 for label in labels)
-    ordered = tuple(documents[place] for place in order)
+    ordered = tuple(documents[index] for index in order)
     return ordered[:count], ordered[count:], order
 
 
 def _scores(
-    record: Record, names: tuple[str, ...], positives: int, negatives: int, judged: bool
+    record: Record, names: tuple[str, ...], positives: int, negatives: int, labelled: bool
 ) -> tuple[float, ...]:
-    """The teacher's scores, one per document in the record's order."""
+    """Return the teacher's scores, one per document in the record's order."""
     if not names:
         return ()
     found = list(fields_of(record, names))
-    # The lists of positives and negatives: one of them may be null where there is no document.
-    sides = [positives, negatives] if len(found) == 2 and not judged else []
+    # Two fields are the scores of positives and of negatives; without documents one may be null.
+    sides = [positives, negatives] if len(found) == 2 and not labelled else []
     values = [
-        () if value is None and sides and not sides[place] else numbers(record, key, value)
-        for place, (key, value) in enumerate(found)
+        () if value is None and sides and not sides[index] else numbers(record, key, value)
+        for index, (key, value) in enumerate(found)
     ]
     for (key, _), own, side in zip(found, values, sides, strict=False):
         if len(own) != side:
@@ -123,8 +126,8 @@ _MSMARCO_NEGATIVES = 15
 _MSMARCO_INSTRUCTION_NEGATIVES = 3
 _SIMILAR = "Retrieve semantically similar text"
 _WIKIPEDIA = "Given a question, retrieve Wikipedia passages that answer the question"
-# Instructions of the public E5 sets (Wang et al., arXiv 2401.00368, table 12). A set with several
-# uses them in equal parts.
+# Instructions of the public E5 sets (Wang et al., arXiv 2401.00368, table 12). Where a set has
+# several, each is used for an equal part of it.
 _E5_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "allnli": (
         "Given a premise, retrieve a hypothesis that is entailed by the premise",
@@ -154,14 +157,16 @@ _E5_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "squad": ("Retrieve Wikipedia passages that answer the question",),
     "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
 }
-# Both sides are the same kind of text, so documents carry the instruction too; not under the first
-# instruction of allnli, where a premise retrieves what follows from it.
+# Queries and documents are the same kind of text, so documents carry the instruction, too; except
+# with the first instruction of allnli, where a premise retrieves its consequences.
 _E5_SYMMETRIC = ("allnli", "quora_duplicates")
 _E5_ENTAILMENT = _E5_INSTRUCTIONS["allnli"][0]
 
 
-def read_reasonaug(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """ReasonAug triplets; `instance` is the concept, `task` the instruction."""
+def parse_reasonaug(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse ReasonAug triplets; `instance` is the concept, `task` the instruction."""
     negative = optional_text(record, "hard_negative_document")
     yield Row(
         query=required_text(record, "user_query"),
@@ -172,8 +177,8 @@ def read_reasonaug(record: Record, source: SourceConfig, shelf: Shelf | None) ->
     )
 
 
-def read_e5(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """Public E5 sets: `query, positive, negative`; the file's name says which set it is."""
+def parse_e5(record: Record, source: SourceConfig, references: References | None) -> Iterable[Row]:
+    """Parse public E5 sets: `query, positive, negative`; the file's name tells the set."""
     stem = record.file.rsplit("/", 1)[-1].split(".")[0]
     name = next((known for known in _E5_INSTRUCTIONS if stem.startswith(known)), "")
     query = required_text(record, "query")
@@ -197,15 +202,17 @@ def read_e5(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterab
 
 
 def _e5_instruction(stem: str, name: str, query: str) -> str:
-    """The instruction of a set; a file `SET_split2` has the second of two, `SET` each in turn."""
+    """Return the instruction of a query: in `SET_split2` the second, in `SET` one by hash."""
     choices = _E5_INSTRUCTIONS[name]
     if stem in (f"{name}_split1", f"{name}_split2"):
         return choices[min(int(stem[-1]), len(choices)) - 1]
     return choices[stable_hash(query) % len(choices)]
 
 
-def read_msmarco(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """MS MARCO with instructions: one positive; instruction negatives first, others sampled."""
+def parse_msmarco(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse MS MARCO with instructions: one positive, instruction negatives, sampled negatives."""
     query = required_text(record, "query")
     first = optional_texts(record, "new_negatives")[:_MSMARCO_INSTRUCTION_NEGATIVES]
     count = source.max_negatives if source.max_negatives is not None else _MSMARCO_NEGATIVES
@@ -219,17 +226,19 @@ def read_msmarco(record: Record, source: SourceConfig, shelf: Shelf | None) -> I
     )
 
 
-def read_reasonir(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """ReasonIR: `query` is [instruction, text], `pos` and `neg` lists of [instruction, text].
+def parse_reasonir(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse ReasonIR: `query` is [instruction, text], `pos` and `neg` lists of such pairs.
 
-    In the hq set, the texts of `pos` are ids of BRIGHT documents, found on the shelf.
+    In the hq set, the texts of `pos` are ids of BRIGHT documents.
     """
     instruction, query = _pair(record, "query", field_of(record, "query"))
     positives = [_pair(record, "pos", item) for item in _list(record, "pos")]
     negatives = [_pair(record, "neg", item) for item in _list(record, "neg")]
     texts = []
     for _, name in positives:
-        found = shelf.document(name) if shelf else name
+        found = references.document(name) if references else name
         if found is None:
             raise record.fail(
                 f"document id {name!r} is not in {source.documents}",
@@ -262,10 +271,12 @@ def _pair(record: Record, key: str, value: Any) -> tuple[str, str]:
     return value[0], value[1]
 
 
-def read_lines(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """One text per line, its own positive (SimCSE: dropout makes the two views differ).
+def parse_lines(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse one text per line, which is its own positive (SimCSE: dropout makes two views of it).
 
-    Spaces around a line of a plain file are not part of its text; a field is taken as it is.
+    Spaces around a line of a plain file are not part of its text; in a field they are.
     """
     text = required_text(record, "text")
     if kind_of(record.file) == "lines":
@@ -273,24 +284,25 @@ def read_lines(record: Record, source: SourceConfig, shelf: Shelf | None) -> Ite
     yield Row(query=text, positives=(text,), instruction=source.instruction)
 
 
-def read_mteb(record: Record, source: SourceConfig, shelf: Shelf | None) -> Iterable[Row]:
-    """A query of a folder in mteb's layout; documents judged 0 are hard negatives.
+def parse_mteb(
+    record: Record, source: SourceConfig, references: References | None
+) -> Iterable[Row]:
+    """Parse a query of a folder in mteb's layout; documents judged 0 are hard negatives.
 
-    Judged documents that the corpus lacks, and repeated queries, were reported when the shelf was
-    made.
+    Judged documents that the corpus lacks, and repeated queries, were reported by `check_queries`.
     """
-    assert shelf is not None
+    assert references is not None
     name = identifier(record)
-    judgements = shelf.judgements.get(name, [])
+    judgements = references.judgements.get(name, [])
     if not judgements:
         return
     query = required_text(record, "text")
-    if query != shelf.first_texts.get(name, query):
+    if query != references.first_texts.get(name, query):
         return
     positives: list[str] = []
     negatives: list[str] = []
     for document, score in judgements:
-        text = shelf.document(document)
+        text = references.document(document)
         if text is not None:
             (positives if score > 0 else negatives).append(text)
     yield Row(

@@ -1,4 +1,9 @@
-"""Records, their fields and their place in a file, and the errors of bad ones."""
+"""Hold raw records and rows, read a record's fields, and collect the errors of bad records.
+
+FileBlock -> Record (raw fields, file and line) -> Row (query, documents, scores)
+               \-> BadRowError -> BadRows (obeys the source's `on_bad_row`)
+                               -> BadRecords (inputs without `on_bad_row`)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -19,11 +24,11 @@ from pipeline.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A query, what answers it, and what does not.
+    """A query, documents that answer it, and documents that do not.
 
-    `negatives` lists the `num_first_negatives` most valuable ones first. `concept` names what the
-    example is about: examples of one source with the same concept are known false negatives of
-    each other. `scores` are a teacher's, positives then negatives.
+    `negatives` lists the `num_first_negatives` most valuable ones first. `concept` names the topic
+    of the example: examples of one source with the same concept are known false negatives of each
+    other. `scores` are a teacher's, positives then negatives.
     """
 
     query: str
@@ -37,7 +42,7 @@ class Row:
 
 
 def stable_hash(*parts: str) -> int:
-    """A 63-bit number that depends on the texts only: not on process, platform or order of work."""
+    """Hash texts to 63 bits that depend on nothing else: not on process, platform or work order."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         encoded = part.encode(errors="surrogatepass")
@@ -46,20 +51,20 @@ def stable_hash(*parts: str) -> int:
 
 
 def sample_texts(texts: Sequence[str], count: int, *, seed: str) -> tuple[str, ...]:
-    """`count` texts chosen by hash, so the choice is the same wherever and whenever it is made."""
+    """Choose `count` texts by hash, so that the choice is the same on every machine."""
     if len(texts) <= count:
         return tuple(texts)
-    ranked = sorted(range(len(texts)), key=lambda place: stable_hash(seed, str(place)))
-    return tuple(texts[place] for place in sorted(ranked[:count]))
+    ranked = sorted(range(len(texts)), key=lambda index: stable_hash(seed, str(index)))
+    return tuple(texts[index] for index in sorted(ranked[:count]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class FileBlock:
     """A stretch of one file that one task reads.
 
-    start and stop count bytes of line files and tables of text, and rows of Parquet files, Arrow
-    files and hub datasets; stop is -1 for a compressed file, which is always read whole. At most
-    max_rows records are taken.
+    start and stop count bytes of line files and delimited files, and rows of Parquet files, Arrow
+    files and hub datasets; stop is -1 for a compressed file, which is read from start to end. At
+    most max_rows records are taken.
     """
 
     file: str
@@ -73,7 +78,7 @@ class BadRowError(UserError):
 
     Attributes:
         where: `file:line` of the record.
-        reason: what is wrong with it, without the place.
+        reason: the fault, without file and line.
     """
 
     def __init__(self, where: str, found: str, *, allowed: str = "", fix: str = "") -> None:
@@ -87,7 +92,7 @@ OnBadRow = Callable[[BadRowError], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One raw record and its place: number `number` (from 1) after byte `base` of the file."""
+    """One raw record: number `number` (from 1) after byte `base` of the file."""
 
     value: Any
     file: str
@@ -96,7 +101,7 @@ class Record:
 
     @property
     def where(self) -> str:
-        """`file:line`, worked out only when a message needs it."""
+        """`file:line`; counts lines, so only messages should read it."""
         return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
 
     def fail(self, found: str, allowed: str = "", fix: str = "") -> BadRowError:
@@ -105,7 +110,7 @@ class Record:
 
 
 def give_up(bad: BadRowError, on_bad: OnBadRow | None) -> None:
-    """Hand a bad record to the one who counts them; raise it where nobody does."""
+    """Hand a bad record to its collector; raise it where there is no collector."""
     if on_bad is None:
         raise bad
     on_bad(bad)
@@ -124,20 +129,35 @@ def _lines_above(file: str, base: int) -> int:
 
 
 _UNUSABLE = "cannot be used"
-# So many are shown in a message.
+# Bad rows that a message shows.
 _NUM_SHOWN = 5
-# A dropped text is shown by its beginning.
+# Characters of a dropped text that reports show.
 EXCERPT = 160
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BadRowCounts:
+    """The bad rows of one task, as later tasks need them.
+
+    Attributes:
+        bad: how many there are, where they stop the build.
+        bad_dropped: how many were dropped instead.
+        first_bad: fault and fix of the first few.
+    """
+
+    bad: int
+    bad_dropped: int
+    first_bad: list[tuple[str, str]]
 
 
 @dataclasses.dataclass(slots=True)
 class BadRows:
-    """What a source's `on_bad_row` makes of each bad row.
+    """Bad rows of a source, dropped or counted as its `on_bad_row` demands.
 
     Attributes:
         dropped: entries of dropped.jsonl, where they are dropped.
         count: how many there are, where they stop the build.
-        first: what is wrong with the first few of them, and how to mend it.
+        first: fault and fix of the first few of them.
     """
 
     source: SourceConfig
@@ -166,35 +186,35 @@ class BadRows:
         self.dropped.append(entry | ({"detail": _whole_characters(detail)} if detail else {}))
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """For `refuse_bad_rows`, as JSON."""
+    def summary(self) -> BadRowCounts:
+        """The counts for `refuse_bad_rows`."""
         dropped = sum(entry["reason"] == _UNUSABLE for entry in self.dropped)
-        return {"bad": self.count, "bad_dropped": dropped, "first_bad": self.first}
+        return BadRowCounts(bad=self.count, bad_dropped=dropped, first_bad=self.first)
 
 
 def _whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which no file can hold."""
     return text.encode(errors="replace").decode()
 
 
-def refuse_bad_rows(name: str, summaries: Iterable[Mapping[str, Any]], num_read: int) -> None:
+def refuse_bad_rows(name: str, summaries: Sequence[BadRowCounts], num_read: int) -> None:
     """Refuse the bad rows of a source, all at once.
 
     Args:
         name: of the source.
         summaries: of its tasks, in order.
-        num_read: rows read in all; 0 if they were not counted.
+        num_read: rows of all tasks; 0 if they were not counted.
 
     Raises:
         UserError: there are bad rows, or all rows were dropped as such; it shows the first few.
     """
-    summaries = list(summaries)
-    count = sum(summary["bad"] for summary in summaries)
-    dropped = sum(summary["bad_dropped"] for summary in summaries)
+    count = sum(summary.bad for summary in summaries)
+    dropped = sum(summary.bad_dropped for summary in summaries)
     if dropped and dropped == num_read:
         count = dropped  # nothing is left to build from
     if not count:
         return
-    shown = [entry for summary in summaries for entry in summary["first_bad"]][:_NUM_SHOWN]
+    shown = [entry for summary in summaries for entry in summary.first_bad][:_NUM_SHOWN]
     fix = shown[0][1] or f"mend the {'row' if count == 1 else 'rows'}"
     if not dropped:
         fix += f", or set sources.{name}.on_bad_row: drop"
@@ -226,7 +246,7 @@ class BadRecords:
         """Refuse the input if it has bad records.
 
         Raises:
-            UserError: the count, and what is wrong with the first few.
+            UserError: the count, and the faults of the first few.
         """
         if self.count == 1:
             raise self.first[0]
@@ -238,7 +258,7 @@ class BadRecords:
 
 
 def _list_bad(key: str, texts: list[str], count: int, *, num_read: int = 0) -> str:
-    """Say what is wrong with the first rows of an input, and how many there are."""
+    """Return a message with the faults of the first rows of an input, and their number."""
     if count == 1:
         return texts[0]
     of = f" of {num_read}" if num_read else ""
@@ -253,9 +273,9 @@ _LARGEST_NUMBER = 3.4028234663852886e38
 def field_of(record: Record, key: str, *, required: bool = True) -> Any:
     """Return the value of a field, or at a dotted path of keys."""
     value: Any = record.value
-    # A name that holds a dot is itself before it is a path.
-    parts = [key] if isinstance(value, Mapping) and key in value else key.split(".")
-    for part in parts:
+    # A field whose name contains a dot comes before a path.
+    path = [key] if isinstance(value, Mapping) and key in value else key.split(".")
+    for part in path:
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif required:
@@ -267,7 +287,7 @@ def field_of(record: Record, key: str, *, required: bool = True) -> Any:
 
 
 def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each field; a glob stands for all fields that match, in order.
+    """Yield name and value of each field; a glob yields all fields that match, in order.
 
     Numbers within names are ordered as numbers: negative_2 precedes negative_10.
     """
@@ -288,7 +308,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def required_text(record: Record, key: str) -> str:
-    """Return a text, which may be missing in no record."""
+    """Return a text that every record must have."""
     value = field_of(record, key)
     if not isinstance(value, str):
         raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text")
@@ -328,7 +348,7 @@ def optional_texts(record: Record, key: str) -> tuple[str, ...]:
 
 
 def required_texts(record: Record, key: str) -> tuple[str, ...]:
-    """Return the texts of a field that must be there."""
+    """Return the texts of a field that every record must have."""
     return texts_in(record, key, field_of(record, key))
 
 
@@ -356,12 +376,11 @@ def _is_chat(value: Any) -> bool:
 
 
 def _chat(record: Record, key: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the contents of messages, one after the other on lines of their own."""
+    """Return the contents of messages, each on a new line."""
     contents = []
     for message in messages:
         content = message["content"]
-        parts = content if isinstance(content, list | tuple) else [content]
-        for part in parts:
+        for part in content if isinstance(content, list | tuple) else [content]:
             if isinstance(part, Mapping) and part.get("type", "text") == "text":
                 part = part.get("text")
             if not isinstance(part, str):
@@ -377,7 +396,7 @@ def numbers(
 ) -> tuple[float, ...]:
     """Return a number or a list of them, all finite and within float32."""
     if isinstance(value, list | tuple):
-        entries = [(f"entry {place} of {key!r}", item) for place, item in enumerate(value, 1)]
+        entries = [(f"entry {number} of {key!r}", item) for number, item in enumerate(value, 1)]
     else:
         entries = [(repr(key), value)]
     return tuple(_number(record, name, item, allow_bools) for name, item in entries)
@@ -385,7 +404,7 @@ def numbers(
 
 def _number(record: Record, name: str, value: Any, allow_bools: bool) -> float:
     allowed = "a number" if isinstance(value, str | None | Mapping | list) else "a finite float32"
-    # A table of text has texts for numbers.
+    # The cells of a delimited file are texts, numbers among them.
     if isinstance(value, str) and kind_of(record.file) == "csv":
         try:
             value = float(value)
@@ -411,14 +430,14 @@ def _shown(value: str) -> str:
 
 
 def kind_name(value: Any) -> str:
-    """Return what a value is, for messages."""
+    """Return the kind of a value, for messages."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def equals(value: Any, wanted: bool | int | float | str) -> bool:
-    """Whether a field has the value that a config asks for, however either is written."""
+    """Compare a field with the value in a config, whichever way either is spelt."""
     if value is None:
         return False
     if isinstance(value, bool) or isinstance(wanted, bool):

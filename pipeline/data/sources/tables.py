@@ -1,7 +1,7 @@
-"""Rows of typed tables: Parquet and Arrow files, and hub datasets.
+"""Read rows of typed tables: Parquet and Arrow files, and hub datasets.
 
-A cell becomes a Python value when a reader asks for it, so that a column nobody asked for cannot
-fail: bytes that are not UTF-8, dates outside of Python's years, unknown time zones.
+A cell becomes a Python value only when it is read, so that columns that no format uses cannot fail:
+bytes that are not UTF-8, dates outside of Python's years, unknown time zones, damaged pages.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from pipeline.data.sources.files import (
     kind_of,
     open_bytes,
 )
-from pipeline.data.sources.records import BadRowError, Block, Record
+from pipeline.data.sources.records import BadRowError, FileBlock, Record
 from pipeline.errors import UserError
 
-# For a file that is not whole.
 _ROWS_PER_PIECE = 1024
 _ROWS_PER_BLOCK = 10_000
 
 
 class _Columns:
-    """A piece of a table whose columns are converted one by one, each when it is first read."""
+    """A piece of a table; each column is converted when one of its cells is first read."""
 
     def __init__(self, table: Any, broken: Mapping[str, UserError]) -> None:
         self.names: list[str] = [*table.schema.names, *broken]
@@ -41,11 +40,11 @@ class _Columns:
         self._converted: dict[str, Any] = {}
 
     def cell(self, name: str, row: int) -> Any:
-        """The Python value of a cell.
+        """Return the Python value of a cell.
 
         Raises:
-            UserError: the file's whole column cannot be decoded.
-            Exception: whatever its conversion raises.
+            UserError: no cell of the column can be decoded.
+            Exception: the conversion of this cell failed, in one of several libraries.
         """
         if name in self._broken:
             raise self._broken[name]
@@ -53,7 +52,7 @@ class _Columns:
             column = self._table.column(self.names.index(name))
             try:
                 self._converted[name] = column.to_pylist()
-            except Exception:  # one cell or all of them: each is tried by itself
+            except Exception:  # perhaps because of one cell: convert each when it is read
                 self._converted[name] = column
         value = self._converted[name][row]
         return value.as_py() if isinstance(value, pa.Scalar) else value
@@ -97,7 +96,7 @@ class _TableRow(Mapping[str, Any]):
 
 def plan_table(
     file: str, *, split: str | None, block_bytes: int, max_rows: int | None
-) -> Iterator[Block]:
+) -> Iterator[FileBlock]:
     """Cut a table into blocks of rows, of about `block_bytes` each."""
     if kind_of(file) == "hub":
         rows, per_block = len(hub_dataset(file, split)), _ROWS_PER_BLOCK
@@ -113,11 +112,11 @@ def plan_table(
         per_block = max(1, int(rows * block_bytes / max(size, 1)))
     rows = rows if max_rows is None else min(rows, max_rows)
     for start in range(0, rows, per_block):
-        yield Block(file=file, start=start, stop=min(start + per_block, rows))
+        yield FileBlock(file=file, start=start, stop=min(start + per_block, rows))
 
 
-def read_table(block: Block, *, split: str | None) -> Iterator[Record]:
-    """The rows of a block, in order."""
+def read_table(block: FileBlock, *, split: str | None) -> Iterator[Record]:
+    """Yield the rows of a block, in order."""
     file = block.file
     if kind_of(file) == "hub":
         pieces, name = _hub_pieces(block, split), f"{file}[{split}]" if split else file
@@ -131,12 +130,12 @@ def read_table(block: Block, *, split: str | None) -> Iterator[Record]:
             yield Record(value=value, file=name, number=number)
 
 
-# The number of its first row, the piece, and the columns that it lacks because they are damaged.
+# Number of the first row, the rows, and errors of the columns that are missing because of damage.
 _Piece = tuple[int, Any, Mapping[str, UserError]]
 
 
-def _file_pieces(block: Block) -> Iterator[_Piece]:
-    """Pieces of a file that overlap a block."""
+def _file_pieces(block: FileBlock) -> Iterator[_Piece]:
+    """Yield the pieces of a file that overlap a block."""
     if kind_of(block.file) == "arrow":
         yield from _overlapping(((batch, {}) for batch in _arrow_batches(block.file)), 0, block)
         return
@@ -158,7 +157,7 @@ def _file_pieces(block: Block) -> Iterator[_Piece]:
 def _group_batches(
     file: Any, group: int, name: str
 ) -> Iterator[tuple[Any, Mapping[str, UserError]]]:
-    """The batches of a row group; a damaged column is an error only where it is read."""
+    """Yield the batches of a row group; a damaged column is an error only when it is read."""
     done = 0
     try:
         for batch in file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group]):
@@ -190,7 +189,7 @@ def _broken_columns(file: Any, group: int, name: str) -> dict[str, UserError]:
 
 
 def _overlapping(
-    batches: Iterator[tuple[Any, Mapping[str, UserError]]], first: int, block: Block
+    batches: Iterator[tuple[Any, Mapping[str, UserError]]], first: int, block: FileBlock
 ) -> Iterator[_Piece]:
     for batch, broken in batches:
         for start in range(0, batch.num_rows, _ROWS_PER_PIECE):
@@ -208,7 +207,7 @@ def _parquet(file: str, handle: IO[bytes]) -> Any:
 
 
 def _arrow_batches(file: str) -> Iterator[Any]:
-    """The record batches of an Arrow IPC file or, as `datasets` writes them, of a stream."""
+    """Yield the record batches of an Arrow IPC file or of a stream, which `datasets` writes."""
     try:
         with open_bytes(file) as handle:
             raw = pa.memory_map(file) if "://" not in file else pa.BufferReader(handle.read())
@@ -224,20 +223,20 @@ def _arrow_batches(file: str) -> Iterator[Any]:
         ) from error
 
 
-def _hub_pieces(block: Block, split: str | None) -> Iterator[_Piece]:
+def _hub_pieces(block: FileBlock, split: str | None) -> Iterator[_Piece]:
     dataset = hub_dataset(block.file, split).with_format("arrow")
     for start in range(block.start, block.stop, _ROWS_PER_PIECE):
         yield start, dataset[start : min(start + _ROWS_PER_PIECE, block.stop)], {}
 
 
 def is_single_dataset(file: str) -> bool:
-    """Whether a file is one dataset that `save_to_disk` wrote, not a dict of splits."""
+    """Return whether `save_to_disk` wrote a single dataset here, not a dict of splits."""
     return Path(file.removeprefix(HUB), "state.json").expanduser().is_file()
 
 
 @functools.lru_cache(maxsize=4)
 def hub_dataset(file: str, split: str | None) -> Any:
-    """A dataset `hub:OWNER/NAME[:CONFIG]`, from its cache when offline, or `hub:FOLDER`.
+    """Load a dataset `hub:OWNER/NAME[:CONFIG]`, from its cache when offline, or `hub:FOLDER`.
 
     Raises:
         UserError: it cannot be loaded, or has no such split.
@@ -268,7 +267,7 @@ def _has_data(folder: Path) -> bool:
 
 
 def _name_of(file: str) -> tuple[str, str]:
-    """Name and config of a hub dataset; a folder's name may hold a colon."""
+    """Return name and config of a hub dataset; a folder's name may contain a colon."""
     name, config = file.removeprefix(HUB), ""
     if not Path(name).expanduser().exists():
         name, _, config = name.partition(":")
@@ -276,7 +275,7 @@ def _name_of(file: str) -> tuple[str, str]:
 
 
 def _saved_split(file: str, saved: Any, split: str | None) -> Any:
-    """The split of what `save_to_disk` wrote: one dataset, or a dict of them."""
+    """Return the split of a saved dataset, or of a dict of datasets."""
     if isinstance(saved, dict):
         wanted = split or "train"
         return saved[find_split(saved, wanted, missing=f"{file}: no split {wanted!r}")]
@@ -290,7 +289,7 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
 
 
 def hub_files(file: str, split: str | None) -> list[str]:
-    """The local files that hold a hub dataset: those of its folder, or of the library's cache."""
+    """Return the local files of a hub dataset, in its folder or in the library's cache."""
     folder = Path(_name_of(file)[0]).expanduser()
     if folder.is_dir():
         inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
