@@ -149,6 +149,7 @@ def plan_chunks(
     cost = text_cost(lengths, attention_length)
     budget = _cost_budget(max_tokens, max_cost, attention_length)
     ranks = assign_by_cost(cost, world_size)
+    # The texts of rank 0, of rank 1, ..., each in ascending order.
     by_rank = np.argsort(ranks, kind="stable")
     ends = np.cumsum(np.bincount(ranks, minlength=world_size))
     shares = np.split(by_rank, ends[:-1])
@@ -163,6 +164,7 @@ def plan_chunks(
     for share, (tight, _) in zip(shares, packed, strict=True):
         spread = _spread(lengths[share], cost[share], num_chunks, max_tokens, budget)
         chunk_of = tight if spread is None else spread
+        # Heaviest first on every rank: chunks that run at the same time weigh about the same.
         weight = np.bincount(chunk_of, weights=cost[share], minlength=num_chunks)
         plans.append(
             [share[chunk_of == number] for number in np.argsort(-weight, kind="stable").tolist()]
@@ -192,6 +194,7 @@ def assign_by_cost(cost: NDArray[np.float64], num_bins: int) -> IntArray:
     if num_bins == 1:
         return bins
     by_cost = np.argsort(-cost, kind="stable")
+    # A heap of (load, bin); sorted at the start, so it is one already.
     loads = [(0.0, number) for number in range(num_bins)]
     assigned = np.empty(len(cost), dtype=np.int64)
     for position, own in enumerate(cost[by_cost].tolist()):
@@ -261,6 +264,7 @@ def first_fit_decreasing(
             count -= taken
         # Chunks without room for the shortest row need not be looked at again.
         room = [entry for entry in room if entry.tokens >= shortest]
+    # `placed` follows the sorted rows: expand it, then undo the sorting.
     chunks, rows = np.array(placed, dtype=np.int64).reshape(-1, 2).T
     chunk_of = np.empty(len(lengths), dtype=np.int64)
     chunk_of[order] = np.repeat(chunks, rows)

@@ -158,6 +158,7 @@ class Loader:
         examples, documents = self.dataset.examples, self.dataset.documents
         ids = self.order.batch(step)
         listed = {name: examples.ragged(name, ids) for name in ("positives", "negatives")}
+        # Before anything is indexed by these numbers: numpy would wrap negative ones silently.
         self._check(listed)
         chosen = self._choose(step, ids, listed)
         positives, negatives = (
@@ -223,6 +224,7 @@ class Loader:
         by_list: dict[str, list[Any]] = {"positives": [], "negatives": []}
         for row, view in enumerate(self.dataset.examples.views("scores", ids)):
             split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
+            # NaN marks "no teacher"; the distillation loss leaves such rows out.
             full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
             if len(full) != total:
                 raise self.dataset.damaged(

@@ -66,6 +66,7 @@ class LengthHistogram:
     @classmethod
     def of(cls, lengths: IntArray, limit: int) -> LengthHistogram:
         """Return the histogram of (R,) lengths truncated at `limit`."""
+        # Bin k holds lengths from 2**k; an empty text counts as one token.
         bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
         return cls(
             counts=tuple(np.bincount(bins).tolist()),
@@ -180,6 +181,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         if total < 1 or sum(shard.rows for shard in shards) != total:
             yield f"the shards do not hold {total} {name}"
     for shard in (*manifest.example_shards, *manifest.document_shards):
+        # A name with a slash would read a file outside the folder.
         if Path(shard.file).name != shard.file or shard.rows < 1:
             yield f"shard {shard.file!r} with {shard.rows} rows"
     end = 0

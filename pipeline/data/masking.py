@@ -114,6 +114,7 @@ def predict(
     # Masked diffusion: the mean over rows of the mean over their tokens, weighted by 1 / share.
     share = _MIN_SHARE + (1 - _MIN_SHARE) * draw(_SHARE)(tokens.text)
     hidden = predictable & (draw(_HIDE)(tokens.text, tokens.position) < share)
+    # Divided by the row's tokens and its share: an unbiased mean over the row.
     tokens_of_row = np.bincount(row[predictable], minlength=len(chunk.lengths))
     weights = 1 / (share[hidden] * tokens_of_row[row[hidden]])
     ids = np.where(hidden, vocabulary.mask, tokens.ids)
@@ -132,6 +133,7 @@ def _replace(
     if config.replace == "all":
         return np.where(hidden, vocabulary.mask, tokens.ids)
     how = draw(_REPLACE)(tokens.text, tokens.position)
+    # A random token may be any id, special ones and the right one among them, as in BERT.
     other = (draw(_TOKEN)(tokens.text, tokens.position) * vocabulary.size).astype(np.int64)
     replaced = np.where(how < _BERT_MASK, vocabulary.mask, other)
     return np.where(hidden & (how < _BERT_RANDOM), replaced, tokens.ids)

@@ -58,12 +58,15 @@ class Order:
             groups, shares=shares, homogeneous=homogeneous, batch=global_batch_size
         )
         share = np.array([unit.share for unit in self.units])
+        # `_counts`: for mixed batches the examples of each unit in a cycle of `_QUOTA_STEPS` steps,
+        # for homogeneous ones the batches of each unit in a cycle.
         if homogeneous == "none":
             self._counts = _apportion(share, global_batch_size * _QUOTA_STEPS)
             self._first_slot = np.cumsum(self._counts) - self._counts
             windows = -(-self._counts // _QUOTA_STEPS)
             self._refuse_small(windows)
         else:
+            # Long enough for one pass over the data and for 16 batches of the rarest unit.
             passes = sum(unit.size for unit in self.units) / global_batch_size
             cycle = int(min(max(passes, 16 / share.min(), 1), _MAX_CYCLE))
             self._counts = _apportion(share, cycle)
@@ -132,12 +135,14 @@ class Order:
         length = int(self._counts.sum())
         cycle, slot = divmod(step, length)
         cached = self._cycle_cache
+        # Shuffling a cycle takes longer than a step should; consecutive steps share it.
         if cached is None or cached[0] != cycle:
             slots = permute(np.arange(length), length, make_key(self.seed, 2, cycle))
             units = np.searchsorted(np.cumsum(self._counts), slots, side="right")
             by_unit = np.argsort(units, kind="stable")
             ordinals = np.empty(length, dtype=np.int64)
             first = np.cumsum(self._counts) - self._counts
+            # Number the slots of each unit 0, 1, 2, ... in the order of the shuffled cycle.
             ordinals[by_unit] = np.arange(length) - np.repeat(first, self._counts)
             cached = self._cycle_cache = (cycle, units, ordinals)
         unit = int(cached[1][slot])
@@ -156,6 +161,7 @@ class Order:
 def _apportion(share: NDArray[np.float64], total: int) -> IntArray:
     """Round share * total to whole numbers that add up to `total`, none of them 0."""
     exact = share / share.sum() * max(total, len(share))
+    # Round down, then give the missing ones to the largest remainders.
     counts: IntArray = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = max(total, len(share)) - int(counts.sum())
     if missing > 0:
@@ -287,6 +293,7 @@ class Stream:
             count: elements wanted, at most `window`.
         """
         if self.is_small:
+            # Whole windows only, so that no window spans two epochs and repeats an element.
             epoch, number = divmod(ordinal, self.size // self.window)
             first = number * self.window
             return self._epoch(epoch, np.arange(first, first + count))
@@ -312,6 +319,7 @@ class Stream:
             self.size,
             make_key(self.key, epoch - 1),
         )
+        # Unseen ones come first: at most `window` of the 2 * window elements have been seen.
         seen = np.isin(first, last)
         adjusted = np.concatenate([first[~seen], first[seen]])
         early = positions < head
@@ -356,11 +364,13 @@ def find_relevance(
     split = len(positives.values)
     chosen = Ragged(offsets=positives.offsets, values=inverse[:split].astype(np.int64))
     against = Ragged(offsets=negatives.offsets, values=inverse[split:].astype(np.int64))
+    # Other positives of an example, where they are in the batch because of another example.
     nearest = np.minimum(np.searchsorted(ids, all_positives.values), len(ids) - 1)
     present = ids[nearest] == all_positives.values
     pairs = [_pairs(all_positives.rows[present], nearest[present], len(ids))]
     for label in (concept, query_key):
         pairs.append(_shared(label, chosen, len(ids)))
+    # Set arithmetic on (query, document) pairs: known answers that the batch does not list.
     known = np.unique(np.concatenate(pairs))
     own = [_pairs(lists.rows, lists.values, len(ids)) for lists in (chosen, against)]
     masked = np.setdiff1d(known, np.concatenate(own), assume_unique=False)
@@ -424,6 +434,7 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
     late = np.zeros(len(positions), dtype=bool)
     if num_first is not None:
         late = positions - lists.offsets[:-1][rows] >= num_first[rows]
+    # By row, then preferred values before others, then by chance.
     order = np.lexsort((rank, late, rows))
     # Each row is now shuffled, preferred values first; its first `count` values are taken.
     taken = positions < lists.offsets[:-1][rows] + count
@@ -475,6 +486,7 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
         size: number of elements permuted, at least 1.
         key: selects the permutation.
     """
+    # Bits of each half of a word: together they hold size - 1.
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     keys = [np.uint64(make_key(key, number)) for number in range(4)]
@@ -485,5 +497,6 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
         for round_key in keys:
             left, right = right, left ^ (mix(right + round_key) & low)
         flat[outside] = (left << half) | right
+        # Walking on from an index outside stays a bijection, and takes at most 4 rounds on average.
         outside = outside[flat[outside] >= size]
     return flat.astype(np.int64).reshape(np.shape(index))

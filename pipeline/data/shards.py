@@ -133,6 +133,7 @@ class _Shard:
         elif pa.types.is_integer(column.type):
             self.columns[name] = column.to_numpy()
         else:
+            # A FixedSizeBinary column: one buffer of 16 bytes per row.
             self.hashes = np.frombuffer(column.buffers()[1] or b"", dtype="S16")
 
 
@@ -146,6 +147,7 @@ class Table:
     def __init__(self, folder: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> None:
         self._folder, self._infos, self._schema = folder, tuple(infos), schema
         self._ends = np.cumsum([info.rows for info in infos], dtype=np.int64)
+        # Mapped on first use: opening a dataset of thousands of shards stays cheap.
         self._open: dict[int, _Shard] = {}
         for info in infos:
             path = folder / info.file

@@ -111,6 +111,7 @@ class TokenBlocks:
             ids = np.arange(group.start, group.start + group.count, dtype=np.int64)
             documents = _documents(dataset, ids)
             ends = np.cumsum(dataset.documents.lengths("tokens", documents))
+            # Whole blocks only, so that all texts of a batch have the same length.
             count = int(ends[-1]) // length
             if count:
                 self._joined.append(_JoinedTexts(documents=documents, ends=ends))
@@ -129,6 +130,7 @@ class TokenBlocks:
         number = int(np.searchsorted(self._starts, block, side="right")) - 1
         texts = self._joined[number]
         start = (block - int(self._starts[number])) * self.length
+        # The documents from the one that holds the block's first token to the one with its last.
         first = int(np.searchsorted(texts.ends, start, side="right"))
         last = int(np.searchsorted(texts.ends, start + self.length, side="left"))
         views = self._dataset.documents.views("tokens", texts.documents[first : last + 1])

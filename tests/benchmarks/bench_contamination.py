@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.prepare import contamination
-from pipeline.data.prepare.contamination import ContaminationIndex, Match, Wording, build_index
+from pipeline.data.prepare.contamination import ComparedText, ContaminationIndex, Match, build_index
 from ReasonAug.templates import write_templates
 
 # ReasonIR's rows (arXiv 2504.20595): each has a query, a positive and a hard negative.
@@ -31,7 +31,7 @@ _TEMPLATE_ROWS, _TEMPLATE_QUERIES = 6816, 400
 _ROUNDS, _OF_ROUND, _ALONE = 6, 8, 300
 
 
-def plain_ratio(left: Wording, right: Wording, limit: float) -> float | None:
+def plain_ratio(left: ComparedText, right: ComparedText, limit: float) -> float | None:
     """The definition: difflib's ratio over characters and over words, always in full."""
     one, other = (re.findall(r"\w+", text.characters.lower()) for text in (left, right))
     ratio = max(

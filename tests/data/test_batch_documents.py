@@ -1,4 +1,4 @@
-"""Which documents of its examples a batch holds, and which of them count against a query."""
+"""Documents that a batch takes of its examples, and the negatives among them, query by query."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def train_config(dataset: Dataset, **changes: Any) -> TrainConfig:
 
 
 def check(dataset: Dataset, **changes: Any) -> str:
-    """What is said of a run's negatives before it starts."""
+    """Return the warning about a run's negatives that precedes it."""
     config = train_config(dataset, **changes)
     return require_negatives(make_any_loader(dataset, config, rank=0, world_size=1), config)
 

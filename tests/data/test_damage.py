@@ -29,7 +29,7 @@ from pipeline.tokenizer import tokenizer_fingerprint
 GOOD = {"query": "q", "positives": ["p"], "negatives": ["n"]}
 LINE = json.dumps(GOOD).encode()
 
-# What stands on the second line of a JSON-lines source, and what the message must say.
+# The second line of a JSON-lines source, and the message that it must lead to.
 LINES: dict[str, tuple[bytes, str]] = {
     "cut off": (LINE[:-9], "not JSON"),
     "prose": (b"hello", "not JSON"),
@@ -65,7 +65,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "half a surrogate pair": (b'{"query": "q\\ud800", "positives": ["p"]}', "surrogate"),
 }
 
-# Format, a record in place of a good one, and what the message must say.
+# Format, a record in place of a good one, and the message that it must lead to.
 RECORDS: dict[str, tuple[str, Any, str]] = {
     "reasonaug without query": ("reasonaug", {"positive_document": "p"}, "'user_query' is missing"),
     "reasonaug with a list": (

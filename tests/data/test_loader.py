@@ -1,4 +1,4 @@
-"""Global batches: what a rank gets, compared with the source rows themselves."""
+"""Global batches of each rank, compared with the rows of the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is hidden and asked for, beside the published collators and the papers' definitions."""
+"""Hidden and predicted tokens, compared with published collators and papers' definitions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ask(chunk: Chunk, objective: ObjectiveConfig, **changes: Any) -> Prediction:
 
 
 class _Tokenizer:
-    """What the collator asks of a tokenizer."""
+    """The part of a tokenizer that the collator needs."""
 
     mask_token, pad_token_id = "[MASK]", 0
 

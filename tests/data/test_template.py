@@ -30,7 +30,7 @@ ROWS = [
 
 
 class Recorder(torch.nn.Module):
-    """Stands for the encoder and keeps what it is given."""
+    """An encoder that records its inputs."""
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()

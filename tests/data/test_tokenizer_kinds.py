@@ -1,4 +1,4 @@
-"""EOS and BOS by kind of tokenizer: what shards hold is what an exported tokenizer gives."""
+"""EOS and BOS by kind of tokenizer: shards hold the tokens that an exported tokenizer gives."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _start_or_continue(build: Build, target: Path) -> None:
             return
         say(f"starting over: {change}")
         shutil.rmtree(build.folder)
-        build.__dict__.pop("plan", None)
+        build.__dict__.pop("plan", None)  # the cached plan of the removed folder
     try:
         make_plan(build)
     except BaseException:

@@ -74,6 +74,7 @@ def store_corpus(build: Build, task: int) -> None:
         keys = _write_corpus(build, task, corpus_records(source, rows.add))
         num_documents = len(keys)
         corpus = _open_corpus(build.corpus(task), build.corpus_index(task))
+        # Ids that occur twice are rare: only then is the corpus read again to list them.
         if len(np.unique(keys)) < len(keys):
             _report_repeated(corpus_records(source, lambda bad: None), corpus.find, rows)
         if source.format == "mteb":
@@ -230,6 +231,7 @@ class _Collector:
             return  # the build will stop; only further bad rows matter
         positives = self._clean(record, "positive", row, row.positives, ())
         negatives = self._clean(record, "negative", row, row.negatives, positives)
+        # After cleaning, so that dropped negatives are replaced by later ones.
         if self.source.max_negatives is not None:
             negatives = dict(list(negatives.items())[: self.source.max_negatives])
         match = self._match(hash_text(row.query), row.query, is_query=True)
@@ -266,6 +268,8 @@ class _Collector:
         """Return hash and index of each text worth keeping; a repeated text is kept once."""
         kept: dict[bytes, int] = {}
         for index, text in enumerate(texts):
+            # Documents are distinct with their template: the same text under two instructions is
+            # two documents, with different tokens.
             key = hash_text(self.template.format_document(text, row.document_instruction))
             if not text.strip():
                 self._drop(record, kind, "empty", text)
@@ -336,6 +340,7 @@ def _write_block_texts(build: Build, task: int, documents: dict[bytes, Templated
     hashes = np.array(list(documents), dtype="S16")
     texts = list(documents.values())
     order = np.argsort(hashes, kind="stable")
+    # Slices follow the order of the hashes, so that each of them is a run of `order`.
     slices = build.slice_of(hashes[order])
     ends = np.searchsorted(slices, np.arange(build.plan.num_slices), side="right")
     with table_writer(build.block_texts(task), TEXT_SCHEMA) as writer:

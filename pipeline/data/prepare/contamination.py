@@ -1,4 +1,18 @@
-"""Find training texts that occur in an evaluation set."""
+"""Find training texts that occur in an evaluation set.
+
+    build_index   evaluation texts -> hashes of their word n-grams, and of each query's runs of
+                  three words
+    find          share of the text's n-grams in the index > max_overlap                -> Match
+                  a query: the 16 evaluation queries with most runs in common,
+                           matching ratio with one of them > max_ratio                  -> Match
+
+    file in contamination/       content
+    ngrams.npy, owners.npy       (G,) n-gram hashes, ascending, and the evaluation set of each
+    runs.npy, run_queries.npy    (U,) hashes of runs, ascending, and the query of each
+    index.json                   names of the sets; queries as [number of the set, text]
+
+Letters: W words of a text. The n-gram hashes at the end serve near_duplicates.py, too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +24,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,59 +35,145 @@ from pipeline.data.sources.containers import plan_blocks, read_records, split_to
 from pipeline.data.sources.files import list_files
 from pipeline.data.sources.records import BadRecords, stable_hash
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, write_text
+from pipeline.files import save_array, write_text
 
-Words = NDArray[np.uint64]
-_WORD = re.compile(r"\w+")
-GOLDEN_RATIO = 0x9E3779B97F4A7C15
-_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)
-
-
-@functools.lru_cache(maxsize=2**17)
-def _word_hash(word: str) -> int:
-    return stable_hash(word)
+# WordHashes of the runs by which evaluation queries are found that may be similar to a query ...
+_CANDIDATE_WORDS = 3
+# ... and how many of them, with most runs in common, are compared character by character.
+_CANDIDATES = 16
 
 
-def hash_words(text: str) -> Words:
-    """(W,) hash of each word; case, punctuation and spaces do not matter."""
-    words = _WORD.findall(text.lower())
-    return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """The evidence that a training text occurs in an evaluation set."""
+
+    reason: str
+    where: str  # name of the evaluation set, and the text found
 
 
-def hash_ngrams(words: Words, size: int) -> Words:
-    """(W - size + 1,) hash of each run of `size` words; a shorter text is one run."""
-    if not len(words):
-        return np.empty(0, dtype=np.uint64)
-    size = min(size, len(words))
-    count = len(words) - size + 1
-    ngrams = np.full(count, size, dtype=np.uint64)
-    for place in range(size):
-        ngrams = mix(ngrams * np.uint64(GOLDEN_RATIO) + words[place : place + count])
-    return ngrams
+def contamination_files(evaluation: EvaluationSetConfig) -> list[str]:
+    """Return all files of one evaluation set."""
+    key = f"decontaminate.{evaluation.name}.path"
+    return list_files(evaluation.path, key, split=evaluation.split, default_split="test")
 
 
-@functools.lru_cache(maxsize=64)
-def _powers(factor: int, bits: int) -> Words:
-    """(2^bits,) powers of a factor modulo 2^64."""
-    return np.full(2**bits, factor, dtype=np.uint64).cumprod()
+def build_index(config: DecontaminateConfig, folder: Path) -> None:
+    """Hash the n-grams of all evaluation texts into `folder`; keep the queries' text."""
+    ngrams: list[WordHashes] = []
+    owners: list[NDArray[np.int32]] = []
+    names: list[str] = []
+    queries: list[tuple[int, str]] = []
+    bad = BadRecords("decontaminate.sets")
+    for number, evaluation in enumerate(config.sets):
+        found = 0
+        for text in _texts(config, number, bad):
+            found += 1
+            own = np.unique(hash_runs(hash_words(text), config.ngram))
+            ngrams.append(own)
+            owners.append(np.full(len(own), number, dtype=np.int32))
+            if evaluation.queries:
+                queries.append((number, text))
+        if not found and not bad.count:
+            raise UserError(
+                f"decontaminate.{evaluation.name}: no text in {evaluation.path}",
+                fix="name the fields that hold its texts, or remove the set",
+            )
+        names.append(evaluation.name)
+    bad.refuse()
+    keys, first = np.unique(np.concatenate(ngrams), return_index=True)
+    save_array(folder / "ngrams.npy", keys)
+    save_array(folder / "owners.npy", np.concatenate(owners)[first])
+    short = [hash_runs(hash_words(text), _CANDIDATE_WORDS) for _, text in queries]
+    of_query = np.repeat(np.arange(len(short)), [len(hashes) for hashes in short])
+    runs = np.concatenate(short) if short else np.empty(0, dtype=np.uint64)
+    order = np.argsort(runs, kind="stable")
+    save_array(folder / "runs.npy", runs[order])
+    save_array(folder / "run_queries.npy", of_query[order])
+    write_text(folder / "index.json", json.dumps({"names": names, "queries": queries}))
 
 
-def hash_runs(words: Words, size: int) -> Words:
-    """Return other hashes of the same runs as `hash_ngrams`, in a time independent of the size.
+def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterator[str]:
+    """Yield the texts of one evaluation set; records without text go to `bad`."""
+    evaluation = config.sets[number]
+    for file in contamination_files(evaluation):
+        split = split_to_read(file, evaluation.split, default="test")
+        for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
+            for record in read_records(block, split=split, on_bad=bad.add):
+                for field in evaluation.fields:
+                    text = record.value.get(field)
+                    if isinstance(text, str):
+                        yield text
+                        continue
+                    fault = record.fail(
+                        f"field {field!r} is missing or no text",
+                        allowed=f"fields found: {', '.join(map(str, record.value))}",
+                        fix=f"set decontaminate.{evaluation.name}.fields",
+                    )
+                    bad.add(fault)
+                    break
 
-    A run is a polynomial of its words, the difference of two running sums (Karp and Rabin, 1987).
-    """
-    if not len(words):
-        return np.empty(0, dtype=np.uint64)
-    size = min(size, len(words))
-    bits = len(words).bit_length()
-    sums = np.zeros(len(words) + 1, dtype=np.uint64)
-    np.cumsum(words * _powers(GOLDEN_RATIO, bits)[: len(words)], out=sums[1:])
-    return (sums[size:] - sums[:-size]) * _powers(_INVERSE, bits)[: len(words) - size + 1]
+
+class ContaminationIndex:
+    """The n-grams and queries of the evaluation sets, memory-mapped."""
+
+    def __init__(self, config: DecontaminateConfig, folder: Path) -> None:
+        self._config = config
+        # Viewed as plain arrays, because slicing a memmap takes ten times as long.
+        self._ngrams, self._owners, self._runs, self._run_queries = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("ngrams", "owners", "runs", "run_queries")
+        )
+        index = json.loads((folder / "index.json").read_text())
+        self._names, self._queries = index["names"], index["queries"]
+        self._compared_query = functools.cache(
+            lambda number: ComparedText(self._queries[number][1])
+        )
+
+    def find(self, text: str, *, is_query: bool) -> Match | None:
+        """Return where a text occurs in the evaluation sets, if it does.
+
+        Either more than `max_overlap` of its word n-grams are there (Brown et al., arXiv
+        2005.14165, appendix C, use 13), or, for a query, its matching ratio with an evaluation
+        query is above `max_ratio`.
+        """
+        compared = ComparedText(text)
+        ngrams = hash_runs(compared.hashes, self._config.ngram)
+        nearest = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
+        hits = self._ngrams[nearest] == ngrams
+        share = np.count_nonzero(hits) / max(1, len(hits))
+        if share > self._config.max_overlap:
+            owner = np.bincount(self._owners[nearest[hits]]).argmax()
+            return Match(
+                reason=f"shares {share:.0%} of its {self._config.ngram}-grams",
+                where=self._names[owner],
+            )
+        return self._find_query(compared) if is_query else None
+
+    def _find_query(self, text: ComparedText) -> Match | None:
+        runs = hash_runs(text.hashes, _CANDIDATE_WORDS)
+        starts = np.searchsorted(self._runs, runs, side="left")
+        stops = np.searchsorted(self._runs, runs, side="right")
+        # A run that the text repeats counts once.
+        spans = set(zip(starts.tolist(), stops.tolist(), strict=True))
+        candidates = [self._run_queries[start:stop] for start, stop in spans if stop > start]
+        if not candidates:
+            return None
+        shared = np.bincount(np.concatenate(candidates))
+        for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
+            if not shared[number]:
+                break
+            owner, query = self._queries[number]
+            ratio = ratio_above(text, self._compared_query(number), self._config.max_ratio)
+            if ratio is not None:
+                return Match(
+                    reason=f"matching ratio {ratio:.2f} with an evaluation query",
+                    where=f"{self._names[owner]}: {query[:120]}",
+                )
+        return None
 
 
-class Wording:
-    """A text as characters and as words, to be matched with others."""
+class ComparedText:
+    """A text as characters and as words, to be compared with other texts."""
 
     def __init__(self, text: str) -> None:
         self.characters = text
@@ -82,17 +181,17 @@ class Wording:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """Words in lower case, without what stands between them."""
+        """Words in lower case, without the characters between them."""
         return _WORD.findall(self.characters.lower())
 
     @functools.cached_property
     def letters(self) -> bytes:
-        """A letter for each word; equal words have equal ones, and most others do not."""
+        """One byte per word: the same for equal words, and mostly not for others."""
         return self.hashes.astype(np.uint8).tobytes()
 
     @functools.cached_property
     def frequent(self) -> str:
-        """Characters that difflib takes for no start of a match; none in a short text."""
+        """Characters at which difflib starts no match; none in a short text."""
         length = len(self.characters)
         if length < 200:
             return ""
@@ -100,16 +199,16 @@ class Wording:
         return "".join(letter for letter, count in counts.items() if count > length // 100 + 1)
 
 
-def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
-    """Share of two texts in matching blocks if it is above a limit, else None.
+def ratio_above(left: ComparedText, right: ComparedText, limit: float) -> float | None:
+    """Return the share of two texts in matching blocks if it is above a limit, else None.
 
-    The share is the larger of difflib's ratio (Ratcliff and Metzener, 1988) over characters, as
-    published decontamination uses it, and over words: beyond 200 characters the former disregards
+    The share is the larger of difflib's ratio (Ratcliff and Metzener, 1988) over characters, which
+    published decontamination uses, and over words: beyond 200 characters the former disregards
     every frequent letter, and so finds little.
     """
     found = None
     if _may_exceed(left.letters, right.letters, limit):
-        # Strings are searched faster than lists, but here no two words may have one letter.
+        # Strings are searched faster than lists, so each word becomes a letter, a different one.
         letter_of = {word: chr(number) for number, word in enumerate(dict.fromkeys(right.words), 1)}
         one, other = (
             "".join([letter_of.get(word, "\0") for word in text.words]) for text in (left, right)
@@ -123,9 +222,10 @@ def ratio_above(left: Wording, right: Wording, limit: float) -> float | None:
 
 
 def _may_exceed(left: str | bytes, right: str | bytes, limit: float) -> bool:
-    """Say whether the ratio of two texts may be above a limit.
+    """Return False where the ratio of two texts cannot be above a limit.
 
-    Matching blocks are a common subsequence; the longest one is found a hundred times faster.
+    Matching blocks form a common subsequence. The longest common subsequence bounds their size, and
+    is found a hundred times faster.
     """
     least = int(limit * (len(left) + len(right)) / 2)
     if least > min(len(left), len(right)):
@@ -133,23 +233,12 @@ def _may_exceed(left: str | bytes, right: str | bytes, limit: float) -> bool:
     return bool(LCSseq.similarity(left, right, score_cutoff=least) >= least)
 
 
-def _needed(left: str, right: str, limit: float) -> int:
-    """Least number of matches whose ratio is above a limit."""
-    total = len(left) + len(right)
-    if not total:
-        return 0 if limit < 1 else 1  # two empty texts are equal
-    needed = max(0, int(limit * total / 2) - 1)
-    # By difflib's own formula, so that rounding makes no difference.
-    while 2.0 * needed / total <= limit:
-        needed += 1
-    return needed
-
-
 def _match(left: str, right: str, limit: float, *, frequent: str) -> float | None:
-    """Difflib's ratio if it is above a limit, else None.
+    """Return difflib's ratio if it is above a limit, else None.
 
-    The longest common subsequence of each pair of regions that is left to search bounds what it can
-    add; once the bounds do not add up, the search ends.
+    Difflib takes the longest match, then searches left and right of it. Here the longest common
+    subsequence of each pair of regions bounds the matches that it can add, and the search ends as
+    soon as all bounds together cannot reach the limit.
     """
     needed = _needed(left, right, limit)
     regions = [(-min(len(left), len(right)), 0, len(left), 0, len(right))]
@@ -173,8 +262,20 @@ def _match(left: str, right: str, limit: float, *, frequent: str) -> float | Non
     return 2.0 * matched / total if total else 1.0
 
 
+def _needed(left: str, right: str, limit: float) -> int:
+    """Return the least number of matches whose ratio is above a limit."""
+    total = len(left) + len(right)
+    if not total:
+        return 0 if limit < 1 else 1  # two empty texts are equal
+    needed = max(0, int(limit * total / 2) - 1)
+    # By difflib's formula, so that rounding makes no difference.
+    while 2.0 * needed / total <= limit:
+        needed += 1
+    return needed
+
+
 def _longest_match(left: str, right: str, frequent: str) -> tuple[int, int, int]:
-    """Return place and length of the match that `SequenceMatcher.find_longest_match` finds.
+    """Return (start in left, start in right, length) as `SequenceMatcher.find_longest_match` does.
 
     The longest match of letters that are not frequent grows at both ends over any letters.
     """
@@ -184,16 +285,16 @@ def _longest_match(left: str, right: str, frequent: str) -> tuple[int, int, int]
         runs = left.translate(dict.fromkeys(map(ord, frequent), divider)).split(divider)
     best, size = "", 0
     for run in runs:
-        place = 0
-        while place + size < len(run):  # look for one that is longer than the best so far
-            half, end = place + (size + 1) // 2, place + size + 1
+        start = 0
+        while start + size < len(run):  # look for one that is longer than the best so far
+            half, end = start + (size + 1) // 2, start + size + 1
             if run[half:end] not in right:
-                place = half + 1  # no match holds all of this half
-            elif (found := right.find(run[place:end])) < 0:
-                place += 1
+                start = half + 1  # no match contains all of this half
+            elif (found := right.find(run[start:end])) < 0:
+                start += 1
             else:
                 size += 1 + _common_start(run[end:], right[found + size + 1 :])
-                best = run[place : place + size]
+                best = run[start : start + size]
     i, j = left.find(best), right.find(best)
     while i and j and left[i - 1] == right[j - 1]:
         i, j, size = i - 1, j - 1, size + 1
@@ -208,139 +309,56 @@ def _common_start(left: str, right: str) -> int:
     return min(len(left), len(right))
 
 
-# An evaluation query is compared character by character where it shares runs of so many words ...
-_CANDIDATE_WORDS = 3
-# ... and is among the so many that share most.
-_CANDIDATES = 16
+# One hash per word or per run of words.
+WordHashes = NDArray[np.uint64]
+_WORD = re.compile(r"\w+")
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
+_INVERSE = pow(GOLDEN_RATIO, -1, 2**64)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """Why a training text was found in an evaluation set."""
-
-    reason: str
-    where: str  # name of the evaluation set, and the text found
+def hash_words(text: str) -> WordHashes:
+    """(W,) hash of each word, without case, punctuation and spaces."""
+    words = _WORD.findall(text.lower())
+    return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
 
 
-def contamination_files(evaluation: EvaluationSetConfig) -> list[str]:
-    """All files of one evaluation set."""
-    key = f"decontaminate.{evaluation.name}.path"
-    return list_files(evaluation.path, key, split=evaluation.split, default_split="test")
+@functools.lru_cache(maxsize=2**17)
+def _word_hash(word: str) -> int:
+    return stable_hash(word)
 
 
-def build_index(config: DecontaminateConfig, folder: Path) -> None:
-    """Hash the n-grams of all evaluation texts into `folder`; keep the queries' text."""
-    ngrams: list[Words] = []
-    owners: list[NDArray[np.int32]] = []
-    names: list[str] = []
-    queries: list[tuple[int, str]] = []
-    bad = BadRecords("decontaminate.sets")
-    for number, evaluation in enumerate(config.sets):
-        found = 0
-        for text in _texts(config, number, bad):
-            found += 1
-            own = np.unique(hash_runs(hash_words(text), config.ngram))
-            ngrams.append(own)
-            owners.append(np.full(len(own), number, dtype=np.int32))
-            if evaluation.queries:
-                queries.append((number, text))
-        if not found and not bad.count:
-            raise UserError(
-                f"decontaminate.{evaluation.name}: no text in {evaluation.path}",
-                fix="name the fields that hold its texts, or remove the set",
-            )
-        names.append(evaluation.name)
-    bad.refuse()
-    keys, first = np.unique(np.concatenate(ngrams), return_index=True)
-    _save(folder / "ngrams.npy", keys)
-    _save(folder / "owners.npy", np.concatenate(owners)[first])
-    short = [hash_runs(hash_words(text), _CANDIDATE_WORDS) for _, text in queries]
-    of_query = np.repeat(np.arange(len(short)), [len(part) for part in short])
-    runs = np.concatenate(short) if short else np.empty(0, dtype=np.uint64)
-    order = np.argsort(runs, kind="stable")
-    _save(folder / "runs.npy", runs[order])
-    _save(folder / "run_queries.npy", of_query[order])
-    write_text(folder / "index.json", json.dumps({"names": names, "queries": queries}))
+def hash_ngrams(words: WordHashes, size: int) -> WordHashes:
+    """(W - size + 1,) hash of each run of `size` words; a shorter text is one run.
+
+    For near-duplicates: mixed word by word, because MinHash needs hashes without structure, and
+    because its signatures must stay the same.
+    """
+    if not len(words):
+        return np.empty(0, dtype=np.uint64)
+    size = min(size, len(words))
+    count = len(words) - size + 1
+    ngrams = np.full(count, size, dtype=np.uint64)
+    for offset in range(size):
+        ngrams = mix(ngrams * np.uint64(GOLDEN_RATIO) + words[offset : offset + count])
+    return ngrams
 
 
-def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterator[str]:
-    """Texts of one evaluation set; records without one go to `bad`."""
-    evaluation = config.sets[number]
-    for file in contamination_files(evaluation):
-        split = split_to_read(file, evaluation.split, default="test")
-        for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
-            for record in read_records(block, split=split, on_bad=bad.add):
-                for field in evaluation.fields:
-                    text = record.value.get(field)
-                    if isinstance(text, str):
-                        yield text
-                        continue
-                    fault = record.fail(
-                        f"field {field!r} is missing or no text",
-                        allowed=f"fields found: {', '.join(map(str, record.value))}",
-                        fix=f"set decontaminate.{evaluation.name}.fields",
-                    )
-                    bad.add(fault)
-                    break
+def hash_runs(words: WordHashes, size: int) -> WordHashes:
+    """(W - size + 1,) other hashes of the same runs, in a time that does not depend on the size.
+
+    For evaluation sets, where runs may be long. A run is a polynomial of its words, computed as the
+    difference of two running sums (Karp and Rabin, 1987).
+    """
+    if not len(words):
+        return np.empty(0, dtype=np.uint64)
+    size = min(size, len(words))
+    bits = len(words).bit_length()
+    sums = np.zeros(len(words) + 1, dtype=np.uint64)
+    np.cumsum(words * _powers(GOLDEN_RATIO, bits)[: len(words)], out=sums[1:])
+    return (sums[size:] - sums[:-size]) * _powers(_INVERSE, bits)[: len(words) - size + 1]
 
 
-def _save(path: Path, array: NDArray[Any]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, array)
-
-
-class ContaminationIndex:
-    """The n-grams and queries of the evaluation sets, memory-mapped."""
-
-    def __init__(self, config: DecontaminateConfig, folder: Path) -> None:
-        self._config = config
-        # As plain arrays: a slice of a memmap takes ten times as long.
-        self._ngrams, self._owners, self._runs, self._run_queries = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-            for name in ("ngrams", "owners", "runs", "run_queries")
-        )
-        index = json.loads((folder / "index.json").read_text())
-        self._names, self._queries = index["names"], index["queries"]
-        self._wording_of = functools.cache(lambda number: Wording(self._queries[number][1]))
-
-    def find(self, text: str, *, is_query: bool) -> Match | None:
-        """The evaluation set a text is in, if any.
-
-        Either more than `max_overlap` of its word n-grams are there (Brown et al., arXiv
-        2005.14165, appendix C, use 13), or, for a query, its matching ratio with an evaluation
-        query is above `max_ratio`.
-        """
-        wording = Wording(text)
-        ngrams = hash_runs(wording.hashes, self._config.ngram)
-        places = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
-        hits = self._ngrams[places] == ngrams
-        share = np.count_nonzero(hits) / max(1, len(hits))
-        if share > self._config.max_overlap:
-            owner = np.bincount(self._owners[places[hits]]).argmax()
-            return Match(
-                reason=f"shares {share:.0%} of its {self._config.ngram}-grams",
-                where=self._names[owner],
-            )
-        return self._find_query(wording) if is_query else None
-
-    def _find_query(self, wording: Wording) -> Match | None:
-        runs = hash_runs(wording.hashes, _CANDIDATE_WORDS)
-        starts = np.searchsorted(self._runs, runs, side="left")
-        stops = np.searchsorted(self._runs, runs, side="right")
-        # A run that the text repeats counts once.
-        spans = set(zip(starts.tolist(), stops.tolist(), strict=True))
-        candidates = [self._run_queries[start:stop] for start, stop in spans if stop > start]
-        if not candidates:
-            return None
-        shared = np.bincount(np.concatenate(candidates))
-        for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
-            if not shared[number]:
-                break
-            owner, query = self._queries[number]
-            ratio = ratio_above(wording, self._wording_of(number), self._config.max_ratio)
-            if ratio is not None:
-                return Match(
-                    reason=f"matching ratio {ratio:.2f} with an evaluation query",
-                    where=f"{self._names[owner]}: {query[:120]}",
-                )
-        return None
+@functools.lru_cache(maxsize=64)
+def _powers(factor: int, bits: int) -> WordHashes:
+    """(2^bits,) powers of a factor modulo 2^64."""
+    return np.full(2**bits, factor, dtype=np.uint64).cumprod()

@@ -333,6 +333,7 @@ class Build:
 
     def slice_of(self, hashes: TextHashes) -> NDArray[np.int64]:
         """(R,) slice of each hash; slices are in the order of the hashes."""
+        # By the first two bytes, as a number from 0 to 65535.
         head = np.frombuffer(hashes.tobytes(), dtype=">u2").reshape(-1, 8)[:, 0]
         return head.astype(np.int64) * self.plan.num_slices >> 16
 
@@ -378,6 +379,7 @@ def make_plan(build: Build) -> None:
     if config.reuse is not None:
         # Hash its bytes once: after a flipped bit, a token may still look like a token.
         Dataset.open(config.reuse, verify=True)
+    # One index for all blocks, built by the main rank before any of them is read.
     if config.decontaminate is not None:
         build_index(config.decontaminate, build.contamination)
     write_text(build.tokenizer_json, tokenizer_json)

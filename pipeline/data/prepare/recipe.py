@@ -190,6 +190,7 @@ def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> 
             return f"{entry.key}: {entry.file} has changed"
     files = _measure(_list_tokenizer(config), known)
     same = [e.identity for e in files] == [e.identity for e in recipe.tokenizer_files]
+    # Other files may hold the same tokenizer: only loading it can tell.
     if (files and same) or (load and _load_identity(config) == recipe.tokenizer):
         return None
     return f"tokenizer: {config.tokenizer} has changed"
@@ -301,6 +302,7 @@ def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFi
         filesystem, inner = fsspec.core.url_to_fs(file)
         stamp = _stamp(filesystem, inner)
         earlier = known.get(file)
+        # An empty stamp equals another empty one, but proves nothing.
         if earlier is not None and stamp and stamp == earlier.stamp:
             return dataclasses.replace(earlier, key=key)
         with filesystem.open(inner, "rb") as handle:

@@ -55,6 +55,7 @@ def make_catalogue(build: Build, task: int) -> None:
     sizes = [len(part) for part in slices]
     first = find_representatives(build, sum(sizes))
     kept = first == np.arange(len(first))
+    # Kept documents are numbered in their order; a merged one takes the number of its first.
     numbers = np.cumsum(kept) - 1
     save_array(build.catalogue("hashes"), np.concatenate(slices))
     save_array(build.catalogue("numbers"), numbers[first])
@@ -205,6 +206,7 @@ def link_block(build: Build, task: int) -> None:
         [group_of.get(name, group_of.get("", -1)) for name in rows["instruction"].to_pylist()],
         dtype=np.int64,
     )
+    # Stable: within a group the order of the file stays, whatever the size of blocks.
     order = np.argsort(group, kind="stable")
     ordered = pa.Table.from_batches([rows]).take(pa.array(order)).combine_chunks()
     positives, negatives = (

@@ -71,6 +71,7 @@ def lay_out(build: Build, task: int) -> None:
     examples: list[list[RowRange]] = [[]]
     room = limit
     counts = count_groups(build)
+    # Each block's examples are sorted by group: its rows of a group start here.
     firsts = np.cumsum(counts, axis=1) - counts
     for group in range(counts.shape[1]):
         for block in np.flatnonzero(counts[:, group]).tolist():
@@ -110,7 +111,7 @@ def _add_rows(
         if stop <= start and shards[-1]:
             shards.append([])
             room = limit
-            continue
+            continue  # with the same row, in the new shard
         stop = max(stop, start + 1)  # a row larger than a shard gets a shard to itself
         shards[-1].append(RowRange(task=task, start=first + start, stop=first + stop))
         room -= int(ends[stop] - ends[start])
@@ -132,6 +133,7 @@ def pack_shard(build: Build, task: int) -> None:
     """Copy the rows of one shard together and hash the file."""
     layout = read_layout(build)
     kind, ranges = layout[task]
+    # Shards are numbered within their kind.
     number = task - next(k for k, entry in enumerate(layout) if entry[0] == kind)
     table_of = build.documents if kind == "documents" else build.examples
     batches = [

@@ -118,6 +118,7 @@ def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[FileBlock
         for block in plan_blocks(file, split=source.split, block_bytes=block_bytes, max_rows=left):
             is_empty = False
             yield block
+        # `max_rows` counts over all files of a source, in their order.
         if left is not None:
             left = max(0, left - _count_rows(source, file, left))
             if left == 0:
@@ -163,6 +164,7 @@ def read_rows(
                 rows = list(parse(record, source, references))
             else:
                 on_unwanted()
+            # Here, because JSON can write half a surrogate pair that no tokenizer accepts.
             for row in rows:
                 _require_whole_characters(record, row)
         except BadRowError as bad:

@@ -255,6 +255,7 @@ class _DelimitedFile:
 
 def _delimiter_of(head: str) -> str:
     """Return the character that cuts a header line into most fields."""
+    # Split as CSV would: a delimiter inside quotes does not count.
     counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in _DELIMITERS}
     return max(counts, key=lambda mark: counts[mark])
 
@@ -267,6 +268,7 @@ def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iter
         for taken, (position, _, _) in enumerate(table.lines.records(table.delimiter)):
             if taken == max_rows:
                 break
+            # `position` is where this record starts, even if the last one spans several lines.
             if position - start >= block_bytes:
                 yield FileBlock(file=file, start=start, stop=position)
                 start = position

@@ -241,6 +241,7 @@ def check_queries(
             repeated[name] = first[name]
             rows.drop(record.where, "query", "another text of the same id precedes it", text)
     for record, query, document, _ in judgement_records(tuple(judgement_files(source)), rows.add):
+        # Published sets contain such judgements, and their users cannot mend them.
         if query not in seen:
             rows.drop(record.where, "judgement", "query without text", query)
         elif find(document) is None:

@@ -63,6 +63,7 @@ def _split_by_field(record: Record, names: _ColumnNames) -> _Split:
     # Delimited files have no null; an empty cell means the same.
     absent = (None, "") if kind_of(record.file) == "csv" else (None,)
     found = list(fields_of(record, names.get("positives", ("positives",))))
+    # Nulls are fine where another field has a text; if all are null, the row is bad.
     if len(found) > 1 and any(value not in absent for _, value in found):
         found = [(key, value) for key, value in found if value not in absent]
     positives = [item for key, value in found for item in texts_in(record, key, value)]

@@ -109,6 +109,7 @@ def plan_table(
                 size = sum(metadata.row_group(k).total_byte_size for k in groups)
         else:
             rows, size = sum(batch.num_rows for batch in _arrow_batches(file)), file_size(file)
+        # As many rows as hold `block_bytes` on average.
         per_block = max(1, int(rows * block_bytes / max(size, 1)))
     rows = rows if max_rows is None else min(rows, max_rows)
     for start in range(0, rows, per_block):
@@ -165,6 +166,7 @@ def _group_batches(
             yield batch, {}
         return
     except (pa.ArrowException, OSError):
+        # Read the others alone. Rows already yielded are counted, and not yielded again.
         broken = _broken_columns(file, group, name)
         whole = [column for column in file.schema_arrow.names if column not in broken]
         if not broken or not whole:

@@ -1,31 +1,19 @@
-"""What prepare drops, merges and keeps, checked on texts whose fate is known."""
+"""Texts that prepare drops, merges and keeps, checked one by one."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_support import ConfigMaker, words, write_jsonl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig, SourceConfig, Template
 from pipeline.data.prepare import prepare
-from pipeline.data.prepare.contamination import (
-    ContaminationIndex,
-    Wording,
-    hash_ngrams,
-    hash_runs,
-    hash_words,
-    ratio_above,
-)
-from pipeline.data.prepare.near_duplicates import minhash
+from pipeline.data.prepare.contamination import ContaminationIndex
 from pipeline.data.shards import Dataset, inspect_dataset
 from pipeline.errors import UserError
 from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
@@ -33,7 +21,7 @@ from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
 
 @pytest.fixture
 def build(make_config: ConfigMaker, tmp_path: Path) -> Any:
-    """Prepare records given as dicts, each list a source of its own."""
+    """Prepare records given as dicts, each list as one source."""
 
     def run(*sources: list[dict[str, Any]], name: str = "dataset", **options: Any) -> Dataset:
         configs = []
@@ -140,19 +128,6 @@ def test_near_duplicates_become_one_document_and_never_a_negative(
 def test_rows_that_are_all_dropped_are_no_near_duplicates(build: Any) -> None:
     with pytest.raises(UserError, match="no example"):
         build([{"query": "alone", "positives": []}], near_duplicates=0.9)
-
-
-def test_minhash_estimates_the_jaccard_similarity() -> None:
-    rng = random.Random(1)
-    base = words(rng, 400).split()
-    for cut in (40, 120, 240):
-        other = base[:-cut] + words(rng, cut).split()
-        left, right = (
-            set(hash_ngrams(hash_words(" ".join(text)), 5).tolist()) for text in (base, other)
-        )
-        exact = len(left & right) / len(left | right)
-        estimate = (minhash(" ".join(base)) == minhash(" ".join(other))).mean()
-        assert estimate == pytest.approx(exact, abs=0.14)
 
 
 def test_texts_of_an_evaluation_set_are_dropped_with_the_place_they_were_found(
@@ -294,55 +269,6 @@ def test_a_source_made_of_evaluation_documents_is_marked_for_whoever_reads_the_s
     (info,) = dataset.manifest.sources
     assert any("not zero-shot" in warning for warning in info.warnings)
     assert "not zero-shot" in inspect_dataset(dataset.folder, plot=False)
-
-
-def difflib_ratio(left: str, right: str) -> float:
-    """The definition, as published decontamination computes it, and the same over words."""
-    words = [re.findall(r"\w+", text.lower()) for text in (left, right)]
-    return max(
-        difflib.SequenceMatcher(None, left, right).ratio(),
-        difflib.SequenceMatcher(None, *words, autojunk=False).ratio(),
-    )
-
-
-@st.composite
-def pairs_of_texts(draw: st.DrawFn) -> tuple[str, str]:
-    """Texts with much in common: few letters, shared pieces, another order, and great lengths."""
-    alphabet = draw(st.sampled_from(["ab", "ab ", "abc d,", "etaoin shrdlu"]))
-    pieces = st.lists(st.text(alphabet, max_size=12), max_size=6)
-    shared = draw(pieces)
-    texts = []
-    for _ in range(2):
-        parts = draw(st.permutations(shared + draw(pieces)))
-        # Beyond 200 characters, difflib takes no frequent letter for the start of a match.
-        texts.append("".join(parts) * draw(st.sampled_from([1, 1, 5])))
-    return texts[0], texts[1]
-
-
-@given(pairs_of_texts(), st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]))
-@settings(max_examples=120, deadline=None)
-def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limit: float) -> None:
-    ratio = difflib_ratio(*pair)
-    left, right = map(Wording, pair)
-    # The ratio itself is the limit that rounding would first get wrong.
-    for bound in (limit, ratio, np.nextafter(ratio, 0) if ratio else 0.0):
-        assert ratio_above(left, right, bound) == (ratio if ratio > bound else None)
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 14))
-@settings(max_examples=60, deadline=None)
-def test_runs_of_words_have_equal_hashes_only_where_they_are_equal(
-    letters: list[str], size: int
-) -> None:
-    words = hash_words(" ".join(letters))
-    runs = hash_runs(words, size)
-    size = min(size, len(letters))
-    expected = [tuple(letters[k : k + size]) for k in range(len(letters) - size + 1)]
-    assert len(runs) == (len(expected) if letters else 0)
-    # Also of a run elsewhere, so that one index serves all texts.
-    alone = [hash_runs(hash_words(" ".join(run)), size)[0] for run in expected if run]
-    assert runs.tolist() == alone
-    assert len(set(runs.tolist())) == len({run for run in expected if run})
 
 
 def test_a_repeated_query_is_searched_for_once_and_dropped_each_time(

@@ -1,4 +1,4 @@
-"""Ranks and chunks of a global batch: complete, within budget, even."""
+"""Ranks and chunks of a global batch: complete, within budget, even; ragged rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import assign_by_cost, first_fit_decreasing, plan_chunks, text_cost
+from pipeline.data.batch import (
+    Ragged,
+    assign_by_cost,
+    first_fit_decreasing,
+    plan_chunks,
+    text_cost,
+)
 
 lengths_strategy = st.lists(st.integers(1, 300), min_size=1, max_size=200).map(
     lambda values: np.array(values, dtype=np.int64)
@@ -133,3 +139,8 @@ def test_ranks_carry_even_loads_of_log_normal_lengths(world_size: int) -> None:
 def test_fewer_texts_than_ranks_leave_dummy_chunks() -> None:
     plans = plan_chunks(np.array([5, 7]), world_size=4, max_tokens=10)
     assert sorted(len(plan[0]) for plan in plans) == [0, 0, 1, 1]
+
+
+def test_pairs_are_grouped_by_row_in_the_order_they_come() -> None:
+    rows, values = np.array([2, 0, 2, 2]), np.array([5, 6, 9, 7])
+    assert [row.tolist() for row in Ragged.from_pairs(rows, values, 4)] == [[6], [], [5, 9, 7], []]

@@ -1,4 +1,4 @@
-"""What a person is shown of a dataset."""
+"""Datasets verified, and described for people."""
 
 from __future__ import annotations
 
