@@ -224,7 +224,7 @@ class Loader:
         by_list: dict[str, list[Any]] = {"positives": [], "negatives": []}
         for row, view in enumerate(self.dataset.examples.views("scores", ids)):
             split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
-            # NaN marks "no teacher"; the distillation loss leaves such rows out.
+            # NaN marks an example without a teacher.
             full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
             if len(full) != total:
                 raise self.dataset.damaged(
