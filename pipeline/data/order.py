@@ -4,8 +4,8 @@
     step  --Order-->  a unit, and its next window of elements  --permute-->  example ids
     example ids  --choose-->  their documents  --find_relevance-->  who answers whom
 
-Every random number is a hash of its purpose, seed and position, so that any step can be computed
-without the steps before it, and does not depend on the number of ranks.
+Every random number is a hash of seed, purpose and position: no step depends on an earlier one, nor
+on the number of ranks.
 
 Letters: N examples of a batch, M its documents, R rows of a ragged array, nnz its values.
 """
@@ -300,10 +300,9 @@ class Stream:
         epoch, first = divmod(start, self.size)
         inside = min(count, self.size - first)
         elements = self._epoch(epoch, np.arange(first, first + inside))
-        if inside < count:
-            more = self._epoch(epoch + 1, np.arange(count - inside))
-            elements = np.concatenate([elements, more])
-        return elements
+        if inside == count:
+            return elements
+        return np.concatenate([elements, self._epoch(epoch + 1, np.arange(count - inside))])
 
     def _epoch(self, epoch: int, positions: IntArray) -> IntArray:
         """Return the elements at ascending positions of an epoch."""
@@ -319,7 +318,7 @@ class Stream:
             self.size,
             make_key(self.key, epoch - 1),
         )
-        # Unseen ones come first: at most `window` of the 2 * window elements have been seen.
+        # Unseen ones first: at most `window` of the 2 * window elements have been seen.
         seen = np.isin(first, last)
         adjusted = np.concatenate([first[~seen], first[seen]])
         early = positions < head

@@ -51,10 +51,12 @@ class Match:
     where: str  # name of the evaluation set, and the text found
 
 
-def contamination_files(evaluation: EvaluationSetConfig) -> list[str]:
-    """Return all files of one evaluation set."""
+def contamination_files(evaluation: EvaluationSetConfig) -> Iterator[tuple[str, str | None]]:
+    """Yield all files of one evaluation set, with the split to read of each."""
     key = f"decontaminate.{evaluation.name}.path"
-    return list_files(evaluation.path, key, split=evaluation.split, default_split="test")
+    files = list_files(evaluation.path, key, split=evaluation.split, default_split="test")
+    for file in files:
+        yield file, split_to_read(file, evaluation.split, default="test")
 
 
 def build_index(config: DecontaminateConfig, folder: Path) -> None:
@@ -95,8 +97,7 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
 def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterator[str]:
     """Yield the texts of one evaluation set; records without text go to `bad`."""
     evaluation = config.sets[number]
-    for file in contamination_files(evaluation):
-        split = split_to_read(file, evaluation.split, default="test")
+    for file, split in contamination_files(evaluation):
         for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
             for record in read_records(block, split=split, on_bad=bad.add):
                 for field in evaluation.fields:

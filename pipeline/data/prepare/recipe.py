@@ -26,9 +26,7 @@ from pipeline.config import PrepareConfig, as_tree, build_config
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifest
 from pipeline.data.prepare.contamination import contamination_files
 from pipeline.data.sources import expand_sources, input_files
-from pipeline.data.sources.containers import split_to_read
-from pipeline.data.sources.files import HUB
-from pipeline.data.sources.tables import hub_files
+from pipeline.data.sources.tables import stored_files
 from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
 from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer
@@ -251,13 +249,12 @@ def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, file) of everything that rows, documents or evaluation texts are read from."""
     for source in expand_sources(config.sources):
         for file in input_files(source):
-            for stored in hub_files(file, source.split) if file.startswith(HUB) else [file]:
+            for stored in stored_files(file, source.split):
                 yield f"sources.{source.name}", stored
     rule = config.decontaminate
     for evaluation in rule.sets if rule else ():
-        for file in contamination_files(evaluation):
-            split = split_to_read(file, evaluation.split, default="test")
-            for stored in hub_files(file, split) if file.startswith(HUB) else [file]:
+        for file, split in contamination_files(evaluation):
+            for stored in stored_files(file, split):
                 yield f"decontaminate.{evaluation.name}", stored
 
 

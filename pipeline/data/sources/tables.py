@@ -290,8 +290,13 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
     return saved
 
 
-def hub_files(file: str, split: str | None) -> list[str]:
-    """Return the local files of a hub dataset, in its folder or in the library's cache."""
+def stored_files(file: str, split: str | None) -> list[str]:
+    """Return the files with the bytes of `file`: itself, or those of a hub dataset.
+
+    The latter are in the dataset's folder, or in the library's cache.
+    """
+    if not file.startswith(HUB):
+        return [file]
     folder = Path(_name_of(file)[0]).expanduser()
     if folder.is_dir():
         inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
