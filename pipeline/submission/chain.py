@@ -264,7 +264,7 @@ def export_chain(
         name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
         output = step.output or run.export
         if (ready or step.checkpoint == "init") and is_exported(tree, step.checkpoint, output):
-            finished.append(f"{name}: {output} is there")
+            finished.append(f"{name}: {output} exists")
             continue
         jobs.append(
             Job(

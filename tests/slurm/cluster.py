@@ -81,7 +81,7 @@ class Cluster:
     """Munge, one controller and a daemon for each of two nodes, all children of this process.
 
     Everything lives in one temporary folder. The nodes are called node1 and node2; the names need
-    not resolve, because Slurm is told their address. Each claims 16 processors and 8 GPUs.
+    not resolve, because Slurm has their address. Each claims 16 processors and 8 GPUs.
     """
 
     def __init__(self) -> None:

@@ -68,8 +68,8 @@ def test_a_job_that_waits_is_cancelled_when_its_turn_can_never_come() -> None:
 
     assert {"--dependency=afterok:7:8", "--kill-on-invalid-dep=yes"} <= set(waiting)
     assert not any("dependency" in flag for flag in flags(batch_text(job(), BODY, site_flags=[])))
-    told = flags(batch_text(job(reports_failure=True), BODY, site_flags=[], after=("7",)))
-    assert "--dependency=afterany:7" in told
+    reporting = flags(batch_text(job(reports_failure=True), BODY, site_flags=[], after=("7",)))
+    assert "--dependency=afterany:7" in reporting
 
 
 @pytest.mark.parametrize(
