@@ -7,7 +7,7 @@ A text on its way from a task of mteb to a score, with four steps between mteb a
        mteb.evaluate
     1     |  scoring             ExactSearch.search: all queries, documents block by block
     2     |  models              TemplatedEmbedder.embed: puts the model's template around a text,
-          |    or embed             or VectorStore.embed: looks up what was computed earlier
+          |    or embed             or VectorStore.embed: looks up a stored vector
     3     |  model/load_export   LoadedExport.encode_texts: tokenises, cuts and packs
     4     |  model/encoder       Encoder.forward: one vector per text
        torch

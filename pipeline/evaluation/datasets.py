@@ -43,6 +43,7 @@ def document_texts(table: Any) -> list[str]:
 
 def query_texts(table: Any) -> list[str]:
     """Join the text of each query and its own instruction, if the task has that column."""
+    # A copy of the column; a row at a time would be slow.
     texts: list[str] = table["text"][:]
     if "instruction" not in table.column_names:
         return texts
@@ -74,6 +75,7 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
     subset = _SPELLED.get(topic, topic.lower())
     documents = _load_subset(task, "long_documents" if long else "documents", subset, fix)
     examples = _load_subset(task, "examples", subset, fix)
+    # The long half has its own documents and judgements, but the same questions.
     gold = examples["gold_ids_long" if long else "gold_ids"]
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),
@@ -89,6 +91,7 @@ def _load_subset(task: Any, config: str, subset: str, fix: str) -> datasets.Data
     source = task.metadata.dataset
     found = f"{task.metadata.name}: cannot load {config} of the data set {source['path']}"
     with blame(found, fix=fix):
+        # The builder knows format and files of each subset from the data set's card.
         builder = datasets.load_dataset_builder(source["path"], config, revision=source["revision"])
         files = {subset: builder.config.data_files[subset]}
         return datasets.load_dataset(builder.name, data_files=files, split=subset)
@@ -109,6 +112,7 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
     """
     mteb = load_mteb()
     try:
+        # mteb first: an own task must not hide one of mteb's.
         task = mteb.get_task(name)
     except KeyError as error:
         if own is not None:
@@ -122,6 +126,7 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
         ) from error
     if own is not None:
         raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own task another name")
+    # Other types of tasks have no corpus and queries.
     if not hasattr(task, "convert_v1_dataset_format_to_v2"):
         raise UserError(f"tasks: {name!r} is of type {task.metadata.type}", allowed="retrieval")
     return task
@@ -133,6 +138,7 @@ def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> 
     Raises:
         UserError: names the first task that fails.
     """
+    # All names first: a typo should not wait for a missing folder.
     found = [get_task(name, own) for name, own in tasks.items()]
     for task, own in zip(found, tasks.values(), strict=True):
         if own is None:
@@ -170,6 +176,7 @@ def localise(task: Any, snapshots: Path | None) -> Any:
             allowed=f"{source['revision'][:12]}, which this mteb pins for {task.metadata.name}",
             fix=_PREFETCH,
         )
+    # An absolute path: a relative one might look like a name on the hub.
     update = {"dataset": {**source, "path": str(folder.resolve())}}
     task.metadata = task.metadata.model_copy(update=update)
     return task
@@ -241,6 +248,7 @@ def _check_split(where: str, data: Any, fix: str) -> None:
     _require(len(data["queries"]) > 0, where, "no queries", fix)
     _check_strings(f"{where}: document", data["corpus"], fix)
     _check_strings(f"{where}: query", data["queries"], fix)
+    # A query without judgements would count as 0 in the mean.
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
@@ -251,6 +259,7 @@ def _report_doubtful(where: str, data: Any) -> None:
     """Print counts of rows that mteb scores, though they may be errors in the files."""
     documents, queries = data["corpus"], data["queries"]
     known = set(documents["id"][:])
+    # Documents of all judgements, relevant or not.
     judged = {d for query in queries["id"][:] for d in data["relevant_docs"][query]}
     doubtful = {
         "judged documents that the corpus lacks, never found": len(judged - known),
@@ -290,6 +299,7 @@ def _check_instructions(where: str, data: Any, fix: str) -> None:
     queries = data["queries"]
     given = queries["instruction"][:] if "instruction" in queries.column_names else []
     _require(any(given), where, "no instructions", fix)
+    # FollowIR re-ranks a given list per query.
     candidates = data["top_ranked"] or {}
     without = [query for query in queries["id"][:] if not candidates.get(query)]
     _require(not without, where, f"no candidates (top_ranked) for queries {without[:3]}", fix)
@@ -299,6 +309,7 @@ def _check_changed_judgements(where: str, task: Any, queries: set[str], fix: str
     """Load judgements that mteb loads only after encoding, when an error has become expensive."""
     changed = changed_judgements(task)
     _require(bool(changed), where, "no changed judgements (qrel_diff)", fix)
+    # p-MRR compares the ranks of both queries of a pair.
     unpaired = [q for q in changed if not {f"{q}-og", f"{q}-changed"} <= queries]
     missing = f"queries {unpaired[:3]} of qrel_diff lack an -og or -changed twin"
     _require(not unpaired, where, missing, fix)
@@ -356,6 +367,7 @@ def private_cache(folder: Path) -> Iterator[None]:
     """
     saved = datasets.config.HF_DATASETS_CACHE
     shown = datasets.are_progress_bars_disabled()
+    # A variable of the module: `datasets` reads its environment only at import.
     datasets.config.HF_DATASETS_CACHE = folder
     datasets.disable_progress_bars()
     try:
@@ -393,6 +405,7 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
         raise UserError("snapshots: not set", fix="name the folder for the data sets")
     require_writable(config.snapshots, key="snapshots")
     tasks = {name: get_task(name, own) for name, own in tasks_of(config).items()}
+    # Tasks share data sets: all of BRIGHT is one.
     sources = {
         (tasks[name].metadata.dataset["path"], tasks[name].metadata.dataset["revision"])
         for name, own in tasks_of(config).items()
@@ -412,6 +425,7 @@ def _fetch(folder: Path, repository: str, revision: str, endpoint: str | None) -
     marker = folder / REVISION_FILE
     if marker.is_file() and marker.read_text().strip() == revision:
         return
+    # Not whole while it is replaced.
     marker.unlink(missing_ok=True)
     try:
         snapshot_download(

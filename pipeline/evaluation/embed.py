@@ -65,6 +65,7 @@ def embed_element(
     Returns:
         The number of embedded blocks.
     """
+    # The array and this call may have been started with different lengths.
     if not 0 <= index < num_elements:
         raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
     world = world or World()
@@ -73,12 +74,15 @@ def embed_element(
     costs = np.tile(plan.block_costs, len(config.models))
     owners = assign_by_cost(costs, num_elements * world.world_size)
     by_cost = np.argsort(-costs, kind="stable")
+    # Most expensive first within the share.
     share = by_cost[owners[by_cost] == index * world.world_size + world.rank]
+    # (model, block) of each unit.
     models, blocks = np.divmod(share, len(plan.block_costs))
     written = 0
     for number, model in enumerate(config.models):
         store = store_folder(config, model)
         own = blocks[models == number].tolist()
+        # Another submission may have embedded them, with another number of elements.
         todo = [block for block in own if not plan.vectors_path(store, block).is_file()]
         if todo:
             _embed_blocks(BlockWriter(config, model, plan, load), todo, num_processes)
@@ -91,6 +95,7 @@ def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) 
     with contextlib.closing(LocalWorkers(num_processes)) as workers:
         # Most expensive first: processes that are free at the end wait for cheap blocks only.
         for done, _ in enumerate(workers.each(writer.write, todo), start=1):
+            # Blocks become cheaper: the estimate is an upper bound.
             pace = (time.monotonic() - started) / done
             print(
                 f"{writer.model.name}: block {done}/{len(todo)}, "
@@ -113,6 +118,8 @@ class BlockWriter:
         self._store = store_folder(config, model)
         # Any element of the model serves: the length is set per text.
         self._element = next(each for each in list_elements(config) if each.model == model)
+        # Empty in child processes: each block unpickles a new writer. The export itself stays
+        # loaded in the child, see `models.load_encoder`.
         self._encoders: dict[int, EvaluatedEncoder] = {}
 
     def write(self, block: int) -> None:
@@ -130,6 +137,7 @@ def embed_planned(
     texts: Sequence[PlannedText], encoders: dict[int, EvaluatedEncoder]
 ) -> np.ndarray:
     """(N,) texts -> (N, D) float16, each at its own length and with its own instruction."""
+    # One call per role, instruction and length, because these decide template and cut.
     groups: dict[tuple[Role, str, int], list[int]] = {}
     for row, text in enumerate(texts):
         groups.setdefault((text.role, text.instruction, text.max_length), []).append(row)
@@ -156,6 +164,7 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
         UserError: blocks are missing.
     """
     plan = read_plan(config)
+    # All blocks, also of other tasks: a partial store means that an array element failed.
     missing = missing_blocks(config, element.model, plan)
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -203,6 +212,7 @@ class VectorStore:
         fix = f"delete {plan.folder} and run `diffembed evaluate plan` again"
         index = load_arrays(plan.folder / "index.npz", "digests", "places", fix=fix)
         self._digests, self._positions = index["digests"], index["places"]
+        # Opened when a text needs them, and kept open.
         self._blocks: dict[int, np.ndarray] = {}
 
     def embed(self, role: Role, instruction: str, texts: Sequence[str]) -> np.ndarray:
@@ -212,6 +222,7 @@ class VectorStore:
             UserError: a text is not in the plan; the data have changed since it was made.
         """
         block_N, row_N = self._positions[self._find(role, instruction, texts)].T
+        # The width is the store's; float32, because scores are sums of many products.
         vectors_ND = np.empty((len(texts), self._block(int(block_N[0])).shape[1]), np.float32)
         for block in np.unique(block_N):
             chosen = block_N == block
@@ -224,6 +235,7 @@ class VectorStore:
             instruction, byte_sizes(column), self._max_length, self._plan.lengths
         )
         found = find_digests(self._digests, digests(role, instruction, column, lengths_N))
+        # A text that has changed has no vector: a similar one must not take its place.
         unknown = found < 0
         if unknown.any():
             example = texts[int(np.flatnonzero(unknown)[0])][:60]
@@ -239,6 +251,7 @@ class VectorStore:
             path = self._plan.vectors_path(self._store, block)
             fix = f"delete {path} and run `diffembed evaluate embed` again"
             vectors_ND = map_vectors(path, fix=fix)
+            # The index knows the number of vectors in a whole block.
             num_rows = int(self._positions[self._positions[:, 0] == block, 1].max()) + 1
             if len(vectors_ND) < num_rows:
                 raise UserError(

@@ -117,7 +117,9 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> EmbeddingPlan
         tasks = _list_tasks(config, Path(scratch), num_workers)
         distinct = DistinctTexts.of(tasks)
         files = read_block_files(folder.parent)
+        # Planned again: data may have changed, or blocks of other plans were embedded.
         earlier = read_plan(config) if (folder / _PLAN).is_file() else None
+        # Blocks of this plan stay usable, or planning again would start over.
         own = frozenset(earlier.blocks) if earlier else frozenset()
         positions_N3 = _known_positions(config, files, own, distinct.digests)
         new_N = positions_N3[:, 0] < 0
@@ -126,6 +128,7 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> EmbeddingPlan
             at = find_digests(files[-1].digests, distinct.digests[new_N])
             positions_N3[new_N, 0] = len(files) - 1
             positions_N3[new_N, 1:] = files[-1].positions[at]
+    # Blocks that hold at least one text of this plan; each is embedded as a whole.
     used_B2, block_N = np.unique(positions_N3[:, :2], axis=0, return_inverse=True)
     plan = EmbeddingPlan(
         folder=folder,
@@ -139,6 +142,7 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> EmbeddingPlan
     if plan != earlier:
         # Its index must not be read with the blocks of another plan.
         (folder / _PLAN).unlink(missing_ok=True)
+    # (N, 2): number in `plan.blocks`, and row in that block.
     positions_N2 = np.stack([block_N.reshape(-1), positions_N3[:, 2]], axis=1).astype(np.int32)
     digests_N2, positions_N2 = sort_by_digest(distinct.digests, positions_N2)
     save_arrays(folder / _INDEX, digests=digests_N2, places=positions_N2)
@@ -163,6 +167,8 @@ def _known_positions(
         embedded = _embedded_blocks(config, file)
         usable = np.array([b in embedded or (file.name, b) in own for b in range(len(file.costs))])
         at_N = find_digests(file.digests, digests_N2)
+        # The first file with a text wins. Unknown texts (-1) read a wrong entry of `usable`, which
+        # `at_N >= 0` discards.
         chosen_N = (positions_N3[:, 0] < 0) & (at_N >= 0) & usable[file.positions[at_N, 0]]
         positions_N3[chosen_N, 0] = number
         positions_N3[chosen_N, 1:] = file.positions[at_N[chosen_N]]
@@ -196,6 +202,7 @@ def read_plan(config: EvaluateConfig) -> EmbeddingPlan:
         )
     fix = f"delete {folder} and run `diffembed evaluate plan` again"
     tree = unseal(read_json(folder / _PLAN, fix=fix), folder / _PLAN, fix=fix)
+    # The file does not name its folder, so that an output folder can be moved.
     tree = {**tree, "folder": str(folder)} if isinstance(tree, dict) else tree
     return check_kind(tree, EmbeddingPlan, where=str(folder / _PLAN), fix=fix)
 
@@ -206,6 +213,7 @@ def plan_folder(config: EvaluateConfig) -> Path:
         [t.task, t.instructions, t.lengths, *([str(t.own.path), t.own.split] if t.own else [])]
         for t in _planned_tasks(config)
     ]
+    # Models count only by their instructions: a plan does not depend on exports.
     inputs = [_VERSION, str(config.snapshots), tasks]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     return config.output_dir / "plan" / digest
@@ -217,6 +225,7 @@ def _all_lengths(config: EvaluateConfig) -> tuple[int, ...]:
 
 def _planned_tasks(config: EvaluateConfig) -> list[PlannedTask]:
     """Collect instructions and lengths by task; models share the documents of a task."""
+    # Dicts as ordered sets.
     instructions: dict[str, dict[str, None]] = {}
     lengths: dict[str, dict[int, None]] = {}
     for element in list_elements(config):
@@ -248,6 +257,7 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
 
 def _as_json(plan: EmbeddingPlan) -> dict[str, Any]:
     tree = dataclasses.asdict(plan)
+    # See `read_plan`.
     del tree["folder"]
     return tree
 
@@ -276,14 +286,18 @@ class BlockFile:
 
 def write_block_file(parent: Path, texts: DistinctTexts) -> BlockFile:
     """Write texts in blocks of about equal cost, longest texts first."""
+    # Longest first: a block has texts of similar length, which pack well.
     blocks = divide(texts.costs.tolist())
     sizes = np.array([len(rows) for rows in blocks])
+    # First text of each block, and each text's row in its block.
     starts = np.cumsum(sizes) - sizes
     rows = np.arange(sizes.sum()) - np.repeat(starts, sizes)
     positions = np.stack([np.repeat(np.arange(len(blocks)), sizes), rows], axis=1).astype(np.int32)
+    # The same texts in the same blocks have the same name, so that vectors can be reused.
     content = hashlib.sha256(texts.digests.tobytes() + sizes.tobytes()).hexdigest()[:12]
     digests, positions = sort_by_digest(texts.digests, positions)
     file = BlockFile(
+        # Named `cut-` since the first version; stores on disk depend on it.
         folder=parent / f"cut-{content}",
         digests=digests,
         positions=positions,
@@ -300,6 +314,7 @@ def write_block_file(parent: Path, texts: DistinctTexts) -> BlockFile:
 def read_block_files(parent: Path) -> list[BlockFile]:
     """Read all whole block files, sorted by name; their texts stay on disk."""
     found = []
+    # The index is written last: without it the file of texts may be half.
     for path in sorted(parent.glob(f"cut-*/{_INDEX}")):
         arrays = load_arrays(path, "digests", "places", "costs", fix=f"delete {path.parent}")
         found.append(
@@ -321,6 +336,7 @@ def divide(costs: Sequence[float]) -> list[range]:
     target = max(sum(costs) / _NUM_BLOCKS, _MIN_BLOCK_COST)
     blocks, start, cost = [], 0, 0.0
     for row, own in enumerate(costs):
+        # A text beyond the target gets a block to itself.
         if row > start and cost + own > target:
             blocks.append(range(start, row))
             start, cost = row, 0.0
@@ -338,6 +354,7 @@ def sort_by_digest(
     Digests are stored column by column, in files too: a lookup searches the first column, and must
     not copy it.
     """
+    # By the first 8 bytes, which tell all texts of a plan apart (see `DistinctTexts.of`).
     order_N = np.argsort(digests_N2[:, 0], kind="stable")
     return np.asfortranarray(digests_N2[order_N]), positions_N2[order_N]
 
@@ -351,6 +368,7 @@ def find_digests(known_N2: NDArray[np.uint64], wanted_M2: NDArray[np.uint64]) ->
     """
     if len(known_N2) == 0:
         return np.full(len(wanted_M2), -1)
+    # A digest beyond the last one has no row; it is compared with the last, and differs.
     at_M = np.searchsorted(known_N2[:, 0], wanted_M2[:, 0]).clip(max=len(known_N2) - 1)
     return np.where((known_N2[at_M] == wanted_M2).all(axis=1), at_M, -1)
 

@@ -132,6 +132,7 @@ def recipe_of(job: EncodeJob) -> str:
             for file in list_files(job.input, "--input")
         ],
     }
+    # None of these changes a vector.
     del tree["output"], tree["block_bytes"], tree["max_tokens"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -142,11 +143,13 @@ def start_or_continue(job: EncodeJob, recipe: str) -> None:
     Raises:
         UserError: a record cannot be embedded.
     """
+    # Claims of a killed run would keep their blocks from being embedded.
     shutil.rmtree(job.folder / "claims", ignore_errors=True)
     if _recipe_of_parts(job.folder) == recipe:
         return
     shutil.rmtree(job.folder, ignore_errors=True)
     files = list_files(job.input, "--input")
+    # Many blocks for many processes, but not thousands of small files.
     size = job.block_bytes or min(max(sum(map(file_size, files)) // 64, 2**16), 2**22)
     blocks = [
         block
@@ -166,6 +169,7 @@ def start_or_continue(job: EncodeJob, recipe: str) -> None:
     job.folder.mkdir(parents=True)
     plan = EncodePlan(recipe=recipe, blocks=tuple(blocks), fields=fields)
     write_json(job.folder / _PLAN, dataclasses.asdict(plan))
+    # This process may have read the plan of an earlier job in this folder.
     read_plan.cache_clear()
 
 
@@ -203,9 +207,11 @@ def read_groups(plan: EncodePlan, number: int) -> Iterator[list[Text]]:
     group: list[Text] = []
     characters = 0
     for record in _read(plan.blocks[number]):
+        # A blank line between JSON records.
         if record.value is None:
             continue
         fields = plan.fields
+        # Characters bound the memory of a group; texts differ too much in length to be counted.
         group.append(Text(id=fields.id_of(record), text=fields.text_of(record), record=record))
         characters += len(group[-1].text)
         if characters >= _GROUP_CHARACTERS:
@@ -316,6 +322,7 @@ def _stored(
     # Values beyond float16 become infinite without a warning; the check below refuses them.
     with np.errstate(over="ignore"):
         stored_ND = vectors_ND.astype(job.dtype)
+    # Before and after the conversion: causes and advice differ.
     for found_ND, cause in ((vectors_ND, f"by {job.model}"), (stored_ND, f"as {job.dtype}")):
         broken_N = ~np.isfinite(found_ND).all(axis=1)
         if broken_N.any():
@@ -334,6 +341,7 @@ def _tokenised(
     job: EncodeJob, plan: EncodePlan, model: LoadedExport, number: int
 ) -> Iterator[tuple[list[Text], list[list[int]], list[int]]]:
     """Yield groups of texts, their token ids, and how many of these belong to the prefix."""
+    # The same for all texts of a job.
     prefix, suffix = model.template.frame(job.role, job.instruction)
     for group in read_groups(plan, number):
         yield group, *model.tokenize([text.text for text in group], prefix, suffix)
@@ -345,6 +353,7 @@ def _assemble(job: EncodeJob) -> None:
     parts = [job.part(number) for number in range(len(plan.blocks))]
     fix = f"remove {job.folder} and run the same command again"
     with blame(f"{parts[0]}: damaged", fix=fix), pa.memory_map(str(parts[0])) as source:
+        # All parts have the same schema.
         schema = pa.ipc.open_file(source).schema
     write_vectors(job.output, schema, _batches(parts, numbered=plan.fields.id is None, fix=fix))
     shutil.rmtree(job.folder)
@@ -363,6 +372,7 @@ def _batches(parts: Sequence[Path], *, numbered: bool, fix: str) -> Iterator[pa.
         for k in range(num_batches):
             batch = read_batch(path, k, fix=fix)
             if numbered:
+                # Numbers run over all parts, so that they are known only now.
                 names = map(str, range(row, row + len(batch)))
                 batch = batch.set_column(0, batch.schema.field(0), pa.array(names, pa.string()))
             row += len(batch)

@@ -104,6 +104,7 @@ def survey(
     Raises:
         UserError: no record has a text, or some records lack a text or an id.
     """
+    # A given field that no record has is a typo; a missing default is normal.
     explicit_title = bool(title_field)
     if title_field is None:
         title_field = _TITLE if field == _TEXT and role == "document" else ""
@@ -157,6 +158,7 @@ class _Survey:
             self._skipped += 1
             return
         self.num_records += 1
+        # Plain lines have no other fields, and need no warning about missing ids.
         self._plain &= set(record.value) == {_TEXT}
         text = record.value.get(self._field)
         if not isinstance(text, str):
@@ -180,6 +182,7 @@ class _Survey:
         value = record.value.get(name)
         if value is None:
             self._without_id[name].add(record)
+        # In Python a bool is an int, but it identifies nothing.
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
             raise record.fail(f"{name}: {type(value).__name__}", allowed="a text or a number")
         else:
@@ -196,6 +199,7 @@ class _Survey:
             missing = self._without_id[name]
             if not missing.total:
                 return name
+            # A default field may be missing everywhere, a given one nowhere.
             if explicit or missing.total < self.num_records:
                 have = self.num_records - missing.total
                 raise UserError(
@@ -217,6 +221,7 @@ class _Survey:
         if fields.title:
             _warn(f"the field {fields.title!r} precedes the text (--title-field '' drops it)")
         if fields.id:
+            # Two ids may share 8 bytes of hash, but the count is only a warning.
             repeated = self.num_records - len(np.unique(np.frombuffer(self._ids[fields.id], "Q")))
             if repeated:
                 _warn(f"{repeated} of {self.num_records} records repeat an earlier {fields.id}")
@@ -258,6 +263,7 @@ def read_recipe(path: Path) -> str | None:
         if path.suffix == ".parquet":
             metadata = pq.read_schema(path).metadata or {}
         elif path.suffix == ".npy":
+            # Raises for a file that is not whole.
             np.load(path, mmap_mode="r")
             recipe = json.loads(ids_path(path).read_bytes())[_RECIPE]
             return recipe if isinstance(recipe, str) else None

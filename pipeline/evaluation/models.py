@@ -86,11 +86,13 @@ class TemplatedEmbedder:
         Raises:
             UserError: a vector is not finite.
         """
+        # Prefix and suffix separately: a text that is too long is cut, and its frame stays.
         vectors_ND = self.encoder.encode_texts(texts, *self.template.frame(role, instruction))
         fix = not_finite_fix(self.precision)
         require_finite(vectors_ND, texts, source=self.name, fix=fix)
         if self.normalize:
             norms_N = np.linalg.norm(vectors_ND, axis=1)
+            # A vector of zeros has no direction, and stays zero instead of becoming NaN.
             vectors_ND = vectors_ND / np.maximum(norms_N, 1e-12)[:, None]
         return vectors_ND
 
@@ -147,6 +149,7 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     """Load an element's export at its length, on this process's device."""
     fingerprint = export_fingerprint(element.model.path)
     model = element.model
+    # By fingerprint: an export that was replaced at its path is loaded again.
     key = (fingerprint, model.rope_scaling, model.precision, config.max_tokens)
     if key not in _loaded:
         # Free the old model first: two may not fit in memory.
@@ -166,6 +169,7 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
     export = _loaded[key].with_max_length(
         element.max_length, key=f"{element.model.name}: max_length"
     )
+    # The config's template wins: folders of other programs may have none.
     template = element.model.template or export.template
     return EvaluatedEncoder(
         embedder=TemplatedEmbedder(
@@ -173,6 +177,7 @@ def load_encoder(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             template=template,
             name=f"{model.name} ({model.path})",
             precision=export.encoder.config.dtype,
+            # The dot product is the cosine only of unit vectors.
             normalize=export.similarity == "cosine" and not export.encoder.config.normalize,
         ),
         template=template,
@@ -207,6 +212,7 @@ def load_here(
     """
     device, dtype = _device(), resolve_precision(precision)
     if device.type == "cuda":
+        # Free, not total: other processes may use the same GPU.
         free, _ = torch.cuda.mem_get_info(device)
         fits = tokens_that_fit(path, free, bytes_per_value=4 if dtype == "float32" else 2)
         max_tokens = max_tokens if fits is None else min(max_tokens, fits)
@@ -247,6 +253,7 @@ def processes_here(exports: Sequence[Path]) -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    # 4 bytes per parameter, because CPUs compute in float32.
     largest = max(_PROCESS_BYTES + 4 * num_parameters(export) for export in exports)
     # Torch's own number of threads: it respects OMP_NUM_THREADS and the cores of a Slurm job.
     return max(1, min(torch.get_num_threads(), int(memory // largest)))
@@ -288,8 +295,10 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int | No
         return None
     tree = read_settings(backbone, "config.json", dict[str, Any])
     with blame(f"{backbone}/config.json: no width", fix=f"fetch {backbone} again"):
+        # From config.json: a check must not load the model.
         width = next(int(tree[key]) for key in _WIDTH if key in tree)
         inner = next((int(tree[key]) for key in _INNER_WIDTH if tree.get(key)), 4 * width)
+    # Memory for tokens, after the weights.
     left = memory * _USABLE - num_parameters(export) * bytes_per_value
     return max(0, int(left // ((2 * width + 3 * inner) * bytes_per_value)))
 
@@ -300,6 +309,7 @@ def check_fit(config: EvaluateConfig) -> None:
     Raises:
         UserError: names the length that would fit.
     """
+    # A text of the longest length is enough: shorter ones share a forward.
     longest = max(element.max_length for element in list_elements(config))
     for model in config.models:
         backbone = backbone_folder(model.path)
@@ -331,6 +341,7 @@ def num_parameters(export: Path) -> int:
         with path.open("rb") as file, blame(f"{path}: damaged", fix=f"fetch {path.parent} again"):
             # The first bytes of a file in another format may be any number.
             size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            # A safetensors file starts with the length of a JSON header, and the header.
             header = json.loads(file.read(size))
             total += sum(
                 math.prod(tensor["shape"])
@@ -345,6 +356,7 @@ def revision(element: Element) -> str:
 
     mteb finds result files by model name and revision alone.
     """
+    # Exports of other programs have no step.
     step = _settings(element.model.path).get("step")
     words = [] if step is None else [checkpoint_name(step)]
     words += [model_fingerprint(element.model), f"length-{element.max_length}"]

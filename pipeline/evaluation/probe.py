@@ -55,6 +55,7 @@ def read_sentences(path: Path, task: str) -> list[Sentence]:
         raise UserError(
             f"{path}: cannot be read ({error})", allowed="a text file in UTF-8"
         ) from error
+    # Both formats give the same sentences.
     read = _read_json if path.suffix in (".jsonl", ".json") else _read_columns
     sentences = read(path, lines, task)
     if not sentences:
@@ -64,6 +65,7 @@ def read_sentences(path: Path, task: str) -> list[Sentence]:
 
 def _read_columns(path: Path, lines: list[str], task: str) -> list[Sentence]:
     sentences, rows = [], []
+    # An empty line at the end closes the last sentence.
     for number, line in enumerate([*lines, ""], start=1):
         fields = line.split()
         if fields and fields[0] != _DOCUMENT:
@@ -143,8 +145,10 @@ def probe(config: ProbeConfig) -> Path:
         _word_states(export, read_sentences(path, config.task), config)
         for path in (config.train, config.test)
     )
+    # Tags that only the test file has cannot be predicted, and count as errors.
     names = sorted(set(train.tags))
     predicted = _classify(config, train, test.states_ND, names)
+    # The classifier to beat: it ignores the model.
     majority = collections.Counter(train.tags).most_common(1)[0][0]
     result = {
         "accuracy": float(accuracy_score(test.tags, predicted)),
@@ -170,6 +174,7 @@ def _word_states(
         tokens_of_words(sentence.words, export.tokenizer, config.max_length)
         for sentence in sentences
     ]
+    # All at once: the export packs sentences into forwards, longest first.
     states = export.token_states([ids for ids, _ in tokenised])
     shift = int(config.labels == "next_token")
     rows, tags, skipped = [], [], 0
@@ -178,6 +183,7 @@ def _word_states(
             chosen = positions if config.merge_subwords else positions[:1]
             read = [position - shift for position in chosen if position >= shift]
             if read:
+                # The mean in float32: bfloat16 would lose bits.
                 rows.append(states_LD[read].float().mean(dim=0).to(states_LD.dtype))
                 tags.append(tag)
             else:
@@ -197,6 +203,7 @@ def _classify(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     numbers = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([numbers[tag] for tag in train.tags])
+    # A separate generator: dropout must not change the order of the words.
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # the dropout
     classifier: Any = torch.nn.Linear(train.states_ND.shape[1], len(names), device=device)
@@ -205,6 +212,7 @@ def _classify(
         order = torch.randperm(len(labels), generator=generator)
         for rows in torch.split(order, config.batch_size):
             states = F.dropout(train.states_ND[rows].to(device).float(), config.dropout)
+            # In float32, in whatever type the model computes.
             loss = F.cross_entropy(classifier(states), labels[rows].to(device))
             optimizer.zero_grad()
             torch.autograd.backward(loss)

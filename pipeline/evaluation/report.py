@@ -84,6 +84,7 @@ def write_report(config: EvaluateConfig) -> Path:
 
 def _write(config: EvaluateConfig, folder: Path) -> None:
     # Before they are read: scores that change meanwhile make this report outdated.
+    # Identifies the results in report.json: submission skips reports that are current.
     digest = results_digest(config)
     findings = collect_findings(config)
     models, tasks = findings.models, findings.tasks
@@ -102,6 +103,7 @@ def _write(config: EvaluateConfig, folder: Path) -> None:
     write_text(folder / "examples.md", examples_page(findings.results, models[-1]))
     merge_results(config)
     for model in config.models:
+        # A card must show the export's own scores, without changes of the config.
         as_exported = model.template is None and model.rope_scaling is None
         if as_exported and is_export(model.path):
             try:
@@ -254,6 +256,7 @@ def summarise(name: str, models: list[str], by_model: dict[str, Result]) -> dict
                 "minus": under,
                 **_difference(by_model[over]["per_query"], by_model[under]["per_query"]),
             }
+            # Every model minus every earlier one.
             for under, over in itertools.combinations(models, 2)
         ]
     return entry
@@ -271,6 +274,7 @@ def _difference(over: Strata, under: Strata) -> dict[str, Any]:
         "difference": difference,
         "ci_low": low,
         "ci_high": high,
+        # The interval excludes 0.
         "significant": low > 0 or high < 0,
     }
 
@@ -285,9 +289,11 @@ def compare_ends(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `kind`, the one with the most batches; `averaged`, how many of its first and of its last
         batches the means `first_loss` and `last_loss` are over.
     """
+    # Runs over a mixture have no kinds: all lines have the kind "".
     kinds = Counter(line.get("kind", "") for line in curve)
     kind = kinds.most_common(1)[0][0]
     losses = [line["loss"] for line in curve if line.get("kind", "") == kind]
+    # At most a quarter at each end, so that the ends of a short run do not overlap.
     count = max(1, min(10, len(losses) // 4))
     return {
         "kind": kind,
@@ -391,6 +397,7 @@ def _training(findings: Findings) -> list[str]:
     if training is None:
         return []
     count, kind = training["averaged"], training["kind"]
+    # One batch has no mean.
     steps = f"the first and the last {count} steps" if count > 1 else "the first and the last step"
     return [
         f"Training: {training['num_steps']} steps, loss {training['first_loss']:.4f} -> "
@@ -402,6 +409,7 @@ def _training(findings: Findings) -> list[str]:
 def _provenance(results: Results) -> Table:
     header = ["task", "model", "revision", "max length", "precision", "query template"]
     header += ["document template", "instruction", "data set"]
+    # A column that would be empty in most reports.
     scaled = any(r.get("rope_scaling") for by_model in results.values() for r in by_model.values())
     if scaled:
         header.append("RoPE scaling")

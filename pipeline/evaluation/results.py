@@ -90,9 +90,11 @@ def read_result_file(path: Path) -> Result:
         UserError: the file is damaged, or a newer version of this package wrote it.
     """
     fix = f"delete {path.parent} and evaluate again: only missing results are computed"
+    # Sealed: a changed digit must not become a published score.
     tree = unseal(read_json(path, fix=fix), path, fix=fix)
     check_kind(tree, Result, where=str(path), fix=fix)
     result: Result = tree
+    # Files without a version are from before it was written.
     result.setdefault("version", 1)
     if result["version"] > RESULT_VERSION:
         raise UserError(
@@ -106,6 +108,7 @@ def results_digest(config: EvaluateConfig) -> str:
     digest = hashlib.sha256()
     for element in list_elements(config):
         if element.result_path.is_file():
+            # The element counts too: swapped results are other results.
             digest.update(f"{element.model.name}\0{element.task}\0{element.max_length}\0".encode())
             digest.update(hashlib.sha256(element.result_path.read_bytes()).digest())
     return digest.hexdigest()[:16]
@@ -184,6 +187,7 @@ def merge_results(config: EvaluateConfig) -> Path:
     target = config.output_dir / "mteb"
     settings: dict[Path, list[str]] = {}
     for element in list_elements(config):
+        # mteb's own files, and our result, which has their hashes.
         source, result = element.folder / "mteb", read_result(element)
         if result is None:
             continue
@@ -196,6 +200,7 @@ def merge_results(config: EvaluateConfig) -> Path:
             else:
                 write_text(merged, path.read_text())
     for merged, lines in settings.items():
+        # A second merge must not double lines.
         kept = sorted(set(lines), key=lambda line: str(json.loads(line)["task"]))
         write_text(merged, "\n".join(kept) + "\n")
     return target
@@ -232,9 +237,11 @@ def read_curves(training_run: Path | None) -> Curves:
         evaluations = RunDir(training_run).evaluations
         for path in sorted(RunDir(evaluations).results.glob("*/*/*/result.json")):
             name, task, length, _ = path.parts[-4:]
+            # Models of other names were scored by hand.
             step, result = checkpoint_step(name), read_result_file(path)
             if step is not None and _belongs_to(evaluations / name, result):
                 found.setdefault((task, int(length)), []).append(_point(step, result))
+    # How many lengths each task has: only then its name needs one.
     lengths: dict[str, int] = {}
     for task, _ in found:
         lengths[task] = lengths.get(task, 0) + 1
@@ -285,7 +292,9 @@ def delete_scored_exports(evaluations: Path) -> None:
         scored = [r["score"] for r in results if r is not None and _belongs_to(path.parent, r)]
         if step is not None and len(scored) == len(results):
             scores[step] = scored
+    # Only steps with a score for every task.
     newest = max(scores, default=0)
+    # Means over other tasks are not comparable: only steps with as many as the newest count.
     best = max(
         (step for step in scores if len(scores[step]) == len(scores[newest])),
         key=lambda step: (sum(scores[step]), step),

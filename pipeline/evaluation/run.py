@@ -87,6 +87,7 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Resul
     # Before anything is loaded: a file that changes meanwhile must make this result invalid.
     dataset = get_task(element.task, element.own).metadata.dataset["path"]
     inputs = inputs_of(config, element, dataset)
+    # Scores are drawn by step as long as this is the checkpoint of the step.
     checkpoint = checkpoint_of(element.model.path)
     encoder = load(config, element)
     with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
@@ -186,6 +187,7 @@ def embed(
     world = discover_world()
     if num_processes is None:
         exports = [model.path for model in config.models]
+        # A launcher that started several ranks has shared the GPUs already.
         num_processes = processes_here(exports) if world.world_size == 1 else 1
     return embed_element(
         config,
@@ -207,6 +209,7 @@ def score_all(config: EvaluateConfig) -> list[Result]:
         UserError: vectors are missing.
     """
     elements = list_elements(config)
+    # In the order of the elements, whatever finishes first.
     results = {element.index: _valid_result(config, element) for element in elements}
     unfinished = [index for index, result in results.items() if result is None]
     # A process takes as long to start as a small task to be scored.
@@ -236,7 +239,9 @@ def _export_loader() -> LoadEncoder:
 def _replace_tree(source: Path, target: Path) -> None:
     """Copy a folder and rename the copy, so that `target` is never half a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the target's folder: a rename works within one disk alone.
     incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
+    # Not moved: scratch is often on another disk.
     shutil.copytree(source, incoming, dirs_exist_ok=True)
     if target.exists():
         shutil.rmtree(target)

@@ -75,6 +75,7 @@ def score_task(
         task = localise(get_task(task_name, own), snapshots)
         load_and_check(task)
         search = ExactSearch(model, instruction)
+        # mteb computes the official number; ours are its parts, and are compared with it.
         outcome = mteb.evaluate(
             search,
             task,
@@ -84,6 +85,7 @@ def score_task(
             co2_tracker=False,
             show_progress_bar=False,
         )[0]
+        # Within the private cache: judgements of FollowIR are still to be loaded.
         per_query = _per_query(task, search)
     metric, score = task.metadata.main_score, float(outcome.get_score())
     _check_mean(task.metadata.name, score, per_query)
@@ -155,12 +157,14 @@ def _chance(task: Any, metric: str) -> float | None:
             for query in data["relevant_docs"]
         }
         levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
+    # A mean over some of the splits would mislead.
     known = [level for level in levels if level is not None]
     return sum(known) / len(known) if len(known) == len(levels) else None
 
 
 def _other_scores(splits: list[dict[str, Any]]) -> dict[str, float]:
     """Average further metrics over splits; FollowIR's are of the original instructions."""
+    # FollowIR reports every metric for both instructions.
     originals = [row.get("og", row) for row in splits]
     return {
         metric: sum(float(row[metric]) for row in originals) / len(originals)
@@ -222,16 +226,20 @@ class ExactSearch:
                 without the excluded ones); None for all documents.
         """
         query_ids = list(queries["id"])
+        # Ids alone: texts are read block by block.
         document_ids = list(self._corpus["id"])
         candidates = _candidate_rows(query_ids, document_ids, top_ranked)
+        # All queries stay in memory: they are few, and every block needs them.
         query_QD = self._embed("query", self._instruction, query_texts(queries))
         best = TopK(num_queries=len(query_ids), k=top_k)
         for start in range(0, len(document_ids), self._block_documents):
             rows = range(start, min(start + self._block_documents, len(document_ids)))
             texts = document_texts(self._corpus.select(rows))
             scores_QM = query_QD @ self._embed("document", "", texts).T
+            # NaN compares false with everything: such documents would silently vanish.
             if np.isnan(scores_QM).any():
                 raise ValueError(f"{task_metadata.name}: the model returned NaN")
+            # All queries with all documents, then a mask: faster than many small products.
             if candidates is not None:
                 scores_QM[~_candidate_mask(candidates, rows)] = -np.inf
             best.add(scores_QM, first_document=start)
@@ -253,12 +261,14 @@ class TopK:
 
     def add(self, scores_QM: np.ndarray, *, first_document: int) -> None:
         """Add a block's scores; -inf marks documents that a query must not find."""
+        # (Q, K + M): the best documents so far, then the new block.
         documents_M = np.arange(first_document, first_document + scores_QM.shape[1])
         scores = np.concatenate([self._scores_QK, scores_QM], axis=1)
         documents = np.concatenate(
             [self._documents_QK, np.broadcast_to(documents_M, scores_QM.shape)], axis=1
         )
         if scores.shape[1] > self._k:
+            # Not sorted: mteb sorts rankings itself, and its order of ties decides.
             kept_QK = np.argpartition(-scores, self._k - 1, axis=1)[:, : self._k]
             scores = np.take_along_axis(scores, kept_QK, axis=1)
             documents = np.take_along_axis(documents, kept_QK, axis=1)
@@ -286,6 +296,7 @@ def _candidate_rows(
         return None
     row_of = {document_id: row for row, document_id in enumerate(document_ids)}
     return [
+        # Sorted, so that the candidates in a block are one slice.
         np.sort(np.array([row_of[d] for d in top_ranked.get(query_id, ())], dtype=np.int64))
         for query_id in query_ids
     ]
@@ -293,6 +304,7 @@ def _candidate_rows(
 
 def _candidate_mask(candidates: Sequence[np.ndarray], rows: range) -> np.ndarray:
     """Return (Q, len(rows)): True where the query may find the document."""
+    # Of one block: a mask of all documents would take Q bytes per document.
     mask = np.zeros((len(candidates), len(rows)), dtype=bool)
     for query, documents in enumerate(candidates):
         first, last = np.searchsorted(documents, (rows.start, rows.stop))
@@ -318,6 +330,7 @@ def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) ->
     name, _, cut = metric.partition("_at_")
     if name not in _TREC or not cut.isdigit():
         raise ValueError(f"{metric} is no mean over queries")
+    # pytrec_eval reads plain dicts alone.
     evaluator = pytrec_eval.RelevanceEvaluator(
         {query: dict(documents) for query, documents in judgements.items()},
         {f"{_TREC[name]}.{cut}"},
@@ -344,6 +357,7 @@ def p_mrr_per_query(changed: Mapping[str, Sequence[str]], rankings: Rankings) ->
             # A document that was not retrieved counts as the one after the last.
             og = before.get(document, len(before) + 1)
             new = after.get(document, len(after) + 1)
+            # og and new as in the paper: both cases are in [-1, 1], and 0 without a change.
             changes.append(new / og - 1 if og >= new else 1 - og / new)
         scores[query] = sum(changes) / len(changes)
     return scores
@@ -378,13 +392,16 @@ def chance_level(
     k = int(cut)
     expected = []
     for query, documents in judgements.items():
+        # The ideal order, best first.
         gains = sorted((gain for gain in documents.values() if gain > 0), reverse=True)
         n = num_candidates[query]
+        # Without relevant documents, every order scores 0.
         if not gains or n == 0:
             expected.append(0.0)
         elif name == "recall":
             expected.append(min(k, n) / n)
         else:
+            # DCG of the ideal order; each rank is discounted by the logarithm of its number + 1.
             ideal = sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:k]))
             discounts = sum(1 / math.log2(rank + 2) for rank in range(min(k, n)))
             expected.append(sum(gains) / n * discounts / ideal)
@@ -411,12 +428,15 @@ def worst_queries(
     row_of = {document: row for row, document in enumerate(data["corpus"]["id"][:])}
     texts = query_texts(data["queries"])
     examples = []
+    # Equal scores by id, so that every run shows the same examples.
     for query in sorted(scores, key=lambda query: (scores[query], query))[:_NUM_WORST_QUERIES]:
+        # p-MRR scores a pair of queries; the changed one is where it went wrong.
         key = query if query in rows else f"{query}-changed"
         found = rankings[key]
         ordered = _best_first(found)
         judged = data["relevant_docs"][key]
         relevant = [rank for rank, d in enumerate(ordered, start=1) if judged.get(d, 0) > 0]
+        # The first documents, and the relevant one that should have been among them.
         shown = [*range(1, min(_NUM_BEST_DOCUMENTS, len(ordered)) + 1), *relevant[:1]]
         examples.append(
             {
@@ -441,6 +461,7 @@ def _document(
     row_of: Mapping[str, int],
 ) -> dict[str, Any]:
     document = ordered[rank - 1]
+    # One row: reading the whole corpus for three examples would take its memory.
     (text,) = document_texts(corpus.select([row_of[document]]))
     return {
         "rank": rank,

@@ -68,6 +68,7 @@ def _confidence_interval(strata: list[np.ndarray]) -> tuple[float, float]:
         counts_RQ = generator.multinomial(
             len(values), np.full(len(values), 1 / len(values)), size=_RESAMPLES
         )
+        # (R, Q) @ (Q,): the mean of each resample.
         means_R += counts_RQ @ values / len(values)
     low, high = np.quantile(means_R / len(strata), (0.025, 0.975))
     return float(low), float(high)
@@ -126,6 +127,7 @@ def pair_rows(tasks: Sequence[dict[str, Any]]) -> Table | None:
 
 
 def _interval_cell(entry: dict[str, Any]) -> str:
+    # ns: not significant.
     mark = "" if entry["significant"] else " ns"
     return f"[{entry['ci_low']:+.4f}, {entry['ci_high']:+.4f}]{mark}"
 
@@ -206,6 +208,7 @@ class Published:
 
     def columns(self, task: str) -> list[PublishedColumn]:
         """Return the published parts of a task's result."""
+        # A dict as an ordered set.
         known = dict.fromkeys(column for scores in self.scores.values() for column in scores)
         return [column for column in known if column.task == task]
 
@@ -265,7 +268,9 @@ def published_table(models: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -
         scores = [column.ours(entry, model) for column, entry in columns]
         scores += [100 * sum(e[model] for e in own) / len(own) for own in means.values()]
         rows.append([model, *(f"{score:.1f}" for score in scores)])
+    # Models with scores first, then models with means alone.
     for name in dict.fromkeys((*published.scores, *published.means)):
+        # Models without a number in any of these columns get no row.
         row = [published.scores.get(name, {}).get(column) for column, _ in columns]
         row += [published.means.get(name, {}).get(benchmark) for benchmark in means]
         if any(score is not None for score in row):
@@ -280,6 +285,7 @@ def _whole_benchmarks(
     found = {}
     for benchmark in dict.fromkeys(b for means in read_published().means.values() for b in means):
         own = [entry for entry in tasks if entry["task"] in BENCHMARKS[benchmark]]
+        # Lists, not sets: a task at two lengths appears twice, and has no single mean.
         if sorted(entry["task"] for entry in own) == sorted(BENCHMARKS[benchmark]):
             found[benchmark] = own
     return found
@@ -305,6 +311,7 @@ def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _latex(cell: str) -> str:
+    # Backslashes do not occur in names, metrics and numbers.
     for symbol in "&%$#_{}":
         cell = cell.replace(symbol, "\\" + symbol)
     return cell
@@ -338,6 +345,7 @@ def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
     figure = _figure(max(6.0, 1.6 * len(tasks)), 4.2)
     axes = figure.subplots()
     centers = np.arange(len(tasks))
+    # The bars of a task share 0.8 of its unit on the axis.
     width = 0.8 / len(models)
     for number, model in enumerate(models):
         scores = np.array([task[model] for task in tasks])
@@ -371,6 +379,7 @@ def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
         axes.set_ylabel(task["metric"])
         axes.set_ylim(bottom=0)
         axes.tick_params(axis="x", rotation=45)
+    # The colors are the same in all panels.
     panels[0].legend(fontsize=8)
     return _save(figure, path)
 

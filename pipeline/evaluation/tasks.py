@@ -128,6 +128,7 @@ _BRIGHT = {
     "TheoremQATheorems": "Given a math problem, retrieve theorems that help solve it",
     "TheoremQAQuestions": "Given a math problem, retrieve problems solved by the same theorem",
 }
+# Long and short halves of a topic share their questions, and so their instruction.
 INSTRUCTIONS: dict[str, str] = {
     task: _BRIGHT[task.removeprefix("Bright").removesuffix("Retrieval").removesuffix("Long")]
     for benchmark in ("BRIGHT", "BRIGHT-long")
@@ -210,6 +211,7 @@ def tasks_of(config: EvaluateConfig) -> dict[str, OwnTask | None]:
     tasks: dict[str, OwnTask | None] = {}
     for task in config.tasks:
         if isinstance(task, str):
+            # A task that is named twice is scored once.
             tasks.update(dict.fromkeys(expand([task])))
         elif task.name in BENCHMARKS or benchmark_of(task.name) != "other":
             raise UserError(f"tasks: {task.name!r} is a name of mteb", fix="give it another name")
@@ -293,6 +295,7 @@ def make_task(own: OwnTask) -> Any:
     mteb = load_mteb()
     from mteb.abstasks import AbsTaskRetrieval
 
+    # mteb keeps metadata on the class, so that every own task is a class.
     class FolderTask(AbsTaskRetrieval):  # type: ignore[misc]
         metadata = mteb.TaskMetadata(
             name=own.name,
@@ -331,6 +334,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
         judged: dict[str, dict[str, int]] = {}
         files = tuple(judgement_files(source))
         for record, query, document, score in judgement_records(files, bad.add):
+            # trec_eval takes whole grades alone.
             if float(score).is_integer():
                 judged.setdefault(query, {})[document] = int(score)
             else:
@@ -341,6 +345,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
                 bad.add(record.fail("no text", allowed="a text in the field text or query"))
         bad.refuse()
     except UserError as error:
+        # The readers name a source, but the user wrote a task.
         found = error.found.replace(f"sources.{own.name}", f"tasks.{own.name}")
         raise UserError(found, allowed=error.allowed, fix=error.fix) from error
     relevant = {query: documents for query, documents in judged.items() if query in queries}
@@ -350,6 +355,7 @@ def read_split(own: OwnTask) -> dict[str, Any]:
             fix="check the ids in queries and qrels, or give the task another split",
         )
     _report_left_out(own, queries, judged)
+    # mteb expects judgements for every query.
     scored = {query: record for query, record in queries.items() if query in relevant}
     return {
         "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
@@ -374,6 +380,7 @@ def _distinct_queries(records: Iterator[Record], bad: BadRecords) -> dict[str, R
     queries: dict[str, Record] = {}
     for record in records:
         try:
+            # Repeated rows are harmless; another text under the same id is not.
             first = queries.setdefault(name := identifier(record), record)
         except BadRowError as fault:
             bad.add(fault)
@@ -392,6 +399,7 @@ def _query_of(record: Record) -> tuple[object, object]:
 
 def _records(source: SourceConfig, part: str, bad: BadRecords) -> Iterator[Record]:
     for file in folder_part(source, part):
+        # One block per file: all of it is read anyway.
         for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
             yield from read_records(block, split=None, on_bad=bad.add)
 

@@ -122,11 +122,14 @@ def list_texts(
     from pipeline.evaluation.datasets import load_texts
 
     documents, queries = load_texts(task.task, snapshots=snapshots, own=task.own)
+    # One column; the texts of each prompt are a slice of it.
     texts = pa.array(documents + queries, type=pa.large_string())
     prompts: tuple[Prompt, ...] = (("document", ""), *(("query", i) for i in task.instructions))
     columns = []
     for index, (role, instruction) in enumerate(prompts):
+        # Documents have no instruction: models with different wordings share them.
         first, count = (0, len(documents)) if role == "document" else (len(documents), len(queries))
+        # A view of the same bytes.
         of_role = texts.slice(first, count)
         sizes_N = byte_sizes(of_role)
         for wanted in task.lengths:
@@ -187,13 +190,16 @@ class DistinctTexts:
         Raises:
             RuntimeError: two texts share the 8 bytes that lookups search for.
         """
+        # Of all tasks, with repetitions.
         digests_N2 = np.concatenate([task.digests for task in tasks])
+        # Lookups search the first 8 bytes alone; the rest only confirms a hit.
         _, first, inverse = np.unique(digests_N2[:, 0], return_index=True, return_inverse=True)
         if (digests_N2[first, 1][inverse] != digests_N2[:, 1]).any():
             raise RuntimeError("two texts share the first 8 bytes of their digest")
         costs = np.concatenate([task.costs for task in tasks])
         # Ties by digest: the same texts give the same blocks, in whatever order the tasks are.
         order = first[np.lexsort((digests_N2[first, 0], -costs[first]))]
+        # (occurrences,) of all tasks, one after another.
         task_N = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
         row_N = np.concatenate([task.rows for task in tasks])
         prompt_N = np.concatenate([task.prompt for task in tasks])
@@ -257,6 +263,7 @@ def effective_lengths(
         lengths: all lengths of the evaluation, ascending.
     """
     bounds_N = sizes_N + len(instruction.encode()) + _TEMPLATE_BYTES
+    # Texts longer than every length keep the wanted one.
     choices = np.array([*lengths, np.iinfo(np.int32).max], dtype=np.int32)
     found_N = choices[np.searchsorted(choices, bounds_N)]
     return np.minimum(found_N, np.int32(wanted))
@@ -269,6 +276,7 @@ def require_short(template: Template, *, model: str) -> None:
         UserError: it adds more: texts of two lengths that are cut differently would share a vector.
     """
     for role in ("query", "document"):
+        # All that the template adds, with empty text and instruction.
         frame = getattr(template, role).replace("{text}", "").replace("{instruction}", "")
         added = len(frame.encode())
         if added > _TEMPLATE_BYTES:
@@ -283,6 +291,7 @@ def costs(
     instruction: str, sizes_N: NDArray[np.int64], lengths_N: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     """Return (N,) work to embed each text, in tokens of a short text."""
+    # At least one token: even an empty text has special tokens.
     tokens_N = (sizes_N + len(instruction.encode())) / _BYTES_PER_TOKEN + 1
     tokens_N = np.minimum(tokens_N, lengths_N)
     return text_cost(tokens_N, _ATTENTION_TOKENS)
@@ -292,10 +301,12 @@ def digests(
     role: Role, instruction: str, texts: pa.LargeStringArray, lengths_N: NDArray[np.int32]
 ) -> NDArray[np.uint64]:
     """Return (N, 2): 16 bytes that identify role, instruction, length and text."""
+    # Texts continue a copy of the hash of their prompt and length.
     starts = {
         int(length): hashlib.sha256(f"{role}\0{instruction}\0{length}\0".encode())
         for length in np.unique(lengths_N)
     }
+    # One view of the bytes of all texts: no Python string per text.
     bounds, data = _offsets(texts).tolist(), memoryview(texts.buffers()[2] or b"")
     found = bytearray()
     for row, length in enumerate(lengths_N.tolist()):
@@ -307,5 +318,6 @@ def digests(
 
 def _offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
     """Return (N + 1,) start of each text in the array's bytes."""
+    # Buffers of a string array are validity, offsets and bytes; a slice shares them.
     offsets: NDArray[np.int64] = np.frombuffer(texts.buffers()[1], dtype=np.int64)
     return offsets[texts.offset : texts.offset + len(texts) + 1]

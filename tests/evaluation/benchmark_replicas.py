@@ -1,6 +1,6 @@
 """Tiny data sets in the hub's layout, so that unmodified mteb tasks load them from a folder.
 
-Every subset has texts of its own, so that a task that reads another's is seen in its score.
+Every subset has different texts, so that a task that reads another's gets another score.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4
         for i, name in enumerate(names):
             filler = "The road went on and on. " * (min(length, 512) // 32)
             number = generator.randint(1000, 9999)
-            # Documents that are cut before what is asked for must not tie.
+            # Documents that are cut before the answer must not tie.
             head = " ".join(generator.sample(WORDS, 6))
             text = f"{head}. {filler}{name} keeps a needle in drawer {number}. {filler}"
             needle["corpus"].append(

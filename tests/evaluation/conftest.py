@@ -77,3 +77,8 @@ def strong(config: EvaluateConfig) -> EvaluateConfig:
         models=config.models[1:],
         tasks=(TASKS[0], "BrightBiologyLongRetrieval", "BrightAopsRetrieval"),
     )
+
+
+@pytest.fixture
+def one(config: EvaluateConfig) -> EvaluateConfig:
+    return dataclasses.replace(config, models=config.models[:1], tasks=("BrightAopsRetrieval",))

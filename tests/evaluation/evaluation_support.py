@@ -101,7 +101,7 @@ def load_letters(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
 
 
 def load_endless(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
-    """A model that says which process it is in and never gives a vector."""
+    """A model that leaves the number of its process in a file, and never returns a vector."""
     (config.output_dir / f"{os.getpid()}.process").touch()
     time.sleep(600)
-    raise AssertionError("nobody ended this process")
+    raise AssertionError("this process was not ended")

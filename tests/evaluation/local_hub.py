@@ -1,4 +1,4 @@
-"""A read-only data set hub on this machine: the few answers that a snapshot download asks for."""
+"""A read-only data set hub on this machine: only the answers that a snapshot download needs."""
 
 from __future__ import annotations
 

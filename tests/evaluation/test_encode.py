@@ -1,4 +1,4 @@
-"""Vectors in a file: those of the export, whatever the processes, containers and interruptions."""
+"""Vectors in a file: equal for any number of processes, any container and after a kill."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def encode_rows(job: EncodeJob, name: str, content: str) -> tuple[list[str], np.
 def test_vector_i_belongs_to_line_i_also_where_lines_are_blank(
     plain: EncodeJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = dataclasses.replace(plain, block_bytes=8)  # blocks may begin and end with blank lines
+    small = dataclasses.replace(plain, block_bytes=8)  # blocks may start and end with blank lines
     names, vectors = encode_rows(small, "lines.txt", "\nriver\n\n   \nstone\n\n")
     wanted = load_export(plain.model).encode_texts(["", "river", "", "   ", "stone", ""])
     assert names == [str(line) for line in range(6)]

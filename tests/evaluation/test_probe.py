@@ -25,7 +25,7 @@ Tagged = list[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random models that read both ways, or only what is behind."""
+    """Random models with bidirectional and with causal attention."""
     folder = tmp_path_factory.mktemp("probe")
     corpus = folder / "corpus.txt"
     rng = random.Random(0)  # each word often, with and without a space before it
@@ -121,7 +121,7 @@ def test_a_tag_that_the_next_word_decides_is_read_only_by_who_sees_it(
     both = run(tmp_path, exports["bidirectional"], after, longest=2)
     behind = run(tmp_path, exports["causal"], after, longest=2)
     assert both["accuracy"] > 0.95
-    # The tag of the second word is always the same, that of the first a coin for the causal model.
+    # The second word always has the same tag; the tag of the first is a coin for the causal model.
     assert behind["accuracy"] < 0.85
 
 

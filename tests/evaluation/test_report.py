@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import benchmark_replicas
-import numpy as np
 import pytest
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling
@@ -16,17 +14,6 @@ from pipeline.evaluation import tables
 from pipeline.evaluation.datasets import REVISION_FILE, get_task
 from pipeline.evaluation.report import compare_ends, write_report
 from pipeline.evaluation.run import run_all, run_element
-from pipeline.evaluation.tables import (
-    aligned_table,
-    by_kind,
-    latex_table,
-    markdown_table,
-    plot_loss,
-    published_table,
-    read_published,
-    running_mean,
-)
-from pipeline.evaluation.tasks import BENCHMARKS
 
 
 @pytest.fixture
@@ -139,60 +126,6 @@ def test_published_scores_stand_only_beside_scores_on_fetched_data(config, load,
     assert "| local |" in (folder / "report.md").read_text()
 
 
-def entry(task: str, **parts: object) -> dict[str, object]:
-    return {"name": task, "task": task, "replica": False, "ours": 0.5, **parts}
-
-
-def test_parts_of_a_task_stand_beside_the_papers_parts():
-    lengths = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-    by_split = {"ours": {f"test_{n}": 1.0 if n <= 4096 else 0.25 for n in lengths}}
-    follow = {"ours": {"map_at_1000": 0.2, "ndcg_at_5": 0.3}}
-    header, rows = published_table(
-        ["ours"],
-        [
-            entry("LEMBPasskeyRetrieval", by_split=by_split),
-            entry("Core17InstructionRetrieval", other_scores=follow),
-            entry("LEMBNeedleRetrieval", by_split=by_split, replica=True),
-        ],
-    )
-    table = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-    assert table["ours"] == {
-        "LEMBPasskeyRetrieval <= 4k": "100.0",
-        "LEMBPasskeyRetrieval > 4k": "25.0",
-        "Core17InstructionRetrieval map_at_1000": "20.0",
-        "Core17InstructionRetrieval": "50.0",
-    }
-    assert list(table["DiffEmbed (paper)"].values()) == ["100.0", "29.3", "16.2", "6.0"]
-    assert list(table["Qwen3-Embedding-4B (board)"].values()) == ["", "", "", "13.5"]
-    assert "ReasonIR-8B (paper)" not in table
-
-
-def test_a_whole_benchmark_stands_beside_published_means():
-    tasks = [entry(t, other_scores={"ours": dict.fromkeys(("map_at_1000", "ndcg_at_5"), 0.1)})
-             for t in BENCHMARKS["FollowIR"]]  # fmt: skip
-    header, rows = published_table(["ours"], tasks)
-    assert header[-1] == "FollowIR mean"
-    means = {row[0]: row[-1] for row in rows}
-    assert means["ours"] == "50.0"
-    assert means["Qwen3-Embedding-4B (board)"] == "11.6"
-    assert means["DiffEmbed (paper)"] == ""
-    header, _ = published_table(["ours"], tasks[:2])
-    assert "mean" not in " ".join(header)
-    assert published_table(["ours"], [entry("NFCorpus")]) is None
-
-
-def test_the_papers_rows_average_to_its_own_averages():
-    long_average = {"DiffEmbed (paper)": 62.2, "Mistral+LLM2Vec (paper)": 58.6,
-                    "E5-Mistral (paper)": 59.4, "Qwen2.5 (paper)": 52.8}  # fmt: skip
-    bright_average = {"DiffEmbed (paper)": 33.2, "Qwen2.5 (paper)": 30.6,
-                      "ReasonIR-8B (paper)": 27.2, "Llama3+SimCSE (paper)": 24.9}  # fmt: skip
-    for prefix, averages in (("LEMB", long_average), ("Bright", bright_average)):
-        for model, average in averages.items():
-            found = read_published().scores[model].items()
-            scores = [score for column, score in found if column.task.startswith(prefix)]
-            assert sum(scores) / len(scores) == pytest.approx(average, abs=0.06)
-
-
 def test_the_worst_queries_are_shown_with_what_was_found_instead(config, load):
     config = dataclasses.replace(config, tasks=("BrightAopsRetrieval",))
     weak, strong = run_all(config, load=load)
@@ -276,25 +209,8 @@ def test_models_with_one_name_are_refused(tmp_path):
         EvaluateConfig(output_dir=tmp_path, models=twins, tasks=("FollowIR",))
 
 
-def test_tables_keep_columns_apart():
-    assert latex_table(["a_b", "n"], [["x & y", "1"]]).splitlines()[2:5] == [
-        r"a\_b & n \\",
-        r"\midrule",
-        r"x \& y & 1 \\",
-    ]
-    assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines() == [
-        "| a | b |",
-        "| --- | ---: |",
-        "| x\\|y | 1 |",
-    ]
-    assert aligned_table(["task", "n"], [["long name", "1"]]).splitlines() == [
-        "task       n",
-        "long name  1",
-    ]
-
-
 def test_the_ends_of_a_run_are_compared_over_batches_of_one_kind() -> None:
-    """Kind a falls from 9 to 5, kind b from 2 to 1; the run begins with a and ends with b."""
+    """Kind a falls from 9 to 5, kind b from 2 to 1; the first batch is of kind a, the last of b."""
     losses = {"a": [9.0, 9.0, 8.0, 7.0, 6.0, 6.0, 5.0, 5.0], "b": [2.0, 1.0]}
     order = "aaaabaaaab"
     queues = {kind: iter(values) for kind, values in losses.items()}
@@ -303,24 +219,47 @@ def test_the_ends_of_a_run_are_compared_over_batches_of_one_kind() -> None:
     assert found == {"kind": "a", "averaged": 2, "first_loss": 9.0, "last_loss": 5.0}
 
 
-def test_kinds_of_batches_are_lines_of_their_own_and_smoothed(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    curve = [
-        {"step": n, "kind": "ab"[n % 2], "loss": 5.0 * (n % 2) + generator.normal(), "lr": 1e-4}
-        for n in range(400)
-    ]
-    assert plot_loss(tmp_path / "loss.png", curve).stat().st_size > 0
-    lines = by_kind(curve)
-    assert [len(line) for line in lines.values()] == [200, 200]
-    for kind, level in (("a", 0.0), ("b", 5.0)):
-        smooth = running_mean(np.array([line["loss"] for line in lines[kind]]))
-        assert smooth.shape == (200,)
-        assert abs(smooth.mean() - level) < 0.3
-        assert smooth.std() < 0.5
-
-
-def test_a_running_mean_is_the_mean_around_each_value() -> None:
-    values = np.arange(100.0) ** 2
-    means = running_mean(values)
-    for place in (0, 1, 50, 99):
-        assert means[place] == pytest.approx(values[max(0, place - 2) : place + 3].mean())
+def test_scores_of_checkpoints_are_drawn_against_their_step(config, load, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    weak, strong = config.models
+    steps = dataclasses.replace(
+        config,
+        output_dir=run / "evaluations",
+        models=(
+            dataclasses.replace(strong, name="step-000020"),
+            dataclasses.replace(weak, name="step-000003"),
+        ),
+        tasks=("BrightAopsRetrieval", "LEMBQMSumRetrieval"),
+        lengths={"LongEmbed": (16, 64)},
+        training_run=run,
+    )
+    results = run_all(steps, load=load)
+    # Still to be scored.
+    next((run / "evaluations/results/step-000020").glob("LEMB*/16/result.json")).unlink()
+    last = dataclasses.replace(
+        steps, models=steps.models[:1], tasks=("BrightAopsRetrieval",), lengths={}
+    )
+    folder = write_report(last)
+    curves = json.loads((folder / "report.json").read_text())["by_step"]
+    assert {name: [p["step"] for p in points] for name, points in curves.items()} == {
+        "BrightAopsRetrieval": [3, 20],
+        "LEMBQMSumRetrieval@16": [3],
+        "LEMBQMSumRetrieval@64": [3, 20],
+    }
+    by_model = {r["model"]: r["score"] for r in results if r["task"] == "BrightAopsRetrieval"}
+    early, late = curves["BrightAopsRetrieval"]
+    assert (early["score"], late["score"]) == (by_model["step-000003"], by_model["step-000020"])
+    assert early["ci_low"] <= early["score"] <= early["ci_high"]
+    text = (folder / "report.md").read_text()
+    row = f"| BrightAopsRetrieval | ndcg_at_10 | {early['score']:.4f} | {late['score']:.4f} |"
+    assert row in text
+    assert "| LEMBQMSumRetrieval@16 | ndcg_at_10 |" in text
+    assert (folder / "steps.png").read_bytes().startswith(b"\x89PNG")
+    assert "](steps.png)" in text
+    # The report tells how the number was made.
+    made = next(r for r in results if r["model"] == "step-000020" and "Aops" in r["task"])
+    templates = "`Instruct: {instruction}\\nQuery: {text}` | `{text}`"
+    origin = f"{made['revision']} | 64 | float32 | {templates} | {made['instruction']} | local |"
+    assert f"| BrightAopsRetrieval | step-000020 | {origin}" in text

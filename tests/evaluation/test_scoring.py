@@ -1,20 +1,201 @@
-"""Query scores, chance and intervals against brute force and mteb's own functions."""
+"""Scores of every task against mteb's own search, and its silent failures."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
 import random
+import shutil
 
+import benchmark_replicas as replicas
+import mteb
 import numpy as np
 import pytest
-from datasets import Dataset
-from mteb._create_dataloaders import _combine_queries_with_instruction_text, _corpus_to_dict
+from evaluation_support import TASKS, MiniLM, MtebEncoder, wrap
 from mteb._evaluators.retrieval_metrics import calculate_pmrr
+from mteb.models import EncoderProtocol, SearchProtocol
 
-from pipeline.evaluation.datasets import document_texts, query_texts
-from pipeline.evaluation.scoring import TopK, chance_level, p_mrr_per_query, per_query_scores
-from pipeline.evaluation.tables import interval, paired_difference
+from pipeline.errors import UserError
+from pipeline.evaluation.datasets import (
+    get_task,
+    load_and_check,
+    localise,
+    private_cache,
+)
+from pipeline.evaluation.run import run_all, run_element
+from pipeline.evaluation.scoring import (
+    ExactSearch,
+    TopK,
+    chance_level,
+    p_mrr_per_query,
+    per_query_scores,
+    score_task,
+)
+from pipeline.evaluation.tasks import (
+    DEFAULT_INSTRUCTION,
+    INSTRUCTIONS,
+    expand,
+    list_elements,
+)
+
+FOLLOW_IR = "Core17InstructionRetrieval"
+
+
+def texts_seen_by_the_model(task: str, snapshots, tmp_path, minilm: MiniLM) -> list[str]:
+    model = wrap(minilm)
+    minilm.seen.clear()
+    score_task(
+        model,
+        task_name=task,
+        instruction=INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION),
+        snapshots=snapshots,
+        scratch=tmp_path,
+    )
+    return minilm.seen.copy()
+
+
+def test_a_query_carries_its_own_instruction_exactly_once(snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(FOLLOW_IR, snapshots, tmp_path, minilm)
+    queries = [text for text in seen if text.startswith("Instruct: ")]
+    assert len(queries) == 2 * len(replicas.TOPICS)
+    for topic in replicas.TOPICS:
+        about = [query for query in queries if f"Find {topic}." in query]
+        assert len(about) == 2
+        assert all(query.count(f"Find {topic}.") == 1 for query in about)
+        assert all(query.count(DEFAULT_INSTRUCTION) == 1 for query in about)
+
+
+@pytest.mark.parametrize("task", [FOLLOW_IR, "LEMBQMSumRetrieval", "BrightAopsRetrieval"])
+def test_no_document_carries_an_instruction(task, snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(task, snapshots, tmp_path, minilm)
+    documents = [text for text in seen if not text.startswith("Instruct: ")]
+    assert len(documents) >= len(replicas.TOPICS)
+    for text in documents:
+        assert any(sentence in text for sentence in replicas.TOPICS.values()), text
+        assert DEFAULT_INSTRUCTION not in text
+        assert "Given a" not in text
+
+
+def test_a_title_is_joined_to_its_document_exactly_once(snapshots, tmp_path, minilm):
+    seen = texts_seen_by_the_model(FOLLOW_IR, snapshots, tmp_path, minilm)
+    titled = [text for text in seen if text.startswith("Glaciers")]
+    assert len(titled) == 3
+    assert all(text.count("Glaciers") == 1 for text in titled)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("instruction", "no instructions"),
+        ("top_ranked", "no candidates"),
+        ("qrel_diff", "no changed judgements"),
+    ],
+)
+def test_a_snapshot_without_what_follow_ir_needs_is_refused_before_encoding(
+    config, message, tmp_path
+):
+    replicas.write_follow_ir(tmp_path / "hub", without=(config,))
+
+    class Untouched:
+        def encode_texts(self, texts, prefix="", suffix=""):
+            if list(texts) == ["."]:
+                return np.ones((1, 2), dtype=np.float32)
+            raise AssertionError("encoded before the data were proved complete")
+
+    with pytest.raises(UserError, match=message):
+        score_task(
+            wrap(Untouched()),
+            task_name=FOLLOW_IR,
+            instruction="",
+            snapshots=tmp_path / "hub",
+            scratch=tmp_path / "scratch",
+        )
+
+
+def test_excluded_documents_are_never_found(snapshots, tmp_path, minilm):
+    with private_cache(tmp_path):
+        task = localise(get_task("BrightAopsRetrieval"), snapshots)
+        load_and_check(task)
+    data = task.dataset["default"]["standard"]
+    search = ExactSearch(wrap(minilm), "", block_documents=7)
+    search.index(data["corpus"])
+    rankings = search.search(
+        data["queries"],
+        task_metadata=task.metadata,
+        hf_split="standard",
+        hf_subset="default",
+        top_k=1000,
+        top_ranked=data["top_ranked"],
+    )
+    for number, topic in enumerate(replicas.TOPICS):
+        excluded = {f"aops/{topic}-{a}".replace(" ", "_") for a in replicas.ASPECTS[:2]}
+        assert len(rankings[str(number)]) == 48 - 2
+        assert not excluded & set(rankings[str(number)])
+
+
+def test_our_search_satisfies_mtebs_protocol_and_inherits_nothing(minilm):
+    assert isinstance(ExactSearch(wrap(minilm), ""), SearchProtocol)
+    assert isinstance(MtebEncoder(wrap(minilm), ""), EncoderProtocol)  # the tests' reference
+    assert ExactSearch.__mro__ == (ExactSearch, object)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_scores_what_mteb_scores_with_its_own_search(
+    task, config, load, minilm, tmp_path
+):
+    index = next(
+        e.index for e in list_elements(config) if (e.model.name, e.task) == ("strong", task)
+    )
+    ours = run_element(config, index, load=load)
+    theirs = mteb.evaluate(
+        MtebEncoder(wrap(minilm), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    assert ours["score"] != 0
+    assert ours["by_split"] == pytest.approx(
+        {split: rows[0]["main_score"] for split, rows in theirs.scores.items()}, abs=1e-6
+    )
+
+
+OTHERS = [
+    task for task in expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long")) if task not in TASKS
+] + ["BrightRetrieval", "BrightLongRetrieval"]
+
+
+@pytest.mark.parametrize("task", OTHERS)
+def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, load):
+    config = dataclasses.replace(config, tasks=(task,))
+    element = next(e for e in list_elements(config) if e.model.name == "weak")
+    ours = run_element(config, element.index, load=load)
+    theirs = mteb.evaluate(
+        MtebEncoder(load(config, element), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    assert ours["metric"] in ("p-MRR", "ndcg_at_10", "recall_at_1")
+
+
+def test_a_task_that_reads_another_tasks_subset_gets_another_score(config, load, tmp_path):
+    biology, economics = "BrightBiologyRetrieval", "BrightEconomicsRetrieval"
+    config = dataclasses.replace(config, models=config.models[1:], tasks=(biology, economics))
+    right = [result["score"] for result in run_all(config, load=load)]
+    hub = tmp_path / "swapped"
+    shutil.copytree(config.snapshots, hub)
+    for part in (hub / "mteb/BRIGHT").iterdir():
+        if part.is_dir():
+            (part / "biology.jsonl").rename(part / "aside")
+            (part / "economics.jsonl").rename(part / "biology.jsonl")
+            (part / "aside").rename(part / "economics.jsonl")
+    swapped = dataclasses.replace(config, snapshots=hub, output_dir=tmp_path / "other")
+    wrong = [result["score"] for result in run_all(swapped, load=load)]
+    assert all(abs(one - other) > 1e-4 for one, other in zip(right, wrong, strict=True))
 
 
 def test_p_mrr_averages_to_mtebs_with_ties_and_missing_documents():
@@ -53,40 +234,6 @@ def test_a_metric_that_is_no_mean_over_queries_is_refused():
         per_query_scores("nauc_ndcg_at_10", {}, {})
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_claims():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(100):
-        values = generator.normal(0.3, 0.2, size=60)
-        low, high = interval({"s": {str(i): float(v) for i, v in enumerate(values)}})
-        covered += low <= 0.3 <= high
-    assert 0.88 <= covered / 100 <= 0.99
-
-
-def test_pairing_removes_what_makes_a_query_hard_for_both():
-    generator = np.random.default_rng(1)
-    hardness = generator.normal(0, 1, size=80)
-    gain = generator.normal(0.1, 0.05, size=80)
-    before = {"s": {str(i): float(h) for i, h in enumerate(hardness)}}
-    after = {"s": {str(i): float(total) for i, total in enumerate(hardness + gain)}}
-    difference, low, high = paired_difference(after, before)
-    assert difference == pytest.approx(gain.mean())
-    # The standard error of the mean gain, not that of the scores, sets the width.
-    assert high - low == pytest.approx(2 * 1.96 * gain.std() / math.sqrt(80), rel=0.1)
-    assert low > 0
-
-
-def test_splits_weigh_the_same_whatever_their_number_of_queries():
-    before = {"a": {"1": 0.0}, "b": {str(i): 0.0 for i in range(99)}}
-    after = {"a": {"1": 1.0}, "b": {str(i): 0.0 for i in range(99)}}
-    assert paired_difference(after, before) == (0.5, 0.5, 0.5)
-
-
-def test_results_on_different_queries_are_not_compared():
-    with pytest.raises(ValueError, match="different queries"):
-        paired_difference({"s": {"1": 1.0}}, {"s": {"2": 1.0}})
-
-
 @pytest.mark.parametrize("block", [1, 3, 50])
 @pytest.mark.parametrize("k", [1, 7, 50, 80])
 def test_a_running_top_k_equals_a_full_sort(block, k):
@@ -99,16 +246,3 @@ def test_a_running_top_k_equals_a_full_sort(block, k):
         expected = [int(i) for i in np.argsort(-scores) if scores[i] > -np.inf][:k]
         assert sorted(row for row, _ in found) == sorted(expected)
         assert all(score == scores[row] for row, score in found)
-
-
-def test_strings_are_those_that_mteb_would_make():
-    rows = {"id": ["1", "2", "3"], "title": ["A title", "", None], "text": [" x ", "y\n", "z"]}
-    theirs = [
-        _corpus_to_dict({key: rows[key][i] for key in rows if rows[key][i] is not None})["text"]
-        for i in range(3)
-    ]
-    assert document_texts(Dataset.from_dict(rows)) == theirs
-    assert document_texts(Dataset.from_dict({"text": [" only text "]})) == ["only text"]
-    queries = Dataset.from_dict({"text": ["q1", "q2"], "instruction": ["do this", None]})
-    assert query_texts(queries) == _combine_queries_with_instruction_text(queries)["text"][:]
-    assert query_texts(Dataset.from_dict({"text": ["q1"]})) == ["q1"]

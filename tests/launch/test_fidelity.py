@@ -69,12 +69,12 @@ PROOFS = {
     "10 several GPUs embed by copying the model for every batch": (
         "tests/evaluation/test_encode.py::"
         "test_vectors_are_those_of_the_export_for_any_number_of_processes",
-        "tests/evaluation/test_export_encoder.py::"
+        "tests/evaluation/test_models.py::"
         "test_tasks_and_lengths_of_one_model_share_one_loaded_export",
     ),
     "11 a task is scored with the excluded documents of another": (
-        "tests/evaluation/test_silent_failures.py::test_excluded_documents_are_never_found",
-        "tests/evaluation/test_array.py::"
+        "tests/evaluation/test_scoring.py::test_excluded_documents_are_never_found",
+        "tests/evaluation/test_scoring.py::"
         "test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores",
     ),
     "12 a run cannot be resumed, and memory bounds the contrastive batch": (

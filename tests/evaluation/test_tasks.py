@@ -1,4 +1,4 @@
-"""A user's own retrieval task scores, plans and reports like one of mteb's on the same data."""
+"""The elements, instructions and own tasks of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,142 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mteb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from evaluation_support import load_letters
 
-from pipeline.config import EvaluateConfig, OwnTask, build_config, dump_config
+from pipeline.config import (
+    EvaluateConfig,
+    OwnTask,
+    build_config,
+    dump_config,
+)
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import prefetch
+from pipeline.evaluation.datasets import (
+    prefetch,
+)
 from pipeline.evaluation.report import write_report
-from pipeline.evaluation.run import embed, plan, run_all, run_element, score_all
-from pipeline.evaluation.tasks import list_elements, read_split
+from pipeline.evaluation.run import embed, num_elements, plan, run_all, run_element, score_all
+from pipeline.evaluation.tasks import (
+    BENCHMARKS,
+    INSTRUCTIONS,
+    benchmark_of,
+    expand,
+    instruction_for,
+    list_elements,
+    read_split,
+)
+
+AOPS, CORE = "BrightAopsRetrieval", "Core17InstructionRetrieval"
+
+
+# As published with the paper, its spelling included.
+PUBLISHED = {
+    AOPS: "Given a problem, rretrieve the relevant problems that can be solved by the similar math "
+    "theorems:",
+    "BrightBiologyRetrieval": "Given a biology post, retrieve relevant passages that help answer "
+    "the post:",
+    "BrightEconomicsRetrieval": "Given a economics post, retrieve relevant passages that help "
+    "answer the post:",
+    "BrightLeetcodeRetrieval": "Given a coding problem, retrieve the relevant problems that can be "
+    "solved by the similar algorithms or data structures:",
+    "BrightPonyRetrieval": "Given a Pony question, retrieve relevant passages that help answer the "
+    "question:",
+    "BrightTheoremQATheoremsRetrieval": "Given a problem, retrieve the relevant theorems that help "
+    "solve the given problem:",
+    "BrightTheoremQAQuestionsRetrieval": "Given a problem, retrieve the relevant problems that can "
+    "be solved by the similar theorems:",
+    "BrightStackoverflowRetrieval": "Given a post, retrieve relevant passages that help answer the "
+    "post:",
+    "BrightRetrieval": "Given a problem, retrieve solutions to other problems that use the same "
+    "method as the correct solution to the given question:",
+    # The paper names no sentence for these.
+    "BrightPsychologyRetrieval": "Retrieve text based on user query:",
+    "LEMBNeedleRetrieval": "Retrieve text based on user query:",
+    "Core17InstructionRetrieval": "Retrieve text based on user query:",
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_the_papers_model_gets_the_papers_sentence(task, config):
+    model = dataclasses.replace(config.models[0], instruction_set="paper")
+    assert instruction_for(task, model, config) == PUBLISHED[task]
+
+
+def test_a_models_own_text_wins_over_the_configs_and_that_over_the_set(config):
+    model = config.models[0]
+    assert instruction_for(AOPS, model, config) == INSTRUCTIONS[AOPS]
+    config = dataclasses.replace(config, instructions={AOPS: "for all"})
+    assert instruction_for(AOPS, model, config) == "for all"
+    model = dataclasses.replace(model, instructions={AOPS: ""})
+    assert instruction_for(AOPS, model, config) == ""
+
+
+def test_an_unknown_set_is_the_users_error():
+    tree = {
+        "output_dir": "out",
+        "models": [{"name": "a", "path": "a", "instruction_set": "theirs"}],
+        "tasks": [AOPS],
+    }
+    with pytest.raises(UserError, match="instruction_set"):
+        build_config(EvaluateConfig, tree, origin="here")
+
+
+@pytest.mark.parametrize("key", ["lengths", "instructions", "models.0.instructions"])
+@pytest.mark.parametrize("name", ["BrightAop", CORE, "FollowIR"])
+def test_a_key_of_a_task_that_is_not_evaluated_is_refused(
+    key: str, name: str, one: EvaluateConfig
+) -> None:
+    if key == "models.0.instructions":
+        model = dataclasses.replace(one.models[0], instructions={name: "x"})
+        wrong = dataclasses.replace(one, models=(model,))
+    else:
+        wrong = dataclasses.replace(one, **{key: {name: (8,) if key == "lengths" else "x"}})
+    fix = f"write {AOPS}" if name == "BrightAop" else f"remove it, or add {name} to tasks"
+    with pytest.raises(UserError) as error:
+        list_elements(wrong)
+    expected = f"{key}: '{name}' is not evaluated | allowed: {AOPS}, BRIGHT | fix: {fix}"
+    assert str(error.value) == expected
+
+
+def test_lengths_and_instructions_may_be_given_by_benchmark(one: EvaluateConfig) -> None:
+    given = dataclasses.replace(one, lengths={"BRIGHT": (8, 16)}, instructions={"BRIGHT": "Find"})
+    assert [element.max_length for element in list_elements(given)] == [8, 16]
+    assert instruction_for(AOPS, one.models[0], given) == "Find"
+    closer = dataclasses.replace(given, instructions={"BRIGHT": "Find", AOPS: ""})
+    assert instruction_for(AOPS, one.models[0], closer) == ""
+
+
+def test_our_benchmarks_are_mtebs():
+    def names(benchmark: str) -> set[str]:
+        return {task.metadata.name for task in mteb.get_benchmark(benchmark).tasks}
+
+    assert set(BENCHMARKS["FollowIR"]) == names("FollowIR")
+    assert set(BENCHMARKS["LongEmbed"]) == names("LongEmbed")
+    assert {*BENCHMARKS["BRIGHT"], *BENCHMARKS["BRIGHT-long"]} == names("BRIGHT(v1.1)")
+    assert set(INSTRUCTIONS) == names("BRIGHT(v1.1)")
+    assert set(BENCHMARKS["BRIGHT-v1"]) == names("BRIGHT")
+    assert set(BENCHMARKS["BRIGHT-v1-long"]) == names("BRIGHT (long)")
+
+
+def test_a_benchmark_expands_to_its_tasks_once():
+    assert expand(("Core17InstructionRetrieval", "FollowIR", "NFCorpus")) == (
+        "Core17InstructionRetrieval",
+        "Robust04InstructionRetrieval",
+        "News21InstructionRetrieval",
+        "NFCorpus",
+    )
+    assert benchmark_of("BrightPonyLongRetrieval") == "BRIGHT-long"
+    assert benchmark_of("NFCorpus") == "other"
+
+
+def test_an_index_outside_the_array_is_the_users_error(config):
+    assert num_elements(config) == 12
+    with pytest.raises(UserError, match="0 to 11"):
+        run_element(config, 12)
+
 
 BUILT_IN = "BrightBiologyRetrieval"
 
