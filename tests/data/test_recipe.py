@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import datasets
@@ -175,11 +178,13 @@ def test_of_two_prepares_of_one_folder_the_second_waits_and_finds_it_whole(
     config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = tmp_path / ".dataset.lock"
-    with hold_lock(lock, tell=print):
+    # Not `capsys`: text that is printed while it empties its buffer is lost.
+    with hold_lock(lock, tell=print), contextlib.redirect_stderr(io.StringIO()) as printed:
         second = threading.Thread(target=prepare, args=(config,), kwargs={"num_workers": 1})
         second.start()
-        while "waiting for another prepare of this folder (process" not in capsys.readouterr().err:
+        while "waiting for another prepare of this folder (process" not in printed.getvalue():
             assert second.is_alive()
+            time.sleep(0.01)
         assert not (tmp_path / ".dataset.building").exists()
     prepare(config, num_workers=1)
     second.join()

@@ -145,7 +145,7 @@ def _open_corpus(path: Path, index: Path) -> _Corpus:
 
 
 def _open_references(build: Build, number: int) -> References | None:
-    """Return what a source's records refer to by id; None where the records are complete."""
+    """Return the documents that records of a source refer to by id; None for other sources."""
     source = build.plan.sources[number]
     if not has_references(source):
         return None
@@ -377,7 +377,7 @@ def dedup_slice(build: Build, task: int) -> None:
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype="S16")
     blocks = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
-    # The first occurrence in the order of the blocks: the same one whoever runs this.
+    # The first occurrence in the order of the blocks, whichever worker runs this.
     unique, first = np.unique(hashes, return_index=True)
     columns = [hashes_to_arrow(unique), blocks[first], rows[first]]
     write_table(build.distinct(task), pa.table(columns, schema=DISTINCT_SCHEMA))
