@@ -155,12 +155,14 @@ def test_a_value_of_no_allowed_type_is_named_by_its_key(tmp_path: Path, value: s
     path = tmp_path / "prepare.yaml"
     source = f"{{name: a, format: columns, path: a.jsonl, where: {{meta.lang: {value}}}}}"
     path.write_text(f"output_dir: out\ntokenizer: t\nsources: [{source}]\n")
-    with pytest.raises(UserError, match="sources.0.where.meta.lang = .*boolean or .* or a text"):
+    with pytest.raises(
+        UserError, match=r"sources\.0\.where\.meta\.lang = .*boolean or .* or a text"
+    ):
         load_config(PrepareConfig, path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.yaml: no such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
         load_config(TrainConfig, tmp_path / "nowhere.yaml")
 
 
@@ -282,7 +284,7 @@ def test_a_file_of_many_aliases_is_refused_at_once(path: Path) -> None:
 def test_duplicate_keys_are_found_in_bases_and_overrides_too(path: Path) -> None:
     (path.parent / "base.yaml").write_text("seed: 1\nseed: 1\n")
     path.write_text("extends: [base.yaml]\n" + MINIMAL)
-    with pytest.raises(UserError, match="base.yaml: line 2: key 'seed' is given twice"):
+    with pytest.raises(UserError, match=r"base\.yaml: line 2: key 'seed' is given twice"):
         load_config(TrainConfig, path)
     path.write_text(MINIMAL)
     for overrides, message in (
@@ -399,7 +401,7 @@ def test_bytes_that_are_no_text_are_named(path: Path, content: bytes, message: s
 
 
 def test_a_folder_as_a_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a folder .*name the file inside it"):
+    with pytest.raises(UserError, match=r"a folder .*name the file inside it"):
         load_config(TrainConfig, tmp_path)
 
 

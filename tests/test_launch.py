@@ -123,7 +123,7 @@ def test_a_port_that_somebody_else_has_is_one_line(rank_0_of_2: World) -> None:
 
 
 def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None:
-    with pytest.raises(DiffembedError, match="rank 0 of 2 .* 1/2 clients joined") as caught:
+    with pytest.raises(DiffembedError, match=r"rank 0 of 2 .* 1/2 clients joined") as caught:
         comm.start(rank_0_of_2, timeout_seconds=1)
 
     assert "\n" not in str(caught.value)

@@ -88,7 +88,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
         json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
     )
     (tmp_path / "tokenization_x.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UserError, match="cannot load the tokenizer .*its own code is never run"):
+    with pytest.raises(UserError, match=r"cannot load the tokenizer .*its own code is never run"):
         load_tokenizer(str(tmp_path))
 
 
@@ -126,7 +126,7 @@ def test_the_tokenizer_of_a_model_is_loaded_from_a_whole_model_only(
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"it holds an adapter: .* as model.adapter"):
         load_model_tokenizer(str(folder))
-    with pytest.raises(UserError, match="^model.path: .*no such folder .* correct model.path"):
+    with pytest.raises(UserError, match=r"^model\.path: .*no such folder .* correct model\.path"):
         load_model_tokenizer(str(tmp_path / "nowhere"))
 
 

@@ -73,7 +73,7 @@ def test_scores_may_stand_in_two_lists(tmp_path: Path) -> None:
     assert row.scores == (0.9,)
     # As many as documents in all, but not on the right sides.
     record |= {"pos_scores": [0.9, 0.25], "neg_scores": [0]}
-    with pytest.raises(UserError, match="2 scores in 'pos_scores' | allowed: 1"):
+    with pytest.raises(UserError, match=r"2 scores in 'pos_scores' \| allowed: 1"):
         row_of(record, tmp_path, **FLAG, scores=scores)
     one = {"query": "q", "pos": "p", "score": 0.5}
     assert row_of(one, tmp_path, query="query", positives="pos", scores="score").scores == (0.5,)
@@ -140,7 +140,7 @@ def test_chats_are_read_as_the_contents_of_their_messages(tmp_path: Path) -> Non
     for content in (None, [{"type": "image", "url": "x"}], 7):
         record["messages"] = [message(content)]
         write_jsonl(path, [record])
-        with pytest.raises(UserError, match="rows.jsonl:1: 'messages': a message whose content"):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: 'messages': a message whose content"):
             rows_of(make_source(path, columns=columns))
 
 
@@ -198,5 +198,5 @@ def test_columns_that_cannot_be_meant_are_refused(kind: str, tmp_path: Path) -> 
 
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD])
-    with pytest.raises(UserError, match="rows.jsonl:1: no field matches 'negativ_.'"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no field matches 'negativ_\*'"):
         rows_of(make_source(path, columns={"negatives": "negativ_*"}))

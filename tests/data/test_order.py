@@ -201,7 +201,7 @@ def test_a_remainder_too_small_for_a_batch_joins_the_smallest_unit() -> None:
 
 
 def test_a_source_smaller_than_a_homogeneous_batch_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="'b' has 90 examples for data.global_batch_size 128"):
+    with pytest.raises(UserError, match=r"'b' has 90 examples for data\.global_batch_size 128"):
         make_order(GROUPS, batch=128, mode="source")
 
 
@@ -232,7 +232,7 @@ def test_a_weight_of_zero_leaves_a_source_out() -> None:
 
 
 def test_an_unknown_source_in_the_weights_is_refused() -> None:
-    with pytest.raises(UserError, match="no source 'q' | allowed: a, b, c"):
+    with pytest.raises(UserError, match=r"no source 'q' \| allowed: a, b, c"):
         source_shares(GROUPS, weights={"q": 1.0}, temperature=1.0, cap=None)
 
 

@@ -112,7 +112,7 @@ def test_another_tokenizer_in_the_same_folder_is_refused_and_a_rewritten_one_is_
     prepare(config, num_workers=1)
     tree["normalizer"] = {"type": "Lowercase"}
     file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="tokenizer: .* has changed"):
+    with pytest.raises(UserError, match=r"tokenizer: .* has changed"):
         prepare(config, num_workers=1)
 
 

@@ -103,7 +103,7 @@ def test_bad_rows_of_other_containers_are_found_and_dropped_too(
         (table, {f"{table}:3", f"{table}:4"}),
         (typed, {f"{typed}:2", f"{typed}:3"}),
     ):
-        with pytest.raises(UserError, match="2 of .* rows cannot be used"):
+        with pytest.raises(UserError, match=r"2 of .* rows cannot be used"):
             prepare(make_config(make_source(path), name="refused"), num_workers=1)
         source = make_source(path, on_bad_row="drop")
         folder = prepare(make_config(source, name=path.suffix[1:]), num_workers=1)

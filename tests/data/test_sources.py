@@ -263,7 +263,7 @@ def test_reasonir_hq_finds_its_positives_by_id(tmp_path: Path) -> None:
     assert row.query == "why" and row.instruction == "Given a post"
     assert row.positives == ("because",) and row.negatives == ("wrong", "false")
     empty = References(document={}.get, judgements={})
-    with pytest.raises(UserError, match="rows.jsonl:1: document id 'docs/1.txt' is not in"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: document id 'docs/1\.txt' is not in"):
         rows_of(source, references=empty)
     (plain,) = rows_of(make_source(path, "reasonir_vl"))
     assert plain.positives == ("docs/1.txt",)

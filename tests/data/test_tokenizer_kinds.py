@@ -173,7 +173,7 @@ def test_an_eos_that_only_a_flag_asks_for_is_not_lost_in_silence(tmp_path: Path)
     mistral(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "add_eos_token": True}))
-    with pytest.raises(UserError, match="sets add_eos_token.*append_eos: true"):
+    with pytest.raises(UserError, match=r"sets add_eos_token.*append_eos: true"):
         load_fast_tokenizer(str(tmp_path), append_eos=False)
     _, info = load_fast_tokenizer(str(tmp_path), append_eos=True)
     assert info.append_eos

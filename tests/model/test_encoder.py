@@ -152,7 +152,7 @@ def test_only_adapters_train_with_lora(starter: Path) -> None:
     trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
     assert len(trained) == 4
     assert all(".q_proj.lora_" in name for name in trained)
-    with pytest.raises(UserError, match="qq_proj.*allowed: all-linear, or some of down_proj"):
+    with pytest.raises(UserError, match=r"qq_proj.*allowed: all-linear, or some of down_proj"):
         build_encoder(
             ModelConfig(path=str(starter), lora=LoraConfig(targets=("q_proj", "qq_proj")))
         )

@@ -161,7 +161,7 @@ def test_a_mask_token_that_does_not_exist_is_named(tmp_path: Path) -> None:
     tokenizer = SimpleNamespace(mask_token_id=None, get_vocab=lambda: {"_": 7})
     assert find_mask_token(config(tmp_path), tokenizer, "_") == 7
     beyond = SimpleNamespace(mask_token_id=60)
-    with pytest.raises(UserError, match="number 60.*allowed: below 60"):
+    with pytest.raises(UserError, match=r"number 60.*allowed: below 60"):
         find_mask_token(config(tmp_path), beyond, None)
     for name, message in ((None, "has no mask token"), ("<m>", "has no token '<m>'")):
         with pytest.raises(UserError, match=message):

@@ -183,5 +183,5 @@ def test_gemma_3_that_reads_images_is_its_text_model(
 def test_a_model_that_holds_a_text_model_of_another_kind_names_it(tmp_path: Path) -> None:
     tree = {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="'mistral3', which holds a text model .* 'mistral'"):
+    with pytest.raises(UserError, match=r"'mistral3', which holds a text model .* 'mistral'"):
         build_encoder(ModelConfig(path=str(tmp_path)))

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
 ) -> None:
     (tmp_path / "file").write_text("")
     config = StarterConfig(output_dir=tmp_path / "file/m", corpus=(tmp_path / "file",))
-    with pytest.raises(UserError, match="output_dir: .*Not a directory"):
+    with pytest.raises(UserError, match=r"output_dir: .*Not a directory"):
         build_starter(config)
 
 

@@ -145,7 +145,7 @@ def test_a_site_file_that_lacks_something_is_refused_by_name(
     site.write_text(f"{shipped}{content}\n")
     monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
 
-    with pytest.raises(UserError, match="site.env"):
+    with pytest.raises(UserError, match=r"site\.env"):
         read_site()
 
 

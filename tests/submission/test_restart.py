@@ -249,7 +249,7 @@ def test_a_check_that_cannot_start_counts_like_a_crash(
 ) -> None:
     slurm.put("srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
 
-    with pytest.raises(DiffembedError, match="^requeued: the nodes could not be checked"):
+    with pytest.raises(DiffembedError, match=r"^requeued: the nodes could not be checked"):
         begin(config, "7")
     assert History(config.output_dir, "7").idle_starts(0) == 1
 
@@ -261,7 +261,7 @@ def test_a_job_that_is_cancelled_during_its_check_stays_cancelled(
     slurm.put("srun", answer)
     monkeypatch.setenv("STATE", "CANCELLED")
 
-    with pytest.raises(DiffembedError, match="^not requeued: Slurm ends this job itself"):
+    with pytest.raises(DiffembedError, match=r"^not requeued: Slurm ends this job itself"):
         begin(config, "7")
     assert slurm.orders == []
 

@@ -129,7 +129,7 @@ def test_a_key_that_a_checkpoint_was_written_without_has_its_default(recipe: Pat
     del saved["loss.symmetric"], saved["optimizer.decay_end"]
     path = Path("run/checkpoints/step")
     require_same_run(path, {"step": 3, "identity": saved}, identity(recipe))
-    with pytest.raises(UserError, match="loss.symmetric is True"):
+    with pytest.raises(UserError, match=r"loss\.symmetric is True"):
         wanted = identity(recipe, "loss.symmetric=true")
         require_same_run(path, {"step": 3, "identity": saved}, wanted)
 
