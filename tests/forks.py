@@ -16,6 +16,9 @@ A process is really started where a fork would not be the same:
   - torch sees a GPU, which a forked child cannot use once its parent has looked at it;
   - `DIFFEMBED_TEST_FORKS=0`.
 Tests of launchers, signals, imports and installation start their processes themselves.
+
+`tests/damage` and `tests/goldens` have imported the libraries in their own process: they fork a
+`Child` of it.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -143,8 +147,7 @@ class Process:
     def kill(self) -> None:
         """Kill it with the processes of its group."""
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            _kill_group(self.pid)
 
     def _end(self, timeout: float | None) -> int | None:
         if self._started is not None:
@@ -302,6 +305,59 @@ def fork(work: Callable[[], object], *, folder: Path, stdout: int, stderr: int) 
     return child
 
 
+class Child:
+    """A forked child of this process, with files for what it prints.
+
+    Args:
+        work: what it calls; its exit code is what `sys.exit` is called with.
+        folder: its working directory.
+        stdout: a file, created or emptied.
+        stderr: another one.
+    """
+
+    def __init__(
+        self, work: Callable[[], object], *, folder: Path, stdout: Path, stderr: Path
+    ) -> None:
+        self._files = (stdout, stderr)
+        self._code: int | None = None
+        with stdout.open("w") as out, stderr.open("w") as err:
+            self.pid = fork(work, folder=folder, stdout=out.fileno(), stderr=err.fileno())
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+        if self._code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code
+
+    def wait(self, seconds: float) -> int | None:
+        """Return the exit code, or None if it was killed after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                return None
+            time.sleep(0.01)
+        return self._code
+
+    def kill(self) -> None:
+        """Kill what is left of it and of the processes of its group."""
+        _kill_group(self.pid)
+
+    def read(self) -> tuple[str, str]:
+        """Return what it has printed, and its errors."""
+        out, err = (file.read_bytes().decode(errors="replace") for file in self._files)
+        return out, err
+
+
+def _kill_group(leader: int) -> None:
+    """Kill a process that leads a group, or is about to, and the group."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(leader, signal.SIGKILL)
+
+
 def _exit_code(work: Callable[[], object]) -> int:
     """Call `work`, wait for threads and workers as Python does at its end; what it exits with."""
     code: object = 0
@@ -341,8 +397,7 @@ def _serve(requests: socket.socket) -> None:
                 message, descriptors, *_ = socket.recv_fds(requests, 2**20, 3)
                 if not message:
                     for pid, _ in children.values():
-                        with contextlib.suppress(ProcessLookupError):
-                            os.killpg(pid, signal.SIGKILL)
+                        _kill_group(pid)
                     return
                 request = json.loads(message)
                 stdout, stderr, status = descriptors
@@ -366,32 +421,35 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _become(words: list[str], environment: dict[str, str]) -> None:
-    """Run a program as `__main__`, then the exit handlers."""
+    """Run a program as a process of this environment, with its exit handlers."""
     _take_environment(environment)
-    # Its second execution, as __main__, is meant.
-    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
     try:
-        if words[0] == "-m":
-            sys.argv = words[1:]
-            sys.path[0] = str(Path.cwd())
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        elif words[0] == "-c":
-            sys.argv = ["-c", *words[2:]]
-            sys.path[0] = ""
-            main = sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(compile(words[1], "<string>", "exec"), main.__dict__)
-        else:
-            sys.argv = words
-            sys.path[0] = str(Path(words[0]).resolve().parent)
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit:
-        raise
-    except BaseException:
+        run_program(words)
+    except Exception:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         raise SystemExit(1) from None
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
+
+
+def run_program(words: Sequence[str]) -> None:
+    """Run what follows `python` on a command line as `__main__`."""
+    # Its second execution, as __main__, is meant.
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[0] = ""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = list(words)
+        sys.path[0] = str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _take_environment(environment: dict[str, str]) -> None:

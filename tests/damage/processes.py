@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import resource
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.forks import Child
 
 # Address space that a command may ask for, in addition to what the imports take.
 _BYTES = 3 * 2**30
@@ -30,46 +29,18 @@ class Ended:
 
 def run_child(folder: Path, output: Path, work: Callable[[], int], seconds: float) -> Ended:
     """Call `work` in a child of its own, in `folder`; its output goes below `output`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _become(folder, output, work)
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Ended(None, *_read(output))
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):  # what it has started
-        os.killpg(child, signal.SIGKILL)
-    return Ended(os.waitstatus_to_exitcode(status), *_read(output))
 
-
-def _become(folder: Path, output: Path, work: Callable[[], int]) -> None:
-    """Be the child; does not return."""
-    code = 1
-    try:
-        os.setsid()
-        for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            file = os.open(output / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            os.dup2(file, descriptor)
-        os.chdir(folder)
+    def confined() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # commands take one process
         _limit_memory()
         _own_caches(output)
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(work())
+
+    child = Child(confined, folder=folder, stdout=output / "stdout", stderr=output / "stderr")
+    code = child.wait(seconds)
+    child.kill()  # what it has started
+    return Ended(code, *child.read())
 
 
 def _limit_memory() -> None:
@@ -86,11 +57,6 @@ def _own_caches(output: Path) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(output / "datasets")
     datasets.config.HF_DATASETS_CACHE = output / "datasets"
     os.environ["TMPDIR"] = str(output)
-
-
-def _read(output: Path) -> tuple[str, str]:
-    texts = [(output / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr")]
-    return texts[0], texts[1]
 
 
 def side_by_side(

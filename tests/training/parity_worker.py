@@ -192,11 +192,8 @@ def run_case(
     return {"error": max(errors.values()), "loss": float(output.loss), "reference_loss": loss}
 
 
-def main() -> None:
-    model_path = sys.argv[1]
-    torch.set_num_threads(1)
-    comm.start(discover_world(), timeout_seconds=PATIENCE)
-    world_size = comm.world_size()
+def list_cases(world_size: int) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `run_case` by the name of each case on so many ranks."""
     # (schedule, chunks that keep their graph, chunks per rank); dropout is always on.
     layouts = [("cache", 0, counts) for counts in ([1, 1], [2, 2], [5, 5], [8, 8], [3, 5])]
     layouts += [("cache", 2, [3, 5]), ("plain", 0, [3, 5]), ("sweep", 0, [3, 5])]
@@ -212,23 +209,32 @@ def main() -> None:
             (1, 2, 3), layouts, (False, True)
         )
     ]
-    # One document of 8,192 tokens among short ones, in every schedule; seconds each, so once.
-    cases += (
-        []
-        if world_size > 1
-        else [
-            {
-                "schedule": schedule,
-                "keep_graphs": 0,
-                "stage": 3,
-                "counts": [3],
-                "lora": False,
-                "longest": 8192,
-            }
-            for schedule in ("cache", "plain", "sweep")
-        ]
-    )
-    for case in cases:
+    if world_size == 1:
+        # One document of 8,192 tokens among short ones, in every schedule; seconds each, so once.
+        long = {"keep_graphs": 0, "stage": 3, "counts": [3], "lora": False, "longest": 8192}
+        cases += [{"schedule": schedule, **long} for schedule in ("cache", "plain", "sweep")]
+    return {_name(**case): case for case in cases}
+
+
+def _name(
+    *,
+    schedule: str,
+    keep_graphs: int,
+    stage: int,
+    counts: list[int],
+    lora: bool,
+    longest: int | None = None,
+) -> str:
+    words = [f"zero{stage}", schedule, f"{'+'.join(map(str, counts))} chunks"]
+    words += [f"{keep_graphs} kept"] * (keep_graphs > 0) + ["lora"] * lora
+    return ", ".join(words + [f"{longest} tokens"] * (longest is not None))
+
+
+def main() -> None:
+    model_path = sys.argv[1]
+    torch.set_num_threads(1)
+    comm.start(discover_world(), timeout_seconds=PATIENCE)
+    for name, case in list_cases(comm.world_size()).items():
         # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
         causal = case["lora"] and case["counts"][0] in (2, 3)
         # Every schedule once without the instruction's tokens.
@@ -242,7 +248,7 @@ def main() -> None:
             **case,
         )
         if comm.rank() == 0:
-            print(json.dumps({**case, "causal": causal, "pooled": pooled, **result}), flush=True)
+            print(json.dumps({"case": name, **result}), flush=True)
     comm.leave(0, gracefully=True)
 
 

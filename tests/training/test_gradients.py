@@ -8,15 +8,29 @@ from pathlib import Path
 import pytest
 
 from tests.support import launch_ranks
+from tests.training.parity_worker import list_cases
 
 WORKER = Path(__file__).with_name("parity_worker.py")
+CASES = [(world_size, name) for world_size in (1, 2) for name in list_cases(world_size)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_cached_sharded_gradients_equal_plain_gradients(model_path: Path, world_size: int) -> None:
-    output = launch_ranks(world_size, WORKER, str(model_path))
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(results) == 3 * 8 * 2 + (3 if world_size == 1 else 0)
-    for result in results:
-        assert result["error"] <= 1e-5, result
-        assert result["loss"] == pytest.approx(result["reference_loss"], rel=1e-6), result
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, model_path: Path) -> dict[str, dict[str, float]]:
+    """What all cases on so many ranks gave, by their names; one launch of ranks does them all."""
+    output = launch_ranks(request.param, WORKER, str(model_path))
+    found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return {result["case"]: result for result in found}
+
+
+@pytest.mark.parametrize(
+    ("results", "name"),
+    CASES,
+    ids=[f"{ranks} ranks, {name}" for ranks, name in CASES],
+    indirect=["results"],
+)
+def test_cached_sharded_gradients_equal_plain_gradients(
+    results: dict[str, dict[str, float]], name: str
+) -> None:
+    result = results[name]
+    assert result["error"] <= 1e-5
+    assert result["loss"] == pytest.approx(result["reference_loss"], rel=1e-6)

@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(
         PrepareConfig(
             output_dir=folder / "shards", tokenizer=str(folder / "model"), sources=(source,)
-        )
+        ),
+        num_workers=1,
     )
     recipe = folder / "train.yaml"
     recipe.write_text(

@@ -34,7 +34,8 @@ def make_recipe(folder: Path) -> Path:
             sources=(
                 SourceConfig(name="rows", format="e5", path=str(raw), instruction="Find the place"),
             ),
-        )
+        ),
+        num_workers=1,
     )
     config = folder / "train.yaml"
     config.write_text(

@@ -217,6 +217,23 @@ def run_case(
     return {"error": errors[worst], "worst": worst, **values, **expected}
 
 
+def list_cases() -> dict[str, dict[str, Any]]:
+    """Return the arguments of `run_case` by the name of each case, with "tied" for the path."""
+    cases = [
+        ("mntp", [1, 1], False, "cache", False),
+        ("mntp, causal", [3, 5], True, "cache", False),
+        ("diffusion", [3, 5], False, "cache", True),
+        ("diffusion", [3, 5], False, "sweep", False),
+        ("diffusion, shifted", [2, 2], True, "sweep", True),
+        ("next token", [3, 5], False, "cache", True),
+    ]
+    keys = ("kind", "counts", "lora", "schedule", "tied")
+    return {
+        f"{case[0]}, {case[3]}, zero{stage}": {**dict(zip(keys, case, strict=True)), "stage": stage}
+        for stage, case in itertools.product((1, 2, 3), cases)
+    }
+
+
 def main() -> None:
     untied, tied = sys.argv[1:]
     torch.set_num_threads(1)
@@ -225,25 +242,11 @@ def main() -> None:
     token_step.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
     token_step.load_model_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
-    cases = [
-        ("mntp", [1, 1], False, "cache", untied),
-        ("mntp, causal", [3, 5], True, "cache", untied),
-        ("diffusion", [3, 5], False, "cache", tied),
-        ("diffusion", [3, 5], False, "sweep", untied),
-        ("diffusion, shifted", [2, 2], True, "sweep", tied),
-        ("next token", [3, 5], False, "cache", tied),
-    ]
-    for stage, (kind, counts, lora, schedule, path) in itertools.product((1, 2, 3), cases):
-        case: dict[str, Any] = {
-            "kind": kind,
-            "stage": stage,
-            "counts": counts,
-            "lora": lora,
-            "schedule": schedule,
-        }
-        result = run_case(path, **case)
+    paths = {False: untied, True: tied}
+    for name, case in list_cases().items():
+        result = run_case(paths[case.pop("tied")], **case)
         if comm.rank() == 0:
-            print(json.dumps({**case, "tied": path == tied, **result}), flush=True)
+            print(json.dumps({"case": name, **result}), flush=True)
     comm.leave(0, gracefully=True)
 
 
