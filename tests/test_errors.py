@@ -117,7 +117,7 @@ def test_any_error_of_a_library_over_a_file_is_one_line_about_the_file() -> None
             raise error
         assert str(caught.value).startswith("a.json: damaged (")
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="^own$"), blame("a.json: damaged"):
+    with pytest.raises(UserError, match=r"^own$"), blame("a.json: damaged"):
         raise UserError("own")
     with pytest.raises(KeyboardInterrupt), blame("a.json: damaged"):
         raise KeyboardInterrupt
