@@ -186,13 +186,8 @@ def test_a_store_begun_at_one_precision_refuses_vectors_of_another(planned):
         return dataclasses.replace(load_letters(config, element), precision="bfloat16")
 
     embed_element(planned, 0, 2, load=load_letters)
-<<<<<<< HEAD
     earlier = blocks_of(planned)
     with pytest.raises(UserError, match="float32, stored as float16.*computes in bfloat16"):
-=======
-    begun = blocks_of(planned)
-    with pytest.raises(UserError, match=r"float32, stored as float16.*computes in bfloat16"):
->>>>>>> e9843d3 (Tests: patterns of messages are raw strings; a bar is a bar (ruff RUF043))
         embed_element(planned, 1, 2, load=load_half)
     assert blocks_of(planned) == earlier
 
