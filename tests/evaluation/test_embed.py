@@ -187,7 +187,7 @@ def test_a_store_begun_at_one_precision_refuses_vectors_of_another(planned):
 
     embed_element(planned, 0, 2, load=load_letters)
     earlier = blocks_of(planned)
-    with pytest.raises(UserError, match="float32, stored as float16.*computes in bfloat16"):
+    with pytest.raises(UserError, match=r"float32, stored as float16.*computes in bfloat16"):
         embed_element(planned, 1, 2, load=load_half)
     assert blocks_of(planned) == earlier
 

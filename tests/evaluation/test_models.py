@@ -100,7 +100,7 @@ def test_a_plan_with_a_text_that_cannot_fit_is_refused_before_anything_is_read(c
     check_fit(config)  # no GPU named
     check_fit(dataclasses.replace(config, gpu_memory_gib=80))
     refused = dataclasses.replace(config, gpu_memory_gib=24, snapshots=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="65536 tokens on a GPU of 24 GiB.*at most 61752"):
+    with pytest.raises(UserError, match=r"65536 tokens on a GPU of 24 GiB.*at most 61752"):
         write_plan(refused)
     with pytest.raises(UserError, match="holds the weights"):
         check_fit(dataclasses.replace(config, gpu_memory_gib=12))

@@ -53,7 +53,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_first_task_is_scor
 ) -> None:
     one.output_dir.write_text("a file")
     for command in (plan, lambda config: run_all(config, load=refuse)):
-        with pytest.raises(UserError, match="^output_dir: "):
+        with pytest.raises(UserError, match=r"^output_dir: "):
             command(one)
 
 
