@@ -27,11 +27,11 @@ from tests.benchmarks.bench_support import (
 )
 from tests.fake_cuda.fake_cuda import CUDA, FakeCuda, Record, to_cuda
 
-# How often the host may wait for the device in one step, whatever the number of chunks. Each wait
+# How often the host may wait for the device in one step, with any number of chunks. Each wait
 # empties the device's queue of work: raise this number only if there is no other way.
 MAX_SYNCS = 14
 # The only files that may make it wait: the loss and what all ranks agree on, never the model.
-WAITING_FILES = ("loss/", "training/step.py", "training/agreement.py", "comm.py")
+WAITING_FILES = ("loss/", "training/contrastive_step.py", "training/engine.py", "comm.py")
 # Kernel launches of one layer of one chunk: forward without graph, forward and backward with.
 MAX_LAYER_LAUNCHES = {"forward": 45, "both passes": 190}
 

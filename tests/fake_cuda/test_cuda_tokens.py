@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.config import DataConfig, ModelConfig, NextTokenConfig, ObjectiveC
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.text_loader import NOTHING
 from pipeline.model.encoder import build_language_model
-from pipeline.training.token_step import TokenPrediction
+from pipeline.training.token_step import TokenPrediction, cross_entropy_in_tiles
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
 
@@ -86,6 +87,10 @@ def test_gradients_equal_those_of_the_cpu_and_chunks_do_not_wait(
         assert ours["loss"] == pytest.approx(values["loss"], rel=1e-2)
         assert gradient_error(found, wanted) <= 3e-2
         assert not [place for place in record.syncs if place.startswith(("model/", "loss/"))]
+        # Nor the loss: it is summed on the device, and read once after the last chunk.
+        lines, first = inspect.getsourcelines(cross_entropy_in_tiles)
+        tiles = {f"training/token_step.py:{first + number}:" for number in range(len(lines))}
+        assert not [place for place in record.syncs if place.partition(" ")[0] in tiles]
         syncs.append(record.num_syncs)
 
     assert syncs[0] == syncs[1] <= 6, dict(record.syncs)
