@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import os
 import re
 import shutil
@@ -301,3 +302,9 @@ def test_modules_that_code_in_texts_imports_are_there() -> None:
         and not (ROOT / module.replace(".", "/")).is_dir()
     ]
     assert not gone
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by it, and would collect neither."""
+    names = collections.Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -121,14 +121,28 @@ def everything_on_ranks(case: Case) -> tuple[list[Share], list[Share]]:
     return loss_of_rank(case, list(RECIPES.values()), THREE_ROWS), loss_with_idle_rank(case)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_distributed_loss_equals_naive_loss(world_size: int) -> None:
-    case = make_case(teacher=True)
-    results = run_ranks(world_size, everything_on_ranks, case)
-    for number, config in enumerate(RECIPES.values()):
-        assert_equal_to_naive(case, config, [spread[number] for spread, _ in results])
-    for number in range(2):
-        assert_equal_to_naive(case, LossConfig(), [idle[number] for _, idle in results])
+RankResults = list[tuple[list[Share], list[Share]]]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> RankResults:
+    """What each of so many ranks got."""
+    return run_ranks(request.param, everything_on_ranks, make_case(teacher=True))
+
+
+@pytest.mark.parametrize("results", [2, 3], indirect=True)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_distributed_loss_equals_naive_loss(recipe: str, results: RankResults) -> None:
+    number = list(RECIPES).index(recipe)
+    shares = [spread[number] for spread, _ in results]
+    assert_equal_to_naive(make_case(teacher=True), RECIPES[recipe], shares)
+
+
+@pytest.mark.parametrize("results", [2, 3], indirect=True)
+@pytest.mark.parametrize("number", [0, 1], ids=["one rank has all", "queries apart"])
+def test_a_rank_without_rows_changes_nothing(number: int, results: RankResults) -> None:
+    shares = [idle[number] for _, idle in results]
+    assert_equal_to_naive(make_case(teacher=True), LossConfig(), shares)
 
 
 def loss_with_idle_rank(case: Case) -> list[Share]:
