@@ -21,11 +21,11 @@ _FAST = (
     *("training/test_ds_config.py", "training/test_metrics.py", "training/test_optim.py"),
     *("training/test_run_identity.py",),
 )
-# Files and tests among them that start processes.
+# Files and tests among them that start processes, and fixtures that do.
 _START_PROCESSES = {
     *("test_forks.py", "test_workers.py"),
     *("test_interruption.py", "test_prepare.py", "test_restart.py"),
-    *("test_export.py", "test_export_check.py"),
+    *("test_export.py", "test_export_check.py", "outside"),
     "test_bad_rows_are_dropped_counted_and_listed_the_same_by_any_number_of_workers",
     "test_a_hub_dataset_is_read_from_its_cache_when_offline",
     "test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure",
@@ -43,11 +43,11 @@ _running_fast = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark fast tests, by their file and by what is known to start processes."""
+    """Mark fast tests: all of their files, except those known to start processes."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent).as_posix()
-        name = item.name.partition("[")[0]
-        if _START_PROCESSES.isdisjoint((item.path.name, name)) and any(
+        names = (item.path.name, item.name.partition("[")[0], *getattr(item, "fixturenames", ()))
+        if _START_PROCESSES.isdisjoint(names) and any(
             fnmatch.fnmatchcase(path, pattern) for pattern in _FAST
         ):
             item.add_marker("fast")
