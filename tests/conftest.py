@@ -21,8 +21,9 @@ _FAST = (
     *("training/test_ds_config.py", "training/test_metrics.py", "training/test_optim.py"),
     *("training/test_run_identity.py",),
 )
-# Files and tests among them that start processes, and fixtures that do.
+# Files and tests among them that start processes, and fixtures that do; or take many seconds.
 _START_PROCESSES = {
+    *("test_damage.py", "test_chain.py", "test_merging.py"),
     *("test_forks.py", "test_workers.py"),
     *("test_interruption.py", "test_prepare.py", "test_restart.py"),
     *("test_export.py", "test_export_check.py", "outside"),
