@@ -220,7 +220,7 @@ def test_shards_that_are_missing_or_of_another_tokenizer_are_refused_before_the_
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("other words make another tokenizer\n" * 20)
     other = tiny_starter(tmp_path / "other", corpus, num_layers=1)
-    with pytest.raises(UserError, match=r"prepared with the tokenizer .* differs from that of"):
+    with pytest.raises(UserError, match=r"prepared with .* differs from the tokenizer of"):
         train(f"model.path={other}")
 
 
