@@ -18,9 +18,10 @@ import deepspeed, numpy, torch
 from huggingface_hub import constants
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from pipeline import comm
+from pipeline.launch import discover_world
 
 def main():
-    comm.start(comm.discover_world(), timeout_seconds=60)
+    comm.start(discover_world(), timeout_seconds=60)
     print(__name__, sys.argv[1:], sys.path[0], os.getcwd(), os.environ["RANK"])
     print(torch.get_num_threads(), constants.HF_HUB_OFFLINE)
     torch.manual_seed(0)

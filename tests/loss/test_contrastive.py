@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline import comm
-from pipeline.config import DistillationConfig, LossConfig
+from pipeline.config import DistillationConfig, LossConfig, build_config
 from pipeline.errors import UserError
 from pipeline.loss import tiles
 from pipeline.loss.contrastive import contrastive_loss
@@ -349,9 +349,13 @@ def test_distillation_without_teacher_scores_is_refused() -> None:
     [
         ({"symmetric": True, "negatives": "own"}, "loss.symmetric"),
         ({"matryoshka_dims": (64, 32)}, "loss.matryoshka_dims"),
-        ({"temperature": 0.0}, "loss.temperature"),
     ],
 )
 def test_impossible_recipe_is_refused_when_it_is_built(keys: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         LossConfig(**keys)
+
+
+def test_a_temperature_of_zero_is_refused_when_a_config_is_read() -> None:
+    with pytest.raises(UserError, match="temperature"):
+        build_config(LossConfig, {"temperature": 0.0}, origin="loss")

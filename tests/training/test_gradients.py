@@ -27,6 +27,7 @@ def results(request: pytest.FixtureRequest, model_path: Path) -> dict[str, dict[
     CASES,
     ids=[f"{ranks} ranks, {name}" for ranks, name in CASES],
     indirect=["results"],
+    scope="module",  # one launch for all cases, not one per case
 )
 def test_cached_sharded_gradients_equal_plain_gradients(
     results: dict[str, dict[str, float]], name: str
