@@ -44,7 +44,7 @@ PROOFS = {
     ),
     "4 texts are put into another template at evaluation than in training": (
         "tests/data/test_template.py::test_an_export_tokenises_texts_as_the_shards_hold_them",
-        "tests/data/test_cleaning.py::test_prepared_strings_are_those_that_evaluation_will_format",
+        "tests/data/test_clean.py::test_prepared_strings_are_those_that_evaluation_will_format",
     ),
     "5 documents are cut at another length at evaluation than in training": (
         "tests/launch/test_fidelity.py::test_documents_are_cut_in_training_where_evaluation_cuts",
@@ -89,7 +89,7 @@ PROOFS = {
         "test_a_later_token_moves_an_earlier_state_only_without_causal_mask",
     ),
     "14 documents of BRIGHT are trained on": (
-        "tests/data/test_cleaning.py::"
+        "tests/data/test_clean.py::"
         "test_a_source_made_of_evaluation_documents_is_marked_for_whoever_reads_the_scores",
         "tests/launch/test_fidelity.py::test_decontamination_leaves_nothing_of_bright_in_reasonir",
     ),
