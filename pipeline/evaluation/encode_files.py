@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.shards import table_writer
 from pipeline.data.sources.records import BadRecords, BadRowError, Record
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import Role
@@ -277,20 +278,10 @@ def read_recipe(path: Path) -> str | None:
 
 def write_vectors(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     """Write batches of ids and vectors to a new file; memory holds one batch at a time."""
-    writers = {".arrow": _arrow, ".parquet": _parquet, ".npy": _numpy}
+    writers = {".arrow": table_writer, ".parquet": _parquet, ".npy": _numpy}
     with writers[path.suffix](path, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-
-
-@contextlib.contextmanager
-def _arrow(path: Path, schema: pa.Schema) -> Iterator[Any]:
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        yield writer
 
 
 @contextlib.contextmanager
