@@ -28,7 +28,7 @@ from tests.training.launches import LAUNCHERS, ROOT, TRAIN, Launch, launcher_wor
 from tests.training.tiny_recipe import make_recipe
 
 _BIN = Path(sys.executable).parent
-_WORKER = Path(__file__).with_name("failure_worker.py")
+_WORKER = ROOT / "tests" / "training" / "failure_worker.py"
 SCRIPT = "train_mpirun.sh"
 ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (*LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
