@@ -351,29 +351,29 @@ def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str,
     Returns:
         Tensors by native name.
     """
-    files = WeightFiles(config.path, config.revision)
-    found = {}
-    for name, (shape, source) in _left_out(model, family, files).items():
-        if source is None:
-            found[name] = torch.zeros(shape, dtype=model.dtype)
-        else:
-            with files.slices([source]) as slices:
+    left_out = _left_out(model, family, config)
+    found = {name: torch.zeros(shape, dtype=model.dtype) for name, (shape, _) in left_out.items()}
+    sources = {name: source for name, (_, source) in left_out.items() if source is not None}
+    if sources:
+        with WeightFiles(config.path, config.revision).slices(list(sources.values())) as slices:
+            for name, source in sources.items():
                 found[name] = slices[source][:].to(model.dtype)
     return found
 
 
 def unused_names(model: Any, family: Family, config: ModelConfig) -> list[str]:
     """Return the names of the `unused_weights` that the base model has."""
-    left_out = _left_out(model, family, WeightFiles(config.path, config.revision))
+    left_out = _left_out(model, family, config)
     return [name for name, (_, source) in left_out.items() if source is not None]
 
 
 def _left_out(
-    model: Any, family: Family, files: WeightFiles
+    model: Any, family: Family, config: ModelConfig
 ) -> dict[str, tuple[torch.Size, str | None]]:
     """Return the shape of each unused weight, and its name in the base model's files."""
     if not family.arguments:
-        return {}  # the family leaves nothing out
+        return {}  # the family leaves nothing out, and its files need not be there any more
+    files = WeightFiles(config.path, config.revision)
     with torch.device("meta"):
         whole = AutoModel.from_config(model.config, trust_remote_code=False)
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}

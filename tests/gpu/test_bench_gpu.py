@@ -50,8 +50,7 @@ def test_flops_of_a_step_follow_the_stated_factor(name: str) -> None:
 def test_a_model_made_on_the_device_computes_like_a_loaded_one(tmp_path: Path) -> None:
     setting = bench_gpu.settings(tiny=True, peak_tflops=1)
     made = bench_gpu.build(setting, lora=False, checkpointing=False)
-    # Not save_backbone: it asks the folder of the published weights, and there is none.
-    made.model.save_pretrained(tmp_path, save_original_format=False)
+    made.save_backbone(tmp_path)
 
     ids, lengths = torch.arange(20), torch.tensor([12, 8])
     with torch.no_grad():
