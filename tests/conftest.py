@@ -16,10 +16,10 @@ from tests import forks
 
 # Files whose tests are `fast`: below a second or two each, and in this process.
 _FAST = (
-    *("test_*.py", "data/*", "submission/*", "loss/test_grad_cache.py", "planning/*"),
+    *("test_*.py", "data/*", "submission/*", "planning/*"),
     *("model/test_a[dt]*", "model/test_[bcls]*", "model/test_e[nx]*", "model/test_p*"),
-    *("training/test_ds_config.py", "training/test_metrics.py", "training/test_optim.py"),
-    *("training/test_run_identity.py",),
+    *("training/test_ds_config.py", "training/test_metrics.py", "training/test_optimizer.py"),
+    *("training/test_grad_cache.py", "training/test_run_identity.py"),
 )
 # Files and tests among them that start processes, and fixtures that do; or take many seconds.
 _START_PROCESSES = {

@@ -1,1 +1,1 @@
-"""Contrastive losses over the global batch, and gradient caching that knows no engine."""
+"""Contrastive losses over the global batch; nothing here knows an engine."""

@@ -1,7 +1,7 @@
 """One optimizer step of contrastive training.
 
     this rank's chunks                c_1      ...      c_n      texts of the global batch, packed
-    pass 1     embed, no graph      (C_1, E)          (C_n, E)   grad_cache, or layer_sweep
+    pass 1     embed, no graph      (C_1, E)          (C_n, E)   schedules
     rows       concatenate              (R, E)                   in the order of the chunks
     select     queries (B, E), documents (K, E)                  dummy rows belong to neither
     loss       contrastive_loss  <---- all ranks ---->           gradients (B, E), (K, E)
@@ -28,10 +28,9 @@ import numpy as np
 import torch
 
 from pipeline import comm
-from pipeline.config import TrainConfig
+from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
 from pipeline.data.batch import GlobalBatch, Ragged
 from pipeline.data.order import num_negatives
-from pipeline.loss import grad_cache
 from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
 from pipeline.training.engine import (
@@ -44,8 +43,68 @@ from pipeline.training.engine import (
     seed_of_chunks,
     to_tensors,
 )
-from pipeline.training.layer_sweep import encoder_stages, make_sweep, outside_of_layers
-from pipeline.training.optim import Temperature
+from pipeline.training.schedules import (
+    embed_chunks,
+    encoder_stages,
+    make_sweep,
+    outside_of_layers,
+    replay_chunks,
+)
+
+
+class Temperature:
+    """A scalar that every rank updates in the same way: its gradient is the global loss's.
+
+    Learned as its logarithm (Radford et al., arXiv 2103.00020, section 2.5), without weight decay.
+    ZeRO never sees it: one number needs no sharding, and all ranks compute the same update.
+
+    Args:
+        config: the initial value, and whether it is learned.
+        optimizer: AdamW's hyper-parameters.
+    """
+
+    def __init__(self, config: LossConfig, optimizer: OptimizerConfig) -> None:
+        self._learned = config.learn_temperature
+        self._fixed = config.temperature
+        log = torch.tensor(math.log(config.temperature), dtype=torch.float64)
+        self._log = torch.nn.Parameter(log)
+        self._adam = torch.optim.Adam([self._log], betas=optimizer.betas, eps=optimizer.eps)
+
+    @property
+    def value(self) -> float:
+        """The temperature of the next step."""
+        return math.exp(self._log.item()) if self._learned else self._fixed
+
+    def step(self, gradient: float | None, lr: float) -> None:
+        """Apply d(loss) / d(temperature); does nothing when the temperature is fixed."""
+        if not self._learned:
+            return
+        assert gradient is not None, "the loss was not asked for the gradient"
+        # d(loss) / d(log t) = d(loss) / dt * t
+        self._log.grad = torch.tensor(gradient * self.value, dtype=torch.float64)
+        self._adam.param_groups[0]["lr"] = lr
+        self._adam.step()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return plain numbers from which `load_state_dict` restores everything."""
+        if not self._learned:
+            return {}
+        # Empty before the first update.
+        moments = self._adam.state.get(self._log, {})
+        return {"log": self._log.item(), **{k: float(v) for k, v in moments.items()}}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from `state_dict`."""
+        if not self._learned or not state:
+            return
+        with torch.no_grad():
+            self._log.fill_(state["log"])
+        if "step" in state:
+            self._adam.state[self._log] = {
+                "step": torch.tensor(state["step"]),
+                "exp_avg": torch.tensor(state["exp_avg"], dtype=torch.float64),
+                "exp_avg_sq": torch.tensor(state["exp_avg_sq"], dtype=torch.float64),
+            }
 
 
 class Contrastive:
@@ -157,10 +216,10 @@ class _Step:
         # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
         with engine.hold(list(engine.encoder.parameters())):
             with agreement.out_of_memory_on_all_ranks():
-                cached = grad_cache.embed_chunks(chunks, self._embed, keep_graphs=keep)
+                cached = embed_chunks(chunks, self._embed, keep_graphs=keep)
             output, gradients = self._loss(cached.embeddings)
             with engine.accumulation(), agreement.out_of_memory_on_all_ranks():
-                grad_cache.replay_chunks(chunks, cached, gradients, self._embed, self._backward)
+                replay_chunks(chunks, cached, gradients, self._embed, self._backward)
         return output
 
     def layer_by_layer(self) -> LossOutput:

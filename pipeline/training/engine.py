@@ -1,13 +1,15 @@
-"""Contracts of a step: objective, engine, chunk, random seeds, and agreement between ranks.
+"""Contracts of a step: objective, engine, optimizer, chunk, random seeds, agreement of ranks.
 
 trainer --batch--> Objective.accumulate --chunks--> Engine.embed, Engine.backward
-                          |                              |
-                   Agreement.check                 seeded by (seed, step, rank, chunk)
+   |                      |                              |
+ AdamW at its      Agreement.check                 seeded by (seed, step, rank, chunk)
+ learning_rate
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from pipeline import comm
+from pipeline.config import OptimizerConfig
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.errors import DiffembedError
 
@@ -70,6 +73,54 @@ class Engine(Protocol):
 
     def discard(self) -> None:
         """Drop the gradients of an accumulation that an exception ended."""
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters.
+
+    torch's own AdamW, so that no machine needs a compiler to build an optimizer.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters into two groups: matrices decay, norms and biases do not."""
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A parameter that ZeRO-3 has partitioned has lost its shape to `ds_shape`.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) >= 2 else kept).append(parameter)
+    # DeepSpeed cannot partition an empty group.
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (0-based); there is no state to save.
+
+    Linear warm-up over `warmup_steps` from lr/warmup_steps to lr, then the chosen decay, which
+    would reach 0 at `decay_steps`, or `num_steps` without it.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    # Without decay_steps, a longer run would change rates of steps already made: see run_identity.
+    end = config.decay_steps or num_steps
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
+    if config.decay == "linear":
+        return config.lr * (1 - progress)
+    if config.decay == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

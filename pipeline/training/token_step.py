@@ -39,7 +39,7 @@ from pipeline.training.engine import (
     TensorChunk,
     seed_of_chunks,
 )
-from pipeline.training.layer_sweep import LayerSweep, encoder_stages, make_sweep, outside_of_layers
+from pipeline.training.schedules import LayerSweep, encoder_stages, make_sweep, outside_of_layers
 
 # Memory for the scores of a tile per kind of device: a CPU's cache likes few, a GPU many.
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}

@@ -38,14 +38,19 @@ from pipeline.training.engine import (
     NonFiniteLossError,
     Objective,
     StepGivenUpError,
+    build_optimizer,
+    learning_rate,
     seed_random,
 )
 from pipeline.training.evaluations import Evaluations, ScoringCommands
 from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers, require_trackers
-from pipeline.training.optim import build_optimizer, learning_rate
-from pipeline.training.run_checkpoints import RunCheckpoints, newest_checkpoint, take_over
+from pipeline.training.run_checkpoints import (
+    RunCheckpoints,
+    StopRequest,
+    newest_checkpoint,
+    take_over,
+)
 from pipeline.training.run_identity import require_same_run, run_identity
-from pipeline.training.stop import StopRequest
 from pipeline.training.token_step import TokenPrediction
 from pipeline.training.zero import ZeroEngine, placement_of
 

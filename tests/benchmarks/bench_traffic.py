@@ -32,7 +32,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.launch import discover_world
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import build_optimizer
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE, launch_ranks
 from tests.traffic import Traffic

@@ -18,7 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import build_optimizer
 from pipeline.training.zero import ZeroEngine
 from tests.benchmarks.bench_support import Gradients, draw_texts, gradient_error, step_config
 from tests.support import PATIENCE

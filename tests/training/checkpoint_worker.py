@@ -13,7 +13,7 @@ from pipeline.config import DataConfig, ModelConfig, TrainConfig
 from pipeline.launch import discover_world
 from pipeline.training import checkpoints
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import build_optimizer
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 

@@ -19,8 +19,12 @@ from pipeline.launch import discover_world
 from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.engine import Agreement, ChunkOutOfMemoryError, StepGivenUpError
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import (
+    Agreement,
+    ChunkOutOfMemoryError,
+    StepGivenUpError,
+    build_optimizer,
+)
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors

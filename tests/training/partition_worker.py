@@ -26,8 +26,7 @@ from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.weights import Placement
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.engine import seed_random
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import build_optimizer, seed_random
 from pipeline.training.zero import ZeroEngine, placement_of
 from tests.support import PATIENCE
 

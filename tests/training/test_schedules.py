@@ -12,7 +12,7 @@ import torch
 from pipeline.data.batch import GlobalBatch
 from pipeline.planning import ModelShape, RankWorkload, memory_per_rank
 from pipeline.training.contrastive_step import accumulate_gradients
-from pipeline.training.layer_sweep import BoundaryStore
+from pipeline.training.schedules import BoundaryStore
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, load, make_batch, step_config
 
 PAIRS = 8

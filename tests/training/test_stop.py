@@ -16,7 +16,7 @@ import os, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 from torch.distributed import TCPStore
-from pipeline.training.stop import StopRequest
+from pipeline.training.run_checkpoints import StopRequest
 stop = StopRequest(Path(sys.argv[2]), launchers=(), echo_seconds=float(sys.argv[1]))
 print(repr(stop.reason()))
 os.kill(os.getpid(), signal.SIGUSR1)

@@ -39,8 +39,7 @@ from pipeline.launch import discover_world
 from pipeline.model.encoder import LanguageModel, build_language_model
 from pipeline.training import token_step
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.engine import ChunkOutOfMemoryError, NonFiniteLossError
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import ChunkOutOfMemoryError, NonFiniteLossError, build_optimizer
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters

@@ -27,8 +27,7 @@ from pipeline.launch import discover_world
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.engine import StepGivenUpError
-from pipeline.training.optim import build_optimizer
+from pipeline.training.engine import StepGivenUpError, build_optimizer
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.traffic import Traffic

@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from pipeline.config import LossConfig, OptimizerConfig
-from pipeline.training.optim import (
-    Temperature,
-    build_optimizer,
-    learning_rate,
-    parameter_groups,
-)
+from pipeline.training.contrastive_step import Temperature
+from pipeline.training.engine import build_optimizer, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.loss.grad_cache import embed_chunks, replay_chunks
+from pipeline.training.schedules import embed_chunks, replay_chunks
 
 
 def make_model() -> nn.Module:
