@@ -5,16 +5,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 
-# Some tests start a real Slurm, or two hosts in network namespaces. Without the programs for that
-# they are skipped.
+# Some tests start a real Slurm, two hosts in network namespaces, or bubblewrap. Without the programs
+# for that they are skipped.
 lacks() {
   ! PATH=$PATH:/usr/sbin command -v "$1" >/dev/null
 }
-if { lacks slurmctld || lacks munged || lacks pdsh || lacks ip; } && [[ $EUID == 0 ]] &&
-  ! lacks apt-get; then
-  echo "installing Slurm, pdsh and ip for the tests"
+if { lacks slurmctld || lacks munged || lacks pdsh || lacks ip || lacks bwrap; } &&
+  [[ $EUID == 0 ]] && ! lacks apt-get; then
+  echo "installing Slurm, pdsh, ip and bubblewrap for the tests"
   if ! (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes \
-    --no-install-recommends slurm-wlm munge pdsh iproute2) >/dev/null 2>&1; then
+    --no-install-recommends slurm-wlm munge pdsh iproute2 bubblewrap) >/dev/null 2>&1; then
     echo "they could not be installed: the tests that need them will be skipped" >&2
   fi
 fi
