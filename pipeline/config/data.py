@@ -25,7 +25,9 @@ class Template:
     """
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
+    """The string of a query; names {text} once, and {instruction} before it or not at all."""
     document: str = "{text}"
+    """The string of a document; names {text} once."""
 
     def __post_init__(self) -> None:
         for key, template in (("query", self.query), ("document", self.document)):
@@ -88,33 +90,33 @@ class Template:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """The shards to train on, and the composition of one global batch.
-
-    Args:
-        global_batch_size: queries contrasted, or texts whose tokens are predicted, per optimizer
-            step over all ranks.
-        num_positives: positives per query, taken from the list in its example.
-        num_hard_negatives: hard negatives per query; fewer if its example lists fewer.
-        homogeneous: one instruction in a batch, one source, or a mixture.
-        weights: share of a source relative to its size; other sources keep the weight that they
-            were prepared with.
-        mixture_temperature: sources are drawn by weight * size ** (1 / mixture_temperature).
-        mixture_cap: examples beyond this many do not add to a source's share.
-        block_length: with an objective, join a source's texts in their order and cut the result
-            into texts of this many tokens; by default texts stay as they are.
-        prefetch: assemble the next batch in a thread while this one is trained.
-    """
+    """The shards to train on, and the composition of one global batch."""
 
     path: UserPath
+    """The folder of shards that `diffembed prepare` wrote."""
     global_batch_size: Annotated[int, Field(ge=2, description="queries")] = 1024
+    """Queries contrasted, or texts whose tokens are predicted, per optimizer step over all ranks.
+    """
     num_positives: PositiveInt = 1
+    """Positives per query, taken from the list in its example."""
     num_hard_negatives: NonNegativeInt = 1
+    """Hard negatives per query; fewer if its example lists fewer."""
     homogeneous: Literal["none", "source", "instruction"] = "instruction"
+    """One instruction in a batch, one source, or a mixture."""
     weights: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
+    """Share of a source relative to its size; other sources keep the weight that they were prepared
+    with.
+    """
     mixture_temperature: PositiveFloat = 1.0
+    """Sources are drawn by weight * size ** (1 / mixture_temperature)."""
     mixture_cap: PositiveInt | None = None
+    """Examples beyond this many do not add to a source's share."""
     block_length: Annotated[int, Field(ge=2, description="tokens")] | None = None
+    """With an objective, join a source's texts in their order and cut the result into texts of this
+    many tokens; by default texts stay as they are.
+    """
     prefetch: bool = True
+    """Assemble the next batch in a thread while this one is trained."""
 
 
 _COLUMNS = (
@@ -134,38 +136,41 @@ _SEVERAL = ("positives", "negatives", "documents", "labels", "scores")
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One data set: its location, its format, and the part of it to use.
-
-    Args:
-        path: a file, a folder of files, a glob, an fsspec URL, a folder of `save_to_disk`, or
-            `hub:OWNER/NAME[:CONFIG]`.
-        split: the split of a data set that has several; by default train.
-        columns: for the format `columns`, the fields that hold query, positives, negatives,
-            documents and their labels, instruction, concept and scores; a dotted path reaches
-            inside a field, a list or a glob joins several.
-        documents: for `reasonir_hq`, the BRIGHT documents its positives are ids of.
-        where: keep only records whose fields equal these values.
-        max_rows: use only this many records from the start (of each file that is a source itself).
-        max_negatives: keep at most this many hard negatives per query.
-        require_negatives: drop and count records without a hard negative.
-        on_bad_row: stop the build at a record that cannot be used, or drop and count it.
-        weight: share of this source in the mixture, relative to its size.
-    """
+    """One data set: its location, its format, and the part of it to use."""
 
     name: str
+    """The source's name in counts, metrics and `data.weights`; no slash."""
     format: str
+    """The layout of its records; docs/data.md lists them. `columns` reads any table."""
     path: PathText
+    """A file, a folder of files, a glob, an fsspec URL, a folder of `save_to_disk`, or
+    `hub:OWNER/NAME[:CONFIG]`.
+    """
     split: str | None = None
+    """The split of a data set that has several; by default train."""
     instruction: str = ""
+    """The instruction of queries whose record has none."""
     document_instruction: str = ""
+    """The instruction of documents, for tasks that compare like with like."""
     columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """For the format `columns`, the fields that hold query, positives, negatives, documents and
+    their labels, instruction, concept and scores; a dotted path reaches inside a field, a list or a
+    glob joins several.
+    """
     documents: PathText | None = None
+    """For `reasonir_hq`, the BRIGHT documents its positives are ids of."""
     where: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Keep only records whose fields equal these values."""
     max_rows: PositiveInt | None = None
+    """Use only this many records from the start (of each file that is a source itself)."""
     max_negatives: NonNegativeInt | None = None
+    """Keep at most this many hard negatives per query."""
     require_negatives: bool = False
+    """Drop and count records without a hard negative."""
     on_bad_row: Literal["stop", "drop"] = "stop"
+    """Stop the build at a record that cannot be used, or drop and count it."""
     weight: NonNegativeFloat = 1.0
+    """Share of this source in the mixture, relative to its size."""
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "sources.name", self.name, "no slash")
@@ -199,38 +204,34 @@ class SourceConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSetConfig:
-    """Texts of an evaluation set that must not be trained on.
-
-    Args:
-        path: like a source's.
-        split: the split of a data set that has several; by default test.
-        fields: the fields of a record that hold its texts.
-        queries: these texts are queries, and training queries are compared with them in full.
-    """
+    """Texts of an evaluation set that must not be trained on."""
 
     name: str
+    """The set's name in counts."""
     path: PathText
+    """Like a source's."""
     split: str | None = None
+    """The split of a data set that has several; by default test."""
     fields: Annotated[tuple[str, ...], Field(min_length=1, description="field")] = ("text",)
+    """The fields of a record that hold its texts."""
     queries: bool = True
+    """These texts are queries, and training queries are compared with them in full."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminateConfig:
-    """The rule by which a training text counts as part of an evaluation set.
-
-    Args:
-        ngram: words in a run.
-        max_overlap: the largest allowed share of a text's runs that occur in an evaluation set.
-        max_ratio: the largest allowed matching ratio (difflib's) of a training query with an
-            evaluation query.
-    """
+    """The rule by which a training text counts as part of an evaluation set."""
 
     sets: Annotated[tuple[EvaluationSetConfig, ...], Field(min_length=1, description="set")]
+    """The evaluation sets to compare with."""
     ngram: Annotated[int, Field(ge=1, description="words")] = 13
+    """Words in a run."""
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The largest allowed share of a text's runs that occur in an evaluation set."""
     max_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The largest allowed matching ratio (difflib's) of a training query with an evaluation query.
+    """
 
     def __post_init__(self) -> None:
         names = [evaluation.name for evaluation in self.sets]
@@ -240,29 +241,32 @@ class DecontaminateConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Raw data to shards: `diffembed prepare CONFIG`.
-
-    Args:
-        append_eos: end every text with EOS, even if the tokenizer does not.
-        decontaminate: evaluation sets whose texts are dropped.
-        near_duplicates: merge documents of at least this Jaccard similarity; null keeps all.
-        reuse: an earlier dataset; its documents that were not cut are not tokenised again.
-        shard_bytes: size of a shard file.
-        block_bytes: input that one task reads at a time.
-    """
+    """Raw data to shards: `diffembed prepare CONFIG`."""
 
     output_dir: UserPath
+    """The folder of shards to write."""
     tokenizer: PathText
+    """The tokenizer: a folder, or a model name in the local cache. Training needs the same one."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, description="source")]
+    """The data sets to read, in this order."""
     template: Template = dataclasses.field(default_factory=Template)
+    """The wording of queries and documents; exports and evaluations use the same."""
     max_query_length: Annotated[int, Field(ge=4, description="tokens")] = 512
+    """Longer queries are cut, and counted."""
     max_document_length: Annotated[int, Field(ge=4, description="tokens")] = 4096
+    """Longer documents are cut, and counted."""
     append_eos: bool = False
+    """End every text with EOS, even if the tokenizer does not."""
     decontaminate: DecontaminateConfig | None = None
+    """Evaluation sets whose texts are dropped."""
     near_duplicates: Annotated[float, Field(ge=0.5, le=1)] | None = None
+    """Merge documents of at least this Jaccard similarity; null keeps all."""
     reuse: UserPath | None = None
+    """An earlier dataset; its documents that were not cut are not tokenised again."""
     shard_bytes: Annotated[int, Field(ge=1024)] = 256 * 2**20
+    """Size of a shard file."""
     block_bytes: Annotated[int, Field(ge=1024)] = 16 * 2**20
+    """Input that one task reads at a time."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

@@ -24,17 +24,19 @@ class EvaluatedModel:
     """An export folder, its name in the report, and the wording of its queries."""
 
     name: str
+    """The model's name in results and report: letters, digits and . _ - only."""
     path: UserPath
-    # Replaces the template of the export's training; folders by other packages may have none.
+    """An export, or any sentence-transformers folder."""
     template: Template | None = None
-    # `paper`: the sentences of arXiv 2505.15045, for comparison with its tables.
+    """Replaces the template of the export's training; folders by other packages may have none."""
     instruction_set: Literal["diffembed", "paper"] = "diffembed"
-    # Instructions by task or benchmark name for this model alone.
+    """`paper`: the sentences of arXiv 2505.15045, for comparison with its tables."""
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
-    # For texts longer than in the export's training.
+    """Instructions by task or benchmark name for this model alone."""
     rope_scaling: RopeScaling | None = None
-    # Of weights and arithmetic.
+    """For texts longer than in the export's training."""
     precision: Precision = "auto"
+    """Of weights and arithmetic."""
 
     def __post_init__(self) -> None:
         # The name is a folder of the results and a key of report.json.
@@ -61,17 +63,14 @@ _REPORT_KEYS = (
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OwnTask:
-    """A retrieval task of the user, scored by nDCG@10 like mteb's retrieval tasks.
-
-    Args:
-        name: its name in results and report; no task of mteb may have it.
-        path: a folder with corpus, queries and qrels, in the layout of BEIR or of the hub.
-        split: the judgements to score.
-    """
+    """A retrieval task of the user, scored by nDCG@10 like mteb's retrieval tasks."""
 
     name: str
+    """Its name in results and report; no task of mteb may have it."""
     path: UserPath
+    """A folder with corpus, queries and qrels, in the layout of BEIR or of the hub."""
     split: str = "test"
+    """The judgements to score."""
 
     def __post_init__(self) -> None:
         require(_is_plain(self.name), "tasks.name", self.name, "letters, digits and . _ - only")
@@ -91,19 +90,27 @@ class EvaluateConfig:
     """Exports to scores: `diffembed evaluate run CONFIG`."""
 
     output_dir: UserPath
+    """The folder of results, stored vectors and report."""
     models: Annotated[tuple[EvaluatedModel, ...], Field(min_length=1, description="model")]
-    # Names of mteb's tasks and benchmarks, and own tasks as `{name: mine, path: FOLDER}`.
+    """The models to score."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, description="mteb task name")]
+    """Names of mteb's tasks and benchmarks, and own tasks as `{name: mine, path: FOLDER}`."""
     snapshots: UserPath | None = None
+    """The folder of the tasks' data, filled by `diffembed evaluate prefetch`; null: the cache of
+    the hub.
+    """
     max_length: Annotated[int, Field(ge=1, description="tokens")] = 4096
+    """Longer texts are cut."""
     max_tokens: int = 16384
+    """Packed tokens of one forward; at least the longest text."""
     training_run: UserPath | None = None
-    # Instructions by task or benchmark name, in place of the built-in ones.
+    """A training run's folder, for the loss plot of the report."""
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
-    # Memory of one GPU, so that planning can refuse texts that would not fit.
+    """Instructions by task or benchmark name, in place of the built-in ones."""
     gpu_memory_gib: float | None = None
-    # Several maximum lengths by task or benchmark name; max_length holds for all others.
+    """Memory of one GPU, so that planning can refuse texts that would not fit."""
     lengths: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
+    """Several maximum lengths by task or benchmark name; max_length holds for all others."""
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
@@ -139,66 +146,66 @@ class ProbeConfig:
     """A linear classifier of words on a frozen model: `diffembed probe CONFIG`.
 
     The word task of LLM2Vec (arXiv 2404.05961, section 4.1).
-
-    Args:
-        model: an export; `diffembed export --checkpoint init` makes one of an untrained model.
-        train, test: words and tags, in CoNLL-2003's columns (word, pos, chunk, ner) or as JSON
-            lines with `tokens` and `pos_tags`, `chunk_tags` or `ner_tags`.
-        labels: classify a word by its own tokens, or by the token before each of them.
-        merge_subwords: use the mean over a word's tokens, not only its first token.
-        max_length: tokens after which a sentence is cut.
-        max_tokens: packed tokens of one forward.
-        batch_size: words per update of the classifier.
     """
 
     output_dir: UserPath
+    """The folder of the probe's result."""
     model: UserPath
+    """An export; `diffembed export --checkpoint init` makes one of an untrained model."""
     train: UserPath
+    """Words and tags to train on, in CoNLL-2003's columns (word, pos, chunk, ner) or as JSON lines
+    with `tokens` and `pos_tags`, `chunk_tags` or `ner_tags`.
+    """
     test: UserPath
+    """Words and tags to score, in the same form."""
     task: Literal["pos", "chunk", "ner"]
+    """The tags to predict."""
     labels: Literal["same_token", "next_token"] = "same_token"
+    """Classify a word by its own tokens, or by the token before each of them."""
     merge_subwords: bool = True
+    """Use the mean over a word's tokens, not only its first token."""
     max_length: PositiveInt = 512
+    """Tokens after which a sentence is cut."""
     max_tokens: PositiveInt = 16384
+    """Packed tokens of one forward."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout on the classifier's input."""
     lr: PositiveFloat = 5e-4
+    """The learning rate of the classifier."""
     num_epochs: PositiveInt = 5
+    """Passes over the training words."""
     batch_size: PositiveInt = 256
+    """Words per update of the classifier."""
     seed: int = 42
+    """Seed of initial weights, order and dropout."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExportStep:
-    """One export of the trained run: `diffembed export --checkpoint … --output …`.
-
-    Args:
-        checkpoint: `latest`, a name like `step-000100`, or `init` (the untrained model).
-        output: the export's folder; null: the run's own.
-    """
+    """One export of the trained run: `diffembed export --checkpoint … --output …`."""
 
     checkpoint: str = "latest"
+    """`latest`, a name like `step-000100`, or `init` (the untrained model)."""
     output: UserPath | None = None
+    """The export's folder; null: the run's own."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ChainConfig:
-    """One experiment from raw data to its report: `diffembed submit all CONFIG`.
-
-    Args:
-        prepare: config of the shards; null: they exist already.
-        train: config of the training run.
-        deepspeed: its DeepSpeed JSON.
-        exports: the exports of the run that the evaluation needs.
-        evaluate: config of the evaluation; null: the chain ends with the exports.
-        text_elements: array elements that share the texts of all tasks; null: one element for each
-            model and task.
-    """
+    """One experiment from raw data to its report: `diffembed submit all CONFIG`."""
 
     train: UserPath
+    """Config of the training run."""
     prepare: UserPath | None = None
+    """Config of the shards; null: they exist already."""
     deepspeed: UserPath = Path("ds_configs/zero3.json")
+    """Its DeepSpeed JSON."""
     exports: tuple[ExportStep, ...] = (ExportStep(),)
+    """The exports of the run that the evaluation needs."""
     evaluate: UserPath | None = None
+    """Config of the evaluation; null: the chain ends with the exports."""
     text_elements: PositiveInt | None = None
+    """Array elements that share the texts of all tasks; null: one element for each model and task.
+    """

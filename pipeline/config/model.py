@@ -178,13 +178,17 @@ class LoraConfig:
     """Low-rank adaptation (Hu et al., arXiv 2106.09685)."""
 
     rank: PositiveInt = 16
+    """The rank of the update."""
     alpha: int = 32
+    """The update is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    # The last components of module names, or every linear layer.
+    """Dropout on the adapters' inputs."""
     targets: Literal["all-linear"] | tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    """The last components of module names, or every linear layer."""
     rslora: bool = False
+    """Multiply by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)."""
 
 
 @strict
@@ -198,7 +202,9 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "ntk", "yarn"]
+    """The rule of scaling."""
     factor: Annotated[float, Field(gt=1)]
+    """The longest text, in multiples of the length the model was trained on."""
 
 
 @strict
@@ -207,26 +213,37 @@ class ModelConfig:
     """The backbone, its attention, and the pooling of its hidden states to one vector."""
 
     path: PathText
+    """A folder in Hugging Face layout, or a model name in the local cache."""
     revision: str | None = None
+    """The commit on the hub; null: the one in the cache."""
     trust_remote_code: bool = False
+    """Run the code that came with the model; only with a pinned `revision`."""
     attention: Attention = "bidirectional"
-    # By default the pooling that a sentence-transformers folder declares, otherwise mean.
+    """Tokens attend to the whole text, or to earlier tokens only."""
     pooling: Pooling = None  # type: ignore[assignment]
-    # Include the tokens of an instruction in the pooling; they are always attended to.
+    """By default the pooling that a sentence-transformers folder declares, otherwise mean."""
     pool_instruction: bool = True
+    """Include the tokens of an instruction in the pooling; they are always attended to."""
     normalize: bool = True
-    # Vectors keep only this many first numbers (arXiv 2205.13147); null keeps all.
+    """Return vectors of length 1."""
     dimensions: PositiveInt | None = None
+    """Vectors keep only this many first numbers (arXiv 2205.13147); null keeps all."""
     rope_scaling: RopeScaling | None = None
+    """Rotary positions for texts longer than the model was trained on."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The type of weights and arithmetic; masters and moments are always float32."""
     attention_dropout: float | None = None
+    """Dropout on attention weights (SimCSE); null: the model's own."""
     gradient_checkpointing: bool = False
-    # A peft adapter to start from: merge it into the weights, or continue to train it.
+    """Keep only the inputs of layers and compute each layer again in the backward."""
     adapter: PathText | None = None
+    """A peft adapter to start from: merge it into the weights, or continue to train it."""
     adapter_use: Literal["merge", "continue"] = "merge"
-    # Adapters to merge into the weights before that one, in this order.
+    """Merge `adapter` into the weights, or continue to train it."""
     merged_adapters: tuple[PathText, ...] = ()
+    """Adapters to merge into the weights before that one, in this order."""
     lora: LoraConfig | None = None
+    """Train a new adapter; null: train all weights."""
 
     def __post_init__(self) -> None:
         # Resolved here, so that a dumped config states the pooling that was used.
@@ -261,12 +278,22 @@ class StarterConfig:
     """A small untrained model and its tokenizer: `diffembed starter CONFIG`."""
 
     output_dir: UserPath
+    """The folder of model and tokenizer to write."""
     corpus: Annotated[tuple[UserPath, ...], Field(min_length=1, description="file")]
+    """Texts to train the tokenizer on: JSON lines, or plain text."""
     vocab_size: int = 4096
+    """Tokens of the vocabulary."""
     hidden_size: PositiveInt = 128
+    """The width of hidden states."""
     num_layers: PositiveInt = 2
+    """Layers of the model."""
     num_heads: PositiveInt = 4
+    """Query heads of a layer."""
     num_kv_heads: PositiveInt = 2
+    """Key and value heads of a layer."""
     intermediate_size: PositiveInt = 384
+    """The width inside the feed-forward blocks."""
     max_position_embeddings: Annotated[int, Field(ge=1, description="tokens")] = 4096
+    """The longest text."""
     seed: NonNegativeInt = 0
+    """Seed of the weights."""

@@ -18,17 +18,16 @@ class MntpConfig:
     """Masked next-token prediction (LLM2Vec, BehnamGhader et al., arXiv 2404.05961, section 2.1).
 
     A masked token is predicted from the hidden state of the position before it.
-
-    Args:
-        mask_rate: share of the tokens to predict.
-        replace: `bert` puts the mask token in 80 %, a random token in 10 %, and leaves 10 % as they
-            are (Devlin et al., arXiv 1810.04805, section 3.1); `all` always puts the mask token.
-        mask_token: the token to put; by default the tokenizer's mask token.
     """
 
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tokens to predict."""
     replace: Literal["bert", "all"] = "bert"
+    """`bert` puts the mask token in 80 %, a random token in 10 %, and leaves 10 % as they are
+    (Devlin et al., arXiv 1810.04805, section 3.1); `all` always puts the mask token.
+    """
     mask_token: str | None = None
+    """The token to put; by default the tokenizer's mask token."""
 
 
 @strict
@@ -37,16 +36,15 @@ class MaskedDiffusionConfig:
     """Masked diffusion (LLaDA, Nie et al., arXiv 2502.09992, equation 3).
 
     Each row draws t from U(0, 1) and masks each of its tokens with probability t.
-
-    Args:
-        shift: predict a token from the hidden state before it; by default as the model was
-            pre-trained: LLaDA predicts in place, Dream and autoregressive models predict shifted.
-            An export of LLaDA is loaded as a Llama: set `shift: false` for it.
-        mask_token: the token to put; by default the tokenizer's mask token.
     """
 
     shift: bool | None = None
+    """Predict a token from the hidden state before it; by default as the model was pre-trained:
+    LLaDA predicts in place, Dream and autoregressive models predict shifted. An export of LLaDA is
+    loaded as a Llama: set `shift: false` for it.
+    """
     mask_token: str | None = None
+    """The token to put; by default the tokenizer's mask token."""
 
 
 @strict
@@ -61,8 +59,11 @@ class ObjectiveConfig:
     """Exactly one kind of token prediction."""
 
     mntp: MntpConfig | None = None
+    """Masked next-token prediction."""
     masked_diffusion: MaskedDiffusionConfig | None = None
+    """Masked diffusion."""
     next_token: NextTokenConfig | None = None
+    """Next-token prediction; needs `model.attention: causal`."""
 
     def __post_init__(self) -> None:
         kinds = [field.name for field in dataclasses.fields(self)]
@@ -87,7 +88,9 @@ class DistillationConfig:
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The teacher's share of the loss; the contrastive term keeps the rest."""
     temperature: PositiveFloat = 1.0
+    """The teacher's scores are divided by this."""
 
 
 @strict
@@ -100,16 +103,21 @@ class LossConfig:
     """
 
     temperature: PositiveFloat = 0.02
+    """Similarities are divided by this."""
     learn_temperature: bool = False
-    # cosine normalises inside the loss; scaled_dot divides the dot product by the width.
+    """Learn the temperature, from this start."""
     similarity: Literal["cosine", "dot", "scaled_dot"] = "cosine"
+    """Cosine normalises inside the loss; scaled_dot divides the dot product by the width."""
     negatives: Literal["batch", "own"] = "batch"
+    """Contrast with all documents of the global batch, or with a query's own negatives only."""
     symmetric: bool = False
-    # Smaller widths to train in addition to the full one; the loss is the mean over all.
+    """Add the loss of documents against queries."""
     matryoshka_dims: tuple[int, ...] = ()
-    # A negative that exceeds the query's best positive by more than this is left out.
+    """Smaller widths to train in addition to the full one; the loss is the mean over all."""
     false_negative_margin: float | None = None
+    """A negative that exceeds the query's best positive by more than this is left out."""
     distillation: DistillationConfig | None = None
+    """Learn a teacher's scores, if the data hold them."""
 
     def __post_init__(self) -> None:
         require(
@@ -134,15 +142,23 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), warm-up and decay."""
 
     lr: PositiveFloat = 1e-4
+    """The highest learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.01
+    """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0, description="0 for no clipping")] = 1.0
+    """Gradients are scaled down to this global norm; 0: no clipping."""
     warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from 0."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    # The step at which the decay would reach 0; num_steps by default, more for a run that ends
-    # before its learning rate does.
+    """The course of the learning rate after the warm-up."""
     decay_steps: int | None = None
+    """The step at which the decay would reach 0; num_steps by default, more for a run that ends
+    before its learning rate does.
+    """
 
 
 @strict
@@ -151,14 +167,17 @@ class ChunkConfig:
     """The chunks of a rank's share of the global batch, each one cached forward."""
 
     max_tokens: PositiveInt = 8192
-    # Sum over a chunk's texts of L * (1 + L / 32500), L in tokens; null: tokens alone decide.
+    """Packed tokens of one forward; a longer text is a chunk alone."""
     max_cost: PositiveFloat | None = None
+    """Sum over a chunk's texts of L * (1 + L / 32500), L in tokens; null: tokens alone decide."""
     min_chunks: PositiveInt = 1
-    # schedule cache: this many chunks keep their graph and need no second forward.
-    # `auto`: as many as fit into memory by the plan.
+    """Cut a step into at least this many chunks."""
     keep_graphs: NonNegativeInt | Literal["auto"] = 0
-    # schedule sweep: the memory that holds the inputs of all layers until the backward.
+    """Schedule cache: this many chunks keep their graph and need no second forward. `auto`: as many
+    as fit into memory by the plan.
+    """
     boundaries: Literal["device", "host"] = "device"
+    """Schedule sweep: the memory that holds the inputs of all layers until the backward."""
 
 
 @strict
@@ -167,11 +186,13 @@ class CheckpointConfig:
     """The steps at which a run saves a checkpoint, and the checkpoints that stay."""
 
     every: Annotated[int, Field(ge=1, description="steps")] = 100
+    """Steps between two checkpoints."""
     keep_last: PositiveInt = 2
-    # Checkpoints whose step is a multiple of this are never deleted.
+    """Older checkpoints than this many are deleted."""
     keep_every: PositiveInt | None = None
-    # A folder on slower, safer storage to which every checkpoint is copied in the background.
+    """Checkpoints whose step is a multiple of this are never deleted."""
     mirror: UserPath | None = None
+    """A folder on slower, safer storage to which every checkpoint is copied in the background."""
 
     def __post_init__(self) -> None:
         kept = self.keep_every
@@ -186,20 +207,18 @@ class CheckpointConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateEveryConfig:
-    """Scores of checkpoints during training.
-
-    Args:
-        every: steps between two scored checkpoints; a multiple of checkpoint.every.
-        config: an evaluation's YAML; its last model gives the wording of queries.
-        where: separate Slurm jobs, or a process of low priority on the CPU of rank 0's node.
-        text_elements: slurm: array elements that share the texts of all tasks; null: one element
-            for each task and length.
-    """
+    """Scores of checkpoints during training."""
 
     every: PositiveInt
+    """Steps between two scored checkpoints; a multiple of checkpoint.every."""
     config: UserPath
+    """An evaluation's YAML; its last model gives the wording of queries."""
     where: Literal["slurm", "local"] = "slurm"
+    """Separate Slurm jobs, or a process of low priority on the CPU of rank 0's node."""
     text_elements: int | None = None
+    """Slurm: array elements that share the texts of all tasks; null: one element for each task and
+    length.
+    """
 
 
 @strict
@@ -208,22 +227,37 @@ class TrainConfig:
     """One training run: `pipeline/train.py CONFIG`."""
 
     output_dir: UserPath
+    """The folder of the run."""
     num_steps: PositiveInt
+    """Optimizer steps."""
     model: ModelConfig
+    """The backbone."""
     data: DataConfig
+    """The data."""
     seed: int = 42
+    """Seed of data order, dropout and new weights."""
     schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
+    """plain keeps all graphs; cache runs each chunk twice; sweep runs layer by layer; auto takes
+    the first that fits.
+    """
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
-    # Token prediction instead of the contrastive loss; `loss` must then be left out.
+    """The size of one forward."""
     objective: ObjectiveConfig | None = None
+    """Token prediction instead of the contrastive loss; `loss` must then be left out."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """The contrastive loss."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    # A loss or gradient that is not finite: stop with a dump of the batch, or skip the update.
+    """When to save."""
     non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with a dump of the batch, or skip the update."""
     evaluate: EvaluateEveryConfig | None = None
+    """Score checkpoints during training; null: do not."""
     log_every: Annotated[int, Field(ge=1, description="steps")] = 1
+    """Steps between two printed lines; metrics.jsonl has every step."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Send metrics to these as well."""
 
     def __post_init__(self) -> None:
         # Only a step with a checkpoint can be scored.
