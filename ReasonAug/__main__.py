@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.config.loading import load_config
 from pipeline.errors import errors_end_the_process
 from ReasonAug.generation_rows import write_generation_rows
 from ReasonAug.long_rows import write_long_rows
@@ -15,7 +16,7 @@ from ReasonAug.templates import write_templates
 from ReasonAug.texts import write_texts
 
 app = typer.Typer(
-    help="Synthesis of reasoning-intensive retrieval data, without a network.",
+    help="Synthesis of reasoning-intensive retrieval data, by templates or by a language model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -105,6 +106,52 @@ def long(
 ) -> None:
     """Write training rows whose long documents contain the answer to the query once."""
     write_long_rows(data, seed=seed, num_rows=rows, max_tokens=max_tokens)
+
+
+@app.command()
+def synthesize(
+    config: Annotated[Path, typer.Argument(help="YAML config: ReasonAug/README.md")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, over the file's")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the calls, tokens and price that are left")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="write this many problems and a page with them")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="ask again what failed for good")
+    ] = False,
+) -> None:
+    """Write training rows with a language model behind an OpenAI-compatible server."""
+    from ReasonAug.synthesis.config import SynthesisConfig
+    from ReasonAug.synthesis.run import synthesize as run
+
+    settings = load_config(SynthesisConfig, config, tuple(overrides or ()))
+    run(settings, dry_run=dry_run, limit=limit, retry_failed=retry_failed)
+
+
+@app.command(name="import")
+def import_answers(
+    config: Annotated[Path, typer.Argument(help="YAML config of the synthesis")],
+    generations: Annotated[
+        Path, typer.Option(help="JSONL of n, domain, concept, generation, check; or batch output")
+    ],
+    definitions: Annotated[
+        Path | None, typer.Option(help="JSONL of domain, concept, definition; or batch output")
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="for batch outputs: JSONL of custom_id, stage, domain, concept, n"),
+    ] = None,
+) -> None:
+    """Record answers that exist, so that `synthesize` takes them instead of asking."""
+    from ReasonAug.synthesis.config import SynthesisConfig
+    from ReasonAug.synthesis.imports import import_files
+
+    settings = load_config(SynthesisConfig, config)
+    import_files(settings, generations=generations, definitions=definitions, index=index)
 
 
 def main() -> None:

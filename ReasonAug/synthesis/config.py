@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pipeline.config import DecontaminateConfig
 from pipeline.config.rules import UserPath, require, strict
 from ReasonAug.problem import ALGORITHM, DATA_STRUCTURE, FINANCE, MATH, PHYSICS
+from ReasonAug.sandbox import Limits
 
 Kind = Literal["coding", "numeric", "text"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -158,6 +159,7 @@ class ChecksConfig:
         solutions: independent solutions per coding or numeric problem; the majority decides.
         tests: tests to write for a coding problem.
         execution: run coding solutions in the sandbox, or not at all.
+        sandbox: limits of one program.
         keep_unverified: let solutions through that could not be verified.
         tolerance: relative difference of two numbers that count as equal.
     """
@@ -167,6 +169,7 @@ class ChecksConfig:
     solutions: PositiveInt = 1
     tests: PositiveInt = 5
     execution: Literal["sandbox", "off"] = "sandbox"
+    sandbox: Limits = dataclasses.field(default_factory=Limits)
     keep_unverified: bool = False
     tolerance: PositiveFloat = 1e-3
 

@@ -1,0 +1,178 @@
+"""Define the answers to each prompt, and read them from what a model wrote.
+
+Servers with structured output keep to the schema. Others wrap JSON in a fence or in sentences,
+leave commas behind, or answer under headings; all of that is read. What still cannot be read is
+reported with the reason, for one repair call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any, TypeVar
+
+from ReasonAug.generations import split_generation, verdict
+
+T = TypeVar("T")
+
+
+class UnreadableError(Exception):
+    """An answer lacks something; the text says what, for the model that repairs it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Proposed:
+    """Names of concepts."""
+
+    concepts: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenDefinition:
+    """A definition; in a coding domain with an implementation."""
+
+    definition: str
+    code: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenProblem:
+    """A problem, its worked solution and the final result."""
+
+    problem: str
+    solution: str
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A yes or no with its reason."""
+
+    verdict: bool
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenTests:
+    """Assert statements."""
+
+    tests: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SecondSolution:
+    """An independent solution and its final result."""
+
+    solution: str
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenNegative:
+    """A worked problem of another concept."""
+
+    concept: str
+    problem: str
+    solution: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rewritten:
+    """A query in another form."""
+
+    question: str
+
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "str": {"type": "string"},
+    "bool": {"type": "boolean"},
+    "list[str]": {"type": "array", "items": {"type": "string"}},
+}
+
+
+def json_schema(kind: type) -> dict[str, Any]:
+    """Return the strict JSON schema of a kind of answer."""
+    properties = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(kind)}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def read_answer(kind: type[T], text: str) -> T:
+    """Return an answer as its kind.
+
+    Raises:
+        UnreadableError: it has no such content.
+    """
+    tree = _find_object(text)
+    if tree is None:
+        tree = _read_plain(kind, text)
+    if tree is None:
+        raise UnreadableError("no JSON object in it, or one that is cut short")
+    found = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        optional = field.default is not dataclasses.MISSING
+        value = _read_value(str(field.type), tree.get(field.name))
+        if value is None or (value in ("", []) and not optional):
+            if not optional:
+                raise UnreadableError(f"the key {field.name!r} is missing or empty")
+            continue
+        found[field.name] = value
+    return kind(**found)
+
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
+_COMMA = re.compile(r",(\s*[}\]])")
+
+
+def _find_object(text: str) -> dict[str, Any] | None:
+    """Return the first JSON object in a text, alone, in a fence, or between sentences."""
+    start = text.find("{")
+    candidates = [text, *(match[1] for match in _FENCE.finditer(text))]
+    if start >= 0:
+        candidates.append(text[start : text.rfind("}") + 1])
+    for candidate in candidates:
+        for repaired in (candidate, _COMMA.sub(r"\1", candidate)):
+            try:
+                # Not strict: models write line breaks into strings.
+                tree = json.loads(repaired.strip(), strict=False)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(tree, dict):
+                return tree
+    if start >= 0:
+        try:
+            tree, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return None
+        return tree if isinstance(tree, dict) else None
+    return None
+
+
+def _read_plain(kind: type, text: str) -> dict[str, Any] | None:
+    """Return the content of an answer in words, where its kind has a usual form."""
+    if kind is WrittenProblem and (parts := split_generation(text)):
+        return {"problem": parts[0], "solution": parts[1]}
+    if kind is Verdict and (said := verdict(text)) is not None:
+        return {"verdict": said, "reason": text}
+    return None
+
+
+def _read_value(kind: str, value: Any) -> Any:
+    """Return a value as its type; None if it is of another one."""
+    if kind == "bool":
+        if isinstance(value, str):
+            return {"true": True, "false": False}.get(value.strip().lower(), verdict(value))
+        return value if isinstance(value, bool) else None
+    if kind == "list[str]":
+        if not isinstance(value, list):
+            return None
+        return [item.strip() for item in value if isinstance(item, str) and item.strip()]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    # Text that no file can hold, as from a pair of escapes cut in half.
+    return str(value).strip().encode("utf-8", errors="replace").decode()

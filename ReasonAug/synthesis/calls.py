@@ -1,0 +1,260 @@
+"""Ask each question once: look it up in the ledger, or send it and record the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.errors import Stopped
+from ReasonAug.synthesis.answers import UnreadableError, json_schema, read_answer
+from ReasonAug.synthesis.config import SynthesisConfig
+from ReasonAug.synthesis.ledger import Ledger, Record, StageLedger, call_key
+from ReasonAug.synthesis.prompts import Prompt, Prompts
+
+T = TypeVar("T")
+
+# The prompts that write; all others are checks, by the judge and at its temperature.
+_WRITING = frozenset(("propose", "definition", "problem", "rewrite", "negative", "forum", "exam"))
+_REFUSED = "refused: "
+IMPORTED = "import"
+
+
+# The prompts that the current item has asked, for plans.
+asked_prompts: ContextVar[list[str] | None] = ContextVar("asked_prompts", default=None)
+
+
+class Halt:
+    """The reason to send nothing more, once there is one; requests in flight are finished."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def set(self, error: Exception) -> None:
+        """Halt, unless another reason came first."""
+        self.error = self.error or error
+
+    def check(self) -> None:
+        """Raise the reason, if there is one."""
+        if self.error is not None:
+            raise self.error
+
+
+class NotAskedError(Exception):
+    """A dry run has found a call that the ledger does not answer."""
+
+
+class Unanswered(Exception):  # noqa: N818 -- an outcome, not a fault
+    """A call has no usable answer; `reason` is the word for `dropped`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Call(Generic[T]):
+    """One question to a model."""
+
+    item: str
+    prompt: Prompt
+    values: Mapping[str, str]
+    answer: type[T]
+    model: str
+    temperature: float
+    max_tokens: int
+    structured: str
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what is part of the key in addition to model, prompt and values."""
+        return {
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "structured": self.structured,
+        }
+
+    def key(self) -> str:
+        """Return the key under which the answer is recorded."""
+        return call_key(
+            model=self.model,
+            version=self.prompt.version,
+            parameters=self.parameters(),
+            values=self.values,
+        )
+
+    def messages(self) -> list[dict[str, str]]:
+        """Return the messages to send."""
+        return self.prompt.messages(self.values)
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the answer."""
+        return json_schema(self.answer)
+
+    def record(self, **outcome: Any) -> Record:
+        """Return the record of this call with its outcome."""
+        return Record(
+            key=self.key(),
+            item=self.item,
+            model=self.model,
+            prompt=self.prompt.label,
+            parameters=self.parameters(),
+            **outcome,
+        )
+
+
+def imported_key(stage: str, item: str) -> str:
+    """Return the key of an answer that was imported: it belongs to an item, not to a prompt."""
+    return call_key(model=IMPORTED, version=stage, parameters={}, values={"item": item})
+
+
+class Transport(Protocol):
+    """A way to get a question answered."""
+
+    async def send(self, call: Call[Any]) -> Record:
+        """Return the outcome; a call that fails for good is a record, too.
+
+        Raises:
+            Stopped: the run must end here, for example at its budget.
+            UserError: no call can succeed, for example without a valid key.
+        """
+
+
+class Secrets:
+    """The keys of all servers, which must not appear in anything that is written."""
+
+    def __init__(self, config: SynthesisConfig) -> None:
+        names = {server.api_key_env for server in config.model.servers if server.api_key_env}
+        found = (os.environ.get(name, "").strip() for name in names)
+        self._keys = sorted((key for key in found if key), key=len, reverse=True)
+
+    def redact(self, text: str) -> str:
+        """Return a text with every key in it blacked out."""
+        for key in self._keys:
+            if key in text:
+                text = text.replace(key, "[api key]")
+        return text
+
+
+class Calls:
+    """Questions of one stage, each asked once."""
+
+    def __init__(
+        self,
+        config: SynthesisConfig,
+        prompts: Prompts,
+        ledger: Ledger,
+        transport: Transport,
+        halt: Halt,
+        *,
+        retry_failed: bool = False,
+    ) -> None:
+        self._config, self._prompts, self._ledger = config, prompts, ledger
+        self._transport, self._halt = transport, halt
+        self._retry_failed = retry_failed
+        self._in_flight: dict[str, asyncio.Future[Record]] = {}
+        self.recorded = 0  # answers that were in the ledger
+        self.sent = 0
+        self.failed = 0
+
+    async def ask(
+        self,
+        stage: str,
+        name: str,
+        answer: type[T],
+        *,
+        item: str,
+        kind: str = "",
+        **values: str,
+    ) -> T:
+        """Return the answer to a prompt.
+
+        Raises:
+            Unanswered: the call failed for good, or its answer is unreadable even after a repair.
+            Stopped: nothing more is sent.
+        """
+        call = self._call(self._prompts.get(name, kind), answer, item, values)
+        text = await self._text(stage, call)
+        try:
+            return read_answer(answer, text)
+        except UnreadableError as error:
+            keys = ", ".join(f'"{field}"' for field in call.schema()["properties"])
+            repair = {"keys": keys, "reason": str(error), "text": text}
+        text = await self._text(
+            stage, self._call(self._prompts.get("repair"), answer, item, repair)
+        )
+        try:
+            return read_answer(answer, text)
+        except UnreadableError:
+            raise Unanswered("unreadable") from None
+
+    def imported(self, stage: str, item: str) -> str | None:
+        """Return an answer that was imported for an item, if there is one."""
+        record = self._ledger.stage(stage).find(imported_key(stage, item))
+        return record.answer if record else None
+
+    def _call(
+        self, prompt: Prompt, answer: type[T], item: str, values: Mapping[str, str]
+    ) -> Call[T]:
+        model = self._config.model
+        writes = prompt.name in _WRITING
+        return Call(
+            item=item,
+            prompt=prompt,
+            values=values,
+            answer=answer,
+            model=model.name if writes else model.judge or model.name,
+            # A second solution must be able to differ from the first.
+            temperature=model.temperature
+            if writes or prompt.name.startswith("solve")
+            else model.judge_temperature,
+            max_tokens=model.max_tokens,
+            structured=model.structured,
+        )
+
+    async def _text(self, stage: str, call: Call[Any]) -> str:
+        record = await self._record(self._ledger.stage(stage), call)
+        if record.status == "failed":
+            raise Unanswered("refused" if record.reason.startswith(_REFUSED) else "unanswered")
+        return record.answer
+
+    async def _record(self, ledger: StageLedger, call: Call[Any]) -> Record:
+        if (asked := asked_prompts.get()) is not None:
+            asked.append(call.prompt.name)
+        key = call.key()
+        found = ledger.find(key)
+        if found is not None and not (self._retry_failed and found.status == "failed"):
+            self.recorded += 1
+            return found
+        # Two items may ask the same question.
+        if (pending := self._in_flight.get(key)) is not None:
+            return await asyncio.shield(pending)
+        self._halt.check()
+        future: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
+        self._in_flight[key] = future
+        try:
+            record = await self._transport.send(call)
+            ledger.append(record)
+            self.sent += 1
+            self.failed += record.status == "failed"
+            future.set_result(record)
+            return record
+        except BaseException as error:
+            future.set_exception(error)
+            future.exception()  # read, because mostly no other item waits for it
+            if isinstance(error, Exception) and not isinstance(error, NotAskedError):
+                self._halt.set(error)
+            raise
+        finally:
+            del self._in_flight[key]
+
+
+def refused(reason: str) -> str:
+    """Return the reason of a record whose model declined to answer."""
+    return _REFUSED + reason
+
+
+class Interrupted(Stopped):
+    """A signal asked the run to end."""
