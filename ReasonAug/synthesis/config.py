@@ -32,15 +32,12 @@ KINDS: dict[str, Kind] = {
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """One OpenAI-compatible server.
-
-    Args:
-        url: its base URL, usually ending in /v1.
-        api_key_env: the environment variable with its key; null if it needs none.
-    """
+    """One OpenAI-compatible server."""
 
     url: str
+    """Its base URL, usually ending in /v1."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """The environment variable with its key; null if it needs none."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -59,25 +56,26 @@ class ServerConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The model that writes, and its servers.
-
-    Args:
-        name: as the servers know it.
-        judge: another model of the same servers, for the checks; by default the same one.
-        servers: tried in turn; one that does not answer is left out for a while.
-        structured: ask for answers by JSON schema, as a JSON object, or in words only; `auto`
-            starts with the schema and falls back if a server refuses it.
-        licence: licence of the model's outputs, for the card.
-    """
+    """The model that writes, and its servers."""
 
     name: Annotated[str, Field(min_length=1)]
+    """As the servers know it."""
     judge: str | None = None
+    """Another model of the same servers, for the checks; by default the same one."""
     servers: Annotated[tuple[ServerConfig, ...], Field(min_length=1, description="server")]
+    """Tried in turn; one that does not answer is left out for a while."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
+    """Of calls that write, and of independent solutions."""
     judge_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Of checks."""
     max_tokens: PositiveInt = 2048
+    """The longest answer."""
     structured: Literal["auto", "schema", "object", "none"] = "auto"
+    """Ask for answers by JSON schema, as a JSON object, or in words only; `auto` starts with
+    the schema and falls back if a server refuses it.
+    """
     licence: str = ""
+    """Licence of the model's outputs, for the card."""
 
 
 @strict
@@ -86,31 +84,32 @@ class ProposeConfig:
     """Concepts of a domain that the model proposes until there are `count`."""
 
     domain: Annotated[str, Field(min_length=1)]
+    """The domain, in the words of the prompt."""
     count: PositiveInt
+    """Concepts to end with, in addition to listed ones."""
     per_call: PositiveInt = 25
+    """Names to ask for in one call."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConceptsConfig:
-    """The concepts to write problems about; lists of all origins are joined.
-
-    Args:
-        files: .txt (a name per line, or DOMAIN tab NAME), .jsonl (domain, concept and, if there
-            is one, definition), .yaml (domain: list of names).
-        domain: domain of names in .txt files.
-        builtin: add the concepts of `python -m ReasonAug templates`, with their definitions.
-        propose: domains for which the model proposes concepts.
-        max_similarity: two definitions of at least this Jaccard similarity are one concept.
-        max_count: use only this many, from the start.
-    """
+    """The concepts to write problems about; lists of all origins are joined."""
 
     files: tuple[UserPath, ...] = ()
+    """.txt (a name per line, or DOMAIN tab NAME), .jsonl (domain, concept and, if there is one,
+    definition), .yaml (domain: list of names).
+    """
     domain: str = ""
+    """Domain of names in .txt files."""
     builtin: bool = False
+    """Add the concepts of `python -m ReasonAug templates`, with their definitions."""
     propose: tuple[ProposeConfig, ...] = ()
+    """Domains for which the model proposes concepts."""
     max_similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Two definitions of at least this Jaccard similarity are one concept."""
     max_count: PositiveInt | None = None
+    """Use only this many, from the start."""
 
     def __post_init__(self) -> None:
         require(
@@ -127,6 +126,7 @@ class ProblemsConfig:
     """Problems per concept, and the options that are drawn for each by the seed."""
 
     per_concept: PositiveInt = 8
+    """Problems to write about each concept."""
     contexts: Words = (
         "everyday life",
         "engineering work",
@@ -137,8 +137,11 @@ class ProblemsConfig:
         "nature and climate",
         "an abstract setting without a story",
     )
+    """Settings of a problem."""
     difficulties: Words = ("introductory", "undergraduate", "advanced", "competition")
+    """Levels of a problem."""
     lengths: Words = ("two or three sentences", "one paragraph", "several paragraphs of detail")
+    """Lengths of a problem's text."""
     personas: Words = (
         "a patient teacher",
         "an examiner",
@@ -146,52 +149,47 @@ class ProblemsConfig:
         "a curious hobbyist",
         "a researcher",
     )
+    """Authors of a problem."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ChecksConfig:
-    """Checks of problems and solutions.
-
-    Args:
-        problem: ask whether a problem needs its concept; if not, it is rewritten once.
-        solution: verify solutions.
-        solutions: independent solutions per coding or numeric problem; the majority decides.
-        tests: tests to write for a coding problem.
-        execution: run coding solutions in the sandbox, or not at all.
-        sandbox: limits of one program.
-        keep_unverified: let solutions through that could not be verified.
-        tolerance: relative difference of two numbers that count as equal.
-    """
+    """Checks of problems and solutions."""
 
     problem: bool = True
+    """Ask whether a problem needs its concept; if not, it is rewritten once."""
     solution: bool = True
+    """Verify solutions."""
     solutions: PositiveInt = 1
+    """Independent solutions per coding or numeric problem; the majority decides."""
     tests: PositiveInt = 5
+    """Tests to write for a coding problem."""
     execution: Literal["sandbox", "off"] = "sandbox"
+    """Run coding solutions in the sandbox, or not at all."""
     sandbox: Limits = dataclasses.field(default_factory=Limits)
+    """Limits of one program."""
     keep_unverified: bool = False
+    """Let solutions through that could not be verified."""
     tolerance: PositiveFloat = 1e-3
+    """Relative difference of two numbers that count as equal."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NegativesConfig:
-    """Hard negatives: texts of other concepts of the domain, and texts that the model writes.
-
-    Args:
-        source: nearest by BM25, or by the vectors of an export.
-        export: with `dense`, the folder of the export.
-        written: write one hard negative per problem, for rows of the kind p2ps-written.
-        near_concepts: draw a name or definition from this many nearest ones.
-        near_problems: draw a worked problem from this many nearest ones.
-    """
+    """Hard negatives: texts of other concepts of the domain, and texts that the model writes."""
 
     source: Literal["bm25", "dense"] = "bm25"
+    """Nearest by BM25, or by the vectors of an export."""
     export: UserPath | None = None
+    """With `dense`, the folder of the export."""
     written: bool = True
+    """Write one hard negative per problem, for rows of the kind p2ps-written."""
     near_concepts: PositiveInt = 2
+    """Draw a name or definition from this many nearest ones."""
     near_problems: PositiveInt = 8
+    """Draw a worked problem from this many nearest ones."""
 
     def __post_init__(self) -> None:
         require(
@@ -205,100 +203,92 @@ class NegativesConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RewritesConfig:
-    """Queries in other forms: the share of the problems that get each.
-
-    Args:
-        forum: a question in a forum, written by the model.
-        exam: an exam question, written by the model.
-        long: the problem among texts of other concepts, `long_tokens` tokens in all.
-    """
+    """Queries in other forms: the share of the problems that get each."""
 
     forum: Share = 0.0
+    """A question in a forum, written by the model."""
     exam: Share = 0.0
+    """An exam question, written by the model."""
     long: Share = 0.0
+    """The problem among texts of other concepts, `long_tokens` tokens in all."""
     long_tokens: Annotated[int, Field(ge=64, description="tokens")] = 1024
+    """Length of a long query, in words and symbols."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RowsConfig:
-    """Proportions of the kinds of rows.
-
-    Args:
-        max_pairs: ordered pairs of problems per concept.
-        rich_share: share of the pairs whose query is a worked problem or names its concept
-            (ps2ps); the others have the problem alone (p2ps).
-        definition_share: share of p2i rows that find the definition; the others find the name.
-        p2i_negatives: rows per problem for p2i, each with another of the nearest negatives.
-        held_out: share of the concepts of which nothing becomes a row.
-    """
+    """Proportions of the kinds of rows."""
 
     max_pairs: NonNegativeInt = 20
+    """Ordered pairs of problems per concept."""
     rich_share: Share = 0.25
+    """Share of the pairs whose query is a worked problem or names its concept (ps2ps); the
+    others have the problem alone (p2ps).
+    """
     definition_share: Share = 0.5
+    """Share of p2i rows that find the definition; the others find the name."""
     p2i_negatives: PositiveInt = 2
+    """Rows per problem for p2i, each with another of the nearest negatives."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the concepts of which nothing becomes a row."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
-    """Limits of the calls; all budgets count what the ledger holds, also from earlier starts.
-
-    Args:
-        concurrency: requests in flight.
-        requests_per_minute: over all servers.
-        tokens_per_minute: prompt and completion, over all servers.
-        max_tokens: stop before this many tokens are used in all.
-        max_cost: stop before this much money is spent in all, in the currency of `prices`.
-        timeout: seconds for one request, from connecting to the last byte.
-        attempts: tries of a request before its failure is recorded.
-        patience: seconds without any server that answers, before the run stops.
-    """
+    """Limits of the calls; all budgets count what the ledger holds, also from earlier starts."""
 
     concurrency: PositiveInt = 32
+    """Requests in flight."""
     requests_per_minute: PositiveFloat | None = None
+    """Over all servers."""
     tokens_per_minute: PositiveFloat | None = None
+    """Prompt and completion, over all servers."""
     max_tokens: PositiveInt | None = None
+    """Stop before this many tokens are used in all."""
     max_cost: PositiveFloat | None = None
+    """Stop before this much money is spent in all, in the currency of `prices`."""
     timeout: PositiveFloat = 180.0
+    """Seconds for one request, from connecting to the last byte."""
     attempts: PositiveInt = 6
+    """Tries of a request before its failure is recorded."""
     patience: PositiveFloat = 600.0
+    """Seconds without any server that answers, before the run stops."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PricesConfig:
-    """Prices per million tokens, for the budget and the card.
-
-    Args:
-        batch_factor: the batch API's price relative to these.
-    """
+    """Prices per million tokens, for the budget and the card."""
 
     prompt: NonNegativeFloat = 0.0
+    """Of the model, per million tokens."""
     completion: NonNegativeFloat = 0.0
+    """Of the model, per million tokens."""
     judge_prompt: NonNegativeFloat | None = None
+    """Of the judge; by default the model's."""
     judge_completion: NonNegativeFloat | None = None
+    """Of the judge; by default the model's."""
     batch_factor: Share = 0.5
+    """The batch API's price relative to these."""
     currency: str = "USD"
+    """Its name in messages."""
 
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """Use of the batch API.
-
-    Args:
-        max_requests: requests in one batch.
-        poll: seconds between two looks at a batch.
-        window: completion window that the server is asked for.
-        attempts: batches in which a request may expire before it counts as failed.
-    """
+    """Use of the batch API."""
 
     max_requests: Annotated[int, Field(ge=1, le=50000)] = 10000
+    """Requests in one batch."""
     poll: PositiveFloat = 60.0
+    """Seconds between two looks at a batch."""
     window: str = "24h"
+    """Completion window that the server is asked for."""
     attempts: PositiveInt = 3
+    """Batches in which a request may expire before it counts as failed."""
 
 
 @strict
@@ -310,34 +300,42 @@ class StrictConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
-    """From concepts to training rows: `python -m ReasonAug synthesize CONFIG`.
-
-    Args:
-        output_dir: everything that the run writes; `ledger/` below it holds the answers.
-        seed: draws of options, proportions and negatives.
-        api: one request at a time over HTTP, or batches at a lower price.
-        prompts: a folder whose files replace the shipped prompts of the same names.
-        domains: how the solutions of a domain are verified; ours are known, others are `text`.
-        decontaminate: evaluation sets whose problems are dropped.
-    """
+    """From concepts to training rows: `python -m ReasonAug synthesize CONFIG`."""
 
     output_dir: UserPath
+    """Everything that the run writes; `ledger/` below it holds the answers."""
     model: ModelConfig
+    """The model and its servers."""
     concepts: ConceptsConfig
+    """What to write about."""
     seed: int = 0
+    """Draws of options, proportions and negatives."""
     api: Literal["live", "batch"] = "live"
+    """One request at a time over HTTP, or batches at a lower price."""
     prompts: UserPath | None = None
+    """A folder whose files replace the shipped prompts of the same names."""
     domains: dict[str, Kind] = dataclasses.field(default_factory=dict)
+    """How the solutions of a domain are verified; ours are known, others are `text`."""
     problems: ProblemsConfig = dataclasses.field(default_factory=ProblemsConfig)
+    """How many problems, and their options."""
     checks: ChecksConfig = dataclasses.field(default_factory=ChecksConfig)
+    """Checks of problems and solutions."""
     negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
+    """Hard negatives."""
     rewrites: RewritesConfig = dataclasses.field(default_factory=RewritesConfig)
+    """Queries in other forms."""
     rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
+    """Proportions of the kinds of rows."""
     decontaminate: DecontaminateConfig | None = None
+    """Evaluation sets whose problems are dropped."""
     limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
+    """Limits and budgets of the calls."""
     prices: PricesConfig = dataclasses.field(default_factory=PricesConfig)
+    """Prices of tokens."""
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    """Use of the batch API."""
     strict: StrictConfig = dataclasses.field(default_factory=StrictConfig)
+    """Thresholds below which no rows are written."""
 
     def __post_init__(self) -> None:
         priced = self.prices.prompt or self.prices.completion
