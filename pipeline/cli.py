@@ -2,6 +2,7 @@
 
     starter  prepare  export  encode  probe  report  submit     files in, files out
     stop  rewind                                                a run's folder
+    config    explain  schema  diff                             the keys of all configs
     data      inspect  verify                                   prepared shards
     plan      run  loss                                         the cost of a run, in advance
     evaluate  count  run  prefetch  plan  embed  score          an evaluation, step by step
@@ -48,9 +49,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+config_commands = typer.Typer(help="Explain and compare configs.", no_args_is_help=True)
 data_commands = typer.Typer(help="Inspect and verify prepared shards.", no_args_is_help=True)
 plan_commands = typer.Typer(help="Estimate a run before it starts.", no_args_is_help=True)
 evaluate_commands = typer.Typer(help="Score exports with mteb.", no_args_is_help=True)
+app.add_typer(config_commands, name="config")
 app.add_typer(data_commands, name="data")
 app.add_typer(plan_commands, name="plan")
 app.add_typer(evaluate_commands, name="evaluate")
@@ -287,6 +290,60 @@ def score(config: Config, overrides: Overrides = None) -> None:
     from pipeline.evaluation.run import score_all
 
     score_all(tree)
+
+
+# --- configs ---------------------------------------------------------------------------------
+
+
+@config_commands.command("explain")
+def explain_key(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="loss.temperature, temperature, or a section: loss")
+    ],
+) -> None:
+    """Print what a key means, its values and its default; a section prints its keys."""
+    from pipeline.config.explain import explain
+
+    print(explain(key))
+
+
+@config_commands.command()
+def schema(
+    kind: Annotated[
+        Literal["starter", "prepare", "train", "evaluate", "probe", "chain"] | None,
+        typer.Argument(metavar="[KIND]", help="starter, prepare, train, evaluate, probe or chain"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="a folder: write the schemas of all kinds as KIND.json")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a kind of config files, for completion and checks in an editor."""
+    import json
+
+    from pipeline.config.explain import file_schema, write_schemas
+
+    if (kind is None) == (output is None):
+        raise UserError("config schema", allowed="either a KIND to print, or --output FOLDER")
+    if output is not None:
+        print(*write_schemas(output), sep="\n")
+    if kind is not None:
+        print(json.dumps(file_schema(kind), indent=1, ensure_ascii=False))
+
+
+@config_commands.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="a config, or a run's config.yaml")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another config of the same kind")],
+) -> None:
+    """Print every key that differs between two configs, with everything they extend."""
+    from pipeline.config.explain import compare
+
+    rows = compare(first, second)
+    width = max((len(key) for key, _, _ in rows), default=0)
+    for key, left, right in rows:
+        print(f"{key:{width}}  {left} -> {right}")
+    if not rows:
+        print("no key differs")
 
 
 # --- shards and plans ------------------------------------------------------------------------

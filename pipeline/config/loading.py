@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
     path = Path(path).expanduser()
     # Files and overrides are merged as plain trees, so that pydantic sees the result only once and
     # rules between keys hold for what the user finally gets.
-    tree = _read_tree(path, extended_by=())
+    tree = read_tree(path)
     _refuse_repeated(overrides)
     for override in overrides:
         _apply_override(tree, override)
@@ -75,8 +75,16 @@ def dump_config(config: Any) -> str:
 # --- files and overrides ---------------------------------------------------------------------
 
 
-def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """Merge a file over the files it extends; `extended_by` is the chain that led to it."""
+def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Merge a file over the files it extends.
+
+    Args:
+        path: a YAML config, possibly not complete.
+        extended_by: the files that led to it, for circles.
+
+    Raises:
+        UserError: a file is missing or not a mapping, or extends itself.
+    """
     resolved = path.resolve()
     above = f"{extended_by[-1]}: extends: " if extended_by else ""
     if resolved in extended_by:
@@ -96,7 +104,7 @@ def _read_tree(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for base in bases:
         below = path.parent / Path(base).expanduser()
-        _merge(tree, _read_tree(below, extended_by=(*extended_by, resolved)))
+        _merge(tree, read_tree(below, extended_by=(*extended_by, resolved)))
     _merge(tree, own)
     return tree
 
@@ -223,6 +231,13 @@ def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
     unit = node.get("description", "")
     if "minItems" in node:
         return f"at least one {unit}"
+    words = range_words(node)
+    nullable = any(branch.get("type") == "null" for branch in given.get("anyOf", []))
+    return f"{words}, or null" if nullable else words
+
+
+def range_words(node: Mapping[str, Any]) -> str:
+    """Return the numbers that a JSON schema accepts: `an integer >= 2 (queries)`."""
     is_integer = node["type"] == "integer"
     limits = [
         f"{sign} {node[key] + step:g}" if is_integer else f"{sign} {node[key]:g}"
@@ -234,10 +249,9 @@ def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
         )
         if key in node
     ]
-    words = f"{'an integer' if is_integer else 'a number'} {' and '.join(limits)}"
-    words += f" ({unit})" if unit else ""
-    nullable = any(branch.get("type") == "null" for branch in given.get("anyOf", []))
-    return f"{words}, or null" if nullable else words
+    unit = node.get("description")
+    words = f"{'an integer' if is_integer else 'a number'} {' and '.join(limits)}".rstrip()
+    return f"{words} ({unit})" if unit else words
 
 
 def _allowed_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
