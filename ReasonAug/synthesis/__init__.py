@@ -17,6 +17,7 @@ and is made again from the ledger without a call.
     rows.jsonl               training rows in the format `reasonaug` (triplets.Row)
     summary.json             counts by stage and domain, calls, tokens, cost
     README.md                the card of the data
+    quality/                 report on the data, with figures; also if a threshold refuses the rows
     sample.md                with --limit: a page to read before the money is spent
     finished.json            fingerprints of all inputs and outputs of a finished run
 

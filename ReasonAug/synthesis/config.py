@@ -296,6 +296,33 @@ class BatchConfig:
 class StrictConfig:
     """Thresholds; rows that miss one are not written. Null leaves a figure unchecked."""
 
+    min_yield: Share | None = None
+    """Share of written problems that are kept."""
+    min_agreement: Share | None = None
+    """Share of second solutions and verdicts that agree with the first."""
+    min_passed: Share | None = None
+    """Share of the coding solutions that were run and passed all tests."""
+    max_leakage: Share | None = None
+    """Share of rows whose query and positive both name the concept, among kinds of rows whose query
+    should not."""
+    max_named: Share | None = None
+    """Share of kept problems that name their concept."""
+    max_near_duplicates: Share | None = None
+    """Share of kept problems that nearly repeat an earlier one."""
+    min_distinct_2: Share | None = None
+    """Share of distinct word pairs in 20,000 words of problems, or in as many as there are."""
+    max_self_bleu: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Mean BLEU (0 to 100) of a problem against the others of a sample."""
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class QualityConfig:
+    """The report on a data set."""
+
+    reference: UserPath | None = None
+    """Generations (JSONL of domain, concept, generation, check) to compare with."""
+
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +361,8 @@ class SynthesisConfig:
     """Prices of tokens."""
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     """Use of the batch API."""
+    quality: QualityConfig = dataclasses.field(default_factory=QualityConfig)
+    """The report on the data."""
     strict: StrictConfig = dataclasses.field(default_factory=StrictConfig)
     """Thresholds below which no rows are written."""
 

@@ -26,6 +26,8 @@ from pipeline.files import (
     write_json,
     write_text,
 )
+from ReasonAug import quality
+from ReasonAug.quality_report import write_quality
 from ReasonAug.synthesis import card, concepts
 from ReasonAug.synthesis.calls import (
     IMPORTED,
@@ -378,6 +380,7 @@ class Run:
         with contextlib.closing(lines), atomic_path(folder.rows) as temporary:
             rows = training_rows(self._config, lines, counts)
             number = write_shuffled(temporary, rows, seed=f"{self._config.seed}/order of rows")
+            self._require_quality(temporary)
             stages = counts_by_stage({name: iterate(folder.stage(name)) for name in NAMES})
             summary = card.summarise(self._config, stages, self._ledger.usage(), counts)
         write_json(folder.root / "summary.json", summary)
@@ -389,6 +392,20 @@ class Run:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary["rows"].items())
         print(f"training rows: {number:,} ({kinds})")
         print(f"written: {folder.rows}")
+
+    def _require_quality(self, rows: Path) -> None:
+        """Write the report on the data, and refuse rows that miss a threshold.
+
+        Raises:
+            UserError: names the thresholds; no rows are written.
+        """
+        config = self._config
+        files = {name: iterate(self._folder.stage(name)) for name in NAMES[2:]}
+        figures = quality.measure(
+            files, iterate(rows), reference=config.quality.reference, seed=config.seed
+        )
+        page = write_quality(figures, config.strict, self._folder.root)
+        quality.require_quality(figures, config.strict, page)
 
     def write_sample(self) -> None:
         """Write a page with the problems of a sample."""
@@ -511,7 +528,8 @@ def run_digest(config: SynthesisConfig, prompts: Prompts, ledger: Path) -> str:
     for name in NAMES:
         digest = stage_digest(config, name, digest, ledger)
     tree = as_tree(config)
-    return _digest(digest, tree["rows"], tree["prices"], tree["strict"], tree["model"]["licence"])
+    parts = [tree[name] for name in ("rows", "prices", "quality", "strict")]
+    return _digest(digest, *parts, tree["model"]["licence"])
 
 
 def _digest(*values: Any) -> str:
