@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from sacrebleu.metrics import BLEU
 
+from pipeline.config.loading import build_config
 from pipeline.errors import UserError
 from ReasonAug import quality
 from ReasonAug.quality import Figures, measure, missed, names_concept, require_quality
 from ReasonAug.quality_report import write_quality
-from ReasonAug.synthesis.config import StrictConfig
+from ReasonAug.synthesis.config import StrictConfig, SynthesisConfig
+from ReasonAug.synthesis.run import synthesize
+from tests.reasonaug.language_server import serving
 
 WORDS = [f"word{number}" for number in range(500)]
 
@@ -225,3 +228,30 @@ def test_an_empty_data_set_has_a_report(tmp_path: Path) -> None:
     figures = measure({"problems": [], "clean": []}, [])
 
     assert "| yield | - |" in write_quality(figures, StrictConfig(), tmp_path).read_text()
+
+
+def test_a_synthesis_that_misses_a_threshold_writes_a_report_and_no_rows(tmp_path: Path) -> None:
+    names = {"physics theorem": ["Snell's Law", "Ideal Gas Law"]}
+    (tmp_path / "concepts.yaml").write_text(json.dumps(names))
+    run = tmp_path / "run"
+    with serving() as (url, server):
+        tree = {
+            "output_dir": str(run),
+            "model": {"name": "template", "servers": [{"url": url}]},
+            "concepts": {"files": [str(tmp_path / "concepts.yaml")]},
+            "problems": {"per_concept": 2},
+        }
+
+        def synthesis(**thresholds: float) -> None:
+            config = {**tree, "strict": thresholds}
+            synthesize(build_config(SynthesisConfig, config, origin="test"))
+
+        with pytest.raises(UserError, match=r"no rows written: passed not measured .*README\.md"):
+            synthesis(min_passed=0.5)
+        assert not (run / "rows.jsonl").exists()
+        assert (run / "quality/README.md").is_file()
+        asked = server.requests
+        synthesis(min_yield=0.5)
+        assert (run / "rows.jsonl").exists()
+        # The same answers are measured again.
+        assert server.requests == asked
