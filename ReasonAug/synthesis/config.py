@@ -6,6 +6,7 @@ Keys of servers never stand here: `api_key_env` names the environment variable t
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -36,10 +37,18 @@ class ServerConfig:
 
     url: str
     """Its base URL, usually ending in /v1."""
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    api_key_env: str | None = None
     """The environment variable with its key; null if it needs none."""
 
     def __post_init__(self) -> None:
+        name = self.api_key_env
+        # The value is not shown: somebody may have put the key itself here.
+        require(
+            name is None or re.fullmatch("[A-Z_][A-Z0-9_]{0,63}", name) is not None,
+            "api_key_env",
+            "a text that names no variable",
+            "the name of an environment variable in capitals, or null",
+        )
         parts = urlsplit(self.url)
         # A key in a URL would end in logs and in the ledger; the message must not show it either.
         shown = f"{parts.scheme}://{parts.hostname or ''}"

@@ -368,7 +368,7 @@ class Run:
                 continue
             others[cause] = others.get(cause, 0) + count
         for cause, count in others.items():
-            say_warning(f"{stage}: {count:,} recorded answers are of {cause}; they are not used")
+            say_warning(f"{stage}: {count:,} recorded answers of {cause} are not used")
 
     # --- the end -----------------------------------------------------------------------------
 
