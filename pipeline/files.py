@@ -371,13 +371,20 @@ def map_vectors(path: Path, *, fix: str) -> NDArray[Any]:
 
 
 @contextlib.contextmanager
-def batch_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
-    """Yield a function that appends record batches, each with its hash, to a new Arrow file."""
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a writer of record batches to an Arrow IPC file, which appears when all are written."""
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
         pyarrow.ipc.new_file(file, schema) as writer,
     ):
+        yield writer
+
+
+@contextlib.contextmanager
+def batch_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a function that appends record batches, each with its hash, to a new Arrow file."""
+    with table_writer(path, schema) as writer:
         yield lambda batch: writer.write_batch(batch, custom_metadata={_SEAL: _hash_batch(batch)})
 
 

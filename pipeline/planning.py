@@ -17,7 +17,6 @@ from pipeline.config import TrainConfig, as_tree
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
-from pipeline.loss.targets import check_loss
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.model.encoder import build_model
 from pipeline.training.token_step import TILE_BYTES
@@ -216,7 +215,7 @@ def plan_run(
     )
     # Shapes without weights, so that a login node can plan.
     encoder = build_model(config, meta=True)
-    check_loss(config.loss, width=encoder.num_dimensions, has_scores=dataset.manifest.has_scores)
+    config.loss.require_fit(width=encoder.num_dimensions, has_scores=dataset.manifest.has_scores)
     shape = ModelShape.of(encoder)
     schedule = config.schedule
     if schedule == "auto":

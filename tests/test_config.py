@@ -25,8 +25,7 @@ from pipeline.config import (
     dump_config,
     load_config,
 )
-from pipeline.config.loading import dump_yaml, parse_yaml
-from pipeline.config.rules import UserPath, expand_path
+from pipeline.config.loading import UserPath, dump_yaml, expand_path, parse_yaml
 from pipeline.errors import UserError
 
 MINIMAL = "output_dir: run\nnum_steps: 10\nmodel: {path: m}\ndata: {path: d}\n"

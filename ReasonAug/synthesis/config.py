@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config import DecontaminateConfig
-from pipeline.config.rules import UserPath, require, strict
+from pipeline.config.loading import UserPath, require, strict
 from ReasonAug.problem import ALGORITHM, DATA_STRUCTURE, FINANCE, MATH, PHYSICS
 from ReasonAug.sandbox import Limits
 

@@ -5,6 +5,7 @@ from pipeline.config.data import (
     DecontaminateConfig,
     EvaluationSetConfig,
     PrepareConfig,
+    Role,
     SourceConfig,
     Template,
 )
@@ -17,7 +18,7 @@ from pipeline.config.evaluation import (
     Precision,
     ProbeConfig,
 )
-from pipeline.config.loading import as_tree, build_config, dump_config, load_config
+from pipeline.config.loading import as_tree, build_config, dump_config, load_config, require
 from pipeline.config.model import (
     POOLING_FLAGS,
     POOLINGS,
@@ -34,7 +35,6 @@ from pipeline.config.model import (
     read_declared,
     require_model_path,
 )
-from pipeline.config.rules import require
 from pipeline.config.training import (
     CheckpointConfig,
     ChunkConfig,
@@ -78,6 +78,7 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "ProbeConfig",
+    "Role",
     "RopeScaling",
     "SourceConfig",
     "StarterConfig",

@@ -7,9 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.config.rules import PathText, UserPath, require, strict
+from pipeline.config.loading import PathText, UserPath, require, strict
 
 _TEXT, _INSTRUCTION = "{text}", "{instruction}"
+
+
+# A text is one of the two; a template has a form for each.
+Role = Literal["query", "document"]
 
 
 @strict

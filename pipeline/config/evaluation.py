@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from pipeline.config.data import Template
-from pipeline.config.loading import build_config
+from pipeline.config.loading import UserPath, build_config, require, strict
 from pipeline.config.model import RopeScaling
-from pipeline.config.rules import UserPath, require, strict
 
 # `auto`: the fastest on this machine that is exact enough for scores.
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -6,24 +6,28 @@
     tree of plain values ── pydantic ──> frozen dataclass, or one line: file, key, found, allowed
 
 YAML is read by the core schema of YAML 1.2, without repeated keys, NaN, or values that no file
-can hold.
+can hold. The range of a single number is part of its type (`PositiveInt`, `Field(ge=2)`); `require`
+is for rules between keys. Both end as one line of found, allowed and fix.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+# Unknown keys are refused: a misspelt key that is ignored trains the wrong model.
+strict = with_config(ConfigDict(extra="forbid"))
 
 
 def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
@@ -70,6 +74,41 @@ def as_tree(config: Any) -> dict[str, Any]:
 def dump_config(config: Any) -> str:
     """Return the resolved config as YAML that `load_config` reads back to an equal object."""
     return dump_yaml(as_tree(config))
+
+
+# --- parts of every section --------------------------------------------------------------------
+
+
+def require(condition: bool, key: str, value: object, allowed: str, fix: str = "") -> None:
+    """Refuse a value of `key` unless the condition holds."""
+    if not condition:
+        raise UserError(f"{key}: {value!r}", allowed=allowed, fix=fix)
+
+
+def expand_path(value: Any) -> Any:
+    """Expand `~`, `$NAME` and `${NAME}` in a path, also after `hub:`; leave URLs unchanged.
+
+    Raises:
+        ValueError: there is no such user or variable, or the path is empty.
+    """
+    # A Path comes from Python code, which means exactly this path.
+    if not isinstance(value, str) or "://" in value:
+        return value
+    if not value.strip() or "\n" in value:
+        raise ValueError("a path of one line")
+    head = "hub:" if value.startswith("hub:") else ""
+    path = os.path.expanduser(os.path.expandvars(value.removeprefix(head)))  # noqa: PTH111
+    # Left over because the variable is not set: a folder named `$DATA` is never meant.
+    if missing := re.search(r"\$(\w+|\{\w*\})", path):
+        raise ValueError(f"a path without {missing[0]}, which is not set in the environment")
+    if path.startswith("~"):
+        raise ValueError(f"a path without {path.partition('/')[0]}, which is not a user here")
+    return head + path
+
+
+# Every path of a config is one of these two; `PathText` may also be a name on the hub.
+UserPath = Annotated[Path, BeforeValidator(expand_path)]
+PathText = Annotated[str, BeforeValidator(expand_path)]
 
 
 # --- files and overrides ---------------------------------------------------------------------
@@ -475,13 +514,8 @@ def _value_faults(value: Any, key: str) -> Iterator[tuple[str, str]]:
         yield key, f"{value} is not a finite number"
     elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
         yield key, "an integer beyond 64 bits"
-    elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _is_broken(value))):
+    # Halves of surrogate pairs are replaced.
+    elif isinstance(value, str) and (
+        "\0" in value or value.encode(errors="replace") != value.encode(errors="surrogatepass")
+    ):
         yield key, f"{value[:80]!r} holds a character that no file can hold"
-
-
-def _is_broken(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline.config.rules import PathText, UserPath, require, strict
+from pipeline.config.loading import PathText, UserPath, require, strict
 from pipeline.errors import UserError
 
 # The start of the small text file that Git LFS leaves in place of each file not fetched.

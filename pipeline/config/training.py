@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.data import DataConfig
+from pipeline.config.loading import UserPath, require, strict
 from pipeline.config.model import ModelConfig
-from pipeline.config.rules import UserPath, require, strict
+from pipeline.errors import UserError
 
 
 @strict
@@ -134,6 +135,30 @@ class LossConfig:
             list(dims),
             "ascending integers >= 1, each once",
         )
+
+    def require_fit(self, *, width: int, has_scores: bool) -> None:
+        """Refuse a loss that the model or the data cannot have; called before a run starts.
+
+        Args:
+            width: of the embeddings.
+            has_scores: whether the data hold a teacher's scores.
+
+        Raises:
+            UserError: a Matryoshka width is not below the embeddings' width, or distillation is
+                configured and there are no teacher scores.
+        """
+        for dim in self.matryoshka_dims:
+            if dim >= width:
+                raise UserError(
+                    f"loss.matryoshka_dims: {dim}",
+                    allowed=f"widths below the embeddings' width ({width}), which is always "
+                    "trained",
+                )
+        if self.distillation is not None and not has_scores:
+            raise UserError(
+                "loss.distillation is set but the data set holds no teacher scores",
+                fix="prepare the data with scores, or remove loss.distillation",
+            )
 
 
 @strict

@@ -119,6 +119,15 @@ class GlobalBatch:
     negative_scores: Ragged | None = None
 
 
+def num_negatives(
+    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
+) -> IntArray:
+    """(N,) negatives of each query: the listed ones, or all of the batch except known answers."""
+    if own:
+        return negatives.lengths
+    return num_documents - positives.lengths - masked.lengths
+
+
 # Length at which attention costs as much as the linear layers of a 7B encoder: 2 * parameters per
 # layer / (4 * hidden size) = 2 * 6.53e9 / 28 / (4 * 3584).
 ATTENTION_LENGTH = 32_500.0

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.batch import ATTENTION_LENGTH, Chunk, GlobalBatch, IntArray, Ragged, plan_chunks
+from pipeline.data.batch import (
+    ATTENTION_LENGTH,
+    Chunk,
+    GlobalBatch,
+    IntArray,
+    Ragged,
+    num_negatives,
+    plan_chunks,
+)
 from pipeline.data.order import (
     Group,
     Order,
@@ -22,7 +30,6 @@ from pipeline.data.order import (
     choose,
     find_relevance,
     make_key,
-    num_negatives,
     source_shares,
 )
 from pipeline.data.shards import Dataset

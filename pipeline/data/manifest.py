@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.config import Template
-from pipeline.data.batch import IntArray
 from pipeline.data.order import Group
 from pipeline.errors import UserError
 from pipeline.files import check_kind, read_json, unseal, write_sealed
@@ -64,7 +64,7 @@ class LengthHistogram:
     cut: int  # texts that reach the truncation length
 
     @classmethod
-    def of(cls, lengths: IntArray, limit: int) -> LengthHistogram:
+    def of(cls, lengths: NDArray[np.int64], limit: int) -> LengthHistogram:
         """Return the histogram of (R,) lengths truncated at `limit`."""
         # Bin k holds lengths from 2**k; an empty text counts as one token.
         bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)

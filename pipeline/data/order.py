@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,6 +217,15 @@ class Unit:
         """Number of examples."""
         return sum(group.count for group in self.groups)
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the examples of this kind of batch."""
+        return {
+            "source": self.groups[0].source,
+            "instructions": [group.instruction for group in self.groups],
+            "examples": self.size,
+            "share": self.share,
+        }
+
     def example_ids(self, elements: IntArray) -> IntArray:
         """Return the example ids of elements 0..size-1."""
         counts = np.array([group.count for group in self.groups], dtype=np.int64)
@@ -402,15 +411,6 @@ def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
     )
     queries = np.repeat(np.arange(len(label), dtype=np.int64), lengths)
     return _pairs(queries, per_label.values[positions], num_documents)
-
-
-def num_negatives(
-    *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
-) -> IntArray:
-    """(N,) negatives of each query: the listed ones, or all of the batch except known answers."""
-    if own:
-        return negatives.lengths
-    return num_documents - positives.lengths - masked.lengths
 
 
 def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:

@@ -11,10 +11,8 @@ An id is a position in the shards of a kind, one after another. `verify_dataset`
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +21,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import ModelConfig, Template
 from pipeline.data.batch import IntArray, Ragged
-from pipeline.data.manifest import LengthHistogram, Manifest, ShardInfo, read_manifest
+from pipeline.data.manifest import FILE_NAME, LengthHistogram, Manifest, ShardInfo, read_manifest
 from pipeline.data.order import permute
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, hash_file
+from pipeline.files import atomic_path, hash_file, table_writer
 from pipeline.tokenizer import (
     TokenizerInfo,
     load_tokenizer,
@@ -64,17 +62,6 @@ def ragged_array(rows: Sequence[NDArray[np.int32]] | Ragged, kind: pa.DataType) 
     """Return an Arrow large_list of the rows' values, without copying a `Ragged`."""
     rows = rows if isinstance(rows, Ragged) else Ragged.from_rows(rows)
     return pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values, type=kind))
-
-
-@contextlib.contextmanager
-def table_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
-    """Yield a writer of record batches to an Arrow IPC file, which appears when all are written."""
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        yield writer
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -229,6 +216,11 @@ class Dataset:
         self.folder, self.manifest = folder, manifest
         self.examples = Table(folder, manifest.example_shards, EXAMPLE_SCHEMA)
         self.documents = Table(folder, manifest.document_shards, DOCUMENT_SCHEMA)
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Return True for a folder that holds a prepared dataset."""
+        return (path / FILE_NAME).is_file()
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:

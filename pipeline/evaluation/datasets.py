@@ -17,7 +17,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 from huggingface_hub import snapshot_download
@@ -27,8 +27,6 @@ from pipeline.config import EvaluateConfig, OwnTask
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.tasks import BENCHMARKS, check_names, load_mteb, make_task, tasks_of
 from pipeline.files import require_writable, write_text
-
-Role = Literal["query", "document"]
 
 
 def document_texts(table: Any) -> list[str]:
@@ -207,7 +205,9 @@ def load_and_check(task: Any) -> None:
         task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset, split, data in evaluated_splits(task):
         where = f"{task.metadata.name} {subset}/{split}"
-        _check_split(where, data, fix)
+        # mteb makes dicts of BRIGHT's rows, in which repeated ids are gone.
+        rows = _load_bright(task, fix=fix) if task.metadata.name in _BRIGHT_TASKS else data
+        _check_split(where, data, fix, rows=rows)
         if task.metadata.type == "InstructionReranking":
             _check_instructions(where, data, fix)
             _check_changed_judgements(where, task, set(data["queries"]["id"][:]), fix)
@@ -243,7 +243,15 @@ def _require(condition: bool, where: str, missing: str, fix: str) -> None:
         raise UserError(f"{where}: {missing}", fix=fix)
 
 
-def _check_split(where: str, data: Any, fix: str) -> None:
+def _check_split(where: str, data: Any, fix: str, *, rows: Any) -> None:
+    """Refuse a split that lacks something, and count doubtful rows.
+
+    Args:
+        where: task, subset and split, for messages.
+        data: the split as mteb scores it.
+        fix: the advice.
+        rows: the split as its files hold it, with rows of repeated ids.
+    """
     _require(len(data["corpus"]) > 0, where, "no documents", fix)
     _require(len(data["queries"]) > 0, where, "no queries", fix)
     _check_strings(f"{where}: document", data["corpus"], fix)
@@ -252,7 +260,7 @@ def _check_split(where: str, data: Any, fix: str) -> None:
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
-    _report_doubtful(where, data)
+    _report_doubtful(where, rows)
 
 
 def _report_doubtful(where: str, data: Any) -> None:
@@ -348,7 +356,7 @@ def load_texts(
             # By column: mteb goes through 1.3 million documents row by row.
             with blame(_cannot_load(task), fix=_fix_of(task)):
                 splits = [_load_bright(task, fix=_fix_of(task))]
-            _check_split(name, splits[0], _fix_of(task))
+            _check_split(name, splits[0], _fix_of(task), rows=splits[0])
         else:
             load_and_check(task)
             splits = [data for _, _, data in evaluated_splits(task)]

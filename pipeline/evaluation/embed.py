@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import EvaluateConfig, EvaluatedModel, Template
+from pipeline.config import EvaluateConfig, EvaluatedModel, Role, Template
 from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import Role
 from pipeline.evaluation.embedding_plan import (
     EmbeddingPlan,
     find_digests,
@@ -36,7 +35,6 @@ from pipeline.evaluation.texts import (
     require_short,
 )
 from pipeline.files import load_arrays, map_vectors, read_record, save_vectors, write_sealed
-from pipeline.launch import World
 from pipeline.workers import LocalWorkers
 
 # Of stored vectors: half the size of float32.
@@ -50,7 +48,8 @@ def embed_element(
     num_elements: int,
     *,
     load: LoadEncoder,
-    world: World | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     num_processes: int = 1,
 ) -> int:
     """Embed one array element's share of all models' blocks; blocks on disk are skipped.
@@ -59,7 +58,8 @@ def embed_element(
         index: the array's task number, from 0.
         num_elements: length of the array; it may differ from one submission to the next.
         load: loads a model at a length; for several processes a function of a module.
-        world: the ranks of the element (one per GPU), which divide its share further.
+        rank: of this process among the element's, one per GPU, which divide its share further.
+        world_size: number of these processes.
         num_processes: processes that this one starts, which take its blocks in turn.
 
     Returns:
@@ -68,14 +68,13 @@ def embed_element(
     # The array and this call may have been started with different lengths.
     if not 0 <= index < num_elements:
         raise UserError(f"element {index}", allowed=f"0 to {num_elements - 1}")
-    world = world or World()
     plan = read_plan(config)
     # Every element computes the same assignment; blocks of all models count as one list.
     costs = np.tile(plan.block_costs, len(config.models))
-    owners = assign_by_cost(costs, num_elements * world.world_size)
+    owners = assign_by_cost(costs, num_elements * world_size)
     by_cost = np.argsort(-costs, kind="stable")
     # Most expensive first within the share.
-    share = by_cost[owners[by_cost] == index * world.world_size + world.rank]
+    share = by_cost[owners[by_cost] == index * world_size + rank]
     # (model, block) of each unit.
     models, blocks = np.divmod(share, len(plan.block_costs))
     written = 0

@@ -26,12 +26,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import Precision, require
+from pipeline.config import Precision, Role, require
 from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.files import file_size, list_files
 from pipeline.data.sources.records import BadRecords, FileBlock, OnBadRow, Record
 from pipeline.errors import UserError, blame
-from pipeline.evaluation.datasets import Role
 from pipeline.evaluation.encode_files import (
     SUFFIXES,
     Fields,

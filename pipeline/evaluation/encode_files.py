@@ -21,11 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.shards import table_writer
+from pipeline.config import Role
 from pipeline.data.sources.records import BadRecords, BadRowError, Record
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import Role
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, table_writer
 
 # Defaults of `--id-field`: the usual name, then BEIR's.
 _ID_FIELDS = ("id", "_id")

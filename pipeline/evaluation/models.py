@@ -26,9 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.checkpoint_folder import checkpoint_name
-from pipeline.config import EvaluateConfig, Precision, RopeScaling, Template
+from pipeline.config import EvaluateConfig, Precision, Role, RopeScaling, Template
 from pipeline.errors import UserError, blame
-from pipeline.evaluation.datasets import Role
 from pipeline.evaluation.tasks import Element, list_elements, load_mteb
 from pipeline.launch import discover_world
 from pipeline.model.export_folder import (

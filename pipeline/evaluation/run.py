@@ -194,7 +194,8 @@ def embed(
         index,
         num,
         load=load or _export_loader(),
-        world=world,
+        rank=world.rank,
+        world_size=world.world_size,
         num_processes=num_processes,
     )
 

@@ -29,10 +29,9 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from pipeline.config import OwnTask, Template
+from pipeline.config import OwnTask, Role, Template
 from pipeline.data.batch import text_cost
 from pipeline.errors import UserError
-from pipeline.evaluation.datasets import Role
 
 # At the dense end of the benchmarks (mathematics 3.0, prose 4.3).
 _BYTES_PER_TOKEN = 3.5

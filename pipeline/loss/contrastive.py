@@ -75,7 +75,6 @@ from pipeline.loss.targets import (
     QueryBlock,
     RankTargets,
     Targets,
-    check_loss,
 )
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, SLICE_ROWS, plan_tiles
 
@@ -102,11 +101,11 @@ def contrastive_loss(
         score_bytes: memory for scores; the default depends on the device.
 
     Raises:
-        UserError: see `check_loss`.
+        UserError: see `LossConfig.require_fit`.
     """
     assert (temperature is not None) == config.learn_temperature, "temperature: learned, or fixed"
     width = query_BE.shape[1]
-    check_loss(config, width=width, has_scores=targets.teacher_positives is not None)
+    config.require_fit(width=width, has_scores=targets.teacher_positives is not None)
     rank_targets = RankTargets(targets)
     with _float32_products(query_BE.device):
         outputs = [

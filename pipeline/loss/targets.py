@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from pipeline import comm
-from pipeline.config import LossConfig
-from pipeline.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,28 +182,3 @@ def _lookup(
     """Return row, global document and score of every entry of the block's queries."""
     row, position = table.entries(block.index_R)
     return row, table.values[position], None if scores is None else scores[position].double()
-
-
-def check_loss(config: LossConfig, *, width: int, has_scores: bool) -> None:
-    """Refuse a loss that the model or the data cannot have; called before a run starts.
-
-    Args:
-        config: the loss section.
-        width: of the embeddings.
-        has_scores: whether the data hold a teacher's scores.
-
-    Raises:
-        UserError: a Matryoshka width is not below the embeddings' width, or distillation is
-            configured and there are no teacher scores.
-    """
-    for dim in config.matryoshka_dims:
-        if dim >= width:
-            raise UserError(
-                f"loss.matryoshka_dims: {dim}",
-                allowed=f"widths below the embeddings' width ({width}), which is always trained",
-            )
-    if config.distillation is not None and not has_scores:
-        raise UserError(
-            "loss.distillation is set but the data set holds no teacher scores",
-            fix="prepare the data with scores, or remove loss.distillation",
-        )

@@ -22,10 +22,8 @@ from pathlib import Path
 from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.submission import slurm
 from pipeline.submission.health import MARK, Health
-from pipeline.submission.slurm import IN_A_JOB, locked_records
+from pipeline.submission.slurm import IN_A_JOB, SCRIPT_VARIABLE, locked_records
 
-# Set by every batch script of `diffembed submit`: the path of that script.
-SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
 # A successor starts after this job has written its last files and its processes have ended.
 _DELAY = "--begin=now+10"
 

@@ -71,7 +71,6 @@ def require_resumable(config: TrainConfig) -> None:
     Raises:
         UserError: names the first key that differs, or the file of the model that changed.
     """
-    from pipeline.data.manifest import FILE_NAME
     from pipeline.data.shards import Dataset
     from pipeline.training.run_identity import require_same_run, run_identity
 
@@ -84,8 +83,8 @@ def require_resumable(config: TrainConfig) -> None:
     except UserError:
         return  # damaged: training names the cure
     # A finished run needs its shards no more; they may have been removed.
-    has_shards = (config.data.path / FILE_NAME).is_file()
-    dataset = Dataset.open(config.data.path, verify=False) if has_shards else None
+    path = config.data.path
+    dataset = Dataset.open(path, verify=False) if Dataset.exists(path) else None
     require_same_run(newest, state, run_identity(config, dataset, _local_digests(config.model)))
 
 

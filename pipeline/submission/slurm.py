@@ -38,6 +38,8 @@ from pipeline.launch import without_rank
 from pipeline.submission.jobs import Job
 
 T = TypeVar("T")
+# Set by every batch script of `diffembed submit`: the path of that script.
+SCRIPT_VARIABLE = "DIFFEMBED_BATCH_SCRIPT"
 # The longest pause between two attempts, in seconds.
 LONGEST_WAIT = 30
 

@@ -19,7 +19,6 @@ from pipeline.config import ExportStep
 from pipeline.errors import UserError, errors_end_the_process
 from pipeline.files import write_text
 from pipeline.submission import chain, slurm
-from pipeline.submission.allocation import SCRIPT_VARIABLE
 from pipeline.submission.chain import Chain, evaluate_chain, export_chain
 from pipeline.submission.jobs import (
     Flag,
@@ -32,7 +31,13 @@ from pipeline.submission.jobs import (
     read_site,
     split_flags,
 )
-from pipeline.submission.slurm import JobRecord, QueuedJob, job_name, locked_records
+from pipeline.submission.slurm import (
+    SCRIPT_VARIABLE,
+    JobRecord,
+    QueuedJob,
+    job_name,
+    locked_records,
+)
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
 # In a path, Slurm takes the first as a request to expand nothing; the others end the line.

@@ -57,6 +57,8 @@ KEYS = ("weight", "exp_avg", "exp_avg_sq")
 T = TypeVar("T")
 # A checkpoint waits this long for a disk; less than ranks wait for each other.
 PATIENCE_SECONDS = 900.0
+# And this long once the run is asked to stop: whoever asks soon ends the process.
+HURRIED_SECONDS = 5.0
 
 
 class Stateful(Protocol):
@@ -100,10 +102,12 @@ class Saver:
 
     Args:
         folder: the run's `checkpoints` folder, on a disk that all ranks share.
+        in_a_hurry: returns True once the run is asked to stop; a disk that stays full is then
+            waited for no longer.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, in_a_hurry: Callable[[], bool] = lambda: False) -> None:
+        self._folder, self._in_a_hurry = folder, in_a_hurry
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: _Pending | None = None
 
@@ -155,7 +159,9 @@ class Saver:
                 "parameters": engine.parameter_names,
                 "extra": extra or {},
             },
-            written=self._thread.submit(patiently, lambda: _write(path, share), target),
+            written=self._thread.submit(
+                patiently, lambda: _write(path, share), target, in_a_hurry=self._in_a_hurry
+            ),
         )
 
     def finish(self) -> Path:
@@ -175,6 +181,7 @@ class Saver:
                 patiently(
                     lambda: publish(pending.target, pending.description, dict(outcomes)),
                     pending.target,
+                    in_a_hurry=self._in_a_hurry,
                 )
             except OSError as fault:
                 faults = [repr(fault)]
@@ -187,7 +194,9 @@ class Saver:
         return pending.target
 
 
-def patiently(write: Callable[[], T], target: Path) -> T:
+def patiently(
+    write: Callable[[], T], target: Path, *, in_a_hurry: Callable[[], bool] = lambda: False
+) -> T:
     """Call `write` until it succeeds, while the disk is full or unreachable; return its result.
 
     The state to write is in memory, and training runs its next steps meanwhile: a minute's fault
@@ -196,6 +205,7 @@ def patiently(write: Callable[[], T], target: Path) -> T:
     Args:
         write: may be called again after it failed.
         target: path to name in messages.
+        in_a_hurry: returns True where there are only seconds left to wait.
     """
     waited = 0.0
     for pause in itertools.chain((5.0, 10.0, 20.0), itertools.repeat(30.0)):
@@ -203,16 +213,24 @@ def patiently(write: Callable[[], T], target: Path) -> T:
             return write()
         except Exception as error:
             explained = explain_os_error(error)
-            if not isinstance(explained, MachineError) or waited >= PATIENCE_SECONDS:
+            hurried = in_a_hurry()
+            patience = HURRIED_SECONDS if hurried else PATIENCE_SECONDS
+            if not isinstance(explained, MachineError) or waited >= patience:
                 raise
+            again = f"{pause:.0f} s, for {(patience - waited) / 60:.0f} more minutes"
+            if hurried:
+                again = f"a second, for {patience - waited:.0f} s: a stop is requested"
             with contextlib.suppress(OSError):  # standard output may be on the same disk
                 print(
-                    f"{target.name} is not written yet ({explained}); trying again in {pause:.0f} "
-                    f"s, for {(PATIENCE_SECONDS - waited) / 60:.0f} more minutes",
+                    f"{target.name} is not written yet ({explained}); trying again in {again}",
                     flush=True,
                 )
-        time.sleep(pause)
-        waited += pause
+        # In steps of a second, because a request to stop may come meanwhile.
+        for _ in range(round(pause)):
+            time.sleep(1.0)
+            waited += 1.0
+            if in_a_hurry():
+                break
     raise AssertionError("the pauses never end")
 
 

@@ -29,8 +29,7 @@ import torch
 
 from pipeline import comm
 from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
-from pipeline.data.batch import GlobalBatch, Ragged
-from pipeline.data.order import num_negatives
+from pipeline.data.batch import GlobalBatch, Ragged, num_negatives
 from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
 from pipeline.training.engine import (

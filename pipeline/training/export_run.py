@@ -17,7 +17,6 @@ import torch
 from pipeline import checkpoint_folder
 from pipeline.checkpoint_folder import checkpoint_digest
 from pipeline.config import TrainConfig, dump_config
-from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.model.encoder import Encoder, build_model
@@ -92,7 +91,7 @@ def export_run(
                 "step": step,
                 "checkpoint": digest,
                 "recipe": dump_config(config),
-                "data": _data_table(manifest),
+                "data": _data_table(dataset),
             },
             texts=_trained_texts(dataset),
             similarity="cosine" if config.loss.similarity == "cosine" else "dot",
@@ -132,8 +131,9 @@ def _leading_tokens(tokenizer: Any, prefix: str) -> tuple[int, ...]:
     return tuple(row["input_ids"][:count])
 
 
-def _data_table(manifest: Manifest) -> str:
+def _data_table(dataset: Dataset) -> str:
     """Describe the training data for the model card; local folders stay unnamed."""
+    manifest = dataset.manifest
     lines = [
         "| source | format | from | rows read | examples | weight |",
         "|---|---|---|---|---|---|",

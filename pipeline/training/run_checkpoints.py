@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,6 +71,10 @@ class StopRequest:
             if self._launchers and launch.launcher_processes() != self._launchers:
                 self._reason = "the launcher's end"
         return self._reason
+
+    def is_pending(self) -> bool:
+        """Return True for any request that this rank can see, for a rank that waits by itself."""
+        return bool(self.reason()) or self._file.exists()
 
     def agreed_reason(self) -> str:
         """Return the reason of the first rank that has one; a collective call."""
@@ -136,6 +141,7 @@ class RunCheckpoints:
         objective: its state is saved with them.
         identity: values that a resuming run must share (see `checkpoints.load`).
         evaluations: scores complete checkpoints, if configured.
+        in_a_hurry: see `Saver`.
     """
 
     def __init__(
@@ -147,11 +153,12 @@ class RunCheckpoints:
         objective: Objective,
         identity: dict[str, Any],
         evaluations: Evaluations | None,
+        in_a_hurry: Callable[[], bool],
     ) -> None:
         self._folder = run.checkpoints
         self._engine, self._objective, self._identity = engine, objective, identity
         self._evaluations = evaluations
-        self._saver = Saver(run.checkpoints)
+        self._saver = Saver(run.checkpoints, in_a_hurry=in_a_hurry)
         self._keeper = Keeper(run.checkpoints, config)
         self._newest_step = 0  # of the newest checkpoint, complete or on its way
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from pipeline import comm
 from pipeline.config import ObjectiveConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch
-from pipeline.data.masking import Prediction, Vocabulary, predict
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import Prediction, Vocabulary, predict
 from pipeline.model.encoder import LanguageModel, find_mask_token, predicts_shifted
 from pipeline.tokenizer import load_model_tokenizer
 from pipeline.training.engine import (

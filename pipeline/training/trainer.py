@@ -21,13 +21,10 @@ from pipeline import checkpoint_folder, comm
 from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
-from pipeline.data.order import Unit
-from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
 from pipeline.launch import World
-from pipeline.loss.targets import check_loss
 from pipeline.model.encoder import build_model
 from pipeline.model.weights import model_digests
 from pipeline.run_folder import OWN_CONFIG, RunDir, describe_environment
@@ -88,7 +85,7 @@ def train(
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     warning = require_negatives(loader, config)
-    objective = make_objective(config, dataset)
+    objective = make_objective(config, loader)
     comm.start(world)
     # From here on, a check on one rank must raise on all (see comm.on_main).
     comm.on_main(lambda: require_trackers(config.trackers))
@@ -109,8 +106,7 @@ def train(
         evaluations=evaluations,
         identity=identity,
     )
-    check_loss(
-        config.loss,
+    config.loss.require_fit(
         width=training.engine.encoder.num_dimensions,
         has_scores=dataset.manifest.has_scores,
     )
@@ -177,6 +173,7 @@ class Training:
             objective=objective,
             identity=identity,
             evaluations=evaluations,
+            in_a_hurry=stop.is_pending,
         )
 
     def describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
@@ -190,7 +187,7 @@ class Training:
         environment = {**describe_environment(), "world_size": comm.world_size()}
         write_json(self.run.environment, environment)
         if kinds := loader.order.kinds:
-            write_json(self.run.kinds, {name: describe_unit(unit) for name, unit in kinds.items()})
+            write_json(self.run.kinds, {name: unit.describe() for name, unit in kinds.items()})
 
     def loop(self, loader: Loader, *, first_step: int) -> None:
         """Run the remaining steps.
@@ -367,24 +364,13 @@ def _holds(path: Path, config: TrainConfig) -> bool:
         return False
 
 
-def describe_unit(unit: Unit) -> dict[str, Any]:
-    """Describe the examples of one kind of batch, for `kinds.json`."""
-    instructions = [group.instruction for group in unit.groups]
-    return {
-        "source": unit.groups[0].source,
-        "instructions": instructions,
-        "examples": unit.size,
-        "share": unit.share,
-    }
-
-
 def _say(text: str) -> None:
     if comm.rank() == 0:
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
             print(text, flush=True)
 
 
-def make_objective(config: TrainConfig, dataset: Dataset) -> Objective:
+def make_objective(config: TrainConfig, loader: Loader) -> Objective:
     """Build the objective of a run.
 
     Raises:
@@ -392,4 +378,4 @@ def make_objective(config: TrainConfig, dataset: Dataset) -> Objective:
     """
     if config.objective is None:
         return Contrastive(config)
-    return TokenPrediction(config, dataset)
+    return TokenPrediction(config, loader.dataset)

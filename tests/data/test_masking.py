@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling
 from pipeline.config import MaskedDiffusionConfig, MntpConfig, NextTokenConfig, ObjectiveConfig
 from pipeline.data.batch import Chunk
 from pipeline.data.loader import DUMMY
-from pipeline.data.masking import Prediction, Vocabulary, predict
+from pipeline.data.text_loader import Prediction, Vocabulary, predict
 
 SIZE, MASK = 1000, 999
 VOCABULARY = Vocabulary(size=SIZE, mask=MASK, special=frozenset({0, 1}))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.prepare.contamination import hash_ngrams, hash_words
-from pipeline.data.prepare.near_duplicates import join_pairs, minhash
+from pipeline.data.prepare.tokenise import join_pairs, minhash
 
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))

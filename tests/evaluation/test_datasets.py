@@ -109,6 +109,22 @@ def test_doubtful_rows_of_a_snapshot_are_counted(tmp_path, capsys):
     ]
 
 
+def test_repeated_ids_of_bright_are_counted_although_mteb_drops_them(tmp_path, capsys):
+    replicas.write_bright(tmp_path / "hub", "mteb/BRIGHT")
+    for part, column in (("documents", "content"), ("examples", "query")):
+        (path,) = (tmp_path / "hub/mteb/BRIGHT" / part).glob("aops.jsonl")
+        lines = path.read_text().splitlines()
+        other = {**json.loads(lines[0]), column: "other"}
+        path.write_text("\n".join([*lines, lines[1], json.dumps(other)]) + "\n")
+    with private_cache(tmp_path):
+        load_and_check(localise(get_task(AOPS), tmp_path / "hub"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{AOPS} default/standard: {what} with an earlier {kind}'s id and another text, of which "
+        "one counts: 1"
+        for what, kind in (("documents", "document"), ("queries", "query"))
+    ]
+
+
 def test_localising_a_task_leaves_mtebs_own_metadata_alone(snapshots):
     localised = localise(get_task(FOLLOW_IR), snapshots)
     assert localised.metadata.dataset["path"].startswith(str(snapshots))

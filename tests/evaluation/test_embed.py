@@ -25,7 +25,6 @@ from pipeline.evaluation.embedding_plan import (
 )
 from pipeline.evaluation.run import run_all, score_all
 from pipeline.evaluation.tasks import list_elements
-from pipeline.launch import World
 from tests.support import PATIENCE
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.
@@ -89,9 +88,7 @@ def test_ranks_of_one_element_share_its_blocks(strong, load, small_blocks):
     strong = dataclasses.replace(strong, tasks=(AOPS,))
     plan = write_plan(strong)
     written = [
-        embed_element(
-            strong, index, 2, load=load, world=World(rank=rank, world_size=2, local_rank=rank)
-        )
+        embed_element(strong, index, 2, load=load, rank=rank, world_size=2)
         for index in range(2)
         for rank in range(2)
     ]

@@ -11,6 +11,29 @@ import pytest
 
 from tests.support import PATIENCE
 
+# A checkpoint on its way to a disk that stays full.
+FULL_DISK = """
+import os, signal, sys
+from pathlib import Path
+from safetensors import SafetensorError
+from pipeline.errors import DiffembedError
+from pipeline.training import checkpoints
+from pipeline.training.run_checkpoints import StopRequest
+from tests.training.memory_engine import Memory
+def save_file(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise SafetensorError("Error while serializing: I/O error (os error 28)")
+checkpoints.save_file = save_file
+stop = StopRequest(Path(sys.argv[1], "stop"), launchers=(), echo_seconds=60)
+saver = checkpoints.Saver(Path(sys.argv[1]), in_a_hurry=stop.is_pending)
+saver.begin(Memory(a=1.0), step=1, identity={})
+try:
+    saver.finish()
+except DiffembedError as error:
+    print(stop.reason(), error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
 CODE = """
 import os, signal, sys, threading, time
 from datetime import timedelta
@@ -58,3 +81,17 @@ def test_a_second_request_ends_the_process_at_once_and_an_echo_does_not(
     )
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == printed
+
+
+def test_a_signal_ends_the_wait_for_a_full_disk(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "trying again in a second, for 5 s: a stop is requested" in done.stdout
+    assert "SIGTERM" in done.stdout.splitlines()[-1]
+    assert "step-000001 could not be written (rank 0: " in done.stdout.splitlines()[-1]

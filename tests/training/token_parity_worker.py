@@ -33,8 +33,7 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.loader import DUMMY
-from pipeline.data.masking import Prediction, Vocabulary, predict
-from pipeline.data.text_loader import NOTHING
+from pipeline.data.text_loader import NOTHING, Prediction, Vocabulary, predict
 from pipeline.launch import discover_world
 from pipeline.model.encoder import LanguageModel, build_language_model
 from pipeline.training import token_step

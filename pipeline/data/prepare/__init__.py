@@ -35,10 +35,16 @@ from typing import NamedTuple
 from pipeline.config import PrepareConfig
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, read_manifest
 from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, store_corpus
-from pipeline.data.prepare.near_duplicates import NUM_BANDS, pair_band, sign_slice
 from pipeline.data.prepare.plan import Build, Progress, describe, make_plan, say
 from pipeline.data.prepare.recipe import find_change, read_recipe
-from pipeline.data.prepare.tokenise import link_block, make_catalogue, tokenise_slice
+from pipeline.data.prepare.tokenise import (
+    NUM_BANDS,
+    link_block,
+    make_catalogue,
+    pair_band,
+    sign_slice,
+    tokenise_slice,
+)
 from pipeline.data.prepare.write_shards import (
     complete_dataset,
     count_unwanted,

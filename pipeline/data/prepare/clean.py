@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.config import SourceConfig, Template
-from pipeline.data.batch import IntArray
 from pipeline.data.prepare.contamination import ContaminationIndex, Match
 from pipeline.data.prepare.plan import (
     CORPUS_SCHEMA,
@@ -35,7 +35,7 @@ from pipeline.data.prepare.plan import (
     count_dropped,
     write_dropped,
 )
-from pipeline.data.shards import map_batch, table_writer, write_table
+from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import read_rows
 from pipeline.data.sources.corpus import (
     QueryCheck,
@@ -46,7 +46,6 @@ from pipeline.data.sources.corpus import (
     read_judgements,
 )
 from pipeline.data.sources.records import (
-    EXCERPT,
     BadRowError,
     BadRows,
     Record,
@@ -54,7 +53,7 @@ from pipeline.data.sources.records import (
     refuse_bad_rows,
     stable_hash,
 )
-from pipeline.files import save_array, write_json
+from pipeline.files import save_array, table_writer, write_json
 from pipeline.tokenizer import instruction_characters
 
 # Rows of a record batch of the corpus: the index refers to (batch, row).
@@ -92,9 +91,11 @@ def store_corpus(build: Build, task: int) -> None:
     )
 
 
-def _write_corpus(build: Build, task: int, records: Iterator[tuple[str, str, Record]]) -> IntArray:
+def _write_corpus(
+    build: Build, task: int, records: Iterator[tuple[str, str, Record]]
+) -> NDArray[np.int64]:
     """Write table and index; returns the hashes of the ids."""
-    parts: list[IntArray] = []
+    parts: list[NDArray[np.int64]] = []
     pairs = ((name, text) for name, text, _ in records)
     with table_writer(build.corpus(task), CORPUS_SCHEMA) as writer:
         while rows := list(itertools.islice(pairs, _CORPUS_BATCH)):
@@ -297,7 +298,7 @@ class _Collector:
             "where": record.where,
             "dropped": kind,
             "reason": reason,
-            "text": text[:EXCERPT],
+            "text": text,
         }
         if match is not None:
             entry |= {"detail": match.reason, "found in": match.where}
@@ -390,7 +391,9 @@ def _read_block_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
         return pa.ipc.open_file(source).get_batch(number)
 
 
-def read_distinct_texts(build: Build, number: int, wanted: IntArray | None) -> list[TemplatedText]:
+def read_distinct_texts(
+    build: Build, number: int, wanted: NDArray[np.int64] | None
+) -> list[TemplatedText]:
     """Return a slice's distinct documents in the order of their hashes.
 
     Args:

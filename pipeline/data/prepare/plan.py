@@ -60,7 +60,7 @@ from pipeline.data.prepare.recipe import (
 from pipeline.data.shards import Dataset
 from pipeline.data.sources import expand_sources, plan_source
 from pipeline.data.sources.containers import block_bytes_of
-from pipeline.data.sources.records import BadRowCounts, FileBlock
+from pipeline.data.sources.records import EXCERPT, BadRowCounts, FileBlock
 from pipeline.files import write_json, write_text
 from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer, read_limits
 
@@ -474,6 +474,7 @@ def count_dropped(entries: list[dict[str, str]]) -> dict[str, int]:
 
 
 def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, str]]) -> None:
-    """Write one JSON line for each dropped text."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    """Write one JSON line for each dropped text, which is shortened."""
+    shown = ({**entry, "text": entry["text"][:EXCERPT]} for entry in entries)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown]
     write_text(build.dropped(step, task), "".join(lines))

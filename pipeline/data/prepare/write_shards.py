@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.config import SourceConfig
-from pipeline.data.batch import IntArray
 from pipeline.data.manifest import (
     DROPPED_NAME,
     FILE_NAME,
@@ -119,10 +118,10 @@ def _add_rows(
     return room
 
 
-def count_groups(build: Build) -> IntArray:
+def count_groups(build: Build) -> NDArray[np.int64]:
     """(blocks, groups) number of examples."""
     num_groups = len(build.read_summary(CatalogueSummary, 0).groups)
-    counts: IntArray = np.zeros((len(build.plan.blocks), num_groups), np.int64)
+    counts: NDArray[np.int64] = np.zeros((len(build.plan.blocks), num_groups), np.int64)
     for block in range(len(counts)):
         for group, count in build.read_summary(RelateSummary, block).groups.items():
             counts[block, group] = count
@@ -220,7 +219,7 @@ def count_unwanted(build: Build) -> int:
 
 
 def _sources(
-    build: Build, collected: list[CollectSummary], counts: IntArray
+    build: Build, collected: list[CollectSummary], counts: NDArray[np.int64]
 ) -> Iterator[SourceInfo]:
     for number, source in enumerate(build.plan.sources):
         blocks = build.blocks_of(number)
@@ -266,7 +265,7 @@ def _warnings(source: SourceConfig, examples: int, unjudged: int) -> Iterator[st
         yield "its positives are documents of BRIGHT: scores on BRIGHT are not zero-shot"
 
 
-def _groups(build: Build, counts: IntArray) -> tuple[Group, ...]:
+def _groups(build: Build, counts: NDArray[np.int64]) -> tuple[Group, ...]:
     names = [source.name for source in build.plan.sources]
     listed = build.read_summary(CatalogueSummary, 0).groups
     groups, start = [], 0
