@@ -32,7 +32,7 @@ from typing import IO, Any, Literal
 
 from pydantic import PositiveInt
 
-from pipeline.config.rules import strict
+from pipeline.config.loading import strict
 from pipeline.errors import MachineError, UserError
 
 Reason = Literal["ok", "failed", "time", "cpu", "memory", "output", "killed"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, settings, strategies
+from pydantic import TypeAdapter
 
 from pipeline.config import (
     ChainConfig,
@@ -61,6 +62,33 @@ def keys_in(tree: Any, above: str = "") -> Iterator[str]:
             yield from keys_in(value, f"{above}{key}.")
 
 
+def numbers_in(node: Any, schema: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number that a JSON schema allows somewhere, with its key and its own schema."""
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    if node.get("type") in ("integer", "number"):
+        yield key, node
+    for name, child in node.get("properties", {}).items():
+        yield from numbers_in(child, schema, f"{key}.{name}" if key else name)
+    inside = [node[part] for part in ("items", "additionalProperties") if part in node]
+    for child in [*node.get("anyOf", []), *node.get("prefixItems", []), *inside]:
+        if isinstance(child, dict):
+            yield from numbers_in(child, schema, key)
+
+
+# Any number makes sense there, or a rule with its own message decides.
+UNBOUNDED = {"loss.false_negative_margin", "loss.matryoshka_dims", "sources.where"}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_number_of_a_config_has_a_least_value(kind: Any) -> None:
+    schema = TypeAdapter(kind).json_schema()
+    numbers = list(numbers_in(schema, schema))
+    unbounded = {key for key, node in numbers if not {"minimum", "exclusiveMinimum"} & node.keys()}
+    assert numbers
+    assert unbounded <= UNBOUNDED
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "train.yaml"
@@ -93,6 +121,12 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
         ("data.weights={a: -1}", "data.weights.a: -1 . allowed: a number >= 0$"),
         ("data.mixture_cap=0", "data.mixture_cap: 0 . allowed: an integer >= 1, or null$"),
         ("data.block_length=1", r"data.block_length: 1 .*: an integer >= 2 \(tokens\), or null$"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: 1 . allowed: a number >= 0 and < 1$"),
+        ("seed=-1", "seed: -1 . allowed: an integer >= 0$"),
+        (
+            "evaluate={every: 5, config: e.yaml, text_elements: 0}",
+            "evaluate.text_elements: 0 . allowed: an integer >= 1, or null$",
+        ),
         ("chunks.keep_graphs=-1", "chunks.keep_graphs: -1 . allowed: an integer >= 0 or 'auto'$"),
         ("model.lora.dropout=1", "model.lora.dropout: 1 . allowed: a number >= 0 and < 1$"),
         (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.prepare.near_duplicates import band_keys, minhash
+from pipeline.data.prepare.tokenise import band_keys, minhash
 from ReasonAug.generations import split_generation
 from ReasonAug.synthesis import concepts, solutions
 from ReasonAug.synthesis.answers import (

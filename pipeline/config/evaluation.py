@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.data import Template
 from pipeline.config.loading import UserPath, build_config, require, strict
@@ -100,13 +100,13 @@ class EvaluateConfig:
     """
     max_length: Annotated[int, Field(ge=1, description="tokens")] = 4096
     """Longer texts are cut."""
-    max_tokens: int = 16384
+    max_tokens: PositiveInt = 16384
     """Packed tokens of one forward; at least the longest text."""
     training_run: UserPath | None = None
     """A training run's folder, for the loss plot of the report."""
     instructions: dict[str, str] = dataclasses.field(default_factory=dict)
     """Instructions by task or benchmark name, in place of the built-in ones."""
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: PositiveFloat | None = None
     """Memory of one GPU, so that planning can refuse texts that would not fit."""
     lengths: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
     """Several maximum lengths by task or benchmark name; max_length holds for all others."""
@@ -175,7 +175,7 @@ class ProbeConfig:
     """Passes over the training words."""
     batch_size: PositiveInt = 256
     """Words per update of the classifier."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Seed of initial weights, order and dropout."""
 
 

@@ -306,7 +306,8 @@ def _find(schema: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, 
         inside = _resolve(schema, node)
         # Any other part names a branch of a union, such as `constrained-int`.
         if isinstance(part, int):
-            node = inside["items"]
+            # A pair lists the schema of each of its items.
+            node = inside["prefixItems"][part] if "prefixItems" in inside else inside["items"]
         elif part in inside.get("properties", {}):
             node = inside["properties"][part]
         elif isinstance(inside.get("additionalProperties"), dict):

@@ -179,7 +179,7 @@ class LoraConfig:
 
     rank: PositiveInt = 16
     """The rank of the update."""
-    alpha: int = 32
+    alpha: PositiveInt = 32
     """The update is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the adapters' inputs."""
@@ -232,7 +232,7 @@ class ModelConfig:
     """Rotary positions for texts longer than the model was trained on."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of weights and arithmetic; masters and moments are always float32."""
-    attention_dropout: float | None = None
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout on attention weights (SimCSE); null: the model's own."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of layers and compute each layer again in the backward."""
@@ -281,7 +281,7 @@ class StarterConfig:
     """The folder of model and tokenizer to write."""
     corpus: Annotated[tuple[UserPath, ...], Field(min_length=1, description="file")]
     """Texts to train the tokenizer on: JSON lines, or plain text."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Field(ge=300, description="256 are bytes")] = 4096
     """Tokens of the vocabulary."""
     hidden_size: PositiveInt = 128
     """The width of hidden states."""

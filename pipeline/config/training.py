@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.data import DataConfig
 from pipeline.config.loading import UserPath, require, strict
@@ -161,6 +161,10 @@ class LossConfig:
             )
 
 
+# The weight of the past in a running mean of Adam.
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
@@ -168,11 +172,11 @@ class OptimizerConfig:
 
     lr: PositiveFloat = 1e-4
     """The highest learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the first and the second moment."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0, description="0 for no clipping")] = 1.0
     """Gradients are scaled down to this global norm; 0: no clipping."""
@@ -180,7 +184,7 @@ class OptimizerConfig:
     """Steps over which the learning rate rises from 0."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """The course of the learning rate after the warm-up."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInt | None = None
     """The step at which the decay would reach 0; num_steps by default, more for a run that ends
     before its learning rate does.
     """
@@ -240,7 +244,7 @@ class EvaluateEveryConfig:
     """An evaluation's YAML; its last model gives the wording of queries."""
     where: Literal["slurm", "local"] = "slurm"
     """Separate Slurm jobs, or a process of low priority on the CPU of rank 0's node."""
-    text_elements: int | None = None
+    text_elements: PositiveInt | None = None
     """Slurm: array elements that share the texts of all tasks; null: one element for each task and
     length.
     """
@@ -259,7 +263,7 @@ class TrainConfig:
     """The backbone."""
     data: DataConfig
     """The data."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Seed of data order, dropout and new weights."""
     schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
     """plain keeps all graphs; cache runs each chunk twice; sweep runs layer by layer; auto takes

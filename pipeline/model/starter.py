@@ -61,8 +61,6 @@ def _check(config: StarterConfig) -> None:
             f"num_kv_heads {config.num_kv_heads}",
             allowed="hidden_size divisible by num_heads, num_heads by num_kv_heads",
         )
-    if config.vocab_size < 300:
-        raise UserError(f"vocab_size: {config.vocab_size}", allowed="300 or more (256 are bytes)")
 
 
 def _sizes(config: StarterConfig) -> dict[str, Any]:

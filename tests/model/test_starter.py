@@ -72,7 +72,6 @@ def test_faults_of_the_config_are_named(corpus: Path, tmp_path: Path) -> None:
     for change, word in [
         ({"corpus": (tmp_path / "none.jsonl",)}, "none.jsonl"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
-        ({"vocab_size": 100}, "vocab_size"),
     ]:
         with pytest.raises(UserError, match=word):
             build_starter(dataclasses.replace(good, **change))
