@@ -278,7 +278,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """When to save."""
+    """The schedule of checkpoints."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with a dump of the batch, or skip the update."""
     evaluate: EvaluateEveryConfig | None = None

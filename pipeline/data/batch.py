@@ -1,5 +1,6 @@
-"""Hold the packed tokens of one rank's step; spread texts evenly over ranks and chunks.
+"""Hold the packed tokens and the relevance of one rank's step; spread texts over ranks and chunks.
 
+    documents of the examples --find_relevance--> for each query: positives, negatives, masked
     texts 0..S-1 --assign_by_cost--> ranks --first_fit_decreasing--> chunks needed by the fullest
                                        \--assign_by_cost--> that many chunks, on every rank
 
@@ -50,6 +51,7 @@ class Ragged:
     @classmethod
     def from_pairs(cls, rows: IntArray, values: IntArray, num_rows: int) -> Ragged:
         """Group (row, value) pairs by row, keeping the order of the pairs within a row."""
+        # Stable: the order within a row has a meaning (preferred negatives come first).
         order = np.argsort(rows, kind="stable")
         lengths = np.bincount(rows, minlength=num_rows).astype(np.int64)
         return cls.from_lengths(lengths, values[order])
@@ -119,6 +121,94 @@ class GlobalBatch:
     negative_scores: Ragged | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Relevance:
+    """The documents of a batch and three index lists per query; see `GlobalBatch`."""
+
+    document_ids: IntArray  # (M,) ids in the document store, ascending
+    positives: Ragged
+    negatives: Ragged
+    masked: Ragged
+
+
+def find_relevance(
+    *,
+    positives: Ragged,
+    negatives: Ragged,
+    all_positives: Ragged,
+    concept: IntArray,
+    query_key: IntArray,
+) -> Relevance:
+    """Number the documents of a batch and find its known false negatives.
+
+    A document of the batch is masked for a query if, by the data, it answers the query but was not
+    chosen as its positive: it is another positive of the example, or a positive of an example with
+    the same query or the same concept. Negatives that the example lists stay negatives.
+
+    Args:
+        positives, negatives: (N rows) chosen document ids.
+        all_positives: (N rows) every positive the example lists.
+        concept: (N,) hash of the example's concept, -1 for unknown.
+        query_key: (N,) hash of the query's text.
+    """
+    num_queries = len(positives)
+    ids, inverse = np.unique(
+        np.concatenate([positives.values, negatives.values]), return_inverse=True
+    )
+    # One numbering for both lists: a document that is a positive of one query and a negative of
+    # another is embedded once.
+    split = len(positives.values)
+    chosen = Ragged(offsets=positives.offsets, values=inverse[:split].astype(np.int64))
+    against = Ragged(offsets=negatives.offsets, values=inverse[split:].astype(np.int64))
+    # Other positives of an example, where they are in the batch because of another example.
+    # Clipped, because a positive beyond the last id has no entry to compare with.
+    nearest = np.minimum(np.searchsorted(ids, all_positives.values), len(ids) - 1)
+    present = ids[nearest] == all_positives.values
+    pairs = [_pairs(all_positives.rows[present], nearest[present], len(ids))]
+    # The same question under two instructions has one key, so the answer to one is no negative of
+    # the other.
+    for label in (concept, query_key):
+        pairs.append(_shared(label, chosen, len(ids)))
+    # Set arithmetic on (query, document) pairs: known answers that the batch does not list.
+    known = np.unique(np.concatenate(pairs))
+    own = [_pairs(lists.rows, lists.values, len(ids)) for lists in (chosen, against)]
+    # Without the listed ones: a positive is scored as such, and a negative that the data name stays
+    # one, whatever its concept.
+    masked = np.setdiff1d(known, np.concatenate(own), assume_unique=False)
+    return Relevance(
+        document_ids=ids.astype(np.int64),
+        positives=chosen,
+        negatives=against,
+        masked=Ragged.from_pairs(masked // len(ids), masked % len(ids), num_queries),
+    )
+
+
+def _pairs(rows: IntArray, documents: IntArray, num_documents: int) -> IntArray:
+    """Return (query, document) pairs as single numbers."""
+    # Below 2**63 for any batch: sets of pairs become sets of integers, which numpy sorts fast.
+    return rows.astype(np.int64) * num_documents + documents
+
+
+def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
+    """Pair each query with the positives of all queries that have its label, which is not -1."""
+    labels, groups, counts = np.unique(label, return_inverse=True, return_counts=True)
+    # Labels of a single query are left out: their positives are known already, and most labels are
+    # such.
+    rows = np.flatnonzero((label[chosen.rows] >= 0) & (counts[groups[chosen.rows]] > 1))
+    # Each document once per label, though several queries of the label may share it.
+    owned = np.unique(groups[chosen.rows[rows]] * num_documents + chosen.values[rows])
+    per_label = Ragged.from_pairs(owned // num_documents, owned % num_documents, len(labels))
+    lengths = per_label.lengths[groups]
+    starts = per_label.offsets[:-1][groups]
+    ends = np.cumsum(lengths)
+    # Positions starts[q] .. starts[q] + lengths[q] - 1 of each query q, one after another.
+    positions = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
+        starts - (ends - lengths), lengths
+    )
+    queries = np.repeat(np.arange(len(label), dtype=np.int64), lengths)
+    return _pairs(queries, per_label.values[positions], num_documents)
+
+
 def num_negatives(
     *, positives: Ragged, negatives: Ragged, masked: Ragged, num_documents: int, own: bool
 ) -> IntArray:
@@ -157,6 +247,7 @@ def plan_chunks(
     """
     cost = text_cost(lengths, attention_length)
     budget = _cost_budget(max_tokens, max_cost, attention_length)
+    # By FLOPs, because ranks wait for the slowest; memory is the business of the chunks.
     ranks = assign_by_cost(cost, world_size)
     # The texts of rank 0, of rank 1, ..., each in ascending order.
     by_rank = np.argsort(ranks, kind="stable")
@@ -168,6 +259,7 @@ def plan_chunks(
         )
         for share in shares
     ]
+    # The same number everywhere: a rank with fewer would miss collectives of the others.
     num_chunks = max(min_chunks, max(count for _, count in packed))
     plans = []
     for share, (tight, _) in zip(shares, packed, strict=True):
@@ -202,6 +294,7 @@ def assign_by_cost(cost: NDArray[np.float64], num_bins: int) -> IntArray:
     bins = np.zeros(len(cost), dtype=np.int64)
     if num_bins == 1:
         return bins
+    # Most expensive first: what is left at the end is small, and evens the bins out.
     by_cost = np.argsort(-cost, kind="stable")
     # A heap of (load, bin); sorted at the start, so it is one already.
     loads = [(0.0, number) for number in range(num_bins)]
@@ -222,6 +315,7 @@ def _spread(
     chunk_of = assign_by_cost(lengths.astype(np.float64), num_chunks)
     tokens = np.bincount(chunk_of, weights=lengths, minlength=num_chunks)
     costs = np.bincount(chunk_of, weights=cost, minlength=num_chunks)
+    # A text above the budget has a chunk to itself and is not split.
     single = np.bincount(chunk_of, minlength=num_chunks) <= 1
     fits = single | ((tokens <= max_tokens) & (costs <= max_cost))
     return chunk_of if fits.all() else None
@@ -251,6 +345,7 @@ def first_fit_decreasing(
     distinct, counts = np.unique(lengths, return_counts=True)
     costs = text_cost(distinct, attention_length)
     budget = _cost_budget(max_tokens, max_cost, attention_length)
+    # Decides when a chunk is closed: no remaining row is shorter.
     shortest = int(lengths.min(initial=max_tokens))
     room: list[_Room] = []
     num_chunks = 0
@@ -283,6 +378,8 @@ def first_fit_decreasing(
 def _cost_budget(max_tokens: int, max_cost: float | None, attention_length: float) -> float:
     """Return the cost budget of a chunk, widened by a rounding error."""
     full = max_tokens * (1.0 + max_tokens / attention_length)
+    # Sums of costs differ in their last bits by the order of the rows; a chunk that is exactly full
+    # must count as such in every order.
     return (full if max_cost is None else max_cost) * (1.0 + 1e-9)
 
 
@@ -296,6 +393,7 @@ class _Room:
 
     def take(self, length: int, cost: float, count: int) -> int:
         """Put in as many of `count` equal rows as fit; returns how many."""
+        # Whichever budget ends first.
         taken = min(self.tokens // length, int(self.cost / cost), count)
         self.tokens -= taken * length
         self.cost -= taken * cost

@@ -20,15 +20,15 @@ from pipeline.data.batch import (
     GlobalBatch,
     IntArray,
     Ragged,
+    Relevance,
+    find_relevance,
     num_negatives,
     plan_chunks,
 )
 from pipeline.data.order import (
     Group,
     Order,
-    Relevance,
     choose,
-    find_relevance,
     make_key,
     source_shares,
 )
@@ -102,6 +102,7 @@ class Loader:
             seed=seed,
             shares=source_shares(
                 groups,
+                # The run's own weights win over what the data set was prepared with.
                 weights={**manifest.weights, **config.weights},
                 temperature=config.mixture_temperature,
                 cap=config.mixture_cap,
@@ -111,6 +112,7 @@ class Loader:
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the batch of a step; depends on nothing that happened before."""
+        # On every rank the same: relevance is needed whole, and numbers alone are read for it.
         drawn = self._draw(step)
         ids, relevance = drawn.ids, drawn.relevance
         scores = self._scores(ids, drawn.listed, drawn.chosen)
@@ -208,6 +210,7 @@ class Loader:
 
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
         """Return positions of the documents taken this step; another epoch takes others."""
+        # The step is part of the key: in another epoch the same example shows other documents.
         # With one key, lists of equal length would always give their k-th documents together.
         key, other = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
         first = self.dataset.examples.scalars("num_first_negatives", ids)
@@ -263,6 +266,7 @@ class Loader:
     ) -> Chunk:
         if not len(texts):
             return DUMMY
+        # Text indices are ascending within a chunk.
         # Queries come first: each side is one read.
         num_queries = int(np.searchsorted(texts, len(ids)))
         queries, documents = ids[texts[:num_queries]], document_ids[texts[num_queries:] - len(ids)]
@@ -275,6 +279,7 @@ class Loader:
                 self.dataset.documents.scalars("instruction_tokens", documents),
             ]
         )
+        # A text of nothing but its instruction would be pooled over no token at all.
         if skipped.min() < 0 or (skipped >= lengths[texts]).any():
             raise self.dataset.damaged("an instruction longer than its text")
         return Chunk(
@@ -287,6 +292,7 @@ class Loader:
     def _join(self, views: list[IntArray]) -> IntArray:
         """Join the tokens of some texts to (T,)."""
         input_ids: IntArray = np.concatenate(views).astype(np.int64)
+        # On a GPU such an id would be an illegal memory access without a name.
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
             raise self.dataset.damaged(f"a token id outside the vocabulary of {vocab_size}")
@@ -301,6 +307,8 @@ class Loader:
                 yield batch
         batches = map(self.batch, itertools.count(self._step))
         for batch in read_ahead(batches, thread_name="loader"):
+            # Counted when it is handed out, not when it is prepared: a batch that waits is not
+            # done.
             self._step = batch.step + 1
             yield batch
 

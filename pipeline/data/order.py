@@ -2,12 +2,12 @@
 
     groups (source, instruction)  --make_units-->  units, each with its share of the batches
     step  --Order-->  a unit, and its next window of elements  --permute-->  example ids
-    example ids  --choose-->  their documents  --find_relevance-->  who answers whom
+    example ids  --choose-->  their documents
 
 Every random number is a hash of seed, purpose and position: no step depends on an earlier one, nor
 on the number of ranks.
 
-Letters: N examples of a batch, M its documents, R rows of a ragged array, nnz its values.
+Letters: N examples of a batch, R rows of a ragged array, nnz its values.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class Order:
         # for homogeneous ones the batches of each unit in a cycle.
         if homogeneous == "none":
             self._counts = _apportion(share, global_batch_size * _QUOTA_STEPS)
+            # A quota of 2.3 examples a batch is met over the cycle: whole numbers in each batch,
+            # and the exact share in all of its steps together.
             self._first_slot = np.cumsum(self._counts) - self._counts
+            # The most that one step takes of a unit, rounded up.
             windows = -(-self._counts // _QUOTA_STEPS)
             self._refuse_small(windows)
         else:
@@ -106,6 +109,7 @@ class Order:
             return self._mixed(step)
         unit, ordinal = self._draw_unit(step)
         size = self.global_batch_size
+        # Only batches of this unit advance its stream: another unit's data cannot change its order.
         elements = self._streams[unit].take(ordinal=ordinal, start=ordinal * size, count=size)
         return self.units[unit].example_ids(elements)
 
@@ -117,6 +121,7 @@ class Order:
         """
         cycle, residue = divmod(step, _QUOTA_STEPS)
         first, last = self._first_slot, self._first_slot + self._counts
+        # Counted, not enumerated: the step may be the millionth of a resumed run.
         # Elements of each unit that the steps of the cycle before this one, and up to it, take.
         before = _count_residues(last, residue) - _count_residues(first, residue)
         until = _count_residues(last, residue + 1) - _count_residues(first, residue + 1)
@@ -135,6 +140,7 @@ class Order:
         length = int(self._counts.sum())
         cycle, slot = divmod(step, length)
         cached = self._cycle_cache
+        # Shuffled again in each cycle: otherwise the same units would follow one another for ever.
         # Shuffling a cycle takes longer than a step should; consecutive steps share it.
         if cached is None or cached[0] != cycle:
             slots = permute(np.arange(length), length, make_key(self.seed, 2, cycle))
@@ -195,6 +201,8 @@ def source_shares(
     unknown = sorted(set(weights) - set(counts))
     if unknown:
         raise UserError(f"data.weights: no source {unknown[0]!r}", allowed=", ".join(counts))
+    # The weight multiplies the flattened share: weight 2 is twice as many batches at any
+    # temperature.
     raw = {
         source: weights.get(source, 1.0) * min(count, cap or count) ** (1.0 / temperature)
         for source, count in counts.items()
@@ -251,6 +259,7 @@ def make_units(
     for source, share in shares.items():
         own = [group for group in groups if group.source == source]
         total = sum(group.count for group in own)
+        # An example that is in a batch twice would be its own false negative.
         if homogeneous != "none" and total < batch:
             raise UserError(
                 f"data.homogeneous: {homogeneous} needs a full batch from each source, and "
@@ -261,6 +270,7 @@ def make_units(
         merged = _merge_small(own, batch) if homogeneous == "instruction" else [own]
         for members in merged:
             size = sum(group.count for group in members)
+            # Within a source by size, so that each of its examples is drawn equally often.
             units.append(Unit(groups=tuple(members), share=share * size / total))
     return units
 
@@ -270,6 +280,7 @@ def _merge_small(groups: list[Group], batch: int) -> list[list[Group]]:
     large = [[group] for group in groups if group.count >= batch]
     small = [group for group in groups if group.count < batch]
     if small and sum(group.count for group in small) < batch and large:
+        # The smallest, because its batches lose the property of one instruction.
         smallest = min(range(len(large)), key=lambda index: large[index][0].count)
         small = large.pop(smallest) + small
     return [*large, small] if small else large
@@ -307,6 +318,7 @@ class Stream:
             first = number * self.window
             return self._epoch(epoch, np.arange(first, first + count))
         epoch, first = divmod(start, self.size)
+        # A window may end in the next epoch, whose start avoids the end of this one.
         inside = min(count, self.size - first)
         elements = self._epoch(epoch, np.arange(first, first + inside))
         if inside == count:
@@ -321,6 +333,7 @@ class Stream:
         if epoch == 0 or self.is_small or not len(positions) or positions[0] >= head:
             return elements
         # Near the start of an epoch: move elements of the last window before it back by a window.
+        # Every position below `head` needs this; computed from two permutations, without a state.
         first = permute(np.arange(head), self.size, key)
         last = permute(
             np.arange(self.size - self.window, self.size),
@@ -333,84 +346,6 @@ class Stream:
         early = positions < head
         elements[early] = adjusted[positions[early]]
         return elements
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Relevance:
-    """The documents of a batch and three index lists per query; see `GlobalBatch`."""
-
-    document_ids: IntArray  # (M,) ids in the document store, ascending
-    positives: Ragged
-    negatives: Ragged
-    masked: Ragged
-
-
-def find_relevance(
-    *,
-    positives: Ragged,
-    negatives: Ragged,
-    all_positives: Ragged,
-    concept: IntArray,
-    query_key: IntArray,
-) -> Relevance:
-    """Number the documents of a batch and find its known false negatives.
-
-    A document of the batch is masked for a query if, by the data, it answers the query but was not
-    chosen as its positive: it is another positive of the example, or a positive of an example with
-    the same query or the same concept. Negatives that the example lists stay negatives.
-
-    Args:
-        positives, negatives: (N rows) chosen document ids.
-        all_positives: (N rows) every positive the example lists.
-        concept: (N,) hash of the example's concept, -1 for unknown.
-        query_key: (N,) hash of the query's text.
-    """
-    num_queries = len(positives)
-    ids, inverse = np.unique(
-        np.concatenate([positives.values, negatives.values]), return_inverse=True
-    )
-    split = len(positives.values)
-    chosen = Ragged(offsets=positives.offsets, values=inverse[:split].astype(np.int64))
-    against = Ragged(offsets=negatives.offsets, values=inverse[split:].astype(np.int64))
-    # Other positives of an example, where they are in the batch because of another example.
-    nearest = np.minimum(np.searchsorted(ids, all_positives.values), len(ids) - 1)
-    present = ids[nearest] == all_positives.values
-    pairs = [_pairs(all_positives.rows[present], nearest[present], len(ids))]
-    for label in (concept, query_key):
-        pairs.append(_shared(label, chosen, len(ids)))
-    # Set arithmetic on (query, document) pairs: known answers that the batch does not list.
-    known = np.unique(np.concatenate(pairs))
-    own = [_pairs(lists.rows, lists.values, len(ids)) for lists in (chosen, against)]
-    masked = np.setdiff1d(known, np.concatenate(own), assume_unique=False)
-    return Relevance(
-        document_ids=ids.astype(np.int64),
-        positives=chosen,
-        negatives=against,
-        masked=Ragged.from_pairs(masked // len(ids), masked % len(ids), num_queries),
-    )
-
-
-def _pairs(rows: IntArray, documents: IntArray, num_documents: int) -> IntArray:
-    """Return (query, document) pairs as single numbers."""
-    return rows.astype(np.int64) * num_documents + documents
-
-
-def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
-    """Pair each query with the positives of all queries that have its label, which is not -1."""
-    labels, groups, counts = np.unique(label, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero((label[chosen.rows] >= 0) & (counts[groups[chosen.rows]] > 1))
-    # Each document once per label, though several queries of the label may share it.
-    owned = np.unique(groups[chosen.rows[rows]] * num_documents + chosen.values[rows])
-    per_label = Ragged.from_pairs(owned // num_documents, owned % num_documents, len(labels))
-    lengths = per_label.lengths[groups]
-    starts = per_label.offsets[:-1][groups]
-    ends = np.cumsum(lengths)
-    # Positions starts[q] .. starts[q] + lengths[q] - 1 of each query q, one after another.
-    positions = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
-        starts - (ends - lengths), lengths
-    )
-    queries = np.repeat(np.arange(len(label), dtype=np.int64), lengths)
-    return _pairs(queries, per_label.values[positions], num_documents)
 
 
 def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
@@ -432,6 +367,7 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
     rank = mix(positions.astype(np.uint64) ^ np.uint64(make_key(key)))
     late = np.zeros(len(positions), dtype=bool)
     if num_first is not None:
+        # The position within the row, compared with the number that comes first in that row.
         late = positions - lists.offsets[:-1][rows] >= num_first[rows]
     # By row, then preferred values before others, then by chance.
     order = np.lexsort((rank, late, rows))
@@ -447,6 +383,7 @@ def make_key(*parts: int) -> int:
     """Make one 64-bit key from several integers; each of them and their order matter."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
+        # Multiplied before each part: (1, 2) and (2, 1) must give different keys.
         key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
     return int(key[0])
 
@@ -468,9 +405,11 @@ def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
     Returns:
         (N,) multiples of 2**-53.
     """
+    # The same recurrence as `make_key`, for a whole array at once.
     word = np.full(parts[0].shape, key, dtype=np.uint64)
     for part in parts:
         word = mix(word * _STEP + part.astype(np.uint64) + np.uint64(1))
+    # The 53 highest bits fill the mantissa of a double: no value is rounded up to 1.
     return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -489,8 +428,10 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     keys = [np.uint64(make_key(key, number)) for number in range(4)]
+    # Copied: the walk below overwrites it, and callers pass ranges and views.
     flat = np.asarray(index, dtype=np.uint64).ravel().copy()
     outside = np.arange(len(flat))
+    # At least a quarter of the words are inside, so that few rounds are enough.
     while len(outside):
         left, right = flat[outside] >> half, flat[outside] & low
         for round_key in keys:

@@ -433,7 +433,7 @@ class JobRecord:
         write_json(self.path, self._jobs)
 
     def confirm(self, queue: Iterable[QueuedJob]) -> None:
-        """Record how Slurm shows the added jobs, with the times of its own clock."""
+        """Record how Slurm shows the added jobs, with the times of its clock."""
         shown = {job.id: job for job in queue}
         for entry in self._jobs.values():
             job = shown.get(entry["id"])

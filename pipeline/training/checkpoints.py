@@ -57,7 +57,7 @@ KEYS = ("weight", "exp_avg", "exp_avg_sq")
 T = TypeVar("T")
 # A checkpoint waits this long for a disk; less than ranks wait for each other.
 PATIENCE_SECONDS = 900.0
-# And this long once the run is asked to stop: whoever asks soon ends the process.
+# And this long after a request to stop: a scheduler kills the process seconds later.
 HURRIED_SECONDS = 5.0
 
 

@@ -73,7 +73,7 @@ class StopRequest:
         return self._reason
 
     def is_pending(self) -> bool:
-        """Return True for any request that this rank can see, for a rank that waits by itself."""
+        """Return True for any request that this rank can see, the stop file included."""
         return bool(self.reason()) or self._file.exists()
 
     def agreed_reason(self) -> str:

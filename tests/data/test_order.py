@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import Ragged
+from pipeline.data.batch import Ragged, find_relevance
 from pipeline.data.order import (
     Group,
     Homogeneous,
     Order,
     Stream,
     choose,
-    find_relevance,
     permute,
     source_shares,
 )

@@ -143,15 +143,18 @@ def test_a_request_to_stop_ends_the_wait_for_a_full_disk_in_seconds(
     save(tmp_path, Memory(a=1.0), step=1, identity={})
     before = tree(tmp_path)
     waited: list[float] = []
-    monkeypatch.setattr(checkpoints, "save_file", failing(10**6))
     monkeypatch.setattr(checkpoints.time, "sleep", waited.append)
-    for asked_after in (0, 3, 60):  # before the first failure, or during the wait
-        waited.clear()
-        saver = checkpoints.Saver(tmp_path, in_a_hurry=lambda s=asked_after: len(waited) >= s)
-        saver.begin(Memory(a=1.0), step=2, identity={})
-        with pytest.raises(DiffembedError, match=r"step-000002 could not be written .*os error 28"):
-            saver.finish()
-        assert sum(waited) <= max(asked_after, checkpoints.HURRIED_SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", failing(10**6))
+        for asked_after in (0, 3, 60):  # before the first failure, or during the wait
+            waited.clear()
+            saver = checkpoints.Saver(tmp_path, in_a_hurry=lambda s=asked_after: len(waited) >= s)
+            saver.begin(Memory(a=1.0), step=2, identity={})
+            with pytest.raises(
+                DiffembedError, match=r"step-000002 could not be written .*os error 28"
+            ):
+                saver.finish()
+            assert sum(waited) <= max(asked_after, checkpoints.HURRIED_SECONDS)
     monkeypatch.setattr(checkpoints, "save_file", failing(2))
     saver = checkpoints.Saver(tmp_path, in_a_hurry=lambda: True)
     saver.begin(Memory(a=1.0), step=3, identity={})

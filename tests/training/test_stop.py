@@ -92,6 +92,6 @@ def test_a_signal_ends_the_wait_for_a_full_disk(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "trying again in a second, for 5 s: a stop is requested" in done.stdout
+    assert "trying again in a second" in done.stdout
     assert "SIGTERM" in done.stdout.splitlines()[-1]
     assert "step-000001 could not be written (rank 0: " in done.stdout.splitlines()[-1]

@@ -69,6 +69,7 @@ def store_corpus(build: Build, task: int) -> None:
     source = build.plan.sources[task]
     rows = BadRows(source)
     num_documents, check = 0, QueryCheck()
+    # Other sources hold the texts of their documents in each row.
     if has_references(source):
         keys = _write_corpus(build, task, corpus_records(source, rows.add))
         num_documents = len(keys)
@@ -99,10 +100,13 @@ def _write_corpus(
     pairs = ((name, text) for name, text, _ in records)
     with table_writer(build.corpus(task), CORPUS_SCHEMA) as writer:
         while rows := list(itertools.islice(pairs, _CORPUS_BATCH)):
+            # Eight bytes for each id: the ids of a large corpus would not fit in the memory of a
+            # worker.
             parts.append(np.array([stable_hash(name) for name, _ in rows], dtype=np.int64))
             columns = [list(part) for part in zip(*rows, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=CORPUS_SCHEMA))
     keys = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    # Stable: of two documents with one id the earlier is found first.
     order = np.argsort(keys, kind="stable")
     save_array(build.corpus_index(task), np.stack([keys[order], order]))
     return keys
@@ -113,6 +117,7 @@ def _report_repeated(
 ) -> None:
     """List the documents whose id an earlier document with another text has."""
     for name, text, record in records:
+        # An exact repetition is harmless.
         if find(name) != text:
             rows.drop(record.where, "document", "another text of the same id precedes it", text)
 
@@ -122,12 +127,14 @@ class _Corpus:
 
     def __init__(self, path: Path, index: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # Judgements of one query often lie close together; a batch is decoded once for them.
         self._batch = functools.lru_cache(maxsize=64)(self._reader.get_batch)
         self._keys, self._rows = np.load(index, mmap_mode="r")
 
     def find(self, name: str) -> str | None:
         """Return the text of a document id."""
         key = stable_hash(name)
+        # The first entry of this hash; others follow it.
         entry = int(np.searchsorted(self._keys, key))
         # Two ids may have the same hash.
         while entry < len(self._keys) and self._keys[entry] == key:
@@ -167,6 +174,7 @@ def collect_block(build: Build, task: int) -> None:
     """Read one block; write its rows, and its distinct documents sorted into slices."""
     planned = build.plan.blocks[task]
     source = build.plan.sources[planned.source]
+    # Opened by each task: the index is memory-mapped, and the workers of a host share its pages.
     contamination = None
     if build.config.decontaminate is not None:
         contamination = ContaminationIndex(build.config.decontaminate, build.contamination)
@@ -192,6 +200,8 @@ def collect_block(build: Build, task: int) -> None:
             unwanted=collector.num_unwanted,
             dropped=count_dropped(dropped),
             has_scores=any(row["scores"] for row in collector.rows),
+            # Cut, because a source with one instruction for each query would fill the summary with
+            # them.
             instructions=sorted(instructions)[: MAX_INSTRUCTIONS + 1],
             **dataclasses.asdict(bad.summary),
         ),
@@ -230,11 +240,13 @@ class _Collector:
         self.num_read += 1
         if self.bad.count:
             return  # the build will stop; only further bad rows matter
+        # Positives first: a negative that equals one of them is dropped.
         positives = self._clean(record, "positive", row, row.positives, ())
         negatives = self._clean(record, "negative", row, row.negatives, positives)
         # After cleaning, so that dropped negatives are replaced by later ones.
         if self.source.max_negatives is not None:
             negatives = dict(list(negatives.items())[: self.source.max_negatives])
+        # Without its template: an evaluation asks the same question under another instruction.
         match = self._match(hash_text(row.query), row.query, is_query=True)
         if not row.query.strip():
             self._drop(record, "query", "empty", row.query)
@@ -279,6 +291,7 @@ class _Collector:
             elif (match := self._match(key, text, is_query=False)) is not None:
                 self._drop(record, kind, "in an evaluation set", text, match)
             else:
+                # The first occurrence keeps its place, and with it its score.
                 kept.setdefault(key, index)
         return kept
 
@@ -286,6 +299,7 @@ class _Collector:
         """Search for a text of this key in the evaluation sets, once for each block."""
         if self.contamination is None:
             return None
+        # Popular documents recur in many rows; comparing one with the index takes long.
         if (key, is_query) not in self.matches:
             self.matches[key, is_query] = self.contamination.find(text, is_query=is_query)
         return self.matches[key, is_query]
@@ -306,6 +320,7 @@ class _Collector:
 
     def _keep(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
         template, instruction = self.template, row.document_instruction
+        # Counted in characters here, in tokens later: only the tokenizer knows where they end.
         prefix = instruction_characters(template.document_prefix(instruction))
         suffix = len(template.document_suffix(instruction))
         for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
@@ -314,6 +329,7 @@ class _Collector:
                 self.documents.setdefault(key, TemplatedText(text, prefix, suffix))
         # Scores list the positives, then the negatives, of the row as it was read.
         scored = [*positives.values(), *(len(row.positives) + k for k in negatives.values())]
+        # How many of the preferred negatives survived; they are still the first.
         num_first = sum(index < row.num_first_negatives for index in negatives.values())
         self.rows.append(
             {
@@ -338,6 +354,8 @@ def hash_text(text: str) -> bytes:
 
 def _write_block_texts(build: Build, task: int, documents: dict[bytes, TemplatedText]) -> None:
     """Write one record batch per slice, so that a slice's task reads only its own part."""
+    # numpy compares these as bytes, but drops zero bytes at their end; `hashes_to_arrow` restores
+    # them.
     hashes = np.array(list(documents), dtype="S16")
     texts = list(documents.values())
     order = np.argsort(hashes, kind="stable")
@@ -363,6 +381,7 @@ def check_rows(build: Build, task: int) -> None:
     Raises:
         UserError: a source has bad rows and its `on_bad_row` is `stop`.
     """
+    # After all blocks were read: the user sees the faults of every file in one message.
     for number, source in enumerate(build.plan.sources):
         found = [build.read_summary(CollectSummary, block) for block in build.blocks_of(number)]
         refuse_bad_rows(source.name, found, sum(summary.read for summary in found))
@@ -404,6 +423,7 @@ def read_distinct_texts(
     blocks, rows = distinct.column("block").to_numpy(), distinct.column("row").to_numpy()
     if wanted is not None:
         blocks, rows = blocks[wanted], rows[wanted]
+    # Block by block: one block's part of the slice is in memory at a time.
     found: dict[int, TemplatedText] = {}
     for block in np.unique(blocks).tolist():
         positions = np.flatnonzero(blocks == block)

@@ -64,14 +64,18 @@ def lay_out(build: Build, task: int) -> None:
     room = limit
     for number in range(build.plan.num_slices):
         batch = map_batch(build.documents(number))
+        # From offsets alone: laying out a terabyte reads no token. A token has 4 bytes.
         ends = batch.column("tokens").offsets.to_numpy() * 4
         ends = ends + np.arange(len(ends)) * _DOCUMENT_BYTES
         room = _add_rows(documents, number, 0, ends, room, limit)
     examples: list[list[RowRange]] = [[]]
+    # Examples start a shard of their own, so that the two kinds can be read separately.
     room = limit
     counts = count_groups(build)
     # Each block's examples are sorted by group: its rows of a group start here.
     firsts = np.cumsum(counts, axis=1) - counts
+    # Group by group, over all blocks: a run of the shards then holds one instruction, and an
+    # example's group follows from its number.
     for group in range(counts.shape[1]):
         for block in np.flatnonzero(counts[:, group]).tolist():
             batch = map_batch(build.examples(block))
@@ -106,6 +110,7 @@ def _add_rows(
     """
     start, rows = 0, len(ends) - 1
     while start < rows:
+        # The last row whose end is within the room, by bisection.
         stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
         if stop <= start and shards[-1]:
             shards.append([])
@@ -121,6 +126,7 @@ def _add_rows(
 def count_groups(build: Build) -> NDArray[np.int64]:
     """(blocks, groups) number of examples."""
     num_groups = len(build.read_summary(CatalogueSummary, 0).groups)
+    # Dense: a few thousand blocks times at most a few thousand groups.
     counts: NDArray[np.int64] = np.zeros((len(build.plan.blocks), num_groups), np.int64)
     for block in range(len(counts)):
         for group, count in build.read_summary(RelateSummary, block).groups.items():
@@ -140,6 +146,7 @@ def pack_shard(build: Build, task: int) -> None:
     ]
     path = build.dataset / f"{kind}-{number:05d}.arrow"
     write_table(path, pa.Table.from_batches(batches))
+    # Read back from the file: the manifest describes what is on disk, not what was meant.
     packed = map_batch(path)
     list_name, limit = "tokens", build.config.max_document_length
     if kind == "examples":
@@ -170,6 +177,7 @@ def complete_dataset(build: Build, task: int) -> None:
         # With its modification time: it decides which stamps in the recipe can be trusted.
         shutil.copy2(build.folder / RECIPE_NAME, temporary)
     write_text(folder / REPORT_NAME, _report(build, manifest, folder / DROPPED_NAME))
+    # Last, because a folder with a manifest is a whole dataset to every reader.
     write_manifest(folder / FILE_NAME, manifest)
     write_json(build.summary_path("manifest", task), {"fingerprint": manifest.fingerprint})
 
@@ -224,6 +232,7 @@ def _sources(
     for number, source in enumerate(build.plan.sources):
         blocks = build.blocks_of(number)
         corpus = build.read_summary(LookupSummary, number)
+        # Documents that several blocks refer to are counted once, where the corpus was stored.
         dropped = collections.Counter(corpus.dropped)
         for block in blocks:
             dropped.update(collected[block].dropped)
@@ -270,6 +279,8 @@ def _groups(build: Build, counts: NDArray[np.int64]) -> tuple[Group, ...]:
     listed = build.read_summary(CatalogueSummary, 0).groups
     groups, start = [], 0
     for (source, instruction), count in zip(listed, counts.tolist(), strict=True):
+        # A group that lost all of its examples would be a population that no batch can be drawn
+        # from.
         if count:
             groups.append(
                 Group(source=names[source], instruction=instruction, start=start, count=count)
@@ -285,6 +296,7 @@ def _dropped_files(build: Build) -> Iterator[Path]:
         ("collect", len(plan.blocks)),
         ("tokenise", plan.num_slices),
     )
+    # In the order of the input, so that two builds of the same data write the same file.
     return (build.dropped(step, task) for step, count in steps for task in range(count))
 
 
@@ -322,6 +334,7 @@ def _report(build: Build, manifest: Manifest, dropped: Path) -> str:
     shown: dict[str, list[str]] = {}
     with dropped.open() as handle:
         for entry in map(json.loads, handle):
+            # The first ones: the file lists them in the order of the input.
             texts = shown.setdefault(f"{entry['dropped']}: {entry['reason']}", [])
             if len(texts) < _SHOWN_PER_REASON:
                 detail = "; ".join(entry[key] for key in ("detail", "found in") if key in entry)

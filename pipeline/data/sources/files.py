@@ -1,4 +1,4 @@
-"""Find the data files behind a path or hub name, choose those of a split, and open them.
+"""Find the data files behind a path or hub name, choose the files of a split, and open them.
 
     path, folder, glob, URL        names, or the README of a hub repository, show splits
     or `hub:` name             ->  only files of the wanted split, with a note on the others

@@ -291,7 +291,7 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
 
 
 def stored_files(file: str, split: str | None) -> list[str]:
-    """Return the files with the bytes of `file`: itself, or those of a hub dataset.
+    """Return the files with the bytes of `file`: itself, or the files of a hub dataset.
 
     The latter are in the dataset's folder, or in the library's cache.
     """
