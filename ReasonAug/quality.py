@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.prepare.near_duplicates import band_keys, join_pairs, minhash
+from pipeline.data.prepare.tokenise import band_keys, join_pairs, minhash
 from pipeline.errors import UserError
 from ReasonAug.generations import read_generations
 from ReasonAug.problem import num_tokens
