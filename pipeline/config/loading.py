@@ -228,6 +228,8 @@ def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: s
         )
     if first["type"] in _MISSING:
         return UserError(f"{origin}: key {key!r} is missing{more}", fix=f"add {key} to the file")
+    if isinstance(first["input"], bool) and first["type"] in _OUT_OF_RANGE:
+        return UserError(f"{origin}: {key}: a switch (true or false){more}", allowed="a number")
     expected = dict.fromkeys(_describe_expected(kind, fault) for fault in own)
     value = "an empty list" if first["type"] == "too_short" else _shorten(repr(first["input"]))
     sign = ":" if first["type"] in _OUT_OF_RANGE else " ="
