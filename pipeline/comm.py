@@ -1,4 +1,11 @@
-"""The process group, and the few collectives of the pipeline; all work with one process.
+"""The process groups, and the few collectives of the pipeline; all work with one process.
+
+    main group      NCCL or gloo    tensors: rows, gradients, weights
+    control group   gloo            barriers, numbers to agree on, objects
+
+NCCL ends a run whose rank waits longer than its timeout, but a rank may wait hours for another that
+hashes or copies files. Waiting in the control group has its own limit, occupies no GPU, and fails
+at once when a rank dies on another host, which NCCL does not notice.
 
 A decision on one rank's own view must be made by all (`any_rank`, `together`, `on_main`): a rank
 that leaves alone would keep the others waiting in their next collective.
@@ -10,7 +17,7 @@ import datetime
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,13 +30,21 @@ from pipeline.launch import World
 
 T = TypeVar("T")
 
+# Long enough to copy a 70B's checkpoint (840 GB) to a mirror at 100 MB/s and to read it back, 4.7
+# hours, while the other ranks wait.
+CONTROL_TIMEOUT = datetime.timedelta(hours=6)
+# Also on CPUs, where the main group is gloo too: one set of rules, which tests can then check.
+_control: dist.ProcessGroup | None = None
+_main_timeout = datetime.timedelta(seconds=1800)
+
 
 def start(world: World, *, timeout_seconds: int = 1800) -> None:
-    """Join the process group: NCCL on GPUs, gloo elsewhere.
+    """Join the process groups: NCCL on GPUs, gloo elsewhere, and gloo for control.
 
     Args:
         world: this rank among the others.
-        timeout_seconds: how long to wait for other ranks, here and in every collective call.
+        timeout_seconds: how long to wait for other ranks, here and in every collective call with
+            tensors, also in groups that DeepSpeed makes (see `new_group`).
 
     Raises:
         UserError: this rank has no GPU, torch sees none where one was requested, or the address of
@@ -63,8 +78,9 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
 
 
 def _join(world: World, timeout_seconds: int) -> None:
+    global _control, _main_timeout
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    _main_timeout = timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.world_size == 1:
         # Without a port, which another process might have taken.
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -77,12 +93,22 @@ def _join(world: World, timeout_seconds: int) -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     try:
         dist.init_process_group(backend, timeout=timeout)
+        _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
     except RuntimeError as error:
         # May be a node that died: not the user's mistake, and the next attempt may succeed.
         raise DiffembedError(
             f"rank {world.rank} of {world.world_size} did not reach the others at {address}:{port} "
             f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
+
+
+def new_group(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """Make a group for tensors with the main group's timeout; a collective call of all ranks.
+
+    torch's default is 10 minutes, whatever the main group has.
+    """
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_main_timeout)
+    return group
 
 
 def device() -> torch.device:
@@ -104,8 +130,7 @@ def least_memory(world: World) -> float:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         # Ranks of one host share its memory.
         total = ram / int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    least = torch.tensor([0.9 * total], dtype=torch.float64, device=device())
-    return float(all_reduce_(least, "min"))
+    return _reduce_numbers((0.9 * total,), "min")[0]
 
 
 def peak_memory() -> float:
@@ -128,14 +153,13 @@ def world_size() -> int:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_control)
 
 
-def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Reduce in place over ranks with `sum`, `max` or `min`; returns the tensor."""
+def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks in place; returns the tensor."""
     if world_size() > 1:
-        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        dist.all_reduce(tensor, op=ops[op])
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -155,9 +179,12 @@ def sum_over_ranks(*values: float) -> list[float]:
 
 
 def _reduce_numbers(values: tuple[float, ...], op: str) -> list[float]:
-    # float64 holds counts and flags exactly.
-    own = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
-    return [float(value) for value in all_reduce_(own, op).tolist()]
+    # In host memory, so that no agreement waits for a GPU. float64 holds counts and flags exactly.
+    own = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if world_size() > 1:
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(own, op=ops[op], group=_control)
+    return [float(value) for value in own.tolist()]
 
 
 @contextmanager
@@ -196,10 +223,8 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     if world_size() == 1:
         return x, 0
-    count = torch.tensor([x.shape[0]], device=x.device)
-    counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
+    count = torch.tensor(x.shape[0], device=x.device)
+    sizes: list[int] = all_gather_stack(count).tolist()  # waits for the GPU once
     # `all_gather` takes equal shapes only.
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: x.shape[0]] = x
@@ -237,7 +262,7 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
 
 
@@ -268,7 +293,7 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
 
 

@@ -119,11 +119,14 @@ def take_over(run: RunDir, mirror: Path | None) -> None:
 
 
 def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
-    """Return the newest checkpoint of the run's folder, or, if it has none, of the mirror."""
+    """Return the newest checkpoint of the run's folder, or, if it has none, of the mirror.
+
+    Rank 0 only: a network file system may show another host an older `latest`.
+    """
     newest = checkpoint_folder.latest(run.checkpoints)
     newest = newest or (checkpoint_folder.latest(mirror) if mirror else None)
     # Silently starting over would cost the user the run.
-    if newest is None and comm.rank() == 0 and (others := checkpoint_folder.names(run.checkpoints)):
+    if newest is None and (others := checkpoint_folder.names(run.checkpoints)):
         say_warning(
             f"{run.checkpoints}/{LATEST} is missing: the run starts at step 0, although there are "
             f"{', '.join(others)} (`diffembed rewind {run.root} {others[-1]}` continues from there)"

@@ -90,7 +90,7 @@ def train(
     # From here on, a check on one rank must raise on all (see comm.on_main).
     comm.on_main(lambda: require_trackers(config.trackers))
     comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
-    newest = newest_checkpoint(run, config.checkpoint.mirror)
+    newest = comm.on_main(lambda: newest_checkpoint(run, config.checkpoint.mirror))
     identity = run_identity(config, dataset, model_digests(config.model))
     # Before the model is loaded: a finished run, or another run's checkpoint, is known in seconds.
     if newest and _is_finished(newest, run, config, identity):

@@ -43,6 +43,14 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def join_deepspeed() -> Any:
+    """Import DeepSpeed, let it use the process group, and give its own groups our timeout."""
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.comm.comm.cdb.new_group = comm.new_group
+    return deepspeed
+
+
 class Partitions(Placement):
     """Weights become ZeRO-3 partitions piece by piece, so that no rank ever holds a whole model.
 
@@ -57,8 +65,7 @@ class Partitions(Placement):
     def __init__(self, ds_config: dict[str, Any]) -> None:
         super().__init__(comm.device(), together=comm.together)
         self.reads = comm.rank() == 0
-        self._deepspeed = import_deepspeed()
-        self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self._deepspeed = join_deepspeed()
         self._ds_config = ds_config
         self._partitioned: Any = None
 
@@ -97,10 +104,9 @@ class ZeroEngine:
     def __init__(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
     ) -> None:
-        deepspeed = import_deepspeed()
+        deepspeed = join_deepspeed()
         # Names before the engine wraps the model; shared parameters appear once.
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         if ds_config["bf16"]["enabled"] and any(hasattr(p, "ds_id") for p in model.parameters()):
             # peft keeps adapters in fp32. DeepSpeed casts a model that is whole, and refuses one
             # that is partitioned.
