@@ -28,5 +28,6 @@ set -x
 ruff check .
 ruff format --check .
 mypy
-# Two files at a time, because tests often wait for processes that they start (-n 0: one by one).
-python -m pytest -n 2 --dist loadfile "$@"
+# Four files at a time, because tests often wait for processes that they start, and long files first
+# (-n 0: one by one).
+python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -147,13 +148,12 @@ class LocalWorkers:
                 future.cancel()
 
     def _start_pool(self) -> ProcessPoolExecutor:
-        # A forked child would inherit the locks of the threads of torch, Arrow and the tokenizer.
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         return ProcessPoolExecutor(
             self._num_workers,
             mp_context=context,
             initializer=_start_child,
-            initargs=(context.Value("i", 0), self._num_workers),
+            initargs=(context.Value("i", 0), self._num_workers, dict(os.environ)),
         )
 
     def barrier(self) -> None:
@@ -165,13 +165,35 @@ class LocalWorkers:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _context() -> BaseContext:
+    """Return the way to start children.
+
+    They are forked from a server that has only imported what this process has imported, which takes
+    seconds: a fork of this process would inherit the locks of the threads of torch, Arrow and the
+    tokenizer. Where there are GPUs, each child imports for itself, because imports may look at the
+    devices, and no fork of a process that has done so can use one.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The first pool of a process starts the server; what it lacks, its children import.
+    context.set_forkserver_preload(
+        [m for m in sys.modules if m == "mteb" or m.startswith("pipeline.")]
+    )
+    return context
+
+
 # Set in the children of a `LocalWorkers`: this child's number among them, and how many there are.
 _child_number, _num_children = 0, 1
 
 
-def _start_child(counter: Any, num_children: int) -> None:
-    """Take a number, and make sure that this child ends with its parent."""
+def _start_child(counter: Any, num_children: int, environment: dict[str, str]) -> None:
+    """Take a number and the parent's environment, and make sure that this child ends with it."""
     global _child_number, _num_children
+    # A fork server has kept the environment of its own start.
+    os.environ.clear()
+    os.environ.update(environment)
     with counter.get_lock():
         _child_number = counter.value
         counter.value += 1

@@ -1,11 +1,13 @@
-"""What all tests share: the marker `fast`, and a temporary folder that is gone after them."""
+"""What all tests share: order, the marker `fast`, CPU seconds, and a temporary folder."""
 
 from __future__ import annotations
 
 import fnmatch
 import multiprocessing.process
+import resource
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,19 +41,40 @@ _START_PROCESSES = {
     "test_shell_scripts_parse",
     "test_the_top_level_holds_only_the_agreed_names",
 }
+# Files of minutes, which come first so that no worker is left with one at the end.
+_LONG = (
+    *("slurm/test_slurm_journey.py", "training/test_gradients.py", "training/test_failures.py"),
+    *("slurm/test_scores_while_training.py", "training/test_kills.py", "slurm/*", "training/*"),
+    *("damage/*", "launch/*", "evaluation/*"),
+)
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 _running_fast = False
+_cpu_before = 0.0
+_cpu_of_test: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark fast tests: all of their files, except those known to start processes."""
+    """Put long files first, and mark fast tests: files of them, except what starts processes."""
+    global _cpu_before
+    items.sort(key=_place)
     for item in items:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        path = _path(item)
         names = (item.path.name, item.name.partition("[")[0], *getattr(item, "fixturenames", ()))
         if _START_PROCESSES.isdisjoint(names) and any(
             fnmatch.fnmatchcase(path, pattern) for pattern in _FAST
         ):
             item.add_marker("fast")
+    _cpu_before = _cpu_seconds()
+
+
+def _path(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _place(item: pytest.Item) -> int:
+    """Rank of a test's file among all; files of one rank stay in their order."""
+    matches = (fnmatch.fnmatchcase(_path(item), pattern) for pattern in _LONG)
+    return next((place for place, found in enumerate(matches) if found), len(_LONG))
 
 
 def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
@@ -74,6 +97,36 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _running_fast = False
+
+
+def _cpu_seconds() -> float:
+    """CPU of this process, of children that it has waited for, and of its forked processes."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return forks.cpu_seconds + sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    """Note the CPU seconds since the last report, that is of a setup, a call or a teardown."""
+    global _cpu_before
+    report: pytest.TestReport = yield
+    before, _cpu_before = _cpu_before, _cpu_seconds()
+    report.user_properties.append(("cpu_seconds", _cpu_before - before))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the seconds of each test; with pytest-xdist, where the summary is printed."""
+    _cpu_of_test[report.nodeid] += dict(report.user_properties).get("cpu_seconds", 0.0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the most expensive tests, where at least one takes a second."""
+    if _cpu_of_test.total() > 1:
+        total = f"{_cpu_of_test.total():.0f} s of CPU, daemons and launched ranks not counted"
+        terminalreporter.section(total)
+        for name, seconds in _cpu_of_test.most_common(10):
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
 
 
 @pytest.fixture(autouse=True)

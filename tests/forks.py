@@ -9,7 +9,8 @@ of a command on a tiny model. `Process` and `run` take what follows `python` on 
 The first call starts the server (this module as a program), which forks a child for each request.
 A child has its own environment, folder, arguments, streams and process group, runs the program as
 `__main__` and ends as Python does, with its exit handlers. The server has no thread and no process
-group, and has read no data. It ends, with its children, when its parent does.
+group, and has read no data. The workers of one pytest-xdist run share a server. It ends when the
+last of them does; children end when the worker that asked for them does.
 
 A process is really started where a fork would not be the same:
   - variables that libraries read while they are imported differ from the server's;
@@ -26,6 +27,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib
 import json
@@ -57,8 +59,6 @@ _LIBRARIES = (
     *("torch", "torch.distributed", "transformers", "deepspeed", "peft", "datasets"),
     *("sentence_transformers", "pyarrow.parquet", "pydantic", "typer", "mteb", "fsspec", "yaml"),
     *("matplotlib.pyplot", "hypothesis", "pytest"),
-    # DeepSpeed imports it with its first engine, and with it torch's compiler.
-    "deepspeed.runtime.zero.muon.original_muon",
     # Imported by name as a model is built or read.
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.modeling_auto"),
     "transformers.models.auto.tokenization_auto",
@@ -81,8 +81,14 @@ _READ_AT_START = (
     *("PYTHON", "LD_", "LC_", "LANG", "XDG_", "HOME"),
 )
 # Set in a child by `_take_environment`, or of no effect on a process that has started.
-_SET_AFTER_START = ("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID")
+_SET_AFTER_START = (
+    *("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID"),
+    # By libraries, as they are imported.
+    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+    *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+cpu_seconds = 0.0  # of processes that the server forked for this process and that have ended
 
 
 class Process:
@@ -154,9 +160,11 @@ class Process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.returncode = self._started.wait(timeout)
         elif self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            global cpu_seconds
             code = self._read_number()
             # The server is gone, and its children with it.
             self.returncode = -signal.SIGKILL if code is None else code
+            cpu_seconds += (self._read_number() or 0) / 1000
             os.close(self._status)
         return self.returncode
 
@@ -198,33 +206,50 @@ def run(
 
 
 class _Server:
-    """The server's process, and the socket by which it is asked."""
+    """The socket by which the server is asked; starts the server if no other worker has."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self.read_at_start = _read_at_start(environment)
-        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks", str(other.fileno())],
-            cwd=ROOT,
-            env=dict(environment),
-            pass_fds=[other.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        other.close()
+        # A name outside the file system, free again when its last socket is closed.
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        address = f"\0diffembed-forks-{run}"
+        greeting = b""
+        for _ in range(50):
+            _start_server_once(address, environment)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with contextlib.suppress(ConnectionError):
+                self._socket.connect(address)
+                greeting = self._socket.recv(2**20)
+            if greeting:
+                break
+            time.sleep(0.1)  # a server that another worker has started is ending
+        self.read_at_start: dict[str, str] = json.loads(greeting)
 
     def send(self, request: Mapping[str, object], descriptors: Sequence[int]) -> None:
         socket.send_fds(self._socket, [json.dumps(request).encode()], list(descriptors))
 
     def stop(self) -> None:
+        """Leave the server, which ends the children of this process, and itself after the last."""
         self._socket.close()
+
+
+def _start_server_once(address: str, environment: Mapping[str, str]) -> None:
+    """Start the server at an address, unless another worker has done so."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            listener.bind(address)
+        except OSError:
+            return
+        listener.listen(128)
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.forks", str(listener.fileno())],
+            cwd=ROOT,
+            env=dict(environment),
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 _server: _Server | None = None
@@ -251,7 +276,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def stop_server() -> None:
-    """End the server, with what it has forked; the next process starts another one."""
+    """Leave the server; it ends what it has forked for this process, and itself after the last."""
     global _server
     if _server is not None:
         _server.stop()
@@ -378,46 +403,83 @@ def _exit_code(work: Callable[[], object]) -> int:
     return int(code) & 0xFF  # type: ignore[call-overload]
 
 
-def _serve(requests: socket.socket) -> None:
-    """Fork a child for each request; write its process id, then its exit code, to its pipe."""
-    children: dict[int, tuple[int, int]] = {}  # pidfd: process id, pipe
+@dataclasses.dataclass(frozen=True)
+class _Forked:
+    pid: int
+    status: int  # the pipe for its process id, exit code and CPU time
+    client: socket.socket
+
+
+def _serve(listener: socket.socket, read_at_start: Mapping[str, str]) -> None:
+    """Fork a child for each request, until the last client has left."""
+    greeting = json.dumps(read_at_start).encode()
+    children: dict[int, _Forked] = {}  # by pidfd
+    clients: set[socket.socket] = set()
     with selectors.DefaultSelector() as selector:
-        selector.register(requests, selectors.EVENT_READ)
+
+        def leave() -> None:
+            """Close what a child has of the server's."""
+            selector.close()
+            for each in (listener, *clients):
+                each.close()
+            for fd, child in children.items():
+                os.close(fd)
+                os.close(child.status)
+
+        selector.register(listener, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is not requests:
+                if key.fileobj is listener:
+                    client, _ = listener.accept()
+                    client.send(greeting)
+                    clients.add(client)
+                    selector.register(client, selectors.EVENT_READ)
+                elif key.fd in children:
+                    selector.unregister(key.fd)
+                    _report_end(key.fd, children.pop(key.fd))
+                elif forked := _answer(key.fileobj, leave):  # type: ignore[arg-type]
+                    fd = os.pidfd_open(forked.pid)
+                    children[fd] = forked
+                    selector.register(fd, selectors.EVENT_READ)
+                else:
+                    for child in children.values():
+                        if child.client is key.fileobj:
+                            _kill_group(child.pid)
                     selector.unregister(key.fileobj)
-                    pid, status = children.pop(key.fd)
-                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    with contextlib.suppress(BrokenPipeError):  # the test has forgotten it
-                        os.write(status, b"%d\n" % code)
-                    os.close(key.fd)
-                    os.close(status)
-                    continue
-                message, descriptors, *_ = socket.recv_fds(requests, 2**20, 3)
-                if not message:
-                    for pid, _ in children.values():
-                        _kill_group(pid)
-                    return
-                request = json.loads(message)
-                stdout, stderr, status = descriptors
+                    clients.discard(key.fileobj)  # type: ignore[arg-type]
+                    key.fileobj.close()  # type: ignore[union-attr]
+                    if not clients:
+                        return
 
-                def work(request: dict = request, status: int = status) -> None:
-                    selector.close()
-                    requests.close()
-                    for fd, (_, pipe) in children.items():
-                        os.close(fd)
-                        os.close(pipe)
-                    os.close(status)
-                    _become(request["words"], request["environment"])
 
-                pid = fork(work, folder=Path(request["folder"]), stdout=stdout, stderr=stderr)
-                os.close(stdout)
-                os.close(stderr)
-                os.write(status, b"%d\n" % pid)
-                pidfd = os.pidfd_open(pid)
-                children[pidfd] = (pid, status)
-                selector.register(pidfd, selectors.EVENT_READ)
+def _answer(client: socket.socket, leave: Callable[[], None]) -> _Forked | None:
+    """Fork what a client asks for; None if it has left."""
+    message, descriptors, *_ = socket.recv_fds(client, 2**20, 3)
+    if not message:
+        return None
+    request = json.loads(message)
+    stdout, stderr, status = descriptors
+
+    def work() -> None:
+        leave()
+        os.close(status)
+        _become(request["words"], request["environment"])
+
+    pid = fork(work, folder=Path(request["folder"]), stdout=stdout, stderr=stderr)
+    os.close(stdout)
+    os.close(stderr)
+    os.write(status, b"%d\n" % pid)
+    return _Forked(pid, status, client)
+
+
+def _report_end(fd: int, child: _Forked) -> None:
+    """Write exit code and milliseconds of CPU to the pipe of a child that has ended."""
+    _, code, usage = os.wait4(child.pid, 0)
+    milliseconds = 1000 * (usage.ru_utime + usage.ru_stime)
+    with contextlib.suppress(BrokenPipeError):  # the test has forgotten it
+        os.write(child.status, b"%d\n%d\n" % (os.waitstatus_to_exitcode(code), milliseconds))
+    os.close(fd)
+    os.close(child.status)
 
 
 def _become(words: list[str], environment: dict[str, str]) -> None:
@@ -473,7 +535,8 @@ if __name__ == "__main__":
     # Children look at their parent's modules, so the server is not `__main__`.
     from tests import forks
 
+    read_at_start = forks._read_at_start(os.environ)
     forks.import_libraries()
     gc.collect()
     gc.freeze()  # shared with children: a collection of theirs copies no page
-    forks._serve(socket.socket(fileno=int(sys.argv[1])))
+    forks._serve(socket.socket(fileno=int(sys.argv[1])), read_at_start)

@@ -39,6 +39,9 @@ def import_deepspeed() -> Any:
     # DeepSpeed would compile a shared-memory collective at start-up that only inference uses;
     # a machine without a compiler could not start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would import torch's compiler, two seconds of CPU on every rank, to decorate an optimizer
+    # that we never use (Muon).
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 
