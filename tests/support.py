@@ -89,11 +89,12 @@ def run_together(
     folder: Path | None = None,
     one_stream: bool = False,
     seconds: float = PATIENCE,
+    end_together: bool = True,
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run one Python command per rank, all at once; `-9` is the exit code of one that was killed.
 
-    The first rank that fails, or the end of so many seconds, ends all of them. A run that is asked
-    to stop has not failed.
+    The first rank that fails ends all of them, unless `end_together` is false; so does the end of
+    so many seconds. A run that is asked to stop has not failed.
     """
     processes: list[forks.Process] = []
     deadline = time.monotonic() + seconds
@@ -116,7 +117,7 @@ def run_together(
                 processes.append(process)
             while any(process.poll() is None for process in processes):
                 failed = any(process.poll() not in (None, 0, STOPPED) for process in processes)
-                if failed or time.monotonic() > deadline:
+                if (failed and end_together) or time.monotonic() > deadline:
                     break
                 time.sleep(0.02)
         finally:

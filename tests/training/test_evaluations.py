@@ -203,7 +203,7 @@ def test_jobs_need_slurm_and_a_readable_config_before_the_run_starts(
 # Fails or hangs as the file `slurm-is` tells it; a real Slurm cannot be made to do so on time.
 SBATCH = """\
 case $(cat {folder}/slurm-is) in
-  away) echo "sbatch: error: Unable to contact slurm controller" >&2; exit 1;;
+  full) echo "sbatch: error: Job violates accounting policy" >&2; exit 1;;
   hung) exec sleep 600;;
 esac
 case $* in *--test-only*) exit;; esac
@@ -254,7 +254,8 @@ def test_each_step_is_submitted_as_one_chain_before_training_ends(slurm, tmp_pat
 
 @pytest.mark.parametrize(
     ("fault", "patience", "said"),
-    [("away", 120, "Unable to contact slurm controller"), ("hung", 1, "no answer within 1 s")],
+    # A controller that does not answer is asked for a minute, and then refuses as a full one does.
+    [("full", 120, "Job violates accounting policy"), ("hung", 1, "no answer within 1 s")],
 )
 def test_a_step_that_slurm_does_not_take_is_submitted_at_the_next_checkpoint(
     fault, patience, said, slurm, tmp_path, monkeypatch, capsys

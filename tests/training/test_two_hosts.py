@@ -14,6 +14,7 @@ import pytest
 from tests.support import free_port
 from tests.tools.kill_tally import curve
 from tests.training.launches import ROOT, TRAIN, Launch, send
+from tests.training.trainer_command import run_trainer
 from tests.training.two_hosts import (
     ADDRESSES,
     INTERFACE,
@@ -67,9 +68,9 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
     recipe: Path, tmp_path: Path, hosts: tuple[str, str]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=60")
-    with Launch("mpirun", TRAIN, *arguments, f"output_dir={one}") as launch:
-        assert launch.wait() == 0, launch.output()
+    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=30")
+    done = run_trainer(*arguments, f"output_dir={one}", num_ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
     arguments = (*arguments, f"output_dir={two}")
     environment = reach_both(tmp_path, hosts)
 
