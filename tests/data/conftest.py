@@ -1,4 +1,4 @@
-"""Small sources and a real BPE tokenizer, built once per test session."""
+"""Small sources and a real BPE tokenizer, built once for all workers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from tests.support import share_folder
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +29,10 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(WORDS, trainer)
-    path = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(
+    whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(path)
-    return path
+    )
+    return share_folder(tmp_path_factory, "tokenizer", whole.save_pretrained)
 
 
 @pytest.fixture
@@ -57,15 +57,18 @@ def make_config(tokenizer_path: Path, tmp_path: Path) -> ConfigMaker:
 @pytest.fixture(scope="session")
 def dataset(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """600 ReasonAug rows, prepared."""
-    folder = tmp_path_factory.mktemp("shared")
-    source = write_jsonl(folder / "rows.jsonl", reasonaug_rows(600))
-    config = PrepareConfig(
-        output_dir=folder / "dataset",
-        tokenizer=str(tokenizer_path),
-        sources=(SourceConfig(name="reasonaug", format="reasonaug", path=str(source)),),
-        max_query_length=48,
-        max_document_length=64,
-        block_bytes=40_000,
-        shard_bytes=30_000,
-    )
-    return Dataset.open(prepare(config, num_workers=1), verify=True)
+
+    def make(folder: Path) -> None:
+        source = write_jsonl(folder / "rows.jsonl", reasonaug_rows(600))
+        config = PrepareConfig(
+            output_dir=folder / "dataset",
+            tokenizer=str(tokenizer_path),
+            sources=(SourceConfig(name="reasonaug", format="reasonaug", path=str(source)),),
+            max_query_length=48,
+            max_document_length=64,
+            block_bytes=40_000,
+            shard_bytes=30_000,
+        )
+        prepare(config, num_workers=1)
+
+    return Dataset.open(share_folder(tmp_path_factory, "shared", make) / "dataset", verify=True)

@@ -6,8 +6,6 @@ import dataclasses
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +23,7 @@ from pipeline.evaluation.embedding_plan import (
 )
 from pipeline.evaluation.run import run_all, score_all
 from pipeline.evaluation.tasks import list_elements
+from tests import forks
 from tests.support import PATIENCE
 
 # Documents and total Mtokens of each task, from mteb's descriptive statistics.
@@ -139,9 +138,10 @@ def test_a_text_that_the_plan_does_not_know_is_refused(strong, load, small_block
 HERE = Path(__file__).parent
 
 
-SCRIPT = """\
+SCRIPT = f"""\
 import sys
 from pathlib import Path
+sys.path.append({str(HERE)!r})
 import evaluation_support
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.evaluation.embed import embed_element
@@ -192,16 +192,14 @@ def test_a_store_begun_at_one_precision_refuses_vectors_of_another(planned):
 def test_processes_end_with_the_one_that_started_them(planned, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(dump_config(planned))
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}"}
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.yaml")], env=environment
-    )
+    with (tmp_path / "log").open("w") as log:
+        parent = forks.Process([tmp_path / "run.py", "config.yaml"], folder=tmp_path, stdout=log)
     try:
         found = wait_for(lambda: list(planned.output_dir.glob("*.process")), 2)
         children = [int(path.stem) for path in found]
         assert all(running(child) for child in children)
     finally:
-        parent.send_signal(signal.SIGKILL)
+        os.kill(parent.pid, signal.SIGKILL)  # without the processes of its group
         parent.wait()
     wait_for(lambda: [child for child in children if not running(child)], 2)
 

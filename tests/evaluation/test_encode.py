@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -24,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation import encode
 from pipeline.evaluation.encode import EncodeJob, encode_file
 from pipeline.model.load_export import LoadedExport, load_export
+from tests import forks
+from tests.support import PATIENCE
 from tests.tiny_models import export_tiny, tiny_starter
 
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow")
@@ -86,7 +85,7 @@ def test_vectors_are_those_of_the_export_for_any_number_of_processes(job: Encode
 
 
 _KILLED = """
-import os, pickle, signal, sys
+import os, pickle, pathlib, signal, sys
 from pipeline.evaluation.encode import encode_file
 from pipeline.model.load_export import LoadedExport
 whole, calls = LoadedExport.encode_tokens, []
@@ -96,21 +95,20 @@ def encode_tokens(self, *tokens):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(self, *tokens)
 LoadedExport.encode_tokens = encode_tokens
-encode_file(pickle.loads(sys.stdin.buffer.read()), num_processes=1)
+encode_file(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), num_processes=1)
 """
 
 
 def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
-    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = read(
         encode_file(
             dataclasses.replace(job, output=job.output.with_name("w.arrow")), num_processes=1
         )
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", _KILLED], input=pickle.dumps(job), env={**os.environ}, check=False
-    )
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    killed = forks.run(["-c", _KILLED, tmp_path / "job"], folder=tmp_path, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     assert not job.output.exists()
     done = sorted(path.name for path in job.folder.glob("part-*.arrow"))

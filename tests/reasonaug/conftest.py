@@ -10,6 +10,7 @@ import pytest
 
 from ReasonAug.replicas import write_replicas
 from ReasonAug.templates import write_templates
+from tests.support import share_folder
 
 Rows = list[dict[str, Any]]
 
@@ -30,16 +31,20 @@ def released() -> Path:
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default data set."""
-    out = tmp_path_factory.mktemp("templates")
-    write_templates(out, seed=0, problems_per_concept=64, max_tokens=1500)
-    return out
+
+    def make(out: Path) -> None:
+        write_templates(out, seed=0, problems_per_concept=64, max_tokens=1500)
+
+    return share_folder(tmp_path_factory, "templates", make)
 
 
 @pytest.fixture(scope="session")
 def hub(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("hub")
-    write_replicas(generated, out, seed=0, max_tokens=1024)
-    return out
+
+    def make(out: Path) -> None:
+        write_replicas(generated, out, seed=0, max_tokens=1024)
+
+    return share_folder(tmp_path_factory, "replicas", make)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from tests import forks
 from tests.slurm.cluster import Cluster, why_unavailable
 from tests.support import PATIENCE
 
@@ -47,8 +48,8 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
 
 def run_python(module: str, *words: object) -> None:
-    command = [sys.executable, "-m", module, *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE)
+    done = forks.run(["-m", module, *map(str, words)], folder=ROOT, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
 
 
 def make_material(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Model
 
+from tests.support import share_folder
 from tests.tiny_models import save_lifted
 from tests.training.tiny_recipe import make_recipe
 
@@ -14,7 +15,7 @@ from tests.training.tiny_recipe import make_recipe
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of 6 steps over 24 examples, with dropout and a learned temperature."""
-    return make_recipe(tmp_path_factory.mktemp("recipe"))
+    return share_folder(tmp_path_factory, "recipe", make_recipe) / "train.yaml"
 
 
 @pytest.fixture(scope="session")
