@@ -12,6 +12,7 @@ in the same order; `run` and `barrier` return once all of them have arrived.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import shutil
@@ -99,12 +100,17 @@ def open_workers(num_workers: int | None, *, rendezvous: Path) -> Iterator[Worke
 
 
 class LocalWorkers:
-    """This process and, where there is enough to do, a pool of child processes."""
+    """This process and, where there is enough to do, a pool of child processes.
+
+    Args:
+        num_workers: the most child processes.
+        imports: slow modules that the tasks import themselves, in addition to their own module.
+    """
 
     is_main = True
 
-    def __init__(self, num_workers: int) -> None:
-        self._num_workers = num_workers
+    def __init__(self, num_workers: int, *, imports: Sequence[str] = ()) -> None:
+        self._num_workers, self._imports = num_workers, imports
         self._pool: ProcessPoolExecutor | None = None
 
     def run(
@@ -133,7 +139,7 @@ class LocalWorkers:
                 yield item, work(item)
             return
         if self._pool is None:
-            self._pool = self._start_pool()
+            self._pool = self._start_pool([_module_of(work), *self._imports])
         futures = {self._pool.submit(work, item): item for item in items}
         try:
             for future in as_completed(futures):
@@ -147,8 +153,8 @@ class LocalWorkers:
             for future in futures:
                 future.cancel()
 
-    def _start_pool(self) -> ProcessPoolExecutor:
-        context = _context()
+    def _start_pool(self, imports: list[str]) -> ProcessPoolExecutor:
+        context = _context(imports)
         return ProcessPoolExecutor(
             self._num_workers,
             mp_context=context,
@@ -165,23 +171,27 @@ class LocalWorkers:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _context() -> BaseContext:
+def _context(imports: list[str]) -> BaseContext:
     """Return the way to start children.
 
-    They are forked from a server that has only imported what this process has imported, which takes
-    seconds: a fork of this process would inherit the locks of the threads of torch, Arrow and the
-    tokenizer. Where there are GPUs, each child imports for itself, because imports may look at the
-    devices, and no fork of a process that has done so can use one.
+    They are forked from a server that has only imported modules, which takes seconds: a fork of
+    this process would inherit the locks of the threads of torch, Arrow and the tokenizer. Where
+    there are GPUs, each child imports for itself, because imports may look at the devices, and no
+    fork of a process that has done so can use one.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The first pool of a process starts the server; what it lacks, its children import.
-    context.set_forkserver_preload(
-        [m for m in sys.modules if m == "mteb" or m.startswith("pipeline.")]
-    )
+    context.set_forkserver_preload(imports)
     return context
+
+
+def _module_of(work: Callable[..., object]) -> str:
+    while isinstance(work, functools.partial):
+        work = work.func
+    return work.__module__
 
 
 # Set in the children of a `LocalWorkers`: this child's number among them, and how many there are.

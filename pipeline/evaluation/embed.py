@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,9 @@ def embed_element(
 
 def _embed_blocks(writer: BlockWriter, todo: Sequence[int], num_processes: int) -> None:
     started = time.monotonic()
-    with contextlib.closing(LocalWorkers(num_processes)) as workers:
+    # A command that scores afterwards has it already, and its next children will need it.
+    imports = [name for name in ("mteb",) if name in sys.modules]
+    with contextlib.closing(LocalWorkers(num_processes, imports=imports)) as workers:
         # Most expensive first: processes that are free at the end wait for cheap blocks only.
         for done, _ in enumerate(workers.each(writer.write, todo), start=1):
             # Blocks become cheaper: the estimate is an upper bound.

@@ -249,7 +249,8 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
     work = functools.partial(
         list_texts, snapshots=config.snapshots, all_lengths=_all_lengths(config), folder=folder
     )
-    with contextlib.closing(LocalWorkers(min(num_workers, len(tasks)))) as workers:
+    num_workers = min(num_workers, len(tasks))
+    with contextlib.closing(LocalWorkers(num_workers, imports=("mteb",))) as workers:
         listed = dict(workers.each(work, tasks))
     # In the order of the tasks, not of completion: the plan does not depend on their speed.
     return [listed[task] for task in tasks]
