@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -180,7 +181,8 @@ def _context(imports: list[str]) -> BaseContext:
     fork of a process that has done so can use one.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    # The server's socket lies in the folder of temporary files, and its path has about 100 bytes.
+    if (torch is not None and torch.cuda.is_available()) or len(tempfile.gettempdir()) > 60:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The first pool of a process starts the server; what it lacks, its children import.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import multiprocessing.process
+import multiprocessing.util
 import resource
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     Not below pytest's own folder: a Unix socket's path holds about 100 characters.
     """
     tmp_path_factory.getbasetemp()  # stays where it is
+    multiprocessing.util.get_temp_dir()  # so does this one, which ends with the process
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="t-") as folder:
         for name in ("TMPDIR", "TMP", "TEMP"):
             patch.setenv(name, folder)
