@@ -1,4 +1,4 @@
-"""The trainer as its users start it: launchers, exit codes, stop and resume."""
+"""The trainer as its users start it: exit codes, stop and resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline import train
 from pipeline.errors import UserError
-from tests.training.trainer_command import ROOT, run_trainer, run_under_deepspeed
+from tests.training.trainer_command import ROOT, run_trainer
 
 WORKER = Path(__file__).with_name("failure_worker.py")
 
@@ -44,7 +44,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     parts = tmp_path / "parts"
     parts.mkdir()
     (parts / "stop").touch()  # as `diffembed stop` does; it ends the run after its first step
-    first = run_under_deepspeed(*arguments, f"output_dir={parts}", num_ranks=2)
+    first = run_trainer(*arguments, f"output_dir={parts}", num_ranks=2)
     assert first.returncode == 75, first.stderr
     assert "run the same command to resume" in first.stderr
     assert not (parts / "stop").exists()

@@ -1,14 +1,12 @@
-"""The trainer of this checkout as a command, alone, on ranks, or under the deepspeed launcher."""
+"""The trainer of this checkout as a command, alone or on ranks."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from tests import forks
-from tests.support import PATIENCE, free_port, run_together
+from tests.support import PATIENCE, run_together
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,18 +22,3 @@ def run_trainer(
     code = next((rank.returncode for rank in ranks if rank.returncode), 0)
     stdout, stderr = ("".join(rank.stdout for rank in ranks), "".join(r.stderr for r in ranks))
     return subprocess.CompletedProcess(words, code, stdout, stderr)
-
-
-def run_under_deepspeed(*arguments: str | Path, num_ranks: int) -> subprocess.CompletedProcess[str]:
-    """Run it on really started ranks of the deepspeed launcher."""
-    launcher: list[str | Path] = [Path(sys.executable).with_name("deepspeed")]
-    launcher += [f"--master_port={free_port()}", "--num_accelerators", str(num_ranks)]
-    return subprocess.run(
-        [str(word) for word in (*launcher, "pipeline/train.py", *arguments)],
-        cwd=ROOT,
-        env={**os.environ, **forks.ENVIRONMENT},
-        text=True,
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
