@@ -1,11 +1,12 @@
 """Define the commands of `diffembed`: arguments, help, and the functions that they call.
 
-    starter  prepare  export  encode  probe  report  submit     files in, files out
-    stop  rewind                                                a run's folder
-    config    explain  schema  diff                             the keys of all configs
-    data      inspect  verify                                   prepared shards
-    plan      run  loss                                         the cost of a run, in advance
-    evaluate  count  run  prefetch  plan  embed  score          an evaluation, step by step
+    init  starter  prepare  train  export  encode  probe  report     files in, files out
+    submit                                                           the same as Slurm jobs
+    stop  rewind                                                     a run's folder
+    config    explain  schema  diff                                  the keys of all configs
+    data      inspect  verify                                        prepared shards
+    plan      run  loss                                              the cost of a run, in advance
+    evaluate  count  run  prefetch  plan  embed  score               an evaluation, step by step
 
 Commands import heavy packages inside, after they have read their config: `--help` and errors of a
 config are answered at once.
@@ -80,6 +81,46 @@ Processes = Annotated[
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="for the configs and the run")],
+    model: Annotated[
+        str, typer.Option(prompt="model (a folder, or a name in the local cache)", help="to train")
+    ],
+    data: Annotated[
+        str, typer.Option(prompt="data (a file, folder, glob or hub:OWNER/NAME)", help="rows")
+    ],
+    gpus: Annotated[int, typer.Option(min=0, prompt="GPUs (0 for the CPU)", help="of the run")],
+    goal: Annotated[
+        Literal["search", "instructions", "long"],
+        typer.Option(
+            prompt="goal: search (short texts), instructions (said with each query), "
+            "or long (documents of thousands of tokens)",
+            help="search: texts of a few hundred tokens; instructions: each query says what to "
+            "look for; long: documents up to 8,192 tokens",
+        ),
+    ] = "search",
+    query: Annotated[str | None, typer.Option(help="field of the queries")] = None,
+    positive: Annotated[str | None, typer.Option(help="field of the right documents")] = None,
+    negative: Annotated[str | None, typer.Option(help="field of hard negatives")] = None,
+) -> None:
+    """Write commented configs for your data; asks for whatever no option answers."""
+    from pipeline.new_run import Answers, write_run
+
+    named = {"query": query, "positives": positive, "negatives": negative}
+    columns = {column: field for column, field in named.items() if field is not None}
+    answers = Answers(model=model, data=data, num_gpus=gpus, goal=goal, columns=columns)
+    prepare_config, train_config = write_run(folder, answers)
+    ranks = f" --ranks {gpus}" if gpus > 1 else ""
+    print(
+        f"written: {prepare_config}, {train_config}\nnext:",
+        f"  diffembed prepare {prepare_config}",
+        f"  diffembed train {train_config}{ranks} --dry-run",
+        f"  diffembed train {train_config}{ranks}",
+        sep="\n",
+    )
+
+
+@app.command()
 def starter(config: Config, overrides: Overrides = None) -> None:
     """Make a small untrained model and its tokenizer."""
     tree = load(StarterConfig, config, overrides)
@@ -95,6 +136,39 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     from pipeline.data.prepare import prepare as prepare_shards
 
     prepare_shards(tree)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="default: one per GPU of this machine, otherwise one")
+    ] = None,
+    deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = DEFAULT_DEEPSPEED,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the whole config and the plan, and stop")
+    ] = False,
+) -> None:
+    """Train on this machine; the same command resumes. Ctrl-C saves a checkpoint first."""
+    load(TrainConfig, config, overrides)  # now, not once in every rank
+    from pipeline.launch import count_gpus, discover_world, run_ranks
+
+    if discover_world().launched:
+        raise UserError(
+            "diffembed train: this process is a rank of a launcher",
+            fix="under torchrun, deepspeed, mpirun or srun start pipeline/train.py",
+        )
+    number = ranks or max(1, count_gpus())
+    script = Path(__file__).with_name("train.py")
+    words = [sys.executable, str(script), str(config), *(overrides or ())]
+    words += ["--deepspeed", str(deepspeed)]
+    if dry_run:
+        words += ["--dry-run", "--world-size", str(number)]
+    code = run_ranks(words, 1 if dry_run else number)
+    if code == 0 and not dry_run:
+        print(f"next: diffembed export {' '.join([str(config), *(overrides or ())])}")
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Find out, without torch, how this process was launched: rank, rendezvous, launcher.
+"""Find out, without torch, how this process was launched; launch ranks on this machine.
 
     variables of torchrun, deepspeed, Open MPI or srun -> World, rendezvous (address, port)
     parent processes, launcher's port                  -> has the launcher ended?
+    run_ranks(command, N)                              -> N ranks, their exit code
 
 Ranks whose launcher was killed must end: the others would wait for them until the timeout, in a
 folder that the next start needs.
@@ -12,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -304,3 +306,97 @@ def end_with_launcher(launchers: tuple[int, ...]) -> Iterator[None]:
         yield
     finally:
         joined.set()
+
+
+# --- ranks on this machine -------------------------------------------------------------------
+
+# After one rank has failed, the others notice it in their next collective call.
+_GRACE_SECONDS = 15.0
+
+
+def run_ranks(
+    command: Sequence[str], num_ranks: int, *, grace_seconds: float = _GRACE_SECONDS
+) -> int:
+    """Run ranks of one command on this machine and wait for them.
+
+    Signals are passed on to every rank. Unlike torchrun and deepspeed it returns the ranks' own
+    exit code (75: stopped on request), and prints nothing.
+
+    Args:
+        command: of each rank.
+        num_ranks: processes to start; a single one is started without a rendezvous.
+        grace_seconds: after a rank has failed, the others have this long to end by themselves.
+
+    Returns:
+        The exit code of the rank that failed first, or 0; 128 + the signal that ended it.
+    """
+    asked: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    # Sessions of their own, because a terminal sends Ctrl-C to all processes of a session.
+    ranks = [
+        subprocess.Popen(command, env=environment, start_new_session=True)
+        for environment in _environments(num_ranks)
+    ]
+    try:
+        return _wait(ranks, asked, grace_seconds)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for rank in ranks:
+            rank.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _environments(num_ranks: int) -> Iterator[dict[str, str]]:
+    """Yield the environment of each rank."""
+    base = without_rank(os.environ)
+    if num_ranks == 1:
+        yield base
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(num_ranks):
+        yield {
+            **base,
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)},
+            **{"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: list[int], grace_seconds: float) -> int:
+    """Wait for all ranks, or until the grace after the first failure is over."""
+    code, deadline = 0, float("inf")
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        for _ in range(len(asked)):
+            del asked[0]
+            for rank in ranks:
+                # Every request means: save and stop. A second one ends a rank at once.
+                if rank.poll() is None:
+                    rank.terminate()
+        failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0)]
+        if failed and code == 0:
+            code, deadline = failed[0], time.monotonic() + grace_seconds
+        time.sleep(0.05)
+    failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0)]
+    code = code or (failed[0] if failed else 0)
+    return code if code >= 0 else 128 - code
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that processes started here would see, without torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())

@@ -33,7 +33,7 @@ FLOORS = (
     {"run_folder"},
     {"data", "model", "loss"},
     {"training", "evaluation"},
-    {"planning", "submission"},
+    {"new_run", "planning", "submission"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -30,8 +30,9 @@ from tests.training.tiny_recipe import make_recipe
 _BIN = Path(sys.executable).parent
 _WORKER = ROOT / "tests" / "training" / "failure_worker.py"
 SCRIPT = "train_mpirun.sh"
+COMMAND = "diffembed train"
 ON_SLURM = ("srun", "deepspeed slurm")
-ALL_LAUNCHERS = (*LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
+ALL_LAUNCHERS = (COMMAND, *LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What has not ended by then goes on: the runs have no end of their own.
 _GOES_ON_AFTER_SECONDS = 60
@@ -69,6 +70,8 @@ def words_of(launcher: str, folder: Path) -> list[str]:
         return launcher_words(launcher, free_port())
     if launcher == SCRIPT:
         return [str(ROOT / "launch" / SCRIPT)]
+    if launcher == COMMAND:
+        return [str(_BIN / "diffembed"), "train", "--ranks", "2"]
     if launcher == "srun":
         # Ranks that leave with 75 are no reason to end the others.
         steps = ("--nodes=2", "--ntasks=2", "--kill-on-bad-exit=0", "--wait=30")
@@ -111,7 +114,7 @@ class Trial:
         words = words_of(launcher, folder)
         script, fault = (TRAIN, {}) if saves else (_WORKER, {"FAULT": "cannot save"})
         self._launch = Launch(
-            *(words, recipe) if launcher == SCRIPT else (words, script, recipe),
+            *(words, recipe) if launcher in (SCRIPT, COMMAND) else (words, script, recipe),
             *("--deepspeed", "ds_configs/zero3.json", f"output_dir={self.run}"),
             *("num_steps=1000000", f"checkpoint.every={1000000 if saves else 2}", "schedule=cache"),
             # Two nodes of one machine have names that need not resolve.
@@ -203,7 +206,7 @@ def trials(
             with TemporaryDirectory() as folder:
                 trial = Trial(launcher, recipe, Path(folder), environment)
                 yield f"{number.name} to {target}", trial.outcome(number, target)
-    if launcher != SCRIPT:  # starts no other program than the trainer
+    if launcher not in (SCRIPT, COMMAND):  # they start no other program than the trainer
         with TemporaryDirectory() as folder:
             trial = Trial(launcher, recipe, Path(folder), environment, saves=False)
             yield "second SIGTERM to one rank", trial.outcome_of_second(signal.SIGTERM)

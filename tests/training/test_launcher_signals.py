@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import why_unavailable
-from tests.tools.launcher_signals import ON_SLURM, SCRIPT, Trial, environment_of
+from tests.tools.launcher_signals import COMMAND, ON_SLURM, SCRIPT, Trial, environment_of
 
 
 @pytest.mark.parametrize(
     ("launcher", "number", "target", "code"),
     [
+        (COMMAND, signal.SIGINT, "launcher", 75),
         # mpirun itself would kill the ranks.
         (SCRIPT, signal.SIGTERM, "launcher", 75),
         # Hands nothing on: the ranks notice that it has gone.

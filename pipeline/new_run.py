@@ -1,0 +1,256 @@
+"""Write the configs of a first run from four answers: model, data, GPUs, goal.
+
+    faq.jsonl, MiniLM, 0 GPUs, search  ──>  DIR/data.yaml   for `diffembed prepare`
+                                            DIR/train.yaml  for `diffembed train`
+
+Every number has its reason beside it. Fields of the data are recognised by common names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import (
+    PrepareConfig,
+    SourceConfig,
+    TrainConfig,
+    load_config,
+    local_file,
+    model_fix,
+    require_model_path,
+)
+from pipeline.config.loading import dump_yaml
+from pipeline.data.sources import FORMATS, plan_source
+from pipeline.data.sources.containers import read_records
+from pipeline.errors import UserError
+from pipeline.files import atomic_path, require_writable
+
+Goal = Literal["search", "instructions", "long"]
+# Names of fields in public data sets, by our column; a `*` joins several fields.
+_NAMES = {
+    "query": ("query", "question", "anchor", "sentence1", "prompt", "input", "title"),
+    "positives": (
+        *("positives", "positive", "pos", "positive_*", "answers", "answer", "document"),
+        *("passage", "context", "response", "sentence2", "output", "text", "body"),
+    ),
+    "negatives": (
+        *("negatives", "negative", "neg", "hard_negatives", "hard_negative", "negative_*"),
+        *("neg_*", "hard_negative_*"),
+    ),
+    "instruction": ("instruction", "task_description"),
+}
+_COUNTED_ROWS = 200_000  # more rows than that need not be counted to choose a batch
+_LORA_PARAMETERS = 1.5e9  # full fine-tuning of larger models needs 16 bytes each over all GPUs
+_MAX_TOKENS = {"search": (128, 512), "instructions": (256, 512), "long": (512, 8192)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """The four answers, and the names of fields where they cannot be guessed."""
+
+    model: str  # a folder, or a model name in the local cache
+    data: str  # a file, folder, glob or hub data set
+    num_gpus: int
+    goal: Goal
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def write_run(folder: Path, answers: Answers) -> list[Path]:
+    """Write data.yaml and train.yaml into a folder; return their paths.
+
+    Raises:
+        UserError: the folder holds such files, the model or data cannot be read, or no field of
+            the data is a query or a document.
+    """
+    paths = [folder / "data.yaml", folder / "train.yaml"]
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists", fix="give another folder, or remove the file")
+    model = _read_model(answers.model)
+    num_rows, columns = _read_data(answers)
+    require_writable(folder, key="the folder of the configs")
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = (
+        _prepare_text(folder, answers, columns, model.max_tokens),
+        _train_text(folder, answers, model, num_rows, has_negatives="negatives" in columns),
+    )
+    for path, text in zip(paths, texts, strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+    # What was written is what the commands accept.
+    load_config(PrepareConfig, paths[0])
+    load_config(TrainConfig, paths[1])
+    return paths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
+    num_parameters: float  # about
+    max_tokens: int
+
+
+def _read_model(path: str) -> _Model:
+    """Estimate size and longest text from a model's config.json."""
+    require_model_path(path, key="--model")
+    file = local_file(path, "config.json")
+    if file is None:
+        raise UserError(f"--model: no config.json in {path}", fix=model_fix(path))
+    try:
+        tree = json.loads(file.read_text())
+        width = int(tree.get("hidden_size") or tree["d_model"])
+        layers = int(tree.get("num_hidden_layers") or tree["n_layers"])
+        vocabulary = int(tree.get("vocab_size") or tree["embedding_size"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--model: {file} does not say its width, layers and vocabulary", fix=model_fix(path)
+        ) from error
+    inner = int(tree.get("intermediate_size") or tree.get("mlp_hidden_size") or 4 * width)
+    longest = tree.get("max_position_embeddings") or tree.get("max_sequence_length") or 512
+    return _Model(
+        num_parameters=layers * (4 * width**2 + 3 * width * inner) + vocabulary * width,
+        max_tokens=int(longest),
+    )
+
+
+def _read_data(answers: Answers) -> tuple[int, dict[str, str]]:
+    """Count rows, up to a limit, and find the fields that hold queries and documents.
+
+    Returns:
+        Rows, and the field of each of our columns.
+    """
+    source = SourceConfig(name="data", format="columns", path=answers.data)
+    records = _records(source)
+    first = next(records, None)
+    if not isinstance(first, Mapping):
+        raise UserError(
+            f"--data: {answers.data} holds no rows with fields",
+            allowed="JSON lines, CSV, TSV, Parquet, Arrow, or a data set of the hub",
+            fix=f"for other layouts ({', '.join(FORMATS)}) see docs/data.md",
+        )
+    columns = find_columns(list(first), answers.columns)
+    counted = 1 + sum(1 for _ in itertools.islice(records, _COUNTED_ROWS - 1))
+    return counted, columns
+
+
+def _records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
+    for block in plan_source(source, block_bytes=16 * 2**20):
+        for record in read_records(block, split=source.split, on_bad=lambda bad: None):
+            yield record.value
+
+
+def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Return the field of each column: as given, or recognised by a common name.
+
+    Args:
+        fields: of the first record.
+        given: the user's own choices, by column.
+
+    Raises:
+        UserError: a given field does not exist, or none is a query or a positive.
+    """
+    found: dict[str, str] = {}
+    for column, names in _NAMES.items():
+        if column in given:
+            if not fnmatch.filter(fields, given[column]):
+                raise UserError(
+                    f"--{column}: no field {given[column]!r}", allowed=", ".join(fields)
+                )
+            found[column] = given[column]
+            continue
+        taken = {*found.values(), *given.values()}
+        lowered = {field.lower(): field for field in fields if field not in taken}
+        for name in names:
+            if "*" in name and fnmatch.filter(lowered, name):
+                found[column] = name
+            elif name in lowered:
+                found[column] = lowered[name]
+            if column in found:
+                break
+    for column, flag in (("query", "--query"), ("positives", "--positive")):
+        if column not in found:
+            raise UserError(
+                f"--data: no field looks like a {column.rstrip('s')}",
+                allowed=f"one of {', '.join(fields)}",
+                fix=f"name it: {flag} FIELD (other layouts: {', '.join(FORMATS)}; docs/data.md)",
+            )
+    return found
+
+
+# --- the two files ---------------------------------------------------------------------------
+
+
+def _prepare_text(
+    folder: Path, answers: Answers, columns: Mapping[str, str], model_tokens: int
+) -> str:
+    query, document = (min(limit, model_tokens) for limit in _MAX_TOKENS[answers.goal])
+    instructed = "instruction" in columns or answers.goal == "instructions"
+    # Without an instruction the words of the template would be noise in every query.
+    template = "" if instructed else 'template: {query: "{text}"}\n'
+    named = {name: field for name, field in columns.items() if name != field}
+    source: dict[str, Any] = {"name": "data", "format": "columns", "path": answers.data}
+    source |= {"columns": named} if named else {}
+    if instructed and "instruction" not in columns:
+        source["instruction"] = "Retrieve texts that answer the query"  # for the user to reword
+    return f"""\
+# Raw rows to tokenised shards: `diffembed prepare {folder / "data.yaml"}`.
+# `diffembed config explain KEY` explains any key; docs/data.md lists other layouts of data.
+output_dir: {_quote(folder / "shards")}
+tokenizer: {_quote(answers.model)}
+{dump_yaml({"sources": [source]})}{template}\
+# Tokens; longer texts are cut and counted. The report of `prepare` shows how many.
+max_query_length: {query}
+max_document_length: {document}
+"""
+
+
+def _train_text(
+    folder: Path, answers: Answers, model: _Model, num_rows: int, *, has_negatives: bool
+) -> str:
+    batch = _batch_size(num_rows, answers.num_gpus)
+    epochs = 1 if num_rows >= 50_000 else 3
+    steps = max(1, math.ceil(epochs * num_rows / batch))
+    rows = f"{num_rows:,}" if num_rows < _COUNTED_ROWS else f"more than {num_rows:,}"
+    lora = model.num_parameters > _LORA_PARAMETERS
+    weights = (
+        "  lora: {rank: 16, alpha: 32}  # trains an adapter: the model is large\n" if lora else ""
+    )
+    return f"""\
+# `diffembed train {folder / "train.yaml"}`; add --dry-run to see memory and arithmetic first.
+# The same command resumes after any interruption.
+output_dir: {_quote(folder / "run")}
+num_steps: {steps}  # {epochs} x {rows} rows / {batch} queries a step
+model:
+  path: {_quote(answers.model)}
+  dtype: {"bfloat16" if answers.num_gpus else "float32"}
+{weights}\
+data:
+  path: {_quote(folder / "shards")}
+  global_batch_size: {batch}  # every query is contrasted with all documents of the batch
+  num_hard_negatives: {int(has_negatives)}
+chunks:
+  max_tokens: {8192 if answers.num_gpus else 4096}  # of one forward: memory, never the gradient
+loss:
+  temperature: {0.02 if has_negatives else 0.05}
+optimizer:
+  lr: {"1.0e-4" if lora else "2.0e-5"}
+  warmup_steps: {steps // 10}
+checkpoint:
+  every: {max(1, min(100, steps // 4))}
+"""
+
+
+def _batch_size(num_rows: int, num_gpus: int) -> int:
+    """Return a power of two: large, but small enough for a hundred steps or so in three epochs."""
+    most = 1024 if num_gpus else 64
+    return int(max(2, min(most, 2 ** int(math.log2(max(2, num_rows / 32))))))
+
+
+def _quote(path: object) -> str:
+    return json.dumps(str(path), ensure_ascii=False)

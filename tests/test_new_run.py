@@ -1,0 +1,152 @@
+"""A first run's configs: written from four answers, accepted by the commands that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.config import PrepareConfig, TrainConfig, load_config
+from pipeline.data.manifest import read_manifest
+from pipeline.data.prepare import prepare
+from pipeline.errors import UserError
+from pipeline.new_run import Answers, find_columns, write_run
+from tests.tiny_models import tiny_starter
+
+ROWS = [
+    {"question": f"where is place {n}", "answer": f"place {n} is here", "hard_negatives": ["no"]}
+    for n in range(70)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "faq.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return tiny_starter(tmp_path_factory.mktemp("model") / "model", data)
+
+
+def answers(model: Path, data: Path, /, **changes: object) -> Answers:
+    given = {"model": str(model), "data": str(data), "num_gpus": 0, "goal": "search", **changes}
+    return Answers(**given)  # type: ignore[arg-type]
+
+
+def test_prepare_takes_the_config_and_keeps_every_row(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    prepare_path, train_path = write_run(tmp_path / "my run", answers(model, data))
+    config = load_config(PrepareConfig, prepare_path)
+    assert config.sources[0].columns == {
+        **{"query": "question", "positives": "answer", "negatives": "hard_negatives"}
+    }
+    prepare(config, num_workers=1)
+    assert read_manifest(config.output_dir).num_examples == len(ROWS)
+
+    train = load_config(TrainConfig, train_path)
+    assert train.data.path == config.output_dir
+    assert train.num_steps * train.data.global_batch_size >= 3 * len(ROWS)
+    assert (train.model.dtype, train.model.lora) == ("float32", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns"),
+    [
+        (["query", "positives"], {"query": "query", "positives": "positives"}),
+        (["anchor", "positive"], {"query": "anchor", "positives": "positive"}),
+        (["sentence1", "sentence2"], {"query": "sentence1", "positives": "sentence2"}),
+        (["Question", "Answer"], {"query": "Question", "positives": "Answer"}),
+        (["title", "text"], {"query": "title", "positives": "text"}),
+        (
+            ["id", "anchor", "positive", "negative_1", "negative_2"],
+            {"query": "anchor", "positives": "positive", "negatives": "negative_*"},
+        ),
+        (
+            ["query", "pos", "neg", "instruction"],
+            {"query": "query", "positives": "pos", "negatives": "neg"}
+            | {"instruction": "instruction"},
+        ),
+    ],
+)
+def test_fields_are_recognised_by_common_names(fields: list[str], columns: dict[str, str]) -> None:
+    assert find_columns(fields, {}) == columns
+
+
+def test_the_users_choice_of_a_field_wins() -> None:
+    fields = ["query", "question", "answer"]
+    assert find_columns(fields, {"query": "question"})["query"] == "question"
+    with pytest.raises(UserError, match="--query: no field 'frage'"):
+        find_columns(fields, {"query": "frage"})
+
+
+def test_fields_that_nobody_knows_are_asked_for() -> None:
+    with pytest.raises(UserError, match="no field looks like a query") as error:
+        find_columns(["frage", "antwort"], {})
+    assert "frage, antwort" in error.value.allowed
+    assert "--query FIELD" in error.value.fix
+
+
+def test_a_table_is_read_like_json_lines(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    write_run(tmp_path / "run", answers(model, path))
+    assert load_config(PrepareConfig, tmp_path / "run" / "data.yaml").sources[0].columns
+
+
+def test_a_large_model_on_gpus_trains_an_adapter(tmp_path: Path, data: Path) -> None:
+    large = {"hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**large, "intermediate_size": 18944, "max_position_embeddings": 4096})
+    )
+    paths = write_run(tmp_path / "run", answers(tmp_path, data, num_gpus=8, goal="long"))
+    train = load_config(TrainConfig, paths[1])
+    assert train.model.lora is not None
+    assert train.model.dtype == "bfloat16"
+    assert load_config(PrepareConfig, paths[0]).max_document_length == 4096
+
+
+def test_instructions_keep_the_template(tmp_path: Path, model: Path, data: Path) -> None:
+    paths = write_run(tmp_path / "run", answers(model, data, goal="instructions"))
+    config = load_config(PrepareConfig, paths[0])
+    assert "{instruction}" in config.template.query
+    assert config.sources[0].instruction
+
+
+def test_nothing_is_overwritten(tmp_path: Path, model: Path, data: Path) -> None:
+    write_run(tmp_path, answers(model, data))
+    before = (tmp_path / "train.yaml").read_text()
+    with pytest.raises(UserError, match=r"data\.yaml exists"):
+        write_run(tmp_path, answers(model, data, goal="long"))
+    assert (tmp_path / "train.yaml").read_text() == before
+
+
+def test_wrong_answers_are_refused_before_anything_is_written(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for wrong, message in (
+        ({"model": str(tmp_path / "none")}, "--model"),
+        ({"model": str(data.parent)}, "no config.json"),
+        ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl"),
+        ({"data": str(empty)}, "no rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_run(tmp_path / "run", answers(model, data, **wrong))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_asks_for_what_is_missing(tmp_path: Path, model: Path, data: Path) -> None:
+    words = ["init", str(tmp_path / "run"), "--data", str(data), "--goal", "search"]
+    done = CliRunner().invoke(app, words, input=f"{model}\n0\n")
+    assert done.exit_code == 0, done.output
+    assert f"diffembed prepare {tmp_path / 'run' / 'data.yaml'}" in done.output
