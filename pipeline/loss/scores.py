@@ -296,7 +296,7 @@ def accumulate_pair_gradients(
 ) -> None:
     """Add d(loss) / d(score) of the pairs on this rank to the gradients of both sides."""
     here = torch.nonzero(local_P >= 0)[:, 0]
-    for part in _slices(here.shape[0], query_RE.shape[1]):
+    for part in _slices(here.shape[0], query_RE.shape[1], query_RE.device):
         row, local = row_P[here[part]], local_P[here[part]]
         grad_P1 = grad_P[here[part]].float()[:, None]
         query_grad_RE.index_add_(0, row, grad_P1 * document_KE[local])
@@ -306,7 +306,7 @@ def accumulate_pair_gradients(
 def _dot_pairs(left_RE: Tensor, row_P: Tensor, right_KE: Tensor, column_P: Tensor) -> Tensor:
     """Return (P,) float64 dot products of chosen rows of two float32 matrices."""
     dot_P = torch.empty(row_P.shape[0], dtype=torch.float64, device=row_P.device)
-    for part in _slices(row_P.shape[0], left_RE.shape[1]):
+    for part in _slices(row_P.shape[0], left_RE.shape[1], left_RE.device):
         left_PE = left_RE[row_P[part]].double()
         dot_P[part] = left_PE.mul_(right_KE[column_P[part]]).sum(1)
     return dot_P
@@ -315,9 +315,9 @@ def _dot_pairs(left_RE: Tensor, row_P: Tensor, right_KE: Tensor, column_P: Tenso
 _BYTES_PER_NUMBER = 16  # two gathered rows and their float64 product
 
 
-def _slices(num_pairs: int, width: int) -> list[slice]:
+def _slices(num_pairs: int, width: int, device: torch.device) -> list[slice]:
     """Cut pairs into slices whose gathered rows stay small."""
-    step = max(SLICE_BYTES // (_BYTES_PER_NUMBER * width), 1)
+    step = max(SLICE_BYTES[device.type] // (_BYTES_PER_NUMBER * width), 1)
     return [slice(start, start + step) for start in range(0, num_pairs, step)]
 
 

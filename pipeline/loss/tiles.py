@@ -23,9 +23,10 @@ _MAX_ROWS = 4096
 TILE_COLUMNS = 2048
 # Memory for scores per kind of device: a CPU's cache likes few, a GPU needs many to stay busy.
 DEFAULT_SCORE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
-# float64 work is done on so many rows, or so many bytes of gathered rows, at one time.
+# float64 work is done on so many rows, or so many bytes of gathered rows, at one time: what a CPU's
+# cache holds; on a GPU enough that starting the kernels costs less than running them.
 SLICE_ROWS = 512
-SLICE_BYTES = 4 * 2**20
+SLICE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _SLICE_COPIES = 3
 
 
@@ -109,6 +110,7 @@ def loss_cost(
     world_size: int,
     score_bytes: int,
     symmetric: bool = False,
+    device: str = "cuda",
 ) -> LossCost:
     """Predict the cost of the loss with in-batch negatives, rows spread evenly over ranks.
 
@@ -119,6 +121,7 @@ def loss_cost(
         world_size: ranks that share both.
         score_bytes: memory for scores on each rank.
         symmetric: both directions.
+        device: kind of device.
     """
     queries, documents = -(-num_queries // world_size), -(-num_documents // world_size)
     tiles = plan_tiles(
@@ -143,7 +146,7 @@ def loss_cost(
         gradient_bytes=documents * row,
         block_bytes=(held + tiles.rows) * row,
         index_bytes=8 * (num_queries + num_documents + queries + documents),
-        work_bytes=max(_SLICE_COPIES * 2 * SLICE_ROWS * row, SLICE_BYTES),
+        work_bytes=max(_SLICE_COPIES * 2 * SLICE_ROWS * row, SLICE_BYTES[device]),
         received_bytes=2 * foreign * row,
         matmul_flops=products * 2 * num_queries * documents * width,
     )

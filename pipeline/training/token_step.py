@@ -41,8 +41,10 @@ from pipeline.training.engine import (
 )
 from pipeline.training.schedules import LayerSweep, encoder_stages, make_sweep, outside_of_layers
 
-# Memory for the scores of a tile per kind of device: a CPU's cache likes few, a GPU many.
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Memory for the scores of a tile per kind of device. A CPU's cache likes few. On a GPU, every tile
+# adds a gradient as large as the head to the fp32 sum (152,000 tokens x 3,584: 6.5 GB of traffic):
+# 37 tiles of 512 MiB for 8,192 predictions would take 0.15 s of it (estimated), 10 take 0.04 s.
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 # Scores and their gradient in the model's type, and in float32 the scores, their logarithm, and
 # the gradient.
 _BYTES_PER_SCORE = 16
