@@ -65,11 +65,17 @@ class Engine(Protocol):
     def hold(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Context in which these parameters are gathered."""
 
+    def prefetch(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Start to gather the parameters of the next `hold`."""
+
     def accumulation(self) -> AbstractContextManager[None]:
-        """Context of all backwards of one optimizer step."""
+        """Context of all backwards of one optimizer step; on exit all gradients are reduced."""
 
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate gradients, to be averaged over ranks."""
+
+    def reduce(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Reduce gradients of these parameters that are complete, before all others."""
 
     def discard(self) -> None:
         """Drop the gradients of an accumulation that an exception ended."""

@@ -15,18 +15,20 @@ Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited S
     forward    for each stage: gather it; for each chunk: keep the input, run without graph; release
     (loss)     gradient of the loss by every embedding
     backward   for each stage, last first: gather it; for each chunk: run again with graph from the
-               kept input, backward, keep the input's gradient; release
+               kept input, backward, keep the input's gradient; release; reduce its gradients
 
 ZeRO-3 therefore gathers every parameter twice per optimizer step, for any number of chunks, and
-holds one stage at a time. The price is the inputs of all stages of all chunks (the boundary store),
-which may lie in host memory. It needs as many FLOPs as gradient caching.
+holds two stages at a time: the next one is gathered while this one computes. A rank has the whole
+gradients of one stage, and its share of the others. The price is the inputs of all stages of all
+chunks (the boundary store), which may lie in host memory. It needs as many FLOPs as gradient
+caching.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -139,6 +141,12 @@ def replay_chunks(
 class BoundaryStore:
     """Inputs of stages by (stage, chunk), on their device or in host memory.
 
+    Copies have a stream of their own, so that they run beside the computing of other chunks:
+
+        put      copy stream: waits for the input, device -> host
+        fetch    copy stream: host -> device, a chunk ahead
+        take     compute stream: waits for the copy
+
     Args:
         on_host: keep them in pinned host memory while they are not needed.
     """
@@ -146,20 +154,50 @@ class BoundaryStore:
     def __init__(self, *, on_host: bool) -> None:
         self._on_host = on_host
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        # On the device again, and when their copy is complete.
+        self._fetched: dict[tuple[int, int], tuple[torch.Tensor, torch.cuda.Event]] = {}
         self._device = torch.device("cpu")
+        self._copies: torch.cuda.Stream | None = None
 
     def put(self, stage: int, chunk: int, hidden: torch.Tensor) -> None:
         """Keep the input of a stage for a chunk."""
-        self._device = hidden.device
         if self._on_host and hidden.is_cuda:
-            # Pinned, so that the copy runs while the next chunk is computed.
+            self._device = hidden.device
+            if self._copies is None:
+                self._copies = torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call]
+            # A copy to pageable memory would make the host wait.
             pinned = torch.empty_like(hidden, device="cpu", pin_memory=True)
-            hidden = pinned.copy_(hidden, non_blocking=True)
+            self._copy(hidden, pinned, on_device=hidden)
+            hidden = pinned
         self._kept[stage, chunk] = hidden
+
+    def fetch(self, stage: int, chunk: int) -> None:
+        """Start to copy an input to the device, if it is kept elsewhere."""
+        key = stage, chunk
+        if self._copies is None or key not in self._kept:
+            return
+        pinned = self._kept.pop(key)
+        hidden = torch.empty_like(pinned, device=self._device, pin_memory=False)
+        self._copy(pinned, hidden, on_device=hidden)
+        self._fetched[key] = hidden, self._copies.record_event()
 
     def take(self, stage: int, chunk: int) -> torch.Tensor:
         """Return an input, once."""
-        return self._kept.pop((stage, chunk)).to(self._device, non_blocking=True)
+        self.fetch(stage, chunk)
+        if (stage, chunk) in self._kept:
+            return self._kept.pop((stage, chunk))
+        hidden, copied = self._fetched.pop((stage, chunk))
+        torch.cuda.current_stream().wait_event(copied)
+        return hidden
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, *, on_device: torch.Tensor) -> None:
+        """Copy on the stream of copies, after all that was given to the compute stream so far."""
+        assert self._copies is not None
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+        # The allocator may give its memory to other tensors only after the copy.
+        on_device.record_stream(self._copies)
 
 
 class LayerSweep(Generic[ChunkT]):
@@ -168,7 +206,9 @@ class LayerSweep(Generic[ChunkT]):
     Args:
         stages: each maps (chunk, hidden) to hidden; the first gets no hidden, the last returns the
             embeddings. Between stages hidden states are the only thing passed on.
-        hold: context in which a stage's parameters are gathered, by the stage's number.
+        hold: context in which a stage's parameters are gathered, by its number; the second number
+            is that of the stage that comes next, if any.
+        reduce: called when the gradients of a stage's own parameters are complete.
         seed: sets the random generators for a chunk, by its number, so that dropout masks do not
             depend on the schedule.
         on_host: keep boundaries in host memory.
@@ -178,12 +218,13 @@ class LayerSweep(Generic[ChunkT]):
         self,
         stages: Sequence[Stage[ChunkT]],
         *,
-        hold: Callable[[int], AbstractContextManager[None]],
+        hold: Callable[[int, int | None], AbstractContextManager[None]],
+        reduce: Callable[[int], None],
         seed: Callable[[int], None],
         on_host: bool = False,
     ) -> None:
         self._stages = stages
-        self._hold = hold
+        self._hold, self._reduce = hold, reduce
         self._seed = seed
         self.store = BoundaryStore(on_host=on_host)
         self._states: dict[tuple[int, int], RandomState] = {}
@@ -199,8 +240,9 @@ class LayerSweep(Generic[ChunkT]):
         # Each chunk has its own stream of random numbers, continued from stage to stage, as it
         # would be if the chunk passed all stages at once.
         for index, stage in enumerate(self._stages):
+            following = index + 1 if index + 1 < len(self._stages) else None
             # Gathered once for all chunks: the point of this schedule.
-            with self._hold(index):
+            with self._hold(index, following):
                 for number, chunk in enumerate(chunks):
                     hidden = hiddens[number]
                     if hidden is not None:
@@ -226,11 +268,20 @@ class LayerSweep(Generic[ChunkT]):
         """
         upper = list(gradients)  # by the output of the stage that comes next
         for index in reversed(range(len(self._stages))):
-            with self._hold(index):
+            with self._hold(index, index - 1 if index else None):
                 for number, chunk in enumerate(chunks):
-                    gradient = upper[number]
+                    last = number + 1 == len(chunks)
                     # By this stage's input, hence by the output of the stage below.
-                    upper[number] = self._backward_one(index, number, chunk, gradient, backward)
+                    upper[number] = self._backward_one(
+                        index,
+                        number,
+                        chunk,
+                        upper[number],
+                        backward,
+                        following=(index - 1, 0) if last else (index, number + 1),
+                    )
+            # On a GPU this runs beside the next stage's backward.
+            self._reduce(index)
 
     def _backward_one(
         self,
@@ -239,11 +290,17 @@ class LayerSweep(Generic[ChunkT]):
         chunk: ChunkT,
         gradient: torch.Tensor,
         backward: Callable[[torch.Tensor], None],
+        following: tuple[int, int],
     ) -> torch.Tensor:
-        """Run one stage of one chunk again; return the gradient by its input."""
+        """Run one stage of one chunk again; return the gradient by its input.
+
+        Args:
+            following: stage and chunk that come next.
+        """
         hidden = None
         if index > 0:
             hidden = self.store.take(index, number).detach().requires_grad_()
+            self.store.fetch(*following)
         # The dropout masks of the forward.
         self._states.pop((index, number)).restore()
         with torch.enable_grad():
@@ -266,20 +323,38 @@ def make_sweep(
     """Prepare the two sweeps of a step over its chunks.
 
     Args:
-        engine: gathers each stage's layer; `outside_of_layers` is held throughout.
+        engine: gathers and reduces each stage's layer; `outside_of_layers` is held throughout.
         stages: embedding, each layer, and the last one after them.
         config: keeps the inputs of the layers on the device or the host.
         seed: seeds torch for a chunk.
-        agreement: checked before each stage.
+        agreement: checked at each stage.
     """
-    # The first and the last stage use parameters that are held throughout.
+    # The first and the last stage use parameters that are held throughout, and that are reduced
+    # after the sweep: the token table may also be the head.
     owned = [[], *([*layer.parameters()] for layer in engine.encoder.layers), []]
+    # A parameter of several layers is complete after the lowest, which comes last.
+    seen: set[int] = set()
+    complete = []
+    for parameters in owned:
+        complete.append([p for p in parameters if id(p) not in seen])
+        seen.update(map(id, parameters))
 
-    def hold(stage: int) -> AbstractContextManager[None]:
-        agreement.check()
-        return engine.hold(owned[stage])
+    @contextmanager
+    def hold(stage: int, following: int | None) -> Iterator[None]:
+        with engine.hold(owned[stage]):
+            # Here no gather is under way that the ranks' agreement could meet.
+            agreement.check()
+            if following is not None:
+                engine.prefetch(owned[following])
+            yield
 
-    return LayerSweep(stages, hold=hold, seed=seed, on_host=config.chunks.boundaries == "host")
+    return LayerSweep(
+        stages,
+        hold=hold,
+        reduce=lambda stage: engine.reduce(complete[stage]),
+        seed=seed,
+        on_host=config.chunks.boundaries == "host",
+    )
 
 
 def encoder_stages(encoder: Any) -> list[Callable[[TensorChunk, Any], torch.Tensor]]:
@@ -304,3 +379,9 @@ def outside_of_layers(encoder: Any) -> list[torch.nn.Parameter]:
     """Return the parameters of token embedding, final norm, and a head if there is one."""
     inside = {id(parameter) for parameter in encoder.layers.parameters()}
     return [parameter for parameter in encoder.parameters() if id(parameter) not in inside]
+
+
+def untied_head(model: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters of a head that predicts tokens, unless they are the token table's."""
+    table = {id(parameter) for parameter in model.model.get_input_embeddings().parameters()}
+    return [parameter for parameter in model.lm_head.parameters() if id(parameter) not in table]

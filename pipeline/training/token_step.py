@@ -39,7 +39,13 @@ from pipeline.training.engine import (
     TensorChunk,
     seed_of_chunks,
 )
-from pipeline.training.schedules import LayerSweep, encoder_stages, make_sweep, outside_of_layers
+from pipeline.training.schedules import (
+    LayerSweep,
+    encoder_stages,
+    make_sweep,
+    outside_of_layers,
+    untied_head,
+)
 
 # Memory for the scores of a tile per kind of device. A CPU's cache likes few. On a GPU, every tile
 # adds a gradient as large as the head to the fp32 sum (152,000 tokens x 3,584: 6.5 GB of traffic):
@@ -257,6 +263,7 @@ def _sweep(
                 for hidden, chunk in zip(states, chunks, strict=True)
             ]
             numbers = _agreed([(sums.loss, sums.correct) for sums in found])
+            engine.reduce(untied_head(engine.encoder))
             sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)
     return numbers
 

@@ -1,11 +1,11 @@
 """The DeepSpeed engine at ZeRO stage 1, 2 or 3: cached chunks in, exact sharded gradients out.
 
-    one step   hold (gather) -> embed ... backward (fp32 sums) -> one reduction -> step(lr)
+    one step   hold (gather) -> embed ... backward (fp32 sums) -> reduce ... finish -> step(lr)
     state      a parameter's fp32 master and moments by rank, stage 3:
                [ rank 0 | rank 1 | rank 2 + padding ]    equal shares, padded with zeros
 
-DeepSpeed's own hooks decide per micro-batch; one optimizer step here has many backwards and one
-reduction, so `hold` and `accumulation` take these decisions.
+DeepSpeed's own hooks decide per micro-batch; one optimizer step here has many backwards and reduces
+each gradient once, so they are removed, and `hold` and `accumulation` take these decisions.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from pipeline import comm
 from pipeline.model.weights import Placement
+from pipeline.training.gathering import Gathering
+from pipeline.training.reduction import Reduction
 
-_HOLDER = "diffembed"
-# Contexts that must never be left, not even by the garbage collector after their engine is gone.
-_ABANDONED: list[Any] = []
 # AdamW's moments, by torch's names.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,7 +117,10 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self._engine.train()
         self.stage: int = self._engine.zero_optimization_stage()
-        self._sums = GradientSums(self._parameters.values())
+        if self.stage == 3:
+            _remove_module_hooks(self._engine)
+        self._gathering = Gathering()
+        self._reduction = Reduction(self._engine.optimizer, self.stage)
         self._moments_linked = False
 
     def embed(
@@ -129,10 +131,8 @@ class ZeroEngine:
     ) -> torch.Tensor:
         """Embed one packed chunk: (T,) token ids and (C,) row lengths to (C, E) vectors.
 
-        Skips the engine's and the outermost module's own hooks. At ZeRO-3 those record the order of
-        modules and compare it between ranks, in collectives that a rank which fails in a chunk
-        would leave the others waiting in; caching changes the order twice a step anyway. Their
-        purposes (accumulate or overwrite, gather, prefetch) belong to `accumulation` and `hold`.
+        At ZeRO-3 only inside of `hold`. Skips the engine's hooks, whose purposes (accumulate or
+        overwrite, gather, prefetch) belong to `accumulation` and `hold`.
         """
         out: torch.Tensor = self._engine.module.forward(input_ids, lengths, instruction_tokens)
         return out
@@ -142,70 +142,42 @@ class ZeroEngine:
         """The model itself, for schedules that call its layers one by one."""
         return self._engine.module
 
-    @contextmanager
-    def hold(self, parameters: list[Any]) -> Iterator[None]:
-        """Gather ZeRO-3 parameters once and keep them whole until the context ends.
+    def hold(self, parameters: list[Any]) -> AbstractContextManager[None]:
+        """Keep ZeRO-3 parameters whole until the context ends; a collective call."""
+        return self._gathering.hold(parameters)
 
-        DeepSpeed releases a parameter after each use of its module; an entry of ours among the
-        modules that are using it makes the release pass over it.
-        """
-        sharded = [p for p in parameters if hasattr(p, "ds_id")] if self.stage == 3 else []
-        missing = [p for p in sharded if p.ds_status.name == "NOT_AVAILABLE"]
-        # hpZ's second copy outlives a step for frozen parameters only. One gather reads copies or
-        # partitions, not both.
-        for copied in (False, True):
-            group = [p for p in missing if (p.ds_secondary_tensor is not None) == copied]
-            if group:
-                group[0].all_gather_coalesced(group).wait()
-        for parameter in sharded:
-            parameter.ds_active_sub_modules.add(_HOLDER)
-        try:
-            yield
-        finally:
-            for parameter in sharded:
-                parameter.ds_active_sub_modules.discard(_HOLDER)
-                whole = parameter.ds_status.name == "AVAILABLE"
-                if whole and not parameter.ds_active_sub_modules and not parameter.ds_persist:
-                    parameter.partition()
+    def prefetch(self, parameters: list[Any]) -> None:
+        """Start to gather what the next `hold` asks for, without waiting; a collective call."""
+        self._gathering.prefetch(parameters)
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Every backward of one optimizer step goes inside; gradients are reduced once, on exit.
+        """Every backward of one optimizer step goes inside; gradients are reduced on exit.
 
-        Without it ZeRO-1 and 2 silently keep only the last chunk's gradient. DeepSpeed's
-        `grad_accum_dtype` applies from the reduction on: before it, `GradientSums` adds up.
+        Those that `reduce` was given are reduced already. DeepSpeed's `grad_accum_dtype` applies
+        from the reduction on; before it, chunks add up in fp32.
         """
-        coalesce = self._engine.coalesce_grad_reduction()
-        coalesce.__enter__()
-        self._sums.open()
-        try:
-            yield
-        except BaseException:
-            # Leaving DeepSpeed's context starts a reduction, also on an error. The other ranks are
-            # elsewhere and would never join it: this rank must fail now, not hang. The reference
-            # is kept because dropping the context would leave it.
-            _ABANDONED.append(coalesce)
-            raise
-        self._sums.hand_back()
-        coalesce.__exit__(None, None, None)
-
-    def discard(self) -> None:
-        """Drop the gradients of an accumulation that an exception ended; called on all ranks."""
-        zero = self._engine.optimizer
-        # Leaving DeepSpeed's context would do the same, and reduce.
-        self._engine.inside_no_sync_ctxt = False
-        zero._coalesce_grad_reduction = False
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        self._sums.discard()
+        self._reduction.open()
+        # Not on an error: the other ranks are elsewhere, and would never join a reduction.
+        yield
+        self._reduction.finish()
 
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate the gradients of a scalar.
 
-        DeepSpeed averages over ranks while each rank holds its own share of the sum: the caller
-        has to multiply the loss's gradient by the world size, once.
+        Ranks are averaged while each rank holds its own share of the sum: the caller has to
+        multiply the loss's gradient by the world size, once.
         """
-        self._engine.backward(surrogate, scale_wrt_gas=False)
+        surrogate.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self, parameters: list[Any]) -> None:
+        """Reduce gradients that are complete, so that this rank keeps its share; collective."""
+        self._reduction.reduce(parameters)
+
+    def discard(self) -> None:
+        """Drop the gradients of an accumulation that an exception ended; called on all ranks."""
+        self._reduction.discard()
+        self._gathering.discard(self.encoder.parameters())
 
     def step(self, lr: float) -> float:
         """Clip, update, and clear the gradients; return their global norm before clipping.
@@ -358,54 +330,17 @@ class ZeroEngine:
         self._engine.destroy()
 
 
-class GradientSums:
-    """Adds up in fp32 every gradient that autograd leaves in a low-precision parameter.
+def _remove_module_hooks(engine: Any) -> None:
+    """Take DeepSpeed's hooks off every module, and its dictionaries of parameters.
 
-    autograd adds into `.grad` in the parameter's type. In bfloat16 a sum keeps 8 bits: after a
-    hundred chunks most of a chunk's contribution is lost, and the number of chunks would change the
-    gradient.
-
-    Costs 4 bytes per element of those parameters between `open` and `hand_back`.
-
-    Args:
-        parameters: the trainable parameters; fp32 ones are left to autograd.
+    They gather a module's parameters before each use and release them after it, and record the
+    order of modules, which ranks compare in collectives that a rank which fails in a chunk would
+    leave the others waiting in. `hold` has gathered everything, so they would only cost time: three
+    times the host's work of a layer.
     """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._is_open = False
-        for parameter in parameters:
-            if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-
-    def open(self) -> None:
-        """Take every gradient from now on."""
-        self._is_open = True
-
-    def _take(self, parameter: torch.Tensor) -> None:
-        if not self._is_open or parameter.grad is None:
-            return
-        assert isinstance(parameter, torch.nn.Parameter)
-        if parameter in self._sums:
-            self._sums[parameter].add_(parameter.grad)
-        else:
-            self._sums[parameter] = parameter.grad.float()
-        parameter.grad = None
-
-    def discard(self) -> None:
-        """Drop the sums."""
-        self._is_open = False
-        self._sums.clear()
-
-    def hand_back(self) -> None:
-        """Put each sum, rounded once, where autograd would have left it."""
-        self._is_open = False
-        while self._sums:
-            parameter, total = self._sums.popitem()
-            # A parameter that ZeRO-3 has partitioned has no shape: a gradient of its full shape can
-            # only be set through `data`.
-            parameter.grad = torch.empty_like(parameter)
-            parameter.grad.data = total.to(parameter.dtype)
+    engine.optimizer.parameter_offload._remove_module_hooks()
+    for module in engine.module.modules():
+        module._parameters = dict(module._parameters)
 
 
 def equal_share(num_elements: int, *, rank: int, share: int) -> range:

@@ -122,6 +122,9 @@ class PlainEngine:
         """Parameters are always whole."""
         return contextlib.nullcontext()
 
+    def prefetch(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Parameters are always whole."""
+
     def accumulation(self) -> contextlib.AbstractContextManager[None]:
         """Gradients add up by themselves."""
         return contextlib.nullcontext()
@@ -129,6 +132,9 @@ class PlainEngine:
     def backward(self, surrogate: torch.Tensor) -> None:
         """Accumulate gradients."""
         surrogate.backward()
+
+    def reduce(self, parameters: list[torch.nn.Parameter]) -> None:
+        """One process has nothing to reduce."""
 
     def discard(self) -> None:
         """Forget all gradients."""

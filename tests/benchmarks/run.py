@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for tests.support
 
 import bench_growth
+import bench_host
 import bench_packing
 import bench_step
 import bench_traffic
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[bool], list[Figure]]]] = {
     "P2": ("our step against its peers", bench_step.against_peers),
     "P3": ("ZeRO-3 traffic of a step", bench_traffic.traffic),
     "P5": ("packing against padding", bench_packing.throughput),
+    "P6": ("host time of a layer under DeepSpeed", bench_host.host_time),
     "growth": ("cost against the size of the batch", bench_growth.growth),
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from pipeline import comm
 from tests.benchmarks.bench_support import tiny_qwen2
+from tests.fake_cuda import streams
 from tests.fake_cuda.fake_cuda import CUDA, CudaTensor
 
 # Types that NCCL can send.
@@ -36,6 +37,7 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comm, "device", lambda: CUDA)
     for name in ("all_reduce_", "all_gather_rows", "all_gather_stack", "broadcast_", "reduce_"):
         monkeypatch.setattr(comm, name, checked(name))
+    streams.install(monkeypatch)
 
 
 @pytest.fixture(scope="session")

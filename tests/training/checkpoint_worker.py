@@ -60,7 +60,7 @@ def train(engine: ZeroEngine, steps: range) -> list[float]:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(0, 53, (8,), generator=generator)
         target = torch.randn(8, WIDTH, generator=generator)
-        with engine.accumulation():
+        with engine.hold(list(engine.encoder.parameters())), engine.accumulation():
             for rows in (slice(0, 4), slice(4, 8)):
                 mine, wanted = ids[rows][rank::world_size], target[rows][rank::world_size]
                 out = engine.embed(mine, torch.ones_like(mine))

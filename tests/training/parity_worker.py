@@ -196,6 +196,8 @@ def list_cases(world_size: int) -> dict[str, dict[str, Any]]:
     # (schedule, chunks that keep their graph, chunks per rank); dropout is always on.
     layouts = [("cache", 0, counts) for counts in ([1, 1], [2, 2], [5, 5], [8, 8], [3, 5])]
     layouts += [("cache", 2, [3, 5]), ("plain", 0, [3, 5]), ("sweep", 0, [3, 5])]
+    if world_size == 3:  # does not divide the parameters, and adds in another order
+        layouts = [("sweep", 0, counts) for counts in ([3, 5, 4], [2, 2, 1])]
     # Each combination of stage, layout and adapter once, on one rank or on two; either number of
     # ranks has all pairs of them.
     cases = [

@@ -11,7 +11,7 @@ from tests.support import launch_ranks
 from tests.training.parity_worker import list_cases
 
 WORKER = Path(__file__).with_name("parity_worker.py")
-CASES = [(world_size, name) for world_size in (1, 2) for name in list_cases(world_size)]
+CASES = [(world_size, name) for world_size in (1, 2, 3) for name in list_cases(world_size)]
 
 
 @pytest.fixture(scope="module")

@@ -17,38 +17,43 @@ from tests.tiny_models import save_lifted
 from tests.training.token_parity_worker import list_cases
 
 WORKER = Path(__file__).with_name("token_parity_worker.py")
-CASES = tuple(list_cases())
+CASES = [(world_size, name) for world_size in (2, 3) for name in list_cases(world_size)]
+on_all_ranks = pytest.mark.parametrize(("world_size", "name"), CASES)
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What all cases gave, by their names; one launch of two ranks does them all."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+    """What all cases gave, by ranks and name; one launch per number of ranks does them all."""
     models = [
         save_lifted(tmp_path_factory.mktemp("model"), Qwen2ForCausalLM, tie_word_embeddings=tied)
         for tied in (False, True)
     ]
-    printed = launch_ranks(2, WORKER, *map(str, models))
-    results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {result["case"]: result for result in results}
+    found = {}
+    for world_size in (2, 3):
+        printed = launch_ranks(world_size, WORKER, *map(str, models))
+        results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+        found.update({(world_size, result["case"]): result for result in results})
+    return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@on_all_ranks
 def test_token_gradients_equal_those_of_plain_transformers(
-    cases: dict[str, dict[str, Any]], name: str
+    cases: dict[tuple[int, str], dict[str, Any]], world_size: int, name: str
 ) -> None:
-    assert cases[name]["error"] < 1e-5, cases[name]["worst"]
+    case = cases[world_size, name]
+    assert case["error"] < 1e-5, case["worst"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@on_all_ranks
 def test_the_loss_is_that_of_plain_transformers(
-    cases: dict[str, dict[str, Any]], name: str
+    cases: dict[tuple[int, str], dict[str, Any]], world_size: int, name: str
 ) -> None:
-    case = cases[name]
+    case = cases[world_size, name]
     assert case["loss"] == pytest.approx(case["reference_loss"], rel=1e-5)
     assert case["accuracy"] == pytest.approx(case["reference_accuracy"])
 
 
-def test_some_predictions_are_right(cases: dict[str, dict[str, Any]]) -> None:
+def test_some_predictions_are_right(cases: dict[tuple[int, str], dict[str, Any]]) -> None:
     """Equal accuracies would otherwise show nothing."""
     assert any(case["accuracy"] > 0 for case in cases.values())
 

@@ -44,6 +44,35 @@ def test_updates_equal_those_of_plain_torch(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_clipped_update_of_a_sweep_equals_that_of_plain_torch(
+    numbers: dict[str, dict[str, Any]], stage: int
+) -> None:
+    """The norm is that of the whole gradient, which no rank has at any time."""
+    result = numbers[f"updates {stage} clipped sweep"]
+    assert result["norm"] > 10
+    assert result["norm_error"] <= 1e-4
+    assert result["weight_error"] <= 1e-5
+
+
+def test_a_rank_has_the_whole_gradients_of_one_layer_however_many_there_are(
+    numbers: dict[str, dict[str, Any]],
+) -> None:
+    """In fp32, in a sweep at stage 3; the token table comes last, when its layers are gone."""
+    held = numbers["gradients held"]
+    assert held["2 layers"] == held["6 layers"]
+    assert held["one layer"] <= held["6 layers"] < 2 * held["one layer"]
+
+
+def test_modules_have_no_hooks_and_a_forward_outside_of_hold_fails(
+    numbers: dict[str, dict[str, Any]],
+) -> None:
+    """DeepSpeed's hooks would gather before every use of a module; without them, `hold` has to."""
+    assert numbers["outside"]["hooks"] == []
+    assert numbers["outside"]["error"]
+    assert numbers["outside"]["rows"] == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_parameter_group_finds_its_moments(
     numbers: dict[str, dict[str, Any]], stage: int
 ) -> None:
@@ -79,7 +108,8 @@ def test_traffic_does_not_grow_with_the_number_of_chunks(model_path: Path) -> No
         assert cache["reduced"] == pytest.approx(1, abs=1e-3)
         assert 1 < sweep["gathered"] <= 2.001
         assert sweep["reduced"] == pytest.approx(1, abs=1e-3)
-        assert sweep["live_layers"] <= 1.001
+        # The next layer is gathered while this one computes.
+        assert sweep["live_layers"] <= 2.001
 
 
 def test_a_rank_that_fails_between_backwards_ends_at_once_with_its_reason() -> None:

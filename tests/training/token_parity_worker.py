@@ -205,7 +205,8 @@ def run_case(
     vocabulary = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=VOCABULARY))
     step = token_step.TokenPrediction(config, vocabulary)  # type: ignore[arg-type]
     if kind == "next token":
-        for fault, error in ((float("nan"), NonFiniteLossError), (None, ChunkOutOfMemoryError)):
+        faults = [(float("nan"), NonFiniteLossError), (None, ChunkOutOfMemoryError)]
+        for fault, error in faults[: 1 if schedule == "sweep" else 2]:
             break_off(step, engine, make_batch(comm.rank(), counts), fault, error)
     values = step.accumulate(engine, make_batch(comm.rank(), counts))
     errors = gradient_errors(engine, wanted)
@@ -215,7 +216,7 @@ def run_case(
     return {"error": errors[worst], "worst": worst, **values, **expected}
 
 
-def list_cases() -> dict[str, dict[str, Any]]:
+def list_cases(world_size: int) -> dict[str, dict[str, Any]]:
     """Return the arguments of `run_case` by the name of each case, with "tied" for the path."""
     cases = [
         ("mntp", [1, 1], False, "cache", False),
@@ -225,6 +226,11 @@ def list_cases() -> dict[str, dict[str, Any]]:
         ("diffusion, shifted", [2, 2], True, "sweep", True),
         ("next token", [3, 5], False, "cache", True),
     ]
+    if world_size == 3:
+        cases = [
+            ("diffusion", [2, 3, 1], False, "sweep", False),
+            ("next token", [1, 2, 2], False, "sweep", True),
+        ]
     keys = ("kind", "counts", "lora", "schedule", "tied")
     return {
         f"{case[0]}, {case[3]}, zero{stage}": {**dict(zip(keys, case, strict=True)), "stage": stage}
@@ -241,7 +247,7 @@ def main() -> None:
     token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
     token_step.load_model_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
     paths = {False: untied, True: tied}
-    for name, case in list_cases().items():
+    for name, case in list_cases(comm.world_size()).items():
         result = run_case(paths[case.pop("tied")], **case)
         if comm.rank() == 0:
             print(json.dumps({"case": name, **result}), flush=True)

@@ -13,7 +13,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import StepGivenUpError, build_optimizer
 from pipeline.training.zero import ZeroEngine
+from tests.benchmarks.bench_support import tiny_qwen2
 from tests.support import PATIENCE
 from tests.traffic import Traffic
 
@@ -47,7 +48,9 @@ ZEROS = {
 }
 
 
-def make_config(path: str, *, schedule: str = "cache", dtype: str = "float32") -> TrainConfig:
+def make_config(
+    path: str, *, schedule: str = "cache", dtype: str = "float32", clip: float = 0.0
+) -> TrainConfig:
     return TrainConfig(
         output_dir=Path("unused"),
         seed=SEED,
@@ -56,27 +59,33 @@ def make_config(path: str, *, schedule: str = "cache", dtype: str = "float32") -
         model=ModelConfig(path=path, dtype=dtype),
         data=DataConfig(path=Path("unused")),
         loss=LossConfig(temperature=TEMPERATURE),
-        optimizer=OptimizerConfig(eps=EPS, max_grad_norm=0.0),
+        optimizer=OptimizerConfig(eps=EPS, max_grad_norm=clip),
     )
 
 
-def make_engine(model: torch.nn.Module, zero: dict[str, Any], config: TrainConfig) -> ZeroEngine:
+def make_engine(
+    model: torch.nn.Module,
+    zero: dict[str, Any],
+    config: TrainConfig,
+    kind: type[ZeroEngine] = ZeroEngine,
+) -> ZeroEngine:
     tree = {"zero_optimization": copy.deepcopy(zero)}
     ds_config = resolve_ds_config(tree, config, world_size=comm.world_size())
-    return ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
+    return kind(model, build_optimizer(model, config.optimizer), ds_config)
 
 
 def updates(
-    path: str, zero: dict[str, Any], schedule: str, *, padded: bool = True
+    path: str, zero: dict[str, Any], schedule: str, *, padded: bool = True, clip: float = 0.0
 ) -> dict[str, float]:
-    """Run three steps without clipping, and the same in plain torch; 3 and 5 chunks.
+    """Run three steps, and the same in plain torch; 3 and 5 chunks.
 
     Gradients of the third step tell whether the updates reached every copy of the weights.
 
     Args:
         padded: give the rank with 3 chunks two dummies, as the loader does.
+        clip: the norm at which gradients are clipped, 0 for none.
     """
-    config = make_config(path, schedule=schedule)
+    config = make_config(path, schedule=schedule, clip=clip)
     oracle, encoder = build_encoder(config.model).train(), build_encoder(config.model).train()
     batches = [make_batch(rank, 2, [3, 5]) for rank in range(2)]
     if not padded:
@@ -91,11 +100,13 @@ def updates(
             ours = {name: engine.full_gradient(name) for name in engine.parameter_names}
         for group in optimizer.param_groups:
             group["lr"] = LR
+        length = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(oracle.parameters(), clip)
         optimizer.step()
         norm = engine.step(LR)
     # The whole gradient as one vector: single parameters may have next to none.
     difference = torch.cat([(ours[name] - wanted[name]).flatten() for name in wanted]).norm()
-    length = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
     weights = {
         name: engine.gather_state(name)["weight"] - parameter.detach()
         for name, parameter in oracle.named_parameters()
@@ -118,14 +129,14 @@ def moments(stage: int) -> dict[str, Any]:
     config = make_config("unused")
     engine = make_engine(model, {**ZERO3, "stage": stage}, config)
     ids = torch.arange(8)
-    with engine.accumulation():
+    with whole(engine), engine.accumulation():
         engine.backward((engine.embed(ids, torch.ones_like(ids)) * math.inf).sum())
     left_out = not math.isfinite(engine.step(LR)) and engine.optimizer_steps == 0
     for name, parameter in TwoGroups().named_parameters():
         state = engine.gather_state(name)  # as in a checkpoint
         left_out &= torch.equal(state["weight"], parameter.detach())
         left_out &= not (state["exp_avg"].any() or state["exp_avg_sq"].any())
-    with engine.accumulation():
+    with whole(engine), engine.accumulation():
         engine.backward((engine.embed(ids, torch.ones_like(ids)) ** 3).sum())
     gradients = {name: engine.full_gradient(name) for name in engine.parameter_names}
     engine.step(LR)
@@ -146,11 +157,11 @@ def drift(stage: int) -> dict[str, float]:
     """
     config = make_config("unused", dtype="bfloat16")
     engine = make_engine(TwoGroups().bfloat16(), {**ZERO3, "stage": stage}, config)
-    with suppress(StepGivenUpError), engine.accumulation():
+    with suppress(StepGivenUpError), whole(engine), engine.accumulation():
         engine.backward(_chunk_loss(engine.embed, 0, comm.rank()))
         raise StepGivenUpError
     engine.discard()
-    with engine.accumulation():
+    with whole(engine), engine.accumulation():
         for chunk in range(NUM_CHUNKS):
             engine.backward(2 * _chunk_loss(engine.embed, chunk, comm.rank()))
     ours = {name: engine.full_gradient(name).double() for name in engine.parameter_names}
@@ -221,11 +232,72 @@ def _watch(encoder: Encoder) -> list[int]:
     return live
 
 
+def whole(engine: ZeroEngine) -> AbstractContextManager[None]:
+    """Hold all parameters, as the schedule `cache` does."""
+    return engine.hold(list(engine.encoder.parameters()))
+
+
+class Measured(ZeroEngine):
+    """Notes after each backward how many bytes of whole gradients this rank has."""
+
+    peak = 0
+
+    def backward(self, surrogate: torch.Tensor) -> None:
+        super().backward(surrogate)
+        found = [p.grad for p in self.encoder.parameters()] + [
+            *self._reduction._sums._sums.values()
+        ]
+        # DeepSpeed's bucket, of a fixed size, is one storage.
+        kept = {t.untyped_storage().data_ptr(): t.nbytes for t in found if t is not None}
+        self.peak = max(self.peak, sum(kept.values()))
+
+
+def gradients_held(path: str) -> dict[str, int]:
+    """Return the peak bytes of whole gradients in a sweep over 2 and over 6 layers."""
+    peaks = {}
+    for layers in (2, 6):
+        folder = Path(path, f"{layers}-layers")
+        if comm.rank() == 0:
+            tiny_qwen2(folder, hidden_size=32, num_layers=layers, vocab_size=500)
+        comm.barrier()
+        config = make_config(str(folder), schedule="sweep", dtype="bfloat16")
+        encoder = build_encoder(config.model).train()
+        layer = sum(p.numel() for p in encoder.layers[0].parameters())
+        engine = make_engine(encoder, ZERO3, config, Measured)
+        assert isinstance(engine, Measured)
+        accumulate_gradients(engine, make_batch(comm.rank(), 2, [3, 5]), config, device=CPU)
+        engine.close()
+        peaks[f"{layers} layers"] = engine.peak
+    return {**peaks, "one layer": 4 * layer}
+
+
+def outside_of_hold(path: str) -> dict[str, Any]:
+    """Use partitioned parameters that nothing has gathered; list hooks that are left."""
+    config = make_config(path)
+    encoder = build_encoder(config.model)
+    engine = make_engine(encoder, ZERO3, config)
+    hooks = [
+        name
+        for name, module in encoder.named_modules()
+        if name and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    ]
+    ids = torch.arange(8)
+    error = ""
+    try:
+        engine.embed(ids, torch.tensor([8]))
+    except RuntimeError as caught:
+        error = str(caught)
+    with whole(engine):
+        shape = engine.embed(ids, torch.tensor([8])).shape[0]
+    engine.close()
+    return {"hooks": hooks, "error": error, "rows": shape}
+
+
 def fail_in_accumulation() -> None:
     """Rank 1 fails while rank 0 is in another collective, as it is in the next chunk's gather."""
     engine = make_engine(TwoGroups(), ZERO3, make_config("unused"))
     ids = torch.arange(8)
-    with engine.accumulation():
+    with whole(engine), engine.accumulation():
         engine.backward(engine.embed(ids, torch.ones_like(ids)).sum())
         if comm.rank() == 1:
             raise RuntimeError("rank 1 ran out of luck")
@@ -247,6 +319,11 @@ def run_cases(mode: str, path: str) -> Iterator[dict[str, Any]]:
             yield {"case": f"updates {name} {schedule}", **updates(path, zero, schedule)}
         result = updates(path, ZERO3, schedule, padded=False)
         yield {"case": f"updates 3 unpadded {schedule}", **result}
+    for stage in (1, 2, 3):
+        result = updates(path, {**ZERO3, "stage": stage}, "sweep", clip=1.0)
+        yield {"case": f"updates {stage} clipped sweep", **result}
+    yield {"case": "gradients held", **gradients_held(path)}
+    yield {"case": "outside", **outside_of_hold(path)}
 
 
 def main() -> None:

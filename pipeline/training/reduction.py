@@ -1,0 +1,170 @@
+"""Add up the gradients of a step, and reduce each over ranks when it is complete.
+
+    backward ... backward     fp32 sums (`GradientSums`), whole on this rank
+    reduce(parameters)        rounded once, reduced over ranks; this rank keeps its share
+    finish()                  the same for what is left; DeepSpeed's optimizer has all shares
+
+DeepSpeed's hooks would reduce after every backward. They are removed; its code to reduce, to
+partition and to accumulate is used as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+# DeepSpeed's number of a step's first reduction is one more; later ones add to it.
+_BEFORE_FIRST_REDUCTION = -1
+
+
+class Reduction:
+    """The gradients of one step after another, up to DeepSpeed's optimizer.
+
+    Args:
+        zero: DeepSpeed's optimizer of ZeRO stage 1, 2 or 3.
+        stage: its stage.
+    """
+
+    def __init__(self, zero: Any, stage: int) -> None:
+        self._zero, self._stage = zero, stage
+        groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
+        # In the order of the optimizer; the number is that of the parameter's group.
+        self._group_of = {p: i for i, group in enumerate(groups) for p in group if p.requires_grad}
+        self._reduced: set[Any] = set()
+        self._sums = GradientSums(self._group_of)
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+
+    def open(self) -> None:
+        """Begin a step."""
+        self._sums.open()
+
+    def reduce(self, parameters: Iterable[Any]) -> None:
+        """Reduce the complete gradients of these parameters; a collective call.
+
+        On a GPU that DeepSpeed gives a stream for it (`overlap_comm`, which stage 3 has by
+        default), the reduction runs beside later computing.
+        """
+        parameters = self._fill_bucket(parameters)
+        zero = self._zero
+        if not parameters:
+            return
+        if self._stage == 3:
+            for dtype in zero.ipg_buckets:
+                zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+            return
+        zero.reduce_ipg_grads()
+        for bucket in zero.ipg_buckets.values():
+            if zero.overlap_comm and zero.contiguous_gradients:
+                bucket.index = 1 - bucket.index  # this buffer may still be sent
+        # Stage 1 would keep every gradient whole until the update; what is still sent must stay.
+        if self._stage == 1 and not zero.overlap_comm:
+            for parameter in parameters:
+                if not zero.is_param_in_current_partition[zero.get_param_id(parameter)]:
+                    parameter.grad = None
+
+    def finish(self) -> None:
+        """Reduce what is left, and hand everything to the optimizer; a collective call."""
+        if self._stage < 3:
+            self._zero.setup_buckets()
+        else:
+            late = [p for p in self._reduced if p.grad is not None]
+            assert not late, "a gradient came after its reduction, and would be lost"
+        self._fill_bucket(self._group_of)
+        assert self._sums.is_empty, "a gradient came after its reduction, and would be lost"
+        self._zero.overlapping_partition_gradients_reduce_epilogue()
+        self._sums.close()
+        self._reduced.clear()
+
+    def discard(self) -> None:
+        """Drop the gradients of a step that will not be finished."""
+        zero = self._zero
+        self._sums.close()
+        self._reduced.clear()
+        for parameter in self._group_of:
+            parameter.grad = None
+        zero.reset_cpu_buffers()  # of offloaded gradients
+        if self._stage < 3:  # stage 3 overwrites its shares in the next step, these would add up
+            zero._release_ipg_buffers()
+            zero.averaged_gradients.clear()
+            zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+            zero.micro_step_id = _BEFORE_FIRST_REDUCTION
+
+    def _fill_bucket(self, parameters: Iterable[Any]) -> list[Any]:
+        """Move gradients into DeepSpeed's bucket, which is sent whenever it is full; return whose.
+
+        All ranks fill it in the same order.
+        """
+        zero, moved = self._zero, []
+        for parameter in parameters:
+            group = self._group_of.get(parameter)
+            if group is None or parameter in self._reduced:  # frozen, or already there
+                continue
+            self._sums.hand_back(parameter)
+            if parameter.grad is None:
+                continue
+            if self._stage == 3:
+                zero.reduce_ready_partitions_and_remove_grads(parameter)
+            else:
+                zero.setup_buckets()
+                zero.reduce_ready_partitions_and_remove_grads(parameter, group)
+            moved.append(parameter)
+        self._reduced.update(moved)
+        return moved
+
+
+class GradientSums:
+    """Adds up in fp32 every gradient that autograd leaves in a low-precision parameter.
+
+    autograd adds into `.grad` in the parameter's type. In bfloat16 a sum keeps 8 bits: after a
+    hundred chunks most of a chunk's contribution is lost, and the number of chunks would change the
+    gradient.
+
+    Costs 4 bytes per element of those parameters from their first gradient to `hand_back`.
+
+    Args:
+        parameters: the trainable parameters; fp32 ones are left to autograd.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._is_open = False
+        for parameter in parameters:
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def open(self) -> None:
+        """Take every gradient from now on."""
+        self._is_open = True
+
+    def close(self) -> None:
+        """Drop the sums, and take no more gradients."""
+        self._is_open = False
+        self._sums.clear()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if every sum was handed back."""
+        return not self._sums
+
+    def hand_back(self, parameter: torch.nn.Parameter) -> None:
+        """Put a parameter's sum, rounded once, where autograd would have left it."""
+        total = self._sums.pop(parameter, None)
+        if total is None:
+            return
+        # A parameter that ZeRO-3 has partitioned has no shape: a gradient of its full shape can
+        # only be set through `data`.
+        parameter.grad = torch.empty_like(parameter)
+        parameter.grad.data = total.to(parameter.dtype)
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        if not self._is_open or parameter.grad is None:
+            return
+        assert isinstance(parameter, torch.nn.Parameter)
+        if parameter in self._sums:
+            self._sums[parameter].add_(parameter.grad)
+        else:
+            self._sums[parameter] = parameter.grad.float()
+        parameter.grad = None
