@@ -444,18 +444,23 @@ def plan_run(
     config: Config,
     overrides: Overrides = None,
     deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = DEFAULT_DEEPSPEED,
-    world_size: Annotated[int, typer.Option(help="number of ranks")] = 1,
-    memory_gib: Annotated[float, typer.Option(help="device memory of a rank")] = 80.0,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, or memory in GiB")
+    ] = "h100",
 ) -> None:
-    """Print batch arithmetic, schedule and memory of a training run."""
+    """Print batch arithmetic, schedule and memory of a training run, for any GPUs."""
     tree = load(TrainConfig, config, overrides)
-    from pipeline.planning import describe
+    from pipeline.planning import Target, describe
     from pipeline.planning import plan_run as make_plan
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
-    resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=world_size)
-    available = memory_gib * 2**30
-    print(describe(make_plan(tree, resolved, world_size=world_size, available=available), tree))
+    ranks = nodes * gpus_per_node
+    resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
+    target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
+    plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
+    print(describe(plan, tree))
 
 
 @plan_commands.command("loss")

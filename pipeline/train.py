@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # `python pipeline/train.py` puts pipeline/ first on the path, where our modules would hide
@@ -30,6 +31,9 @@ from pipeline.run_folder import RunDir
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.evaluations import ScoringCommands
 
+if TYPE_CHECKING:
+    from pipeline.planning import Target
+
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of a training run."""
@@ -46,6 +50,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--world-size", type=int, help="ranks to plan for (only with --dry-run)", default=None
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="GPU to plan for: h100, h200, a100-80, ... or its GiB (only with --dry-run)",
+        default=None,
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, help="for host memory (only with --dry-run)", default=8
     )
     # The deepspeed launcher adds this to every command line; the environment holds it too.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -105,6 +118,8 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
         raise UserError(
             f"--world-size {options.world_size}", allowed="a number of ranks, with --dry-run"
         )
+    if options.gpu is not None and not options.dry_run:
+        raise UserError(f"--gpu {options.gpu}", fix="add --dry-run; a run sees its GPUs itself")
     world = discover_world()
     if world.launched:
         world = dataclasses.replace(world, launchers=launchers)
@@ -120,8 +135,8 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
 
         if not options.dry_run:
             comm.start(world)  # to agree on the memory that every rank has
-        available = comm.least_memory(world)
-        plan = plan_run(config, ds_config, world_size=world_size, available=available)
+        target = target_of(options, dataclasses.replace(world, world_size=world_size))
+        plan = plan_run(config, ds_config, world_size=world_size, target=target)
         if options.dry_run:
             print(dump_config(config))
             print(describe(plan, config))
@@ -132,6 +147,29 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
 
     scoring = scoring_commands(config.evaluate) if config.evaluate else None
     train(config, ds_config, world, scoring=scoring)
+
+
+def target_of(options: argparse.Namespace, world: World) -> Target:
+    """Return the memory to plan with: of a named GPU, or of this machine.
+
+    Args:
+        options: the command line.
+        world: the ranks to plan for.
+    """
+    from pipeline import comm
+    from pipeline.planning import Target
+
+    if options.gpu is not None:
+        return Target.gpu(options.gpu, ranks_per_host=options.gpus_per_node)
+    on_gpu = comm.device().type == "cuda"
+    ranks = local_ranks() if world.launched else world.world_size
+    assumed = f"this machine's RAM, which {ranks} ranks share; --gpu NAME plans for GPUs"
+    return Target(
+        available=comm.least_memory(world),
+        name="this machine's GPUs" if on_gpu else assumed,
+        on_gpu=on_gpu,
+        ranks_per_host=local_ranks() if world.launched else options.gpus_per_node,
+    )
 
 
 def scoring_commands(every: EvaluateEveryConfig) -> ScoringCommands:

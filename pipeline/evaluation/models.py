@@ -279,7 +279,7 @@ def tokens_that_fit(export: Path, memory: int, bytes_per_value: int) -> int | No
     At its peak, a layer holds for each token the residual stream, its norm, and the gate, up and
     product of the feed-forward: 2 x width + 3 x inner width values. Nothing grows with the square
     of the length, because attention kernels keep no score matrix. (Training keeps the values of all
-    layers for the backward: `planning.memory_per_rank` has another formula.)
+    layers for the backward: `planning.memory` has other formulas.)
 
     Args:
         memory: free bytes of the GPU before the weights are loaded.

@@ -301,10 +301,10 @@ def take_training(take: Take) -> None:
     )  # fmt: skip
     files = ("config.yaml", "ds_config.json", "metrics.jsonl", "kinds.json", "checkpoints/**/*")
     take.keep_files("training", *(f"runs/*/{name}" for name in files))
-    for world_size, name in ((8, "zero3-cache"), (64, "mntp")):
+    for nodes, name in ((1, "zero3-cache"), (8, "mntp")):
         words = (f"train-{name}.yaml", "--deepspeed", "ds_configs/zero3.json")
-        more = ("--world-size", str(world_size))
-        take.say("training", "diffembed", "plan", "run", *words, *more, "--memory-gib", "1")
+        more = ("--nodes", str(nodes), "--gpus-per-node", "8", "--gpu", "l40s")
+        take.say("training", "diffembed", "plan", "run", *words, *more)
     loss = ("--queries", "65536", "--documents", "131072", "--world-size", "64")
     take.say("training", "diffembed", "plan", "loss", *loss)
 

@@ -21,7 +21,8 @@ from pipeline import planning
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
 from pipeline.evaluation.tasks import list_elements
-from pipeline.planning import memory_per_rank
+from pipeline.model import encoder
+from pipeline.planning.memory import peak
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from tests.support import PATIENCE
@@ -139,7 +140,7 @@ def dry_run(config: TrainConfig) -> planning.RunPlan:
     """As `--dry-run` does on eight ranks with 80 GiB each."""
     ds_config = load_ds_config(ROOT / "ds_configs" / "zero2.json")
     resolved = resolve_ds_config(ds_config, config, world_size=8)
-    return planning.plan_run(config, resolved, world_size=8, available=80 * GIB)
+    return planning.plan_run(config, resolved, world_size=8, target=planning.Target.gpu("h100"))
 
 
 def test_every_recipe_is_planned_at_its_real_size(
@@ -165,8 +166,8 @@ def test_every_recipe_is_planned_at_its_real_size(
             ends = np.cumsum([group.count for group in groups])
             drawn = np.unique(np.searchsorted(ends, batch.example_ids, side="right"))
             assert len({groups[number].source for number in drawn}) == 1, recipe
-        needed = sum(memory_per_rank(plan.shape, plan.workload, plan.schedule).values())
-        assert needed <= 80 * GIB, recipe
+        needed = peak(plan.terms)[1]
+        assert needed <= plan.target.available, recipe
         print(
             f"| {recipe.with_suffix('')} | {trained:,} | {published.data.global_batch_size:,} | "
             f"{config.num_steps:,} | {batch.tokens:,} | {plan.schedule} | {needed / GIB:.0f} |"
@@ -175,7 +176,7 @@ def test_every_recipe_is_planned_at_its_real_size(
 
 def share_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes whose models have one shape build it once."""
-    build = planning.build_model
+    build = encoder.build_model
     models: dict[str, Any] = {}
 
     def build_model(config: TrainConfig, *, meta: bool) -> Any:
@@ -186,7 +187,7 @@ def share_models(monkeypatch: pytest.MonkeyPatch) -> None:
             models[key] = build(config, meta=meta)
         return models[key]
 
-    monkeypatch.setattr(planning, "build_model", build_model)
+    monkeypatch.setattr(encoder, "build_model", build_model)
 
 
 def test_published_recipes_have_the_published_arithmetic() -> None:
@@ -370,6 +371,7 @@ def test_the_command_prints_the_whole_config_and_the_plan(local: Any) -> None:
         [
             sys.executable, "pipeline/train.py", str(RECIPES / recipe),
             "--deepspeed", "ds_configs/zero2.json", "--dry-run", "--world-size", "8",
+            "--gpu", "h100",
             f"model.path={config.model.path}", f"data.path={config.data.path}", "schedule=cache",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,

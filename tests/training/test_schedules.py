@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import ModelConfig
 from pipeline.data.batch import GlobalBatch
-from pipeline.planning import ModelShape, RankWorkload, memory_per_rank
+from pipeline.planning.memory import RankWorkload, memory_terms
+from pipeline.planning.shape import ModelShape
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.schedules import BoundaryStore
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, load, make_batch, step_config
@@ -74,5 +76,6 @@ def test_a_sweep_keeps_the_bytes_that_the_plan_counts(
         chunk_tokens=max(len(chunk.input_ids) for chunk in batch.chunks),
         gradient_checkpointing=False,
     )
-    plan = memory_per_rank(ModelShape.of(engine.encoder), workload, "sweep")
-    assert sum(sizes) == plan["inputs of all layers, all chunks"]
+    config = ModelConfig(path=str(model_path), dtype="float32")
+    terms = memory_terms(ModelShape.of(engine.encoder, config), workload, "sweep")
+    assert sum(sizes) == next(term.size for term in terms if term.part == "boundaries")

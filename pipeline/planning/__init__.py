@@ -1,0 +1,408 @@
+"""Predict the batch, the schedule and the memory of a run before it starts.
+
+config, shards --plan_run--> first global batch, tokens of the fullest rank and chunk
+model --shape.py--> ModelShape: from the meta device, or from its config.json alone
+ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
+                         --describe--> the text of `--dry-run` and `diffembed plan run`
+
+Nothing here imports torch, except `plan_run` for a model that is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from pipeline.config import TrainConfig, as_tree
+from pipeline.config.model import local_file, model_fix
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
+from pipeline.errors import UserError
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
+from pipeline.planning.memory import (
+    GIB,
+    GPU_GIB,
+    PARTS,
+    REDUCE_BUCKET,
+    SCHEDULES,
+    SUB_GROUP,
+    USABLE,
+    RankWorkload,
+    Schedule,
+    Term,
+    choose_schedule,
+    graphs_that_fit,
+    host_memory,
+    loading_peak,
+    memory_terms,
+    needed,
+    peak,
+)
+from pipeline.planning.shape import ModelShape
+
+# Memory for the scores of a tile where tokens are predicted (training/token_step.py).
+TOKEN_TILE_BYTES = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The machine that a plan is for.
+
+    Attributes:
+        available: bytes that a rank may use.
+        name: for the user: the GPU, or what was assumed.
+        on_gpu: False for ranks on a CPU.
+        ranks_per_host: ranks that share a host's memory.
+    """
+
+    available: float
+    name: str
+    on_gpu: bool = True
+    ranks_per_host: int = 8
+
+    @classmethod
+    def gpu(cls, name: str, *, ranks_per_host: int = 8, key: str = "--gpu") -> Target:
+        """Plan for a GPU, by its name or its memory in GiB.
+
+        Raises:
+            UserError: neither; `key` names the option.
+        """
+        known = GPU_GIB.get(name.lower())
+        try:
+            size = float(name) if known is None else known
+        except ValueError:
+            size = 0.0
+        if not 0 < size < math.inf:
+            raise UserError(
+                f"{key} {name}", allowed=f"{', '.join(GPU_GIB)}, or the memory of a GPU in GiB"
+            )
+        label = f"{size:g} GiB" if known is None else f"{name.lower()} ({size:g} GiB)"
+        return cls(
+            available=USABLE * size * GIB,
+            name=f"{USABLE:g} of {label}",
+            ranks_per_host=ranks_per_host,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """A run's first global batch, as every rank would lay it out, and its schedule."""
+
+    batch: GlobalBatch  # as rank 0 gets it
+    num_examples: int
+    shape: ModelShape
+    workload: RankWorkload
+    target: Target
+    schedule: Schedule
+    keep_graphs: int
+    warning: str  # about queries without negatives, if any
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Memory of the fullest rank."""
+        return memory_terms(self.shape, self.workload, self.schedule, self.keep_graphs)
+
+
+def plan_run(
+    config: TrainConfig,
+    ds_config: dict[str, Any],
+    *,
+    world_size: int,
+    target: Target,
+    build: bool = True,
+) -> RunPlan:
+    """Lay out the first batch and choose the schedule where the config has `auto`.
+
+    Args:
+        config: the run.
+        ds_config: the resolved DeepSpeed config.
+        world_size: ranks to plan for.
+        target: their memory.
+        build: build the model without weights, which checks it; else count its config.json.
+
+    Raises:
+        UserError: the data cannot be read, the batch is impossible, or no schedule fits.
+    """
+    dataset = open_dataset(config, verify=False)  # verifying all shards would take too long
+    loader = make_loader(dataset, config, rank=0, world_size=world_size)
+    warning = require_negatives(loader, config)
+    tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
+    batch = loader.batch(0)
+    if build:
+        shape = _built_shape(config, has_scores=dataset.manifest.has_scores)
+    else:
+        shape = ModelShape.planned(
+            _read_config(config), config.model, head=config.objective is not None
+        )
+    workload = plan_workload(
+        config,
+        ds_config,
+        world_size=world_size,
+        rank_tokens=max(map(sum, tokens)),
+        chunk_tokens=max(map(max, tokens)),
+        num_queries=batch.num_queries,
+        num_documents=batch.num_documents,
+        width=config.model.dimensions or shape.hidden_size,
+        target=target,
+    )
+    schedule = config.schedule
+    if schedule == "auto":
+        schedule = choose_schedule(
+            shape, workload, target.available, _possible(config), assumed=target.name
+        )
+    return RunPlan(
+        batch=batch,
+        num_examples=sum(unit.size for unit in loader.order.units),
+        shape=shape,
+        workload=workload,
+        target=target,
+        schedule=schedule,
+        keep_graphs=_keep_graphs(config, shape, workload, schedule, target, len(tokens[0])),
+        warning=warning,
+    )
+
+
+def plan_workload(
+    config: TrainConfig,
+    ds_config: dict[str, Any],
+    *,
+    world_size: int,
+    rank_tokens: int,
+    chunk_tokens: int,
+    num_queries: int,
+    num_documents: int,
+    width: int,
+    target: Target,
+) -> RankWorkload:
+    """Collect everything that decides the memory of the fullest rank."""
+    zero = ds_config["zero_optimization"]
+    loss_bytes = float(TOKEN_TILE_BYTES)
+    if config.objective is None:
+        cost = loss_cost(
+            num_queries=num_queries,
+            num_documents=num_documents,
+            width=width,
+            world_size=world_size,
+            score_bytes=DEFAULT_SCORE_BYTES["cuda" if target.on_gpu else "cpu"],
+            symmetric=config.loss.symmetric,
+        )
+        # The embeddings of all chunks, joined, and their gradients, in addition to the loss's own.
+        rows = -(-(num_queries + num_documents) // world_size)
+        loss_bytes = cost.peak_bytes + 3 * 4.0 * rows * width
+    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    wide = config.model.dtype == "float32" or accumulated in ("fp32", "float32", "torch.float32")
+    return RankWorkload(
+        world_size=world_size,
+        stage=zero["stage"],
+        dtype=config.model.dtype,
+        rank_tokens=rank_tokens,
+        chunk_tokens=chunk_tokens,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        boundaries_on_host=config.chunks.boundaries == "host",
+        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        loss_bytes=loss_bytes,
+        predicts_tokens=config.objective is not None,
+        hpz=int(zero.get("zero_hpz_partition_size", 1)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        sub_group=int(zero.get("sub_group_size", SUB_GROUP)),
+        overlap_comm=bool(zero.get("overlap_comm", False)),
+        share_bytes=4 if wide else 2,
+        on_gpu=target.on_gpu,
+        ranks_per_host=target.ranks_per_host,
+    )
+
+
+def _possible(config: TrainConfig) -> tuple[Schedule, ...]:
+    """Return the schedules that `auto` may choose from."""
+    # Tokens are predicted chunk by chunk, which needs the memory of `cache`.
+    return SCHEDULES if config.objective is None else SCHEDULES[1:]
+
+
+def _built_shape(config: TrainConfig, *, has_scores: bool) -> ModelShape:
+    """Count the model itself; its shapes need no weights, so that a login node can plan."""
+    from pipeline.model import encoder
+
+    model = encoder.build_model(config, meta=True)
+    config.loss.require_fit(width=model.num_dimensions, has_scores=has_scores)
+    return ModelShape.of(model, config.model)
+
+
+def _read_config(config: TrainConfig) -> dict[str, Any]:
+    path = local_file(config.model.path, "config.json", config.model.revision)
+    if path is None:
+        raise UserError(
+            f"model.path: {config.model.path}: no config.json on this machine",
+            fix=model_fix(config.model.path),
+        )
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}", fix=model_fix(config.model.path)) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {type(tree).__name__} at the top", allowed="a JSON object")
+    return tree
+
+
+def _keep_graphs(
+    config: TrainConfig,
+    shape: ModelShape,
+    workload: RankWorkload,
+    schedule: Schedule,
+    target: Target,
+    num_chunks: int,
+) -> int:
+    kept = config.chunks.keep_graphs
+    if schedule != "cache" or config.objective is not None:
+        return 0
+    if kept == "auto":
+        return graphs_that_fit(shape, workload, target.available, num_chunks)
+    return kept
+
+
+def describe(plan: RunPlan, config: TrainConfig) -> str:
+    """Format a plan as aligned lines of text."""
+    batch, workload, shape = plan.batch, plan.workload, plan.shape
+    optimizer = config.optimizer
+    lines = [
+        *_objective(batch, config),
+        (
+            "tokens",
+            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {workload.chunk_tokens:,} tokens "
+            f"x {workload.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
+        ),
+        ("steps", _steps(plan, config)),
+        (
+            "learning rate",
+            f"{optimizer.lr:g} after {optimizer.warmup_steps} warm-up steps, "
+            f"then {optimizer.decay}",
+        ),
+        (
+            "model",
+            f"{shape.parameters:,} parameters, {shape.trainable:,} trained, "
+            f"{config.model.dtype}, {config.model.attention}, {config.model.pooling} pooling",
+        ),
+        (
+            "schedule",
+            f"{plan.schedule}{' (auto)' if config.schedule == 'auto' else ''}, "
+            f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
+            f"on {workload.world_size} ranks",
+        ),
+        *([("warning", plan.warning)] if plan.warning else []),
+    ]
+    return _align(lines) + "\n\n" + memory_table(plan, config)
+
+
+def memory_table(plan: RunPlan, config: TrainConfig) -> str:
+    """Format the memory of a rank by part, for the chosen schedule and the runner-up."""
+    shape, workload, available = plan.shape, plan.workload, plan.target.available
+    chosen = memory_terms(shape, workload, plan.schedule, plan.keep_graphs)
+    columns = [(f"{plan.schedule}, chosen", chosen)]
+    if (other := runner_up(plan, config)) is not None:
+        fits = "fits too" if needed(shape, workload, other) <= available else "does not fit"
+        columns.append((f"{other}, {fits}", memory_terms(shape, workload, other)))
+    # Terms of both schedules, by part; a schedule's own come first.
+    names = dict.fromkeys((term.part, term.name) for _, terms in columns for term in terms)
+    rows = [["memory of a rank", *(title for title, _ in columns), "from"]]
+    for part, name in sorted(names, key=lambda key: PARTS.index(key[0])):
+        found = [_find(terms, part, name) for _, terms in columns]
+        source = next(term.source for term, _ in found if term is not None)
+        rows.append([f"{part}: {name}", *(cell for _, cell in found), source])
+    moments = [peak(terms) for _, terms in columns]
+    rows.append(["peak", *(f"{_bytes(size)} ({moment})" for moment, size in moments), ""])
+    rows.append(["may use", *(_bytes(available) for _ in columns), plan.target.name])
+    loading = _bytes(loading_peak(shape, workload))
+    rows.append(["while loading", *(loading for _ in columns), "weights, before the first step"])
+    hosts = [
+        host_memory(shape, workload, schedule)
+        for schedule in (plan.schedule, *([other] if other else []))
+    ]
+    ranks = min(workload.ranks_per_host, workload.world_size)
+    for name in dict.fromkeys(name for sizes in hosts for name in sizes):
+        cells = [_bytes(sizes.get(name, 0.0)) for sizes in hosts]
+        rows.append([f"host: {name}", *cells, f"{ranks} ranks on a host"])
+    return _columns(rows) + "\n(in parentheses: not in memory at the peak)"
+
+
+def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:
+    """Return the schedule with the next fewer FLOPs, or with the next more if there is none."""
+    possible = [
+        s
+        for s in _possible(config)
+        if s != "sweep" or not plan.workload.gradient_checkpointing or s == plan.schedule
+    ]
+    if plan.schedule not in possible:
+        return None
+    index = possible.index(plan.schedule)
+    if index > 0:
+        return possible[index - 1]
+    return possible[index + 1] if len(possible) > 1 else None
+
+
+def _find(terms: tuple[Term, ...], part: str, name: str) -> tuple[Term | None, str]:
+    """Return a term and its cell."""
+    term = next((t for t in terms if (t.part, t.name) == (part, name)), None)
+    if term is None:
+        return None, "-"
+    size = _bytes(term.size)
+    return term, size if peak(terms)[0] in term.moments else f"({size})"
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _objective(batch: GlobalBatch, config: TrainConfig) -> list[tuple[str, str]]:
+    if config.objective is None:
+        text = f"{batch.num_queries} queries, {batch.num_documents} distinct documents"
+        return [("global batch", text)]
+    sections = {key: value for key, value in as_tree(config.objective).items() if value is not None}
+    return [("objective", str(sections)), ("global batch", f"{batch.num_documents} texts")]
+
+
+def _steps(plan: RunPlan, config: TrainConfig) -> str:
+    """Format steps x batch = examples, in epochs."""
+    unit = "queries" if config.objective is None else "texts"
+    size = config.data.global_batch_size
+    total = config.num_steps * size
+    return (
+        f"{config.num_steps} x {size} = {total:,} {unit} = "
+        f"{total / plan.num_examples:.2f} epochs of {plan.num_examples:,} examples"
+    )
+
+
+def describe_loss(*, num_queries: int, num_documents: int, width: int, world_size: int) -> str:
+    """Format the cost of the loss alone, at a size for which no data need exist."""
+    cost = loss_cost(
+        num_queries=num_queries,
+        num_documents=num_documents,
+        width=width,
+        world_size=world_size,
+        score_bytes=DEFAULT_SCORE_BYTES["cuda"],
+    )
+    naive = 4.0 * num_queries * num_documents
+    lines = [
+        ("loss", f"{num_queries:,} queries x {num_documents:,} documents, {world_size} ranks"),
+        ("query blocks", f"{cost.num_blocks:,}, {cost.num_tiles:,} tiles scored by each rank"),
+        ("peak memory", f"{_bytes(cost.peak_bytes)} per rank (all scores: {_bytes(naive)})"),
+        ("received per step", f"{_bytes(cost.received_bytes)} per rank"),
+        ("matrix products", f"{cost.matmul_flops:.3g} FLOP per rank"),
+    ]
+    return _align(lines)
+
+
+def _align(lines: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _bytes(size: float) -> str:
+    if size < 1:
+        return "0 B"
+    power = min(int(math.log(size, 1024)), 4)
+    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

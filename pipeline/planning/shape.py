@@ -1,0 +1,512 @@
+"""Count a model's weights, and the bytes that its layers save for the backward, without torch.
+
+config.json --read_architecture--> widths and the kind of block
+            --ModelShape--> parameters, parameters of a layer, saved bytes for one token
+
+    one layer saves, for one token         RMS norm     (fp32 copy, normalised, its output)
+    h width, i inner, q heads x width,     attention    query, key, value, output, one sum per head
+    k key heads x width, w bytes           gated MLP    gate, its activation, up, their product
+                                           adapters     rank-wide inputs; dropped inputs and masks
+
+Names of blocks are transformers' `model_type`. The table is exact to the byte for the layers of
+every family here; `tests/planning/test_saved_bytes.py` compares it with what autograd keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+
+# Bytes of a number that attention and norms keep in fp32 for each token (and head).
+_FP32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """The layout of one kind of transformer layer.
+
+    Attributes:
+        query_key_value, out, up, down: last names of the linear layers, in order of use.
+        norm: `rms` normalises in fp32 and scales in the model's type, `rms_fp32` scales in fp32
+            too, `layer` is torch's own LayerNorm.
+        num_norms: of the whole width.
+        head_norms: query and key are normalised by head, as a whole, or not.
+        gated: the MLP multiplies an activated half with another one.
+        copies_out: the attention's output is copied before its linear layer.
+        biases: the linear layers that have one in every model, by the attribute's name here.
+        bias_keys: config keys that give a bias to the same attributes.
+        dropouts: config keys of a dropout on the width, each used once or twice a layer.
+        activation: the config key of the MLP's activation.
+        tables: config keys of further embedding tables of the full width.
+        norm_biases: parameters of a norm per number of its width: 2 with a bias.
+        outer_norms: norms outside of the layers.
+    """
+
+    query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    norm: Literal["rms", "rms_fp32", "layer"] = "rms"
+    num_norms: int = 2
+    head_norms: Literal["none", "head", "whole"] = "none"
+    gated: bool = True
+    copies_out: bool = False
+    biases: tuple[str, ...] = ()
+    bias_keys: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    dropouts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    activation: str = "hidden_act"
+    tables: tuple[str, ...] = ()
+    norm_biases: int = 1
+    outer_norms: int = 1
+
+
+_ATTENTION_BIAS = {"attention_bias": ("query_key_value", "out")}
+_ALL = ("query_key_value", "out", "up", "down")
+_BERT = Block(
+    query_key_value=("query", "key", "value"),
+    out="dense",
+    up=("dense",),
+    down="dense",
+    norm="layer",
+    gated=False,
+    biases=_ALL,
+    dropouts={"hidden_dropout_prob": 2},
+    tables=("max_position_embeddings", "type_vocab_size"),
+    norm_biases=2,
+)
+# By the `model_type` of the native config.
+BLOCKS = {
+    "qwen2": Block(biases=("query_key_value",)),
+    "qwen3": Block(head_norms="head", bias_keys=_ATTENTION_BIAS),
+    "llama": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "mistral": Block(),
+    "gemma": Block(norm="rms_fp32", bias_keys=_ATTENTION_BIAS),
+    "gemma2": Block(norm="rms_fp32", num_norms=4, bias_keys=_ATTENTION_BIAS),
+    "gemma3_text": Block(
+        norm="rms_fp32", num_norms=4, head_norms="head", bias_keys=_ATTENTION_BIAS
+    ),
+    "olmo2": Block(norm="rms_fp32", head_norms="whole", bias_keys=_ATTENTION_BIAS),
+    "phi3": Block(
+        query_key_value=("qkv_proj",),
+        up=("gate_up_proj",),
+        copies_out=True,
+        dropouts={"resid_pdrop": 2},
+    ),
+    "smollm3": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "gpt2": Block(
+        query_key_value=("c_attn",),
+        out="c_proj",
+        up=("c_fc",),
+        down="c_proj",
+        norm="layer",
+        gated=False,
+        biases=_ALL,
+        dropouts={"resid_pdrop": 2},
+        activation="activation_function",
+        tables=("n_positions",),
+        norm_biases=2,
+    ),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "eurobert": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "modernbert": Block(
+        query_key_value=("Wqkv",),
+        out="Wo",
+        up=("Wi",),
+        down="Wo",
+        norm="layer",
+        bias_keys={"attention_bias": ("query_key_value", "out"), "mlp_bias": ("up", "down")},
+        activation="hidden_activation",
+        outer_norms=2,
+    ),
+}
+# Families without rotary positions, whose queries and keys are the linear layers' own outputs.
+_LEARNED_POSITIONS = ("gpt2", "bert", "roberta", "xlm-roberta")
+# Tensors of the inner width that an activation saves, its input included.
+_ACTIVATION_SAVES = {"gelu_new": 4, "relu": 0}
+# Published layouts that are read as another model: their names of the usual keys.
+_RENAMED = {
+    "Dream": ("qwen2", {}),
+    "llada": (
+        "llama",
+        {
+            "hidden_size": "d_model",
+            "intermediate_size": "mlp_hidden_size",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "num_key_value_heads": "n_kv_heads",
+            "vocab_size": "embedding_size",
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+        },
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """One linear layer of a block."""
+
+    name: str
+    part: str  # query_key_value, out, up or down
+    inputs: int
+    outputs: int
+    bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights and bias."""
+        return (self.inputs + self.bias) * self.outputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """The widths of a model, from its config.json."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    vocab_size: int
+    activation: str
+    table_rows: int  # of further embedding tables
+    masks: int  # dropouts on the width that are used, in one layer
+    biases: tuple[str, ...]
+
+    @property
+    def block(self) -> Block | None:
+        """The layout of a layer; None where it is not known."""
+        return BLOCKS.get(self.model_type)
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of a token's query, all heads together."""
+        return self.num_heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers of a token's key, or of its value."""
+        return self.num_kv_heads * self.head_width
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All linear layers of a block."""
+        block = self.block or Block()
+        h, i, q, kv = self.hidden_size, self.intermediate_size, self.query_width, self.kv_width
+        inner = (2 if block.gated else 1) * i
+        widths = {
+            "query_key_value": (
+                h,
+                [q + 2 * kv] if len(block.query_key_value) == 1 else [q, kv, kv],
+            ),
+            "out": (q, [h]),
+            "up": (h, [inner] if len(block.up) == 1 else [i, i]),
+            "down": (i, [h]),
+        }
+        names = {
+            "query_key_value": block.query_key_value,
+            "out": (block.out,),
+            "up": block.up,
+            "down": (block.down,),
+        }
+        return [
+            Linear(name=name, part=part, inputs=inputs, outputs=size, bias=part in self.biases)
+            for part, (inputs, outputs) in widths.items()
+            for name, size in zip(names[part], outputs, strict=True)
+        ]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer."""
+        block = self.block or Block()
+        heads = {
+            "none": 0,
+            "head": 2 * self.head_width,
+            "whole": self.query_width + self.kv_width,
+        }
+        norms = block.num_norms * block.norm_biases * self.hidden_size + heads[block.head_norms]
+        return sum(linear.parameters for linear in self.linears) + norms
+
+    @property
+    def outer_parameters(self) -> int:
+        """Weights outside of the layers: tables, and norms."""
+        block = self.block or Block()
+        outside = self.vocab_size + self.table_rows + block.outer_norms * block.norm_biases
+        # ModernBERT's first layer normalises nothing before its attention.
+        missing = self.hidden_size if self.model_type == "modernbert" else 0
+        return outside * self.hidden_size - missing
+
+
+def read_architecture(tree: Mapping[str, Any]) -> Architecture:
+    """Read the widths in a config.json, published or native.
+
+    Raises:
+        UserError: a width is missing.
+    """
+    published = str(tree.get("model_type", ""))
+    if isinstance(tree.get("text_config"), Mapping):  # Gemma 3 with images
+        tree = tree["text_config"]
+        published = str(tree.get("model_type", published))
+    model_type, renamed = _RENAMED.get(published, (published, {}))
+
+    def size(key: str, default: int | None = None) -> int:
+        value = tree.get(renamed.get(key, key)) or tree.get(key) or default
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"config.json: {renamed.get(key, key)}: {value!r}", allowed="a whole number >= 1"
+            )
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    block = BLOCKS.get(model_type, Block())
+    biases = [*block.biases]
+    for key, parts in block.bias_keys.items():
+        biases += parts if tree.get(key) else ()
+    ratio = tree.get("mlp_ratio") or 4  # LLaDA, and GPT-2's default
+    return Architecture(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size", int(ratio * hidden)),
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads", heads),
+        head_width=size("head_dim", hidden // heads),
+        vocab_size=size("vocab_size"),
+        activation=str(tree.get(block.activation, "silu")),
+        table_rows=sum(size(key) for key in block.tables),
+        masks=sum(count for key, count in block.dropouts.items() if tree.get(key)),
+        biases=tuple(biases),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """The linear layers of one block that have low-rank adapters."""
+
+    rank: int
+    dropout: float
+    linears: tuple[Linear, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one layer's adapters."""
+        return sum(self.rank * (linear.inputs + linear.outputs) for linear in self.linears)
+
+
+def adapters_of(architecture: Architecture, model: ModelConfig) -> Adapters | None:
+    """Return the adapters that `model.lora` adds to one layer."""
+    lora = model.lora
+    if lora is None:
+        return None
+    chosen = tuple(
+        linear
+        for linear in architecture.linears
+        if lora.targets == "all-linear" or linear.name in lora.targets
+    )
+    return Adapters(rank=lora.rank, dropout=lora.dropout, linears=chosen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The counts that memory and time depend on.
+
+    Attributes:
+        layer_parameters: of one layer, its adapters included.
+        layer_trained: the trained ones among them.
+        largest_trained: numbers of the largest single weight that is trained.
+    """
+
+    architecture: Architecture
+    parameters: int
+    trainable: int
+    layer_parameters: int
+    layer_trained: int
+    largest_trained: int
+    adapters: Adapters | None = None
+
+    @classmethod
+    def of(cls, encoder: Any, model: ModelConfig) -> ModelShape:
+        """Count an encoder, which may be on the meta device."""
+        counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
+        layer = [(p.numel(), p.requires_grad) for p in encoder.layers[-1].parameters()]
+        architecture = read_architecture(encoder.model.config.to_dict())
+        adapters = adapters_of(architecture, model)
+        if adapters is None:  # a published adapter that continues, with targets of its own
+            adapters = _found_adapters(architecture, encoder.layers[-1])
+        return cls(
+            architecture=architecture,
+            parameters=sum(n for n, _ in counts),
+            trainable=sum(n for n, trained in counts if trained),
+            layer_parameters=sum(n for n, _ in layer),
+            layer_trained=sum(n for n, trained in layer if trained),
+            largest_trained=max((n for n, trained in counts if trained), default=0),
+            adapters=adapters,
+        )
+
+    @classmethod
+    def planned(
+        cls, tree: Mapping[str, Any], model: ModelConfig, *, head: bool = False
+    ) -> ModelShape:
+        """Count the model of a config.json, without torch.
+
+        Args:
+            tree: config.json.
+            model: the section of a training config; an adapter that continues is not counted.
+            head: whether tokens are predicted by a head of its own weights.
+        """
+        architecture = read_architecture(tree)
+        adapters = adapters_of(architecture, model)
+        layer, num_layers = architecture.layer_parameters, architecture.num_layers
+        table = architecture.vocab_size * architecture.hidden_size
+        untied = head and not tree.get("tie_word_embeddings", False)
+        base = architecture.outer_parameters + num_layers * layer + untied * table
+        added = adapters.parameters if adapters else 0
+        largest = max(table, *(linear.inputs * linear.outputs for linear in architecture.linears))
+        if adapters:
+            largest = max(
+                adapters.rank * max(linear.inputs, linear.outputs) for linear in adapters.linears
+            )
+        return cls(
+            architecture=architecture,
+            parameters=base + num_layers * added,
+            trainable=num_layers * added if adapters else base,
+            layer_parameters=layer + added,
+            layer_trained=added if adapters else layer,
+            largest_trained=largest,
+            adapters=adapters,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return self.architecture.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.architecture.hidden_size
+
+    @property
+    def outer_parameters(self) -> int:
+        """Weights outside of the layers."""
+        return self.parameters - self.num_layers * self.layer_parameters
+
+    @property
+    def outer_trained(self) -> int:
+        """Trained weights outside of the layers."""
+        return self.trainable - self.num_layers * self.layer_trained
+
+
+def _found_adapters(architecture: Architecture, layer: Any) -> Adapters | None:
+    """Return the adapters that peft has put into a layer."""
+    found, rank, dropout = [], 0, 0.0
+    for name, module in layer.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        known = [linear for linear in architecture.linears if linear.name == name.split(".")[-1]]
+        found += known[:1]
+        for inner in module.lora_A.values():
+            rank = max(rank, int(inner.out_features))
+        dropout = max(
+            [dropout, *(float(d.p) for d in module.lora_dropout.values() if hasattr(d, "p"))]
+        )
+    return Adapters(rank=rank, dropout=dropout, linears=tuple(found)) if found else None
+
+
+def saved_by_layer(shape: ModelShape, width: int) -> float:
+    """Return the bytes that one layer saves for its backward, for one token.
+
+    Counted on torch's autograd with a variable-length attention kernel, which keeps one fp32 sum
+    per head. A linear layer keeps its input where its weight is trained; a frozen one keeps
+    nothing, and its adapter keeps the same input, or, with dropout, a dropped copy and a mask of
+    bytes.
+
+    Args:
+        shape: the model.
+        width: bytes of a number in the model's type.
+    """
+    architecture, adapters = shape.architecture, shape.adapters
+    block = architecture.block
+    h, i = architecture.hidden_size, architecture.intermediate_size
+    if block is None:  # a model with its own code: an upper bound for gated MLPs
+        return (18 * h + 4 * i) * width + (_dropped(adapters, width) if adapters else 0)
+    trained = adapters is None
+    # Parts of the block whose input is kept as it is.
+    kept = {
+        linear.part
+        for linear in (architecture.linears if adapters is None else adapters.linears)
+        if adapters is None or adapters.dropout == 0
+    }
+    total = block.num_norms * _norm(block.norm, h, 1, width, trained)
+    total += width * h * (("query_key_value" in kept) + ("up" in kept))
+    total += _attention(architecture, block, width, trained, copied="out" in kept)
+    activated = _ACTIVATION_SAVES.get(architecture.activation, 1)
+    # Activated and multiplied with the other half: both halves and the activated one.
+    total += width * i * (activated + (2 if block.gated else 0) + ("down" in kept))
+    total += architecture.masks * h
+    if adapters is not None:
+        total += width * adapters.rank * len(adapters.linears)
+        total += _dropped(adapters, width)
+    return float(total)
+
+
+def saved_outside(shape: ModelShape, width: int) -> float:
+    """Return the bytes saved outside of the layers, for one token: last norm, pooling, rotation."""
+    architecture, block = shape.architecture, shape.architecture.block
+    h = architecture.hidden_size
+    pooled = _FP32 * h
+    if block is None or architecture.model_type in _LEARNED_POSITIONS:
+        return float(pooled + 2 * h * width)
+    norms = block.outer_norms * _norm(block.norm, h, 1, width, shape.adapters is None)
+    return float(pooled + norms + 2 * width * architecture.head_width)
+
+
+def _norm(kind: str, size: int, groups: int, width: int, trained: bool) -> int:
+    """Return the saved bytes of a norm over `size` numbers in `groups` parts."""
+    if kind == "layer":  # its input, mean and deviation
+        return width * size + 2 * _FP32 * groups
+    scaled = width if kind == "rms" else _FP32
+    return _FP32 * (size + groups) + (scaled * size if trained else 0)
+
+
+def _attention(
+    architecture: Architecture, block: Block, width: int, trained: bool, *, copied: bool
+) -> int:
+    q, kv = architecture.query_width, architecture.kv_width
+    fused = len(block.query_key_value) == 1
+    rotated = architecture.model_type not in _LEARNED_POSITIONS
+    # Slices of one fused tensor keep all of it.
+    inputs = q + 2 * kv
+    if fused and rotated:
+        inputs += q + kv
+    total = width * (inputs + q) + _FP32 * architecture.num_heads
+    # In fp32 no kernel takes all rows at once, and the rows' outputs are joined to another tensor.
+    if (block.copies_out or width == _FP32) and copied:
+        total += width * q
+    if block.head_norms != "none":
+        by_head = block.head_norms == "head"
+        for size, heads in ((q, architecture.num_heads), (kv, architecture.num_kv_heads)):
+            total += _norm(block.norm, size, heads if by_head else 1, width, trained)
+    return total
+
+
+def _dropped(adapters: Adapters, width: int) -> int:
+    """Return the bytes of dropped inputs and their masks."""
+    if adapters.dropout == 0:
+        return 0
+    return (width + 1) * sum(linear.inputs for linear in adapters.linears)
