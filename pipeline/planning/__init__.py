@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.config import TrainConfig, as_tree
 from pipeline.config.model import local_file, model_fix
 from pipeline.data.batch import GlobalBatch
+from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
@@ -120,12 +121,18 @@ def plan_run(
         ds_config: the resolved DeepSpeed config.
         world_size: ranks to plan for.
         target: their memory.
-        build: build the model without weights, which checks it; else count its config.json.
+        build: build the model without weights and compare its tokenizer with the shards'; False
+            counts config.json, and takes a second.
 
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
     """
-    dataset = open_dataset(config, verify=False)  # verifying all shards would take too long
+    # Verifying all shards would take too long.
+    if build:
+        dataset = open_dataset(config, verify=False)
+    else:
+        dataset = Dataset.open(config.data.path, verify=False)
+        dataset.require_model(config.model)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
     warning = require_negatives(loader, config)
     tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
