@@ -22,6 +22,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from pipeline.config import (
+    ChainConfig,
     EvaluateConfig,
     ExportStep,
     PrepareConfig,
@@ -502,10 +503,19 @@ def submit(
     ] = None,
     sbatch: Annotated[str, typer.Option(help="flags of sbatch for this job only")] = "",
     after: Annotated[list[str] | None, typer.Option(help="id of a job to wait for")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch scripts")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the batch scripts and the plan of a training")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="with --dry-run: as for `diffembed plan run`; default: as Slurm's flags"),
+    ] = None,
 ) -> None:
     """Submit a job, or a whole chain, to Slurm; it is safe to submit again."""
     from pipeline.submission.submit import submit_command
+
+    if gpu is not None and not dry_run:
+        raise UserError(f"--gpu {gpu}", fix="add --dry-run, or name the GPU in slurm/cluster.env")
 
     submit_command(
         what,
@@ -518,6 +528,47 @@ def submit(
         after=tuple(after or ()),
         dry_run=dry_run,
     )
+    if dry_run and what in ("train", "all"):
+        lines = _plan_of_submission(what, config, overrides, deepspeed, sbatch, gpu)
+        print("\n".join(f"# plan: {line}".rstrip() for line in lines))
+
+
+def _plan_of_submission(
+    what: str,
+    config: Path,
+    overrides: list[str] | None,
+    deepspeed: Path,
+    sbatch: str,
+    gpu: str | None,
+) -> list[str]:
+    """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
+    from pipeline.planning import Target, describe
+    from pipeline.planning import plan_run as make_plan
+    from pipeline.planning.memory import gpu_named
+    from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    if what == "all":
+        chain = load(ChainConfig, config, overrides)
+        config, overrides, deepspeed = chain.train, None, chain.deepspeed
+    tree = load(TrainConfig, config, overrides)
+    if not (tree.data.path / "manifest.json").is_file():
+        return [f"{tree.data.path} is not prepared yet; afterwards, use `diffembed plan run`"]
+    own = parse_flags(split_flags(sbatch, "--sbatch"), "--sbatch")
+    request = requested_gpus((*read_site().flags_of("TRAIN_FLAGS"), *own))
+    name = gpu or gpu_named(request.kind)
+    if name is None or not request.per_node:
+        found = request.kind or f"{request.per_node} GPUs a node, of no named kind"
+        return [f"Slurm's flags ask for {found}; --gpu NAME plans memory for it"]
+    ranks = request.nodes * request.per_node
+    try:
+        resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
+        target = Target.gpu(name, ranks_per_host=request.per_node)
+        plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
+    except UserError as error:
+        # The scripts above are right even so, and the memory of a rank is an estimate.
+        return [f"{request.nodes} x {request.per_node} {name}: {error}"]
+    return [f"{request.nodes} x {request.per_node} {name}", *describe(plan, tree).splitlines()]
 
 
 def main() -> None:

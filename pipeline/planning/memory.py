@@ -48,6 +48,15 @@ GPU_GIB = {
     "l40s": 44.4,
     "b200": 178.3,
 }
+# The same GPUs in the names that Slurm sites give them, such as nvidia_a100-sxm4-80gb.
+_GPU_WORDS = {
+    "h100": ("h100",),
+    "h200": ("h200",),
+    "b200": ("b200",),
+    "l40s": ("l40s",),
+    "a100-80": ("a100", "80"),
+    "a100-40": ("a100", "40"),
+}
 # The rest is lost between blocks of torch's allocator, as `comm.least_memory` assumes.
 USABLE = 0.9
 # Driver, kernels and cuBLAS's workspace: 0.5 to 1.3 GiB by driver and GPU.
@@ -61,6 +70,14 @@ REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
 # What one rank sends in a gather of several small parameters (`training/gathering.py`).
 GATHER_SHARE = 2 * 2**20
+
+
+def gpu_named(text: str) -> str | None:
+    """Return the key of `GPU_GIB` for a site's name of a GPU; None for an unknown one."""
+    found = [
+        name for name, words in _GPU_WORDS.items() if all(word in text.lower() for word in words)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

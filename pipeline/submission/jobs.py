@@ -101,6 +101,46 @@ def last_value(flags: Sequence[Flag], name: str, default: str) -> str:
     return next((flag.value for flag in reversed(flags) if flag.name == name), default)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RequestedGpus:
+    """The GPUs that flags ask for.
+
+    Attributes:
+        nodes: the fewest that Slurm may give.
+        per_node: GPUs of a node; 0 where no flag asks for any.
+        kind: Slurm's name of the GPU; empty where the flags name none.
+    """
+
+    nodes: int
+    per_node: int
+    kind: str
+
+
+def requested_gpus(flags: Sequence[Flag]) -> RequestedGpus:
+    """Read `--nodes` and the flags for GPUs: `--gpus-per-node`, `--gres`, `--gpus`."""
+    nodes = _first_number(last_value(flags, "--nodes", "") or last_value(flags, "-N", "")) or 1
+    per_node = last_value(flags, "--gpus-per-node", "")
+    # Without the sockets that Slurm may add: gpu:8(S:0-1)
+    for resource in re.sub(r"\(.*?\)", "", last_value(flags, "--gres", "")).split(","):
+        if not per_node and re.match(r"gpu(:|$)", resource):
+            per_node = resource.removeprefix("gpu").removeprefix(":") or "1"
+    total = last_value(flags, "--gpus", "") or last_value(flags, "-G", "")
+    # [KIND:]NUMBER, and for --gres also KIND alone
+    kind, _, number = (per_node or total).rpartition(":")
+    if number and not number[0].isdigit():
+        kind, number = number, "1"
+    count = _first_number(number)
+    if not per_node and total:
+        count = -(-count // nodes)
+    return RequestedGpus(nodes=nodes, per_node=count, kind=kind)
+
+
+def _first_number(text: str) -> int:
+    """Return the number at the start of a text such as `2-4`; 0 without one."""
+    found = re.match(r"\d+", text)
+    return int(found[0]) if found else 0
+
+
 def expand_log(pattern: str, *, job: str, name: str) -> str:
     """Expand the path of a log in Slurm's notation to a pattern for a shell."""
     values = {"%": "%", "x": name, "j": job, "J": job, "A": job}

@@ -28,6 +28,7 @@ from pipeline.planning.memory import (
     RankWorkload,
     Schedule,
     choose_schedule,
+    gpu_named,
     graphs_that_fit,
     host_memory,
     loading_peak,
@@ -280,3 +281,19 @@ def test_the_plan_counts_blocks_the_head_and_a_tile_of_its_scores(config: TrainC
         plan_run(config, ds_config, world_size=2, target=small)
     # The same plan from config.json alone, as on a machine that has no torch.
     assert plan_run(config, ds_config, world_size=2, target=target, build=False).terms == plan.terms
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("h100", "h100"),
+        ("NVIDIA-H200", "h200"),
+        ("nvidia_a100-sxm4-80gb", "a100-80"),
+        ("a100_pcie_40g", "a100-40"),
+        ("a100", None),  # of either size
+        ("v100", None),
+        ("", None),
+    ],
+)
+def test_a_site_has_its_own_names_of_gpus(name: str, gpu: str | None) -> None:
+    assert gpu_named(name) == gpu

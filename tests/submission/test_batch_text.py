@@ -12,12 +12,14 @@ from pipeline.errors import UserError
 from pipeline.submission.jobs import (
     Flag,
     Job,
+    RequestedGpus,
     array_ranges,
     batch_text,
     expand_log,
     last_value,
     parse_flags,
     read_site,
+    requested_gpus,
     split_flags,
 )
 from pipeline.submission.slurm import submission_environment
@@ -230,3 +232,24 @@ def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
     # A job that waits for no other of its chain keeps the flag as it is.
     alone = flags(batch_text(job(), BODY, site_flags=[], own_flags=own))
     assert "--dependency=singleton" in alone
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "per_node", "kind"),
+    [
+        ("--nodes=1 --gpus-per-node=8", 1, 8, ""),
+        ("--nodes=4 --gpus-per-node=h100:8", 4, 8, "h100"),
+        ("-N 2 --gres=gpu:nvidia_a100-sxm4-80gb:4", 2, 4, "nvidia_a100-sxm4-80gb"),
+        ("-N2 -G 16", 2, 8, ""),
+        ("--nodes 2-4 --gpus l40s:6", 2, 3, "l40s"),
+        ("--gres=shard:2,gpu:2(S:0-1)", 1, 2, ""),
+        ("--gres=gpu:h200", 1, 1, "h200"),
+        ("--gres=gpu", 1, 1, ""),
+        ("--gpus-per-node=4 --gpus-per-node=2", 1, 2, ""),
+        ("--time=1:00:00", 1, 0, ""),
+    ],
+)
+def test_flags_say_which_gpus_they_ask_for(text: str, nodes: int, per_node: int, kind: str) -> None:
+    flags = parse_flags(split_flags(text, "--sbatch"), "--sbatch")
+
+    assert requested_gpus(flags) == RequestedGpus(nodes=nodes, per_node=per_node, kind=kind)

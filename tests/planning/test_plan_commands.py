@@ -1,0 +1,94 @@
+"""The commands that print a plan: for a named GPU, for what Slurm is asked for, in a second."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import train
+from pipeline.cli import app
+from pipeline.errors import UserError
+from tests.tiny_models import prepare_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO = ("--deepspeed", str(ROOT / "ds_configs" / "zero3.json"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training config whose model and shards exist."""
+    folder = tmp_path_factory.mktemp("plan")
+    shards = prepare_tiny(folder)
+    path = folder / "train.yaml"
+    path.write_text(
+        f"output_dir: {folder / 'run'}\nnum_steps: 4\nmodel: {{path: {shards.tokenizer}}}\n"
+        f"data: {{path: {shards.output_dir}, global_batch_size: 8}}\nchunks: {{max_tokens: 64}}\n"
+    )
+    return path
+
+
+def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gpu, text in (
+        (("--gpu", "h200"), "125.7 GiB  0.9 of h200 (139.7 GiB)"),
+        (("--gpu", "24"), "21.6 GiB  0.9 of 24 GiB"),
+        ((), "this machine's RAM, which 64 ranks share; --gpu NAME plans for GPUs"),
+    ):
+        train.run([str(recipe), *ZERO, "--dry-run", "--world-size", "64", *gpu])
+        out = " ".join(capsys.readouterr().out.split())
+        assert " ".join(text.split()) in out
+    with pytest.raises(UserError, match=r"--gpu h100 \| fix: add --dry-run"):
+        train.run([str(recipe), *ZERO, "--gpu", "h100"])
+    # Where nothing fits, the memory in the error is named too.
+    with pytest.raises(UserError, match="GiB per rank, 0.9 of 0.001 GiB"):
+        train.run([str(recipe), *ZERO, "--dry-run", "--gpu", "0.001"])
+
+
+def test_a_plan_needs_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from pipeline.cli import app; "
+        f"app(['plan', 'run', {str(recipe)!r}, *{ZERO!r}, '--nodes', '2', '--gpus-per-node', '4', "
+        "'--gpu', 'b200'], standalone_mode=False); sys.exit(int('torch' in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ZeRO stage 3 on 8 ranks" in done.stdout
+    assert "0.9 of b200 (178.3 GiB)" in done.stdout
+
+
+def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "cluster.env"
+    monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
+    monkeypatch.chdir(ROOT)
+
+    def dry(*words: str) -> list[str]:
+        text = CliRunner().invoke(app, ["submit", *words, "--dry-run"]).stdout
+        assert "#SBATCH" in text
+        return [line for line in text.splitlines() if line.startswith("# plan: ")]
+
+    one = ("train", str(recipe))
+    flags = (ROOT / "slurm" / "cluster.env").read_text()
+    site.write_text(flags)
+    assert "--gpu NAME plans memory" in dry(*one)[0]
+    assert dry(*one, "--gpu", "l40s")[0] == "# plan: 1 x 8 l40s"
+    site.write_text(flags.replace("--gpus-per-node=8", "--gpus-per-node=h100:4"))
+    lines = dry(*one, "--sbatch", "--nodes=2")
+    assert lines[0] == "# plan: 2 x 4 h100"
+    assert any("plain, chosen" in line for line in lines)
+    assert any("0.9 of h100 (79.1 GiB)" in line for line in lines)
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(f"train: {recipe}\n")
+    assert dry("all", str(chain))[0] == "# plan: 1 x 4 h100"
+    later = f"data.path={tmp_path / 'later'}"
+    assert "not prepared yet" in dry(*one, later, "--after", "77")[0]
+    refused = CliRunner().invoke(app, ["submit", *one, "--gpu", "h100"])
+    assert isinstance(refused.exception, UserError)
