@@ -208,37 +208,26 @@ class Architecture:
         """All linear layers of a block."""
         block = self.block or Block()
         h, i, q, kv = self.hidden_size, self.intermediate_size, self.query_width, self.kv_width
-        inner = (2 if block.gated else 1) * i
-        widths = {
-            "query_key_value": (
-                h,
-                [q + 2 * kv] if len(block.query_key_value) == 1 else [q, kv, kv],
-            ),
-            "out": (q, [h]),
-            "up": (h, [inner] if len(block.up) == 1 else [i, i]),
-            "down": (i, [h]),
-        }
-        names = {
-            "query_key_value": block.query_key_value,
-            "out": (block.out,),
-            "up": block.up,
-            "down": (block.down,),
-        }
+        fused = len(block.query_key_value) == 1
+        ups = [i] * len(block.up) if len(block.up) > 1 else [(1 + block.gated) * i]
+        parts = (
+            ("query_key_value", block.query_key_value, h, [q + 2 * kv] if fused else [q, kv, kv]),
+            ("out", (block.out,), q, [h]),
+            ("up", block.up, h, ups),
+            ("down", (block.down,), i, [h]),
+        )
         return [
             Linear(name=name, part=part, inputs=inputs, outputs=size, bias=part in self.biases)
-            for part, (inputs, outputs) in widths.items()
-            for name, size in zip(names[part], outputs, strict=True)
+            for part, names, inputs, outputs in parts
+            for name, size in zip(names, outputs, strict=True)
         ]
 
     @property
     def layer_parameters(self) -> int:
         """Weights of one layer."""
         block = self.block or Block()
-        heads = {
-            "none": 0,
-            "head": 2 * self.head_width,
-            "whole": self.query_width + self.kv_width,
-        }
+        whole = self.query_width + self.kv_width
+        heads = {"none": 0, "head": 2 * self.head_width, "whole": whole}
         norms = block.num_norms * block.norm_biases * self.hidden_size + heads[block.head_norms]
         return sum(linear.parameters for linear in self.linears) + norms
 
@@ -274,9 +263,7 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     block = BLOCKS.get(model_type, Block())
-    biases = [*block.biases]
-    for key, parts in block.bias_keys.items():
-        biases += parts if tree.get(key) else ()
+    chosen = [parts for key, parts in block.bias_keys.items() if tree.get(key)]
     ratio = tree.get("mlp_ratio") or 4  # LLaDA, and GPT-2's default
     return Architecture(
         model_type=model_type,
@@ -290,7 +277,7 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         activation=str(tree.get(block.activation, "silu")),
         table_rows=sum(size(key) for key in block.tables),
         masks=sum(count for key, count in block.dropouts.items() if tree.get(key)),
-        biases=tuple(biases),
+        biases=(*block.biases, *(part for parts in chosen for part in parts)),
     )
 
 

@@ -45,7 +45,7 @@ def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
     with pytest.raises(UserError, match=r"--gpu h100 \| fix: add --dry-run"):
         train.run([str(recipe), *ZERO, "--gpu", "h100"])
     # Where nothing fits, the memory in the error is named too.
-    with pytest.raises(UserError, match="GiB per rank, 0.9 of 0.001 GiB"):
+    with pytest.raises(UserError, match=r"GiB per rank, 0\.9 of 0\.001 GiB"):
         train.run([str(recipe), *ZERO, "--dry-run", "--gpu", "0.001"])
 
 
