@@ -450,11 +450,15 @@ def plan_run(
     gpu: Annotated[
         str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, or memory in GiB")
     ] = "h100",
+    network: Annotated[
+        float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
+    ] = 400.0,
 ) -> None:
-    """Print batch arithmetic, schedule and memory of a training run, for any GPUs."""
+    """Print batch arithmetic, schedule, memory and time of a training run, for any GPUs."""
     tree = load(TrainConfig, config, overrides)
-    from pipeline.planning import Target, describe
+    from pipeline.planning import describe, describe_time
     from pipeline.planning import plan_run as make_plan
+    from pipeline.planning.memory import GPU_GIB, Target
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     ranks = nodes * gpus_per_node
@@ -462,6 +466,8 @@ def plan_run(
     target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
     plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
     print(describe(plan, tree))
+    if gpu.lower() in GPU_GIB:  # a size in GiB has no speed
+        print("\n" + describe_time(plan, tree, gpu=gpu, network=network))
 
 
 @plan_commands.command("loss")
@@ -542,9 +548,9 @@ def _plan_of_submission(
     gpu: str | None,
 ) -> list[str]:
     """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
-    from pipeline.planning import Target, describe
+    from pipeline.planning import describe
     from pipeline.planning import plan_run as make_plan
-    from pipeline.planning.memory import gpu_named
+    from pipeline.planning.memory import Target, gpu_named
     from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 

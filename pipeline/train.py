@@ -32,7 +32,7 @@ from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.evaluations import ScoringCommands
 
 if TYPE_CHECKING:
-    from pipeline.planning import Target
+    from pipeline.planning.memory import Target
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -157,7 +157,7 @@ def target_of(options: argparse.Namespace, world: World) -> Target:
         world: the ranks to plan for.
     """
     from pipeline import comm
-    from pipeline.planning import Target
+    from pipeline.planning.memory import Target
 
     if options.gpu is not None:
         return Target.gpu(options.gpu, ranks_per_host=options.gpus_per_node)

@@ -3,6 +3,7 @@
 config, shards --plan_run--> first global batch, tokens of the fullest rank and chunk
 model --shape.py--> ModelShape: from the meta device, or from its config.json alone
 ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
+                         --speed.py--> seconds of a step by part
                          --describe--> the text of `--dry-run` and `diffembed plan run`
 
 Nothing here imports torch, except `plan_run` for a model that is built.
@@ -10,6 +11,7 @@ Nothing here imports torch, except `plan_run` for a model that is built.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -21,17 +23,15 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
-from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, LossCost, loss_cost
 from pipeline.planning.memory import (
-    GIB,
-    GPU_GIB,
     PARTS,
     REDUCE_BUCKET,
     SCHEDULES,
     SUB_GROUP,
-    USABLE,
     RankWorkload,
     Schedule,
+    Target,
     Term,
     choose_schedule,
     graphs_that_fit,
@@ -42,49 +42,10 @@ from pipeline.planning.memory import (
     peak,
 )
 from pipeline.planning.shape import ModelShape
+from pipeline.planning.speed import StepWork, gpu_of, step_flops, step_seconds
 
 # Memory for the scores of a tile where tokens are predicted (training/token_step.py).
 TOKEN_TILE_BYTES = 512 * 2**20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """The machine that a plan is for.
-
-    Attributes:
-        available: bytes that a rank may use.
-        name: for the user: the GPU, or what was assumed.
-        on_gpu: False for ranks on a CPU.
-        ranks_per_host: ranks that share a host's memory.
-    """
-
-    available: float
-    name: str
-    on_gpu: bool = True
-    ranks_per_host: int = 8
-
-    @classmethod
-    def gpu(cls, name: str, *, ranks_per_host: int = 8, key: str = "--gpu") -> Target:
-        """Plan for a GPU, by its name or its memory in GiB.
-
-        Raises:
-            UserError: neither; `key` names the option.
-        """
-        known = GPU_GIB.get(name.lower())
-        try:
-            size = float(name) if known is None else known
-        except ValueError:
-            size = 0.0
-        if not 0 < size < math.inf:
-            raise UserError(
-                f"{key} {name}", allowed=f"{', '.join(GPU_GIB)}, or the memory of a GPU in GiB"
-            )
-        label = f"{size:g} GiB" if known is None else f"{name.lower()} ({size:g} GiB)"
-        return cls(
-            available=USABLE * size * GIB,
-            name=f"{USABLE:g} of {label}",
-            ranks_per_host=ranks_per_host,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +56,7 @@ class RunPlan:
     num_examples: int
     shape: ModelShape
     workload: RankWorkload
+    loss: LossCost | None  # None where tokens are predicted
     target: Target
     schedule: Schedule
     keep_graphs: int
@@ -143,15 +105,23 @@ def plan_run(
         shape = ModelShape.planned(
             _read_config(config), config.model, head=config.objective is not None
         )
-    workload = plan_workload(
+    loss = None
+    if config.objective is None:
+        loss = _loss_cost(
+            config,
+            batch.num_queries,
+            batch.num_documents,
+            width=config.model.dimensions or shape.hidden_size,
+            world_size=world_size,
+            on_gpu=target.on_gpu,
+        )
+    workload = _workload(
         config,
         ds_config,
         world_size=world_size,
         rank_tokens=max(map(sum, tokens)),
         chunk_tokens=max(map(max, tokens)),
-        num_queries=batch.num_queries,
-        num_documents=batch.num_documents,
-        width=config.model.dimensions or shape.hidden_size,
+        loss=loss,
         target=target,
     )
     schedule = config.schedule
@@ -164,6 +134,7 @@ def plan_run(
         num_examples=sum(unit.size for unit in loader.order.units),
         shape=shape,
         workload=workload,
+        loss=loss,
         target=target,
         schedule=schedule,
         keep_graphs=_keep_graphs(config, shape, workload, schedule, target, len(tokens[0])),
@@ -171,33 +142,45 @@ def plan_run(
     )
 
 
-def plan_workload(
+def _loss_cost(
+    config: TrainConfig,
+    num_queries: int,
+    num_documents: int,
+    *,
+    width: int,
+    world_size: int,
+    on_gpu: bool,
+) -> LossCost:
+    return loss_cost(
+        num_queries=num_queries,
+        num_documents=num_documents,
+        width=width,
+        world_size=world_size,
+        score_bytes=DEFAULT_SCORE_BYTES["cuda" if on_gpu else "cpu"],
+        symmetric=config.loss.symmetric,
+    )
+
+
+def _loss_bytes(loss: LossCost | None) -> float:
+    """Return the memory of the loss, or of a tile of scores where tokens are predicted."""
+    if loss is None:
+        return float(TOKEN_TILE_BYTES)
+    # The loss reads the embeddings of all chunks, joined, and gives the gradient of each.
+    return float(loss.peak_bytes + 2 * loss.row_bytes)
+
+
+def _workload(
     config: TrainConfig,
     ds_config: dict[str, Any],
     *,
     world_size: int,
     rank_tokens: int,
     chunk_tokens: int,
-    num_queries: int,
-    num_documents: int,
-    width: int,
+    loss: LossCost | None,
     target: Target,
 ) -> RankWorkload:
     """Collect everything that decides the memory of the fullest rank."""
     zero = ds_config["zero_optimization"]
-    loss_bytes = float(TOKEN_TILE_BYTES)
-    if config.objective is None:
-        cost = loss_cost(
-            num_queries=num_queries,
-            num_documents=num_documents,
-            width=width,
-            world_size=world_size,
-            score_bytes=DEFAULT_SCORE_BYTES["cuda" if target.on_gpu else "cpu"],
-            symmetric=config.loss.symmetric,
-        )
-        # The embeddings of all chunks, joined, and their gradients, in addition to the loss's own.
-        rows = -(-(num_queries + num_documents) // world_size)
-        loss_bytes = cost.peak_bytes + 3 * 4.0 * rows * width
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
     wide = config.model.dtype == "float32" or accumulated in ("fp32", "float32", "torch.float32")
     return RankWorkload(
@@ -209,7 +192,7 @@ def plan_workload(
         gradient_checkpointing=config.model.gradient_checkpointing,
         boundaries_on_host=config.chunks.boundaries == "host",
         offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-        loss_bytes=loss_bytes,
+        loss_bytes=_loss_bytes(loss),
         predicts_tokens=config.objective is not None,
         hpz=int(zero.get("zero_hpz_partition_size", 1)),
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
@@ -301,6 +284,46 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
     return _align(lines) + "\n\n" + memory_table(plan, config)
 
 
+def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: float) -> str:
+    """Format the seconds of a step by part, and what the run takes.
+
+    Args:
+        plan: of the run.
+        config: the run.
+        gpu: its name; a size in GiB has no speed.
+        network: Gb/s of one host, all adapters together.
+
+    Raises:
+        UserError: the GPU's speed is not known.
+    """
+    sheet, batch = gpu_of(gpu), plan.batch
+    squares = sum(float((chunk.lengths.astype(float) ** 2).sum()) for chunk in batch.chunks)
+    work = StepWork(
+        workload=plan.workload,
+        # Ranks are balanced by cost, so that this rank is like the fullest.
+        squares=squares,
+        causal=config.model.attention == "causal",
+        kept=min(1.0, plan.keep_graphs / len(batch.chunks)),
+        loss=plan.loss,
+        network=network * 1e9 / 8,
+    )
+    parts = step_seconds(plan.shape, work, plan.schedule, sheet)
+    total = sum(part.seconds for part in parts)
+    ranks = plan.workload.world_size
+    hours = total * config.num_steps / 3600
+    flops = step_flops(plan.shape, work, plan.schedule)
+    rows = [["seconds of a step", "", "from"]]
+    rows += [[part.part, f"{part.seconds:.3g}", part.source] for part in parts]
+    rows += [
+        ["sum", f"{total:.3g}", f"a projection for {gpu}, {network:g} Gb/s a host; not measured"],
+        ["of the peak", f"{flops / sheet.bf16 / total:.0%}", "FLOPs with recomputation"],
+        ["tokens a second", f"{batch.tokens / total:,.0f}", f"all {ranks} ranks"],
+        ["largest batch", f"{largest_batch(plan, config):,}", "that fits, of such texts"],
+        ["run", f"{hours:.3g} h", f"{config.num_steps:,} steps, {hours * ranks:.3g} GPU-hours"],
+    ]
+    return _columns(rows)
+
+
 def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     """Format the memory of a rank by part, for the chosen schedule and the runner-up."""
     shape, workload, available = plan.shape, plan.workload, plan.target.available
@@ -330,6 +353,38 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
         cells = [_bytes(sizes.get(name, 0.0)) for sizes in hosts]
         rows.append([f"host: {name}", *cells, f"{ranks} ranks on a host"])
     return _columns(rows) + "\n(in parentheses: not in memory at the peak)"
+
+
+def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
+    """Return the largest global batch of such texts that fits, with any schedule that is allowed.
+
+    A multiple of this run's batch; 0 if not even this one fits, and at most a million times it.
+    """
+    workload, batch = plan.workload, plan.batch
+    schedules = _possible(config) if config.schedule == "auto" else (plan.schedule,)
+    if workload.gradient_checkpointing:
+        schedules = tuple(schedule for schedule in schedules if schedule != "sweep")
+
+    def fits(times: int) -> bool:
+        tokens = workload.rank_tokens * times
+        loss = plan.loss and _loss_cost(
+            config,
+            batch.num_queries * times,
+            batch.num_documents * times,
+            width=config.model.dimensions or plan.shape.hidden_size,
+            world_size=workload.world_size,
+            on_gpu=workload.on_gpu,
+        )
+        chunk = max(workload.chunk_tokens, min(tokens, config.chunks.max_tokens))
+        larger = dataclasses.replace(
+            workload, rank_tokens=tokens, chunk_tokens=chunk, loss_bytes=_loss_bytes(loss)
+        )
+        sizes = (needed(plan.shape, larger, schedule) for schedule in schedules)
+        return any(size <= plan.target.available for size in sizes)
+
+    # More texts never need less, so that a bisection finds the last that fit.
+    times = bisect.bisect_left(range(1, 2**20 + 1), True, key=lambda times: not fits(times))
+    return times * config.data.global_batch_size
 
 
 def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:

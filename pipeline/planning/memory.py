@@ -15,8 +15,9 @@ P parameters, T of them trained, N ranks, w bytes of a number in the model's typ
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
@@ -78,6 +79,46 @@ def gpu_named(text: str) -> str | None:
         name for name, words in _GPU_WORDS.items() if all(word in text.lower() for word in words)
     ]
     return found[0] if len(found) == 1 else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The machine that a plan is for.
+
+    Attributes:
+        available: bytes that a rank may use.
+        name: for the user: the GPU, or what was assumed.
+        on_gpu: False for ranks on a CPU.
+        ranks_per_host: ranks that share a host's memory.
+    """
+
+    available: float
+    name: str
+    on_gpu: bool = True
+    ranks_per_host: int = 8
+
+    @classmethod
+    def gpu(cls, name: str, *, ranks_per_host: int = 8, key: str = "--gpu") -> Target:
+        """Plan for a GPU, by its name or its memory in GiB.
+
+        Raises:
+            UserError: neither; `key` names the option.
+        """
+        known = GPU_GIB.get(name.lower())
+        try:
+            size = float(name) if known is None else known
+        except ValueError:
+            size = 0.0
+        if not 0 < size < math.inf:
+            raise UserError(
+                f"{key} {name}", allowed=f"{', '.join(GPU_GIB)}, or the memory of a GPU in GiB"
+            )
+        label = f"{size:g} GiB" if known is None else f"{name.lower()} ({size:g} GiB)"
+        return cls(
+            available=USABLE * size * GIB,
+            name=f"{USABLE:g} of {label}",
+            ranks_per_host=ranks_per_host,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -405,7 +446,7 @@ def _what_fits(
     """Name changes of keys that make a schedule fit: single ones if there are any, or pairs."""
     half = workload.chunk_tokens // 2
     more = 2 * workload.world_size
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "ZeRO stage 3 (ds_configs/zero3.json)": {"stage": 3},
         "model.gradient_checkpointing: true": {"gradient_checkpointing": True},
         "model.gradient_checkpointing: false": {"gradient_checkpointing": False},

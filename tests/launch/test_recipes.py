@@ -22,7 +22,7 @@ from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConf
 from pipeline.data.shards import Dataset
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model import encoder
-from pipeline.planning.memory import peak
+from pipeline.planning.memory import Target, peak
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from tests.support import PATIENCE
@@ -140,7 +140,7 @@ def dry_run(config: TrainConfig) -> planning.RunPlan:
     """As `--dry-run` does on eight ranks with 80 GiB each."""
     ds_config = load_ds_config(ROOT / "ds_configs" / "zero2.json")
     resolved = resolve_ds_config(ds_config, config, world_size=8)
-    return planning.plan_run(config, resolved, world_size=8, target=planning.Target.gpu("h100"))
+    return planning.plan_run(config, resolved, world_size=8, target=Target.gpu("h100"))
 
 
 def test_every_recipe_is_planned_at_its_real_size(

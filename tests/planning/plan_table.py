@@ -10,12 +10,12 @@ from typing import Any
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
-from pipeline.planning import Target
 from pipeline.planning.memory import (
     GIB,
     PARTS,
     SCHEDULES,
     RankWorkload,
+    Target,
     choose_schedule,
     host_memory,
     memory_terms,

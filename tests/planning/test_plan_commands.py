@@ -61,6 +61,9 @@ def test_a_plan_needs_no_torch(recipe: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "ZeRO stage 3 on 8 ranks" in done.stdout
     assert "0.9 of b200 (178.3 GiB)" in done.stdout
+    assert "a projection for b200, 400 Gb/s a host" in done.stdout
+    for line in ("compute", "largest batch", "4 steps"):
+        assert line in done.stdout
 
 
 def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(

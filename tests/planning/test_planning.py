@@ -21,12 +21,13 @@ from pipeline.config import (
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
-from pipeline.planning import Target, describe, plan_run
+from pipeline.planning import describe, largest_batch, plan_run
 from pipeline.planning.memory import (
     CUDA_CONTEXT,
     NCCL_BUFFERS,
     RankWorkload,
     Schedule,
+    Target,
     choose_schedule,
     gpu_named,
     graphs_that_fit,
@@ -297,3 +298,19 @@ def test_the_plan_counts_blocks_the_head_and_a_tile_of_its_scores(config: TrainC
 )
 def test_a_site_has_its_own_names_of_gpus(name: str, gpu: str | None) -> None:
     assert gpu_named(name) == gpu
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not(config: TrainConfig) -> None:
+    """In a sweep, the inputs of all layers grow with the batch: here two batches of 128 tokens."""
+    config = dataclasses.replace(config, schedule="sweep")
+    ds_config = resolve_ds_config({"zero_optimization": {"stage": 3}}, config, world_size=2)
+    target = Target(available=8 * GIB, name="a GPU")
+    plan = plan_run(config, ds_config, world_size=2, target=target, build=False)
+    times, rest = divmod(largest_batch(plan, config), 8)
+    assert times > 1 and rest == 0
+
+    def size(times: int) -> float:
+        larger = dataclasses.replace(plan.workload, rank_tokens=128 * times)
+        return peak(memory_terms(plan.shape, larger, "sweep"))[1]
+
+    assert size(times) <= target.available < size(times + 1)

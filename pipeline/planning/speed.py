@@ -1,0 +1,197 @@
+"""Predict the seconds of a step by part, without torch: a projection from a GPU's data sheet.
+
+ModelShape, StepWork, Schedule, Gpu --step_seconds--> seconds by part, hidden work left out
+
+    compute     FLOPs by schedule / (peak x UTILISATION)
+    gather      ZeRO-3's weights, once a step, or twice in a sweep, which hides all but one layer
+    reduce      gradients to their ranks; a sweep hides all but one layer
+    host        boundaries on the host, as far as compute does not hide them; optimizer on the host
+    loss        fp32 products of the scores; queries and their gradients between ranks
+    update      AdamW's traffic to the GPU's memory
+
+P parameters, T of them trained, N ranks, w bytes of a number, F FLOPs of one forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipeline.errors import UserError
+from pipeline.loss.tiles import LossCost
+from pipeline.planning.memory import RankWorkload, Schedule
+from pipeline.planning.shape import ModelShape
+
+# Share of a GPU's peak that transformer layers reach: products and element-wise work of eager
+# transformers in bfloat16 at width 3,584. An estimate (0.48 to 0.52), not measured on a GPU.
+UTILISATION = 0.5
+# Share of a link that collectives reach.
+LINK_USE = 0.8
+# FLOPs of attention's backward in forwards: kernels recompute the scores (five products to two).
+ATTENTION_BACKWARD = 2.5
+# Bytes that AdamW reads and writes for one weight: weight, moments, gradient, and the copy.
+UPDATE_BYTES = 30
+# Memory bandwidth of a host's processors that one host's ranks share, in bytes a second.
+HOST_MEMORY = 200e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """The data sheet of a GPU: peaks without sparsity, bytes a second of one direction."""
+
+    bf16: float  # FLOP/s of tensor cores
+    fp32: float  # FLOP/s without tensor cores
+    memory: float
+    link: float  # to the other GPUs of its host
+    host: float  # to host memory
+
+
+GPUS = {
+    "h100": Gpu(bf16=989e12, fp32=67e12, memory=3.35e12, link=450e9, host=50e9),
+    "h200": Gpu(bf16=989e12, fp32=67e12, memory=4.8e12, link=450e9, host=50e9),
+    "b200": Gpu(bf16=2250e12, fp32=75e12, memory=8e12, link=900e9, host=50e9),
+    "a100-80": Gpu(bf16=312e12, fp32=19.5e12, memory=2.0e12, link=300e9, host=25e9),
+    "a100-40": Gpu(bf16=312e12, fp32=19.5e12, memory=1.55e12, link=300e9, host=25e9),
+    "l40s": Gpu(bf16=362e12, fp32=91e12, memory=0.86e12, link=25e9, host=25e9),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """What a step computes and sends, in addition to its memory.
+
+    Attributes:
+        workload: of the fullest rank.
+        squares: sum of squared text lengths of that rank.
+        causal: a token sees only earlier ones.
+        kept: share of the chunks whose graph is kept.
+        loss: cost of the contrastive loss; None where tokens are predicted.
+        network: bytes a second of one host, one direction, all adapters together.
+    """
+
+    workload: RankWorkload
+    squares: float
+    causal: bool
+    kept: float
+    loss: LossCost | None
+    network: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seconds:
+    """One part of a step, and its origin."""
+
+    part: str
+    seconds: float
+    source: str
+
+
+def gpu_of(name: str) -> Gpu:
+    """Return a GPU's data sheet.
+
+    Raises:
+        UserError: it has none here, as a size in GiB.
+    """
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu {name}: its speed is not known", allowed=", ".join(GPUS))
+    return GPUS[name.lower()]
+
+
+def step_flops(shape: ModelShape, work: StepWork, schedule: Schedule) -> float:
+    """Return the FLOPs of the layers of one rank, recomputation included."""
+    workload, architecture = work.workload, shape.architecture
+    # Norms and biases are below a thousandth of a layer.
+    weights = shape.layer_parameters * shape.num_layers
+    linear = 2.0 * weights * workload.rank_tokens
+    # Scores and weighted values; half of them under a causal mask.
+    seen = 0.5 if work.causal else 1.0
+    attention = 4.0 * architecture.query_width * work.squares * seen * shape.num_layers
+    forward = linear + attention
+    # By the input always; by the weights only where they are trained.
+    trained = shape.layer_trained / shape.layer_parameters
+    backward = linear * (1 + trained) + attention * ATTENTION_BACKWARD
+    forwards = 1.0 if schedule == "plain" else 2.0
+    if schedule == "cache":
+        # Token prediction needs no first pass.
+        forwards = 1.0 if work.loss is None else 2.0 - work.kept
+    if workload.gradient_checkpointing:
+        forwards += 1.0
+    return forwards * forward + backward
+
+
+def step_seconds(
+    shape: ModelShape, work: StepWork, schedule: Schedule, gpu: Gpu
+) -> tuple[Seconds, ...]:
+    """Predict the parts of one step that follow one another."""
+    workload, width = work.workload, work.workload.width
+    compute = step_flops(shape, work, schedule) / (gpu.bf16 * UTILISATION)
+    if workload.dtype == "float32":
+        compute *= gpu.bf16 / gpu.fp32
+    sweep = schedule == "sweep"
+    parts = [Seconds("compute", compute, f"FLOPs / (peak x {UTILISATION:g})")]
+    layer = shape.layer_parameters * width
+    if workload.stage == 3:
+        outer = _exchange(shape.outer_parameters * width, work, gpu)
+        layers = shape.num_layers * _exchange(layer, work, gpu)
+        exposed, source = outer + layers, "P w, once, before the first chunk"
+        if sweep:
+            exposed = outer + _exposed(2 * layers, compute, 2 * shape.num_layers)
+            source = "2 P w, next layer while one computes"
+        parts.append(Seconds("gather", exposed, source))
+    reduced = _exchange(shape.trainable * width, work, gpu)
+    source = "T w, after the last backward"
+    if sweep:
+        outer = _exchange(shape.outer_trained * width, work, gpu)
+        reduced = outer + _exposed(reduced - outer, compute / 2, shape.num_layers)
+        source = "T w, one layer while the next computes"
+    if workload.stage < 3:
+        reduced += _exchange(shape.trainable * width, work, gpu)
+        source += "; updated weights to all ranks"
+    parts.append(Seconds("reduce", reduced, source))
+    parts.append(Seconds("host", *_host(shape, work, sweep, compute, gpu)))
+    if work.loss is not None:
+        seconds = work.loss.matmul_flops / (gpu.fp32 * UTILISATION)
+        seconds += _exchange(work.loss.received_bytes, work, gpu)
+        parts.append(Seconds("loss", seconds, "fp32 products; queries from all ranks"))
+    if not workload.offload_optimizer:
+        share = shape.trainable / workload.world_size
+        source = f"{UPDATE_BYTES} T / N bytes"
+        parts.append(Seconds("update", share * UPDATE_BYTES / gpu.memory, source))
+    return tuple(part for part in parts if part.seconds)
+
+
+def _exchange(size: float, work: StepWork, gpu: Gpu) -> float:
+    """Return the seconds to gather or reduce so many bytes over all ranks.
+
+    Rings: each rank receives all but its own share from its neighbour, and each host all but its
+    own from another host. The slower of the two decides.
+    """
+    ranks = work.workload.world_size
+    on_host = min(work.workload.ranks_per_host, ranks)
+    hosts = -(-ranks // on_host)
+    inside = size * (on_host - 1) / on_host / gpu.link if on_host > 1 else 0.0
+    between = size * (hosts - 1) / hosts / work.network if hosts > 1 else 0.0
+    return max(inside, between) / LINK_USE
+
+
+def _exposed(seconds: float, compute: float, pieces: int) -> float:
+    """Return the part of a transfer in so many equal pieces that compute does not hide."""
+    return max(seconds / pieces, seconds - compute * (pieces - 1) / pieces)
+
+
+def _host(
+    shape: ModelShape, work: StepWork, sweep: bool, compute: float, gpu: Gpu
+) -> tuple[float, str]:
+    """Return the seconds that a step waits for host memory."""
+    workload, width = work.workload, work.workload.width
+    seconds, sources = 0.0, []
+    if sweep and workload.boundaries_on_host:
+        stored = shape.hidden_size * width * (shape.num_layers + 1) * workload.rank_tokens
+        # Out in the forward, back in the backward, each beside compute.
+        seconds += _exposed(2 * stored / gpu.host, compute, 2 * shape.num_layers)
+        sources.append("boundaries out and back, beside compute")
+    if workload.offload_optimizer:
+        share = shape.trainable / workload.world_size
+        ranks = min(workload.ranks_per_host, workload.world_size)
+        seconds += 2 * share * width / gpu.host + share * UPDATE_BYTES * ranks / HOST_MEMORY
+        sources.append("AdamW on the host")
+    return seconds, "; ".join(sources)
