@@ -100,18 +100,19 @@ def plan_run(
     tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
     batch = loader.batch(0)
     if build:
-        shape = _built_shape(config, has_scores=dataset.manifest.has_scores)
+        shape = _built_shape(config)
     else:
         shape = ModelShape.planned(
             _read_config(config), config.model, head=config.objective is not None
         )
-    loss = None
+    width, loss = config.model.dimensions or shape.hidden_size, None
+    config.loss.require_fit(width=width, has_scores=dataset.manifest.has_scores)
     if config.objective is None:
         loss = _loss_cost(
             config,
             batch.num_queries,
             batch.num_documents,
-            width=config.model.dimensions or shape.hidden_size,
+            width=width,
             world_size=world_size,
             on_gpu=target.on_gpu,
         )
@@ -210,13 +211,11 @@ def _possible(config: TrainConfig) -> tuple[Schedule, ...]:
     return SCHEDULES if config.objective is None else SCHEDULES[1:]
 
 
-def _built_shape(config: TrainConfig, *, has_scores: bool) -> ModelShape:
+def _built_shape(config: TrainConfig) -> ModelShape:
     """Count the model itself; its shapes need no weights, so that a login node can plan."""
     from pipeline.model import encoder
 
-    model = encoder.build_model(config, meta=True)
-    config.loss.require_fit(width=model.num_dimensions, has_scores=has_scores)
-    return ModelShape.of(model, config.model)
+    return ModelShape.of(encoder.build_model(config, meta=True), config.model)
 
 
 def _read_config(config: TrainConfig) -> dict[str, Any]:
