@@ -52,6 +52,7 @@ _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.sy
 _running_fast = False
 _cpu_before = 0.0
 _cpu_of_test: Counter[str] = Counter()
+_not_forked: Counter[str] = Counter()  # by variable
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,12 +114,16 @@ def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
     report: pytest.TestReport = yield
     before, _cpu_before = _cpu_before, _cpu_seconds()
     report.user_properties.append(("cpu_seconds", _cpu_before - before))
+    report.user_properties.append(("not_forked", forks.differing[:]))
+    forks.differing.clear()
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up the seconds of each test; with pytest-xdist, where the summary is printed."""
-    _cpu_of_test[report.nodeid] += dict(report.user_properties).get("cpu_seconds", 0.0)
+    properties = dict(report.user_properties)
+    _cpu_of_test[report.nodeid] += properties.get("cpu_seconds", 0.0)
+    _not_forked.update(properties.get("not_forked", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -128,6 +133,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(total)
         for name, seconds in _cpu_of_test.most_common(10):
             terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
+        for name, count in _not_forked.items():
+            terminalreporter.write_line(f"{count} processes were started because of {name}")
 
 
 @pytest.fixture(autouse=True)

@@ -83,12 +83,15 @@ _READ_AT_START = (
 # Set in a child by `_take_environment`, or of no effect on a process that has started.
 _SET_AFTER_START = (
     *("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID"),
+    "TOKENIZERS_PARALLELISM",  # read whenever texts are tokenised
     # By libraries, as they are imported.
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
     *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),
 )
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_AT_IMPORT = dict(os.environ)  # before any test has changed it
 cpu_seconds = 0.0  # of processes that the server forked for this process and that have ended
+differing: list[str] = []  # variables because of which processes were started, not forked
 
 
 class Process:
@@ -263,8 +266,11 @@ def _server_for(environment: Mapping[str, str]) -> _Server | None:
     if environment.get("DIFFEMBED_TEST_FORKS") == "0" or torch.cuda.is_available():
         return None
     if _server is None:
-        _server = _Server(environment)
-    return _server if _server.read_at_start == _read_at_start(environment) else None
+        _server = _Server({**_AT_IMPORT, **ENVIRONMENT})
+    ours, theirs = _server.read_at_start, _read_at_start(environment)
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    differing.extend(names)
+    return None if names else _server
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
