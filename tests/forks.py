@@ -84,6 +84,7 @@ _READ_AT_START = (
 _SET_AFTER_START = (
     *("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID"),
     "TOKENIZERS_PARALLELISM",  # read whenever texts are tokenised
+    "DS_ACCELERATOR",  # chosen by the trainer; without a GPU there is only one
     # By libraries, as they are imported.
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
     *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),
