@@ -58,6 +58,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
+    launch.require_visible_gpu(visible=torch.cuda.is_available(), torch_version=torch.__version__)
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if world.local_rank >= num_gpus:
@@ -67,12 +68,6 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
                 fix="start fewer ranks per host, or let each see all GPUs (no --gpus-per-task)",
             )
         torch.cuda.set_device(world.local_rank)
-    elif requested := launch.requested_gpu():
-        raise UserError(
-            f"{requested}, but torch {torch.__version__} sees no GPU",
-            allowed="a torch that the driver supports (`nvidia-smi` shows its CUDA version)",
-            fix="install such a torch, or set DS_ACCELERATOR=cpu to train on the CPU",
-        )
     with launch.end_with_launcher(world.launchers):
         _join(world, timeout_seconds)
 

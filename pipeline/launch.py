@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,6 +136,56 @@ def requested_gpu(
     if not found or ("SLURM_JOB_ID" in env and not granted):
         return ""
     return f"{granted[0]}={env[granted[0]]}" if granted else f"there is {found[0]}"
+
+
+def require_visible_gpu(*, visible: bool, torch_version: str) -> None:
+    """Refuse to compute on the CPU of a machine whose GPU should be used.
+
+    Args:
+        visible: whether torch sees a GPU.
+        torch_version: for the message.
+
+    Raises:
+        UserError: it sees none, although one was requested.
+    """
+    if not visible and (requested := requested_gpu()):
+        raise UserError(
+            f"{requested}, but torch {torch_version} sees no GPU",
+            allowed="a torch that the driver supports (`nvidia-smi` shows its CUDA version)",
+            fix="install such a torch, or set DS_ACCELERATOR=cpu to compute on the CPU",
+        )
+
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def let_gpu_memory_grow(environ: MutableMapping[str, str] | None = None) -> None:
+    """Let torch extend its blocks of GPU memory, unless the user has configured the allocator.
+
+    A large buffer that was freed is divided among whatever comes next, some of which stays: the
+    next buffer of that size would need memory in addition. Call it before torch uses a GPU.
+    """
+    env = os.environ if environ is None else environ
+    if not any(name in env for name in _ALLOCATOR):
+        # The new name and the old one: each is read by some of the torch versions we run with.
+        env.update(dict.fromkeys(_ALLOCATOR[:2], "expandable_segments:True"))
+
+
+def threads_are_chosen(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether the user, and not torchrun, has set OMP_NUM_THREADS.
+
+    torchrun sets it to 1 where it starts several ranks and the user has set nothing: the optimizer
+    of an offloaded run would then use one core a rank.
+    """
+    env = os.environ if environ is None else environ
+    if env.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in env:
+        return bool(env.get("OMP_NUM_THREADS"))
+    try:
+        # What torchrun was started with, without what it has set since.
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
 
 
 def rendezvous(environ: Mapping[str, str] | None = None) -> tuple[str, int]:

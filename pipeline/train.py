@@ -26,7 +26,13 @@ from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
 from pipeline.files import require_writable
-from pipeline.launch import World, discover_world, local_ranks
+from pipeline.launch import (
+    World,
+    discover_world,
+    let_gpu_memory_grow,
+    local_ranks,
+    threads_are_chosen,
+)
 from pipeline.run_folder import RunDir
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.evaluations import ScoringCommands
@@ -85,13 +91,13 @@ def check_folders(config: TrainConfig, *, writes: bool) -> None:
 
 
 def share_cores(world: World) -> None:
-    """Give this rank its share of the cores, unless the environment already does.
+    """Give this rank its share of the cores, unless the user has chosen one.
 
     Every rank would otherwise start a thread for each core of the host, and they would wait for
     each other.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.environ.get("OMP_NUM_THREADS"):
+    if threads_are_chosen():
         return
     cores, ranks = len(os.sched_getaffinity(0)), local_ranks()
     threads = max(1, cores // ranks)
@@ -127,6 +133,10 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
     check_folders(config, writes=world.is_main and not options.dry_run)
     share_cores(world)
+    let_gpu_memory_grow()
+    if config.deterministic:
+        # torch refuses deterministic products without it; read when cuBLAS is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Here, because its imports take longer than all the checks above.
     from pipeline import comm
 

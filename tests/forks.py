@@ -88,6 +88,7 @@ _SET_AFTER_START = (
     # By libraries, as they are imported.
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
     *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
 )
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _AT_IMPORT = dict(os.environ)  # before any test has changed it

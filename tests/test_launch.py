@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import comm
+from pipeline import comm, launch
 from pipeline.errors import DiffembedError, UserError
 from pipeline.launch import (
     World,
     discover_world,
+    let_gpu_memory_grow,
     local_ranks,
     rendezvous,
     requested_gpu,
@@ -150,6 +151,31 @@ def test_a_machine_with_a_gpu_asks_for_it_unless_it_is_hidden(
     found = requested_gpu(environ, (str(device),))
     assert found.startswith(asked)
     assert bool(found) == bool(asked)
+
+
+def test_a_rank_is_refused_where_torch_does_not_see_the_gpu(
+    rank_0_of_2: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "requested_gpu", lambda: "there is /dev/nvidia0")
+    with pytest.raises(UserError, match=r"there is /dev/nvidia0, but torch .* sees no GPU"):
+        comm.start(rank_0_of_2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "added"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, set()),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, set()),
+        ({"PYTORCH_HIP_ALLOC_CONF": ""}, set()),
+    ],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_has_chosen(
+    environ: dict[str, str], added: set[str]
+) -> None:
+    before = dict(environ)
+    let_gpu_memory_grow(environ)
+    assert environ == {**before, **dict.fromkeys(added, "expandable_segments:True")}
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,11 @@ class TrainConfig:
     """The schedule of checkpoints."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with a dump of the batch, or skip the update."""
+    deterministic: bool = False
+    """The same bits in every run and after resuming, also on GPUs (of one kind; CPUs do so anyway).
+    Costs time and some memory in the backward of attention, whose kernels then add up in a fixed
+    order, and time in a few sums of the loss.
+    """
     evaluate: EvaluateEveryConfig | None = None
     """Score checkpoints during training; null: do not."""
     log_every: Annotated[int, Field(ge=1, description="steps")] = 1

@@ -10,7 +10,7 @@ picks for each call:
 
     flash-attn                      16-bit on a GPU, heads up to 256, dropout and capped scores
     torch's variable-length kernel  16-bit on a GPU, heads up to 256
-    row by row                      everything else: CPU, float32, wide heads
+    row by row                      everything else: CPU, float32, wide heads, GPUs before Ampere
 
 The first two get all rows in one call, with (C + 1,) cumulative lengths as the boundaries between
 them; (1, H, T, K) becomes (T, H, K) there. Row by row splits T and attends in each row of L tokens:
@@ -223,7 +223,7 @@ def choose_kernel(
 ) -> Kernel | None:
     """Return this machine's fastest kernel for exactly this attention; None: row by row."""
     half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or not half or head_width > 256:
+    if device.type != "cuda" or not half or head_width > 256 or is_before_ampere(device):
         return None
     for kernel in (flash_attention(), torch_varlen()):
         if (
@@ -253,10 +253,19 @@ def describe_kernel(
         return f"attention: row by row, because kernels take no {str(dtype).removeprefix('torch.')}"
     if head_width > 256:
         return f"attention: row by row, because kernels take heads of 256 at most, not {head_width}"
+    if is_before_ampere(device):
+        name = torch.cuda.get_device_name(device)
+        return f"WARNING: attention: row by row, which is slow; kernels need Ampere, not {name}"
     needs = "torch 2.11 or newer, or flash-attn"
     if dropout or softcap is not None:
         needs = f"flash-attn for {'attention dropout' if dropout else 'capped scores'}"
     return f"WARNING: attention: row by row, which is slow on a GPU; install {needs}"
+
+
+@cache
+def is_before_ampere(device: torch.device) -> bool:
+    """Return True for a GPU on which both kernels would raise (Volta, Turing)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 @cache

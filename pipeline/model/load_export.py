@@ -46,6 +46,7 @@ from pipeline.model.export_folder import (
     is_export,
     read_settings,
 )
+from pipeline.model.weights import Placement
 from pipeline.tokenizer import (
     ModelLimits,
     cut_before,
@@ -254,8 +255,10 @@ def load_export(
     changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if dimensions and config.dimensions and dimensions > config.dimensions:
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
-    # An export is a transformers model like any other, so it is built as a base model would be.
-    encoder = build_encoder(dataclasses.replace(config, dtype=dtype, **changes)).to(device)
+    config = dataclasses.replace(config, dtype=dtype, **changes)
+    # An export is a transformers model like any other, so it is built as a base model would be. Its
+    # weights are read to the device: a node's processes would not fit into its memory together.
+    encoder = build_encoder(config, placement=Placement(device)).to(device)
     tokenizer = load_tokenizer(str(folder))
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
     # Checking every text for too large ids costs time, and most tokenizers cannot give any.

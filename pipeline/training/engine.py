@@ -84,13 +84,15 @@ class Engine(Protocol):
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters.
 
-    torch's own AdamW, so that no machine needs a compiler to build an optimizer.
+    torch's own AdamW, so that no machine needs a compiler to build an optimizer; fused, because the
+    unfused one reads and writes the state about 13 times, which an offloaded run waits for.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        fused=True,
     )
 
 

@@ -26,6 +26,7 @@ _FREE_KEYS = (
     "schedule",
     "log_every",
     "non_finite",
+    "deterministic",
     "trackers",
 )
 # Not keys of the config, and not compared for equality alone.

@@ -17,6 +17,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from pipeline import checkpoint_folder, comm
 from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
@@ -87,6 +89,7 @@ def train(
     warning = require_negatives(loader, config)
     objective = make_objective(config, loader)
     comm.start(world)
+    set_determinism(config.deterministic)
     # From here on, a check on one rank must raise on all (see comm.on_main).
     comm.on_main(lambda: require_trackers(config.trackers))
     comm.on_main(lambda: take_over(run, config.checkpoint.mirror))
@@ -368,6 +371,17 @@ def _say(text: str) -> None:
     if comm.rank() == 0:
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
             print(text, flush=True)
+
+
+def set_determinism(wanted: bool) -> None:
+    """Choose whether GPUs compute the same bits in every run; attention kernels ask torch for it.
+
+    Without it, the backward of attention and sums by index add up in the order in which a GPU's
+    blocks happen to finish. An operation that has no fixed order ends the run and is named.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    # torch would also write to every new tensor, which only helps to find reads of unset memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def make_objective(config: TrainConfig, loader: Loader) -> Objective:

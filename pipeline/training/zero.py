@@ -266,7 +266,8 @@ class ZeroEngine:
         zero = self._engine.optimizer
         for partition in self._flat_partitions():
             state = zero.optimizer.state[partition]
-            state["step"] = torch.tensor(float(optimizer_steps))
+            # Where fused AdamW keeps it.
+            state["step"] = torch.tensor(float(optimizer_steps), device=partition.device)
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(partition)
         self._link_moments()

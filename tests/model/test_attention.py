@@ -72,10 +72,11 @@ def install_flash_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> N
 
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
-    for probe in (attention.flash_attention, attention.torch_varlen):
+    probes = (attention.flash_attention, attention.torch_varlen, attention.is_before_ampere)
+    for probe in probes:
         probe.cache_clear()
     yield
-    for probe in (attention.flash_attention, attention.torch_varlen):
+    for probe in probes:
         probe.cache_clear()
 
 
@@ -163,6 +164,20 @@ def test_half_precision_on_a_gpu_alone_takes_a_kernel(monkeypatch: pytest.Monkey
 def test_a_run_tells_how_it_computes_attention(given: dict[str, Any], line: str) -> None:
     defaults: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, "head_width": 64}
     assert re.search(line, attention.describe_kernel(**{**defaults, **given}))
+
+
+def test_a_gpu_that_no_kernel_supports_attends_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn and torch's kernel would raise in the first forward."""
+    install_flash_attention(monkeypatch, fake_flash)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Quadro RTX 6000")
+    for capability, name in (((8, 0), "flash-attn"), ((7, 5), None)):
+        attention.is_before_ampere.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        kernel = attention.choose_kernel(CUDA, torch.bfloat16, 64)
+        assert (kernel and kernel.name) == name
+    line = attention.describe_kernel(CUDA, torch.bfloat16, 64)
+    assert re.search("WARNING: .* row by row, .* kernels need Ampere, not Quadro RTX 6000", line)
 
 
 def test_a_flash_attention_built_for_another_torch_is_not_silently_ignored(

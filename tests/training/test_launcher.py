@@ -1,8 +1,10 @@
-"""A rank ends if its launcher ended before the rank could find out its parent."""
+"""What a rank learns from its launcher: that it has ended, and what it has set for the ranks."""
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from pipeline import launch
 from pipeline.errors import DiffembedError
 from tests.support import free_port
-from tests.training.launches import TRAIN, Launch, launcher_words
+from tests.training.launches import ROOT, TRAIN, Launch, launcher_words
 
 TORCHRUN = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
 
@@ -93,3 +95,26 @@ def test_ranks_of_a_launcher_that_is_killed_as_they_start_do_not_wait(
 
         assert message in launch.output()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "exported", "chosen"),
+    [
+        # A shell that exports what torchrun would, as the parent of a rank.
+        ({}, "OMP_NUM_THREADS=1 TORCHELASTIC_RUN_ID=none", False),
+        ({"OMP_NUM_THREADS": "1"}, "TORCHELASTIC_RUN_ID=none", True),
+        ({"OMP_NUM_THREADS": "3"}, "TORCHELASTIC_RUN_ID=none", True),
+        ({}, "OMP_NUM_THREADS=1", True),  # torchrun has not started this rank
+        ({}, "TORCHELASTIC_RUN_ID=none", False),
+    ],
+)
+def test_the_one_thread_of_torchrun_is_not_the_users_choice(
+    given: dict[str, str], exported: str, chosen: bool
+) -> None:
+    code = "from pipeline.launch import threads_are_chosen as chosen; print(chosen())"
+    script = f"export {exported}; {sys.executable} -c '{code}'; true"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **given}
+    done = subprocess.run(
+        ["sh", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(chosen), done.stderr

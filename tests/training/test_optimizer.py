@@ -58,6 +58,27 @@ def test_adamw_gets_the_numbers_of_the_config() -> None:
         assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.95), 1e-6)
 
 
+def test_a_fused_update_is_adamw_by_its_definition() -> None:
+    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, in float64."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(7, 5, bias=False)
+    config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+    optimizer = build_optimizer(model, config)
+    assert optimizer.defaults["fused"]
+    weight = model.weight.detach().double()
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 21):
+        gradient = torch.randn(5, 7) * 10.0 ** (step % 5 - 4)
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient.double() ** 2
+        weight -= config.lr * 0.3 * weight
+        mean, square = first / (1 - 0.8**step), second / (1 - 0.95**step)
+        weight -= config.lr * mean / (square.sqrt() + 1e-6)
+        torch.testing.assert_close(model.weight.double(), weight, atol=1e-6, rtol=1e-6)
+
+
 START = 0.05
 OPTIMIZER = OptimizerConfig(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
 
