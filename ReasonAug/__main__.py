@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -123,12 +124,19 @@ def synthesize(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="ask again what failed for good")
     ] = False,
+    state: Annotated[
+        bool, typer.Option("--state", help="print what a Slurm job must know, as JSON")
+    ] = False,
 ) -> None:
     """Write training rows with a language model behind an OpenAI-compatible server."""
     from ReasonAug.synthesis.config import SynthesisConfig
+    from ReasonAug.synthesis.run import describe_state
     from ReasonAug.synthesis.run import synthesize as run
 
     settings = load_config(SynthesisConfig, config, tuple(overrides or ()))
+    if state:
+        print(json.dumps(describe_state(settings)))
+        return
     run(settings, dry_run=dry_run, limit=limit, retry_failed=retry_failed)
 
 

@@ -496,8 +496,10 @@ def plan_loss(
 @app.command()
 def submit(
     what: Annotated[
-        Literal["prepare", "train", "export", "evaluate", "report", "all"],
-        typer.Argument(metavar="JOB", help="prepare, train, export, evaluate, report or all"),
+        Literal["synthesize", "prepare", "train", "export", "evaluate", "report", "all"],
+        typer.Argument(
+            metavar="JOB", help="synthesize, prepare, train, export, evaluate, report or all"
+        ),
     ],
     config: Config,
     overrides: Overrides = None,

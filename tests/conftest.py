@@ -29,7 +29,7 @@ _START_PROCESSES = {
     *("test_damage.py", "test_chain.py", "test_merging.py"),
     *("test_forks.py", "test_ranks.py", "test_workers.py"),
     *("test_interruption.py", "test_prepare.py", "test_restart.py", "test_plan_commands.py"),
-    *("test_export.py", "test_export_check.py", "outside"),
+    *("test_export.py", "test_export_check.py", "outside", "test_serving.py"),
     "test_bad_rows_are_dropped_counted_and_listed_the_same_by_any_number_of_workers",
     "test_a_hub_dataset_is_read_from_its_cache_when_offline",
     "test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure",

@@ -25,7 +25,10 @@ from pipeline.config.loading import read_yaml
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
+# The config of `python -m ReasonAug synthesize` is none of this package's.
+RECIPES = sorted(
+    path for path in (ROOT / "launch" / "recipes").rglob("*.yaml") if path.name != "synthesize.yaml"
+)
 SCHEMAS = ROOT / "docs" / "schema"
 _MODELINE = "# yaml-language-server: $schema="
 

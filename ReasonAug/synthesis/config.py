@@ -71,8 +71,9 @@ class ModelConfig:
     """As the servers know it."""
     judge: str | None = None
     """Another model of the same servers, for the checks; by default the same one."""
-    servers: Annotated[tuple[ServerConfig, ...], Field(min_length=1, description="server")]
-    """Tried in turn; one that does not answer is left out for a while."""
+    servers: tuple[ServerConfig, ...] = ()
+    """Tried in turn; one that does not answer is left out for a while. None: a Slurm job starts
+    them."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
     """Of calls that write, and of independent solutions."""
     judge_temperature: Annotated[float, Field(ge=0, le=2)] = 0.0

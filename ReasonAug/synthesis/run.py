@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.loading import as_tree, dump_config
+from pipeline.config.loading import as_tree, dump_config, require
 from pipeline.errors import Stopped, UserError, say_warning
 from pipeline.files import (
     atomic_path,
@@ -110,6 +110,13 @@ def synthesize(
         UserError: the config or an input is wrong, or no call can succeed.
         Stopped: the budget is used up, no server answers, or a signal came.
     """
+    require(
+        bool(config.model.servers) or dry_run,
+        "model.servers",
+        [],
+        "at least one server",
+        "name one, or start one in a job: `diffembed submit synthesize`",
+    )
     folder = Folder(root=config.output_dir)
     require_writable(folder.root, key="output_dir")
     prompts = Prompts(config.prompts)
@@ -136,6 +143,21 @@ def synthesize(
             run.write_sample()
         else:
             run.finish()
+
+
+def describe_state(config: SynthesisConfig) -> dict[str, Any]:
+    """Return what a Slurm job must know: folder, model, key, rows if finished, resolved config."""
+    folder = Folder(root=config.output_dir)
+    rows = None
+    if _is_finished(config, Prompts(config.prompts), folder):
+        rows = json.loads(folder.finished.read_text())["rows"]
+    return {
+        "output_dir": str(config.output_dir),
+        "model": config.model.name,
+        "api_key_env": config.model.servers[0].api_key_env if config.model.servers else None,
+        "rows": rows,
+        "config": dump_config(config),
+    }
 
 
 class Run:

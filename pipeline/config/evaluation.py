@@ -199,6 +199,8 @@ class ChainConfig:
     """Config of the training run."""
     prepare: UserPath | None = None
     """Config of the shards; null: they exist already."""
+    synthesize: UserPath | None = None
+    """Config of a synthesis by a language model that writes rows for the shards; null: none."""
     deepspeed: UserPath = Path("ds_configs/zero3.json")
     """Its DeepSpeed JSON."""
     exports: tuple[ExportStep, ...] = (ExportStep(),)
@@ -208,3 +210,11 @@ class ChainConfig:
     text_elements: PositiveInt | None = None
     """Array elements that share the texts of all tasks; null: one element for each model and task.
     """
+
+    def __post_init__(self) -> None:
+        require(
+            self.synthesize is None or self.prepare is not None,
+            "synthesize",
+            str(self.synthesize),
+            "null without prepare, whose shards hold the rows",
+        )

@@ -2,6 +2,8 @@
 
     chain ──> jobs (text of batch scripts) ──> submit ──> slurm ──> sbatch, squeue, scontrol
     slurm/train.sbatch ──> restart ──> allocation ──> health on every node
+    slurm/synthesize.sbatch ──> serving ──> servers, ReasonAug, restart
 
-`submit`, `restart`, `allocation` and `health` are also programs, `python -m pipeline.submission.X`.
+`submit`, `restart`, `serving`, `allocation` and `health` are also programs:
+`python -m pipeline.submission.X`.
 """

@@ -102,9 +102,18 @@ def own_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+def node_names() -> list[str]:
+    """Return the names of this job's nodes."""
+    return _expand(os.environ["SLURM_JOB_NODELIST"])
+
+
 def first_address() -> str:
-    """Return the address by which Slurm reaches the first node, whose name need not resolve."""
-    node = _expand(os.environ["SLURM_JOB_NODELIST"])[0]
+    """Return the address of the first node."""
+    return address(node_names()[0])
+
+
+def address(node: str) -> str:
+    """Return the address by which Slurm reaches a node, whose name need not resolve."""
     shown = slurm.check_output("scontrol", "show", "node", node, "--oneliner", patience=IN_A_JOB)
     found = re.search(r"NodeAddr=(\S+)", shown)
     return found[1] if found else node
@@ -181,7 +190,7 @@ def check_nodes(run_folder: Path) -> Faults:
     Raises:
         NoCheckError: the check could not be started at all.
     """
-    nodes = _expand(os.environ["SLURM_JOB_NODELIST"])
+    nodes = node_names()
     answers = slurm.retry_unanswered(lambda: _run_checks(nodes, run_folder), IN_A_JOB)
     return attribute_faults({node: answers.get(node) for node in nodes})
 

@@ -43,6 +43,7 @@ from pipeline.evaluation.tasks import list_elements
 from pipeline.model.export_folder import SETTINGS, is_export
 from pipeline.run_folder import RunDir
 from pipeline.submission.jobs import Job, short_hash
+from pipeline.submission.serving import describe_synthesis
 
 
 def is_prepared(config: PrepareConfig) -> bool:
@@ -182,11 +183,39 @@ class Chain:
         return Chain(jobs=self.jobs + later, finished=self.finished + other.finished)
 
 
-def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
-    """Return the job that builds the shards.
+def synthesize_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
+    """Return the job that writes training rows with a language model.
 
     Raises:
         UserError: the config is wrong, here and in all functions below.
+    """
+    synthesis = describe_synthesis((str(config), *overrides))
+    if synthesis.rows is not None:
+        line = f"synthesize: {synthesis.output_dir} has all of its {synthesis.rows} rows"
+        return Chain(finished=(line,))
+    folder = _run_folder(synthesis.output_dir)
+    path = folder / f"synthesize-{short_hash(synthesis.config)}.yaml"
+    job = Job(
+        name="synthesize",
+        script="synthesize.sbatch",
+        flags="SYNTHESIZE_FLAGS",
+        folder=folder,
+        arguments=(str(path),),
+        files={path: synthesis.config},
+        exclusive=True,
+    )
+    return Chain(jobs=(job,))
+
+
+def prepare_chain(
+    config: Path, overrides: tuple[str, ...] = (), *, rows_follow: bool = False
+) -> Chain:
+    """Return the job that builds the shards.
+
+    Args:
+        config: of the shards.
+        overrides: changes to it.
+        rows_follow: an earlier job writes the rows, so existing shards are of others.
     """
     tree = load_config(PrepareConfig, config, overrides)
     # Next to the shards: `prepare` refuses a folder that holds anything else.
@@ -202,7 +231,7 @@ def prepare_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
         exclusive=True,
     )
     # `prepare` would refuse other shards too, but only after waiting in the queue.
-    if is_prepared(tree):
+    if is_prepared(tree) and not rows_follow:
         return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
     return Chain(jobs=(job,))
 
@@ -339,8 +368,11 @@ def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     """Return all jobs of an experiment."""
     tree = load_config(ChainConfig, config, overrides)
     training = train_chain(tree.train, (), tree.deepspeed, shards_follow=bool(tree.prepare))
+    chain = Chain()
     # A finished run does not need its shards any more.
-    chain = prepare_chain(tree.prepare) if tree.prepare and training.jobs else Chain()
+    if tree.prepare and training.jobs:
+        chain = synthesize_chain(tree.synthesize) if tree.synthesize else chain
+        chain = chain.then(prepare_chain(tree.prepare, rows_follow=bool(chain.jobs)))
     exports = export_chain(tree.train, (), tree.exports, ready=not training.jobs)
     chain = chain.then(training).then(exports)
     if tree.evaluate:

@@ -297,7 +297,10 @@ def _split(body: str) -> tuple[list[str], str]:
     return header, "\n".join(line for line in lines if not line.startswith(_DIRECTIVE)) + "\n"
 
 
-FLAG_ARRAYS = ("SITE_FLAGS", "PREPARE_FLAGS", "TRAIN_FLAGS", "EVALUATE_FLAGS", "CPU_FLAGS")
+FLAG_ARRAYS = (
+    *("SITE_FLAGS", "SYNTHESIZE_FLAGS", "PREPARE_FLAGS", "TRAIN_FLAGS", "EVALUATE_FLAGS"),
+    "CPU_FLAGS",
+)
 _SITE_SECONDS = 60
 # Each value ends with a zero byte, each array with an empty value.
 _SCRIPT = """\

@@ -95,7 +95,7 @@ class History:
 
 
 # The limits of requeues without a new checkpoint, and of starts on unfit nodes.
-_MAX_IDLE = 3
+MAX_IDLE = 3
 _MAX_UNFIT = 3
 # How long to wait for a shared folder that is full, read-only or away.
 _SHARED_SECONDS = 1800
@@ -112,15 +112,16 @@ class SharedFaultError(DiffembedError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """The end of a job's ranks.
+    """The end of a job's work.
 
     Args:
-        code: their exit code.
+        code: its exit code.
         out_of_time: Slurm signalled that the job's time is nearly over.
         preempted: Slurm takes the nodes for a more urgent job.
         running: Slurm still runs the job: it is neither cancelled nor requeued.
         idle_starts: starts from the newest checkpoint, this one included.
         folder_fault: a fault of the run's folder, if it was checked.
+        what: name of what has ended.
     """
 
     code: int
@@ -129,12 +130,13 @@ class Ending:
     running: bool
     idle_starts: int
     folder_fault: str = ""
+    what: str = "the ranks"
 
 
 def decide(ending: Ending) -> tuple[Verdict, str]:
-    """Decide what to do with a job whose ranks have ended; return the decision and its reason."""
+    """Decide what to do with a job whose work has ended; return the decision and its reason."""
     if ending.code == 0:
-        return "leave", "training is finished"
+        return "leave", "finished"
     if ending.code == 2 and not ending.folder_fault:
         return "leave", "exit code 2 is an error of the config or the data: it would fail again"
     if not ending.running:
@@ -143,12 +145,12 @@ def decide(ending: Ending) -> tuple[Verdict, str]:
     must_leave = ending.out_of_time or ending.preempted
     if ending.code == 75 and not must_leave:
         return "leave", "stopped on request; submit again to continue"
-    if ending.idle_starts > _MAX_IDLE:
+    if ending.idle_starts > MAX_IDLE:
         return "stuck", ""
     if must_leave:
         return "requeue", "out of time" if ending.out_of_time else "preempted"
     fault = f", {ending.folder_fault}" if ending.folder_fault else ""
-    return "requeue", f"the ranks ended with exit code {ending.code}{fault}"
+    return "requeue", f"{ending.what} ended with exit code {ending.code}{fault}"
 
 
 def begin(config: TrainConfig, job: str) -> None:
@@ -161,7 +163,7 @@ def begin(config: TrainConfig, job: str) -> None:
     # Recorded before anything can fail, so that even a start that dies at once counts.
     history, step = _wait_for_shared(lambda: _record_start(config, job))
     # One more than `end` allows: starts that ended with their node were not counted there.
-    if history.idle_starts(step) > _MAX_IDLE + 1:
+    if history.idle_starts(step) > MAX_IDLE + 1:
         raise _stuck_error(config, job, history)
     try:
         faults = _wait_for_shared(lambda: _node_faults(config.output_dir))
@@ -169,7 +171,7 @@ def begin(config: TrainConfig, job: str) -> None:
         # This counts like the crash of a rank.
         _record_end(history, str(error))
         _require_running(job, str(error))
-        raise DiffembedError(_continue(job, history, str(error))) from error
+        raise DiffembedError(continue_job(job, history, str(error))) from error
     if not faults:
         log(f"start {history.num_starts} of job {job}, from step {step}")
         return
@@ -183,7 +185,7 @@ def begin(config: TrainConfig, job: str) -> None:
         raise DiffembedError(
             f"too few nodes are left without {','.join(without)}, not requeued: {words}"
         )
-    raise DiffembedError(_continue(job, history, f"unfit nodes {words}", without=without))
+    raise DiffembedError(continue_job(job, history, f"unfit nodes {words}", without=without))
 
 
 def late(config: TrainConfig, job: str) -> None:
@@ -234,7 +236,7 @@ def end(
     if verdict == "stuck" and history:
         raise _stuck_error(config, job, history)
     if verdict == "requeue":
-        log(_continue(job, history, why))
+        log(continue_job(job, history, why))
     else:
         log(f"not requeued: {why}")
 
@@ -312,7 +314,9 @@ def _record_end(history: History, how: str, *, unfit: bool = False) -> None:
         history.end(how, unfit=unfit)
 
 
-def _continue(job: str, history: History | None, why: str, *, without: tuple[str, ...] = ()) -> str:
+def continue_job(
+    job: str, history: History | None, why: str, *, without: tuple[str, ...] = ()
+) -> str:
     """Requeue the job, or submit a successor; return a line with the outcome and the reason."""
     refusal = allocation.requeue(job, without=without)
     if not refusal:

@@ -272,6 +272,7 @@ def _print_how_to_watch(
 
 # The array of `slurm/cluster.env` whose jobs get the flags of `--sbatch`.
 _MAIN_FLAGS = {
+    "synthesize": "SYNTHESIZE_FLAGS",
     "prepare": "PREPARE_FLAGS",
     "train": "TRAIN_FLAGS",
     "export": "CPU_FLAGS",
@@ -313,7 +314,9 @@ def submit_command(
     for job in after:
         if not job.isdecimal():
             raise UserError(f"--after {job}", allowed="the id of a job")
-    if what == "prepare":
+    if what == "synthesize":
+        jobs = chain.synthesize_chain(config, overrides)
+    elif what == "prepare":
         jobs = chain.prepare_chain(config, overrides)
     elif what == "train":
         # An earlier job may make the shards, or below the exports.

@@ -97,6 +97,7 @@ def names_in_queue(cluster: Cluster) -> list[str]:
 @pytest.mark.parametrize(
     "words",
     [
+        ("synthesize", RECIPE.parent / "synthesis/synthesize.yaml"),
         ("prepare", RECIPE / "data.yaml"),
         ("train", RECIPE / "train.yaml"),
         ("export", RECIPE / "train.yaml"),
