@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 _FOLDER = Path(__file__).parents[1] / "prompts"
-_PLACE = re.compile(r"\{([a-z_]+)\}")
+_PLACE = re.compile(r"\{([a-z_]{2,})\}")  # longer than the arguments of a formula
 _HEADINGS = re.compile(r"^# (System|User)[ \t]*\n", re.MULTILINE)
 
 # The values that each prompt is filled with.

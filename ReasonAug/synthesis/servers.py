@@ -372,9 +372,11 @@ def estimate_tokens(call: Call[Any]) -> int:
 
 async def _read_body(client: openai.AsyncOpenAI, body: dict[str, Any]) -> bytes:
     """Return the body of a response of at most `_MAX_BODY` bytes."""
-    completions: Any = client.chat.completions
+    completions: Any = client.chat.completions.with_streaming_response
     pieces, size = [], 0
-    async with completions.with_streaming_response.create(**body) as response:
+    # As an extra body, which the client sends as it is: checking and copying the messages and the
+    # schema of each request took a quarter of the run's time.
+    async with completions.create(model=body["model"], messages=[], extra_body=body) as response:
         async for piece in response.iter_bytes():
             pieces.append(piece)
             size += len(piece)

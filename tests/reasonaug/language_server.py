@@ -309,6 +309,8 @@ class LanguageServer:
                 )
             self.answered[identity] += 1
             return web.json_response(self._completion(body))
+        except ConnectionError:  # the client was killed
+            return web.Response(status=499)
         finally:
             self.in_flight -= 1
 
