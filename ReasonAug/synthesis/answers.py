@@ -108,6 +108,7 @@ def read_answer(kind: type[T], text: str) -> T:
     Raises:
         UnreadableError: it has no such content.
     """
+    text = _THOUGHTS.sub("", text)  # they may hold drafts of the answer
     tree = _find_object(text)
     if tree is None:
         tree = _read_plain(kind, text)
@@ -126,6 +127,7 @@ def read_answer(kind: type[T], text: str) -> T:
 
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _COMMA = re.compile(r",(\s*[}\]])")
 
 

@@ -67,6 +67,8 @@ class Call(Generic[T]):
     temperature: float
     max_tokens: int
     structured: str
+    token_limit_key: str = "max_tokens"
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> dict[str, Any]:
         """Return what is part of the key in addition to model, prompt and values."""
@@ -74,6 +76,7 @@ class Call(Generic[T]):
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "structured": self.structured,
+            **({"extra": dict(self.extra)} if self.extra else {}),
         }
 
     def key(self) -> str:
@@ -212,6 +215,8 @@ class Calls:
             else model.judge_temperature,
             max_tokens=model.max_tokens,
             structured=model.structured,
+            token_limit_key=model.token_limit_key,
+            extra=model.extra,
         )
 
     async def _text(self, stage: str, call: Call[Any]) -> str:

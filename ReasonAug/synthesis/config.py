@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -80,12 +80,28 @@ class ModelConfig:
     """Of checks."""
     max_tokens: PositiveInt = 2048
     """The longest answer."""
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which the servers know `max_tokens`."""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further parameters of each request, such as `reasoning_effort: low`; null leaves one out that
+    is sent by default, such as `temperature: null`.
+    """
     structured: Literal["auto", "schema", "object", "none"] = "auto"
     """Ask for answers by JSON schema, as a JSON object, or in words only; `auto` starts with
     the schema and falls back if a server refuses it.
     """
     licence: str = ""
     """Licence of the model's outputs, for the card."""
+
+    def __post_init__(self) -> None:
+        owned = {"model", "messages", "response_format", "stream", "n", self.token_limit_key}
+        for key in self.extra:
+            require(
+                key not in owned,
+                f"model.extra.{key}",
+                "given",
+                "parameters that no other key of this config sets",
+            )
 
 
 @strict

@@ -352,6 +352,10 @@ class Run:
                         left.remove(name)
                 self._plan.add(left)
                 return {**item, "unknown": True}
+            except Exception as error:
+                # Otherwise the items in progress would still ask all their questions.
+                self._halt.set(error)
+                raise
 
         return complete
 

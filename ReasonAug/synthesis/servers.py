@@ -6,7 +6,8 @@
     no connection                              the server is left out for a while, others take over
     400, 413, 422                              a recorded failure; the first 400 to a schema makes
                                                the server ask without one
-    401, 404, 403 before any answer            the run ends: every call would fail
+    401, 404, 403 before any answer,           the run ends: every call would fail
+    or 400 to the first five requests
 
 A body is read in pieces, under a limit of time and size, because some servers never end one.
 """
@@ -36,6 +37,7 @@ _LONGEST_REST = 60.0  # seconds that a server is left out, unless it asks for mo
 _LONGEST_RETRY_AFTER = 3600.0
 _FATAL = (401, 403, 404)
 _REJECTED = (400, 413, 422)
+_MAX_REJECTED = 5  # requests in a row from the start, after which no other will do better
 _MODES = ("schema", "object", "none")
 _CHARACTERS_PER_TOKEN = 3  # fewer than usual, so that a budget is not passed
 
@@ -108,8 +110,10 @@ def body_of(call: Call[Any], mode: str) -> dict[str, Any]:
         "model": call.model,
         "messages": call.messages(),
         "temperature": call.temperature,
-        "max_tokens": call.max_tokens,
+        call.token_limit_key: call.max_tokens,
+        **call.extra,
     }
+    body = {name: value for name, value in body.items() if value is not None}
     if mode == "schema":
         schema = {"name": call.answer.__name__, "strict": True, "schema": call.schema()}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -242,6 +246,7 @@ class LiveTransport:
             patience=limits.patience,
         )
         self._places = asyncio.Semaphore(limits.concurrency)
+        self._rejected = 0
         self._requests = Rate(limits.requests_per_minute)
         self._tokens = Rate(limits.tokens_per_minute)
 
@@ -353,6 +358,12 @@ class LiveTransport:
             self._pool.last_sign = time.monotonic()
             if server.fall_back(mode):
                 return _FaultError(reason, counts=False)
+            self._rejected += 1
+            if self._rejected >= _MAX_REJECTED and not self._pool.has_answered:
+                return UserError(
+                    f"{server.url} rejects every request: {reason}",
+                    fix="set model.token_limit_key or model.extra as this server needs them",
+                )
             return _RejectedError(reason)
         if status in _FATAL and not (status == 403 and self._pool.has_answered):
             return UserError(

@@ -84,6 +84,7 @@ class Behaviour:
         key: the only key that is accepted.
         expired: share of a batch's requests that expire the first time.
         delay: seconds before an answer.
+        unknown: a parameter that the server refuses.
         cheap: problems are two sums, for measuring speed.
     """
 
@@ -96,6 +97,7 @@ class Behaviour:
     key: str = ""
     expired: float = 0.0
     delay: float = 0.0
+    unknown: str = ""
     cheap: bool = False
 
 
@@ -303,6 +305,9 @@ class LanguageServer:
                     response = await self._misbehave(fault, request, body)
                     if response is not None:
                         return response
+            if self.behaviour.unknown and self.behaviour.unknown in body:
+                message = f"Unsupported parameter: {self.behaviour.unknown}"
+                return web.json_response({"error": {"message": message}}, status=400)
             if "response_format" in body and not self.behaviour.structured:
                 return web.json_response(
                     {"error": {"message": "response_format is not supported"}}, status=400

@@ -18,10 +18,16 @@ import pytest
 
 from pipeline.errors import Stopped, UserError
 from ReasonAug.synthesis.ledger import Ledger
-from ReasonAug.synthesis.run import synthesize
+from ReasonAug.synthesis.run import Run, synthesize
 from tests.reasonaug.language_server import FAULTS, Behaviour, LanguageServer, serving
 from tests.reasonaug.small_synthesis import config_of, read, records, tree_of
 from tests.support import free_port
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report on the data takes as long as everything else; it has tests of its own."""
+    monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,20 @@ def test_a_refusal_is_recorded_and_costs_one_problem_only(
         synthesize(config_of(out, url), retry_failed=True)
     assert server.answered.total() >= len(failed)
     assert rows(out) == rows(undisturbed)
+
+
+def test_a_server_that_rejects_every_request_ends_the_run(tmp_path: Path) -> None:
+    """Instead of recording a failure for each; another name of the parameter cures it."""
+    out = tmp_path / "out"
+    with serving(Behaviour(unknown="max_tokens")) as (url, server):
+        with pytest.raises(UserError, match=r"rejects every request: .*max_tokens"):
+            synthesize(config_of(out, url))
+        assert len(records(out)) < 8
+        server.keep_bodies = True
+        cured = {"token_limit_key": "max_completion_tokens", "extra": {"temperature": None}}
+        synthesize(config_of(tmp_path / "cured", url, model=cured), limit=1)
+    assert all("temperature" not in body for body in server.bodies)
+    assert {body["max_completion_tokens"] for body in server.bodies} == {2048}
 
 
 def test_no_key_reaches_a_file_or_a_message(

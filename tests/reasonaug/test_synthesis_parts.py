@@ -96,7 +96,7 @@ WHOLE = {"problem": 'How "many"?', "solution": "a\nb", "answer": "3"}
         json.dumps(WHOLE),
         f"Sure, here it is:\n```json\n{json.dumps(WHOLE, indent=1)}\n```\nAnything else?",
         json.dumps(WHOLE)[:-1] + ",}",
-        f"<think>maybe</think>{json.dumps(WHOLE)} done",
+        f"<think>maybe {{'a': 1}}</think>{json.dumps(WHOLE)} done",
         json.dumps(WHOLE).replace("\\n", "\n"),
         json.dumps({**WHOLE, "answer": 3, "extra": None}),
     ],

@@ -13,12 +13,18 @@ import pytest
 from pipeline.errors import UserError
 from ReasonAug.splits import is_held_out
 from ReasonAug.synthesis.imports import import_files
-from ReasonAug.synthesis.run import synthesize
+from ReasonAug.synthesis.run import Run, synthesize
 from tests.reasonaug.language_server import Behaviour, serving
 from tests.reasonaug.small_synthesis import NUMERIC, Rows, config_of, read
 
 CODING = {"algorithm": ["Kadane's Algorithm", "Coin Change"]}
 REWRITES = {"forum": 1.0, "exam": 1.0, "long": 1.0, "long_tokens": 300}
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report on the data takes as long as everything else; it has tests of its own."""
+    monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
 
 
 @pytest.fixture(scope="module")
