@@ -334,4 +334,5 @@ def _prepare_filter() -> Any:
     return load
 
 
-main()
+if __name__ == "__main__":
+    main()

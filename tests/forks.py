@@ -219,13 +219,14 @@ class _Server:
         address = f"\0diffembed-forks-{run}"
         greeting = b""
         for _ in range(50):
-            _start_server_once(address, environment)
+            started = _start_server_once(address, environment)
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with contextlib.suppress(ConnectionError):
                 self._socket.connect(address)
                 greeting = self._socket.recv(2**20)
             if greeting:
                 break
+            assert not started, "the server ended, see: python -m tests.forks"
             time.sleep(0.1)  # a server that another worker has started is ending
         self.read_at_start: dict[str, str] = json.loads(greeting)
 
@@ -237,13 +238,13 @@ class _Server:
         self._socket.close()
 
 
-def _start_server_once(address: str, environment: Mapping[str, str]) -> None:
-    """Start the server at an address, unless another worker has done so."""
+def _start_server_once(address: str, environment: Mapping[str, str]) -> bool:
+    """Start the server at an address; return false if another worker has done so."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         try:
             listener.bind(address)
         except OSError:
-            return
+            return False
         listener.listen(128)
         subprocess.Popen(
             [sys.executable, "-m", "tests.forks", str(listener.fileno())],
@@ -255,6 +256,7 @@ def _start_server_once(address: str, environment: Mapping[str, str]) -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        return True
 
 
 _server: _Server | None = None
@@ -547,4 +549,5 @@ if __name__ == "__main__":
     forks.import_libraries()
     gc.collect()
     gc.freeze()  # shared with children: a collection of theirs copies no page
-    forks._serve(socket.socket(fileno=int(sys.argv[1])), read_at_start)
+    if sys.argv[1:]:  # without a socket, the imports alone are tried
+        forks._serve(socket.socket(fileno=int(sys.argv[1])), read_at_start)
