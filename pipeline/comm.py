@@ -218,7 +218,7 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     if world_size() == 1:
         return x, 0
-    count = torch.tensor(x.shape[0], device=x.device)
+    count = torch.full((), x.shape[0], device=x.device)  # a copy from the host would wait too
     sizes: list[int] = all_gather_stack(count).tolist()  # waits for the GPU once
     # `all_gather` takes equal shapes only.
     padded = x.new_zeros(max(sizes), *x.shape[1:])

@@ -107,19 +107,29 @@ def contrastive_loss(
     width = query_BE.shape[1]
     config.require_fit(width=width, has_scores=targets.teacher_positives is not None)
     rank_targets = RankTargets(targets)
+    value = config.temperature if temperature is None else temperature
     with _float32_products(query_BE.device):
-        outputs = [
+        results = [
             _LossAtWidth(
                 query_BE[:, :dim],
                 document_KE[:, :dim],
                 rank_targets,
                 config,
-                temperature=config.temperature if temperature is None else temperature,
+                temperature=value,
                 score_bytes=score_bytes or DEFAULT_SCORE_BYTES[query_BE.device.type],
             ).run()
             for dim in (*config.matryoshka_dims, width)
         ]
-    return outputs[0] if len(outputs) == 1 else _mean_over_widths(outputs)
+    # Read together: on a GPU each reading waits for all earlier work.
+    numbers = torch.stack([result.numbers for result in results]).tolist()
+    outputs = [
+        result.output(row, num_queries=targets.num_queries, temperature=value)
+        for result, row in zip(results, numbers, strict=True)
+    ]
+    output = outputs[0] if len(outputs) == 1 else _mean_over_widths(outputs)
+    return (
+        output if config.learn_temperature else dataclasses.replace(output, temperature_grad=None)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +155,32 @@ class _ScoredBlock:
     weight_P: Tensor  # float64, share of each positive in the mean
     negatives: _NegativeSums
     log_mass_grad_R: Tensor  # float64, d(loss) / d(log_mass)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    """Loss and gradients at one width, before the host has read any number."""
+
+    # (4,) float64: the loss, the number of queries whose best positive wins, the sum of these best
+    # scores, and the sum of d(loss) / d(query row) . query row, for the temperature
+    numbers: Tensor
+    query_grad: Tensor
+    document_grad: Tensor
+
+    def output(self, numbers: list[float], *, num_queries: int, temperature: float) -> LossOutput:
+        """Return the result with its numbers on the host; the temperature counts as learned."""
+        loss, num_correct, best_score, dot = numbers
+        return LossOutput(
+            loss=torch.tensor(loss, dtype=torch.float32),
+            # d(loss) / d(temperature): scores depend on it only through the rows, q / t.
+            temperature_grad=-dot / temperature,
+            query_grad=self.query_grad,
+            document_grad=self.document_grad,
+            metrics={
+                "accuracy@1": num_correct / num_queries,
+                "positive_similarity": best_score * temperature / num_queries,
+            },
+        )
 
 
 class _LossAtWidth:
@@ -195,7 +231,7 @@ class _LossAtWidth:
         self._loss, self._num_correct, self._best_score = zero, zero, zero
         self._query_grad_dot_query = zero  # summed over this rank's queries, for the temperature
 
-    def run(self) -> LossOutput:
+    def run(self) -> _Result:
         """Pass all blocks of all ranks, in rank order."""
         waiting = []
         for block in self._targets.blocks(self._plan.rows):
@@ -211,16 +247,13 @@ class _LossAtWidth:
         self._document.write_embedding_grad_(
             self._document_grad_KE, self._document_grad_KE, rows=every_row
         )
-        num_correct, best_score = torch.stack([self._num_correct, self._best_score]).tolist()
-        return LossOutput(
-            loss=self._loss.float(),
-            temperature_grad=self._temperature_grad() if self._config.learn_temperature else None,
+        dot = self._query_grad_dot_query
+        if self._config.learn_temperature:
+            dot = comm.all_reduce_(dot)
+        return _Result(
+            numbers=torch.stack([self._loss, self._num_correct, self._best_score, dot]),
             query_grad=self._query_grad_BE,
             document_grad=self._document_grad_KE,
-            metrics={
-                "accuracy@1": num_correct / self._num_queries,
-                "positive_similarity": best_score * self._temperature / self._num_queries,
-            },
         )
 
     def _score(self, block: QueryBlock) -> _ScoredBlock:
@@ -231,7 +264,7 @@ class _LossAtWidth:
         listed = self._targets.pairs(block, with_negatives=own or config.distillation is not None)
         # Each pair is scored by the rank that holds its document, and is zero on the others.
         score_P = comm.all_reduce_(
-            pair_scores(query_RE, listed.row_P, self._document.rows_BE, listed.local_P)
+            pair_scores(query_RE, listed.row_P, self._document.rows_BE, listed.local_P, listed.here)
         )
         row_P = listed.positives(listed.row_P)
         best_R = segment_max(listed.positives(score_P), row_P, num_rows)
@@ -319,20 +352,18 @@ class _LossAtWidth:
         log_mass_grad_K = torch.zeros_like(log_mass_K)
         loss = torch.zeros_like(self._loss)
         for scored in waiting:
-            local_P = scored.listed.positives(scored.listed.local_P)
-            here = local_P >= 0
-            local = local_P[here]
+            here = scored.listed.here[: scored.listed.num_positives_here]
+            local = scored.listed.local_P[here]
             term, slope = info_nce(
-                scored.listed.positives(scored.score_P)[here],
+                scored.score_P[here],
                 log_mass_K[local],
                 scored.weight_P[here] / 2,
             )
             loss += term
             log_mass_grad_K.index_add_(0, local, slope)
-            # Into scored.score_grad_P, through a view. A pair's gradient is used by the document's
-            # rank alone, so the other ranks need not learn of this.
-            score_grad_P = scored.listed.positives(scored.score_grad_P)
-            score_grad_P[here] = score_grad_P[here] - slope
+            # A pair's gradient is used by the document's rank alone, so the other ranks need not
+            # learn of this.
+            scored.score_grad_P[here] -= slope
         self._loss = self._loss + comm.all_reduce_(loss)
         for scored in waiting:
             self._accumulate_gradients(scored, (sums, log_mass_grad_K))
@@ -354,6 +385,7 @@ class _LossAtWidth:
             scored.score_grad_P,
             scored.listed.row_P,
             scored.listed.local_P,
+            scored.listed.here,
             query_RE=scored.query_RE,
             document_KE=self._document.rows_BE,
             query_grad_RE=query_grad_RE,
@@ -367,10 +399,6 @@ class _LossAtWidth:
             rows = scored.block.rows
             self._query.write_embedding_grad_(self._query_grad_BE[rows], query_grad_RE, rows=rows)
 
-    def _temperature_grad(self) -> float:
-        """Return d(loss) / d(temperature): scores depend on it only through the rows, q / t."""
-        return float(-comm.all_reduce_(self._query_grad_dot_query) / self._temperature)
-
 
 def _own_negatives(
     listed: ListedPairs, score_P: Tensor, ceiling_R: Tensor | None, num_rows: int
@@ -379,10 +407,12 @@ def _own_negatives(
     counted_P = listed.contrasted_P
     if ceiling_R is not None:
         counted_P = counted_P & (score_P <= ceiling_R[listed.row_P])
-    row_P, counted_score_P = listed.row_P[counted_P], score_P[counted_P]
+    # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
+    counted = torch.nonzero(counted_P)[:, 0]
+    row_P, counted_score_P = listed.row_P[counted], score_P[counted]
     log_mass_R = segment_log_sum_exp(counted_score_P, row_P, num_rows)
     share_P = torch.zeros_like(score_P)
-    share_P[counted_P] = (counted_score_P - log_mass_R[row_P]).exp()
+    share_P[counted] = (counted_score_P - log_mass_R[row_P]).exp()
     return _NegativeSums(
         log_mass_R=log_mass_R,
         best_R=segment_max(counted_score_P, row_P, num_rows),

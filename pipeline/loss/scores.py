@@ -13,7 +13,7 @@ Listed pairs (positives, own negatives) are few, and are scored one by one in fl
 
 Shapes: R queries of the block, K documents of this rank, T of them in a tile, E embedding width,
 P listed pairs: `row_P` is the query's row in the block (ascending), `local_P` the document's row on
-this rank, -1 where another rank holds it.
+this rank, -1 where another rank holds it, `here` the numbers of the pairs where this rank does.
 """
 
 from __future__ import annotations
@@ -56,8 +56,12 @@ class BlockTiles:
         # Excluded pairs by column, so that each tile's pairs are one slice.
         column, order = excluded[1].sort()
         self._excluded = (excluded[0][order], column)
-        edges = torch.tensor([*starts, document_KE.shape[0]], device=column.device)
-        bounds = torch.searchsorted(column, edges).tolist()
+        bounds = [0, column.shape[0]][: len(starts) + 1]
+        if len(starts) > 1:  # otherwise the host need not wait for a GPU to search
+            edges = torch.tensor([*starts, document_KE.shape[0]])
+            edges = edges.to(column.device, non_blocking=True)
+            bounds = torch.searchsorted(column, edges).tolist()
+        self._excluded_score = torch.full((), -torch.inf, device=column.device)
         # (first column, first and last excluded pair) of each tile
         self._tiles = list(zip(starts, bounds[:-1], bounds[1:], strict=True))
         self._peaks: list[Tensor] = []  # (R,) of each tile, if its scores are kept
@@ -176,7 +180,8 @@ class BlockTiles:
         if self._ceiling_R is not None:
             score_RT.masked_fill_(score_RT > self._ceiling_R[:, None], -torch.inf)
         row, column = (index[first:last] for index in self._excluded)
-        score_RT[row, column - start] = -torch.inf
+        # Not by a number of the host, whose copy to a GPU would wait for all earlier work.
+        score_RT[row, column - start] = self._excluded_score
         return score_RT
 
 
@@ -269,6 +274,10 @@ def add_tile_(
 
 def _above(weight_RT: Tensor, threshold_R: Tensor, top_RG: Tensor) -> tuple[Tensor, Tensor]:
     """Find the weights above their row's threshold; `top_RG` is the largest of each group."""
+    if weight_RT.device.type == "cuda":
+        # A GPU reads all weights faster than the host can wait for it twice.
+        row, column = (weight_RT > threshold_R[:, None]).nonzero(as_tuple=True)
+        return row, column
     group = weight_RT.shape[1] // top_RG.shape[1]
     row_H, group_H = (top_RG > threshold_R[:, None]).nonzero(as_tuple=True)
     found_HT = weight_RT.view(*top_RG.shape, group)[row_H, group_H]  # (R, G, group) -> (H, group)
@@ -276,10 +285,11 @@ def _above(weight_RT: Tensor, threshold_R: Tensor, top_RG: Tensor) -> tuple[Tens
     return row_H[hit], group_H[hit] * group + within
 
 
-def pair_scores(query_RE: Tensor, row_P: Tensor, document_KE: Tensor, local_P: Tensor) -> Tensor:
+def pair_scores(
+    query_RE: Tensor, row_P: Tensor, document_KE: Tensor, local_P: Tensor, here: Tensor
+) -> Tensor:
     """Score each pair whose document is on this rank: (P,) float64, zero for the others."""
     score_P = torch.zeros(row_P.shape[0], dtype=torch.float64, device=row_P.device)
-    here = torch.nonzero(local_P >= 0)[:, 0]
     score_P[here] = _dot_pairs(query_RE, row_P[here], document_KE, local_P[here])
     return score_P
 
@@ -288,6 +298,7 @@ def accumulate_pair_gradients(
     grad_P: Tensor,
     row_P: Tensor,
     local_P: Tensor,
+    here: Tensor,
     *,
     query_RE: Tensor,
     document_KE: Tensor,
@@ -295,7 +306,6 @@ def accumulate_pair_gradients(
     document_grad_KE: Tensor,
 ) -> None:
     """Add d(loss) / d(score) of the pairs on this rank to the gradients of both sides."""
-    here = torch.nonzero(local_P >= 0)[:, 0]
     for part in _slices(here.shape[0], query_RE.shape[1], query_RE.device):
         row, local = row_P[here[part]], local_P[here[part]]
         grad_P1 = grad_P[here[part]].float()[:, None]

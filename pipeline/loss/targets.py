@@ -14,9 +14,11 @@ a document that is listed for it, E embedding width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline import comm
 
@@ -28,11 +30,12 @@ class RaggedIndex:
     offsets: Tensor  # (rows + 1,) int64
     values: Tensor  # (entries,) int64
 
-    def entries(self, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+    def entries(self, rows_R: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
         """Find every entry of the chosen rows.
 
         Args:
             rows_R: (R,) numbers of the rows.
+            num_entries: P, of all these rows; without it the host would wait for a GPU to count.
 
         Returns:
             (P,) index into `rows_R` of the row that the entry belongs to, ascending, and (P,)
@@ -40,10 +43,25 @@ class RaggedIndex:
         """
         starts_R = self.offsets[rows_R]
         counts_R = self.offsets[rows_R + 1] - starts_R
-        row_P = torch.repeat_interleave(counts_R)
+        row_P = torch.repeat_interleave(counts_R, output_size=num_entries)
         first_R = counts_R.cumsum(0) - counts_R
         within_P = torch.arange(row_P.numel(), device=row_P.device) - first_R[row_P]
         return row_P, starts_R[row_P] + within_P
+
+    def running_totals(self, rows_N: Tensor, local_M: Tensor) -> Tensor:
+        """Count the entries of the first n of the chosen rows, for every n from 0 to N.
+
+        Args:
+            rows_N: (N,) numbers of the rows.
+            local_M: row on this rank of each value, -1 elsewhere.
+
+        Returns:
+            (2, N + 1) all entries, and those whose value is on this rank.
+        """
+        first_N, last_N = self.offsets[rows_N], self.offsets[rows_N + 1]
+        here = pad((local_M[self.values] >= 0).cumsum(0), (1, 0))
+        counts_2N = torch.stack([last_N - first_N, here[last_N] - here[first_N]])
+        return pad(counts_2N.cumsum(1), (1, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +91,19 @@ class LossOutput:
     the world size: a caller that averages gradients over ranks has to multiply.
     """
 
-    loss: Tensor  # () float32, the same on every rank
+    loss: Tensor  # () float32 in host memory, the same on every rank
     query_grad: Tensor  # (B, E) float32
     document_grad: Tensor  # (K, E) float32
     temperature_grad: float | None  # d(loss) / d(temperature) where it is learned, on every rank
     metrics: dict[str, float]  # the same on every rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EntryCount:
+    """The number of a block's entries in one ragged table, known to the host."""
+
+    total: int
+    here: int  # whose document is on this rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +113,9 @@ class QueryBlock:
     owner: int
     rows: slice  # of the owner's queries
     index_R: Tensor  # their global indices
+    positives: EntryCount
+    negatives: EntryCount
+    masked: EntryCount
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +125,8 @@ class ListedPairs:
     num_positives: int
     row_P: Tensor  # row of the query in the block
     local_P: Tensor  # row of the document on this rank, -1 elsewhere
+    here: Tensor  # numbers of the pairs whose document is on this rank, ascending
+    num_positives_here: int
     teacher_P: Tensor | None  # float64
     contrasted_P: Tensor  # bool: an own negative that is neither positive nor masked
 
@@ -110,7 +141,8 @@ class RankTargets:
     def __init__(self, targets: Targets) -> None:
         self._targets, self.num_queries = targets, targets.num_queries
         device = targets.query_index.device
-        sizes = torch.tensor([len(targets.query_index), len(targets.document_index)], device=device)
+        sizes = torch.tensor([len(targets.query_index), len(targets.document_index)])
+        sizes = sizes.to(device, non_blocking=True)
         counts: list[tuple[int, int]] = comm.all_gather_stack(sizes).tolist()
         self.queries_of_rank = [queries for queries, _ in counts]
         self.max_documents = max(documents for _, documents in counts)
@@ -124,52 +156,87 @@ class RankTargets:
         self._local_M[targets.document_index] = torch.arange(
             len(targets.document_index), device=device
         )
+        self._blocks: dict[int, list[QueryBlock]] = {}
 
     def blocks(self, rows: int) -> list[QueryBlock]:
-        """Cut all queries into blocks of at most `rows`; the same list on every rank."""
-        blocks, offset = [], 0
+        """Cut all queries into blocks of at most `rows`; the same blocks on every rank."""
+        # Kept, because all widths of an embedding have the same.
+        if rows not in self._blocks:
+            self._blocks[rows] = self._cut(rows)
+        return self._blocks[rows]
+
+    def _cut(self, rows: int) -> list[QueryBlock]:
+        spans, edges = [], [0]
         for owner, count in enumerate(self.queries_of_rank):
             for start in range(0, count, rows):
                 stop = min(start + rows, count)
-                index_R = self._index_N[offset + start : offset + stop]
-                blocks.append(QueryBlock(owner=owner, rows=slice(start, stop), index_R=index_R))
-            offset += count
-        return blocks
+                spans.append((owner, slice(start, stop)))
+                edges.append(edges[-1] + stop - start)
+        counts = self._count_entries(edges)
+        return [
+            QueryBlock(
+                owner=owner,
+                rows=part,
+                index_R=self._index_N[first:last],
+                positives=positives,
+                negatives=negatives,
+                masked=masked,
+            )
+            for (owner, part), (first, last), (positives, negatives, masked) in zip(
+                spans, itertools.pairwise(edges), counts, strict=True
+            )
+        ]
+
+    def _count_entries(self, edges: list[int]) -> list[list[EntryCount]]:
+        """Count positives, negatives and masked documents of each block; waits for a GPU once."""
+        targets = self._targets
+        tables = (targets.positives, targets.negatives, targets.masked)
+        totals = torch.stack([t.running_totals(self._index_N, self._local_M) for t in tables])
+        at_edges = totals[:, :, torch.tensor(edges).to(totals.device, non_blocking=True)]
+        # (3 tables, 2, blocks + 1) -> blocks x 3 tables x 2
+        counts = at_edges.diff(dim=2).permute(2, 0, 1).tolist()
+        return [[EntryCount(total=n, here=here) for n, here in block] for block in counts]
 
     def excluded(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
         """Return row and local column of the block's positives and masked documents here."""
         row, document = self._positives_and_masked(block)
         column = self._local_M[document]
-        # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
-        here = torch.nonzero(column >= 0)[:, 0]
+        here = _numbers_of(column >= 0, block.positives.here + block.masked.here)
         return row[here], column[here]
 
     def pairs(self, block: QueryBlock, *, with_negatives: bool) -> ListedPairs:
         """List the block's positives, and its own negatives on request."""
         targets = self._targets
-        row_P, document_P, teacher_P = _lookup(targets.positives, targets.teacher_positives, block)
-        num_positives = row_P.shape[0]
+        row_P, document_P, teacher_P = _lookup(
+            targets.positives, targets.teacher_positives, block.index_R, block.positives
+        )
+        num_here = block.positives.here
         contrasted_P = torch.zeros_like(row_P, dtype=torch.bool)
         if with_negatives:
-            row, document, teacher = _lookup(targets.negatives, targets.teacher_negatives, block)
+            row, document, teacher = _lookup(
+                targets.negatives, targets.teacher_negatives, block.index_R, block.negatives
+            )
+            num_here += block.negatives.here
             barred = self._pair_number(*self._positives_and_masked(block))
-            contrasted = ~torch.isin(self._pair_number(row, document), barred)
+            contrasted = ~_is_among(self._pair_number(row, document), barred)
             row_P, document_P = torch.cat([row_P, row]), torch.cat([document_P, document])
             contrasted_P = torch.cat([contrasted_P, contrasted])
             if teacher_P is not None and teacher is not None:
                 teacher_P = torch.cat([teacher_P, teacher])
+        local_P = self._local_M[document_P]
         return ListedPairs(
-            num_positives=num_positives,
+            num_positives=block.positives.total,
             row_P=row_P,
-            local_P=self._local_M[document_P],
+            local_P=local_P,
+            here=_numbers_of(local_P >= 0, num_here),
+            num_positives_here=block.positives.here,
             teacher_P=teacher_P,
             contrasted_P=contrasted_P,
         )
 
     def _positives_and_masked(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
-        positive, masked = (
-            _lookup(table, None, block) for table in (self._targets.positives, self._targets.masked)
-        )
+        positive = _lookup(self._targets.positives, None, block.index_R, block.positives)
+        masked = _lookup(self._targets.masked, None, block.index_R, block.masked)
         return torch.cat([positive[0], masked[0]]), torch.cat([positive[1], masked[1]])
 
     def _pair_number(self, row: Tensor, document: Tensor) -> Tensor:
@@ -177,8 +244,20 @@ class RankTargets:
 
 
 def _lookup(
-    table: RaggedIndex, scores: Tensor | None, block: QueryBlock
+    table: RaggedIndex, scores: Tensor | None, index_R: Tensor, count: EntryCount
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return row, global document and score of every entry of the block's queries."""
-    row, position = table.entries(block.index_R)
+    """Return row, global document and score of every entry of a block's queries."""
+    row, position = table.entries(index_R, count.total)
     return row, table.values[position], None if scores is None else scores[position].double()
+
+
+def _numbers_of(chosen_P: Tensor, count: int) -> Tensor:
+    """Return the numbers of the true elements: `nonzero`, which would wait for a GPU to count."""
+    return torch.repeat_interleave(chosen_P.long(), output_size=count)
+
+
+def _is_among(value_P: Tensor, among: Tensor) -> Tensor:
+    """Return which values occur in `among`: `isin`, which waits for a GPU where there are many."""
+    ordered = among.sort().values
+    place_P = torch.searchsorted(ordered, value_P).clamp_max(len(ordered) - 1)
+    return ordered[place_P] == value_P

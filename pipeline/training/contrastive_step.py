@@ -295,10 +295,12 @@ def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor)
 
 def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
     return RaggedIndex(
-        offsets=torch.from_numpy(ragged.offsets).to(device),
-        values=torch.from_numpy(ragged.values).to(device),
+        offsets=torch.from_numpy(ragged.offsets).to(device, non_blocking=True),
+        values=torch.from_numpy(ragged.values).to(device, non_blocking=True),
     )
 
 
 def _scores(ragged: Ragged | None, device: torch.device) -> torch.Tensor | None:
-    return None if ragged is None else torch.from_numpy(ragged.values).to(device)
+    if ragged is None:
+        return None
+    return torch.from_numpy(ragged.values).to(device, non_blocking=True)

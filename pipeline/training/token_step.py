@@ -291,7 +291,8 @@ def _agreed(sums: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float
     Raises:
         NonFiniteLossError: on all ranks.
     """
-    losses, correct = (float(torch.stack(numbers).sum()) for numbers in zip(*sums, strict=True))
+    totals = [torch.stack(numbers).sum().double() for numbers in zip(*sums, strict=True)]
+    losses, correct = torch.stack(totals).tolist()  # read together: each reading waits for a GPU
     # Without the factor world size, which the weights carry (see `accumulate`).
     mean, right = comm.sum_over_ranks(losses / comm.world_size(), correct)
     if not math.isfinite(mean):

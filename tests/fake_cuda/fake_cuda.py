@@ -7,26 +7,35 @@ A `CudaTensor` wraps a CPU tensor and reports a CUDA device. Each ATen operation
 - runs on the CPU and returns wrapped results;
 - is counted as one kernel launch, unless it only makes a view;
 - is recorded as a synchronisation, with its place in `pipeline/`, if the host would have to wait
-  for the device.
+  for the device. Copies to the device wait too unless they are `non_blocking`: torch synchronises
+  the stream after each (`memcpy_and_sync`), also after `torch.tensor(..., device="cuda")`;
+- draws random numbers from a generator of the device, not from the CPU's.
 
-`FakeCuda` is the context in which `device="cuda"` and `.to("cuda")` mean that device.
+`FakeCuda` is the context in which `device="cuda"` and `.to("cuda")` mean that device, and
+`torch.cuda` and `torch.distributed` answer for it.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipeline
+from tests.fake_cuda import streams
 from tests.fake_cuda.varlen import VARLEN_KERNELS
 
 CUDA = torch.device("cuda", 0)
@@ -44,19 +53,30 @@ _INDEXING = {
 _WAITING = {
     *("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount"),
     *("_unique2", "unique_dim", "unique_consecutive"),
+    "isin",  # by `unique` where there are many
 }
 _NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"),
-    "_local_scalar_dense",
+    *("_local_scalar_dense", "_unsafe_view", "_reshape_alias", "lift_fresh"),
 }
 
 
 @dataclasses.dataclass
 class Record:
-    """Counts of everything that the device was asked to do, by name or by place."""
+    """Counts of everything that the device was asked to do, by name or by place.
+
+    Attributes:
+        launches: kernels by name of the operation.
+        syncs: waits of the host by place and operation.
+        hot_syncs: the same, inside a block that must not wait, by the block's name too.
+        collectives: names of the collective calls, in order.
+    """
 
     launches: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     syncs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    hot_syncs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    collectives: list[str] = dataclasses.field(default_factory=list)
+    _hot: str = ""
 
     @property
     def num_launches(self) -> int:
@@ -67,11 +87,49 @@ class Record:
         return sum(self.syncs.values())
 
     def sync(self, operation: str) -> None:
-        self.syncs[f"{_place()}: {operation}"] += 1
+        """Count a wait of the host."""
+        found = f"{_place()}: {operation}"
+        self.syncs[found] += 1
+        if self._hot:
+            self.hot_syncs[f"{self._hot}, {found}"] += 1
+
+    @contextlib.contextmanager
+    def never_waits(self, name: str) -> Iterator[None]:
+        """Context of work in which the host must not wait for the device."""
+        before, self._hot = self._hot, name
+        try:
+            yield
+        finally:
+            self._hot = before
 
 
 # The device is one per process, as a real one is.
 _record = Record()
+
+
+class _Generator:
+    """The device's random numbers: a state of its own that takes the CPU generator's place."""
+
+    def __init__(self) -> None:
+        self.state = torch.Generator().manual_seed(0).get_state()
+
+    def seed(self, seed: int) -> None:
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+_generator = _Generator()
+_NOTHING = contextlib.nullcontext()
+_RANDOM_FACTORIES = {"rand", "randn", "randint", "randperm", "normal"}
 
 
 def _place() -> str:
@@ -131,21 +189,56 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        facts = _facts(func)
         _refuse_mixed_devices(func, args, kwargs)
-        plain_args, plain_kwargs = tree_map(_unwrap, args), tree_map(_unwrap, kwargs)
+        plain_args, plain_kwargs = _map(_unwrap, args), _map(_unwrap, kwargs)
         target = kwargs.get("device")
         if target is not None:
             plain_kwargs["device"] = torch.device("cpu")
-        kernel = VARLEN_KERNELS.get(func)
-        out = (kernel or func)(*plain_args, **plain_kwargs)
-        _count(func, args, kwargs)
+        with _generator.drawing() if facts.is_random else _NOTHING:
+            out = (facts.kernel or func)(*plain_args, **plain_kwargs)
+        _count(func, facts, args, kwargs)
         if target is not None and torch.device(target).type == "cpu":
             _record.sync(func.__name__)
             return out
-        wrapped = tree_map(_wrap, out)
-        if kernel is not None:
-            return wrapped
-        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+        if not facts.written:
+            return _map(_wrap, out)
+        # An operation in place returns the tensors that it was given.
+        given = [kwargs[w] if isinstance(w, str) else args[w] for w in facts.written]
+        return given[0] if len(given) == 1 else tuple(given)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What is known of an operation before it is called."""
+
+    name: str
+    kernel: Any  # its computation, if the CPU has none
+    is_random: bool
+    makes_view: bool
+    written: tuple[int | str, ...]  # arguments that it changes and returns
+
+
+@functools.cache
+def _facts(func: Any) -> _Facts:
+    schema = func._schema
+    written: list[int | str] = []
+    for result in schema.returns:
+        if result.alias_info is not None and result.alias_info.is_write:
+            for place, argument in enumerate(schema.arguments):
+                alias = argument.alias_info
+                if alias is not None and alias.before_set == result.alias_info.before_set:
+                    written.append(argument.name if argument.kwarg_only else place)
+    return _Facts(
+        name=func.__name__.split(".")[0],
+        kernel=VARLEN_KERNELS.get(func),
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        makes_view=any(
+            result.alias_info is not None and not result.alias_info.is_write
+            for result in schema.returns
+        ),
+        written=tuple(written),
+    )
 
 
 def _unwrap(x: Any) -> Any:
@@ -156,9 +249,30 @@ def _wrap(x: Any) -> Any:
     return CudaTensor(x) if isinstance(x, Tensor) and not isinstance(x, CudaTensor) else x
 
 
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to all leaves; several times as fast as `torch.utils._pytree`."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_map(function, x) for x in value])
+    if kind is dict:
+        return {name: _map(function, x) for name, x in value.items()}
+    return function(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Find all tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for x in value:
+            yield from _tensors(x)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
 def _refuse_mixed_devices(func: Any, args: Any, kwargs: Any) -> None:
-    for x in tree_iter((args, kwargs)):
-        if not isinstance(x, Tensor) or isinstance(x, CudaTensor):
+    for x in _tensors((args, kwargs)):
+        if isinstance(x, CudaTensor):
             continue
         if x.dim() == 0 or func in _COPIES:
             continue
@@ -168,40 +282,156 @@ def _refuse_mixed_devices(func: Any, args: Any, kwargs: Any) -> None:
         raise WrongDeviceError(f"{func}: a CPU tensor {tuple(x.shape)} in {_place()}")
 
 
-def _count(func: Any, args: Any, kwargs: Any) -> None:
-    name = func.__name__.split(".")[0]
+def _count(func: Any, facts: _Facts, args: Any, kwargs: Any) -> None:
+    name = facts.name
     if name in _WAITING:
         _record.sync(name)
-    if func in _INDEXING and any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    # One number at a boolean index is `masked_fill`.
+    fills = len(args) > 2 and isinstance(args[2], Tensor) and args[2].dim() == 0
+    if (
+        func in _INDEXING
+        and not fills
+        and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     ):
         _record.sync("boolean index")
+    if func is _aten.copy_.default and isinstance(args[0], CudaTensor) != isinstance(
+        args[1], CudaTensor
+    ):
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        if args[1].dim() > 0 and not non_blocking:
+            _record.sync("copy_ between host and device without non_blocking")
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         _record.sync("repeat_interleave without output_size")
-    makes_view = any(
-        result.alias_info is not None and not result.alias_info.is_write
-        for result in func._schema.returns
-    )
-    if not makes_view and name not in _NO_KERNEL:
+    if not facts.makes_view and name not in _NO_KERNEL:
         _record.launches[name] += 1
 
 
+def _dropout_arguments(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Tensor, float, bool]:
+    assert not inplace
+    return x, p, training
+
+
+def _count_item_of_host(index: Any) -> None:
+    """Count `x[index] = number`: where tensors index, the number is copied to the device first."""
+    indices = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, Tensor) and i.dtype not in (torch.bool, torch.uint8) for i in indices):
+        _record.sync("a number of the host at an index")
+
+
+def _means(device: Any, kind: str) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == kind
+    return isinstance(device, str) and device.partition(":")[0] == kind
+
+
 def _means_cuda(device: Any) -> bool:
-    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+    return _means(device, "cuda")
 
 
 class _Factories(TorchDispatchMode):
     """Wrap what C++ code creates on the device of a wrapper, which is meta below."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = False
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Context of a call that asks for the meta device itself."""
+        before, self._passes = self._passes, True
+        try:
+            yield
+        finally:
+            self._passes = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
-        wrapped = any(isinstance(x, CudaTensor) for x in tree_iter((args, kwargs)))
-        if not wrapped and device is not None and torch.device(device).type == "meta":
+        wrapped = any(isinstance(x, CudaTensor) for x in _tensors((args, kwargs)))
+        if self._passes or wrapped or device is None:
+            return func(*args, **kwargs)
+        if torch.device(device).type == "meta":
             kwargs["device"] = torch.device("cpu")
             _record.launches[func.__name__.split(".")[0]] += 1
-            return tree_map(_wrap, func(*args, **kwargs))
+            return _map(_wrap, func(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+# Types that NCCL can send.
+NCCL_TYPES = {
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.uint8, torch.int32, torch.int64),
+}
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    """Return a collective of torch that refuses what NCCL refuses, and computes by gloo.
+
+    A group that is named is one for control, which is gloo beside NCCL too and takes CPU tensors.
+    """
+    real = getattr(dist, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = list(_tensors((args, kwargs)))
+        if "group" not in kwargs:
+            for x in tensors:
+                assert isinstance(x, CudaTensor), f"{name} of a CPU tensor in {_place()}"
+                assert x.inner.is_contiguous(), f"{name} of strided {x.shape} in {_place()}"
+                assert x.dtype in NCCL_TYPES, f"{name} of {x.dtype} in {_place()}"
+            assert len({x.dtype for x in tensors}) == 1, f"{name} of several types in {_place()}"
+        _record.collectives.append(name)
+        return real(*_map(_unwrap, args), **_map(_unwrap, kwargs))
+
+    return call
+
+
+_COLLECTIVES = {
+    name: _checked(name)
+    for name in (
+        *("all_reduce", "all_gather", "broadcast", "reduce", "all_gather_into_tensor"),
+        *("reduce_scatter_tensor", "all_to_all_single"),
+    )
+}
+
+
+def _rng_state(*_: Any) -> Tensor:
+    return _generator.state.clone()
+
+
+def _set_rng_state(state: Tensor, *_: Any) -> None:
+    _generator.state = state.clone()
+
+
+# What product code and torch itself ask about a GPU.
+_CUDA_MODULE: dict[str, Any] = {
+    "_initialized": True,
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": lambda *_: None,
+    "device": lambda *_: contextlib.nullcontext(),
+    "synchronize": lambda *_: _record.sync("synchronize"),
+    "empty_cache": lambda: None,
+    "mem_get_info": lambda *_: (60 * 2**30, 80 * 2**30),
+    "memory_allocated": lambda *_: 2**30,
+    "max_memory_allocated": lambda *_: 2 * 2**30,
+    "max_memory_reserved": lambda *_: 3 * 2**30,
+    "reset_peak_memory_stats": lambda *_: None,
+    "get_device_name": lambda *_: "pretended GPU",
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_properties": lambda *_: mock.Mock(
+        total_memory=80 * 2**30, multi_processor_count=132
+    ),
+    "get_rng_state": _rng_state,
+    "set_rng_state": _set_rng_state,
+    "manual_seed": _generator.seed,
+    "manual_seed_all": _generator.seed,
+}
+
+
+_real_backward = torch.autograd.graph._engine_run_backward
 
 
 class FakeCuda(TorchFunctionMode):
@@ -210,35 +440,68 @@ class FakeCuda(TorchFunctionMode):
     def __enter__(self) -> Record:  # type: ignore[override]
         global _record
         _record = Record()
-        self._factories = _Factories()
-        self._factories.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.multiple(torch.cuda, **_CUDA_MODULE))
+            streams.install(stack.enter_context(pytest.MonkeyPatch.context()))
+            for name, checked in _COLLECTIVES.items():
+                stack.enter_context(mock.patch.object(dist, name, checked))
+            # torch leaves the context while it handles `backward`.
+            stack.enter_context(
+                mock.patch.object(torch.autograd, "_engine_run_backward", self._run_backward)
+            )
+            self._factories = stack.enter_context(_Factories())
+            self._stack = stack.pop_all()
         super().__enter__()
         return _record
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._factories.__exit__(*error)
+        self._stack.close()
+
+    def _run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward inside the context: checkpointed layers run forward again in it."""
+        super().__enter__()
+        try:
+            return _real_backward(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if any(_means(device, "meta") for device in (*args, kwargs.get("device"))):
+            with self._factories.passing():
+                return func(*args, **kwargs)
         if func is Tensor.to:
             return _move(*args, **kwargs)
         if func is Tensor.cuda:
             return _move(args[0], CUDA)
         name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], CudaTensor):
+            if func is Tensor.get_device:
+                return 0
+            if func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
+                _count_item_of_host(args[1])
+        if name == "dropout" and args and isinstance(args[0], CudaTensor):
+            x, p, training = _dropout_arguments(*args, **kwargs)
+            # One kernel on a GPU, three operations on a CPU.
+            return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
         # torch calls these of the wrapper's base class, which would look at the meta tensor.
         if name in ("tolist", "cpu") and args and isinstance(args[0], CudaTensor):
             return getattr(CudaTensor, name)(args[0])
         if kwargs.pop("pin_memory", False):
-            args = tree_map(_unwrap, args)
+            args = _map(_unwrap, args)
         if _means_cuda(kwargs.get("device")):
-            if any(isinstance(x, CudaTensor) for x in tree_iter(args)):
+            if any(isinstance(x, CudaTensor) for x in _tensors(args)):
                 del kwargs["device"]
                 return func(*args, **kwargs)
             kwargs["device"] = "cpu"
-            if func is not torch.tensor:
+            if func in (torch.tensor, torch.as_tensor):
+                _record.sync(f"{name} of host numbers")
+            else:
                 _record.launches[name] += 1
-            return CudaTensor(func(*args, **kwargs))
+            random = name in _RANDOM_FACTORIES
+            with _generator.drawing() if random else _NOTHING:
+                return CudaTensor(func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
@@ -255,7 +518,8 @@ def _move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if target is None or (_means_cuda(target) and isinstance(x, CudaTensor)):
         return x.to(*rest, **kwargs) if rest or "dtype" in kwargs else x
     if _means_cuda(target):
-        kwargs.pop("non_blocking", None)
+        if not kwargs.pop("non_blocking", False):
+            _record.sync("to(cuda) without non_blocking")
         return CudaTensor(Tensor.to(x.clone(), *rest, **kwargs))
     if isinstance(x, CudaTensor):
         _record.sync("to(cpu)")

@@ -43,8 +43,13 @@ def test_a_tensor_of_the_host_is_refused_unless_it_is_a_scalar() -> None:
         lambda x: x[torch.tensor([0, 1])],
         lambda x: x.repeat_interleave(x.long()),
         lambda x: bool((x > 0).any()),
+        lambda x: x + torch.ones(3).to("cuda"),
+        lambda x: x + torch.tensor([1.0], device="cuda"),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.__setitem__(x.long(), 2.0),
+        lambda x: torch.isin(x, x),
     ],
-    ids=range(10),
+    ids=range(15),
 )
 def test_waiting_for_the_device_is_recorded(wait: Callable[[Any], Any]) -> None:
     with FakeCuda() as record:
@@ -61,12 +66,15 @@ def test_waiting_for_the_device_is_recorded(wait: Callable[[Any], Any]) -> None:
         lambda x: x @ x,
         lambda x: x[:, 0],
         lambda x: x.repeat_interleave(x[0].long(), dim=0, output_size=3),
-        lambda x: x.index_select(0, torch.tensor([0, 1], device="cuda")),
+        lambda x: x.index_select(0, torch.tensor([0, 1]).to("cuda", non_blocking=True)),
         lambda x: torch.zeros(3, device=x.device) + x,
         lambda x: torch.tensor([1, 2]).to("cuda", non_blocking=True),
         lambda x: x.to(torch.bfloat16),
+        lambda x: x.copy_(torch.ones(3), non_blocking=True),
+        lambda x: x.__setitem__(x > 0, 2.0) or x,
+        lambda x: x.__setitem__(x.long(), torch.zeros((), device=x.device)) or x,
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_ordinary_work_does_not_wait(work: Callable[[Any], Any]) -> None:
     with FakeCuda() as record:
@@ -74,6 +82,20 @@ def test_ordinary_work_does_not_wait(work: Callable[[Any], Any]) -> None:
 
     assert out.device == CUDA
     assert record.num_syncs == 0
+
+
+def test_random_numbers_come_from_a_generator_of_the_device() -> None:
+    with FakeCuda():
+        torch.manual_seed(1)
+        ours, state = torch.rand(4, device="cuda"), torch.cuda.get_rng_state()
+        host = torch.rand(4)
+        more = torch.nn.functional.dropout(ours, 0.5)
+        torch.cuda.set_rng_state(state)
+        again = torch.nn.functional.dropout(ours, 0.5)
+
+    # Both generators were seeded, and neither's draws move the other.
+    assert torch.equal(ours.inner, host)
+    assert torch.equal(more.inner, again.inner)
 
 
 def test_views_launch_nothing() -> None:
