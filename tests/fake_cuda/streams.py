@@ -58,7 +58,7 @@ class FakeStream:
         """Note that the allocator will wait for this stream before it uses the memory again."""
         self._guarded.append(tensor)
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
         """Copy later."""
         assert self._knows_default, "the source may not be computed yet"
         self._knows_default = False
@@ -69,7 +69,7 @@ class FakeStream:
             on_device = source if source.is_cuda else target
             assert any(tensor is on_device for tensor in self._guarded), "its memory may be reused"
             with _inside(None):
-                _real_copy(target, source)
+                _real_copy(target, source, non_blocking)
 
         self._work.append(work)
         self.given += 1
@@ -87,7 +87,7 @@ _real_copy = Tensor.copy_
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if FakeStream.current is None:
         return _real_copy(target, source, non_blocking)
-    FakeStream.current.copy(target, source)
+    FakeStream.current.copy(target, source, non_blocking)
     return target
 
 

@@ -13,7 +13,7 @@ from pipeline.model.load_export import LoadedExport
 from pipeline.tokenizer import ModelLimits
 from tests.benchmarks.bench_support import draw_texts, load
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
-from tests.fake_cuda.trace import watch
+from tests.fake_cuda.tracing import watch
 
 
 def test_vectors_are_read_once_for_any_number_of_forwards(qwen2: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.config import LossConfig
 from pipeline.training.contrastive_step import accumulate_gradients
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, load, take_gradients
 from tests.fake_cuda.fake_cuda import to_cuda
-from tests.fake_cuda.trace import config_of, full_batch, step_on_device
+from tests.fake_cuda.tracing import config_of, full_batch, step_on_device
 from tests.support import run_ranks
 
 # Waits of a step: the sizes of all ranks (twice), the sizes of all blocks, and the results; and for

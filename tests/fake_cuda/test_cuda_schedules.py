@@ -27,7 +27,7 @@ from tests.benchmarks.bench_support import (
     tiny_qwen2,
 )
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
-from tests.fake_cuda.trace import MAX_SYNCS, all_pairs, config_of, full_batch, step_on_device
+from tests.fake_cuda.tracing import MAX_SYNCS, all_pairs, config_of, full_batch, step_on_device
 from tests.model.model_support import CASES
 
 # Schedule, checkpointing of activations, and how it keeps what it needs.

@@ -28,7 +28,7 @@ from pipeline.training import token_step
 from pipeline.training.token_step import TokenPrediction
 from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
-from tests.fake_cuda.trace import WatchedEngine
+from tests.fake_cuda.tracing import WatchedEngine
 
 VOCABULARY, ROWS, LENGTH = 300, 12, 20
 

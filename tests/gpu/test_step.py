@@ -21,6 +21,7 @@ from tests.benchmarks.bench_support import (
     step_config,
     take_gradients,
     tiny_qwen2,
+    to_device,
 )
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +40,7 @@ def gradients(path: Path, schedule: str, dtype: torch.dtype) -> tuple[Gradients,
     texts = draw_texts(lengths, VOCAB_SIZE)
     batch = make_batch(texts, PAIRS, max_tokens=600, min_chunks=3)
     oracle = load(path)
-    encoder = copy.deepcopy(oracle).to("cuda", dtype)
+    encoder = to_device(copy.deepcopy(oracle), "cuda", dtype)
     plain_loss(oracle, batch)[0].backward()
     engine = PlainEngine(encoder)
     accumulate_gradients(engine, batch, step_config(schedule), device=torch.device("cuda"))

@@ -17,7 +17,7 @@ from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.text_loader import NOTHING
 from pipeline.model.encoder import build_language_model
 from pipeline.training.token_step import TokenPrediction
-from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients
+from tests.benchmarks.bench_support import PlainEngine, gradient_error, take_gradients, to_device
 
 pytestmark = pytest.mark.gpu
 VOCABULARY, ROWS, LENGTH = 500, 12, 40
@@ -47,7 +47,7 @@ def test_gradients_equal_those_of_the_cpu(tmp_path: Path, dtype: torch.dtype, li
     )
     ids = np.random.default_rng(0).integers(0, VOCABULARY, size=(ROWS, LENGTH))
     oracle = build_language_model(config.model).train()
-    model = copy.deepcopy(oracle).to("cuda", dtype)
+    model = to_device(copy.deepcopy(oracle), "cuda", dtype)
     flat = torch.from_numpy(ids.reshape(-1))
     states = oracle.hidden_states(flat, torch.full((ROWS,), LENGTH))
     scores = oracle.logits(states).view(ROWS, LENGTH, VOCABULARY)[:, :-1]
