@@ -28,9 +28,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from pipeline.config.loading import strict
 from pipeline.errors import MachineError, UserError
@@ -70,7 +70,7 @@ class Limits:
 
     cpu_seconds: PositiveInt = 10
     wall_seconds: PositiveInt = 20
-    memory_mb: PositiveInt = 512
+    memory_mb: Annotated[int, Field(ge=64)] = 512
     files_mb: PositiveInt = 16
     output_kb: PositiveInt = 256
     threads: PositiveInt = 8
@@ -173,10 +173,10 @@ def require_sandbox() -> str:
     Raises:
         UserError: none works.
     """
-    refusals = []
+    refusals = [] if sys.platform == "linux" else [f"{sys.platform} is not Linux"]
     # Bubblewrap would keep root's user, to whom the limit of threads does not apply.
     engines = ("namespaces",) if os.geteuid() == 0 else ("bubblewrap", "namespaces")
-    for engine in engines:
+    for engine in () if refusals else engines:
         try:
             outcome = _run(engine, Program(source="print(6 * 7)"), Limits(), ())
             if outcome.stdout == "42\n":
@@ -294,7 +294,8 @@ def _run(engine: str, program: Program, limits: Limits, packages: tuple[str, ...
         with process:
             streams = _Streams()
             try:
-                _converse(process, report, program.stdin.encode(), limits, streams)
+                stdin = program.stdin.encode(errors="surrogatepass")
+                _converse(process, report, stdin, limits, streams)
             finally:
                 _kill(process)
     return _outcome(streams, limits)

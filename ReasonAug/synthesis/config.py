@@ -401,6 +401,15 @@ class SynthesisConfig:
             "null without prices",
             "set prices.prompt and prices.completion",
         )
+        # Found now, not when all answers are paid for.
+        unmeasured = {
+            "min_passed": not self.checks.solution or self.checks.execution == "off",
+            "min_agreement": not self.checks.solution,
+        }
+        for key, missing in unmeasured.items():
+            value = getattr(self.strict, key)
+            allowed = "null with checks.solution: false or checks.execution: off"
+            require(value is None or not missing, f"strict.{key}", value, allowed)
         if self.api == "batch":
             require(
                 len(self.model.servers) == 1,

@@ -27,6 +27,7 @@ from pipeline.files import (
     write_text,
 )
 from ReasonAug import quality
+from ReasonAug.generations import read_generations
 from ReasonAug.quality_report import write_quality
 from ReasonAug.synthesis import card, concepts
 from ReasonAug.synthesis.calls import (
@@ -119,6 +120,8 @@ def synthesize(
     )
     folder = Folder(root=config.output_dir)
     require_writable(folder.root, key="output_dir")
+    if config.quality.reference:
+        read_generations(config.quality.reference)  # before any money is spent
     prompts = Prompts(config.prompts)
     if not dry_run and limit is None and not retry_failed and _is_finished(config, prompts, folder):
         finished = json.loads(folder.finished.read_text())

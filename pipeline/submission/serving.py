@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DiffembedError, UserError, errors_end_the_process
+from pipeline.errors import DiffembedError, Stopped, UserError, errors_end_the_process
 from pipeline.submission import allocation
 from pipeline.submission.restart import MAX_IDLE, Ending, History, continue_job, decide, log
 
@@ -326,18 +326,20 @@ def run(words: Sequence[str], flags: Sequence[str]) -> int:
     history = History(synthesis.output_dir, job)
     history.start(progress(synthesis.output_dir), os.environ.get("SLURM_JOB_NODELIST", ""))
     log(f"start {history.num_starts} of job {job}: {synthesis.output_dir}")
-    size = int(os.environ.get("SERVER_NODES", "1"))
+    size, seconds = _site_number("SERVER_NODES"), _site_number("SERVER_SECONDS")
     groups = divide(allocation.node_names(), size) if size else []
     servers = [
         Server(number, nodes, synthesis.model, folder, flags) for number, nodes in enumerate(groups)
     ]
     code, signalled, fault = 1, "", ""
-    seconds = float(os.environ.get("SERVER_SECONDS", "1800"))
     try:
         with signals_interrupt(), running(servers, seconds):
             code = run_stages(words, synthesis, servers)
+            # The synthesis gives up on servers that hang; others may start.
+            if code == Stopped.exit_code and servers and not any(s.answers() for s in servers):
+                code = 1
     except Interrupted as interrupted:
-        code, signalled = 75, interrupted.number.name
+        code, signalled = Stopped.exit_code, interrupted.number.name
     except DiffembedError as error:
         # On the first start, the command line is probably wrong, and would fail again.
         if history.num_starts == 1:
@@ -346,6 +348,18 @@ def run(words: Sequence[str], flags: Sequence[str]) -> int:
     log(f"end: exit code {code}{fault}")
     _end(synthesis.output_dir, job, history, code, signalled)
     return code
+
+
+def _site_number(name: str) -> int:
+    """Return a number of the site's file.
+
+    Raises:
+        UserError: it is none.
+    """
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise UserError(f"slurm/cluster.env: {name}={value}", allowed="a whole number")
+    return int(value)
 
 
 def _end(output_dir: Path, job: str, history: History, code: int, signalled: str) -> None:
@@ -372,7 +386,12 @@ def _end(output_dir: Path, job: str, history: History, code: int, signalled: str
             f"job {job} recorded no answer across {MAX_IDLE} requeues "
             f"({'; '.join(history.endings(size))}) | fix: read the log above, then submit again"
         )
-    log(continue_job(job, history, why) if verdict == "requeue" else f"not requeued: {why}")
+    if verdict == "requeue":
+        log(continue_job(job, history, why))
+    elif code == Stopped.exit_code and state.running:
+        log("not requeued: the synthesis stopped, as its last line says; submit again to continue")
+    else:
+        log(f"not requeued: {why}")
 
 
 def main(words: list[str]) -> None:

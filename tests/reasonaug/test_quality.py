@@ -242,10 +242,16 @@ def test_a_synthesis_that_misses_a_threshold_writes_a_report_and_no_rows(tmp_pat
             "problems": {"per_concept": 2},
         }
 
-        def synthesis(**thresholds: float) -> None:
-            config = {**tree, "strict": thresholds}
+        def synthesis(sections: dict[str, Any] | None = None, **thresholds: float) -> None:
+            config = {**tree, **(sections or {}), "strict": thresholds}
             synthesize(build_config(SynthesisConfig, config, origin="test"))
 
+        # These two are refused before a call.
+        with pytest.raises(UserError, match=r"^test: strict\.min_passed: 0\.5 .*execution: off"):
+            synthesis({"checks": {"execution": "off"}}, min_passed=0.5)
+        with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+            synthesis({"quality": {"reference": "nowhere.jsonl"}})
+        assert server.requests == 0
         with pytest.raises(UserError, match=r"no rows written: passed not measured .*README\.md"):
             synthesis(min_passed=0.5)
         assert not (run / "rows.jsonl").exists()

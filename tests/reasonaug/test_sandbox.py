@@ -339,9 +339,15 @@ def test_a_crash_in_native_code_is_an_outcome() -> None:
 
 
 def test_input_that_is_not_read_and_text_that_is_no_utf8_are_accepted() -> None:
-    done = run("import os\nos.write(1, b'\\xff\\n')", stdin="x" * 2**20)
+    # Half of a surrogate pair, which JSON can hold.
+    done = run("import os\nos.write(1, b'\\xff\\n')", stdin="\ud800" * 2**18)
 
     assert (done.reason, done.stdout) == ("ok", "\ufffd\n")
+    assert run("print('\ud800')").reason == "failed"
+
+
+def test_the_least_memory_is_enough_for_python() -> None:
+    assert run("print(1)", limits=Limits(memory_mb=64, files_mb=SMALL.files_mb)).stdout == "1\n"
 
 
 def test_named_packages_can_be_imported_and_no_others() -> None:
