@@ -258,6 +258,17 @@ class RowsConfig:
     """Rows per problem for p2i, each with another of the nearest negatives."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the concepts of which nothing becomes a row."""
+    hub: UserPath | None = None
+    """Folder for a BRIGHT replica whose queries are the problems of these concepts."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.hub is None or self.held_out > 0,
+            "rows.hub",
+            str(self.hub),
+            "null without concepts held out",
+            "set rows.held_out, for example to 0.25",
+        )
 
 
 @strict

@@ -29,6 +29,7 @@ from pipeline.files import (
 from ReasonAug import quality
 from ReasonAug.generations import read_generations
 from ReasonAug.quality_report import write_quality
+from ReasonAug.replicas.generated import write_generated_bright
 from ReasonAug.synthesis import card, concepts
 from ReasonAug.synthesis.calls import (
     IMPORTED,
@@ -49,7 +50,7 @@ from ReasonAug.synthesis.limits import Budget, total
 from ReasonAug.synthesis.lines import Lines, alive, encode, iterate, write_shuffled
 from ReasonAug.synthesis.plan import Plan
 from ReasonAug.synthesis.prompts import Prompts
-from ReasonAug.synthesis.rows import RowCounts, counts_by_stage, training_rows
+from ReasonAug.synthesis.rows import RowCounts, as_problem, counts_by_stage, training_rows
 from ReasonAug.synthesis.stages import CLEAN, NAMES, STAGES, Context, Item, Stage
 
 # Raised when stages give other lines for the same answers.
@@ -135,6 +136,9 @@ def synthesize(
         write_text(folder.root / "config.yaml", dump_config(config))
         try:
             asyncio.run(run.all_stages())
+        except Interrupted as stopped:
+            # Whoever sent the signal does not wait for a plan.
+            raise Interrupted(f"{stopped} | the same command continues") from None
         except Stopped as stopped:
             plan = asyncio.run(run.plan())
             run.print_plan(plan)
@@ -412,6 +416,9 @@ class Run:
             self._require_quality(temporary)
             stages = counts_by_stage({name: iterate(folder.stage(name)) for name in NAMES})
             summary = card.summarise(self._config, stages, self._ledger.usage(), counts)
+        if (hub := self._config.rows.hub) is not None:
+            accepted = [as_problem(item) for item in alive(folder.stage(CLEAN))]
+            write_generated_bright(hub, accepted, held_out=set(counts.held_out))
         write_json(folder.root / "summary.json", summary)
         sample = card.sample_page(itertools.islice(alive(folder.stage(CLEAN)), 3))
         write_text(folder.root / "README.md", card.card(self._config, summary, sample))

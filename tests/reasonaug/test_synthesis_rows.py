@@ -119,11 +119,14 @@ def test_the_card_names_yield_cost_and_a_sample(out: Path) -> None:
 
 def test_concepts_held_out_give_no_row(tmp_path: Path) -> None:
     with serving() as (url, _):
-        synthesize(config_of(tmp_path / "out", url, rows={"held_out": 0.3}, seed=2))
+        hub = tmp_path / "hub"
+        synthesize(config_of(tmp_path / "out", url, rows={"held_out": 0.3, "hub": hub}, seed=2))
     names = [name for listed in NUMERIC.values() for name in listed]
     kept_out = {name for name in names if is_held_out(name, share=0.3, seed=2)}
     found = {row["instance"] for row in read(tmp_path / "out" / "rows.jsonl")}
     assert kept_out and found and not found & kept_out
+    examples = read(hub / "mteb" / "BRIGHT" / "examples" / "aops.jsonl")
+    assert {row["reasoning"] for row in examples} == kept_out
 
 
 def test_problems_of_an_evaluation_set_are_dropped(tmp_path: Path) -> None:
