@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=None,
     )
     parser.add_argument(
-        "--gpus-per-node", type=int, help="for host memory (only with --dry-run)", default=8
+        "--gpus-per-node", type=int, help="for host memory (only with --dry-run)", default=None
     )
     # The deepspeed launcher adds this to every command line; the environment holds it too.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -126,6 +126,9 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
         )
     if options.gpu is not None and not options.dry_run:
         raise UserError(f"--gpu {options.gpu}", fix="add --dry-run; a run sees its GPUs itself")
+    per_node = options.gpus_per_node
+    if per_node is not None and (per_node < 1 or not options.dry_run):
+        raise UserError(f"--gpus-per-node {per_node}", allowed="a number, with --dry-run")
     world = discover_world()
     if world.launched:
         world = dataclasses.replace(world, launchers=launchers)
@@ -169,16 +172,17 @@ def target_of(options: argparse.Namespace, world: World) -> Target:
     from pipeline import comm
     from pipeline.planning.memory import Target
 
+    per_host = options.gpus_per_node or (local_ranks() if world.launched else 8)
     if options.gpu is not None:
-        return Target.gpu(options.gpu, ranks_per_host=options.gpus_per_node)
+        return Target.gpu(options.gpu, ranks_per_host=per_host)
     on_gpu = comm.device().type == "cuda"
     ranks = local_ranks() if world.launched else world.world_size
-    assumed = f"this machine's RAM, which {ranks} ranks share; --gpu NAME plans for GPUs"
+    hint = "; --gpu NAME plans for GPUs" if options.dry_run else ""
     return Target(
         available=comm.least_memory(world),
-        name="this machine's GPUs" if on_gpu else assumed,
+        name="this machine's GPUs" if on_gpu else f"this machine's RAM, shared by {ranks}{hint}",
         on_gpu=on_gpu,
-        ranks_per_host=local_ranks() if world.launched else options.gpus_per_node,
+        ranks_per_host=per_host,
     )
 
 

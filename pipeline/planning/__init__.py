@@ -23,7 +23,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
-from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, LossCost, loss_cost
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TOKEN_TILE_BYTES, LossCost, loss_cost
 from pipeline.planning.memory import (
     PARTS,
     REDUCE_BUCKET,
@@ -43,9 +43,6 @@ from pipeline.planning.memory import (
 )
 from pipeline.planning.shape import ModelShape
 from pipeline.planning.speed import StepWork, gpu_of, step_flops, step_seconds
-
-# Memory for the scores of a tile where tokens are predicted (training/token_step.py).
-TOKEN_TILE_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,10 +159,10 @@ def _loss_cost(
     )
 
 
-def _loss_bytes(loss: LossCost | None) -> float:
+def _loss_bytes(loss: LossCost | None, *, on_gpu: bool) -> float:
     """Return the memory of the loss, or of a tile of scores where tokens are predicted."""
     if loss is None:
-        return float(TOKEN_TILE_BYTES)
+        return float(TOKEN_TILE_BYTES["cuda" if on_gpu else "cpu"])
     # The loss reads the embeddings of all chunks, joined, and gives the gradient of each.
     return float(loss.peak_bytes + 2 * loss.row_bytes)
 
@@ -193,7 +190,7 @@ def _workload(
         gradient_checkpointing=config.model.gradient_checkpointing,
         boundaries_on_host=config.chunks.boundaries == "host",
         offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
-        loss_bytes=_loss_bytes(loss),
+        loss_bytes=_loss_bytes(loss, on_gpu=target.on_gpu),
         predicts_tokens=config.objective is not None,
         hpz=int(zero.get("zero_hpz_partition_size", 1)),
         reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
@@ -376,7 +373,10 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
         )
         chunk = max(workload.chunk_tokens, min(tokens, config.chunks.max_tokens))
         larger = dataclasses.replace(
-            workload, rank_tokens=tokens, chunk_tokens=chunk, loss_bytes=_loss_bytes(loss)
+            workload,
+            rank_tokens=tokens,
+            chunk_tokens=chunk,
+            loss_bytes=_loss_bytes(loss, on_gpu=workload.on_gpu),
         )
         sizes = (needed(plan.shape, larger, schedule) for schedule in schedules)
         return any(size <= plan.target.available for size in sizes)

@@ -244,8 +244,10 @@ class Architecture:
 def read_architecture(tree: Mapping[str, Any]) -> Architecture:
     """Read the widths in a config.json, published or native.
 
+    A model with its own code has its own keys: those that are missing count as 1.
+
     Raises:
-        UserError: a width is missing.
+        UserError: a width is missing or wrong.
     """
     published = str(tree.get("model_type", ""))
     if isinstance(tree.get("text_config"), Mapping):  # Gemma 3 with images
@@ -253,7 +255,10 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         published = str(tree.get("model_type", published))
     model_type, renamed = _RENAMED.get(published, (published, {}))
 
+    known = model_type in BLOCKS
+
     def size(key: str, default: int | None = None) -> int:
+        default = default if known or key == "hidden_size" else default or 1
         value = tree.get(renamed.get(key, key)) or tree.get(key) or default
         if not isinstance(value, int) or value < 1:
             raise UserError(
@@ -331,7 +336,9 @@ class ModelShape:
         """Count an encoder, which may be on the meta device."""
         counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
         layer = [(p.numel(), p.requires_grad) for p in encoder.layers[-1].parameters()]
-        architecture = read_architecture(encoder.model.config.to_dict())
+        architecture = dataclasses.replace(
+            read_architecture(encoder.model.config.to_dict()), num_layers=len(encoder.layers)
+        )
         adapters = adapters_of(architecture, model)
         if adapters is None:  # a published adapter that continues, with targets of its own
             adapters = _found_adapters(architecture, encoder.layers[-1])
@@ -355,8 +362,17 @@ class ModelShape:
             tree: config.json.
             model: the section of a training config; an adapter that continues is not counted.
             head: whether tokens are predicted by a head of its own weights.
+
+        Raises:
+            UserError: the model has its own code, or a width is missing.
         """
         architecture = read_architecture(tree)
+        if architecture.block is None:
+            raise UserError(
+                f"config.json: model_type {architecture.model_type!r}",
+                allowed=", ".join(BLOCKS),
+                fix="use `python pipeline/train.py CONFIG --dry-run`, which builds the model",
+            )
         adapters = adapters_of(architecture, model)
         layer, num_layers = architecture.layer_parameters, architecture.num_layers
         table = architecture.vocab_size * architecture.hidden_size

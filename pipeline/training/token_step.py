@@ -28,6 +28,7 @@ from pipeline.config import ObjectiveConfig, TrainConfig
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import Prediction, Vocabulary, predict
+from pipeline.loss.tiles import TOKEN_TILE_BYTES
 from pipeline.model.encoder import LanguageModel, find_mask_token, predicts_shifted
 from pipeline.tokenizer import load_model_tokenizer
 from pipeline.training.engine import (
@@ -47,10 +48,6 @@ from pipeline.training.schedules import (
     untied_head,
 )
 
-# Memory for the scores of a tile per kind of device. A CPU's cache likes few. On a GPU, every tile
-# adds a gradient as large as the head to the fp32 sum (152,000 tokens x 3,584: 6.5 GB of traffic):
-# 37 tiles of 512 MiB for 8,192 predictions would take 0.15 s of it (estimated), 10 take 0.04 s.
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 # Scores and their gradient in the model's type, and in float32 the scores, their logarithm, and
 # the gradient.
 _BYTES_PER_SCORE = 16
@@ -73,7 +70,7 @@ class TokenSums:
 
 def tile_rows(vocabulary: int, device: str) -> int:
     """Return the number of predictions whose scores fit into the memory of a tile."""
-    return max(1, TILE_BYTES[device] // (_BYTES_PER_SCORE * vocabulary))
+    return max(1, TOKEN_TILE_BYTES[device] // (_BYTES_PER_SCORE * vocabulary))
 
 
 def cross_entropy_in_tiles(

@@ -37,13 +37,16 @@ def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
     for gpu, text in (
         (("--gpu", "h200"), "125.7 GiB  0.9 of h200 (139.7 GiB)"),
         (("--gpu", "24"), "21.6 GiB  0.9 of 24 GiB"),
-        ((), "this machine's RAM, which 64 ranks share; --gpu NAME plans for GPUs"),
+        ((), "this machine's RAM, shared by 64; --gpu NAME plans for GPUs"),
     ):
         train.run([str(recipe), *ZERO, "--dry-run", "--world-size", "64", *gpu])
         out = " ".join(capsys.readouterr().out.split())
         assert " ".join(text.split()) in out
     with pytest.raises(UserError, match=r"--gpu h100 \| fix: add --dry-run"):
         train.run([str(recipe), *ZERO, "--gpu", "h100"])
+    for wrong in (["--gpus-per-node", "8"], ["--dry-run", "--gpus-per-node", "0"]):
+        with pytest.raises(UserError, match=r"--gpus-per-node . \| allowed: a number, with --dry"):
+            train.run([str(recipe), *ZERO, *wrong])
     # Where nothing fits, the memory in the error is named too.
     with pytest.raises(UserError, match=r"GiB per rank, 0\.9 of 0\.001 GiB"):
         train.run([str(recipe), *ZERO, "--dry-run", "--gpu", "0.001"])

@@ -20,6 +20,7 @@ from pipeline.config import (
 )
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
+from pipeline.loss.tiles import TOKEN_TILE_BYTES
 from pipeline.model.encoder import build_encoder
 from pipeline.planning import describe, largest_batch, plan_run
 from pipeline.planning.memory import (
@@ -38,9 +39,9 @@ from pipeline.planning.memory import (
     peak,
     sum_of,
 )
-from pipeline.planning.shape import ModelShape, saved_by_layer
+from pipeline.planning.shape import ModelShape, read_architecture, saved_by_layer
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.token_step import TILE_BYTES
+from pipeline.training.gathering import buffer_bytes
 from tests.tiny_models import tiny_starter
 
 QWEN_7B = {
@@ -89,6 +90,7 @@ def test_known_sizes_of_a_7b_model_come_out() -> None:
     assert sweep["gathered: weights"] == pytest.approx(2.02e9, rel=0.01)
     # 545 million weights of the embedding and 466 million of two layers, in 4 bytes.
     assert sweep["gradients: fp32 sums"] == pytest.approx(4.04e9, rel=0.01)
+    assert sweep["gathered: gather buffer"] == buffer_bytes(128)
     # 500 million elements of DeepSpeed's bucket.
     assert memory["buckets: reduce bucket"] == 1e9
 
@@ -269,7 +271,7 @@ def test_the_plan_counts_blocks_the_head_and_a_tile_of_its_scores(config: TrainC
     assert (plan.schedule, plan.keep_graphs) == ("cache", 0)
     assert (plan.workload.rank_tokens, plan.workload.chunk_tokens) == (128, 64)
     tile = next(term for term in plan.terms if term.part == "loss")
-    assert tile.size == TILE_BYTES["cuda"]
+    assert tile.size == TOKEN_TILE_BYTES["cuda"]
     text = describe(plan, config)
     assert "masked_diffusion" in text
     assert "8 texts" in text
@@ -277,8 +279,8 @@ def test_the_plan_counts_blocks_the_head_and_a_tile_of_its_scores(config: TrainC
     assert "cache, chosen" in text and "sweep, fits too" in text
     size = peak(plan.terms)[1] / GIB
     assert f"{size:.1f} GiB (passes)" in text
-    small = Target(available=TILE_BYTES["cuda"], name="a small GPU")
-    with pytest.raises(UserError, match=r"none that fits into 0\.5 GiB per rank, a small GPU"):
+    small = Target(available=TOKEN_TILE_BYTES["cuda"], name="a small GPU")
+    with pytest.raises(UserError, match=r"none that fits into 2\.0 GiB per rank, a small GPU"):
         plan_run(config, ds_config, world_size=2, target=small)
     # The same plan from config.json alone, as on a machine that has no torch.
     assert plan_run(config, ds_config, world_size=2, target=target, build=False).terms == plan.terms
@@ -314,3 +316,16 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(config: TrainConfig) -
         return peak(memory_terms(plan.shape, larger, "sweep"))[1]
 
     assert size(times) <= target.available < size(times + 1)
+
+
+def test_a_model_with_its_own_code_is_counted_from_the_model_only() -> None:
+    """Its keys may have any names; activations are an upper bound from those that are usual."""
+    own = {"model_type": "own", "hidden_size": 64, "intermediate_size": 100, "n_blocks": 3}
+    found = read_architecture(own)
+    assert (found.block, found.hidden_size, found.intermediate_size) == (None, 64, 100)
+    shape = dataclasses.replace(SEVEN_B, architecture=found)
+    assert saved_by_layer(shape, 2) == (18 * 64 + 4 * 100) * 2
+    with pytest.raises(UserError, match=r"model_type 'own' .*allowed: qwen2, .*--dry-run"):
+        ModelShape.planned(own, BASE)
+    with pytest.raises(UserError, match="hidden_size: 'wide'"):
+        read_architecture({**QWEN_7B, "hidden_size": "wide"})

@@ -243,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(1)
     comm.start(discover_world(), timeout_seconds=PATIENCE)
     # A tile of three predictions: every chunk needs several.
-    token_step.TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
+    token_step.TOKEN_TILE_BYTES["cpu"] = 3 * 16 * VOCABULARY
     token_step.find_mask_token = lambda *_: MASK  # type: ignore[assignment]
     token_step.load_model_tokenizer = lambda _: SimpleNamespace(all_special_ids=())
     paths = {False: untied, True: tied}
