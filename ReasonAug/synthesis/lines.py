@@ -11,8 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pipeline.files import atomic_path
-
 
 def iterate(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file, one at a time."""
@@ -58,22 +56,29 @@ class Lines:
         os.close(self._descriptor)
 
 
-def write_shuffled(path: Path, rows: Iterable[dict[str, Any]], *, seed: str) -> int:
+def write_shuffled(path: Path, rows: Iterable[dict[str, Any]], *, seed: str, scratch: Path) -> int:
     """Write rows in an order drawn by the seed, through a file in the order they come.
+
+    Args:
+        path: receives the rows.
+        rows: in any order.
+        seed: of the order.
+        scratch: a file for the rows in the order they come, removed at the end.
 
     Returns:
         Number of rows.
     """
-    with atomic_path(path.with_suffix(".unshuffled")) as unshuffled:
-        with unshuffled.open("wb") as file:
+    try:
+        with scratch.open("wb") as file:
             for row in rows:
                 file.write(encode(row))
-        lines = Lines(unshuffled)
+        lines = Lines(scratch)
         with contextlib.closing(lines):
             order = array.array("Q", range(len(lines)))
             Random(seed).shuffle(order)
             with path.open("wb") as file:
                 for number in order:
                     file.write(lines.raw(number))
-    path.with_suffix(".unshuffled").unlink()
+    finally:
+        scratch.unlink(missing_ok=True)
     return len(order)

@@ -22,6 +22,7 @@ from pipeline.files import (
     atomic_path,
     fingerprint_files,
     hash_file,
+    remove_unfinished,
     require_writable,
     write_json,
     write_text,
@@ -133,6 +134,9 @@ def synthesize(
         if dry_run:
             run.print_plan(asyncio.run(run.plan()))
             return
+        # A killed run may have left them; under the ledger's lock, no other run writes here.
+        for path in (folder.rows, *map(folder.stage, NAMES)):
+            remove_unfinished(path)
         write_text(folder.root / "config.yaml", dump_config(config))
         try:
             asyncio.run(run.all_stages())
@@ -412,7 +416,12 @@ class Run:
         lines = Lines(folder.stage(CLEAN))
         with contextlib.closing(lines), atomic_path(folder.rows) as temporary:
             rows = training_rows(self._config, lines, counts)
-            number = write_shuffled(temporary, rows, seed=f"{self._config.seed}/order of rows")
+            number = write_shuffled(
+                temporary,
+                rows,
+                seed=f"{self._config.seed}/order of rows",
+                scratch=folder.root / ".rows.unshuffled",
+            )
             self._require_quality(temporary)
             stages = counts_by_stage({name: iterate(folder.stage(name)) for name in NAMES})
             summary = card.summarise(self._config, stages, self._ledger.usage(), counts)

@@ -97,6 +97,8 @@ def trial(folder: Path, *, kills: int, seed: int, **sections: Any) -> tuple[int,
             distinct = len(server.answered)
         rows.append((folder / name / "out" / "rows.jsonl").read_bytes())
     assert rows[0] == rows[1], "the rows differ"
+    left = [path for path in folder.rglob("*") if path.suffix == ".tmp" or "plan" in path.name]
+    assert not left, f"left behind: {left}"
     assert distinct == asked[0], f"{distinct} questions instead of {asked[0]}"
     repeated = asked[1] - asked[0]
     assert repeated <= hits * CONCURRENCY, f"{repeated} answers asked twice after {hits} kills"
