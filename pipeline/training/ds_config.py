@@ -51,6 +51,7 @@ _WORDS = {"device", "communication_data_type", "grad_accum_dtype"}
 _NESTED = {"enabled", "grad_accum_dtype"}
 _ROUNDS = "it rounds what ranks exchange, and gradients would not be exact"
 _WHY = {
+    "memory_efficient_linear": "parameters are held from forward to backward",
     "zero_quantized_weights": _ROUNDS,
     "zero_quantized_gradients": _ROUNDS,
     "zero_quantized_nontrainable_weights": _ROUNDS,
@@ -103,6 +104,11 @@ def resolve_ds_config(
     )
     _fill(tree.setdefault("bf16", {}), "enabled", bf16, owner="model.dtype", prefix="bf16.")
     _fill(tree, "zero_allow_untested_optimizer", True)
+    if tree["zero_optimization"]["stage"] == 3:
+        # Otherwise DeepSpeed replaces torch's linear function in the whole process by one in
+        # Python, which takes most of the host's time of a layer. It saves memory only where
+        # parameters are released between forward and backward; ours are held.
+        tree["zero_optimization"]["memory_efficient_linear"] = False
     tree.setdefault("steps_per_print", 2**31 - 1)
     if "offload_optimizer" in tree["zero_optimization"]:
         # torch's AdamW steps on the CPU as well, and needs no compiler.
