@@ -199,7 +199,7 @@ def test_a_process_chooses_its_gpu_and_frees_it_before_it_measures_and_reads(
     monkeypatch.setattr(load_export, "build_encoder", build)
     with pytest.raises(KeyboardInterrupt):
         load_here(pretrained.models[0].path, max_tokens=64)
-    gpu = torch.device("cuda:1")
+    gpu = torch.device("cuda", 1)
     steps = [("set_device", gpu), ("empty_cache",), ("mem_get_info", gpu), ("read", gpu)]
     assert calls == steps
 
