@@ -250,7 +250,7 @@ def _batch_size(num_rows: int, num_gpus: int) -> int:
     """Return a power of two: large, but small enough for a hundred steps or so in three epochs."""
     most = 1024 if num_gpus else 64
     # Fewer than 16 queries would be too few negatives for each other.
-    wanted = max(16, 2 ** int(math.log2(max(2, num_rows / 32))))
+    wanted = max(16, int(2 ** math.floor(math.log2(max(2, num_rows / 32)))))
     return max(2, min(most, wanted, num_rows))
 
 
