@@ -101,6 +101,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _running_fast = False
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Let fixtures of other tests, such as a session's cluster, end after a fast one."""
+    global _running_fast
+    _running_fast = False
+    return (yield)
+
+
 def _cpu_seconds() -> float:
     """CPU of this process, of children that it has waited for, and of its forked processes."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
