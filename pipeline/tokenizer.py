@@ -110,8 +110,9 @@ def _model_type(path: str, *, local_only: bool) -> str:
     from transformers import PretrainedConfig
 
     try:
-        found = PretrainedConfig.get_config_dict(path, local_files_only=local_only)
-        return str(found[0].get("model_type", ""))
+        found, _ = PretrainedConfig.get_config_dict(path, local_files_only=local_only)
+        # A JSON text or list has no keys; loading the model will report it.
+        return str(found.get("model_type", "")) if isinstance(found, dict) else ""
     except OSError:
         if Path(path).is_dir():
             raise

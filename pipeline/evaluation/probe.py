@@ -82,7 +82,8 @@ def _read_columns(path: Path, lines: list[str], task: str) -> list[Sentence]:
 
 
 def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
-    sentences = []
+    sentences: list[Sentence] = []
+    kind: type | None = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -100,6 +101,16 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
             raise UserError(
                 f"{path}:{number}: a word without tag, or no words",
                 allowed=f"as many texts in tokens as texts or numbers in {task}_tags",
+            )
+        # Tags are names or class numbers; one of the other kind is damage, not another tag.
+        kind = kind or type(tags[0])
+        odd = [tag for tag in tags if type(tag) is not kind]
+        if odd:
+            others = "texts" if kind is str else "numbers"
+            raise UserError(
+                f"{path}:{number}: the tag {odd[0]!r} among {others}",
+                allowed=f"{task}_tags that are all texts, or all numbers",
+                fix="correct the line",
             )
         sentences.append(Sentence(words=tuple(words), tags=tuple(map(str, tags))))
     return sentences

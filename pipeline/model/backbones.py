@@ -186,7 +186,8 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     ):
         # Not AutoConfig: for an unknown model_type it would look for code in the folder.
         published, _ = PretrainedConfig.get_config_dict(config.path, revision=config.revision)
-    if not isinstance(published.get("model_type"), str):
+    # A JSON text or list has no keys at all.
+    if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
         raise UserError(
             f"model.path: the config.json of {config.path} names no model_type",
             fix=model_fix(config.path),

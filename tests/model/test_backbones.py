@@ -143,3 +143,12 @@ def test_foreign_code_does_not_run_unasked(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("builtins.input", answer)
     with pytest.raises(UserError, match=r"toy.*model\.trust_remote_code and model\.revision"):
         build_encoder(config)
+
+
+@pytest.mark.parametrize("content", ['"text"', '"   "', "[]", "3", "{}", '{"model_type": 3}'])
+def test_a_config_without_a_model_type_is_refused_by_its_folder(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.path: .*config\.json"):
+        build_encoder(ModelConfig(path=str(tmp_path)))
