@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import signal
@@ -16,12 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.loading import as_tree, dump_config, require
+from pipeline.config.loading import dump_config, require
 from pipeline.errors import Stopped, UserError, say_warning
 from pipeline.files import (
     atomic_path,
     fingerprint_files,
-    hash_file,
     remove_unfinished,
     require_writable,
     write_json,
@@ -46,6 +43,14 @@ from ReasonAug.synthesis.calls import (
 from ReasonAug.synthesis.clean import Clean
 from ReasonAug.synthesis.config import SynthesisConfig
 from ReasonAug.synthesis.execution import RecordedExecution
+from ReasonAug.synthesis.folder import (
+    Folder,
+    inputs_digest,
+    is_finished,
+    outputs_of,
+    run_digest,
+    stage_digest,
+)
 from ReasonAug.synthesis.ledger import SANDBOX, Ledger
 from ReasonAug.synthesis.limits import Budget, total
 from ReasonAug.synthesis.lines import Lines, alive, encode, iterate, write_shuffled
@@ -54,44 +59,7 @@ from ReasonAug.synthesis.prompts import Prompts
 from ReasonAug.synthesis.rows import RowCounts, as_problem, counts_by_stage, training_rows
 from ReasonAug.synthesis.stages import CLEAN, NAMES, STAGES, Context, Item, Stage
 
-# Raised when stages give other lines for the same answers.
-_FORMAT = 1
 _WINDOW = 32  # items in progress for each request in flight: one slow item holds up no others
-
-# The sections of the config that a stage's lines depend on, in addition to the stages before it.
-_SECTIONS: dict[str, tuple[str, ...]] = {
-    "concepts": ("seed", "model", "concepts", "domains"),
-    "problems": ("problems",),
-    "checked": ("checks",),
-    "rewritten": ("rewrites", "negatives"),
-    "clean": ("decontaminate",),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Folder:
-    """The files of a run."""
-
-    root: Path
-
-    @property
-    def ledger(self) -> Path:
-        """Recorded calls."""
-        return self.root / "ledger"
-
-    def stage(self, name: str) -> Path:
-        """The items of a stage."""
-        return self.root / "stages" / f"{name}.jsonl"
-
-    @property
-    def rows(self) -> Path:
-        """The training rows."""
-        return self.root / "rows.jsonl"
-
-    @property
-    def finished(self) -> Path:
-        """The record of a finished run."""
-        return self.root / "finished.json"
 
 
 def synthesize(
@@ -125,7 +93,7 @@ def synthesize(
     if config.quality.reference:
         read_generations(config.quality.reference)  # before any money is spent
     prompts = Prompts(config.prompts)
-    if not dry_run and limit is None and not retry_failed and _is_finished(config, prompts, folder):
+    if not dry_run and limit is None and not retry_failed and is_finished(config, prompts, folder):
         finished = json.loads(folder.finished.read_text())
         print(f"finished already: {finished['rows']:,} rows in {folder.rows}")
         return
@@ -160,7 +128,7 @@ def describe_state(config: SynthesisConfig) -> dict[str, Any]:
     """Return what a Slurm job must know: folder, model, key, rows if finished, resolved config."""
     folder = Folder(root=config.output_dir)
     rows = None
-    if _is_finished(config, Prompts(config.prompts), folder):
+    if is_finished(config, Prompts(config.prompts), folder):
         rows = json.loads(folder.finished.read_text())["rows"]
     return {
         "output_dir": str(config.output_dir),
@@ -541,58 +509,3 @@ def _needs_extra() -> Iterator[None]:
             f"synthesize needs the package {error.name!r}",
             fix="pip install 'diffembed[synthesize]'",
         ) from error
-
-
-# --- digests ---------------------------------------------------------------------------------
-
-
-def inputs_digest(config: SynthesisConfig, prompts: Prompts) -> str:
-    """Return a hash of what all stages depend on: prompts and files of concepts."""
-    files = [hash_file(path) if path.is_file() else "" for path in config.concepts.files]
-    return _digest(_FORMAT, prompts.versions(), files)
-
-
-def stage_digest(config: SynthesisConfig, name: str, before: str, ledger: Path) -> str:
-    """Return a hash of what the lines of a stage depend on; `before` is that of its input."""
-    tree = as_tree(config)
-    for key in ("servers", "licence"):
-        del tree["model"][key]  # other servers give the same lines for the same answers
-    sections = {section: tree[section] for section in _SECTIONS.get(name, ())}
-    path = ledger / f"{name}.jsonl"
-    # The ledger only grows, so its size tells whether there are more answers.
-    size = path.stat().st_size if path.exists() else 0
-    sets = config.decontaminate.sets if config.decontaminate and name == CLEAN else ()
-    local = [Path(found.path) for found in sets]
-    files = [fingerprint_files(path.parent, [path]) for path in local if path.is_file()]
-    return _digest(before, name, sections, size, files)
-
-
-def run_digest(config: SynthesisConfig, prompts: Prompts, ledger: Path) -> str:
-    """Return a hash of everything that rows and card depend on."""
-    digest = inputs_digest(config, prompts)
-    for name in NAMES:
-        digest = stage_digest(config, name, digest, ledger)
-    tree = as_tree(config)
-    parts = [tree[name] for name in ("rows", "prices", "quality", "strict")]
-    return _digest(digest, *parts, tree["model"]["licence"])
-
-
-def _digest(*values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def outputs_of(folder: Folder) -> list[Path]:
-    """Return the files of a finished run."""
-    return [folder.rows, folder.root / "summary.json", folder.root / "README.md"]
-
-
-def _is_finished(config: SynthesisConfig, prompts: Prompts, folder: Folder) -> bool:
-    """Return True if a run with these inputs is finished and its files are as it left them."""
-    try:
-        finished = json.loads(folder.finished.read_text())
-        outputs = fingerprint_files(folder.root, outputs_of(folder))
-    except (OSError, ValueError):
-        return False
-    same = run_digest(config, prompts, folder.ledger) == finished.get("inputs")
-    return bool(same and outputs == finished.get("outputs"))
