@@ -3,7 +3,7 @@
     faq.jsonl, MiniLM, 0 GPUs, search  ──>  DIR/data.yaml   for `diffembed prepare`
                                             DIR/train.yaml  for `diffembed train`
 
-Every number has its reason beside it. Fields of the data are recognised by common names.
+Every number comes with its reason. Fields of the data are recognised by common names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from pipeline.data.sources import FORMATS, plan_source
 from pipeline.data.sources.containers import read_records
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, require_writable
+from pipeline.planning.shape import read_architecture
+from pipeline.tokenizer import limits_of
 
 Goal = Literal["search", "instructions", "long"]
 # Names of fields in public data sets, by our column; a `*` joins several fields.
@@ -48,6 +50,7 @@ _NAMES = {
 }
 _COUNTED_ROWS = 200_000  # more rows than that need not be counted to choose a batch
 _LORA_PARAMETERS = 1.5e9  # full fine-tuning of larger models needs 16 bytes each over all GPUs
+_UNKNOWN_LENGTH = 512  # of a model that does not state its longest text
 _MAX_TOKENS = {"search": (128, 512), "instructions": (256, 512), "long": (512, 8192)}
 
 
@@ -76,7 +79,6 @@ def write_run(folder: Path, answers: Answers) -> list[Path]:
     model = _read_model(answers.model)
     num_rows, columns = _read_data(answers)
     require_writable(folder, key="the folder of the configs")
-    folder.mkdir(parents=True, exist_ok=True)
     texts = (
         _prepare_text(folder, answers, columns, model.max_tokens),
         _train_text(folder, answers, model, num_rows, has_negatives="negatives" in columns),
@@ -92,30 +94,30 @@ def write_run(folder: Path, answers: Answers) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Model:
-    num_parameters: float  # about
+    num_parameters: int
     max_tokens: int
 
 
 def _read_model(path: str) -> _Model:
-    """Estimate size and longest text from a model's config.json."""
+    """Read size and longest text from a model's config.json."""
     require_model_path(path, key="--model")
     file = local_file(path, "config.json")
     if file is None:
         raise UserError(f"--model: no config.json in {path}", fix=model_fix(path))
     try:
         tree = json.loads(file.read_text())
-        width = int(tree.get("hidden_size") or tree["d_model"])
-        layers = int(tree.get("num_hidden_layers") or tree["n_layers"])
-        vocabulary = int(tree.get("vocab_size") or tree["embedding_size"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        architecture = read_architecture(tree)
+        # A model with its own code may have other keys; those count as 1 there.
+        if architecture.block is None and not {"num_hidden_layers", "vocab_size"} <= tree.keys():
+            raise KeyError("num_hidden_layers")
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"--model: {file} does not say its width, layers and vocabulary", fix=model_fix(path)
         ) from error
-    inner = int(tree.get("intermediate_size") or tree.get("mlp_hidden_size") or 4 * width)
-    longest = tree.get("max_position_embeddings") or tree.get("max_sequence_length") or 512
     return _Model(
-        num_parameters=layers * (4 * width**2 + 3 * width * inner) + vocabulary * width,
-        max_tokens=int(longest),
+        num_parameters=architecture.num_layers * architecture.layer_parameters
+        + architecture.outer_parameters,
+        max_tokens=limits_of(tree, path).trained_length or _UNKNOWN_LENGTH,
     )
 
 

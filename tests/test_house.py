@@ -33,7 +33,8 @@ FLOORS = (
     {"run_folder"},
     {"data", "model", "loss"},
     {"training", "evaluation"},
-    {"new_run", "planning", "submission"},
+    {"planning", "submission"},
+    {"new_run"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
