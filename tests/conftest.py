@@ -90,23 +90,18 @@ def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_refuse_processes)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hold fast tests to what their marker says."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold fast tests, and the fixtures they set up, to what their marker says."""
     global _running_fast
     _running_fast = item.get_closest_marker("fast") is not None
-    try:
-        return (yield)
-    finally:
-        _running_fast = False
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
     """Let fixtures of other tests, such as a session's cluster, end after a fast one."""
     global _running_fast
     _running_fast = False
-    return (yield)
 
 
 def _cpu_seconds() -> float:

@@ -33,10 +33,6 @@ SCHEMAS = ROOT / "docs" / "schema"
 _MODELINE = "# yaml-language-server: $schema="
 
 
-def sections(kind: Any) -> list[tuple[str, Any]]:
-    return [(field.name, field) for field in dataclasses.fields(kind)]
-
-
 @functools.cache
 def validator(schema: Path) -> Any:
     return jsonschema.Draft7Validator(json.loads(schema.read_text()))
@@ -45,7 +41,7 @@ def validator(schema: Path) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_has_a_meaning(kind: str) -> None:
     keys = {key.name: key for key in list_keys(kind)}
-    assert {name for name, _ in sections(KINDS[kind])} <= keys.keys()
+    assert {field.name for field in dataclasses.fields(KINDS[kind])} <= keys.keys()
     for key in keys.values():
         assert key.meaning.endswith((".", ")", "`")), key.name
         assert key.meaning[0].isupper() or key.meaning.startswith(("`", "plain")), key.name

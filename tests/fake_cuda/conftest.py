@@ -5,18 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline import comm
 from tests.benchmarks.bench_support import tiny_qwen2
 from tests.fake_cuda import streams
-from tests.fake_cuda.fake_cuda import CUDA, CudaTensor
-
-# Types that NCCL can send.
-NCCL_TYPES = {
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    *(torch.int8, torch.uint8, torch.int32, torch.int64),
-}
+from tests.fake_cuda.fake_cuda import CUDA, NCCL_TYPES, CudaTensor
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -330,3 +331,26 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind((_ADDRESS, 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+class BatchJob:
+    """A submitted job and its log; a subclass submits it.
+
+    Args:
+        cluster: runs it.
+        log: the file of its output, whose attempts are appended.
+    """
+
+    id: str
+
+    def __init__(self, cluster: Cluster, log: Path) -> None:
+        self.cluster, self.log = cluster, log
+
+    def find(self, pattern: str) -> list[str]:
+        """Return matches of the pattern, or of its group, in the lines of the log."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return re.findall(pattern, text, re.MULTILINE)
+
+    def end(self) -> str:
+        """Wait until the job has ended and return its state."""
+        return self.cluster.wait(self.id)[self.id]

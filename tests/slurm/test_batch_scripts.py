@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from tests.fake_slurm import put_command
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import BatchJob, Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -51,7 +50,7 @@ for i in 0 1 2 3 4 5 6 7; do echo "$i, Disabled, 0"; done
 """
 
 
-class TrainJob:
+class TrainJob(BatchJob):
     """`slurm/train.sbatch`, submitted from a folder with a fake trainer.
 
     Args:
@@ -80,9 +79,9 @@ class TrainJob:
         # Slurm's patience with the peers of a crashed rank, shortened.
         own = f"source {ROOT}/slurm/cluster.env; SRUN_FLAGS=(--wait=2)\n{site}\n"
         (folder / "cluster.env").write_text(own)
-        self._cluster, self._log = cluster, folder / "log"
+        super().__init__(cluster, folder / "log")
         self.id = cluster.attempt(
-            *("sbatch", "--parsable", f"--output={self._log}", *flags),
+            *("sbatch", "--parsable", f"--output={self.log}", *flags),
             *(ROOT / "slurm/train.sbatch", "train.yaml"),
             check=True,
             cwd=folder,
@@ -95,15 +94,6 @@ class TrainJob:
                 "OMP_NUM_THREADS": "",
             },
         ).stdout.strip()
-
-    def find(self, pattern: str) -> list[str]:
-        """Return matches of the pattern, or of its group, in the lines of the log."""
-        text = self._log.read_text() if self._log.exists() else ""
-        return re.findall(pattern, text, re.MULTILINE)
-
-    def end(self) -> str:
-        """Wait until the job has ended and return its state."""
-        return self._cluster.wait(self.id)[self.id]
 
 
 @pytest.fixture(scope="module")

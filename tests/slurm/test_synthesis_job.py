@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import BatchJob, Cluster
 from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slurm
@@ -35,7 +35,7 @@ start_server() {{
 """
 
 
-class SynthesisJob:
+class SynthesisJob(BatchJob):
     """`slurm/synthesize.sbatch` with a small config.
 
     Args:
@@ -60,9 +60,9 @@ class SynthesisJob:
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "cluster.env").write_text(SITE.format(root=ROOT))
-        self._cluster, self._log = cluster, folder / "log"
+        super().__init__(cluster, folder / "log")
         self.id = cluster.attempt(
-            *("sbatch", "--parsable", f"--output={self._log}", "--nodes=2", "--ntasks-per-node=1"),
+            *("sbatch", "--parsable", f"--output={self.log}", "--nodes=2", "--ntasks-per-node=1"),
             *("--cpus-per-task=2", "--mem=2000"),
             *("slurm/synthesize.sbatch", folder / "config.yaml"),
             check=True,
@@ -75,15 +75,6 @@ class SynthesisJob:
                 **environment,
             },
         ).stdout.strip()
-
-    def find(self, pattern: str) -> list[str]:
-        """Return matches of the pattern, or of its group, in the lines of the log."""
-        text = self._log.read_text() if self._log.exists() else ""
-        return re.findall(pattern, text, re.MULTILINE)
-
-    def end(self) -> str:
-        """Wait until the job has ended and return its state."""
-        return self._cluster.wait(self.id)[self.id]
 
     def servers(self) -> list[str]:
         """Return the logs of its servers."""
