@@ -24,7 +24,7 @@ class Nearest(Protocol):
 
 
 class Finder:
-    """Rank documents by score without those of the query's own concept."""
+    """Rank documents by score, except documents of the query's own concept."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._own: dict[str, list[int]] = defaultdict(list)

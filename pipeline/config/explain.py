@@ -258,7 +258,7 @@ def _is_inside(key: Key, section: Key) -> bool:
 
 def _describe(key: Key) -> str:
     lines = textwrap.wrap(key.meaning, width=88)
-    # The defaults of a section are those of its keys.
+    # A section has the defaults of its keys.
     default = "" if key.default == "{}" else f"; default {key.default}"
     lines.append(key.values + ("; must be given" if key.default is None else default))
     return "\n  ".join([f"{key.name}   ({key.kind})", *lines])

@@ -186,9 +186,9 @@ def _host(
     seconds, sources = 0.0, []
     if sweep and workload.boundaries_on_host:
         stored = shape.hidden_size * width * (shape.num_layers + 1) * workload.rank_tokens
-        # Out in the forward, back in the backward, each beside compute.
+        # Out in the forward, back in the backward, each while the GPU computes.
         seconds += _exposed(2 * stored / gpu.host, compute, 2 * shape.num_layers)
-        sources.append("boundaries out and back, beside compute")
+        sources.append("boundaries out and back, while the GPU computes")
     if workload.offload_optimizer:
         share = shape.trainable / workload.world_size
         ranks = min(workload.ranks_per_host, workload.world_size)

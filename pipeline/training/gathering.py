@@ -87,7 +87,7 @@ def _has_copy(parameter: Any) -> bool:
 
 
 def _pieces(parameters: Iterable[Any]) -> Iterator[list[Any]]:
-    """Divide the parameters that are neither whole nor under way into those of one call each."""
+    """Divide the parameters that are neither whole nor under way into groups of one call each."""
     missing = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
     bound = buffer_bytes(comm.world_size())
     if not bound:  # on one rank nothing is copied

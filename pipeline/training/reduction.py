@@ -45,7 +45,7 @@ class Reduction:
         """Reduce the complete gradients of these parameters; a collective call.
 
         On a GPU that DeepSpeed gives a stream for it (`overlap_comm`, which stage 3 has by
-        default), the reduction runs beside later computing.
+        default), the reduction overlaps later computing.
         """
         parameters = self._fill_bucket(parameters)
         zero = self._zero

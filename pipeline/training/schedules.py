@@ -141,7 +141,7 @@ def replay_chunks(
 class BoundaryStore:
     """Inputs of stages by (stage, chunk), on their device or in host memory.
 
-    Copies have a stream of their own, so that they run beside the computing of other chunks:
+    Copies have a stream of their own, so that they overlap the computing of other chunks:
 
         put      copy stream: waits for the input, device -> host
         fetch    copy stream: host -> device, a chunk ahead
@@ -280,7 +280,7 @@ class LayerSweep(Generic[ChunkT]):
                         backward,
                         following=(index - 1, 0) if last else (index, number + 1),
                     )
-            # On a GPU this runs beside the next stage's backward.
+            # On a GPU this overlaps the next stage's backward.
             self._reduce(index)
 
     def _backward_one(
