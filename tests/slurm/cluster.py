@@ -56,7 +56,8 @@ ReturnToService=2
 # The nodes may claim more processors and memory than this machine has.
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1,batch_sched_delay=0
-KillWait=5
+# A job that is cancelled saves and ends its log within this, also on a busy machine.
+KillWait=60
 MessageTimeout=10
 # Finished jobs stay listed, so that a test can read how they ended.
 MinJobAge=3600
