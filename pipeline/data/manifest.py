@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,33 @@ class LengthHistogram:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherInfo:
+    """Vectors of a teacher for every document and query, in files below `vectors/`.
+
+    Row r of the file of a shard belongs to row r of that shard.
+    """
+
+    name: str  # as the config of the mining names the model
+    fingerprint: str  # hash of all that decides the vectors: weights, template, settings
+    width: int
+    norm: Literal["unit"]  # every vector has length 1, within fp16
+    documents: tuple[ShardInfo, ...]
+    queries: tuple[ShardInfo, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MiningInfo:
+    """The origin of mined negatives, of candidates and of a teacher's vectors."""
+
+    source: str  # fingerprint of the dataset whose examples were mined
+    settings: dict[str, Any]
+    models: dict[str, str]  # fingerprint of each retriever and scoring teacher
+    bands: tuple[str, ...] = ()  # names of the numbers in `candidate_bands`
+    candidates: bool = False  # the example shards have the columns of candidates
+    teacher: TeacherInfo | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Everything about a dataset except its tokens.
 
@@ -115,6 +143,17 @@ class Manifest:
     document_lengths: LengthHistogram
     example_shards: tuple[ShardInfo, ...]
     document_shards: tuple[ShardInfo, ...]
+    mining: MiningInfo | None = None  # None for what `prepare` wrote
+
+    @property
+    def teacher(self) -> TeacherInfo | None:
+        """The teacher whose vectors are stored."""
+        return None if self.mining is None else self.mining.teacher
+
+    @property
+    def has_candidates(self) -> bool:
+        """True where examples list candidates from which negatives can be drawn."""
+        return self.mining is not None and self.mining.candidates
 
     @property
     def fingerprint(self) -> str:
@@ -129,6 +168,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal text."""
         tree = TypeAdapter(Manifest).dump_python(self, mode="json")
+        if self.mining is None:  # the bytes, and so the fingerprint, of a dataset that is not mined
+            del tree["mining"]
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -180,7 +221,11 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     for name, total, shards in counted:
         if total < 1 or sum(shard.rows for shard in shards) != total:
             yield f"the shards do not hold {total} {name}"
-    for shard in (*manifest.example_shards, *manifest.document_shards):
+    files = [*manifest.example_shards, *manifest.document_shards]
+    if (teacher := manifest.teacher) is not None:
+        files += [*teacher.documents, *teacher.queries]
+        yield from _teacher_contradictions(manifest, teacher)
+    for shard in files:
         # A name with a slash would read a file outside the folder.
         if Path(shard.file).name != shard.file or shard.rows < 1:
             yield f"shard {shard.file!r} with {shard.rows} rows"
@@ -194,3 +239,41 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     missing = {group.source for group in manifest.groups} - {s.name for s in manifest.sources}
     if missing:
         yield f"groups of unknown sources {sorted(missing)}"
+
+
+def _teacher_contradictions(manifest: Manifest, teacher: TeacherInfo) -> Iterator[str]:
+    """Yield what does not belong to the shards, whose rows the vectors are found by."""
+    if teacher.width < 1:
+        yield f"teacher vectors of width {teacher.width}"
+    sides = (
+        ("documents", teacher.documents, manifest.document_shards),
+        ("queries", teacher.queries, manifest.example_shards),
+    )
+    for name, files, shards in sides:
+        if [file.rows for file in files] != [shard.rows for shard in shards]:
+            yield f"teacher vectors of {name} in other files or rows than their shards"
+
+
+def require_files(folder: Path, infos: Sequence[ShardInfo], *, fix: str) -> None:
+    """Refuse a folder in which a file of the manifest is missing or has another size."""
+    for info in infos:
+        path = folder / info.file
+        if not path.is_file():
+            raise UserError(f"{path}: missing", fix=fix)
+        if path.stat().st_size != info.bytes:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes",
+                allowed=f"{info.bytes} bytes, as in the manifest",
+                fix=f"copy the file again, or {fix}",
+            )
+
+
+def find_rows(
+    infos: Sequence[ShardInfo], ids: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the number of each file that holds some of the ids, their positions, and their rows."""
+    ends = np.cumsum([info.rows for info in infos], dtype=np.int64)
+    files = np.searchsorted(ends, ids, side="right")
+    for number in np.unique(files).tolist():
+        positions = np.flatnonzero(files == number)
+        yield number, positions, ids[positions] - (int(ends[number]) - infos[number].rows)

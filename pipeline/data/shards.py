@@ -3,6 +3,7 @@
     manifest.json        sources, groups, lengths, and the name, rows and sha256 of each shard
     examples-K.arrow     query tokens; numbers of the positive and negative documents; scores
     documents-K.arrow    each distinct document once, ordered by hash
+    vectors/*-K.npy      a teacher's vectors, row for row, where mining stored them
     report.md, dropped.jsonl, recipe.json    for people, and for the next `prepare`
 
 An id is a position in the shards of a kind, one after another. `verify_dataset` and
@@ -21,8 +22,17 @@ from numpy.typing import NDArray
 
 from pipeline.config import ModelConfig, Template
 from pipeline.data.batch import IntArray, Ragged
-from pipeline.data.manifest import FILE_NAME, LengthHistogram, Manifest, ShardInfo, read_manifest
+from pipeline.data.manifest import (
+    FILE_NAME,
+    LengthHistogram,
+    Manifest,
+    ShardInfo,
+    find_rows,
+    read_manifest,
+    require_files,
+)
 from pipeline.data.order import permute
+from pipeline.data.vectors import VECTORS_FOLDER, VectorFiles
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, hash_file, table_writer
 from pipeline.tokenizer import (
@@ -54,6 +64,17 @@ EXAMPLE_SCHEMA = pa.schema(
         ("query_key", pa.int64()),
         # Teacher scores, positives then negatives; empty without a teacher.
         ("scores", pa.large_list(pa.float32())),
+    ]
+)
+MINED_EXAMPLE_SCHEMA = pa.schema(
+    [
+        *EXAMPLE_SCHEMA,
+        # Documents from which a run may draw other negatives in each epoch, best first.
+        ("candidates", pa.large_list(pa.int64())),
+        # Teacher scores of the candidates; empty without a teacher.
+        ("candidate_scores", pa.large_list(pa.float32())),
+        # Number of each candidate's band in the manifest's `mining.bands`; empty without bands.
+        ("candidate_bands", pa.large_list(pa.int8())),
     ]
 )
 
@@ -133,22 +154,12 @@ class Table:
 
     def __init__(self, folder: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> None:
         self._folder, self._infos, self._schema = folder, tuple(infos), schema
-        self._ends = np.cumsum([info.rows for info in infos], dtype=np.int64)
         # Mapped on first use: opening a dataset of thousands of shards stays cheap.
         self._open: dict[int, _Shard] = {}
-        for info in infos:
-            path = folder / info.file
-            if not path.is_file():
-                raise UserError(f"{path}: missing", fix="prepare the dataset again")
-            if path.stat().st_size != info.bytes:
-                raise UserError(
-                    f"{path}: {path.stat().st_size} bytes",
-                    allowed=f"{info.bytes} bytes, as in the manifest",
-                    fix="copy the file again, or prepare the dataset again",
-                )
+        require_files(folder, infos, fix="prepare the dataset again")
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return sum(info.rows for info in self._infos)
 
     def _shard(self, number: int) -> _Shard:
         shard = self._open.get(number)
@@ -159,13 +170,7 @@ class Table:
 
     def _split(self, ids: IntArray) -> list[tuple[_Shard, IntArray, IntArray]]:
         """Return each shard with some of the ids, their positions in `ids`, and their rows."""
-        shards = np.searchsorted(self._ends, ids, side="right")
-        found = []
-        for number in np.unique(shards).tolist():
-            positions = np.flatnonzero(shards == number)
-            first = int(self._ends[number]) - self._infos[number].rows
-            found.append((self._shard(number), positions, ids[positions] - first))
-        return found
+        return [(self._shard(n), where, rows) for n, where, rows in find_rows(self._infos, ids)]
 
     def hashes(self) -> NDArray[np.bytes_]:
         """(R,) 16-byte hashes of all rows."""
@@ -214,8 +219,15 @@ class Dataset:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.examples = Table(folder, manifest.example_shards, EXAMPLE_SCHEMA)
+        schema = MINED_EXAMPLE_SCHEMA if manifest.has_candidates else EXAMPLE_SCHEMA
+        self.examples = Table(folder, manifest.example_shards, schema)
         self.documents = Table(folder, manifest.document_shards, DOCUMENT_SCHEMA)
+        self._vectors: dict[str, VectorFiles] = {}
+        if (teacher := manifest.teacher) is not None:
+            self._vectors = {
+                "queries": VectorFiles(folder, teacher.queries, width=teacher.width),
+                "documents": VectorFiles(folder, teacher.documents, width=teacher.width),
+            }
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -240,14 +252,43 @@ class Dataset:
     def verify(self) -> int:
         """Hash every shard against the manifest; returns the number of bytes read."""
         total = 0
-        for info in (*self.manifest.example_shards, *self.manifest.document_shards):
-            if hash_file(self.folder / info.file) != info.sha256:
+        for path, info in self._files():
+            if hash_file(path) != info.sha256:
                 raise UserError(
-                    f"{self.folder / info.file}: damaged (its sha256 is not the manifest's)",
+                    f"{path}: damaged (its sha256 is not the manifest's)",
                     fix="copy the file again, or prepare the dataset again",
                 )
             total += info.bytes
         return total
+
+    def _files(self) -> Iterator[tuple[Path, ShardInfo]]:
+        for info in (*self.manifest.example_shards, *self.manifest.document_shards):
+            yield self.folder / info.file, info
+        if (teacher := self.manifest.teacher) is not None:
+            for info in (*teacher.queries, *teacher.documents):
+                yield self.folder / VECTORS_FOLDER / info.file, info
+
+    def teacher_vectors(
+        self, *, queries: IntArray, documents: IntArray
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return a teacher's stored vectors of length 1, of examples' queries and of documents.
+
+        Args:
+            queries: (B,) example ids.
+            documents: (K,) document ids.
+
+        Returns:
+            (B, W) and (K, W), W the width in the manifest.
+
+        Raises:
+            UserError: the dataset holds no vectors, or damaged ones.
+        """
+        if not self._vectors:
+            raise UserError(
+                f"{self.folder}: no teacher vectors",
+                fix="run `diffembed mine` with a teacher whose vectors are stored",
+            )
+        return self._vectors["queries"].rows(queries), self._vectors["documents"].rows(documents)
 
     def damaged(self, what: str) -> UserError:
         """Return the error for a reader that found a value which no intact shard holds."""
@@ -348,7 +389,10 @@ def verify_dataset(path: str | Path) -> str:
     total = dataset.verify()
     manifest = dataset.manifest
     shards = len(manifest.example_shards) + len(manifest.document_shards)
-    return f"{path}: {shards} shards, {total} bytes, all as in the manifest"
+    vectors = ""
+    if (teacher := manifest.teacher) is not None:
+        vectors = f", {len(teacher.queries) + len(teacher.documents)} files of teacher vectors"
+    return f"{path}: {shards} shards{vectors}, {total} bytes, all as in the manifest"
 
 
 def inspect_dataset(path: str | Path, *, num_samples: int = 2, plot: bool = True) -> str:
