@@ -17,6 +17,8 @@ from pipeline.data.vectors import vector_file, write_teacher_vectors
 from pipeline.files import hash_file
 
 BANDS = ("hard", "middle", "easy")
+WIDTH = 8
+NUM_CANDIDATES = 10
 
 
 def draw_vectors(count: int, width: int, seed: int) -> NDArray[np.float32]:
@@ -26,7 +28,12 @@ def draw_vectors(count: int, width: int, seed: int) -> NDArray[np.float32]:
 
 
 def mine_by_hand(
-    dataset: Dataset, folder: Path, *, width: int = 8, num_candidates: int = 10, seed: int = 0
+    dataset: Dataset,
+    folder: Path,
+    *,
+    width: int = WIDTH,
+    num_candidates: int = NUM_CANDIDATES,
+    seed: int = 0,
 ) -> Path:
     """Write a mined folder: the same documents, drawn candidates and drawn teacher vectors.
 
@@ -57,7 +64,9 @@ def mine_by_hand(
             name="drawn", fingerprint="0" * 64, width=width, norm="unit", **vectors
         ),
     )
-    mined = dataclasses.replace(manifest, example_shards=tuple(examples), mining=mining)
+    mined = dataclasses.replace(
+        manifest, has_scores=True, example_shards=tuple(examples), mining=mining
+    )
     write_manifest(folder / FILE_NAME, mined)
     return folder
 
@@ -73,7 +82,7 @@ def _add_candidates(
     dataset: Dataset, folder: Path, info: ShardInfo, *, first: int, count: int
 ) -> ShardInfo:
     table = pa.Table.from_batches([map_batch(dataset.folder / info.file)])
-    lists = zip(table["positives"].to_pylist(), table["negatives"].to_pylist(), strict=True)
+    lists = [*zip(table["positives"].to_pylist(), table["negatives"].to_pylist(), strict=True)]
     rows = [
         np.array(
             candidates_of(
@@ -89,8 +98,10 @@ def _add_candidates(
     candidates = Ragged.from_rows(rows)
     bands = Ragged.from_rows([np.arange(len(row)) * len(BANDS) // max(len(row), 1) for row in rows])
     scores = Ragged.from_rows([np.linspace(1, 0, len(row), dtype=np.float32) for row in rows])
+    listed = [np.linspace(2, 1, len([*p, *n]), dtype=np.float32) for p, n in lists]
     columns = [
-        *table.columns,
+        *table.drop_columns(["scores"]).columns,
+        ragged_array(Ragged.from_rows(listed), pa.float32()),
         ragged_array(candidates, pa.int64()),
         ragged_array(scores, pa.float32()),
         ragged_array(bands, pa.int8()),

@@ -479,7 +479,8 @@ def test_every_config_key_is_set_by_a_shipped_recipe() -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *((TrainConfig, "training"), (TrainConfig, "objective"), (PrepareConfig, "shards")),
+        *((TrainConfig, name) for name in ("training", "objective", "teacher")),
+        (PrepareConfig, "shards"),
         *((EvaluateConfig, "evaluation"), (ProbeConfig, "probe"), (ChainConfig, "chain")),
     ],
 )

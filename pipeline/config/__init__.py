@@ -1,6 +1,7 @@
 """The whole configuration as frozen dataclasses, read strictly from YAML."""
 
 from pipeline.config.data import (
+    CandidatesConfig,
     DataConfig,
     DecontaminateConfig,
     EvaluationSetConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "POOLINGS",
     "POOLING_FLAGS",
     "Attention",
+    "CandidatesConfig",
     "ChainConfig",
     "CheckpointConfig",
     "ChunkConfig",

@@ -93,6 +93,21 @@ class Template:
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CandidatesConfig:
+    """Hard negatives drawn from the candidates that `diffembed mine` stored with each example.
+
+    `num_hard_negatives` of them are drawn by chance for each query. The draw is a function of seed,
+    epoch and example: a query that comes again in another epoch gets other ones.
+    """
+
+    bands: dict[str, PositiveInt] = dataclasses.field(default_factory=dict)
+    """Negatives per query from each band of the mining, in all `data.num_hard_negatives`; by
+    default from all bands together.
+    """
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The shards to train on, and the composition of one global batch."""
 
@@ -105,6 +120,10 @@ class DataConfig:
     """Positives per query, taken from the list in its example."""
     num_hard_negatives: NonNegativeInt = 1
     """Hard negatives per query; fewer if its example lists fewer."""
+    candidates: CandidatesConfig | None = None
+    """Draw the hard negatives from mined candidates, other ones in each epoch; null: from the
+    negatives that the example lists.
+    """
     homogeneous: Literal["none", "source", "instruction"] = "instruction"
     """One instruction in a batch, one source, or a mixture."""
     weights: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
@@ -121,6 +140,25 @@ class DataConfig:
     """
     prefetch: bool = True
     """Assemble the next batch in a thread while this one is trained."""
+
+    def __post_init__(self) -> None:
+        if self.candidates is None:
+            return
+        require(
+            self.num_hard_negatives >= 1,
+            "data.num_hard_negatives",
+            self.num_hard_negatives,
+            "at least 1 with data.candidates",
+            "remove data.candidates to train without hard negatives",
+        )
+        bands = self.candidates.bands
+        require(
+            not bands or sum(bands.values()) == self.num_hard_negatives,
+            "data.candidates.bands",
+            bands,
+            f"numbers that add up to data.num_hard_negatives ({self.num_hard_negatives})",
+            f"set data.num_hard_negatives: {sum(bands.values())}",
+        )
 
 
 _COLUMNS = (

@@ -355,6 +355,13 @@ class TrainConfig:
             "remove loss, or remove objective to train contrastively",
         )
         require(
+            self.data.candidates is None,
+            "data.candidates",
+            "given together with objective",
+            "null",
+            "token prediction has no negatives",
+        )
+        require(
             self.schedule != "plain" and self.chunks.keep_graphs == 0,
             "schedule, chunks.keep_graphs",
             (self.schedule, self.chunks.keep_graphs),

@@ -1,7 +1,7 @@
 """Load one global batch at a time, the same on every cluster; each rank reads only its own tokens.
 
 step -> example ids -> documents and masks -> chunks of every rank -> tokens of this rank
-        order.Order    order.find_relevance   batch.plan_chunks       shards.Dataset
+        order.Order    batch.find_relevance   batch.plan_chunks       shards.Dataset
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pipeline.data.order import (
     Group,
     Order,
     choose,
+    choose_by_band,
     make_key,
     source_shares,
 )
@@ -108,6 +109,7 @@ class Loader:
                 cap=config.mixture_cap,
             ),
         )
+        self._quotas = _band_quotas(dataset, config)
         self._step = 0
 
     def batch(self, step: int) -> GlobalBatch:
@@ -166,7 +168,12 @@ class Loader:
     def _draw(self, step: int) -> _Drawn:
         examples, documents = self.dataset.examples, self.dataset.documents
         ids = self.order.batch(step)
-        listed = {name: examples.ragged(name, ids) for name in ("positives", "negatives")}
+        # Candidates take the place of the negatives that an example lists.
+        source = "negatives" if self._quotas is None else "candidates"
+        listed = {
+            "positives": examples.ragged("positives", ids),
+            "negatives": examples.ragged(source, ids),
+        }
         # Before anything is indexed by these numbers: numpy would wrap negative ones silently.
         self._check(listed)
         chosen = self._choose(step, ids, listed)
@@ -213,15 +220,36 @@ class Loader:
         # The step is part of the key: in another epoch the same example shows other documents.
         # With one key, lists of equal length would always give their k-th documents together.
         key, other = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
-        first = self.dataset.examples.scalars("num_first_negatives", ids)
-        return {
-            "positives": choose(
-                listed["positives"], self.config.num_positives, num_first=None, key=other
-            ),
-            "negatives": choose(
+        positives = choose(
+            listed["positives"], self.config.num_positives, num_first=None, key=other
+        )
+        if self._quotas is not None:
+            negatives = self._draw_candidates(step, ids, listed["negatives"], self._quotas)
+        else:
+            first = self.dataset.examples.scalars("num_first_negatives", ids)
+            negatives = choose(
                 listed["negatives"], self.config.num_hard_negatives, num_first=first, key=key
-            ),
-        }
+            )
+        return {"positives": positives, "negatives": negatives}
+
+    def _draw_candidates(
+        self, step: int, ids: IntArray, candidates: Ragged, quotas: IntArray
+    ) -> IntArray:
+        """Return positions of the candidates taken; a function of seed, epoch and example."""
+        bands = np.zeros(len(candidates.values), dtype=np.int64)
+        if self.config.candidates is not None and self.config.candidates.bands:
+            stored = self.dataset.examples.ragged("candidate_bands", ids)
+            bands = stored.values.astype(np.int64)
+            whole = np.array_equal(stored.offsets, candidates.offsets)
+            if not whole or not ((bands >= 0) & (bands < len(quotas))).all():
+                raise self.dataset.damaged("candidates without a band of the manifest")
+        return choose_by_band(
+            candidates,
+            bands,
+            quotas,
+            draw=(self.order.epochs(step), ids),
+            key=make_key(self._seed, 4),
+        )
 
     def _scores(
         self, ids: IntArray, listed: dict[str, Ragged], chosen: dict[str, IntArray]
@@ -229,26 +257,25 @@ class Loader:
         """Return teacher scores of the chosen documents; examples without a teacher get NaN."""
         if not self.dataset.manifest.has_scores:
             return None, None
-        num_positives = listed["positives"].lengths
-        num_negatives = listed["negatives"].lengths
+        examples = self.dataset.examples
+        num_positives = examples.lengths("positives", ids)
+        num_negatives = examples.lengths("negatives", ids)
         by_list: dict[str, list[Any]] = {"positives": [], "negatives": []}
-        for row, view in enumerate(self.dataset.examples.views("scores", ids)):
+        for row, view in enumerate(examples.views("scores", ids)):
             split, total = int(num_positives[row]), int(num_positives[row] + num_negatives[row])
-            # NaN marks an example without a teacher.
-            full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
-            if len(full) != total:
-                raise self.dataset.damaged(
-                    f"example {ids[row]} has {len(full)} scores for {total} texts"
-                )
-            if len(view) and not np.isfinite(view).all():
-                raise UserError(
-                    f"{self.dataset.folder}: a teacher score of example {ids[row]} is "
-                    f"{view[~np.isfinite(view)][0]}",
-                    allowed="finite numbers",
-                    fix="correct the scores in the source and prepare the dataset again",
-                )
+            full = self._full_scores(view, total, example=int(ids[row]))
             by_list["positives"].append(full[:split])
             by_list["negatives"].append(full[split:])
+        if self._quotas is not None:
+            by_list["negatives"] = [
+                self._full_scores(view, int(count), example=int(example))
+                for view, count, example in zip(
+                    examples.views("candidate_scores", ids),
+                    listed["negatives"].lengths,
+                    ids,
+                    strict=True,
+                )
+            ]
         picked = (
             _select(
                 Ragged(
@@ -260,6 +287,22 @@ class Loader:
             for name in ("positives", "negatives")
         )
         return next(picked), next(picked)
+
+    def _full_scores(self, view: Any, total: int, *, example: int) -> Any:
+        """Return an example's scores of `total` texts; NaN where it has no teacher."""
+        full = view if len(view) else np.full(total, np.nan, dtype=np.float32)
+        if len(full) != total:
+            raise self.dataset.damaged(
+                f"example {example} has {len(full)} scores for {total} texts"
+            )
+        if len(view) and not np.isfinite(view).all():
+            raise UserError(
+                f"{self.dataset.folder}: a teacher score of example {example} is "
+                f"{view[~np.isfinite(view)][0]}",
+                allowed="finite numbers",
+                fix="correct the scores in the source and prepare the dataset again",
+            )
+        return full
 
     def _read_chunk(
         self, texts: IntArray, lengths: IntArray, ids: IntArray, document_ids: IntArray
@@ -354,3 +397,31 @@ def _select(lists: Ragged, positions: IntArray) -> Ragged:
     """Return the values at ascending positions, in their rows."""
     lengths = np.bincount(lists.rows[positions], minlength=len(lists)).astype(np.int64)
     return Ragged.from_lengths(lengths, lists.values[positions])
+
+
+def _band_quotas(dataset: Dataset, config: DataConfig) -> IntArray | None:
+    """Return the candidates to draw from each band; None where listed negatives are used.
+
+    Raises:
+        UserError: the dataset has no candidates, or not these bands.
+    """
+    if config.candidates is None:
+        return None
+    if not dataset.manifest.has_candidates:
+        raise UserError(
+            f"data.candidates is set but {dataset.folder} stores no candidates",
+            fix="run `diffembed mine` and set data.path to its folder, or remove data.candidates",
+        )
+    wanted = config.candidates.bands
+    if not wanted:
+        return np.array([config.num_hard_negatives])
+    mining = dataset.manifest.mining
+    names = mining.bands if mining is not None else ()
+    for name in wanted:
+        if name not in names:
+            raise UserError(
+                f"data.candidates.bands: no band {name!r} in {dataset.folder}",
+                allowed=", ".join(names) or "none: its candidates have no bands",
+                fix="" if names else "remove data.candidates.bands",
+            )
+    return np.array([wanted.get(name, 0) for name in names])

@@ -2,7 +2,7 @@
 
     groups (source, instruction)  --make_units-->  units, each with its share of the batches
     step  --Order-->  a unit, and its next window of elements  --permute-->  example ids
-    example ids  --choose-->  their documents
+    example ids  --choose, choose_by_band-->  their documents
 
 Every random number is a hash of seed, purpose and position: no step depends on an earlier one, nor
 on the number of ranks.
@@ -105,16 +105,32 @@ class Order:
 
     def batch(self, step: int) -> IntArray:
         """(global_batch_size,) example ids of a step, all different."""
+        drawn = [
+            self.units[unit].example_ids(self._streams[unit].take(**window))
+            for unit, window in self._windows(step)
+        ]
+        return np.concatenate(drawn)
+
+    def epochs(self, step: int) -> IntArray:
+        """(global_batch_size,) how often each example of a step was drawn before.
+
+        Except in a small unit, whose epochs leave a few examples out.
+        """
+        return np.concatenate(
+            [self._streams[unit].epochs(**window) for unit, window in self._windows(step)]
+        )
+
+    def _windows(self, step: int) -> list[tuple[int, dict[str, int]]]:
+        """Return the units that a step draws from, and the window that it takes of each."""
         if self.homogeneous == "none":
             return self._mixed(step)
         unit, ordinal = self._draw_unit(step)
         size = self.global_batch_size
         # Only batches of this unit advance its stream: another unit's data cannot change its order.
-        elements = self._streams[unit].take(ordinal=ordinal, start=ordinal * size, count=size)
-        return self.units[unit].example_ids(elements)
+        return [(unit, {"ordinal": ordinal, "start": ordinal * size, "count": size})]
 
-    def _mixed(self, step: int) -> IntArray:
-        """Return a step's examples from all units, in shares that even out over a cycle.
+    def _mixed(self, step: int) -> list[tuple[int, dict[str, int]]]:
+        """Return windows of all units, in shares that even out over a cycle.
 
         A cycle has one slot per example of `_QUOTA_STEPS` steps. Slots are sorted by unit, and step
         k of the cycle takes slots k, k + _QUOTA_STEPS, and so on.
@@ -125,15 +141,17 @@ class Order:
         # Elements of each unit that the steps of the cycle before this one, and up to it, take.
         before = _count_residues(last, residue) - _count_residues(first, residue)
         until = _count_residues(last, residue + 1) - _count_residues(first, residue + 1)
-        drawn = []
-        for number, unit in enumerate(self.units):
-            elements = self._streams[number].take(
-                ordinal=step,
-                start=int(cycle * self._counts[number] + before[number]),
-                count=int(until[number] - before[number]),
+        return [
+            (
+                unit,
+                {
+                    "ordinal": step,
+                    "start": int(cycle * self._counts[unit] + before[unit]),
+                    "count": int(until[unit] - before[unit]),
+                },
             )
-            drawn.append(unit.example_ids(elements))
-        return np.concatenate(drawn)
+            for unit in range(len(self.units))
+        ]
 
     def _draw_unit(self, step: int) -> tuple[int, int]:
         """Return the unit of a homogeneous step, and how many batches it has given before."""
@@ -325,6 +343,12 @@ class Stream:
             return elements
         return np.concatenate([elements, self._epoch(epoch + 1, np.arange(count - inside))])
 
+    def epochs(self, *, ordinal: int, start: int, count: int) -> IntArray:
+        """(count,) the epoch of each element of a window, from 0; arguments as those of `take`."""
+        if self.is_small:
+            return np.full(count, ordinal // (self.size // self.window), dtype=np.int64)
+        return np.arange(start, start + count, dtype=np.int64) // self.size
+
     def _epoch(self, epoch: int, positions: IntArray) -> IntArray:
         """Return the elements at ascending positions of an epoch."""
         key = make_key(self.key, epoch)
@@ -374,6 +398,32 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
     # Each row is now shuffled, preferred values first; its first `count` values are taken.
     taken = positions < lists.offsets[:-1][rows] + count
     return np.sort(order[taken])
+
+
+def choose_by_band(
+    lists: Ragged, bands: IntArray, quotas: IntArray, *, draw: tuple[IntArray, IntArray], key: int
+) -> IntArray:
+    """Choose up to `quotas[b]` values of band b of each row by chance.
+
+    Args:
+        lists: (R rows) the candidates.
+        bands: (nnz,) band of each of them.
+        quotas: values to take of each band; a row takes fewer where a band has fewer.
+        draw: two (R,) numbers; rows of other numbers are drawn independently.
+        key: decides the choice.
+
+    Returns:
+        (nnz,) positions in `lists.values`, ascending.
+    """
+    rows = lists.rows
+    within = np.arange(len(rows)) - lists.offsets[:-1][rows]
+    rank = uniform(key, draw[0][rows], draw[1][rows], within)
+    group = rows * len(quotas) + bands
+    # By row and band, then by chance: the first values of each group are taken.
+    order = np.lexsort((rank, group))
+    ordered = group[order]
+    place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return np.sort(order[place < quotas[bands[order]]]).astype(np.int64)
 
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)

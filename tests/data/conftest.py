@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from tests.mined_data import mine_by_hand
 from tests.support import share_folder
 
 
@@ -72,3 +73,13 @@ def dataset(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> D
         prepare(config, num_workers=1)
 
     return Dataset.open(share_folder(tmp_path_factory, "shared", make) / "dataset", verify=True)
+
+
+@pytest.fixture(scope="session")
+def mined(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same examples with ten candidates in three bands, and a teacher's vectors."""
+
+    def make(folder: Path) -> None:
+        mine_by_hand(dataset, folder / "dataset")
+
+    return share_folder(tmp_path_factory, "mined", make) / "dataset"

@@ -12,12 +12,21 @@ import pytest
 from data_support import ConfigMaker, make_loader, texts_of, write_jsonl
 from transformers import AutoTokenizer
 
-from pipeline.config import DataConfig, LossConfig, ModelConfig, SourceConfig, TrainConfig
+from pipeline.config import (
+    CandidatesConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainConfig,
+    build_config,
+)
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader as make_any_loader
 from pipeline.data.text_loader import require_negatives
 from pipeline.errors import UserError
+from tests.mined_data import BANDS, NUM_CANDIDATES
 
 
 def open_rows(make_config: ConfigMaker, folder: Path, rows: list[Any], **source: Any) -> Dataset:
@@ -208,3 +217,118 @@ def test_a_teacher_score_that_is_no_number_is_named_by_the_loader(
     shard.write_bytes(damaged)
     with pytest.raises(UserError, match=r"a teacher score of example \d+ is nan"):
         make_loader(Dataset.open(opened.folder), batch=8).batch(0)
+
+
+PER_BAND = {"hard": 3, "easy": 2}
+Drawn = dict[tuple[int, int], list[int]]
+
+
+def drawn_candidates(opened: Dataset, *, steps: int, world_size: int = 1, **changes: Any) -> Drawn:
+    """The negatives of each (example, times it was seen before), as positions in its candidates."""
+    settings = {"num_hard_negatives": 7, "candidates": CandidatesConfig(), **changes}
+    loaders = [
+        make_loader(opened, batch=64, rank=rank, world_size=world_size, **settings)
+        for rank in range(world_size)
+    ]
+    found: Drawn = {}
+    epochs: dict[int, int] = {}
+    for step in range(steps):
+        batch = loaders[-1].batch(step)
+        # Documents of a batch are numbered in the order of their ids.
+        ids = loaders[-1]._draw(step).relevance.document_ids
+        lists = opened.examples.views("candidates", batch.example_ids)
+        for row, example in enumerate(batch.example_ids.tolist()):
+            candidates = lists[row].tolist()
+            taken = sorted(candidates.index(k) for k in ids[batch.negatives[row]].tolist())
+            found[example, epochs.get(example, 0)] = taken
+            epochs[example] = epochs.get(example, 0) + 1
+    return found
+
+
+def test_negatives_are_drawn_from_the_candidates_again_in_each_epoch(mined: Path) -> None:
+    opened = Dataset.open(mined)
+    found = drawn_candidates(opened, steps=60)
+    examples = {example for example, epoch in found if epoch == 2}
+    assert len(examples) > 300
+    for example in examples:
+        draws = [found[example, epoch] for epoch in range(3)]
+        # Every fifth example has two candidates, which it gets each time.
+        expected = 2 if example % 5 == 0 else 7
+        assert all(len(set(draw)) == expected for draw in draws)
+    full = [example for example in examples if example % 5]
+    # Of 120 choices of 7 of 10, the same one twice in 1 of 120 cases.
+    same = sum(found[example, 0] == found[example, 1] for example in full)
+    assert same < len(full) / 30
+    counts = np.bincount(np.concatenate([found[example, 1] for example in full]))
+    assert counts == pytest.approx(np.full(NUM_CANDIDATES, 0.7 * len(full)), rel=0.15)
+
+
+def test_the_draw_depends_on_seed_epoch_and_example_alone(mined: Path) -> None:
+    opened = Dataset.open(mined)
+    found = drawn_candidates(opened, steps=24)
+    assert drawn_candidates(opened, steps=24, world_size=3) == found
+    # Other batches: another size, mixture and order of the same examples.
+    other = drawn_candidates(opened, steps=12, homogeneous="none")
+    shared = [key for key in found if key in other]
+    assert len(shared) > 200
+    assert all(other[key] == found[key] for key in shared)
+    reseeded = drawn_candidates(opened, steps=24, seed=4)
+    assert any(reseeded.get(key, found[key]) != found[key] for key in found)
+
+
+def test_each_band_gives_its_number_of_negatives(mined: Path) -> None:
+    opened = Dataset.open(mined)
+    settings = {"num_hard_negatives": 5, "candidates": CandidatesConfig(bands=PER_BAND)}
+    found = drawn_candidates(opened, steps=12, **settings)
+    for (example, _), taken in found.items():
+        bands = opened.examples.ragged("candidate_bands", np.array([example])).values[taken]
+        names = [BANDS[band] for band in bands.tolist()]
+        if example % 5:
+            assert sorted(names) == sorted(["hard"] * 3 + ["easy"] * 2)
+        else:
+            assert names == ["hard"]  # its two candidates are in the bands hard and middle
+
+
+def test_teacher_scores_follow_the_candidates(mined: Path) -> None:
+    opened = Dataset.open(mined)
+    assert opened.manifest.has_scores
+    loader = make_loader(opened, batch=32, num_hard_negatives=4, candidates=CandidatesConfig())
+    batch, ids = loader.batch(0), loader._draw(0).relevance.document_ids
+    assert batch.positive_scores is not None and batch.negative_scores is not None
+    for row, example in enumerate(batch.example_ids):
+        (listed,) = opened.examples.views("candidates", np.array([example]))
+        (scores,) = opened.examples.views("candidate_scores", np.array([example]))
+        places = [listed.tolist().index(k) for k in ids[batch.negatives[row]].tolist()]
+        assert batch.negative_scores[row].tolist() == scores[places].tolist()
+        assert len(batch.positive_scores[row]) == len(batch.positives[row])
+
+
+@pytest.mark.parametrize("candidates", [{}, {"bands": {"hard": 1}}])
+def test_candidates_that_the_data_lack_are_refused(
+    candidates: dict[str, Any], dataset: Dataset
+) -> None:
+    with pytest.raises(UserError, match=r"stores no candidates .*diffembed mine"):
+        make_loader(dataset, candidates=CandidatesConfig(**candidates))
+
+
+def test_an_unknown_band_is_refused_with_the_known_ones(mined: Path) -> None:
+    config = CandidatesConfig(bands={"hardest": 1})
+    with pytest.raises(UserError, match=r"no band 'hardest'.*allowed: hard, middle, easy"):
+        make_loader(Dataset.open(mined), candidates=config)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"num_hard_negatives": 0, "candidates": {}}, r"data\.num_hard_negatives"),
+        (
+            {"num_hard_negatives": 7, "candidates": {"bands": {"hard": 3}}},
+            r"add up to data\.num_hard_negatives \(7\).*set data\.num_hard_negatives: 3",
+        ),
+    ],
+)
+def test_numbers_of_candidates_that_contradict_each_other_are_refused(
+    data: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=named):
+        build_config(DataConfig, {"path": str(tmp_path), **data}, origin="data")

@@ -185,6 +185,23 @@ def test_homogeneous_batches_hold_one_group(mode: Homogeneous) -> None:
             assert len(groups) == 1
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_epoch_of_an_example_counts_how_often_it_was_drawn_before(mode: Homogeneous) -> None:
+    order = make_order(make_groups({("a", "x"): 400, ("b", "y"): 200}), batch=64, mode=mode)
+    seen: dict[int, int] = {}
+    for step in range(60):
+        ids, epochs = order.batch(step), order.epochs(step)
+        assert epochs.tolist() == [seen.get(example, 0) for example in ids.tolist()]
+        seen |= {example: seen.get(example, 0) + 1 for example in ids.tolist()}
+    assert max(seen.values()) > 3
+
+
+def test_the_epochs_of_a_small_source_are_those_of_its_stream() -> None:
+    stream = Stream(size=100, window=40, key=5)  # two windows an epoch
+    epochs = [stream.epochs(ordinal=k, start=40 * k, count=40).tolist() for k in range(5)]
+    assert epochs == [[0] * 40, [0] * 40, [1] * 40, [1] * 40, [2] * 40]
+
+
 def test_small_instructions_of_a_source_share_batches() -> None:
     groups = make_groups({("a", f"task {k}"): 20 for k in range(10)} | {("a", "big"): 500})
     order = make_order(groups, batch=64, mode="instruction")

@@ -14,22 +14,7 @@ import pytest
 from pipeline.data.shards import Dataset, verify_dataset
 from pipeline.data.vectors import write_teacher_vectors
 from pipeline.errors import UserError
-from tests.mined_data import BANDS, candidates_of, draw_vectors, mine_by_hand
-from tests.support import share_folder
-
-WIDTH = 8
-
-
-@pytest.fixture(scope="module")
-def mined(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return (
-        share_folder(
-            tmp_path_factory,
-            "mined",
-            lambda folder: mine_by_hand(dataset, folder / "dataset", width=WIDTH) and None,
-        )
-        / "dataset"
-    )
+from tests.mined_data import BANDS, WIDTH, candidates_of, draw_vectors
 
 
 @pytest.fixture
