@@ -24,10 +24,17 @@ if [[ $* != *tests/gpu* ]]; then
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 fi
 
+# The first time in a checkout, compile what the tests import while mypy has the other core. The
+# workers of pytest would each compile all of it at once.
+if [[ ! -d tests/__pycache__ ]]; then
+  (python -m tests.forks && python -m pytest --collect-only --quiet) &>/dev/null &
+fi
+
 set -x
 ruff check .
 ruff format --check .
 mypy
+wait
 # Four files at a time, because tests often wait for processes that they start, and long files first
 # (-n 0: one by one).
 python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import multiprocessing.process
 import multiprocessing.util
 import resource
@@ -58,25 +59,21 @@ _not_forked: Counter[str] = Counter()  # by variable
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put long files first, and mark fast tests: files of them, except what starts processes."""
     global _cpu_before
-    items.sort(key=_place)
+    items.sort(key=lambda item: _place(item.path)[0])
     for item in items:
-        path = _path(item)
         names = (item.path.name, item.name.partition("[")[0], *getattr(item, "fixturenames", ()))
-        if _START_PROCESSES.isdisjoint(names) and any(
-            fnmatch.fnmatchcase(path, pattern) for pattern in _FAST
-        ):
+        if _place(item.path)[1] and _START_PROCESSES.isdisjoint(names):
             item.add_marker("fast")
     _cpu_before = _cpu_seconds()
 
 
-def _path(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).as_posix()
-
-
-def _place(item: pytest.Item) -> int:
-    """Rank of a test's file among all; files of one rank stay in their order."""
-    matches = (fnmatch.fnmatchcase(_path(item), pattern) for pattern in _LONG)
-    return next((place for place, found in enumerate(matches) if found), len(_LONG))
+@functools.cache
+def _place(file: Path) -> tuple[int, bool]:
+    """Rank of a file among all, files of one rank staying in their order; whether it is fast."""
+    name = file.relative_to(Path(__file__).parent).as_posix()
+    matches = (fnmatch.fnmatchcase(name, pattern) for pattern in _LONG)
+    rank = next((place for place, found in enumerate(matches) if found), len(_LONG))
+    return rank, any(fnmatch.fnmatchcase(name, pattern) for pattern in _FAST)
 
 
 def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
