@@ -2,7 +2,7 @@
 
     init  starter  prepare  train  export  encode  probe  report     files in, files out
     submit                                                           the same as Slurm jobs
-    stop  rewind                                                     a run's folder
+    watch  stop  rewind                                              a run's folder
     config    explain  schema  diff                                  the keys of all configs
     data      inspect  verify                                        prepared shards
     plan      run  loss                                              the cost of a run, in advance
@@ -170,6 +170,29 @@ def train(
     if code == 0 and not dry_run:
         print(f"next: diffembed export {' '.join([str(config), *(overrides or ())])}")
     raise typer.Exit(code)
+
+
+@app.command()
+def watch(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="of a run, an evaluation, a synthesis, shards or a chain, or the config of one",
+        ),
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="print it once and leave, as in a pipe")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="also write a page for the browser: one file, with plots")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.5, help="seconds between two looks")] = 5.0,
+) -> None:
+    """Show how far a run is, from its files, until it is finished or Ctrl-C is pressed."""
+    from pipeline.watch import watch as watch_folder
+
+    watch_folder(folder, once=once, html=html, every=every)
 
 
 @app.command()

@@ -34,7 +34,7 @@ FLOORS = (
     {"data", "model", "loss"},
     {"training", "evaluation"},
     {"planning", "submission"},
-    {"new_run"},
+    {"new_run", "watch"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -134,6 +134,7 @@ def test_libraries_are_imported_only_in_the_rooms_that_own_them(path: Path) -> N
         "pipeline.cli",
         "pipeline.data.batch",
         "pipeline.planning",
+        "pipeline.watch",
     ],
 )
 def test_importing_stays_free_of_torch(module: str) -> None:

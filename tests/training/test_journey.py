@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline import train
 from pipeline.errors import UserError
+from pipeline.watch.runs import Metrics, describe_run
 from tests.training.trainer_command import ROOT, run_trainer
 
 WORKER = Path(__file__).with_name("failure_worker.py")
@@ -72,6 +73,10 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert names == ["latest", "step-000004", "step-000006"]
     for name in ("config.yaml", "ds_config.json", "environment.json"):
         assert (parts / name).is_file()
+    view = describe_run(parts, Metrics(parts / "metrics.jsonl"))
+    assert (view.state, view.fact("step")) == ("finished", "6 of 6 (100%)")
+    assert view.fact("checkpoint").startswith("step-000006, 0 steps behind")
+    assert not view.fact("repeated")
 
 
 def test_running_a_finished_run_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Show how far a run, an evaluation, a synthesis, shards or a chain is, from its files alone.
+
+    folder or config ──recognise──> functions that look ──> View ──> terminal (show), page (page)
+
+Nothing here imports torch or asks Slurm: it works wherever the folder is mounted, also while other
+processes write to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.config.explain import kind_of
+from pipeline.config.loading import read_tree
+from pipeline.errors import UserError
+from pipeline.run_folder import OWN_CONFIG
+from pipeline.watch.chains import (
+    building,
+    describe_chain,
+    describe_several,
+    describe_shards,
+    describe_synthesis,
+    output_dir,
+)
+from pipeline.watch.evaluations import describe_evaluation
+from pipeline.watch.runs import Metrics, describe_run
+from pipeline.watch.view import View
+
+Look = Callable[[], View]
+# Folders below a folder of several; more would fill no screen.
+_MAX_PARTS = 200
+
+
+def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
+    """Show a folder until it is finished or Ctrl-C is pressed; once where there is no terminal.
+
+    Args:
+        path: the folder, or the config of what writes it.
+        once: show it once.
+        html: also write the page here, each time.
+        every: seconds between two looks.
+
+    Raises:
+        UserError: the path is nothing that can be watched, or the page cannot be written.
+    """
+    from rich.live import Live
+
+    from pipeline.watch.show import make_console, render
+
+    looks = recognise(path)
+    console = make_console()
+    live = console.is_terminal and not once
+    views = _look(looks, html, every if live else None)
+    if not live:
+        console.print(render(views, console))
+    else:
+        try:
+            with Live(render(views, console), console=console, auto_refresh=False) as screen:
+                while not _is_over(views):
+                    time.sleep(every)
+                    views = _look(looks, html, every)
+                    screen.update(render(views, console), refresh=True)
+        except KeyboardInterrupt:
+            pass
+    if html is not None:
+        if live:  # it is not written again
+            _look(looks, html, None)
+        console.print(f"written: {html}")
+
+
+def _look(looks: Sequence[Look], html: Path | None, every: float | None) -> list[View]:
+    views = [look() for look in looks]
+    if html is not None:
+        from pipeline.watch.page import write_page
+
+        write_page(html, views, refresh_seconds=every)
+    return views
+
+
+def _is_over(views: Sequence[View]) -> bool:
+    return all(view.state == "finished" or view.done == 1.0 for view in views)
+
+
+def recognise(path: Path) -> list[Look]:
+    """Return the functions that describe a folder, by the files in it, or the config of one.
+
+    Raises:
+        UserError: it is nothing that this package writes.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        return [_of_config(path)]
+    looks = _of_folder(path) if path.is_dir() else []
+    if not looks and building(path).is_dir():
+        looks = [functools.partial(describe_shards, path)]
+    if not looks and path.is_dir():
+        parts = [
+            (child.name, look)
+            for child in sorted(path.iterdir())
+            if child.is_dir() and not child.name.startswith(".")
+            for look in _of_folder(child)
+        ][:_MAX_PARTS]
+        looks = [functools.partial(describe_several, path, parts)] if parts else []
+    if looks:
+        return looks
+    raise UserError(
+        f"{path}: {'no files of a run in it' if path.is_dir() else 'no such folder'}",
+        allowed="the folder of a training run, an evaluation, a synthesis or shards, one that "
+        "holds a chain.yaml or several of these, or the config of one",
+        fix="give the output_dir of its config",
+    )
+
+
+def _of_folder(path: Path) -> list[Look]:
+    chains = sorted(path.glob("*chain*.yaml"))
+    if chains:
+        return [functools.partial(describe_chain, chain, _metrics_of(chain)) for chain in chains]
+    looks: list[Look] = []
+    jobs = path / "jobs"
+    if (path / "ledger").is_dir() or any(jobs.glob("synthesize-*.yaml")):
+        looks.append(functools.partial(describe_synthesis, path))
+    elif _is_run(path):
+        looks.append(functools.partial(describe_run, path, Metrics(path / "metrics.jsonl")))
+    if (path / "manifest.json").is_file():
+        looks.append(functools.partial(describe_shards, path))
+    scored = any(path.glob("results/*/*/*/result.json")) or any(path.glob("plan/*/plan.json"))
+    if scored or any(jobs.glob("evaluate-*.yaml")) or any(path.glob("step-*/evaluate.yaml")):
+        looks.append(functools.partial(describe_evaluation, path))
+    return looks
+
+
+def _is_run(path: Path) -> bool:
+    """Return True for the folder of a training run, from its first second on."""
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        return True
+    if (path / "lock").is_file() or any((path / "jobs").glob("train-*.yaml")):
+        return True
+    config = path / "config.yaml"
+    return config.is_file() and config.read_text(errors="replace").startswith(OWN_CONFIG)
+
+
+def _metrics_of(chain: Path) -> Metrics:
+    """Return the metrics of the training run of a chain's config."""
+    train = read_tree(chain).get("train")
+    if not isinstance(train, str):
+        raise UserError(f"{chain}: key 'train' is missing", fix="give the config of a chain")
+    return Metrics(output_dir(Path(train)) / "metrics.jsonl")
+
+
+def _of_config(path: Path) -> Look:
+    tree = read_tree(path)
+    kind = kind_of(path)
+    if kind == "chain":
+        return functools.partial(describe_chain, path, _metrics_of(path))
+    root = output_dir(path)
+    # A synthesis has keys of its own, which this package does not know.
+    if "concepts" in tree and "problems" in tree:
+        return functools.partial(describe_synthesis, root)
+    if kind == "train":
+        return functools.partial(describe_run, root, Metrics(root / "metrics.jsonl"))
+    if kind == "evaluate":
+        return functools.partial(describe_evaluation, root, path)
+    if kind == "prepare":
+        return functools.partial(describe_shards, root)
+    raise UserError(
+        f"{path}: a config of `diffembed {kind}`",
+        allowed="a config of prepare, train, evaluate, a synthesis or a chain",
+    )

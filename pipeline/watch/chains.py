@@ -1,0 +1,271 @@
+"""Describe a chain by its stages, a synthesis, prepared shards, and a folder of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pipeline import checkpoint_folder
+from pipeline.config.evaluation import ChainConfig, ExportStep
+from pipeline.config.loading import expand_path, load_config, read_tree
+from pipeline.errors import UserError
+from pipeline.run_folder import RunDir
+from pipeline.watch.evaluations import describe_evaluation
+from pipeline.watch.jobs import jobs_grid, logs_of, read_json_or_none, read_log
+from pipeline.watch.runs import Metrics, describe_run
+from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
+
+# Stage, state, detail, folder; and the tone of the row.
+_Row = tuple[tuple[str, str, str, str], Tone]
+
+
+def describe_chain(path: Path, metrics: Metrics) -> View:
+    """Describe the stages of a chain's config; `metrics` are the training run's."""
+    chain = load_config(ChainConfig, path)
+    rows = list(_stages(chain, metrics))
+    finished = sum(tone == "ok" for _, tone in rows)
+    failed = [cells[0] for cells, tone in rows if tone == "fail"]
+    state = f"{finished} of {len(rows)} stages finished"
+    return View(
+        title=f"chain {path}",
+        state=f"{state}, failed: {', '.join(failed)}" if failed else state,
+        tone="fail" if failed else "ok" if finished == len(rows) else "",
+        done=finished / len(rows),
+        grids=(
+            Grid(
+                title="stages",
+                header=("stage", "state", "detail", "folder"),
+                rows=tuple(cells for cells, _ in rows),
+                tones=tuple(tone for _, tone in rows),
+            ),
+        ),
+    )
+
+
+def output_dir(config: Path) -> Path:
+    """Return the `output_dir` of a config of any kind.
+
+    Raises:
+        UserError: the file cannot be read, or sets none.
+    """
+    found = read_tree(config).get("output_dir")
+    if not isinstance(found, str):
+        raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
+    return Path(expand_path(found))
+
+
+def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:
+    if chain.synthesize:
+        folder = output_dir(chain.synthesize)
+        yield _stage("synthesize", describe_synthesis(folder), folder, folder / "jobs")
+    if chain.prepare:
+        folder = output_dir(chain.prepare)
+        jobs = folder.with_name(f"{folder.name}-jobs")
+        yield _stage("prepare", describe_shards(folder), folder, jobs)
+    run = output_dir(chain.train)
+    view = describe_run(run, metrics)
+    yield _stage("train", view, run, run / "jobs")
+    for step in chain.exports:
+        yield _export(step, run)
+    if chain.evaluate:
+        folder = output_dir(chain.evaluate)
+        view = describe_evaluation(folder, chain.evaluate)
+        yield _stage("evaluate", view, folder, folder / "jobs")
+        report = folder / "report"
+        written = age(report / "report.json")
+        jobs = folder / "jobs"
+        if fault := _fault(jobs, "report"):
+            yield ("report", "failed", fault, str(report)), "fail"
+        elif written is not None:
+            detail = f"written {duration(written)} ago"
+            yield ("report", "finished", detail, str(report)), "ok"
+        else:
+            yield ("report", "waiting", "", str(report)), ""
+
+
+def _stage(name: str, view: View, folder: Path, jobs: Path) -> _Row:
+    detail = view.fact("step") or view.fact("elements") or view.fact("rows") or view.fact("tasks")
+    if view.state == "finished":
+        return (name, "finished", detail, str(folder)), "ok"
+    fault = _fault(jobs, name) or view.fact("last error")
+    if view.tone == "fail" or (fault and not view.state.startswith("running")):
+        return (name, "failed", fault or detail, str(folder)), "fail"
+    left = view.fact("time left")
+    detail = ", ".join(part for part in (detail, left and f"{left} left") if part)
+    started = folder.exists() or view.state.startswith("running")
+    return (name, view.state if started else "waiting", detail, str(folder)), ""
+
+
+def _export(step: ExportStep, run: Path) -> _Row:
+    folder = step.output or RunDir(run).export
+    name = f"export-{step.checkpoint}"
+    if fault := _fault(run / "jobs", name):
+        return (name, "failed", fault, str(folder)), "fail"
+    if not any(folder.glob("*.safetensors")):
+        return (name, "waiting", "", str(folder)), ""
+    saved = age(RunDir(run).checkpoints / checkpoint_folder.LATEST)
+    written = age(folder / "config.json") or 0.0
+    if step.checkpoint == "latest" and saved is not None and saved < written:
+        return (name, "older than the newest checkpoint", "", str(folder)), "warn"
+    return (name, "finished", f"written {duration(written)} ago", str(folder)), "ok"
+
+
+def _fault(jobs: Path, name: str) -> str:
+    """Return the error with which the newest job of a name ended; empty if it did not fail."""
+    for path in logs_of(jobs, name)[-1:]:
+        end = read_log(path)
+        if end and end.failed:
+            return f"{end.error} ({path.name})"
+    return ""
+
+
+# --- synthesis -------------------------------------------------------------------------------
+
+# In order; `ReasonAug` defines them, and is not imported here because it is built on this package.
+STAGES = ("concepts", "definitions", "problems", "checked", "solved", "rewritten", "clean")
+_BLOCK = 2**22
+# Work that writes no file for so long has ended, or hangs.
+_PATIENCE_SECONDS = 300.0
+
+
+def describe_synthesis(root: Path) -> View:
+    """Describe a synthesis: answers and items of each stage, and its rows."""
+    finished = read_json_or_none(root / "finished.json")
+    rows = finished.get("rows") if isinstance(finished, dict) else None
+    newest = min((age(path) or 0.0 for path in root.glob("ledger/*.jsonl")), default=None)
+    stages = []
+    for name in STAGES:
+        ledger, items = root / "ledger" / f"{name}.jsonl", root / "stages" / f"{name}.jsonl"
+        if not ledger.exists() and not items.exists():
+            continue
+        answers, failed = _count_lines(ledger, b'"status": "failed"')
+        stages.append((name, f"{answers:,}", f"{failed:,}", f"{_count_lines(items)[0]:,}"))
+    facts = [Fact(name="rows", value=f"{rows:,}" if isinstance(rows, int) else "not written yet")]
+    if newest is not None:
+        facts.append(Fact(name="last answer", value=f"{duration(newest)} ago"))
+    for path in logs_of(root / "jobs", "synthesize")[-1:]:
+        end = read_log(path)
+        if end and end.error:
+            fault = f"{end.error} ({path.name})"
+            facts.append(
+                Fact(name="last error", value=fault, tone="fail" if end.failed else "warn")
+            )
+    header = ("stage", "answers", "failed for good", "items")
+    grids = [
+        Grid(title="stages", header=header, rows=tuple(stages)) if stages else None,
+        jobs_grid(root / "jobs"),
+    ]
+    state, tone = ("finished", "ok") if isinstance(rows, int) else _activity(newest, "answer")
+    return View(
+        title=f"synthesis {root}",
+        state=state,
+        tone=tone,
+        facts=tuple(facts),
+        grids=tuple(grid for grid in grids if grid is not None),
+    )
+
+
+def _activity(newest: float | None, what: str) -> tuple[str, Tone]:
+    """Return the state of work that shows in new files; `newest` is the age of the last one."""
+    if newest is None:
+        return f"no {what} yet", ""
+    if newest < _PATIENCE_SECONDS:
+        return "running", "ok"
+    return f"not running: last {what} {duration(newest)} ago", "warn"
+
+
+def _count_lines(path: Path, mark: bytes = b"") -> tuple[int, int]:
+    """Return the number of whole lines of a file, and of lines with a mark; 0 without the file."""
+    lines = marked = 0
+    rest = b""
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                whole, end, rest = (rest + block).rpartition(b"\n")
+                lines += whole.count(b"\n") + bool(end)
+                marked += whole.count(mark) if mark else 0
+    except OSError:
+        return 0, 0
+    return lines, marked
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+
+def building(root: Path) -> Path:
+    """Return the folder in which `prepare` works before the shards appear."""
+    return root.with_name(f".{root.name}.building")
+
+
+def describe_shards(root: Path) -> View:
+    """Describe prepared shards, or how far their preparation is."""
+    manifest = read_json_or_none(root / "manifest.json")
+    if not isinstance(manifest, dict):
+        return _describe_building(root)
+    number, documents = (manifest.get(key, 0) for key in ("num_examples", "num_documents"))
+    sources = tuple(
+        (
+            str(source.get("name")),
+            f"{source.get('rows', 0):,}",
+            f"{source.get('examples', 0):,}",
+            f"{sum(source.get('dropped', {}).values()):,}",
+        )
+        for source in manifest.get("sources", ())
+    )
+    header = ("source", "rows", "examples", "dropped")
+    return View(
+        title=f"shards {root}",
+        state="finished",
+        tone="ok",
+        done=1.0,
+        facts=(Fact(name="rows", value=f"{number:,} examples, {documents:,} documents"),),
+        grids=(Grid(title="sources", header=header, rows=sources),),
+    )
+
+
+def _describe_building(root: Path) -> View:
+    tasks = sorted(building(root).glob("*/*.json"), key=lambda path: -(age(path) or 0.0))
+    steps: dict[str, int] = {}
+    for path in tasks:
+        steps[path.parent.name] = steps.get(path.parent.name, 0) + 1
+    quiet = min((age(path) or 0.0 for path in building(root).glob("*/*")), default=None)
+    state, tone = _activity(quiet, "task")
+    names = ", ".join(f"{name} {count}" for name, count in steps.items())
+    jobs = jobs_grid(root.with_name(f"{root.name}-jobs"))
+    return View(
+        title=f"shards {root}",
+        state=state,
+        tone=tone,
+        facts=(Fact(name="tasks", value=f"done by step: {names}" if names else "none yet"),),
+        grids=(jobs,) if jobs else (),
+    )
+
+
+# --- several ---------------------------------------------------------------------------------
+
+
+def describe_several(root: Path, parts: Sequence[tuple[str, Callable[[], View]]]) -> View:
+    """Describe a folder of runs, evaluations and so on in one line each."""
+    views: list[tuple[str, View]] = [(name, look()) for name, look in parts]
+    rows = []
+    for name, view in views:
+        kind = view.title.partition(f" {root}")[0]
+        rows.append((name, kind, view.state, _summary(view)))
+    return View(
+        title=f"folder {root}",
+        state=f"{len(views)} found",
+        tone="fail" if any(view.tone == "fail" for _, view in views) else "",
+        grids=(
+            Grid(
+                title="found",
+                header=("folder", "kind", "state", "progress"),
+                rows=tuple(rows),
+                tones=tuple(view.tone for _, view in views),
+            ),
+        ),
+    )
+
+
+def _summary(view: View) -> str:
+    names = ("step", "elements", "rows", "tasks", "time left")
+    return ", ".join(value for name in names if (value := view.fact(name)))

@@ -1,0 +1,236 @@
+"""Describe an evaluation from its folder: elements that are scored, run, failed or wait, by task.
+
+    results/MODEL/TASK/LENGTH/result.json   scored
+    jobs/diffembed-evaluate-JOB_I.out       log of element I of the array: runs, or has failed
+    jobs/evaluate-*.yaml, step-*/evaluate.yaml, or the config on the command line   all elements
+
+Without a config, only what is scored can be shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.evaluation import EvaluateConfig
+from pipeline.config.loading import load_config
+from pipeline.errors import UserError
+from pipeline.watch.jobs import element_logs, jobs_grid, logs_of, read_json_or_none, read_log
+from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
+
+State = Literal["scored", "failed", "running", "silent", "waiting"]
+_STATES: tuple[State, ...] = ("scored", "running", "silent", "failed", "waiting")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """One model on one task at one length."""
+
+    model: str
+    task: str
+    length: str
+    index: int | None = None  # in the array; None: not known
+    state: State
+    line: str = ""  # the failing line, or the log's last one
+    metric: str = ""
+    score: float | None = None
+
+
+def describe_evaluation(root: Path, config: Path | None = None) -> View:
+    """Describe an evaluation as its files are now.
+
+    Args:
+        root: its `output_dir`.
+        config: its YAML file, if it is known.
+    """
+    elements, faults = _elements(root, config)
+    counts = Counter(element.state for element in elements)
+    facts = [
+        Fact(
+            name="elements",
+            value=", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts[state])
+            or "none yet",
+            tone="fail" if counts["failed"] else "",
+        ),
+        *_blocks(root),
+        *(Fact(name="config", value=fault, tone="warn") for fault in faults),
+        *_report(root),
+        *_failed_jobs(root / "jobs"),
+    ]
+    grids = (_by_task(elements), _unfinished(elements), _scores(elements), jobs_grid(root / "jobs"))
+    state, tone = _state(elements, counts)
+    return View(
+        title=f"evaluation {root}",
+        state=state,
+        tone=tone,
+        done=counts["scored"] / len(elements) if elements else None,
+        facts=tuple(facts),
+        grids=tuple(grid for grid in grids if grid is not None),
+    )
+
+
+def _state(elements: Sequence[Scored], counts: Counter[State]) -> tuple[str, Tone]:
+    if elements and counts["scored"] == len(elements):
+        # Without a config there may be more to come.
+        known = all(element.index is not None for element in elements)
+        return ("finished", "ok") if known else ("every element found is scored", "")
+    if counts["running"]:
+        return "running", "fail" if counts["failed"] else "ok"
+    if counts["failed"]:
+        return "failed", "fail"
+    if counts["silent"]:
+        return "no log has changed for a while", "warn"
+    return ("waiting", "") if not counts["scored"] else ("not running", "warn")
+
+
+def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]:
+    """Return all elements that are known, and a line for each config that cannot be read."""
+    # Inside, because it reads the formats of own tasks too: a third of a second.
+    from pipeline.evaluation.tasks import list_elements
+
+    submitted = sorted((root / "jobs").glob("evaluate-*.yaml"), key=lambda path: -(age(path) or 0))
+    paths = [config] if config else submitted[-1:] or sorted(root.glob("step-*/evaluate.yaml"))
+    logs = element_logs(root / "jobs", "evaluate") if len(paths) == 1 else {}
+    found: dict[Path, Scored] = {}
+    faults = []
+    for path in paths:
+        try:
+            listed = list_elements(load_config(EvaluateConfig, path))
+        except (UserError, OSError) as error:
+            faults.append(str(error))
+            continue
+        for each in listed:
+            # Frozen configs hold paths of the machine that submitted; the folder may be a copy.
+            folder = root / "results" / each.model.name / each.task / str(each.max_length)
+            found[folder] = _read(folder, each.index, logs.get(each.index))
+    for result in sorted(root.glob("results/*/*/*/result.json")):
+        found.setdefault(result.parent, _read(result.parent, None, None))
+    if not paths:
+        faults.append("not known; `diffembed watch EVALUATE.yaml` shows what is left")
+    return list(found.values()), faults
+
+
+def _read(folder: Path, index: int | None, log: Path | None) -> Scored:
+    model, task, length = folder.parts[-3:]
+    state, line, metric, score = _state_of(folder, log)
+    return Scored(
+        model=model,
+        task=task,
+        length=length,
+        index=index,
+        state=state,
+        line=line,
+        metric=metric,
+        score=score,
+    )
+
+
+def _state_of(folder: Path, log: Path | None) -> tuple[State, str, str, float | None]:
+    if (folder / "result.json").is_file():
+        result = read_json_or_none(folder / "result.json")
+        score = result.get("score") if isinstance(result, dict) else None
+        if isinstance(score, int | float):
+            return "scored", "", str(result.get("metric", "")), float(score)
+        return "failed", f"{folder / 'result.json'}: damaged", "", None
+    end = read_log(log) if log else None
+    if end is None:
+        return "waiting", "", "", None
+    if end.failed:
+        return "failed", end.error, "", None
+    silent = f"{end.line} ({duration(end.seconds)} ago)"
+    return ("silent" if end.is_silent else "running"), silent, "", None
+
+
+def _by_task(elements: Sequence[Scored]) -> Grid | None:
+    """Return a row per task: the number of its elements in each state."""
+    tasks: dict[str, Counter[State]] = {}
+    for element in elements:
+        tasks.setdefault(element.task, Counter())[element.state] += 1
+    shown = [state for state in _STATES if any(counts[state] for counts in tasks.values())]
+    rows = tuple(
+        (task, *(str(counts[state] or "") for state in shown)) for task, counts in tasks.items()
+    )
+    tones: tuple[Tone, ...] = tuple(
+        "fail" if counts["failed"] else "ok" if counts["scored"] == counts.total() else ""
+        for counts in tasks.values()
+    )
+    return Grid(title="tasks", header=("task", *shown), rows=rows, tones=tones) if rows else None
+
+
+def _unfinished(elements: Sequence[Scored]) -> Grid | None:
+    """Return a row per element that has failed or runs, with the line that says so."""
+    shown = [e for e in elements if e.state == "failed"]
+    shown += [e for e in elements if e.state in ("running", "silent")]
+    rows = tuple(
+        ("" if e.index is None else str(e.index), e.model, e.task, e.length, e.state, e.line)
+        for e in shown
+    )
+    tones: dict[State, Tone] = {"failed": "fail", "silent": "warn"}
+    header = ("element", "model", "task", "length", "state", "line of its log")
+    return (
+        Grid(
+            title="failed and running elements",
+            header=header,
+            rows=rows,
+            tones=tuple(tones.get(e.state, "") for e in shown),
+        )
+        if rows
+        else None
+    )
+
+
+def _scores(elements: Sequence[Scored]) -> Grid | None:
+    """Return the table of scores: a row per task and length, a column per model."""
+    scored = [element for element in elements if element.score is not None]
+    models = list(dict.fromkeys(element.model for element in scored))
+    by_row: dict[tuple[str, str, str], dict[str, float]] = {}
+    for element in scored:
+        if element.score is not None:
+            key = (element.task, element.length, element.metric)
+            by_row.setdefault(key, {})[element.model] = element.score
+    rows = tuple(
+        (*key, *(f"{own[model]:.4f}" if model in own else "" for model in models))
+        for key, own in by_row.items()
+    )
+    header = ("task", "length", "metric", *models)
+    return Grid(title="scores", header=header, rows=rows) if rows else None
+
+
+def _blocks(root: Path) -> Iterator[Fact]:
+    """Count the embedded blocks of texts, where the evaluation distributes texts."""
+    plans = sorted(root.glob("plan/*/plan.json"), key=lambda path: -(age(path) or 0))
+    if not plans:
+        return
+    plan = read_json_or_none(plans[-1])
+    blocks = plan.get("blocks") if isinstance(plan, dict) else None
+    total = f" of {len(blocks):,} a model" if isinstance(blocks, list) else ""
+    for store in sorted(path for path in root.glob("store/*") if path.is_dir()):
+        written = sum(1 for _ in store.glob("*/block-*.npy"))
+        yield Fact(name=f"blocks of {store.name}", value=f"{written:,}{total}")
+
+
+def _report(root: Path) -> Iterator[Fact]:
+    when = age(root / "report" / "report.md")
+    if when is not None:
+        value = f"{root / 'report' / 'report.md'}, {duration(when)} old"
+        yield Fact(name="report", value=value)
+
+
+def _failed_jobs(folder: Path) -> Iterator[Fact]:
+    """Name the errors of jobs that are no elements of an array of tasks."""
+    for name in ("evaluate-plan", "evaluate-score", "report"):
+        for path in logs_of(folder, name)[-1:]:
+            end = read_log(path)
+            if end and end.failed:
+                yield Fact(name=name, value=f"{end.error} ({path.name})", tone="fail")
+    failed = [
+        end
+        for path in element_logs(folder, "evaluate-embed").values()
+        if (end := read_log(path)) and end.failed
+    ]
+    if failed:
+        value = f"{len(failed)} elements failed: {failed[-1].error}"
+        yield Fact(name="evaluate-embed", value=value, tone="fail")

@@ -1,0 +1,163 @@
+"""Read what Slurm jobs left in a folder: their ids, their starts, and the last error of each log.
+
+    FOLDER/jobs.json                   ids by job                    submission/slurm.py
+           starts-JOB.json             every start of a training     submission/restart.py
+           diffembed-NAME-JOB.out      log of a job
+           diffembed-NAME-JOB_I.out    log of element I of an array
+
+Files only: Slurm is not asked, so that a folder can be read anywhere it is mounted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.watch.view import Grid, Tone, age, duration
+
+# A log that says nothing for so long is called silent.
+_SILENT_SECONDS = 900.0
+_TAIL_BYTES = 2**16
+# `3: ` is put before a rank's lines by `srun --label`, `[node1]` by others.
+_LABEL = re.compile(r"^(\d+: |\[[\w.,:/ -]+\]:? ?)")
+_ERROR = re.compile(
+    r"^([\w.]*(Error|Exception|Interrupt)\b|Stopped: |SystemExit"
+    r"|(slurmstepd|srun|sbatch|mpirun|bash): (error|fatal)|Segmentation fault|Killed\b|Fatal |FATAL"
+    r"|[\w./-]+: line \d+: .*(not found|No such file|Permission denied|unbound variable)"
+    r"|[\w-]+\.sbatch: .*\| fix: )"
+)
+# Printed by launchers after an error, and about it.
+_ECHO = re.compile(r"^(slurmstepd|srun|mpirun|prterun)\b|^-+$|^$|\d\d end: exit code|^not requeued")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LogEnd:
+    """The end of a log.
+
+    Attributes:
+        line: its last line.
+        error: the last line that is an error; empty without one.
+        failed: nothing but echoes of the error follows it.
+        seconds: since the log was last written.
+    """
+
+    line: str
+    error: str
+    failed: bool
+    seconds: float
+
+    @property
+    def is_silent(self) -> bool:
+        """True for a log that has said nothing for a quarter of an hour."""
+        return self.seconds > _SILENT_SECONDS
+
+
+def read_log(path: Path) -> LogEnd | None:
+    """Read the end of a log; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    # A progress bar overwrites its line.
+    lines = [_LABEL.sub("", line.rpartition("\r")[2].rstrip()) for line in text.split("\n")]
+    lines = [line for line in lines if line.strip()]
+    error, failed = "", False
+    for line in lines:
+        if _ERROR.match(line) and not (error and failed and _ECHO.search(line)):
+            error, failed = line, True
+        elif not _ECHO.search(line):
+            failed = False
+    return LogEnd(
+        line=lines[-1] if lines else "", error=error, failed=failed, seconds=age(path) or 0.0
+    )
+
+
+def logs_of(folder: Path, name: str) -> list[Path]:
+    """Return the logs of jobs with a name that are no elements of an array, oldest first."""
+    pattern = re.compile(rf"diffembed-{re.escape(name)}-\d+\.out")
+    return _by_age(path for path in folder.glob("*.out") if pattern.fullmatch(path.name))
+
+
+def element_logs(folder: Path, name: str) -> dict[int, Path]:
+    """Return the newest log of each element of the arrays with a name."""
+    pattern = re.compile(rf"diffembed-{re.escape(name)}-\d+_(\d+)\.out")
+    found: dict[int, Path] = {}
+    for path in _by_age(folder.glob("*.out")):
+        if match := pattern.fullmatch(path.name):
+            found[int(match[1])] = path
+    return found
+
+
+def _by_age(paths: Any) -> list[Path]:
+    def changed(path: Path) -> float:
+        return -(age(path) or 0.0)
+
+    return sorted(paths, key=changed)
+
+
+def read_json_or_none(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is missing, damaged or being replaced."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    return None
+
+
+def starts_grid(folder: Path) -> Grid | None:
+    """Return a table of all starts of training jobs, with the reason for which each ended."""
+    rows = []
+    for path in folder.glob("starts-*.json"):
+        starts = read_json_or_none(path)
+        job = path.stem.removeprefix("starts-")
+        for start in starts if isinstance(starts, list) else ():
+            if isinstance(start, dict):
+                keys = ("time", "step", "nodes", "end")
+                rows.append((job, *(str(start.get(key, "")) for key in keys)))
+    if not rows:
+        return None
+    # A successor has its own file, with a copy of the earlier starts.
+    distinct = {row[1:]: row for row in rows}
+    shown = sorted(distinct.values(), key=lambda row: row[1])
+    if shown[-1][4].startswith("unknown"):
+        shown[-1] = (*shown[-1][:4], "running, or ended without a record")
+    tones: list[Tone] = [*("warn" for _ in shown[1:]), ""]  # type: ignore[list-item]
+    return Grid(
+        title=f"{len(shown)} starts",
+        header=("job", "time", "from step", "nodes", "end"),
+        rows=tuple(shown),
+        tones=tuple(tones),
+    )
+
+
+def jobs_grid(folder: Path) -> Grid | None:
+    """Return a table of the jobs that were submitted from a folder, with the end of each log."""
+    records = read_json_or_none(folder / "jobs.json")
+    rows: list[tuple[str, ...]] = []
+    tones: list[Tone] = []
+    entries = records.values() if isinstance(records, dict) else ()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        name, job = str(entry.get("name", "")), str(entry.get("id", ""))
+        logs = [folder / f"diffembed-{name}-{job}.out"]
+        logs += _by_age(folder.glob(f"diffembed-{name}-{job}_*.out"))
+        ends = [end for end in map(read_log, logs) if end is not None]
+        failed = [end for end in ends if end.failed]
+        if failed:
+            count = f"{len(failed)} failed: " if len(ends) > 1 else ""
+            line = count + failed[-1].error
+        elif ends:
+            line = f"{ends[-1].line} ({duration(ends[-1].seconds)} ago)"
+        else:
+            line = "no log yet"
+        rows.append((name, job, str(entry.get("submitted", "")), line))
+        tones.append("fail" if failed else "")
+    if not rows:
+        return None
+    header = ("job", "id", "submitted", "last line of its log")
+    return Grid(title="Slurm jobs", header=header, rows=tuple(rows), tones=tuple(tones))

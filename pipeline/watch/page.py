@@ -1,0 +1,135 @@
+"""Write views as one HTML file with inline plots: no server, no script, nothing loaded.
+
+View ──> title, facts, tables          the same strings as in the terminal
+     ──> plots by matplotlib, as SVG   thinned, so that a long run stays a small file
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import io
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_text
+from pipeline.watch.view import Grid, Plot, View
+
+# Points of one line in a plot.
+_MAX_POINTS = 1000
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
+       color: #222; background: #fff }
+h1 { font-size: 1.3em; overflow-wrap: anywhere } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
+table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left;
+       vertical-align: top; overflow-wrap: anywhere } th { border-bottom: 1px solid #888 }
+progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: #8a5a00 }
+.fail { color: #b00020 } svg { max-width: 100%; height: auto } footer { color: #777; margin: 2em 0 }
+"""
+
+
+def write_page(path: Path, views: Sequence[View], *, refresh_seconds: float | None) -> None:
+    """Write the page; a browser reloads it after some seconds where it will be written again."""
+    # Left out of the command line's imports: matplotlib is needed by nothing else here.
+    write_text(path, page(views, refresh_seconds=refresh_seconds))
+
+
+def page(views: Sequence[View], *, refresh_seconds: float | None) -> str:
+    """Return the whole page."""
+    refresh = (
+        f'<meta http-equiv="refresh" content="{refresh_seconds:.0f}">' if refresh_seconds else ""
+    )
+    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    body = "\n".join(part for view in views for part in _view(view))
+    title = html.escape(views[0].title if views else "nothing")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{refresh}'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n"
+        f"<footer>diffembed watch, {now}</footer>\n</body></html>\n"
+    )
+
+
+def _view(view: View) -> Iterator[str]:
+    state = f'<span class="{view.tone}">{html.escape(view.state)}</span>'
+    yield f"<h1>{html.escape(view.title)}: {state}</h1>"
+    if view.done is not None:
+        yield f'<p><progress max="1" value="{view.done:.4f}"></progress> {view.done:.0%}</p>'
+    if view.facts:
+        rows = "".join(
+            f'<tr class="{fact.tone}"><th>{html.escape(fact.name)}</th>'
+            f"<td>{html.escape(fact.value)}</td></tr>"
+            for fact in view.facts
+        )
+        yield f"<table>{rows}</table>"
+    yield from map(_grid, view.grids)
+    if view.curve:
+        yield f"<h2>loss</h2>\n{_loss_svg(view.curve)}"
+    for plot in view.plots:
+        yield f"<h2>{html.escape(plot.title)}</h2>\n{_plot_svg(plot)}"
+
+
+def _grid(grid: Grid) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in grid.header)
+    rows = "".join(
+        f'<tr class="{grid.tone_of(number)}">'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "</tr>\n"
+        for number, row in enumerate(grid.rows)
+    )
+    return f"<h2>{html.escape(grid.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>"
+
+
+def thin(points: Sequence[Any]) -> list[Any]:
+    """Return at most `_MAX_POINTS` of the points, evenly spaced, with the first and the last."""
+    if len(points) <= _MAX_POINTS:
+        return list(points)
+    step = (len(points) - 1) / (_MAX_POINTS - 1)
+    return [points[round(number * step)] for number in range(_MAX_POINTS)]
+
+
+def _loss_svg(curve: Sequence[dict[str, float]]) -> str:
+    """Draw the loss as the report of an evaluation does."""
+    from pipeline.evaluation.tables import by_kind, plot_loss
+
+    # Thinned by kind: a rare kind must not disappear.
+    kept = itertools.chain.from_iterable(thin(lines) for lines in by_kind(curve).values())
+    lines = sorted(kept, key=lambda line: line["step"])
+    with tempfile.TemporaryDirectory() as folder, _svg_settings("loss"):
+        return _inline(plot_loss(Path(folder) / "loss.svg", lines).read_text())
+
+
+def _plot_svg(plot: Plot) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in plot.lines.items():
+        thinned = thin(points)
+        mark = "." if len(thinned) < 50 else ""
+        xs, ys = [point[0] for point in thinned], [point[1] for point in thinned]
+        axes.plot(xs, ys, marker=mark, linewidth=1.2, label=name or None)
+    axes.set_xlabel(plot.x)
+    axes.set_ylabel(plot.y)
+    if any(plot.lines):
+        axes.legend(fontsize=7)
+    text = io.StringIO()
+    with _svg_settings(plot.title):
+        figure.savefig(text, format="svg")
+    return _inline(text.getvalue())
+
+
+def _svg_settings(name: str) -> Any:
+    from matplotlib import rc_context
+
+    # Text stays text; names inside a drawing differ from other drawings' on the page.
+    return rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+
+
+def _inline(svg: str) -> str:
+    """Return the drawing without the prologue of a file, and without metadata and its addresses."""
+    drawing = svg[svg.index("<svg") :]
+    before, mark, rest = drawing.partition("<metadata>")
+    return before + rest.partition("</metadata>")[2] if mark else drawing

@@ -1,0 +1,354 @@
+"""Describe a training run from its folder: steps, losses by source, pace, checkpoints, starts.
+
+metrics.jsonl ──Metrics──> lines of the steps that count ──describe_run──> View
+config.yaml, kinds.json, checkpoints/, evaluations/, jobs/ ──┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from pipeline import checkpoint_folder
+from pipeline.config.loading import read_yaml
+from pipeline.errors import UserError
+from pipeline.run_folder import RunDir
+from pipeline.watch.jobs import (
+    LogEnd,
+    jobs_grid,
+    logs_of,
+    read_json_or_none,
+    read_log,
+    starts_grid,
+)
+from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
+
+Line = dict[str, Any]
+# Means are over so many of the newest steps.
+_RECENT = 50
+# Without a lock to see, a run is called running while its last step is younger than so many
+# typical steps, and than a minute.
+_PATIENCE_STEPS, _PATIENCE_SECONDS = 10, 60.0
+
+
+class Metrics:
+    """The lines of a `metrics.jsonl` that is still being written; each look reads only new ones.
+
+    Where steps go back (a resumed run, or files joined by hand), the later lines count, and
+    earlier lines of the same and later steps do not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self.lines: list[Line] = []
+        self.num_replaced = 0
+        self.num_damaged = 0
+        self._offset = 0
+        self._identity: tuple[int, int] | None = None
+
+    def read(self) -> None:
+        """Take in the lines written since the last call; half a last line waits for the next."""
+        try:
+            with self._path.open("rb") as file:
+                status = self._path.stat()
+                identity = (status.st_dev, status.st_ino)
+                # A resumed run replaces the file.
+                if identity != self._identity or status.st_size < self._offset:
+                    self._forget()
+                    self._identity = identity
+                file.seek(self._offset)
+                *whole, rest = file.read().split(b"\n")
+                self._offset = file.tell() - len(rest)
+        except FileNotFoundError:
+            self._forget()
+            return
+        for text in whole:
+            self._add(text)
+
+    def _add(self, text: bytes) -> None:
+        if not text.strip():
+            return
+        line: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            self.num_damaged += 1
+            return
+        while self.lines and self.lines[-1]["step"] >= line["step"]:
+            self.lines.pop()
+            self.num_replaced += 1
+        self.lines.append(line)
+
+
+def numbers(lines: Sequence[Line], key: str) -> list[float]:
+    """Return the finite numbers under a key."""
+    found = (line.get(key) for line in lines)
+    return [
+        float(value)
+        for value in found
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ]
+
+
+def describe_run(root: Path, metrics: Metrics) -> View:
+    """Describe a training run as its files are now."""
+    run = RunDir(root)
+    metrics.read()
+    lines = metrics.lines
+    tree = _config(run)
+    num_steps = _number(tree, "num_steps")
+    step = lines[-1]["step"] + 1 if lines else 0
+    recent = lines[-_RECENT:]
+    # A step that was logged alone of several still names its own seconds.
+    seconds = median(numbers(recent, "seconds") or [0.0])
+    state, tone = _state(run, step=step, num_steps=num_steps, seconds=seconds)
+    facts = [
+        *_progress(step, num_steps, seconds, finished=state == "finished"),
+        *_pace(recent, _number(tree, "data", "global_batch_size")),
+        *_values(lines, recent),
+        *_checkpoints(run, step),
+        *_warnings(run, metrics),
+    ]
+    grids = [_losses(run, lines), starts_grid(root / "jobs"), jobs_grid(root / "jobs")]
+    scores = _scores(run)
+    if scores:
+        grids.append(_score_grid(scores))
+    return View(
+        title=f"training run {root}",
+        state=state,
+        tone=tone,
+        done=min(1.0, step / num_steps) if num_steps else None,
+        facts=tuple(facts),
+        grids=tuple(grid for grid in grids if grid is not None),
+        plots=tuple(_plots(lines, scores)),
+        curve=tuple(line for line in lines if numbers([line], "loss")),
+    )
+
+
+def _config(run: RunDir) -> dict[str, Any]:
+    """Return the run's config as it is in the file: an older version may have had other keys."""
+    try:
+        tree = read_yaml(run.config)
+    except (UserError, OSError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _number(tree: Any, *keys: str) -> int | None:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if type(tree) is int and tree > 0 else None
+
+
+def _state(run: RunDir, *, step: int, num_steps: int | None, seconds: float) -> tuple[str, Tone]:
+    if num_steps is not None and step >= num_steps and not _is_locked(run):
+        return "finished", "ok"
+    quiet = age(run.metrics)
+    if _is_locked(run):
+        if quiet is not None and quiet > max(_PATIENCE_SECONDS, _PATIENCE_STEPS * seconds):
+            return f"running, no step for {duration(quiet)}", "warn"
+        return ("running" if step else "starting"), "ok"
+    if (end := _last_log(run)) and end[1].failed:
+        return "ended with an error", "fail"
+    if quiet is None or not step:
+        return "no step yet", "warn"
+    if quiet <= max(_PATIENCE_SECONDS, _PATIENCE_STEPS * seconds):
+        return "running, or ended just now", ""
+    return f"not running: last step {duration(quiet)} ago", "warn"
+
+
+def _last_log(run: RunDir) -> tuple[Path, LogEnd] | None:
+    """Return the log of the newest training job, and its end."""
+    logs = logs_of(run.root / "jobs", "train")
+    end = read_log(logs[-1]) if logs else None
+    return (logs[-1], end) if end else None
+
+
+def _is_locked(run: RunDir) -> bool:
+    """Return True if a training holds the run's lock, as far as this machine can see it."""
+    try:
+        # Shared and for an instant: other watchers do the same, and a training that claims the
+        # run meanwhile tries again.
+        with (run.root / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _progress(
+    step: int, num_steps: int | None, seconds: float, *, finished: bool
+) -> Iterator[Fact]:
+    if num_steps is None:
+        yield Fact(name="step", value=f"{step:,} (config.yaml does not say of how many)")
+        return
+    yield Fact(name="step", value=f"{step:,} of {num_steps:,} ({step / num_steps:.0%})")
+    if seconds and not finished:
+        left = duration((num_steps - step) * seconds)
+        yield Fact(
+            name="time left", value=f"{left}, at {seconds:.3g} s a step (median of the last ones)"
+        )
+
+
+def _pace(recent: Sequence[Line], batch: int | None) -> Iterator[Fact]:
+    timed = [line for line in recent if numbers([line], "seconds") and line["seconds"] > 0]
+    total = sum(numbers(timed, "seconds"))
+    if not total:
+        return
+    tokens = sum(numbers(timed, "tokens")) / total
+    examples = f", {batch * len(timed) / total:,.1f} examples/s" if batch else ""
+    yield Fact(name="throughput", value=f"{tokens:,.0f} tokens/s{examples}")
+
+
+# Names of numbers by key of metrics.jsonl, and their format; shown where the run logs them.
+_SHOWN = {
+    "mfu": ("MFU", "{:.1%}"),
+    "lr": ("learning rate", "{:.3g}"),
+    "grad_norm": ("gradient norm", "{:.4g}"),
+    "temperature": ("temperature", "{:.4g}"),
+    "chunks": ("chunks a rank", "{:,.0f}"),
+    "documents": ("documents a step", "{:,.0f}"),
+}
+
+
+def _values(lines: Sequence[Line], recent: Sequence[Line]) -> Iterator[Fact]:
+    for key, (name, form) in _SHOWN.items():
+        if found := numbers(recent, key):
+            yield Fact(name=name, value=form.format(found[-1]))
+    if memory := numbers(lines, "peak_memory_gib"):
+        yield Fact(name="memory", value=f"{max(memory):.2f} GiB at most, on rank 0")
+    # Of a run that logs what was planned.
+    for key in sorted(recent[-1] if recent else ()):
+        name = key.removeprefix("predicted_")
+        observed, predicted = numbers(recent, name), numbers(recent, key)
+        if name != key and observed and predicted:
+            value = f"{predicted[-1]:.4g} predicted, {median(observed):.4g} observed"
+            yield Fact(name=name.replace("_", " "), value=value)
+
+
+def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
+    try:
+        name = checkpoint_folder.latest_name(run.checkpoints)
+    except (UserError, OSError) as error:
+        yield Fact(name="checkpoint", value=str(error), tone="fail")
+        return
+    if name is None:
+        yield Fact(name="checkpoint", value="none yet", tone="warn" if step else "")
+        return
+    saved = checkpoint_folder.checkpoint_step(name) or 0
+    behind = step - saved
+    when = age(run.checkpoints / name)
+    if when is None:
+        found = f"latest names {name}, which does not exist"
+        yield Fact(name="checkpoint", value=found, tone="fail")
+        return
+    distance = f"{behind:,} steps behind" if behind >= 0 else f"{-behind:,} steps ahead of metrics"
+    kept = len(checkpoint_folder.names(run.checkpoints))
+    yield Fact(
+        name="checkpoint",
+        value=f"{name}, {distance}, {duration(when)} old; {kept} kept",
+    )
+
+
+def _warnings(run: RunDir, metrics: Metrics) -> Iterator[Fact]:
+    if run.stop_request.exists():
+        value = "the run saves a checkpoint and stops"
+        yield Fact(name="stop requested", value=value, tone="warn")
+    if skipped := len(numbers(metrics.lines, "skipped")):
+        yield Fact(name="skipped steps", value=f"{skipped:,}, not finite", tone="warn")
+    for dump in sorted(run.root.glob("non-finite-step-*-rank-*.json")):
+        found = read_json_or_none(dump)
+        what = found.get("what", "") if isinstance(found, dict) else ""
+        yield Fact(name="not finite", value=f"{what} ({dump.name})", tone="fail")
+    if metrics.num_replaced:
+        value = f"{metrics.num_replaced:,} lines of steps that were logged again; the later count"
+        yield Fact(name="repeated", value=value)
+    if metrics.num_damaged:
+        value = f"{metrics.num_damaged:,} lines of metrics.jsonl cannot be read"
+        yield Fact(name="damaged", value=value, tone="warn")
+    if (found := _last_log(run)) and found[1].error:
+        path, end = found
+        earlier = "" if end.failed else "before the present start: "
+        yield Fact(
+            name="last error",
+            value=f"{earlier}{end.error} ({path.name})",
+            tone="fail" if end.failed else "warn",
+        )
+
+
+def _losses(run: RunDir, lines: Sequence[Line]) -> Grid | None:
+    """Return the table of losses: a row per kind of batch, or one for all."""
+    kinds: dict[str, list[Line]] = {}
+    for line in lines:
+        kinds.setdefault(str(line.get("kind", "")), []).append(line)
+    described = read_json_or_none(run.kinds)
+    rows = []
+    for kind, own in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        losses = numbers(own, "loss")
+        if not losses:
+            continue
+        right = numbers(own, "accuracy@1") or numbers(own, "accuracy")
+        whole = described.get(kind, kind) if isinstance(described, dict) else kind
+        rows.append(
+            (
+                str(whole) or "all",
+                f"{len(own):,}",
+                f"{losses[0]:.4f}",
+                f"{fmean(losses[-_RECENT:]):.4f}",
+                f"{losses[-1]:.4f}",
+                f"{fmean(right[-_RECENT:]):.3f}" if right else "",
+            )
+        )
+    header = ("source", "steps", "first", f"mean of last {_RECENT}", "last", "accuracy")
+    return Grid(title="loss", header=header, rows=tuple(rows)) if rows else None
+
+
+# Task, with @LENGTH -> (step, score).
+Scores = dict[str, list[tuple[float, float]]]
+
+
+def _scores(run: RunDir) -> Scores:
+    """Return the scores of checkpoints made during training."""
+    found: Scores = {}
+    for path in sorted(RunDir(run.evaluations).results.glob("*/*/*/result.json")):
+        name, task, length, _ = path.parts[-4:]
+        step, result = checkpoint_folder.checkpoint_step(name), read_json_or_none(path)
+        score = result.get("score") if isinstance(result, dict) else None
+        if step is not None and isinstance(score, float):
+            found.setdefault(f"{task}@{length}", []).append((step, score))
+    return {task: sorted(points) for task, points in found.items()}
+
+
+def _score_grid(scores: Scores) -> Grid:
+    rows = tuple(
+        (task, f"{len(points)}", f"{points[-1][0]:.0f}", f"{points[-1][1]:.4f}")
+        for task, points in scores.items()
+    )
+    header = ("task", "scored checkpoints", "newest step", "its score")
+    return Grid(title="scores during training", header=header, rows=rows)
+
+
+def _plots(lines: Sequence[Line], scores: Scores) -> Iterator[Plot]:
+    for key, title in (
+        ("tokens_per_second", "tokens per second"),
+        ("grad_norm", "gradient norm"),
+        ("peak_memory_gib", "peak memory in GiB"),
+        ("mfu", "MFU"),
+    ):
+        points = [(float(line["step"]), *numbers([line], key)) for line in lines]
+        known = [(point[0], point[1]) for point in points if len(point) == 2]
+        if known:
+            yield Plot(title=title, x="step", y=title, lines={"": known})
+    if scores:
+        yield Plot(title="scores of checkpoints", x="step", y="score", lines=scores)
