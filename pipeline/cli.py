@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -78,6 +79,23 @@ Processes = Annotated[
     ),
 ]
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("diffembed", metadata.version("diffembed"))
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print and stop"),
+    ] = False,
+) -> None:
+    pass
+
+
 # --- a model, from start to export -----------------------------------------------------------
 
 
@@ -119,6 +137,19 @@ def init(
         f"  diffembed train {train_config}{ranks}",
         sep="\n",
     )
+
+
+@app.command()
+def files(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="kept: files that exist")] = Path(),
+) -> None:
+    """Copy the recipes, DeepSpeed configs and Slurm scripts of this installation."""
+    from pipeline.shipped_files import SHIPPED, copy_shipped
+
+    copied = copy_shipped(folder)
+    print(f"{folder}: {len(copied)} files written below {', '.join(map(str, SHIPPED))}")
+    if copied:
+        print(f"next: edit {folder / 'slurm/cluster.env'}, then `diffembed submit` in {folder}")
 
 
 @app.command()

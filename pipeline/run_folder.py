@@ -142,14 +142,17 @@ def describe_environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Return the commit of the checkout that this package runs from, `+changes` if it differs."""
-    here = Path(__file__).parent
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout
+        # An installed package may lie in the repository of somebody's project.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}+changes" if status else commit

@@ -29,7 +29,7 @@ TOP_LEVEL = {
 FLOORS = (
     {"errors"},
     {"config", "files", "launch"},
-    {"checkpoint_folder", "comm", "tokenizer", "workers"},
+    {"checkpoint_folder", "comm", "shipped_files", "tokenizer", "workers"},
     {"run_folder"},
     {"data", "model", "loss"},
     {"training", "evaluation"},

@@ -346,7 +346,8 @@ def read_site() -> Site:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file",
-            fix="go to the folder that holds slurm/, or set DIFFEMBED_CLUSTER_ENV to the file",
+            fix="go to the folder that holds slurm/, let `diffembed files` copy it here, or set "
+            "DIFFEMBED_CLUSTER_ENV to the file",
         )
     # Zero bytes separate the values, because flags may contain any other character.
     limit, *values = _run_site_file(path).split("\0")[:-1]

@@ -234,7 +234,10 @@ def _waits_for(job: Job, ids: dict[str, str], submission: Submission) -> tuple[s
 def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) -> str:
     script = Path("slurm") / job.script
     if not script.is_file():
-        raise UserError(f"{script}: no such file", fix="go to the folder that holds slurm/")
+        raise UserError(
+            f"{script}: no such file",
+            fix="go to the folder that holds slurm/, or let `diffembed files` copy it here",
+        )
     if any(character in str(job.folder) for character in _NOT_IN_PATHS):
         raise UserError(
             f"{str(job.folder)!r}: Slurm cannot write a log there",

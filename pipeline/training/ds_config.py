@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.files import read_json
+from pipeline.shipped_files import find_shipped
 
 _OWNED_BY_CONFIG = {
     "optimizer": "optimizer.* of the training config",
@@ -64,12 +65,12 @@ _WHY = {
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file.
+    """Read a DeepSpeed JSON file, a shipped one also where the current folder lacks it.
 
     Raises:
         UserError: no such file, or not a JSON object.
     """
-    path = Path(path)
+    path = find_shipped(Path(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file", fix="give a DeepSpeed JSON, see ds_configs/")
     tree = read_json(path, fix="give a DeepSpeed JSON, see ds_configs/")
