@@ -61,7 +61,12 @@ SCRIPTS = sorted(
     )
 )
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").rglob("*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "ReasonAug").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "launch").rglob("*.md"),
+    ]
 )
 
 

@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from random import Random
 
-import sympy
-
 from pipeline.config.loading import read_yaml
 from ReasonAug.problem import MATH, Concept, Values, agree
 
@@ -15,6 +13,8 @@ TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _vieta(rng: Random) -> Values:
+    import sympy  # slow to import, and only one concept needs it
+
     roots = [rng.choice([n for n in range(-6, 7) if n]) for _ in range(3)]
     e1 = sum(roots)
     e2 = roots[0] * roots[1] + roots[0] * roots[2] + roots[1] * roots[2]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-import sympy
-
 from pipeline.config.loading import read_yaml
 from ReasonAug.problem import PHYSICS, Concept, Values, agree
 
@@ -14,6 +12,8 @@ TEXTS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _resistors(rng: Random) -> Values:
+    import sympy  # slow to import, and only one concept needs it
+
     r1, r2, r3 = (rng.randint(2, 60) for _ in range(3))
     volts = rng.choice((6, 9, 12, 24, 48))
     parallel = r2 * r3 / (r2 + r3)

@@ -16,6 +16,7 @@ from ReasonAug.synthesis.ledger import Ledger, Record, StageLedger, call_key
 from ReasonAug.synthesis.prompts import Prompt, Prompts
 
 T = TypeVar("T")
+Item = dict[str, Any]
 
 # The prompts that write; all others are checks, by the judge and at its temperature.
 _WRITING = frozenset(("propose", "definition", "problem", "rewrite", "negative", "forum", "exam"))
@@ -192,6 +193,13 @@ class Calls:
             return read_answer(answer, text)
         except UnreadableError:
             raise Unanswered("unreadable") from None
+
+    async def ask_about(
+        self, stage: str, name: str, answer: type[T], item: Item, *fields: str, **more: str
+    ) -> T:
+        """Return the answer to a prompt about an item: `fields` of it, and more values."""
+        values = {field: item[field] for field in fields} | more
+        return await self.ask(stage, name, answer, item=item["id"], kind=item["kind"], **values)
 
     def imported(self, stage: str, item: str) -> str | None:
         """Return an answer that was imported for an item, if there is one."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.prepare.contamination import ContaminationIndex, build_index
+from ReasonAug.synthesis.calls import Item
 from ReasonAug.synthesis.config import SynthesisConfig
-from ReasonAug.synthesis.stages import CLEAN, Context, Item, Stage
+from ReasonAug.synthesis.stages import CLEAN, Context, Stage
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare.contamination import ContaminationIndex
 
 
 class Clean:
@@ -25,6 +28,9 @@ class Clean:
         if self._config.decontaminate is None:
             return item
         if self._index is None:
+            # Slow to import.
+            from pipeline.data.prepare.contamination import ContaminationIndex, build_index
+
             self._folder.mkdir(parents=True, exist_ok=True)
             build_index(self._config.decontaminate, self._folder)
             self._index = ContaminationIndex(self._config.decontaminate, self._folder)

@@ -24,9 +24,7 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from ReasonAug import quality
 from ReasonAug.generations import read_generations
-from ReasonAug.quality_report import write_quality
 from ReasonAug.replicas.generated import write_generated_bright
 from ReasonAug.synthesis import card, concepts
 from ReasonAug.synthesis.calls import (
@@ -34,6 +32,7 @@ from ReasonAug.synthesis.calls import (
     Calls,
     Halt,
     Interrupted,
+    Item,
     NotAskedError,
     Secrets,
     Transport,
@@ -57,7 +56,7 @@ from ReasonAug.synthesis.lines import Lines, alive, encode, iterate, write_shuff
 from ReasonAug.synthesis.plan import Plan
 from ReasonAug.synthesis.prompts import Prompts
 from ReasonAug.synthesis.rows import RowCounts, as_problem, counts_by_stage, training_rows
-from ReasonAug.synthesis.stages import CLEAN, NAMES, STAGES, Context, Item, Stage
+from ReasonAug.synthesis.stages import CLEAN, NAMES, STAGES, Context, Stage
 
 _WINDOW = 32  # items in progress for each request in flight: one slow item holds up no others
 
@@ -412,6 +411,10 @@ class Run:
         Raises:
             UserError: names the thresholds; no rows are written.
         """
+        # Slow to import, as are a few others that a finished run does without.
+        from ReasonAug import quality
+        from ReasonAug.quality_report import write_quality
+
         config = self._config
         files = {name: iterate(self._folder.stage(name)) for name in NAMES[2:]}
         figures = quality.measure(

@@ -19,15 +19,14 @@ import hashlib
 import json
 import re
 from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ReasonAug.synthesis.answers import SecondSolution, Verdict, WrittenTests
-from ReasonAug.synthesis.calls import Calls, Unanswered
+from ReasonAug.synthesis.calls import Calls, Item, Unanswered
 from ReasonAug.synthesis.compare import same_result
 from ReasonAug.synthesis.config import ChecksConfig
 from ReasonAug.synthesis.ledger import SANDBOX, Record
 
-Item = dict[str, Any]
 T = TypeVar("T")
 
 STAGE = "solved"
@@ -132,9 +131,9 @@ async def _run(
         return Verification(method="executed", accepted=False, reason="no function in it")
     if execution is None:
         return Verification(method="none", accepted=None, reason="execution is off")
-    values = {"problem": item["problem"], "function": function}
+    more = {"count": str(checks.tests), "function": function}
     (written, *others) = await together(
-        calls.ask(STAGE, "tests", WrittenTests, item=item["id"], count=str(checks.tests), **values),
+        calls.ask_about(STAGE, "tests", WrittenTests, item, "problem", **more),
         *(
             _other(calls, item, "solve-coding", attempt, function=function)
             for attempt in range(1, checks.solutions + 1)
@@ -167,14 +166,8 @@ async def _other(
 ) -> SecondSolution | None:
     """Return another solution; one that failed to come does not agree."""
     try:
-        return await calls.ask(
-            STAGE,
-            prompt,
-            SecondSolution,
-            item=item["id"],
-            problem=item["problem"],
-            attempt=str(attempt),
-            **more,
+        return await calls.ask_about(
+            STAGE, prompt, SecondSolution, item, "problem", attempt=str(attempt), **more
         )
     except Unanswered:
         return None
@@ -195,19 +188,10 @@ async def _solve_again(item: Item, calls: Calls, checks: ChecksConfig) -> Verifi
 
 
 async def _judge(item: Item, calls: Calls, checks: ChecksConfig) -> Verification:
+    attempts = range(1, checks.solutions + 1)
+    fields = ("problem", "solution")
     verdicts = await together(
-        *(
-            calls.ask(
-                STAGE,
-                "judge",
-                Verdict,
-                item=item["id"],
-                problem=item["problem"],
-                solution=item["solution"],
-                attempt=str(attempt),
-            )
-            for attempt in range(1, checks.solutions + 1)
-        )
+        *(calls.ask_about(STAGE, "judge", Verdict, item, *fields, attempt=str(n)) for n in attempts)
     )
     agreed = sum(found.verdict for found in verdicts)
     return Verification(

@@ -8,9 +8,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from random import Random
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.prepare.tokenise import band_keys, minhash
 from ReasonAug.generations import split_generation
 from ReasonAug.synthesis import concepts, solutions
 from ReasonAug.synthesis.answers import (
@@ -20,11 +17,10 @@ from ReasonAug.synthesis.answers import (
     WrittenNegative,
     WrittenProblem,
 )
-from ReasonAug.synthesis.calls import Calls, Unanswered
+from ReasonAug.synthesis.calls import Calls, Item, Unanswered
 from ReasonAug.synthesis.config import SynthesisConfig
 from ReasonAug.synthesis.solutions import Execution, together
 
-Item = dict[str, Any]
 DEFINITIONS, PROBLEMS, CHECKED, SOLVED, REWRITTEN, CLEAN = (
     "definitions", "problems", "checked", "solved", "rewritten", "clean"
 )  # fmt: skip
@@ -73,14 +69,8 @@ async def _define(context: Context, item: Item) -> Item:
         return item
     if (imported := context.calls.imported(DEFINITIONS, item["id"])) is not None:
         return {**item, "definition": imported}
-    written = await context.calls.ask(
-        DEFINITIONS,
-        "definition",
-        WrittenDefinition,
-        item=item["id"],
-        kind=item["kind"],
-        domain=item["domain"],
-        concept=item["concept"],
+    written = await context.calls.ask_about(
+        DEFINITIONS, "definition", WrittenDefinition, item, "domain", "concept"
     )
     body = f"**Concept**\n{item['concept']}\n\n**Definition**\n{written.definition}"
     if item["kind"] == "coding" and written.code:
@@ -94,12 +84,15 @@ class _DistinctDefinitions:
 
     def __init__(self, config: SynthesisConfig) -> None:
         self._similarity = config.concepts.max_similarity
-        self._signatures: list[np.ndarray[Any, Any]] = []
+        self._signatures: list[Any] = []
         self._bands: dict[tuple[str, int, int], int] = {}
 
     def __call__(self, item: Item) -> Item:
         if item["dropped"] is not None or item.get("unknown"):
             return item
+        # Slow to import, and a finished run needs it not at all.
+        from pipeline.data.prepare.tokenise import band_keys, minhash
+
         # Without name and headings, which differ even if the texts are the same.
         text = item["definition"].replace(item["concept"], "")
         signature = minhash(text)
@@ -162,17 +155,9 @@ async def _write_problem(context: Context, item: Item) -> Item:
         if parts is None:
             raise Unanswered("unreadable")
         return {**item, "problem": parts[0], "solution": parts[1]}
-    written = await context.calls.ask(
-        PROBLEMS,
-        "problem",
-        WrittenProblem,
-        item=item["id"],
-        kind=item["kind"],
-        domain=item["domain"],
-        concept=item["concept"],
-        definition=item["definition"],
-        number=str(item["n"]),
-        **item["options"],
+    more = {"number": str(item["n"]), **item["options"]}
+    written = await context.calls.ask_about(
+        PROBLEMS, "problem", WrittenProblem, item, "domain", "concept", "definition", **more
     )
     return {**item, **_parts(written, item)}
 
@@ -215,17 +200,9 @@ async def _check(context: Context, item: Item) -> Item:
     found = await _ask_check(context, item)
     if found.verdict:
         return {**item, "on_topic": True, "rewritten": False}
-    written = await context.calls.ask(
-        CHECKED,
-        "rewrite",
-        WrittenProblem,
-        item=item["id"],
-        kind=item["kind"],
-        domain=item["domain"],
-        concept=item["concept"],
-        definition=item["definition"],
-        problem=item["problem"],
-        reason=found.reason,
+    fields = ("domain", "concept", "definition", "problem")
+    written = await context.calls.ask_about(
+        CHECKED, "rewrite", WrittenProblem, item, *fields, reason=found.reason
     )
     item = {**item, **_parts(written, item), "rewritten": True}
     again = await _ask_check(context, item)
@@ -239,14 +216,8 @@ def _is_imported(context: Context, item: Item) -> bool:
 
 
 async def _ask_check(context: Context, item: Item) -> Verdict:
-    return await context.calls.ask(
-        CHECKED,
-        "check",
-        Verdict,
-        item=item["id"],
-        concept=item["concept"],
-        definition=item["definition"],
-        problem=item["problem"],
+    return await context.calls.ask_about(
+        CHECKED, "check", Verdict, item, "concept", "definition", "problem"
     )
 
 
@@ -296,9 +267,7 @@ async def _rewrite(context: Context, item: Item) -> Item:
         if not drawn[name]:
             return ""
         try:
-            written = await calls.ask(
-                REWRITTEN, name, Rewritten, item=item["id"], problem=item["problem"]
-            )
+            written = await calls.ask_about(REWRITTEN, name, Rewritten, item, "problem")
         except Unanswered:
             return ""
         return written.question
@@ -307,16 +276,8 @@ async def _rewrite(context: Context, item: Item) -> Item:
         if not context.config.negatives.written:
             return None
         try:
-            written = await calls.ask(
-                REWRITTEN,
-                "negative",
-                WrittenNegative,
-                item=item["id"],
-                concept=item["concept"],
-                definition=item["definition"],
-                problem=item["problem"],
-                domain=item["domain"],
-            )
+            fields = ("domain", "concept", "definition", "problem")
+            written = await calls.ask_about(REWRITTEN, "negative", WrittenNegative, item, *fields)
         except Unanswered:
             return None
         if concepts.concept_id("", written.concept) == concepts.concept_id("", item["concept"]):

@@ -54,7 +54,7 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
 def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
     """Validate a tree of plain values into `kind`; `origin` names it in messages."""
     try:
-        config = TypeAdapter(kind).validate_python(tree)
+        config: T = _adapter(kind).validate_python(tree)
         # Pydantic accepts true as 1; in a config it is a mistake.
         for key in _booleans_as_numbers(tree, as_tree(config), ""):
             raise UserError(f"{key}: a switch (true or false)", allowed="a number")
@@ -67,8 +67,17 @@ def build_config(kind: type[T], tree: dict[str, Any], *, origin: str) -> T:
 
 def as_tree(config: Any) -> dict[str, Any]:
     """Return the resolved config as nested dicts of plain values."""
-    tree: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    tree: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json")
     return tree
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)  # takes up to 0.2 s
+    return _ADAPTERS[kind]
 
 
 def dump_config(config: Any) -> str:

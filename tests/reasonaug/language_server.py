@@ -24,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import sympy  # noqa: F401 -- some concepts import it, and a request should not wait for that
 from aiohttp import web
 
 from ReasonAug.concepts import CONCEPTS

@@ -27,7 +27,7 @@ def tree_of(folder: Path, *urls: str, **sections: Any) -> dict[str, Any]:
         "model": {"name": "template", "servers": [{"url": url} for url in urls]},
         "concepts": {"files": [str(listed)]},
         "problems": {"per_concept": 3},
-        "limits": {"timeout": 2, "concurrency": 8, "patience": 60},
+        "limits": {"timeout": 60, "concurrency": 8, "patience": 60},
         "batch": {"poll": 0.01},
     }
     for name, section in sections.items():

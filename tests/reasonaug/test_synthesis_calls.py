@@ -82,7 +82,7 @@ def test_faults_of_a_server_cost_tries_but_no_row(
 ) -> None:
     behaviour = Behaviour(faults={**dict.fromkeys(FAULTS, 0.1), "endless": 0.02, "429-after": 0.02})
     with serving(behaviour) as (url, server):
-        synthesize(config_of(tmp_path / "out", url))
+        synthesize(config_of(tmp_path / "out", url, limits={"timeout": 3}))
     met = Counter(fault for _, fault in server.met)
     assert set(met) == set(FAULTS)
     assert rows(tmp_path / "out") == rows(undisturbed)
