@@ -1,14 +1,21 @@
-"""The tables of docs/planning.md are those of the present formulas, and state what they claim."""
+"""Tables in documents are those of the present formulas, and state what they claim."""
 
 from __future__ import annotations
 
-from tests.planning import plan_table
+from tests.planning import one_gpu_plans, plan_table
 
 
 def test_the_page_has_the_tables_of_these_formulas() -> None:
     page = plan_table.PAGE.read_text()
 
     assert plan_table.written(page) == page, "run python -m tests.planning.plan_table"
+
+
+def test_the_recipes_for_one_gpu_fit_and_show_their_plans() -> None:
+    page = one_gpu_plans.PAGE.read_text()
+
+    # A recipe that does not fit raises.
+    assert one_gpu_plans.written(page) == page, "run python -m tests.planning.one_gpu_plans"
 
 
 def test_all_weights_of_70b_train_on_64_gpus_of_80_gb_with_room() -> None:
