@@ -64,6 +64,10 @@ def test_resolving_leaves_the_input_alone() -> None:
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "quantized_weights"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "exact"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients",
+        ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "with 6 ranks"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "at stage 2"),
