@@ -524,6 +524,36 @@ def plan_run(
         print("\n" + describe_time(plan, tree, gpu=gpu, network=network))
 
 
+@plan_commands.command("scale")
+def plan_scale(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: Annotated[Path, typer.Option(help="see ds_configs/")] = DEFAULT_DEEPSPEED,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
+    gpu: Annotated[str, typer.Option(help="as for `diffembed plan run`")] = "h100",
+    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
+    price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
+) -> None:
+    """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
+    tree = load(TrainConfig, config, overrides)
+    from pipeline.planning.scale import describe_scale, plot_scale, scale
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    given = load_ds_config(deepspeed)
+    rows = scale(
+        tree,
+        lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        network=network,
+    )
+    print(describe_scale(rows, tree, gpu=gpu, network=network, price=price))
+    if plot is not None:
+        plot_scale(rows, plot, title=f"{config} on {gpu}, a projection")
+        print(f"written: {plot}")
+
+
 @plan_commands.command("loss")
 def plan_loss(
     queries: Annotated[int, typer.Option(help="of the global batch")],

@@ -5,6 +5,7 @@ model --shape.py--> ModelShape: from the meta device, or from its config.json al
 ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
                          --speed.py--> seconds of a step by part
                          --describe--> the text of `--dry-run` and `diffembed plan run`
+                         --scale.py--> the same run on 8 to 1,024 GPUs
 
 Nothing here imports torch, except `plan_run` for a model that is built.
 """
@@ -42,7 +43,7 @@ from pipeline.planning.memory import (
     peak,
 )
 from pipeline.planning.shape import ModelShape
-from pipeline.planning.speed import StepWork, gpu_of, step_flops, step_seconds
+from pipeline.planning.speed import Gpu, Seconds, StepWork, gpu_of, step_flops, step_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +281,27 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
     return _align(lines) + "\n\n" + memory_table(plan, config)
 
 
+def seconds_of(
+    plan: RunPlan, config: TrainConfig, sheet: Gpu, *, network: float
+) -> tuple[Seconds, ...]:
+    """Predict the parts of a step on a GPU; `network` is Gb/s of a host, all adapters together."""
+    return step_seconds(plan.shape, _work(plan, config, network=network), plan.schedule, sheet)
+
+
+def _work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
+    batch = plan.batch
+    squares = sum(float((chunk.lengths.astype(float) ** 2).sum()) for chunk in batch.chunks)
+    return StepWork(
+        workload=plan.workload,
+        # Ranks are balanced by cost, so that this rank is like the fullest.
+        squares=squares,
+        causal=config.model.attention == "causal",
+        kept=min(1.0, plan.keep_graphs / len(batch.chunks)),
+        loss=plan.loss,
+        network=network * 1e9 / 8,
+    )
+
+
 def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: float) -> str:
     """Format the seconds of a step by part, and what the run takes.
 
@@ -293,21 +315,11 @@ def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: floa
         UserError: the GPU's speed is not known.
     """
     sheet, batch = gpu_of(gpu), plan.batch
-    squares = sum(float((chunk.lengths.astype(float) ** 2).sum()) for chunk in batch.chunks)
-    work = StepWork(
-        workload=plan.workload,
-        # Ranks are balanced by cost, so that this rank is like the fullest.
-        squares=squares,
-        causal=config.model.attention == "causal",
-        kept=min(1.0, plan.keep_graphs / len(batch.chunks)),
-        loss=plan.loss,
-        network=network * 1e9 / 8,
-    )
-    parts = step_seconds(plan.shape, work, plan.schedule, sheet)
+    parts = seconds_of(plan, config, sheet, network=network)
     total = sum(part.seconds for part in parts)
     ranks = plan.workload.world_size
     hours = total * config.num_steps / 3600
-    flops = step_flops(plan.shape, work, plan.schedule)
+    flops = step_flops(plan.shape, _work(plan, config, network=network), plan.schedule)
     rows = [["seconds of a step", "", "from"]]
     rows += [[part.part, f"{part.seconds:.3g}", part.source] for part in parts]
     rows += [
@@ -317,7 +329,7 @@ def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: floa
         ["largest batch", f"{largest_batch(plan, config):,}", "that fits, of such texts"],
         ["run", f"{hours:.3g} h", f"{config.num_steps:,} steps, {hours * ranks:.3g} GPU-hours"],
     ]
-    return _columns(rows)
+    return format_columns(rows)
 
 
 def memory_table(plan: RunPlan, config: TrainConfig) -> str:
@@ -336,9 +348,9 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
         source = next(term.source for term, _ in found if term is not None)
         rows.append([f"{part}: {name}", *(cell for _, cell in found), source])
     moments = [peak(terms) for _, terms in columns]
-    rows.append(["peak", *(f"{_bytes(size)} ({moment})" for moment, size in moments), ""])
-    rows.append(["may use", *(_bytes(available) for _ in columns), plan.target.name])
-    loading = _bytes(loading_peak(shape, workload))
+    rows.append(["peak", *(f"{format_bytes(size)} ({moment})" for moment, size in moments), ""])
+    rows.append(["may use", *(format_bytes(available) for _ in columns), plan.target.name])
+    loading = format_bytes(loading_peak(shape, workload))
     rows.append(["while loading", *(loading for _ in columns), "weights, before the first step"])
     hosts = [
         host_memory(shape, workload, schedule)
@@ -346,9 +358,9 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     ]
     ranks = min(workload.ranks_per_host, workload.world_size)
     for name in dict.fromkeys(name for sizes in hosts for name in sizes):
-        cells = [_bytes(sizes.get(name, 0.0)) for sizes in hosts]
+        cells = [format_bytes(sizes.get(name, 0.0)) for sizes in hosts]
         rows.append([f"host: {name}", *cells, f"{ranks} ranks on a host"])
-    return _columns(rows) + "\n(in parentheses: not in memory at the peak)"
+    return format_columns(rows) + "\n(in parentheses: not in memory at the peak)"
 
 
 def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
@@ -406,11 +418,12 @@ def _find(terms: tuple[Term, ...], part: str, name: str) -> tuple[Term | None, s
     term = next((t for t in terms if (t.part, t.name) == (part, name)), None)
     if term is None:
         return None, "-"
-    size = _bytes(term.size)
+    size = format_bytes(term.size)
     return term, size if peak(terms)[0] in term.moments else f"({size})"
 
 
-def _columns(rows: list[list[str]]) -> str:
+def format_columns(rows: list[list[str]]) -> str:
+    """Align the columns of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -450,8 +463,11 @@ def describe_loss(*, num_queries: int, num_documents: int, width: int, world_siz
     lines = [
         ("loss", f"{num_queries:,} queries x {num_documents:,} documents, {world_size} ranks"),
         ("query blocks", f"{cost.num_blocks:,}, {cost.num_tiles:,} tiles scored by each rank"),
-        ("peak memory", f"{_bytes(cost.peak_bytes)} per rank (all scores: {_bytes(naive)})"),
-        ("received per step", f"{_bytes(cost.received_bytes)} per rank"),
+        (
+            "peak memory",
+            f"{format_bytes(cost.peak_bytes)} per rank (all scores: {format_bytes(naive)})",
+        ),
+        ("received per step", f"{format_bytes(cost.received_bytes)} per rank"),
         ("matrix products", f"{cost.matmul_flops:.3g} FLOP per rank"),
     ]
     return _align(lines)
@@ -462,7 +478,8 @@ def _align(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def _bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
+    """Format a size with its unit."""
     if size < 1:
         return "0 B"
     power = min(int(math.log(size, 1024)), 4)

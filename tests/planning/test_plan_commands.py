@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,31 @@ def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(
     assert "not prepared yet" in dry(*one, later, "--after", "77")[0]
     refused = CliRunner().invoke(app, ["submit", *one, "--gpu", "h100"])
     assert isinstance(refused.exception, UserError)
+
+
+def test_scale_prints_every_number_of_gpus_with_its_range_and_price(
+    recipe: Path, tmp_path: Path
+) -> None:
+    words = ["plan", "scale", str(recipe), *ZERO, "--gpus-per-node", "256", "--price", "2"]
+    done = CliRunner().invoke(app, [*words, "--plot", str(tmp_path / "scale.svg")])
+
+    assert done.exit_code == 0, done.output
+    _, first, second, third, *rest = done.output.splitlines()
+    assert [line.split()[0] for line in (first, second, third)] == ["256", "512", "1,024"]
+    text = re.split(r"  +", first)
+    step, (fewest, most) = float(text[3]), map(float, text[4].split(" to "))
+    assert fewest < step < most
+    assert text[6] == "100%"
+    hours = step * 4 / 3600
+    assert float(text[8]) == pytest.approx(hours * 256, rel=0.02)
+    assert "not measured" in rest[0]
+    assert "<svg" in (tmp_path / "scale.svg").read_text()
+
+
+def test_scale_names_what_no_number_of_gpus_can_run(recipe: Path) -> None:
+    words = ["plan", "scale", str(recipe), *ZERO, "--gpu", "l40s"]
+    done = CliRunner().invoke(app, [*words, "schedule=plain", "data.global_batch_size=900"])
+    assert isinstance(done.exception, UserError)
+    assert "global_batch_size" in str(done.exception)
+    done = CliRunner().invoke(app, [*words[:-1], "24"])
+    assert "its speed is not known" in str(done.exception)

@@ -1,0 +1,172 @@
+"""Project one run on more and more nodes: `diffembed plan scale`.
+
+The global batch stays, so that every row trains the same model; the time is strong scaling. The
+range of a row shows how much the projection depends on what is not known before a first run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import TrainConfig
+from pipeline.errors import UserError
+from pipeline.files import atomic_path
+from pipeline.planning import RunPlan, format_bytes, format_columns, plan_run, seconds_of
+from pipeline.planning.memory import Target, peak
+from pipeline.planning.speed import UTILISATION, Gpu, gpu_of
+
+_MAX_GPUS = 1024
+# Shares of the peak, and of the links, that bound the range.
+_UTILISATIONS = (0.8 * UTILISATION, 1.2 * UTILISATION)
+_LINKS = (0.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """The projection for one number of GPUs.
+
+    Attributes:
+        gpus: of all nodes together.
+        plan: None where the run is impossible; `problem` says why.
+        seconds: of a step.
+        fewest, most: seconds of a step at the ends of the range.
+    """
+
+    gpus: int
+    plan: RunPlan | None
+    problem: str = ""
+    seconds: float = 0.0
+    fewest: float = 0.0
+    most: float = 0.0
+
+
+def scale(
+    config: TrainConfig,
+    resolve: Callable[[int], dict[str, Any]],
+    *,
+    gpu: str,
+    gpus_per_node: int,
+    network: float,
+) -> list[Row]:
+    """Plan the run on 1, 2, 4, ... nodes, up to 1,024 GPUs.
+
+    Args:
+        config: the run.
+        resolve: number of ranks -> the resolved DeepSpeed config.
+        gpu: its name.
+        gpus_per_node: ranks of a node.
+        network: Gb/s of a node, all adapters together.
+
+    Raises:
+        UserError: the GPU's speed is not known, or no number of GPUs can run it.
+    """
+    sheet = gpu_of(gpu)
+    rows = []
+    for gpus in _sizes(gpus_per_node):
+        target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
+        try:
+            plan = plan_run(config, resolve(gpus), world_size=gpus, target=target, build=False)
+        except UserError as error:
+            rows.append(Row(gpus=gpus, plan=None, problem=str(error)))
+            continue
+        fewest, most = _range(plan, config, sheet, network)
+        seconds = _total(plan, config, sheet, network)
+        rows.append(Row(gpus=gpus, plan=plan, seconds=seconds, fewest=fewest, most=most))
+    if not any(row.plan for row in rows):
+        raise UserError(rows[-1].problem)
+    return rows
+
+
+def _sizes(gpus_per_node: int) -> Iterator[int]:
+    gpus = gpus_per_node
+    while gpus <= max(_MAX_GPUS, gpus_per_node):
+        yield gpus
+        gpus *= 2
+
+
+def _total(plan: RunPlan, config: TrainConfig, sheet: Gpu, network: float) -> float:
+    return sum(part.seconds for part in seconds_of(plan, config, sheet, network=network))
+
+
+def _range(plan: RunPlan, config: TrainConfig, sheet: Gpu, network: float) -> tuple[float, float]:
+    slow, fast = (
+        _total(
+            plan,
+            config,
+            dataclasses.replace(
+                sheet,
+                bf16=sheet.bf16 * share / UTILISATION,
+                fp32=sheet.fp32 * share / UTILISATION,
+                link=sheet.link * link,
+            ),
+            network * link,
+        )
+        for share, link in zip(_UTILISATIONS, _LINKS, strict=True)
+    )
+    return fast, slow
+
+
+def describe_scale(
+    rows: Sequence[Row], config: TrainConfig, *, gpu: str, network: float, price: float | None
+) -> str:
+    """Format the rows; `price` is of one GPU for one hour."""
+    head = ["GPUs", "schedule", "peak", "step, s", "range, s", "tokens/s", "efficiency", "hours"]
+    head += ["GPU-hours"] + ["price"] * (price is not None)
+    table, problems = [head], []
+    for row in rows:
+        if row.plan is None:
+            table.append([f"{row.gpus:,}", *"-" * (len(head) - 1)])
+            problems.append(f"{row.gpus:,} GPUs: {row.problem}")
+            continue
+        hours = row.seconds * config.num_steps / 3600
+        cells = [f"{row.gpus:,}", row.plan.schedule, format_bytes(peak(row.plan.terms)[1])]
+        cells += [f"{row.seconds:.3g}", f"{row.fewest:.3g} to {row.most:.3g}"]
+        cells += [f"{row.plan.batch.tokens / row.seconds:,.0f}", f"{_efficiency(row, rows):.0%}"]
+        cells += [f"{hours:.3g}", f"{hours * row.gpus:,.3g}"]
+        table.append(cells + ([f"{hours * row.gpus * price:,.0f}"] if price is not None else []))
+    low, high = _UTILISATIONS
+    note = (
+        f"A projection for {gpu} and {network:g} Gb/s a node, not measured. Range: {low:g} to "
+        f"{high:g} of the peak, {_LINKS[0]:g} to {_LINKS[1]:g} times the bandwidth.\n"
+        f"{config.num_steps:,} steps of the same global batch in every row."
+    )
+    return "\n".join([format_columns(table), note, *problems])
+
+
+def _efficiency(row: Row, rows: Sequence[Row]) -> float:
+    """Return the GPU-seconds of a step on the fewest GPUs that can run it, over this row's."""
+    first = next(other for other in rows if other.plan)
+    return first.seconds * first.gpus / (row.seconds * row.gpus)
+
+
+def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Draw tokens a second over GPUs with their range, and perfect scaling.
+
+    Raises:
+        UserError: matplotlib knows no such format, or the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    allowed = sorted(FigureCanvasAgg(figure).get_supported_filetypes())
+    if path.suffix[1:] not in allowed:
+        raise UserError(f"--plot {path}", allowed=f"a file that ends in {', '.join(allowed)}")
+    planned = [(row, row.plan.batch.tokens) for row in rows if row.plan]
+    gpus = [row.gpus for row, _ in planned]
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / s")
+    axes.set_xticks(gpus, [f"{count:,}" for count in gpus], minor=False)
+    axes.minorticks_off()
+    slow, fast = ([n / getattr(row, end) for row, n in planned] for end in ("most", "fewest"))
+    axes.fill_between(gpus, slow, fast, alpha=0.25, label="range")
+    speeds = [tokens / row.seconds for row, tokens in planned]
+    axes.plot(gpus, speeds, marker="o", label="projection")
+    ideal = [speeds[0] * count / gpus[0] for count in gpus]
+    axes.plot(gpus, ideal, linestyle="--", color="grey", label="perfect")
+    axes.set_title(title)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
