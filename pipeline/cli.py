@@ -14,8 +14,10 @@ config are answered at once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -494,6 +496,36 @@ def verify(folder: Shards) -> None:
     print(verify_dataset(folder))
 
 
+# A plan for data that does not exist yet.
+Rows = Annotated[
+    int | None, typer.Option(min=1, help="plan for data of so many rows instead of the shards")
+]
+QueryTokens = Annotated[
+    int | None, typer.Option(min=1, help="with --rows: mean length of the queries")
+]
+DocumentTokens = Annotated[
+    int | None, typer.Option(min=1, help="with --rows: mean length of the documents")
+]
+
+
+def _planned_data(
+    tree: TrainConfig, rows: int | None, query_tokens: int | None, document_tokens: int | None
+) -> AbstractContextManager[TrainConfig]:
+    """Return the config as it is, or with shards as the options describe them."""
+    if rows is None and query_tokens is None and document_tokens is None:
+        return nullcontext(tree)
+    if rows is None or query_tokens is None or document_tokens is None:
+        raise UserError(
+            "plan: only some of --rows, --query-tokens and --document-tokens",
+            allowed="all three, or none to read the shards",
+        )
+    from pipeline.planning.described_data import Description, described
+
+    return described(
+        tree, Description(rows=rows, query_tokens=query_tokens, document_tokens=document_tokens)
+    )
+
+
 @plan_commands.command("run")
 def plan_run(
     config: Config,
@@ -507,6 +539,9 @@ def plan_run(
     network: Annotated[
         float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
     ] = 400.0,
+    rows: Rows = None,
+    query_tokens: QueryTokens = None,
+    document_tokens: DocumentTokens = None,
 ) -> None:
     """Print batch arithmetic, schedule, memory and time of a training run, for any GPUs."""
     tree = load(TrainConfig, config, overrides)
@@ -518,7 +553,10 @@ def plan_run(
     ranks = nodes * gpus_per_node
     resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
     target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
-    plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
+    with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
+        plan = make_plan(planned, resolved, world_size=ranks, target=target, build=False)
+    if rows is not None:
+        plan = dataclasses.replace(plan, num_examples=rows)
     print(describe(plan, tree))
     if gpu.lower() in GPU_GIB:  # a size in GiB has no speed
         print("\n" + describe_time(plan, tree, gpu=gpu, network=network))
@@ -534,6 +572,9 @@ def plan_scale(
     network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
     price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
+    rows: Rows = None,
+    query_tokens: QueryTokens = None,
+    document_tokens: DocumentTokens = None,
 ) -> None:
     """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
     tree = load(TrainConfig, config, overrides)
@@ -541,16 +582,17 @@ def plan_scale(
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     given = load_ds_config(deepspeed)
-    rows = scale(
-        tree,
-        lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
-        gpu=gpu,
-        gpus_per_node=gpus_per_node,
-        network=network,
-    )
-    print(describe_scale(rows, tree, gpu=gpu, network=network, price=price))
+    with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
+        sizes = scale(
+            planned,
+            lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
+            gpu=gpu,
+            gpus_per_node=gpus_per_node,
+            network=network,
+        )
+    print(describe_scale(sizes, tree, gpu=gpu, network=network, price=price))
     if plot is not None:
-        plot_scale(rows, plot, title=f"{config} on {gpu}, a projection")
+        plot_scale(sizes, plot, title=f"{config} on {gpu}, a projection")
         print(f"written: {plot}")
 
 

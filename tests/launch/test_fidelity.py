@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from published_data import Writer, e5, local_path, prepare_recipe, word_tokenizer, write_jsonl
-from synthetic_shards import Lengths, Shape, write_shards
 
 from pipeline.config import EvaluateConfig, PrepareConfig, SourceConfig, TrainConfig, load_config
 from pipeline.data.loader import Loader
@@ -24,6 +23,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader
 from pipeline.evaluation.tasks import expand, lengths_of
+from pipeline.planning.described_data import Lengths, Shape, write_shards
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch" / "recipes"

@@ -15,13 +15,13 @@ import peft
 import pytest
 from published_data import prepare_recipe, word_tokenizer, write_raw
 from published_figures import ARCHITECTURES, PUBLISHED, RANK_16, WHOLE
-from synthetic_shards import Lengths, Shape, write_shards
 
 from pipeline import planning
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model import encoder
+from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.planning.memory import Target, peak
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.planning import describe, plan_run
+from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.planning.memory import Target
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
-from tests.launch.synthetic_shards import Lengths, Shape, write_shards
 from tests.planning.plan_table import tree
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -127,3 +127,17 @@ def test_scale_names_what_no_number_of_gpus_can_run(recipe: Path) -> None:
     assert "global_batch_size" in str(done.exception)
     done = CliRunner().invoke(app, [*words[:-1], "24"])
     assert "its speed is not known" in str(done.exception)
+
+
+def test_a_plan_may_be_for_data_that_does_not_exist(recipe: Path) -> None:
+    words = ["plan", "run", str(recipe), *ZERO, "data.path=nowhere"]
+    described = ["--rows", "1000000", "--query-tokens", "10", "--document-tokens", "30"]
+    done = CliRunner().invoke(app, [*words, *described, "data.global_batch_size=1024"])
+
+    assert done.exit_code == 0, done.output
+    assert "epochs of 1,000,000 examples" in done.output
+    # One hard negative each, but examples share none.
+    (tokens,) = re.findall(r"^tokens +([\d,]+)", done.output, re.MULTILINE)
+    assert int(tokens.replace(",", "")) == pytest.approx(1024 * (10 + 2 * 30), rel=0.05)
+    done = CliRunner().invoke(app, [*words, *described[:4]])
+    assert str(done.exception).startswith("plan: only some of --rows, --query-tokens and")

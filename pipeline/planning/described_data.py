@@ -1,16 +1,22 @@
-"""Shards of any size without texts: token lengths like a published data set's, made in a moment."""
+"""Plan for data that is only described: shards without texts, from numbers of tokens.
+
+Rows and lengths decide batches, memory and time, so a plan needs no more than these.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Template
-from pipeline.data.batch import Ragged
+from pipeline.config import Template, TrainConfig
+from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.manifest import (
     FILE_NAME,
     VERSION,
@@ -33,7 +39,7 @@ class Lengths:
     deviation: float
     limit: int
 
-    def draw(self, count: int) -> np.ndarray:
+    def draw(self, count: int) -> IntArray:
         """(count,) lengths, the same at every call."""
         variance = np.log1p((self.deviation / self.mean) ** 2)
         drawn = np.random.default_rng(0).lognormal(
@@ -50,6 +56,37 @@ class Shape:
     query: Lengths
     document: Lengths
     num_negatives: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """A data set as a user knows it: rows, and the mean lengths of their texts in tokens."""
+
+    rows: int
+    query_tokens: int
+    document_tokens: int
+
+
+@contextlib.contextmanager
+def described(config: TrainConfig, description: Description) -> Iterator[TrainConfig]:
+    """Yield the config with shards as described, which are removed at the end.
+
+    Lengths are log-normal, with half the mean as their deviation and four times the mean as the
+    longest. Each row has one document of its own, and the hard negatives that the config takes.
+    """
+    # A plan lays out one batch; more rows would change nothing.
+    rows = min(description.rows, 2 * config.data.global_batch_size)
+    query, document = (
+        Lengths(mean=mean, deviation=mean / 2, limit=max(4, 4 * mean))
+        for mean in (description.query_tokens, description.document_tokens)
+    )
+    negatives = config.data.num_hard_negatives if config.objective is None else 0
+    shape = Shape(
+        groups=(("described", "", rows),), query=query, document=document, num_negatives=negatives
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = write_shards(Path(scratch) / "shards", shape)
+        yield dataclasses.replace(config, data=dataclasses.replace(config.data, path=shards))
 
 
 def write_shards(folder: Path, shape: Shape, *, tokenizer: str = "") -> Path:
@@ -122,7 +159,7 @@ def _sources(shape: Shape) -> tuple[SourceInfo, ...]:
     )
 
 
-def _tokens(lengths: np.ndarray) -> Ragged:
+def _tokens(lengths: IntArray) -> Ragged:
     return Ragged.from_lengths(lengths, np.zeros(int(lengths.sum()), dtype=np.int32))
 
 
