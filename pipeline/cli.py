@@ -3,6 +3,7 @@
     init  starter  prepare  train  export  encode  probe  report     files in, files out
     submit                                                           the same as Slurm jobs
     watch  stop  rewind                                              a run's folder
+    doctor                                                           this machine, before a run
     config    explain  schema  diff                                  the keys of all configs
     data      inspect  verify                                        prepared shards
     plan      run  loss                                              the cost of a run, in advance
@@ -421,6 +422,30 @@ def score(config: Config, overrides: Overrides = None) -> None:
     from pipeline.evaluation.run import score_all
 
     score_all(tree)
+
+
+# --- before a run ----------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="also check everything that it names")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help='words that start ranks, such as "srun --ntasks=16"; default: ranks of this '
+            "machine, one per GPU, otherwise two"
+        ),
+    ] = "",
+) -> None:
+    """Check versions, GPUs, kernels, ranks, disks, limits and a config; exit 1 if any fails."""
+    from pipeline.doctor import doctor as check_all
+
+    raise typer.Exit(check_all(config, tuple(overrides or ()), launcher=launcher, as_json=as_json))
 
 
 # --- configs ---------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def run_ranks(
     # Sessions of their own, because a terminal sends Ctrl-C to all processes of a session.
     ranks = [
         subprocess.Popen(command, env=environment, start_new_session=True)
-        for environment in _environments(num_ranks)
+        for environment in local_environments(num_ranks)
     ]
     try:
         return _wait(ranks, asked, grace_seconds)
@@ -402,8 +402,8 @@ def run_ranks(
             signal.signal(number, handler)
 
 
-def _environments(num_ranks: int) -> Iterator[dict[str, str]]:
-    """Yield the environment of each rank."""
+def local_environments(num_ranks: int) -> Iterator[dict[str, str]]:
+    """Yield the environment of each rank on this machine; a single one has no rendezvous."""
     base = without_rank(os.environ)
     if num_ranks == 1:
         yield base

@@ -34,7 +34,7 @@ FLOORS = (
     {"data", "model", "loss"},
     {"training", "evaluation"},
     {"planning", "submission"},
-    {"new_run", "watch"},
+    {"doctor", "new_run", "watch"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -139,6 +139,7 @@ def test_libraries_are_imported_only_in_the_rooms_that_own_them(path: Path) -> N
         "pipeline.cli",
         "pipeline.data.batch",
         "pipeline.planning",
+        "pipeline.doctor",
         "pipeline.watch",
     ],
 )

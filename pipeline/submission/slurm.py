@@ -266,7 +266,11 @@ def cancel(job: str) -> None:
 
 def read_settings() -> dict[str, str]:
     """Return the settings of this Slurm, such as `ClusterName`."""
-    shown = check_output("scontrol", "show", "config")
+    return parse_settings(check_output("scontrol", "show", "config"))
+
+
+def parse_settings(shown: str) -> dict[str, str]:
+    """Return the settings in what `scontrol show config` prints."""
     return dict(re.findall(r"^(\w+)\s*=[ \t]*(.*?)\s*$", shown, re.MULTILINE))
 
 

@@ -155,7 +155,8 @@ def describe_synthesis(root: Path) -> View:
         Grid(title="stages", header=header, rows=tuple(stages)) if stages else None,
         jobs_grid(root / "jobs"),
     ]
-    state, tone = ("finished", "ok") if isinstance(rows, int) else _activity(newest, "answer")
+    done: tuple[str, Tone] = ("finished", "ok")
+    state, tone = done if isinstance(rows, int) else _activity(newest, "answer")
     return View(
         title=f"synthesis {root}",
         state=state,

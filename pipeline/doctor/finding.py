@@ -1,0 +1,57 @@
+"""One line of `doctor`: what was checked, what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from pipeline.errors import DiffembedError, UserError, explain_os_error
+
+# `warn`: works, but slower or not everywhere.
+Level = Literal["ok", "warn", "fail"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One result of one check.
+
+    Args:
+        check: its name.
+        found: what is there.
+        fix: what to change; empty for `ok`.
+    """
+
+    check: str
+    level: Level
+    found: str
+    fix: str = ""
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def guarded(name: str, check: Check) -> Iterator[Finding]:
+    """Yield a check's findings; an error inside it becomes a finding, whatever its type."""
+    try:
+        yield from check()
+    except UserError as error:
+        yield Finding(check=name, level="fail", found=error.found, fix=fix_of(error))
+    except Exception as error:
+        explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
+        if explained is not None:
+            found, _, fix = str(explained).partition(" | fix: ")
+            yield Finding(check=name, level="fail", found=found, fix=fix)
+            return
+        text = " ".join(str(error).split()) or "no message"
+        yield Finding(
+            check=name,
+            level="fail",
+            found=f"the check itself failed: {type(error).__name__}: {text}",
+            fix="report this line; the other checks are not affected",
+        )
+
+
+def fix_of(error: UserError) -> str:
+    """Return the advice of an error of a config or a file."""
+    return error.fix or (f"allowed: {error.allowed}" if error.allowed else "")

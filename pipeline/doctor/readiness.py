@@ -1,0 +1,315 @@
+"""Check that everything a config names is on this machine, so that its command needs no network.
+
+config of any kind ──kind_of──> model, tokenizer, shards, sources, tasks, exports, outputs
+chain ──> its configs, in order; what an earlier stage will make need not exist yet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import (
+    ChainConfig,
+    EvaluateConfig,
+    EvaluatedModel,
+    ModelConfig,
+    PrepareConfig,
+    ProbeConfig,
+    SourceConfig,
+    StarterConfig,
+    TrainConfig,
+    load_config,
+    local_file,
+    model_fix,
+    require_model_path,
+)
+from pipeline.config.explain import KINDS, kind_of
+from pipeline.config.loading import read_tree
+from pipeline.doctor.finding import Finding, guarded
+from pipeline.doctor.machine import cache_folders, check_folder
+from pipeline.errors import UserError
+from pipeline.run_folder import RunDir
+
+_POINTER = b"version https://git-lfs"
+_INDEX = "model.safetensors.index.json"
+# Folders that earlier stages of a chain will make.
+Made = frozenset[Path]
+
+
+def check_config(path: Path, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Yield what is there and what is missing for a config of any kind."""
+    yield from guarded("config", lambda: _check(path, overrides, frozenset()))
+
+
+def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Finding]:
+    tree = read_tree(path.expanduser())
+    # A synthesis has keys of its own, which this package does not know.
+    if "concepts" in tree and "problems" in tree:
+        yield from _synthesis(path, overrides)
+        return
+    kind = kind_of(path)
+    config: Any = load_config(KINDS[kind], path, overrides)
+    yield Finding(check="config", level="ok", found=f"{path}: a config of {kind}")
+    checks: dict[str, Callable[[Any, Made], Iterator[Finding]]] = {
+        **{"starter": _starter, "prepare": _prepare, "train": _train},
+        **{"evaluate": _evaluate, "probe": _probe, "chain": _chain},
+    }
+    yield from checks[kind](config, made)
+
+
+def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
+    stages = [("synthesize", config.synthesize), ("prepare", config.prepare)]
+    for name, path in (*stages, ("train", config.train), ("evaluate", config.evaluate)):
+        if path is None:
+            continue
+        yield from guarded(name, partial(_check, path, (), made))
+        made |= _outputs(path, config)
+    yield from guarded("deepspeed", lambda: _file(config.deepspeed, "deepspeed"))
+
+
+def _outputs(path: Path, chain: ChainConfig) -> Made:
+    """Return the folders and files that the command of a config makes."""
+    try:
+        folder = Path(str(read_tree(path)["output_dir"])).expanduser()
+    except (UserError, KeyError):
+        return frozenset()  # its own check names the fault
+    exports = [step.output or RunDir(folder).export for step in chain.exports]
+    return frozenset([folder, folder / "rows.jsonl", *(exports if path == chain.train else ())])
+
+
+# --- one kind of config each -----------------------------------------------------------------
+
+
+def _starter(config: StarterConfig, made: Made) -> Iterator[Finding]:
+    for path in config.corpus:
+        yield from guarded("corpus", partial(_file, path, "corpus"))
+    yield from _output(config.output_dir)
+
+
+def _prepare(config: PrepareConfig, made: Made) -> Iterator[Finding]:
+    yield from guarded("tokenizer", lambda: _tokenizer(config.tokenizer))
+    for source in config.sources:
+        name = f"sources.{source.name}"
+        yield from guarded(name, partial(_source, source, made))
+    for found in config.decontaminate.sets if config.decontaminate else ():
+        name = f"decontaminate.{found.name}"
+        yield from guarded(name, partial(_data, found.path, name, found.split))
+    yield from _output(config.output_dir)
+
+
+def _train(config: TrainConfig, made: Made) -> Iterator[Finding]:
+    yield from guarded("model.path", lambda: _model(config.model))
+    yield from guarded("data.path", lambda: _shards(config, made))
+    yield from _output(config.output_dir)
+    yield from guarded("output_dir", lambda: _owned(config.output_dir))
+    if config.checkpoint.mirror is not None:
+        yield from check_folder(config.checkpoint.mirror, "checkpoint.mirror")
+    if config.evaluate is not None:
+        path = config.evaluate.config
+        # Checkpoints take the place of its last model.
+        models = load_config(EvaluateConfig, path).models[-1:]
+        made |= {model.path for model in models}
+        yield from guarded("evaluate.config", lambda: _check(path, (), made))
+
+
+def _evaluate(config: EvaluateConfig, made: Made) -> Iterator[Finding]:
+    for model in config.models:
+        yield from guarded(f"models.{model.name}", partial(_export, model, made))
+    yield from guarded("tasks", lambda: _tasks(config))
+    yield from _output(config.output_dir)
+
+
+def _probe(config: ProbeConfig, made: Made) -> Iterator[Finding]:
+    model = EvaluatedModel(name="model", path=config.model)
+    yield from guarded("model", lambda: _export(model, made))
+    for key, path in (("train", config.train), ("test", config.test)):
+        yield from guarded(key, partial(_file, path, key))
+    yield from _output(config.output_dir)
+
+
+def _synthesis(path: Path, overrides: tuple[str, ...]) -> Iterator[Finding]:
+    from pipeline.submission.serving import describe_synthesis
+
+    state = describe_synthesis((str(path), *overrides))
+    yield Finding(check="config", level="ok", found=f"{path}: a synthesis by {state.model}")
+    if state.api_key_env and not os.environ.get(state.api_key_env):
+        yield Finding(
+            check="model.servers",
+            level="fail",
+            found=f"{state.api_key_env} is not set",
+            fix=f"export {state.api_key_env}=..., the key of the servers",
+        )
+    yield from _output(state.output_dir)
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def _output(folder: Path) -> Iterator[Finding]:
+    yield from guarded("output_dir", lambda: check_folder(folder, "output_dir"))
+
+
+def _owned(folder: Path) -> Iterator[Finding]:
+    RunDir(folder).require_own()
+    yield from ()
+
+
+def _file(path: Path, key: str) -> Iterator[Finding]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", fix=f"correct {key}")
+    yield Finding(check=key, level="ok", found=str(path))
+
+
+def _model(config: ModelConfig) -> Iterator[Finding]:
+    size = _weights(config.path, config.revision)
+    yield Finding(check="model.path", level="ok", found=f"{config.path}: {size / 1e9:.2f} GB")
+    adapters = [*config.merged_adapters, *([config.adapter] if config.adapter else [])]
+    for adapter in adapters:
+        require_model_path(adapter, key="model.adapter")
+        if local_file(adapter, "adapter_config.json") is None:
+            raise UserError(
+                f"model.adapter: no adapter_config.json in {adapter}", fix=model_fix(adapter)
+            )
+        yield Finding(check="model.adapter", level="ok", found=adapter)
+    yield from guarded("tokenizer", lambda: _tokenizer(config.path))
+
+
+def _weights(path: str, revision: str | None) -> int:
+    """Return the bytes of a model's weights on this machine.
+
+    Raises:
+        UserError: a file of it is missing, or a pointer of Git LFS.
+    """
+    require_model_path(path, key="model.path")
+    if local_file(path, "config.json", revision) is None:
+        raise UserError(f"model.path: no config.json in {path}", fix=model_fix(path))
+    names = ["model.safetensors"]
+    if index := local_file(path, _INDEX, revision):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif own := sorted(Path(path).glob("*.safetensors")):
+        names = [file.name for file in own]
+    total = 0
+    for name in names:
+        file = local_file(path, name, revision)
+        if file is None:
+            raise UserError(f"model.path: {path} lacks {name}", fix=model_fix(path))
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise UserError(f"model.path: {file} is a Git LFS pointer", fix=model_fix(path))
+        total += file.stat().st_size
+    return total
+
+
+def _tokenizer(path: str) -> Iterator[Finding]:
+    """Find the files of a tokenizer; it is not loaded, which would take seconds."""
+    require_model_path(path, key="tokenizer")
+    known = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+    found = next((name for name in known if local_file(path, name)), None)
+    if found is None:
+        raise UserError(f"tokenizer: none of {', '.join(known)} in {path}", fix=model_fix(path))
+    yield Finding(check="tokenizer", level="ok", found=f"{path}: {found}")
+
+
+def _shards(config: TrainConfig, made: Made) -> Iterator[Finding]:
+    from pipeline.data.manifest import FILE_NAME
+    from pipeline.data.shards import Dataset
+    from pipeline.submission.chain import require_shards
+
+    path = config.data.path
+    if path in made and not (path / FILE_NAME).is_file():
+        yield Finding(check="data.path", level="ok", found=f"{path}: made by an earlier stage")
+        return
+    require_shards(config)
+    number = Dataset.open(path).manifest.num_examples
+    yield Finding(check="data.path", level="ok", found=f"{path}: {number:,} examples")
+
+
+def _source(source: SourceConfig, made: Made) -> Iterator[Finding]:
+    key = f"sources.{source.name}"
+    if Path(source.path) in made and not Path(source.path).exists():
+        yield Finding(check=key, level="ok", found=f"{source.path}: made by an earlier stage")
+        return
+    yield from _data(source.path, key, source.split)
+    if source.documents is not None:
+        yield from _data(source.documents, f"{key}.documents", None)
+
+
+def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
+    from pipeline.data.sources.files import HUB, choose_files
+
+    name = path.removeprefix(HUB)
+    if path.startswith(HUB) and not Path(name).exists():
+        yield _hub_data(name, key)
+        return
+    if "://" in path and not path.startswith("file://"):
+        found = f"{path}: not on this machine, needs a network"
+        yield Finding(check=key, level="warn", found=found, fix="download it, and give the path")
+        return
+    files = choose_files(path, key, split=split).files
+    yield Finding(
+        check=key, level="ok", found=f"{path}: {len(files)} files".replace(": 1 files", "")
+    )
+
+
+def _hub_data(name: str, key: str) -> Finding:
+    """Look for a data set of the hub in the two caches in which it may be."""
+    repository, _, _ = name.partition(":")
+    caches = cache_folders()
+    prepared = caches["HF_DATASETS_CACHE"].glob("*___*")
+    fetched = (caches["HF_HOME"] / "hub").glob("datasets--*")
+    wanted = {repository.replace("/", "___").lower()}
+    wanted |= {f"datasets--{repository.replace('/', '--')}".lower()}
+    if any(path.name.lower() in wanted for path in (*prepared, *fetched)):
+        return Finding(check=key, level="ok", found=f"hub:{name}: in the local cache")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    return Finding(
+        check=key,
+        level="fail" if offline else "warn",
+        found=f"hub:{name}: not in the local cache"
+        + (", and HF_HUB_OFFLINE is set" if offline else ", needs a network"),
+        fix=f"run `hf download --repo-type dataset {repository}` where there is a network",
+    )
+
+
+def _export(model: EvaluatedModel, made: Made) -> Iterator[Finding]:
+    key = f"models.{model.name}"
+    weights = any(model.path.glob("*.safetensors"))
+    if model.path in made and not weights:
+        found = f"{model.path}: made by an earlier stage"
+        yield Finding(check=key, level="ok", found=found)
+    elif not weights:
+        raise UserError(
+            f"{model.path}: {'no weights in it' if model.path.is_dir() else 'no such folder'}",
+            fix="run `diffembed export` with the training's config, or name another export",
+        )
+    else:
+        yield Finding(check=key, level="ok", found=str(model.path))
+
+
+def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
+    from pipeline.evaluation.tasks import check_names, tasks_of
+
+    check_names(config)
+    tasks = tasks_of(config)
+    for name, own in tasks.items():
+        if own is not None and not own.path.is_dir():
+            raise UserError(
+                f"tasks.{name}: {own.path} is not a folder",
+                fix="give a folder with corpus, queries and qrels",
+            )
+    of_mteb = {name: None for name, own in tasks.items() if own is None}
+    if of_mteb and config.snapshots is None:
+        found = f"{len(of_mteb)} tasks are read from the hub's cache, which is not checked"
+        fix = "set snapshots, and run `diffembed evaluate prefetch`"
+        yield Finding(check="tasks", level="warn", found=found, fix=fix)
+        return
+    if of_mteb:
+        from pipeline.evaluation.datasets import check_tasks
+
+        check_tasks(of_mteb, config.snapshots)
+    yield Finding(check="tasks", level="ok", found=f"the data of {len(tasks)} tasks are here")
