@@ -1,6 +1,6 @@
 """Define the commands of `diffembed`: arguments, help, and the functions that they call.
 
-    init  starter  prepare  train  export  encode  probe  report     files in, files out
+    init  starter  prepare  mine  train  export  encode  probe  report     files in, files out
     submit                                                           the same as Slurm jobs
     watch  stop  rewind                                              a run's folder
     doctor                                                           this machine, before a run
@@ -29,6 +29,7 @@ from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
     ExportStep,
+    MineConfig,
     PrepareConfig,
     ProbeConfig,
     StarterConfig,
@@ -171,6 +172,22 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     from pipeline.data.prepare import prepare as prepare_shards
 
     prepare_shards(tree)
+
+
+@app.command()
+def mine(
+    config: Config,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes; default: one per GPU, otherwise one per core"),
+    ] = None,
+) -> None:
+    """Find hard negatives for prepared shards; alone, under mpirun or under srun."""
+    tree = load(MineConfig, config, overrides)
+    from pipeline.mining import mine as mine_shards
+
+    mine_shards(tree, num_workers=workers)
 
 
 @app.command()
@@ -466,8 +483,10 @@ def explain_key(
 @config_commands.command()
 def schema(
     kind: Annotated[
-        Literal["starter", "prepare", "train", "evaluate", "probe", "chain"] | None,
-        typer.Argument(metavar="[KIND]", help="starter, prepare, train, evaluate, probe or chain"),
+        Literal["starter", "prepare", "mine", "train", "evaluate", "probe", "chain"] | None,
+        typer.Argument(
+            metavar="[KIND]", help="starter, prepare, mine, train, evaluate, probe or chain"
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="a folder: write the schemas of all kinds as KIND.json")
@@ -647,9 +666,9 @@ def plan_loss(
 @app.command()
 def submit(
     what: Annotated[
-        Literal["synthesize", "prepare", "train", "export", "evaluate", "report", "all"],
+        Literal["synthesize", "prepare", "mine", "train", "export", "evaluate", "report", "all"],
         typer.Argument(
-            metavar="JOB", help="synthesize, prepare, train, export, evaluate, report or all"
+            metavar="JOB", help="synthesize, prepare, mine, train, export, evaluate, report or all"
         ),
     ],
     config: Config,

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
+    MineConfig,
     PrepareConfig,
     ProbeConfig,
     StarterConfig,
@@ -33,7 +34,8 @@ MINIMAL = "output_dir: run\nnum_steps: 10\nmodel: {path: m}\ndata: {path: d}\n"
 
 
 KINDS: tuple[Any, ...] = (
-    *(TrainConfig, PrepareConfig, EvaluateConfig, ProbeConfig, StarterConfig, ChainConfig),
+    *(TrainConfig, PrepareConfig, MineConfig, EvaluateConfig, ProbeConfig),
+    *(StarterConfig, ChainConfig),
 )
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
@@ -77,7 +79,7 @@ def numbers_in(node: Any, schema: dict[str, Any], key: str = "") -> Iterator[tup
 
 
 # Any number makes sense there, or a rule with its own message decides.
-UNBOUNDED = {"loss.false_negative_margin", "loss.matryoshka_dims", "sources.where"}
+UNBOUNDED = {"loss.false_negative_margin", "loss.matryoshka_dims", "sources.where", "corpora.where"}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -456,7 +458,7 @@ for command in sys.argv[2:]:
 heavy = {"torch", "transformers", "datasets", "mteb", "pyarrow", "tokenizers", "numpy"}
 sys.exit(", ".join(heavy & sys.modules.keys()) or None)
 """
-    commands = ["starter", "prepare", "export", "probe", "report", "plan run"]
+    commands = ["starter", "prepare", "mine", "export", "probe", "report", "plan run"]
     commands += [f"evaluate {name}" for name in ("count", "run", "prefetch", "plan", "score")]
     done = subprocess.run(
         [sys.executable, "-c", code, path, *commands],
@@ -482,8 +484,10 @@ def test_every_config_key_is_set_by_a_shipped_recipe() -> None:
         *((TrainConfig, name) for name in ("training", "objective", "teacher")),
         (PrepareConfig, "shards"),
         *((EvaluateConfig, "evaluation"), (ProbeConfig, "probe"), (ChainConfig, "chain")),
+        (MineConfig, "mining"),
     ],
 )
 def test_a_recipe_of_options_is_a_whole_config(kind: Any, name: str) -> None:
     config = load_config(kind, RECIPES / "options" / f"{name}.yaml")
-    assert str(config.output_dir if name != "chain" else config.train).count("/") >= 2
+    folder = {"chain": "train", "mining": "output"}.get(name, "output_dir")
+    assert str(getattr(config, folder)).count("/") >= 2

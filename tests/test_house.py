@@ -33,6 +33,7 @@ FLOORS = (
     {"run_folder"},
     {"data", "model", "loss"},
     {"training", "evaluation"},
+    {"mining"},
     {"planning", "submission"},
     {"doctor", "new_run", "watch"},
     {"cli", "train"},

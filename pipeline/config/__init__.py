@@ -20,6 +20,18 @@ from pipeline.config.evaluation import (
     ProbeConfig,
 )
 from pipeline.config.loading import as_tree, build_config, dump_config, load_config, require
+from pipeline.config.mining import (
+    BM25,
+    MAX_CANDIDATES,
+    MAX_DEPTH,
+    BandConfig,
+    CorpusConfig,
+    MarginConfig,
+    MineConfig,
+    RetrieverConfig,
+    TeacherConfig,
+    WindowConfig,
+)
 from pipeline.config.model import (
     POOLING_FLAGS,
     POOLINGS,
@@ -51,13 +63,18 @@ from pipeline.config.training import (
 )
 
 __all__ = [
+    "BM25",
+    "MAX_CANDIDATES",
+    "MAX_DEPTH",
     "POOLINGS",
     "POOLING_FLAGS",
     "Attention",
+    "BandConfig",
     "CandidatesConfig",
     "ChainConfig",
     "CheckpointConfig",
     "ChunkConfig",
+    "CorpusConfig",
     "DataConfig",
     "Declared",
     "DecontaminateConfig",
@@ -69,7 +86,9 @@ __all__ = [
     "ExportStep",
     "LoraConfig",
     "LossConfig",
+    "MarginConfig",
     "MaskedDiffusionConfig",
+    "MineConfig",
     "MntpConfig",
     "ModelConfig",
     "NextTokenConfig",
@@ -80,12 +99,15 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "ProbeConfig",
+    "RetrieverConfig",
     "Role",
     "RopeScaling",
     "SourceConfig",
     "StarterConfig",
+    "TeacherConfig",
     "Template",
     "TrainConfig",
+    "WindowConfig",
     "as_tree",
     "build_config",
     "dump_config",

@@ -199,6 +199,8 @@ class ChainConfig:
     """Config of the training run."""
     prepare: UserPath | None = None
     """Config of the shards; null: they exist already."""
+    mine: UserPath | None = None
+    """Config of the mining of hard negatives, whose output the run trains on; null: none."""
     synthesize: UserPath | None = None
     """Config of a synthesis by a language model that writes rows for the shards; null: none."""
     deepspeed: UserPath = Path("ds_configs/zero3.json")

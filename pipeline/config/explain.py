@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 from pipeline.config.data import PrepareConfig
 from pipeline.config.evaluation import ChainConfig, EvaluateConfig, ProbeConfig
 from pipeline.config.loading import as_tree, load_config, range_words, read_tree
+from pipeline.config.mining import MineConfig
 from pipeline.config.model import StarterConfig
 from pipeline.config.training import TrainConfig
 from pipeline.errors import UserError
@@ -33,6 +34,7 @@ from pipeline.errors import UserError
 KINDS: dict[str, type] = {
     "starter": StarterConfig,
     "prepare": PrepareConfig,
+    "mine": MineConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "probe": ProbeConfig,

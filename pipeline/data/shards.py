@@ -374,6 +374,7 @@ _BAR_WIDTH = 40
 _SHOWN_GROUPS = 20
 _SAMPLE_CHARACTERS = 400
 HISTOGRAM_NAME = "lengths.png"
+AUDIT_NAME = "audit.md"  # written by mining
 
 
 def verify_dataset(path: str | Path) -> str:
@@ -416,6 +417,7 @@ def inspect_dataset(path: str | Path, *, num_samples: int = 2, plot: bool = True
         "",
         *_histogram("query tokens", manifest.query_lengths, manifest.max_query_length),
         *_histogram("document tokens", manifest.document_lengths, manifest.max_document_length),
+        *_mining(dataset),
     ]
     if num_samples:
         lines += _samples(dataset, num_samples)
@@ -439,6 +441,18 @@ def _sources(manifest: Manifest) -> Iterator[str]:
             yield f"  ... and {len(groups) - _SHOWN_GROUPS} more instructions"
     if manifest.num_near_duplicates:
         yield f"near-duplicate documents merged: {manifest.num_near_duplicates}"
+
+
+def _mining(dataset: Dataset) -> Iterator[str]:
+    """Yield the audit of a mined dataset, up to its single rows."""
+    if dataset.manifest.mining is None:
+        return
+    yield ""
+    path = dataset.folder / AUDIT_NAME
+    if path.is_file():
+        yield path.read_text().partition("\n## Rows")[0].strip()
+    else:
+        yield f"mined; {path} is missing"
 
 
 def _histogram(name: str, lengths: LengthHistogram, limit: int) -> Iterator[str]:

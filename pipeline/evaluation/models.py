@@ -211,7 +211,7 @@ def load_here(
         dimensions: keep only so many of a vector's first numbers.
         rope_scaling: for texts longer than the export was trained on.
     """
-    device, dtype = _device(), resolve_precision(precision)
+    device, dtype = device_here(), resolve_precision(precision)
     if device.type == "cuda":
         let_gpu_memory_grow()
         # First: whatever names no device would otherwise occupy half a gigabyte of GPU 0.
@@ -280,7 +280,8 @@ def has_gpu() -> bool:
     return visible
 
 
-def _device() -> torch.device:
+def device_here() -> torch.device:
+    """Return the device of this process: one GPU for each of a node's processes, or the CPU."""
     if has_gpu():
         # One process per GPU of the node; Slurm may hide the GPUs of the other processes.
         number = (child_number() + discover_world().local_rank) % torch.cuda.device_count()

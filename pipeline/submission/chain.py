@@ -4,7 +4,7 @@ config, inputs ──> shards ──> run ──> export ──> scores ──> 
      recipe        identity   checkpoint's     fingerprints   results'
                               digest                          digest
 
-    prepare ──> train ──> export ──> evaluate (array) ──────────────────────> report
+    prepare [──> mine] ──> train ──> export ──> evaluate (array) ──────────────────────> report
                                 └──> evaluate-plan ──> -embed (array) ──> -score ──┘
 
 The upper picture shows how a finished stage is recognised: by hashes of its inputs, never by times
@@ -30,6 +30,7 @@ from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
     ExportStep,
+    MineConfig,
     ModelConfig,
     PrepareConfig,
     TrainConfig,
@@ -236,6 +237,38 @@ def prepare_chain(
     return Chain(jobs=(job,))
 
 
+def mine_chain(
+    config: Path, overrides: tuple[str, ...] = (), *, shards_follow: bool = False
+) -> Chain:
+    """Return the job that mines hard negatives.
+
+    Args:
+        config: of the mining.
+        overrides: changes to it.
+        shards_follow: an earlier job makes the shards; if not, they must exist.
+    """
+    tree = load_config(MineConfig, config, overrides)
+    # Next to the shards, as for `prepare`.
+    folder = tree.output.with_name(f"{tree.output.name}-jobs")
+    path, files = _frozen_config(folder, "mine", tree)
+    if not shards_follow:
+        # Inside, because it imports torch.
+        from pipeline.mining.plan import is_mined
+
+        if is_mined(tree):
+            return Chain(finished=(f"mine: {tree.output} is whole",))
+    job = Job(
+        name="mine",
+        script="mine.sbatch",
+        flags="MINE_FLAGS",
+        folder=folder,
+        arguments=(str(path),),
+        files=files,
+        exclusive=True,
+    )
+    return Chain(jobs=(job,))
+
+
 def train_chain(
     config: Path, overrides: tuple[str, ...], deepspeed: Path, *, shards_follow: bool = False
 ) -> Chain:
@@ -367,12 +400,15 @@ def report_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
 def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     """Return all jobs of an experiment."""
     tree = load_config(ChainConfig, config, overrides)
-    training = train_chain(tree.train, (), tree.deepspeed, shards_follow=bool(tree.prepare))
+    made = bool(tree.prepare or tree.mine)
+    training = train_chain(tree.train, (), tree.deepspeed, shards_follow=made)
     chain = Chain()
     # A finished run does not need its shards any more.
     if tree.prepare and training.jobs:
         chain = synthesize_chain(tree.synthesize) if tree.synthesize else chain
         chain = chain.then(prepare_chain(tree.prepare, rows_follow=bool(chain.jobs)))
+    if tree.mine and training.jobs:
+        chain = chain.then(mine_chain(tree.mine, shards_follow=bool(chain.jobs)))
     exports = export_chain(tree.train, (), tree.exports, ready=not training.jobs)
     chain = chain.then(training).then(exports)
     if tree.evaluate:

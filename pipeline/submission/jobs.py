@@ -298,8 +298,8 @@ def _split(body: str) -> tuple[list[str], str]:
 
 
 FLAG_ARRAYS = (
-    *("SITE_FLAGS", "SYNTHESIZE_FLAGS", "PREPARE_FLAGS", "TRAIN_FLAGS", "EVALUATE_FLAGS"),
-    "CPU_FLAGS",
+    *("SITE_FLAGS", "SYNTHESIZE_FLAGS", "PREPARE_FLAGS", "MINE_FLAGS", "TRAIN_FLAGS"),
+    *("EVALUATE_FLAGS", "CPU_FLAGS"),
 )
 _SITE_SECONDS = 60
 # Each value ends with a zero byte, each array with an empty value.

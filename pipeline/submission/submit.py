@@ -277,6 +277,7 @@ def _print_how_to_watch(
 _MAIN_FLAGS = {
     "synthesize": "SYNTHESIZE_FLAGS",
     "prepare": "PREPARE_FLAGS",
+    "mine": "MINE_FLAGS",
     "train": "TRAIN_FLAGS",
     "export": "CPU_FLAGS",
     "evaluate": "EVALUATE_FLAGS",
@@ -321,6 +322,8 @@ def submit_command(
         jobs = chain.synthesize_chain(config, overrides)
     elif what == "prepare":
         jobs = chain.prepare_chain(config, overrides)
+    elif what == "mine":
+        jobs = chain.mine_chain(config, overrides, shards_follow=bool(after))
     elif what == "train":
         # An earlier job may make the shards, or below the exports.
         jobs = chain.train_chain(config, overrides, deepspeed, shards_follow=bool(after))

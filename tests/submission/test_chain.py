@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from pipeline.checkpoint_folder import (
 from pipeline.config import (
     EvaluateConfig,
     ExportStep,
+    MineConfig,
     PrepareConfig,
     TrainConfig,
     as_tree,
@@ -32,8 +34,16 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.results import inputs_of, results_digest
 from pipeline.evaluation.tasks import list_elements
+from pipeline.mining import mine
 from pipeline.model.weights import model_digests_here
-from pipeline.submission.chain import Chain, export_chain, prepare_chain, train_chain, whole_chain
+from pipeline.submission.chain import (
+    Chain,
+    export_chain,
+    mine_chain,
+    prepare_chain,
+    train_chain,
+    whole_chain,
+)
 from pipeline.submission.submit import Submission, batch_scripts
 from pipeline.training.run_identity import run_identity
 from tests.tiny_models import prepare_tiny, tiny_starter
@@ -275,3 +285,26 @@ def test_shards_made_from_another_config_are_refused_and_never_called_whole(
         with pytest.raises(UserError, match="another config"):
             prepare_chain(path, ("max_query_length=5",))
     assert names(prepare_chain(path, (f"output_dir={tmp_path}/new",))) == {"prepare": ()}
+
+
+def test_mining_stands_between_the_shards_and_the_training(
+    prepared: PrepareConfig, tmp_path: Path
+) -> None:
+    """Until its output is whole; a mining whose shards are there is identified by its files."""
+    path = tmp_path / "mine.yaml"
+    retrievers = "[{name: words, path: bm25}]"
+    path.write_text(
+        f"{{data: {prepared.output_dir}, output: {tmp_path}/mined, retrievers: {retrievers}}}\n"
+    )
+    shards = tmp_path / "data.yaml"
+    shards.write_text(dump_config(dataclasses.replace(prepared, output_dir=tmp_path / "new")))
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(f"{{prepare: {shards}, mine: {path}, train: {RECIPE / 'train.yaml'}}}\n")
+
+    jobs = names(whole_chain(chain))
+    assert jobs["mine"] == ("prepare",) and jobs["train"] == ("mine",)
+    assert names(mine_chain(path)) == {"mine": ()}
+    mine(load_config(MineConfig, path), num_workers=1)
+    assert mine_chain(path).finished == (f"mine: {tmp_path}/mined is whole",)
+    with pytest.raises(UserError, match=r"mined with other settings \(negatives\)"):
+        mine_chain(path, ("negatives=3",))

@@ -23,6 +23,7 @@ PROGRAMS = {"diffembed": "pipeline.cli", "python -m ReasonAug": "ReasonAug.__mai
 _READ_BY = {
     "starter": "diffembed starter",
     "prepare": "diffembed prepare",
+    "mine": "diffembed mine",
     "train": "diffembed train",
     "evaluate": "diffembed evaluate",
     "probe": "diffembed probe",

@@ -22,7 +22,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import PrepareConfig, as_tree, build_config
+from pipeline.config import (
+    DecontaminateConfig,
+    PrepareConfig,
+    SourceConfig,
+    as_tree,
+    build_config,
+)
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifest
 from pipeline.data.prepare.contamination import contamination_files
 from pipeline.data.sources import expand_sources, input_files
@@ -245,13 +251,29 @@ def _flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
+def identify_inputs(
+    sources: Iterable[SourceConfig], rule: DecontaminateConfig | None
+) -> list[tuple[str, str, str]]:
+    """Return key, name and hash of every file that some sources and evaluation sets consist of.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    return [entry.identity for entry in _measure(_files_of(sources, rule), {})]
+
+
 def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, file) of everything that rows, documents or evaluation texts are read from."""
-    for source in expand_sources(config.sources):
+    yield from _files_of(config.sources, config.decontaminate)
+
+
+def _files_of(
+    sources: Iterable[SourceConfig], rule: DecontaminateConfig | None
+) -> Iterator[tuple[str, str]]:
+    for source in expand_sources(sources):
         for file in input_files(source):
             for stored in stored_files(file, source.split):
                 yield f"sources.{source.name}", stored
-    rule = config.decontaminate
     for evaluation in rule.sets if rule else ():
         for file, split in contamination_files(evaluation):
             for stored in stored_files(file, split):

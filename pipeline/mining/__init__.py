@@ -1,0 +1,301 @@
+"""Mine hard negatives: a folder of shards and retrievers in, another folder of shards out.
+
+    step      tasks               a query on its way
+    ----      -----               ------------------
+    corpora   1                   documents of further corpora are tokenised and numbered
+    texts     blocks              [31, 4, 8] -> "how to reset?", "Find the answer"
+    check     1                   refuse texts that a retriever would read differently
+    known     1                   all positives of this query, in any example
+    marks     document blocks     signature of each document; in an evaluation set or not
+    index     BM25 retrievers     words of all documents
+    embed     blocks, retrievers  one vector each
+    search    query blocks, retrievers   documents 17, 4, 93, ... and their scores
+    levels    1                   percentiles of all positives' scores
+    pick      query blocks        17 is a positive, 4 is above the margin, 93 is kept
+    teach     blocks              the teacher's vectors, if it is a bi-encoder
+    score     query blocks        the teacher gives 93 a score of 0.2
+    write     example shards      negatives [93, ...], scores [0.9, 0.2, ...]
+    vectors   shards              the teacher's vectors, row by row
+    complete  1                   documents by link, audit, manifest
+
+plan.py names every file by what it was computed from. A task's output appears by rename, and a task
+whose output exists is not run again: a killed mining continues, and one with other settings starts
+where they matter. The bytes depend neither on the number of workers nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config import BM25, MineConfig
+from pipeline.data.manifest import FILE_NAME, Manifest
+from pipeline.data.shards import AUDIT_NAME, Dataset
+from pipeline.errors import UserError
+from pipeline.evaluation.models import processes_here
+from pipeline.files import hold_lock, require_writable, write_json, write_sealed
+from pipeline.mining import pick, retrieve, teacher, texts, write
+from pipeline.mining.plan import MinePlan, Mining, find_change, plan_mining
+from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pipeline.workers import Workers, open_workers
+
+
+class Step(NamedTuple):
+    """A step: its name, its work on one task, and the output of each task."""
+
+    name: str
+    work: Callable[[Mining, int], None]
+    outputs: Callable[[Mining], list[Path]]
+
+
+def _texts(mining: Mining) -> list[Path]:
+    sides = (("documents", mining.document_blocks), ("queries", mining.query_blocks))
+    return [
+        mining.texts(role, k).with_suffix(".npz")
+        for role, blocks in sides
+        for k in range(len(blocks))
+    ]
+
+
+def _sets(mining: Mining) -> list[Path]:
+    if mining.config.decontaminate is None:
+        return []
+    return [mining.store("marks") / "contamination" / "index.json"]
+
+
+def _vectors(mining: Mining) -> list[Path]:
+    plan = mining.plan
+    tasks = retrieve.embedding_tasks(mining)
+    return [mining.vectors(plan.retrievers[number], role, k) for number, role, k in tasks]
+
+
+def _taught(mining: Mining) -> list[Path]:
+    model = mining.plan.teacher
+    tasks = teacher.embedding_tasks(mining)
+    return [mining.vectors(model, role, k) for role, k in tasks] if model else []
+
+
+def _of_queries(kind: str) -> Callable[[Mining], list[Path]]:
+    return lambda mining: [mining.block_file(kind, k) for k in range(len(mining.query_blocks))]
+
+
+STEPS = (
+    Step("corpora", texts.read_corpora, lambda m: [m.store("texts") / "corpora.json"]),
+    Step("texts", texts.restore_texts, _texts),
+    Step("check", lambda m, _: _check_texts(m), lambda m: [m.building / "checked.json"]),
+    Step("known", texts.list_known, lambda m: [m.store("texts") / "known.npz"]),
+    Step("sets", texts.index_evaluation_sets, _sets),
+    Step(
+        "marks",
+        texts.mark_documents,
+        lambda m: [m.marks(k) for k in range(len(m.document_blocks))],
+    ),
+    Step(
+        "index",
+        retrieve.index_words,
+        lambda m: [
+            retrieve.bm25_index(m, m.plan.retrievers[k]) for k in retrieve.bm25_retrievers(m)
+        ],
+    ),
+    Step("embed", retrieve.embed_retriever_block, _vectors),
+    Step(
+        "search",
+        retrieve.search_block,
+        lambda m: [
+            m.block_file("found", k, number)
+            for number in range(len(m.config.retrievers))
+            for k in range(len(m.query_blocks))
+        ],
+    ),
+    Step("levels", pick.measure_levels, lambda m: [m.store("picked") / "levels.json"]),
+    Step("pick", pick.pick_block, _of_queries("picked")),
+    Step("teach", teacher.embed_teacher_block, _taught),
+    Step(
+        "score",
+        teacher.score_block,
+        lambda m: _of_queries("teacher")(m) if m.config.teacher else [],
+    ),
+    Step(
+        "write",
+        write.write_shard,
+        lambda m: [write.shard_summary(m, k) for k in range(len(m.source.manifest.example_shards))],
+    ),
+    Step(
+        "vectors",
+        write.write_vectors,
+        lambda m: [write.vector_summary(m, k) for k in range(len(write.vector_tasks(m)))],
+    ),
+    Step("complete", write.complete, lambda m: [m.building / "dataset" / FILE_NAME]),
+)
+
+
+def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
+    """Write the mined dataset of a config, alone or as one rank of an MPI job or Slurm step.
+
+    After an interruption at any point, the same call continues. A folder that is already complete
+    for the same data, models and settings stays untouched.
+
+    Args:
+        config: data, retrievers, rules and output.
+        num_workers: processes when no launcher started this one; by default one per GPU, or as many
+            as the cores and the memory allow.
+
+    Returns:
+        The dataset folder.
+
+    Raises:
+        UserError: the data, a model, a rule or the output folder is not usable.
+    """
+    mining = Mining(config)
+    target = _target(config.output)
+    exports = [Path(r.path) for r in config.retrievers if Path(r.path).is_dir()]
+    processes = num_workers or (processes_here(exports) if exports else None)
+    rendezvous = target.with_name(f".{target.name}.step")
+    with open_workers(processes, rendezvous=rendezvous) as workers, contextlib.ExitStack() as stack:
+        if workers.is_main:
+            plan = plan_mining(config)
+            if not _is_done(config, plan, target):
+                require_writable(target.parent, key="output")
+                require_writable(config.store_folder, key="store")
+                lock = target.with_name(f".{target.name}.lock")
+                stack.enter_context(hold_lock(lock, tell=_print_lock_holder))
+                if not _is_done(config, plan, target):
+                    _start_or_continue(mining, plan)
+        workers.barrier()
+        # Without a plan the dataset was already complete.
+        if mining.plan_path.exists():
+            _run_steps(workers, mining)
+            if workers.is_main:
+                _finish(mining)
+            workers.barrier()
+    return config.output
+
+
+def _say(text: str) -> None:
+    print(f"mine: {text}", file=sys.stderr, flush=True)
+
+
+def _print_lock_holder(holder: str) -> None:
+    _say(f"waiting for another mining into this folder ({holder})")
+
+
+def _target(folder: Path) -> Path:
+    target = folder.resolve()
+    if os.path.ismount(target):
+        raise UserError(
+            f"output: {folder} is where a file system is mounted", fix="name a folder inside it"
+        )
+    return target
+
+
+def _is_done(config: MineConfig, plan: MinePlan, target: Path) -> bool:
+    """Return whether the output holds the dataset of this plan.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if not (target / FILE_NAME).is_file():
+        raise UserError(
+            f"output: {target} exists and is no dataset", fix="choose another output, or remove it"
+        )
+    manifest = Dataset.open(target, verify=True).manifest
+    if manifest.recipe == plan.result:
+        print(f"{config.output} is complete: {_describe(manifest)}", flush=True)
+        return True
+    raise UserError(
+        f"output: {target} holds {find_change(config, plan, manifest)}",
+        fix="choose another output, or remove it; finished work in the store is used again",
+    )
+
+
+def _start_or_continue(mining: Mining, plan: MinePlan) -> None:
+    """Keep the unfinished folder of the same plan, or start another one."""
+    # Claims of killed ranks would keep their tasks from ever being done.
+    shutil.rmtree(mining.building / "claims", ignore_errors=True)
+    if mining.plan_path.exists():
+        with contextlib.suppress(UserError):
+            if mining.plan == plan:
+                return
+        mining.__dict__.pop("plan", None)
+    shutil.rmtree(mining.building, ignore_errors=True)
+    write_sealed(mining.plan_path, dataclasses.asdict(plan))
+
+
+def _run_steps(workers: Workers, mining: Mining) -> None:
+    try:
+        for step in STEPS:
+            outputs = step.outputs(mining)
+            missing = sum(not path.exists() for path in outputs)
+            started = time.monotonic()
+            workers.run(
+                functools.partial(_do, step.name, mining),
+                outputs,
+                claims=mining.building / "claims" / step.name,
+            )
+            if workers.is_main and missing:
+                seconds = time.monotonic() - started
+                _say(f"{step.name}: {missing} of {len(outputs)} parts, {seconds:.1f} s")
+    except Exception:
+        _say(f"finished work is kept in {mining.config.store_folder}; the same command continues")
+        raise
+
+
+def _do(name: str, mining: Mining, task: int) -> None:
+    """Do one task; by the name of its step, which other processes know."""
+    next(step for step in STEPS if step.name == name).work(mining, task)
+
+
+def _check_texts(mining: Mining) -> None:
+    """Refuse texts that a model would read differently from the ones that were prepared."""
+    counts = texts.count_states(mining)
+    inexact = counts.same_tokens + counts.changed
+    if inexact and mining.config.texts == "exact":
+        if counts.changed:
+            raise UserError(
+                f"texts: {counts.changed:,} texts cannot be restored from the tokens of "
+                f"{mining.config.data}: decoding loses characters",
+                fix="set texts: decoded to search with the decoded texts",
+            )
+        retrieve.require_same_tokens(mining, dict(_tokenizers(mining)), changed=inexact)
+    write_json(mining.building / "checked.json", dataclasses.asdict(counts))
+
+
+def _tokenizers(mining: Mining) -> Iterator[tuple[str, str]]:
+    """Yield name and fingerprint of the tokenizer of every model that reads texts."""
+    names = [retriever.name for retriever in mining.config.retrievers]
+    folders = [model.folder for model in mining.plan.retrievers]
+    scoring = mining.config.teacher
+    if scoring is not None and scoring.path is not None and mining.plan.teacher is not None:
+        names.append("teacher")
+        folders.append(mining.plan.teacher.folder)
+    for name, folder in zip(names, folders, strict=True):
+        if folder != BM25:
+            yield name, tokenizer_fingerprint(load_tokenizer(folder))
+
+
+def _finish(mining: Mining) -> None:
+    """Give the dataset its final name, unless an input has changed in the meantime."""
+    if plan_mining(mining.config) != mining.plan:
+        raise UserError(
+            "the data, a corpus or a model changed while it was mined", fix="run the command again"
+        )
+    manifest = write.publish(mining)
+    print(f"{mining.config.output}: {_describe(manifest)}", flush=True)
+
+
+def _describe(manifest: Manifest) -> str:
+    mined = sum(1 for _ in manifest.example_shards)
+    return (
+        f"{manifest.num_examples:,} examples in {mined} shards, {manifest.num_documents:,} "
+        f"documents -> {AUDIT_NAME}"
+    )

@@ -1,0 +1,371 @@
+"""Name every file of a mining by what it was computed from.
+
+    STORE/texts-KEY/      corpora/, documents/, queries/    texts of the dataset and of corpora
+    STORE/marks-KEY/      documents/                        duplicates, evaluation sets
+    STORE/vectors-KEY/    documents/, queries/              one folder for each model
+    STORE/found-KEY/                                        best documents of each query, one each
+    STORE/picked-KEY/                                       candidates that passed all rules
+    STORE/teacher-KEY/                                      the teacher's scores of these
+    .OUTPUT.building/                                       the shards, until they are complete
+
+A KEY is a hash of everything that decides the files: content of the data, weights, settings and the
+keys of earlier steps. So nothing stale is ever found, and a changed setting repeats only the steps
+that depend on it. Tasks are blocks of rows; their number does not depend on the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline.config import (
+    BM25,
+    MineConfig,
+    RetrieverConfig,
+    SourceConfig,
+    TeacherConfig,
+    as_tree,
+)
+from pipeline.data.manifest import FILE_NAME, LengthHistogram, Manifest, ShardInfo, read_manifest
+from pipeline.data.prepare.recipe import identify_inputs
+from pipeline.data.shards import DOCUMENT_SCHEMA, Dataset, Table
+from pipeline.data.sources.corpus import corpus_files
+from pipeline.errors import UserError, blame
+from pipeline.files import read_record
+from pipeline.model.export_folder import export_fingerprint
+
+T = TypeVar("T")
+# Changes whenever the same inputs would give other files.
+_VERSION = 1
+# Rows of one task. The tiles of the search are as large.
+BLOCK_ROWS = 8192
+QUERY_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Rows start..stop-1 of a shard, whose first has the number `first` in the dataset."""
+
+    shard: int
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Numbers of the rows in the dataset."""
+        return np.arange(self.first, self.first + self.stop - self.start, dtype=np.int64)
+
+
+def cut_into_blocks(shards: list[ShardInfo], rows: int) -> list[Block]:
+    """Divide shards into blocks; none holds rows of two shards."""
+    blocks, first = [], 0
+    for number, shard in enumerate(shards):
+        for start in range(0, shard.rows, rows):
+            stop = min(start + rows, shard.rows)
+            blocks.append(Block(shard=number, start=start, stop=stop, first=first + start))
+        first += shard.rows
+    return blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusReport:
+    """The documents of the further corpora, as shards."""
+
+    shards: tuple[ShardInfo, ...]
+    lengths: LengthHistogram
+    read: dict[str, int]  # documents of each corpus
+    repeated: dict[str, int]  # of these, documents that the dataset or an earlier corpus has
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlan:
+    """A retriever or teacher: its folder on this machine, and the keys of its files.
+
+    Attributes:
+        folder: of the model; `bm25` or an endpoint's address for what has none.
+        fingerprint: of its weights and settings, without the data.
+        vectors: key of its vectors, or of its index for BM25.
+        found: key of its search results.
+    """
+
+    folder: str
+    fingerprint: str
+    vectors: str
+    found: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MinePlan:
+    """Everything the tasks must agree on; written once by the main process, read by all."""
+
+    data: str  # fingerprint of the dataset
+    texts: str
+    marks: str
+    retrievers: tuple[ModelPlan, ...]
+    picked: str
+    teacher: ModelPlan | None
+    result: str  # fingerprint of the whole mining
+
+
+@dataclasses.dataclass(frozen=True)
+class Mining:
+    """A mining and the paths of its files. Picklable, so that worker processes can share it."""
+
+    config: MineConfig
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: it maps files itself."""
+        return {"config": self.config}
+
+    @property
+    def building(self) -> Path:
+        """The folder of the shards before it gets its final name."""
+        target = self.config.output.resolve()
+        return target.with_name(f".{target.name}.building")
+
+    @property
+    def plan_path(self) -> Path:
+        """The plan, in the folder of the shards to be."""
+        return self.building.with_name(f".{self.config.output.name}.plan.json")
+
+    @functools.cached_property
+    def plan(self) -> MinePlan:
+        """The plan on disk."""
+        return read_record(self.plan_path, MinePlan, fix="run `diffembed mine` again")
+
+    @functools.cached_property
+    def source(self) -> Dataset:
+        """The dataset whose examples are mined."""
+        return Dataset.open(self.config.data)
+
+    @functools.cached_property
+    def corpora(self) -> CorpusReport:
+        """The documents of the further corpora."""
+        path = self.store("texts") / "corpora.json"
+        return read_record(path, CorpusReport, fix=f"delete {path.parent}")
+
+    @functools.cached_property
+    def added(self) -> Table:
+        """The documents of the further corpora, numbered from 0."""
+        return Table(self.store("texts") / "corpora", self.corpora.shards, DOCUMENT_SCHEMA)
+
+    @functools.cached_property
+    def document_blocks(self) -> list[Block]:
+        """Blocks of all documents: the dataset's, then the corpora's."""
+        shards = [*self.source.manifest.document_shards, *self.corpora.shards]
+        return cut_into_blocks(shards, BLOCK_ROWS)
+
+    @functools.cached_property
+    def query_blocks(self) -> list[Block]:
+        """Blocks of all examples."""
+        return cut_into_blocks(list(self.source.manifest.example_shards), QUERY_ROWS)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the dataset and of the corpora."""
+        last = self.document_blocks[-1]
+        return last.first + last.stop - last.start
+
+    def store(self, kind: str, retriever: int = 0) -> Path:
+        """Return the folder of one kind of files; for `vectors` and `found`, of one retriever."""
+        plan = self.plan
+        if kind in ("vectors", "found"):
+            key = getattr(plan.retrievers[retriever], kind)
+        elif kind == "teacher":
+            assert plan.teacher is not None
+            key = plan.teacher.found
+        else:
+            key = getattr(plan, kind)
+        return self.config.store_folder / f"{kind}-{key}"
+
+    def texts(self, role: str, block: int) -> Path:
+        """Texts of a block: `text`, `instruction`, `key` (hash of the text)."""
+        return self.store("texts") / role / f"{block:06d}.arrow"
+
+    def marks(self, block: int) -> Path:
+        """Signatures of a block of documents, and which are in an evaluation set."""
+        return self.store("marks") / f"{block:06d}.npz"
+
+    def vectors(self, model: ModelPlan, role: str, block: int) -> Path:
+        """Vectors of a block of documents or queries."""
+        return self.config.store_folder / f"vectors-{model.vectors}" / role / f"{block:06d}.npy"
+
+    def block_file(self, kind: str, block: int, retriever: int = 0) -> Path:
+        """Return a block's arrays of the steps `found`, `picked` and `teacher`."""
+        return self.store(kind, retriever) / f"{block:06d}.npz"
+
+
+_opened: dict[tuple[Path, str], Any] = {}
+
+
+def once(folder: Path, name: str, make: Callable[[], T]) -> T:
+    """Return what `make` returned in this process for a folder of the store; call it at first."""
+    if (folder, name) not in _opened:
+        # One of a kind at a time: a process that mines again must not keep the earlier arrays.
+        for key in [key for key in _opened if key[1] == name]:
+            del _opened[key]
+        _opened[folder, name] = make()
+    found: T = _opened[folder, name]
+    return found
+
+
+def key_of(*parts: Any) -> str:
+    """Return a short hash of JSON values."""
+    text = json.dumps([_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan_mining(config: MineConfig) -> MinePlan:
+    """Identify data, models and settings; nothing is computed.
+
+    Raises:
+        UserError: something is missing.
+    """
+    tree, data = as_tree(config), read_manifest(config.data).fingerprint
+    with corpora_named():
+        corpora = identify_inputs(_corpus_parts(config), None)
+    texts = key_of("texts", data, tree["corpora"], corpora)
+    sets = identify_inputs((), config.decontaminate)
+    marks = key_of("marks", texts, tree["decontaminate"], sets, config.near_duplicates)
+    retrievers = []
+    for retriever in config.retrievers:
+        folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
+        own = key_of("vectors", texts, fingerprint)
+        found = key_of("found", own, config.depth)
+        retrievers.append(
+            ModelPlan(folder=folder, fingerprint=fingerprint, vectors=own, found=found)
+        )
+    margins = [as_tree(config.margin_of(retriever)) for retriever in config.retrievers]
+    # A teacher that removes candidates needs some to spare.
+    spare = config.teacher is not None and config.teacher.margin is not None
+    rules = [{key: tree[key] for key in _RULES}, margins, spare]
+    picked = key_of("picked", marks, [model.found for model in retrievers], rules)
+    teacher = None
+    if config.teacher is not None:
+        folder, fingerprint = _identify(config.teacher, key="teacher.path")
+        teacher = ModelPlan(
+            folder=folder,
+            fingerprint=fingerprint,
+            vectors=key_of("vectors", texts, fingerprint),
+            found=key_of("teacher", picked, fingerprint, config.keep_negatives),
+        )
+    names = [retriever.name for retriever in config.retrievers]
+    result = [picked, teacher and teacher.found, tree["teacher"], names, config.keep_negatives]
+    return MinePlan(
+        data=data,
+        texts=texts,
+        marks=marks,
+        retrievers=tuple(retrievers),
+        picked=picked,
+        teacher=teacher,
+        result=key_of("result", *result),
+    )
+
+
+def _corpus_parts(config: MineConfig) -> Iterator[SourceConfig]:
+    """Yield sources that consist of the files of the corpora, and of no others."""
+    for corpus in config.corpora:
+        source = corpus.as_source()
+        if corpus.format == "lines":
+            yield source
+        else:
+            for file in corpus_files(source):
+                yield SourceConfig(name=corpus.name, format="lines", path=file)
+
+
+# Keys that decide which candidates are kept.
+_RULES = (
+    *("window", "merge", "negatives", "candidates", "choose", "bands", "short", "seed"),
+    "near_duplicates",
+)
+
+
+def _identify(model: RetrieverConfig | TeacherConfig, *, key: str) -> tuple[str, str]:
+    """Return the folder of a model, and a hash of its weights and settings."""
+    if model.path is None:
+        assert isinstance(model, TeacherConfig)
+        return str(model.url), key_of(model.url, model.model)
+    if model.path == BM25:
+        return BM25, key_of(BM25, version("bm25s"))
+    folder = local_folder(model.path, key=key)
+    weights = export_fingerprint(Path(folder))
+    settings = [as_tree(model)[name] for name in ("template", "max_length", "precision")]
+    return folder, key_of(weights, *settings)
+
+
+def local_folder(path: str, *, key: str) -> str:
+    """Return the folder of a model: the path, or the hub's cache of that name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if Path(path).is_dir():
+        return str(path)
+    from huggingface_hub import snapshot_download
+
+    with blame(
+        f"{key}: {path}",
+        allowed="a folder, or the name of a model in the local cache",
+        fix="fetch the model with `hf download` on a machine with network",
+    ):
+        return str(snapshot_download(path, local_files_only=True))
+
+
+@contextlib.contextmanager
+def corpora_named() -> Iterator[None]:
+    """Name the key `corpora` in errors of sources: their readers know `sources` only."""
+    try:
+        yield
+    except UserError as error:
+        found, fix = (text.replace("sources.", "corpora.") for text in (error.found, error.fix))
+        raise UserError(found, allowed=error.allowed, fix=fix) from error
+
+
+def is_bm25(retriever: RetrieverConfig) -> bool:
+    """Return True for the retriever that needs no model."""
+    return retriever.path == BM25
+
+
+def find_change(config: MineConfig, plan: MinePlan, manifest: Manifest) -> str:
+    """Describe how a dataset differs from the one that a plan would give."""
+    info = manifest.mining
+    if info is None:
+        return "a dataset that was not mined"
+    if info.source != plan.data:
+        return f"negatives mined from other data than {config.data} holds now"
+    models = dict(zip([r.name for r in config.retrievers], plan.retrievers, strict=True))
+    if plan.teacher is not None:
+        models["teacher"] = plan.teacher
+    for name in sorted(models.keys() | info.models.keys()):
+        if name not in models or info.models.get(name) != models[name].fingerprint:
+            return f"negatives mined with another model {name!r}: its weights or settings changed"
+    now = as_tree(config)
+    changed = [key for key, value in info.settings.items() if now.get(key) != value]
+    return f"negatives mined with other settings ({', '.join(changed) or 'other inputs'})"
+
+
+def is_mined(config: MineConfig) -> bool:
+    """Return True if the output was mined from the current data and models by these settings.
+
+    Raises:
+        UserError: it holds another dataset.
+    """
+    if not (config.output / FILE_NAME).is_file():
+        return False
+    plan, manifest = plan_mining(config), read_manifest(config.output)
+    if manifest.recipe == plan.result:
+        return True
+    raise UserError(
+        f"output: {config.output} holds {find_change(config, plan, manifest)}",
+        fix="choose another output, or remove it",
+    )

@@ -1,0 +1,276 @@
+"""Embed texts with each retriever, and find each query's best documents.
+
+texts --load_model--> vectors-KEY/documents/000000.npy --search.Corpus--> found-KEY/000000.npz
+      --bm25s-------> vectors-KEY/index                --scores---------> (the same)
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Precision, Role, Template
+from pipeline.data.batch import Ragged
+from pipeline.errors import UserError
+from pipeline.evaluation.models import (
+    TemplatedEmbedder,
+    device_here,
+    load_here,
+    not_finite_fix,
+    require_finite,
+    share_cores,
+)
+from pipeline.files import (
+    load_arrays,
+    map_vectors,
+    read_record,
+    save_arrays,
+    save_vectors,
+    write_sealed,
+    write_text,
+)
+from pipeline.mining.plan import Mining, ModelPlan, is_bm25
+from pipeline.mining.search import Corpus, VectorFile, top_of_row
+from pipeline.mining.texts import positives_of, read_texts
+
+# Packed tokens of one forward.
+_MAX_TOKENS = 16384
+_STORED = "float16"
+
+
+@functools.lru_cache(maxsize=1)
+def _load(
+    folder: str,
+    fingerprint: str,
+    template: Template | None,
+    max_length: int | None,
+    precision: Precision,
+) -> TemplatedEmbedder:
+    """Load a bi-encoder on this process's device; the fingerprint notices another one there."""
+    export = load_here(Path(folder), max_tokens=_MAX_TOKENS, precision=precision)
+    if max_length is not None:
+        export = export.with_max_length(max_length, key="max_length")
+    return TemplatedEmbedder(
+        encoder=export,
+        template=template or export.template,
+        name=folder,
+        precision=export.encoder.config.dtype,
+        normalize=export.similarity == "cosine" and not export.encoder.config.normalize,
+    )
+
+
+def embed_block(
+    mining: Mining,
+    model: ModelPlan,
+    settings: tuple[Template | None, int | None, Precision],
+    role: str,
+    block: int,
+) -> None:
+    """Write the vectors of a block of documents or queries by one model."""
+    embedder = _load(model.folder, model.fingerprint, *settings)
+    _record_precision(mining, model, embedder.precision)
+    texts = read_texts(mining, role, block)
+    pairs = list(zip(texts["instruction"].to_pylist(), texts["text"].to_pylist(), strict=True))
+    # Queries recur, with other positives; each text is embedded once. Sorted by instruction,
+    # because each has its own prefix.
+    distinct = sorted(set(pairs))
+    place = {pair: number for number, pair in enumerate(distinct)}
+    parts = []
+    for instruction in dict.fromkeys(name for name, _ in distinct):
+        chosen = [text for name, text in distinct if name == instruction]
+        as_role: Role = "document" if role == "documents" else "query"
+        parts.append(embedder.embed(as_role, instruction, chosen))
+    # Values beyond float16 become infinite without a warning; `require_finite` refuses them.
+    with np.errstate(over="ignore"):
+        vectors_ND = np.concatenate(parts).astype(_STORED)
+    require_finite(
+        vectors_ND,
+        [text for _, text in distinct],
+        source=f"{model.folder}: vectors stored as {_STORED}",
+        fix=not_finite_fix(embedder.precision),
+    )
+    rows = [place[pair] for pair in pairs]
+    save_vectors(mining.vectors(model, role, block), vectors_ND[rows])
+
+
+def _record_precision(mining: Mining, model: ModelPlan, precision: str) -> None:
+    """Refuse to add vectors of another precision to a folder: `auto` depends on the machine."""
+    path = mining.config.store_folder / f"vectors-{model.vectors}" / "precision.json"
+    if not path.is_file():
+        write_sealed(path, {"precision": precision})
+    found = read_record(path, dict[str, str], fix=f"delete {path.parent}")["precision"]
+    if found != precision:
+        raise UserError(
+            f"{path.parent}: vectors in {found}; this machine computes in {precision}",
+            fix="give the model a precision in the config, or continue on machines of one kind",
+        )
+
+
+def embed_retriever_block(mining: Mining, task: int) -> None:
+    """Embed one block by one retriever: task counts blocks of all of them."""
+    number, role, block = embedding_tasks(mining)[task]
+    retriever = mining.config.retrievers[number]
+    settings = (retriever.template, retriever.max_length, retriever.precision)
+    embed_block(mining, mining.plan.retrievers[number], settings, role, block)
+
+
+def embedding_tasks(mining: Mining) -> list[tuple[int, str, int]]:
+    """Return retriever, role and block of each task."""
+    return [
+        (number, role, block)
+        for number, retriever in enumerate(mining.config.retrievers)
+        if not is_bm25(retriever)
+        for role, blocks in (
+            ("documents", mining.document_blocks),
+            ("queries", mining.query_blocks),
+        )
+        for block in range(len(blocks))
+    ]
+
+
+# --- BM25 ------------------------------------------------------------------------------------
+
+
+def _words(texts: list[str]) -> Any:
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords=[], return_ids=False, show_progress=False)
+
+
+def bm25_index(mining: Mining, model: ModelPlan) -> Path:
+    """Return the file whose existence means that the index is complete."""
+    return mining.config.store_folder / f"vectors-{model.vectors}" / "complete"
+
+
+def index_words(mining: Mining, task: int) -> None:
+    """Count the words of all documents; the index of a corpus is built in one process."""
+    import bm25s
+
+    number = bm25_retrievers(mining)[task]
+    texts: list[str] = []
+    for block in range(len(mining.document_blocks)):
+        texts += read_texts(mining, "documents", block)["text"].to_pylist()
+    index = bm25s.BM25()
+    index.index(_words(texts), show_progress=False)
+    path = bm25_index(mining, mining.plan.retrievers[number])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index.save(path.parent / "index", show_progress=False)
+    write_text(path, "")
+
+
+def bm25_retrievers(mining: Mining) -> list[int]:
+    """Return the numbers of the retrievers that are BM25."""
+    return [n for n, retriever in enumerate(mining.config.retrievers) if is_bm25(retriever)]
+
+
+@functools.lru_cache(maxsize=1)
+def _open_index(folder: Path) -> Any:
+    import bm25s
+
+    # Mapped, so that the processes of a machine share its pages.
+    return bm25s.BM25.load(folder, mmap=True, show_progress=False)
+
+
+# --- search ----------------------------------------------------------------------------------
+
+
+def search_block(mining: Mining, task: int) -> None:
+    """Find the best documents of one block of queries by one retriever."""
+    number, block = divmod(task, len(mining.query_blocks))
+    model = mining.plan.retrievers[number]
+    positives = positives_of(mining, mining.query_blocks[block].numbers)
+    if is_bm25(mining.config.retrievers[number]):
+        found = _search_words(mining, model, block, positives)
+    else:
+        found = _search_vectors(mining, model, block, positives)
+    documents, scores, positive_scores = found
+    save_arrays(
+        mining.block_file("found", block, number),
+        documents=documents,
+        scores=scores,
+        positive_scores=positive_scores,
+    )
+
+
+_Results = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def _search_vectors(mining: Mining, model: ModelPlan, block: int, positives: Ragged) -> _Results:
+    corpus = open_corpus(mining, model)
+    path = mining.vectors(model, "queries", block)
+    queries_QD = map_vectors(path, fix=f"delete {path} and run `diffembed mine` again")
+    found = corpus.search(queries_QD, mining.config.depth)
+    listed = np.full((len(positives), int(positives.lengths.max())), -1, dtype=np.int64)
+    is_listed = np.arange(listed.shape[1]) < positives.lengths[:, None]
+    listed[is_listed] = positives.values
+    scores = corpus.score(queries_QD, listed)[is_listed]
+    return found.documents, found.scores, scores
+
+
+def open_corpus(mining: Mining, model: ModelPlan) -> Corpus:
+    """Return the documents' vectors by one model."""
+    share_cores()
+    blocks = mining.document_blocks
+    files = tuple(
+        VectorFile(
+            path=mining.vectors(model, "documents", number),
+            start=block.first,
+            rows=block.stop - block.start,
+        )
+        for number, block in enumerate(blocks)
+    )
+    return _corpus(files)
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus(files: tuple[VectorFile, ...]) -> Corpus:
+    """Open a corpus once per process, which then hashes each file once."""
+    return Corpus(files, device=device_here())
+
+
+def _search_words(mining: Mining, model: ModelPlan, block: int, positives: Ragged) -> _Results:
+    index = _open_index(bm25_index(mining, model).parent / "index")
+    texts = read_texts(mining, "queries", block)["text"].to_pylist()
+    depth = min(mining.config.depth, mining.num_documents)
+    documents = np.full((len(texts), depth), -1, dtype=np.int64)
+    scores = np.full((len(texts), depth), np.nan)
+    own = []
+    for row, words in enumerate(_words(texts)):
+        known = [word for word in words if word in index.vocab_dict]
+        every = index.get_scores(known) if known else np.zeros(mining.num_documents, np.float32)
+        best = top_of_row(every, depth)
+        documents[row, : len(best)], scores[row, : len(best)] = best, every[best]
+        own.append(every[positives[row]].astype(np.float64))
+    return documents, scores, np.concatenate(own)
+
+
+def read_found(mining: Mining, retriever: int, block: int) -> dict[str, NDArray[Any]]:
+    """Return what `search_block` found: `documents`, `scores`, `positive_scores`."""
+    path = mining.block_file("found", block, retriever)
+    return load_arrays(path, "documents", "scores", "positive_scores", fix=f"delete {path}")
+
+
+def require_same_tokens(mining: Mining, tokenizers: dict[str, str], *, changed: int) -> None:
+    """Refuse retrievers that would read texts of a tokenizer that drops case or spaces.
+
+    Args:
+        mining: the mining.
+        tokenizers: fingerprint of each retriever's tokenizer, by name; without BM25.
+        changed: texts that are known not to be exact.
+
+    Raises:
+        UserError: names the first retriever with another tokenizer.
+    """
+    own = mining.source.tokenizer
+    for name, fingerprint in tokenizers.items():
+        if changed and fingerprint != own.fingerprint:
+            raise UserError(
+                f"texts: the tokenizer {own.path} of the dataset drops case or spaces ({changed:,} "
+                f"texts), which the tokenizer of {name!r} would see",
+                fix="set texts: decoded to search with the decoded texts, or take a model with "
+                "the dataset's tokenizer",
+            )

@@ -1,0 +1,420 @@
+"""A mined folder holds the negatives of a plain search over all pairs, however it was made."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeConfig, World, write_rows
+
+from pipeline import mining
+from pipeline.config import (
+    CorpusConfig,
+    DecontaminateConfig,
+    EvaluationSetConfig,
+    MarginConfig,
+    RetrieverConfig,
+    TeacherConfig,
+    WindowConfig,
+)
+from pipeline.data.prepare.tokenise import minhash
+from pipeline.data.shards import Dataset, inspect_dataset
+from pipeline.errors import UserError
+from pipeline.mining import mine, retrieve
+from pipeline.mining.plan import Mining, plan_mining
+from pipeline.model.load_export import load_export
+from pipeline.workers import SrunWorkers
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the picture, in which libraries note their versions."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".png"
+    }
+
+
+@dataclasses.dataclass
+class Reference:
+    """Texts and vectors of a dataset, read from its rows and by the export's own loader."""
+
+    queries: list[str]
+    positives: list[list[int]]
+    texts: list[str]
+    query_vectors: np.ndarray
+    document_vectors: np.ndarray
+
+    @classmethod
+    def of(cls, world: World, dataset: Dataset) -> Reference:
+        export = load_export(world.export)
+        tokenizer = export.tokenizer
+        ids = np.arange(len(dataset.documents))
+        texts = [tokenizer.decode(row) for row in dataset.documents.views("tokens", ids)]
+        number = {text: place for place, text in enumerate(texts)}
+        order = [
+            tokenizer.decode(row).rpartition("Query: ")[2]
+            for row in dataset.examples.views("query", np.arange(dataset.num_examples))
+        ]
+        # The rows in the order of the shards: one group, so the order of the file.
+        assert order == [row["query"] for row in world.rows]
+        prefix = "Instruct: Find the thing\nQuery: "
+        return cls(
+            queries=order,
+            positives=[[number[text] for text in row["positives"]] for row in world.rows],
+            texts=texts,
+            query_vectors=export.encode_texts(order, prefix).astype(np.float16),
+            document_vectors=export.encode_texts(texts).astype(np.float16),
+        )
+
+    def allowed(self, world: World, row: int, threshold: float) -> list[int]:
+        """Documents that may be negatives of a query, best first: a loop over all pairs."""
+        own, concept = set(), set()
+        for other, entry in enumerate(world.rows):
+            if self.queries[other] == self.queries[row]:
+                own |= set(self.positives[other])
+            mine_ = world.rows[row]["concept"]
+            if mine_ is not None and entry["concept"] == mine_:
+                concept |= set(self.positives[other])
+        signatures = self.signatures
+        near = {
+            number
+            for number in range(len(self.texts))
+            for positive in own
+            if (signatures[number] == signatures[positive]).mean() >= threshold
+        }
+        scores = self.scores(row)
+        order = sorted(range(len(self.texts)), key=lambda number: (-scores[number], number))
+        return [number for number in order if number not in own | concept | near]
+
+    @functools.cached_property
+    def signatures(self) -> list[Any]:
+        return [minhash(text) for text in self.texts]
+
+    def scores(self, row: int) -> np.ndarray:
+        query = self.query_vectors[row].astype(np.float64)
+        return (self.document_vectors.astype(np.float64) * query).sum(axis=1)
+
+
+def negatives_of(dataset: Dataset) -> list[list[int]]:
+    ids = np.arange(dataset.num_examples)
+    return [row.tolist() for row in dataset.examples.views("negatives", ids)]
+
+
+@pytest.fixture
+def reference(world: World) -> Reference:
+    return Reference.of(world, Dataset.open(world.shards))
+
+
+def test_negatives_are_those_of_all_pairs_in_float64(
+    world: World, make_config: MakeConfig, reference: Reference
+) -> None:
+    config = make_config(
+        window=WindowConfig(first=3, last=30), margin=MarginConfig(relative=0.99), negatives=4
+    )
+    mine(config, num_workers=1)
+
+    dataset = Dataset.open(config.output, verify=True)
+    expected = []
+    for row, positives in enumerate(reference.positives):
+        scores = reference.scores(row)
+        window = reference.allowed(world, row, 0.9)[2:30]
+        limit = 0.99 * min(scores[positives])
+        expected.append([number for number in window if scores[number] <= limit][:4])
+    assert negatives_of(dataset) == expected
+    assert any(len(row) < 4 for row in expected) and any(len(row) == 4 for row in expected)
+
+
+def test_documents_are_shared_and_train_reads_the_folder(
+    world: World, make_config: MakeConfig
+) -> None:
+    config = make_config(candidates=12, choose="random")
+    mine(config, num_workers=1)
+
+    mined, source = Dataset.open(config.output), Dataset.open(world.shards)
+    for info in source.manifest.document_shards:
+        assert (config.output / info.file).stat().st_ino == (world.shards / info.file).stat().st_ino
+    assert mined.manifest.has_candidates
+    ids = np.arange(mined.num_examples)
+    candidates = mined.examples.views("candidates", ids)
+    for row, negatives in enumerate(negatives_of(mined)):
+        assert len(negatives) == 5 and set(negatives) <= set(candidates[row].tolist())
+    for name in ("positives", "query"):
+        same = zip(mined.examples.views(name, ids), source.examples.views(name, ids), strict=True)
+        assert all(np.array_equal(*pair) for pair in same)
+
+
+@pytest.mark.parametrize("rows", [7, 50])
+def test_any_block_size_gives_the_same_bytes(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    settings: dict[str, Any] = {
+        "choose": "random",
+        "candidates": 9,
+        "retrievers": (
+            *make_config().retrievers,
+            RetrieverConfig(name="words", path="bm25"),
+        ),
+    }
+    config = make_config("whole", **settings)
+    mine(config, num_workers=1)
+    monkeypatch.setattr("pipeline.mining.plan.BLOCK_ROWS", rows)
+    monkeypatch.setattr("pipeline.mining.plan.QUERY_ROWS", rows // 2)
+    other = make_config("blocks", **settings, store=config.output.parent / f"store-{rows}")
+    mine(other, num_workers=1)
+
+    assert contents(config.output) == contents(other.output)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """The ranks of a step, as threads: claims and barriers are files, as they are for processes."""
+    monkeypatch.setattr("pipeline.mining.plan.BLOCK_ROWS", 16)
+    monkeypatch.setattr("pipeline.mining.plan.QUERY_ROWS", 16)
+    alone = make_config("alone")
+    mine(alone, num_workers=1)
+    config = make_config("together", store=alone.output.parent / "another")
+    first = Mining(config)
+    mining._start_or_continue(first, plan_mining(config))
+    ranks = [SrunWorkers(rank, count, alone.output.parent / "step") for rank in range(count)]
+    faults: list[BaseException] = []
+
+    def work(rank: SrunWorkers) -> None:
+        try:
+            mining._run_steps(rank, Mining(config))
+        except BaseException as error:
+            faults.append(error)
+            rank.fail()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mining._finish(first)
+
+    assert not faults
+    assert contents(alone.output) == contents(config.output)
+
+
+class CrashError(Exception):
+    """Raised where a process would end."""
+
+
+def test_a_mining_that_is_stopped_at_many_renames_gives_the_same_bytes(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.mining.plan.BLOCK_ROWS", 32)
+    monkeypatch.setattr("pipeline.mining.plan.QUERY_ROWS", 32)
+    reference = make_config("reference")
+    mine(reference, num_workers=1)
+    config = make_config("stopped", store=reference.output.parent / "another")
+    replace, left, crashes = Path.replace, 0, 0
+
+    def crashing(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CrashError
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", crashing)
+    while not config.output.exists():
+        left, before = 4, crashes
+        try:
+            mine(config, num_workers=1)
+        except CrashError:
+            crashes += 1
+        assert crashes < 60 and (crashes > before or config.output.exists())
+    monkeypatch.undo()
+
+    assert crashes > 5
+    assert contents(reference.output) == contents(config.output)
+
+
+def test_only_what_a_change_concerns_is_computed_again(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine(make_config("first"), num_workers=1)
+    capsys.readouterr()
+    mine(make_config("second", margin=MarginConfig(relative=0.9)), num_workers=1)
+
+    steps = [line.split()[1] for line in capsys.readouterr().err.splitlines() if "parts" in line]
+    assert steps == ["check:", "levels:", "pick:", "write:", "complete:"]
+
+
+def test_a_complete_folder_is_kept_and_another_mining_refused(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    mine(config, num_workers=1)
+    before = contents(config.output)
+    mine(config, num_workers=1)
+
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds negatives mined with other settings \(negatives\)"):
+        mine(dataclasses.replace(config, negatives=3), num_workers=1)
+    assert contents(config.output) == before
+
+
+def test_changed_weights_are_noticed(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(world.export, tmp_path / "copy")
+    config = make_config(retrievers=(RetrieverConfig(name="model", path=str(copy)),))
+    mine(config, num_workers=1)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    with pytest.raises(UserError, match="another model 'model': its weights or settings changed"):
+        mine(config, num_workers=1)
+
+
+def test_further_corpora_are_added_behind_the_documents(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A document that is closer to a query than any other becomes its negative.
+
+    Two of the documents are equal, and one is in the dataset already.
+    """
+    known = world.rows[0]["positives"][0]
+    extra = [f"{row['query']} Nobody can say." for row in world.rows[:20]]
+    lines = write_rows(tmp_path / "more.jsonl", [{"text": text} for text in [*extra, known]])
+    corpora = (CorpusConfig(name="more", path=str(lines)),)
+    config = make_config(corpora=corpora, retrievers=(RetrieverConfig(name="words", path="bm25"),))
+    mine(config, num_workers=1)
+
+    dataset, source = Dataset.open(config.output, verify=True), Dataset.open(world.shards)
+    assert dataset.manifest.num_documents == source.manifest.num_documents + 19
+    found = [
+        sum(number >= source.manifest.num_documents for number in row)
+        for row in negatives_of(dataset)
+    ]
+    assert all(count > 0 for count in found[:20])
+    audit = json.loads((config.output / "audit.json").read_text())
+    assert audit["corpora"] == {"more": {"documents": 21, "repeated": 2}}
+
+
+def test_a_corpus_without_ids_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_rows(folder / "corpus.jsonl", [{"text": "a lake"}])
+    corpora = (CorpusConfig(name="wiki", format="mteb", path=str(folder)),)
+
+    with pytest.raises(UserError, match=r"corpus\.jsonl:1: no id.*corpora\.wiki"):
+        mine(make_config(corpora=corpora), num_workers=1)
+
+
+def test_texts_of_evaluation_sets_are_never_negatives(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    secret = [row["positives"][0] for row in world.rows[20:60]]
+    held = write_rows(tmp_path / "test.jsonl", [{"text": text} for text in secret])
+    rule = DecontaminateConfig(
+        sets=(EvaluationSetConfig(name="held out", path=str(held), queries=False),)
+    )
+    config = make_config(decontaminate=rule)
+    mine(config, num_workers=1)
+
+    dataset = Dataset.open(config.output)
+    reference = Reference.of(world, Dataset.open(world.shards))
+    forbidden = {reference.texts.index(text) for text in secret}
+    assert not forbidden & {number for row in negatives_of(dataset) for number in row}
+    audit = json.loads((config.output / "audit.json").read_text())
+    assert audit["outcomes"]["rows"]["model"]["in an evaluation set"] > 0
+
+
+def test_the_audit_counts_every_found_document_once(make_config: MakeConfig, world: World) -> None:
+    config = make_config(margin=MarginConfig(absolute=0.01))
+    mine(config, num_workers=1)
+
+    audit = json.loads((config.output / "audit.json").read_text())
+    outcomes = collections.Counter(audit["outcomes"]["rows"]["model"])
+    assert outcomes.total() == len(world.rows) * config.depth
+    assert outcomes["near duplicate of a positive"] >= 6
+    assert len(audit["samples"]) == 50
+    page = (config.output / "audit.md").read_text()
+    assert "near duplicate of a positive" in page
+    assert "near duplicate of a positive" in inspect_dataset(config.output, plot=False)
+
+
+def test_negatives_of_an_example_can_be_kept_before_the_mined_ones(
+    world: World, make_config: MakeConfig
+) -> None:
+    config = make_config(keep_negatives=True)
+    mine(config, num_workers=1)
+
+    kept = negatives_of(Dataset.open(world.shards))
+    for before, after in zip(kept, negatives_of(Dataset.open(config.output)), strict=True):
+        assert after[: len(before)] == before
+        assert len(set(after)) == len(after)
+
+
+def test_a_bi_encoder_teaches_scores_and_stores_its_vectors(
+    world: World, make_config: MakeConfig, reference: Reference
+) -> None:
+    teacher = TeacherConfig(path=str(world.export), kind="bi_encoder", vectors=True)
+    config = make_config(teacher=teacher, candidates=8)
+    mine(config, num_workers=1)
+
+    dataset = Dataset.open(config.output, verify=True)
+    ids = np.arange(dataset.num_examples)
+    stored = dataset.teacher_vectors(queries=ids, documents=np.arange(len(dataset.documents)))
+    assert np.abs(stored[0] - reference.query_vectors).max() < 1e-3
+    assert np.abs(stored[1] - reference.document_vectors).max() < 1e-3
+    negatives = negatives_of(dataset)
+    for row, scores in enumerate(dataset.examples.views("scores", ids)):
+        listed = [*reference.positives[row], *negatives[row]]
+        assert np.allclose(scores, reference.scores(row)[listed], atol=1e-6)
+    for row, (numbers, scores) in enumerate(
+        zip(
+            dataset.examples.views("candidates", ids),
+            dataset.examples.views("candidate_scores", ids),
+            strict=True,
+        )
+    ):
+        assert np.allclose(scores, reference.scores(row)[numbers], atol=1e-6)
+
+
+def test_the_teacher_removes_candidates_above_its_margin(
+    world: World, make_config: MakeConfig, reference: Reference
+) -> None:
+    margin = MarginConfig(relative=0.999)
+    teacher = TeacherConfig(path=str(world.export), kind="bi_encoder", margin=margin)
+    config = make_config(teacher=teacher)
+    mine(config, num_workers=1)
+
+    removed = json.loads((config.output / "audit.json").read_text())["teacher"]["removed"]
+    assert removed > 0
+    for row, negatives in enumerate(negatives_of(Dataset.open(config.output))):
+        scores = reference.scores(row)
+        lowest = min(scores[reference.positives[row]])
+        assert all(scores[number] <= lowest - 0.001 * abs(lowest) for number in negatives)
+
+
+def test_a_missing_model_and_a_damaged_store_end_in_one_line(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    missing = (RetrieverConfig(name="gone", path=str(tmp_path / "gone")),)
+    with pytest.raises(UserError, match=r"retrievers\.gone\.path: "):
+        mine(make_config(retrievers=missing), num_workers=1)
+    config = make_config()
+    mine(config, num_workers=1)
+    vectors = next((tmp_path / "store").glob("vectors-*/documents/*.npy"))
+    content = bytearray(vectors.read_bytes())
+    content[200] ^= 1
+    vectors.write_bytes(content)
+    retrieve._corpus.cache_clear()  # as in another process
+    shutil.rmtree(next((tmp_path / "store").glob("found-*")))
+    with pytest.raises(UserError, match="does not match its hash"):
+        mine(make_config("again"), num_workers=1)
