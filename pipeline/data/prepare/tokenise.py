@@ -291,7 +291,14 @@ def _open_earlier(build: Build, path: Path) -> tuple[Dataset, TextHashes]:
 @functools.lru_cache(maxsize=1)
 def _map_earlier(path: Path) -> tuple[Dataset, TextHashes]:
     dataset = Dataset.open(path)
-    return dataset, dataset.documents.hashes()
+    hashes = dataset.documents.hashes()
+    # Documents are searched by hash; mining puts those of further corpora behind the others.
+    if (hashes[1:] < hashes[:-1]).any():
+        raise UserError(
+            f"reuse: {path} was mined with further corpora",
+            fix="name the dataset it was mined from",
+        )
+    return dataset, hashes
 
 
 _TEXTS_PER_CALL = 512
