@@ -50,6 +50,14 @@ def load(kind: type[T], config: Path, overrides: list[str] | None) -> T:
     return load_config(kind, config, tuple(overrides or ()))
 
 
+def say_next(command: str, config: Path, overrides: list[str] | None, also: str = "") -> None:
+    """Print the command to run next with this config; on the first rank only."""
+    from pipeline.launch import discover_world
+
+    if discover_world().is_main:
+        print(f"next: diffembed {' '.join([command, str(config), *(overrides or ())])}{also}")
+
+
 app = typer.Typer(
     help="Turn a diffusion or autoregressive language model into a text embedder.",
     no_args_is_help=True,
@@ -162,7 +170,8 @@ def starter(config: Config, overrides: Overrides = None) -> None:
     tree = load(StarterConfig, config, overrides)
     from pipeline.model.starter import build_starter
 
-    print(build_starter(tree))
+    print(f"written: {build_starter(tree)}")
+    print("next: name it as tokenizer in a data config, and as model.path in a training config")
 
 
 @app.command()
@@ -170,8 +179,11 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     """Tokenise raw data into shards; alone, under mpirun or under srun."""
     tree = load(PrepareConfig, config, overrides)
     from pipeline.data.prepare import prepare as prepare_shards
+    from pipeline.launch import discover_world
 
-    prepare_shards(tree)
+    folder = prepare_shards(tree)
+    if discover_world().is_main:
+        print(f"next: diffembed train CONFIG, with data.path: {folder}")
 
 
 @app.command()
@@ -219,7 +231,7 @@ def train(
         words += ["--dry-run", "--world-size", str(number)]
     code = run_ranks(words, 1 if dry_run else number)
     if code == 0 and not dry_run:
-        print(f"next: diffembed export {' '.join([str(config), *(overrides or ())])}")
+        say_next("export", config, overrides)
     raise typer.Exit(code)
 
 
@@ -254,7 +266,7 @@ def stop(run: Run) -> None:
     if not RunDir(run).config.exists():
         raise UserError(f"{run}: not a run (no config.yaml in it)", fix="give a run's output_dir")
     RunDir(run).stop_request.touch()
-    print(f"{run}: will stop after the current step")
+    print(f"{run}: will stop after the current step; the command that started it continues it")
 
 
 @app.command()
@@ -296,7 +308,11 @@ def export(
     tree = load(TrainConfig, config, overrides)
     from pipeline.training.export_run import export_run
 
-    print(export_run(tree, which=checkpoint, output=output, adapter_only=adapter_only, check=check))
+    folder = export_run(
+        tree, which=checkpoint, output=output, adapter_only=adapter_only, check=check
+    )
+    print(f"written: {folder} (its README.md shows how to load it)")
+    print("next: diffembed evaluate run CONFIG, with this folder as models.path")
 
 
 @app.command()
@@ -395,6 +411,7 @@ def run_evaluation(
 
     if index is None:
         run_all(tree)
+        say_next("report", config, overrides)
     else:
         run_element(tree, index)
 
@@ -405,7 +422,8 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
     tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.datasets import prefetch as fetch_snapshots
 
-    fetch_snapshots(tree)
+    print(f"written: {fetch_snapshots(tree)}")
+    say_next("evaluate run", config, overrides)
 
 
 @evaluate_commands.command()
@@ -415,6 +433,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     from pipeline.evaluation.run import plan as plan_texts
 
     plan_texts(tree)
+    say_next("evaluate embed", config, overrides)
 
 
 @evaluate_commands.command()
@@ -429,7 +448,9 @@ def embed(
     tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.run import embed as embed_share
 
-    embed_share(tree, index, of, num_processes=processes)
+    number = embed_share(tree, index, of, num_processes=processes)
+    print(f"element {index + 1}/{of}: {number:,} blocks embedded; the others were there already")
+    say_next("evaluate score", config, overrides, "" if of == 1 else ", after all elements")
 
 
 @evaluate_commands.command()
@@ -439,6 +460,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     from pipeline.evaluation.run import score_all
 
     score_all(tree)
+    say_next("report", config, overrides)
 
 
 # --- before a run ----------------------------------------------------------------------------

@@ -150,3 +150,25 @@ def test_the_command_asks_for_what_is_missing(tmp_path: Path, model: Path, data:
     done = CliRunner().invoke(app, words, input=f"{model}\n0\n")
     assert done.exit_code == 0, done.output
     assert f"diffembed prepare {tmp_path / 'run' / 'data.yaml'}" in done.output
+
+
+def test_commands_end_by_saying_what_they_wrote_and_what_to_run_next(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    def last_lines(*words: str) -> list[str]:
+        shown = CliRunner().invoke(app, list(words))
+        assert shown.exit_code == 0, shown.output
+        return shown.output.splitlines()[-2:]
+
+    starter = tmp_path / "starter.yaml"
+    made = tmp_path / "model"
+    small = {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "intermediate_size": 32}
+    starter.write_text(json.dumps({"output_dir": str(made), "corpus": [str(data)], **small}))
+    written, following = last_lines("starter", str(starter))
+    assert written == f"written: {made}"
+    assert following.startswith("next: ")
+    prepare_path, _ = write_run(tmp_path / "run", answers(model, data))
+    shards = prepare(load_config(PrepareConfig, prepare_path), num_workers=1)
+    assert last_lines("prepare", str(prepare_path))[-1] == (
+        f"next: diffembed train CONFIG, with data.path: {shards}"
+    )

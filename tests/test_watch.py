@@ -24,6 +24,7 @@ from pipeline.submission.slurm import JobRecord
 from pipeline.training.metrics import JsonLines
 from pipeline.watch import recognise
 from pipeline.watch.chains import STAGES
+from pipeline.watch.jobs import read_log
 from pipeline.watch.page import page, thin
 from pipeline.watch.runs import Metrics, describe_run
 from pipeline.watch.view import View, duration
@@ -190,6 +191,37 @@ def test_restarts_and_their_reasons_come_from_the_jobs_own_records(tmp_path: Pat
     with log.open("a") as file:
         file.write("0: step 3/20  loss 3.8\n")
     assert look(run).fact("last error").startswith("before the present start: RuntimeError")
+
+
+OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0"
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "failed"),
+    [
+        (["step 1/9", "UserError: lr | fix: x", "step 2/9"], "UserError: lr | fix: x", False),
+        (["0: torch.OutOfMemoryError: CUDA", "x 12 end: exit code 1", "not requeued: no"],
+         "torch.OutOfMemoryError: CUDA", True),
+        ([OOM, "srun: error: n1: task 0: Out Of Memory"], OOM, True),
+        (["1: RuntimeError: a", "srun: error: n1: task 1", "requeued: it crashed"],
+         "RuntimeError: a", False),
+        (["Stopped: stop file after step 3 of 9; saved c", "not requeued: stopped on request"],
+         "", False),
+        (["warnings: 3 errors were mended", "an Error in a sentence"], "", False),
+        (["bar 10%\rbar 20%\rValueError: b"], "ValueError: b", True),
+        ([""], "", False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_error_that_ended_a_log_is_told_from_earlier_ones(
+    lines: list[str], error: str, failed: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("\n".join(lines) + "\n")
+
+    end = read_log(log)
+
+    assert end is not None and (end.error, end.failed) == (error, failed)
 
 
 # --- evaluations -----------------------------------------------------------------------------

@@ -59,7 +59,10 @@ def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Findi
         **{"starter": _starter, "prepare": _prepare, "train": _train},
         **{"evaluate": _evaluate, "probe": _probe, "chain": _chain},
     }
-    yield from checks[kind](config, made)
+    if kind in checks:
+        yield from checks[kind](config, made)
+    else:
+        yield from _output(config.output_dir)
 
 
 def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:

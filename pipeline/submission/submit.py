@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ from pipeline.submission.slurm import (
 )
 
 _SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
+# Jobs whose folder `diffembed watch` describes, one of each folder.
+_WATCHED = ("synthesize", "train", "evaluate", "evaluate-embed")
 # In a path, Slurm takes the first as a request to expand nothing; the others end the line.
 _NOT_IN_PATHS = ("\\", "\n", "\r")
 
@@ -260,7 +263,10 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
 def _print_how_to_watch(
     jobs: Sequence[Job], ids: dict[str, str], site: Site, submission: Submission
 ) -> None:
-    print(f"watch: squeue --jobs={','.join(ids.values())}")
+    print(f"queue: squeue --jobs={','.join(ids.values())}")
+    for job in jobs:
+        if job.name in _WATCHED:
+            print(f"watch: diffembed watch {shlex.quote(str(job.folder.parent))}")
     for job in jobs:
         # The user's flags override the log and the name of the submission.
         flags = submission.flags_for(job)

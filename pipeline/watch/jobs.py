@@ -25,7 +25,7 @@ _TAIL_BYTES = 2**16
 # `3: ` is put before a rank's lines by `srun --label`, `[node1]` by others.
 _LABEL = re.compile(r"^(\d+: |\[[\w.,:/ -]+\]:? ?)")
 _ERROR = re.compile(
-    r"^([\w.]*(Error|Exception|Interrupt)\b|Stopped: |SystemExit"
+    r"^([\w.]*(Error|Exception|Interrupt)\b|SystemExit"
     r"|(slurmstepd|srun|sbatch|mpirun|bash): (error|fatal)|Segmentation fault|Killed\b|Fatal |FATAL"
     r"|[\w./-]+: line \d+: .*(not found|No such file|Permission denied|unbound variable)"
     r"|[\w-]+\.sbatch: .*\| fix: )"
