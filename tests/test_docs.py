@@ -110,7 +110,7 @@ def _is_known(name: str, known: set[str]) -> bool:
     """Keys below a key with free names, such as `instructions`, are the user's."""
     parts = name.removesuffix("[]").split(".")
     prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    free = ("instructions", "columns", "weights", "lengths", "where")
+    free = ("instructions", "columns", "weights", "lengths", "where", "bands")
     return prefixes[-1] in known or any(
         prefix in known and prefix.split(".")[-1] in free for prefix in prefixes
     )

@@ -94,7 +94,7 @@ class Template:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CandidatesConfig:
-    """Hard negatives drawn from the candidates that `diffembed mine` stored with each example.
+    """Hard negatives drawn from the candidates that mining stored with each example.
 
     `num_hard_negatives` of them are drawn by chance for each query. The draw is a function of seed,
     epoch and example: a query that comes again in another epoch gets other ones.

@@ -81,17 +81,41 @@ class ObjectiveConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig:
-    """Learning a teacher's scores of a query's positives and own negatives.
+    """Learning a teacher's scores of a query's documents.
 
-    KL(teacher || model) over that list (Hinton et al., arXiv 1503.02531, where a query's list
-    replaces the classes). Its share of the loss is `weight`, the contrastive term keeps the rest.
-    `temperature` divides the teacher's scores.
+    KL(teacher || model) over a list of documents (Hinton et al., arXiv 1503.02531, where a query's
+    list replaces the classes). Its share of the loss is `weight`, the contrastive term keeps the
+    rest. `temperature` divides the teacher's scores.
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The teacher's share of the loss; the contrastive term keeps the rest."""
     temperature: PositiveFloat = 1.0
     """The teacher's scores are divided by this."""
+    documents: Literal["own", "batch"] = "own"
+    """own: a query's positives and own negatives, by scores that the data hold; batch: all
+    documents of the global batch, by the cosines of the vectors that mining stored, for
+    which a temperature of 0.02 to 0.1 is usual.
+    """
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GuideConfig:
+    """Negatives left out by a teacher (GISTEmbed, Solatorio, arXiv 2402.16829, section 3).
+
+    A document whose stored vector is closer to the query's than that of its best positive, less a
+    margin, is no negative of it. The teacher does not run: mining stored its vectors.
+    """
+
+    margin: Annotated[float, Field(ge=-1, lt=1)] = 0.0
+    """Leave out documents that come within this of the positive; below 0, only those that exceed
+    it by as much.
+    """
+    margin_strategy: Literal["absolute", "relative"] = "absolute"
+    """absolute: subtract the margin from the positive's cosine; relative: that share of it, so
+    0.05 keeps negatives of at most 95 % of the positive's.
+    """
 
 
 @strict
@@ -117,6 +141,10 @@ class LossConfig:
     """Smaller widths to train in addition to the full one; the loss is the mean over all."""
     false_negative_margin: float | None = None
     """A negative that exceeds the query's best positive by more than this is left out."""
+    guide: GuideConfig | None = None
+    """Leave out negatives that a teacher holds closer than the positive, if the data hold its
+    vectors.
+    """
     distillation: DistillationConfig | None = None
     """Learn a teacher's scores, if the data hold them."""
 
@@ -136,16 +164,32 @@ class LossConfig:
             "ascending integers >= 1, each once",
         )
 
-    def require_fit(self, *, width: int, has_scores: bool) -> None:
+    @property
+    def distils_own(self) -> bool:
+        """True where a teacher's scores of positives and own negatives are learned."""
+        return self.distillation is not None and self.distillation.documents == "own"
+
+    @property
+    def distils_batch(self) -> bool:
+        """True where a teacher's scores of all documents of the batch are learned."""
+        return self.distillation is not None and self.distillation.documents == "batch"
+
+    @property
+    def needs_vectors(self) -> bool:
+        """True where the loss reads a teacher's stored vectors."""
+        return self.guide is not None or self.distils_batch
+
+    def require_fit(self, *, width: int, has_scores: bool, has_vectors: bool) -> None:
         """Refuse a loss that the model or the data cannot have; called before a run starts.
 
         Args:
             width: of the embeddings.
             has_scores: whether the data hold a teacher's scores.
+            has_vectors: whether they hold its vectors.
 
         Raises:
-            UserError: a Matryoshka width is not below the embeddings' width, or distillation is
-                configured and there are no teacher scores.
+            UserError: a Matryoshka width is not below the embeddings' width, or the loss needs a
+                teacher's scores or vectors and there are none.
         """
         for dim in self.matryoshka_dims:
             if dim >= width:
@@ -154,7 +198,14 @@ class LossConfig:
                     allowed=f"widths below the embeddings' width ({width}), which is always "
                     "trained",
                 )
-        if self.distillation is not None and not has_scores:
+        if self.needs_vectors and not has_vectors:
+            key = "guide" if self.guide is not None else "distillation.documents"
+            raise UserError(
+                f"loss.{key} is set but the data set holds no teacher vectors",
+                fix="run `diffembed mine` with a teacher whose vectors are stored, or remove "
+                f"loss.{key}",
+            )
+        if self.distils_own and not has_scores:
             raise UserError(
                 "loss.distillation is set but the data set holds no teacher scores",
                 fix="prepare the data with scores, or remove loss.distillation",

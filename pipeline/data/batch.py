@@ -82,8 +82,9 @@ class Chunk:
 
     input_ids is (T,) int64; lengths is (C,) int64 with sum T; texts is (C,) int64, the global text
     index of each row: queries are 0..N-1, documents N..N+M-1. instruction_tokens is (C,) int64, the
-    tokens at the front of each row that are the instruction's; None where no row has any. A dummy
-    chunk, which only keeps the number of chunks equal on every rank, has one row of one token and
+    tokens at the front of each row that are the instruction's; None where no row has any. teacher
+    is (C, W) float32, a teacher's vector of each row, where the loss reads them. A dummy chunk,
+    which only keeps the number of chunks equal on every rank, has one row of one token and
     texts = [-1].
     """
 
@@ -91,6 +92,7 @@ class Chunk:
     lengths: IntArray
     texts: IntArray
     instruction_tokens: IntArray | None = None
+    teacher: NDArray[np.float32] | None = None
 
     @property
     def is_dummy(self) -> bool:

@@ -69,6 +69,7 @@ class Loader:
         seed: decides the order and the choice of documents.
         attention_length: length at which attention costs as much as the linear layers.
         groups: populations that the order draws from; by default the dataset's groups of examples.
+        teacher_vectors: read a teacher's stored vectors with the texts.
 
     Raises:
         UserError: the batch cannot be formed from this dataset.
@@ -87,6 +88,7 @@ class Loader:
         seed: int = 0,
         attention_length: float = ATTENTION_LENGTH,
         groups: Sequence[Group] | None = None,
+        teacher_vectors: bool = False,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         manifest = dataset.manifest
@@ -110,6 +112,13 @@ class Loader:
             ),
         )
         self._quotas = _band_quotas(dataset, config)
+        teacher = manifest.teacher
+        # Where the data hold none, the loss is refused by `LossConfig.require_fit`.
+        self._reads_teacher = teacher_vectors and teacher is not None
+        self._dummy = DUMMY
+        if teacher_vectors and teacher is not None:
+            zeros = np.zeros((1, teacher.width), dtype=np.float32)
+            self._dummy = dataclasses.replace(DUMMY, teacher=zeros)
         self._step = 0
 
     def batch(self, step: int) -> GlobalBatch:
@@ -308,7 +317,7 @@ class Loader:
         self, texts: IntArray, lengths: IntArray, ids: IntArray, document_ids: IntArray
     ) -> Chunk:
         if not len(texts):
-            return DUMMY
+            return self._dummy
         # Text indices are ascending within a chunk.
         # Queries come first: each side is one read.
         num_queries = int(np.searchsorted(texts, len(ids)))
@@ -325,11 +334,16 @@ class Loader:
         # A text of nothing but its instruction would be pooled over no token at all.
         if skipped.min() < 0 or (skipped >= lengths[texts]).any():
             raise self.dataset.damaged("an instruction longer than its text")
+        teacher = None
+        if self._reads_teacher:
+            vectors = self.dataset.teacher_vectors(queries=queries, documents=documents)
+            teacher = np.concatenate(vectors)
         return Chunk(
             input_ids=input_ids,
             lengths=lengths[texts],
             texts=texts,
             instruction_tokens=skipped if skipped.any() else None,
+            teacher=teacher,
         )
 
     def _join(self, views: list[IntArray]) -> IntArray:

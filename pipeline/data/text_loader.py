@@ -340,6 +340,7 @@ def make_loader(dataset: Dataset, config: TrainConfig, *, rank: int, world_size:
         max_chunk_tokens=config.chunks.max_tokens,
         max_chunk_cost=config.chunks.max_cost,
         min_chunks=config.chunks.min_chunks,
+        teacher_vectors=config.loss.needs_vectors,
     )
 
 

@@ -51,7 +51,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import torch
@@ -61,8 +60,11 @@ from torch.nn.functional import softplus
 from pipeline import comm
 from pipeline.config import LossConfig
 from pipeline.loss.scores import (
+    DOCUMENT_LENGTH,
     BlockTiles,
+    Guide,
     LogMass,
+    ScoreRows,
     accumulate_pair_gradients,
     pair_scores,
     segment_log_sum_exp,
@@ -75,8 +77,10 @@ from pipeline.loss.targets import (
     QueryBlock,
     RankTargets,
     Targets,
+    broadcast_rows,
 )
-from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, SLICE_ROWS, plan_tiles
+from pipeline.loss.teacher import BlockTeacher, DistillationTiles, Teacher
+from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TeacherTerms, plan_tiles
 
 
 @torch.no_grad()
@@ -105,8 +109,12 @@ def contrastive_loss(
     """
     assert (temperature is not None) == config.learn_temperature, "temperature: learned, or fixed"
     width = query_BE.shape[1]
-    config.require_fit(width=width, has_scores=targets.teacher_positives is not None)
-    rank_targets = RankTargets(targets)
+    config.require_fit(
+        width=width,
+        has_scores=targets.teacher_positives is not None,
+        has_vectors=targets.teacher_query is not None,
+    )
+    rank_targets, teacher = RankTargets(targets), Teacher.build(targets, config)
     value = config.temperature if temperature is None else temperature
     with _float32_products(query_BE.device):
         results = [
@@ -115,6 +123,7 @@ def contrastive_loss(
                 document_KE[:, :dim],
                 rank_targets,
                 config,
+                teacher=teacher,
                 temperature=value,
                 score_bytes=score_bytes or DEFAULT_SCORE_BYTES[query_BE.device.type],
             ).run()
@@ -155,21 +164,25 @@ class _ScoredBlock:
     weight_P: Tensor  # float64, share of each positive in the mean
     negatives: _NegativeSums
     log_mass_grad_R: Tensor  # float64, d(loss) / d(log_mass)
+    distillation: DistillationTiles | None  # over all documents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Result:
     """Loss and gradients at one width, before the host has read any number."""
 
-    # (4,) float64: the loss, the number of queries whose best positive wins, the sum of these best
-    # scores, and the sum of d(loss) / d(query row) . query row, for the temperature
+    # (5,) float64: the loss, the number of queries whose best positive wins, the sum of these best
+    # scores, the sum of d(loss) / d(query row) . query row, for the temperature, and the number of
+    # pairs that the guide left out
     numbers: Tensor
+    guided: bool
     query_grad: Tensor
     document_grad: Tensor
 
     def output(self, numbers: list[float], *, num_queries: int, temperature: float) -> LossOutput:
         """Return the result with its numbers on the host; the temperature counts as learned."""
-        loss, num_correct, best_score, dot = numbers
+        loss, num_correct, best_score, dot, num_guided = numbers
+        guided = {"guided_per_query": num_guided / num_queries} if self.guided else {}
         return LossOutput(
             loss=torch.tensor(loss, dtype=torch.float32),
             # d(loss) / d(temperature): scores depend on it only through the rows, q / t.
@@ -179,6 +192,7 @@ class _Result:
             metrics={
                 "accuracy@1": num_correct / num_queries,
                 "positive_similarity": best_score * temperature / num_queries,
+                **guided,
             },
         )
 
@@ -193,13 +207,15 @@ class _LossAtWidth:
         targets: RankTargets,
         config: LossConfig,
         *,
+        teacher: Teacher | None,
         temperature: float,
         score_bytes: int,
     ) -> None:
         self._targets, self._config, self._temperature = targets, config, temperature
+        self._teacher = teacher
         self._num_queries = targets.num_queries
         cosine = config.similarity == "cosine"
-        length = _DOCUMENT_LENGTH if cosine else 1.0
+        length = DOCUMENT_LENGTH if cosine else 1.0
         scale = 1 / (temperature * length)
         if config.similarity == "scaled_dot":
             scale /= query_BE.shape[1]
@@ -219,17 +235,22 @@ class _LossAtWidth:
             num_rank_documents=targets.max_documents,
             score_bytes=score_bytes,
             symmetric=config.symmetric,
+            teacher_slots=TeacherTerms.of(config, width=1).num_slots,
         )
         # One allocation for all blocks: fresh ones each time leave a CPU's heap in holes.
         self._scratch = self._document.rows_BE.new_empty(
             0 if config.negatives == "own" else self._plan.num_slots,
             self._plan.rows * self._plan.columns,
         )
+        self._teacher_scratch = self._scratch.new_empty(
+            self._plan.teacher_slots, self._plan.rows * self._plan.columns
+        )
         distillation = config.distillation
         self._contrast_share = 1.0 if distillation is None else 1 - distillation.weight
         zero = torch.zeros((), dtype=torch.float64, device=query_BE.device)
         self._loss, self._num_correct, self._best_score = zero, zero, zero
         self._query_grad_dot_query = zero  # summed over this rank's queries, for the temperature
+        self._num_guided = zero  # of this rank's documents, or, with own negatives, of all
 
     def run(self) -> _Result:
         """Pass all blocks of all ranks, in rank order."""
@@ -250,8 +271,12 @@ class _LossAtWidth:
         dot = self._query_grad_dot_query
         if self._config.learn_temperature:
             dot = comm.all_reduce_(dot)
+        guided, num_guided = self._config.guide is not None, self._num_guided
+        if guided and self._config.negatives == "batch":
+            num_guided = comm.all_reduce_(num_guided)
         return _Result(
-            numbers=torch.stack([self._loss, self._num_correct, self._best_score, dot]),
+            numbers=torch.stack([self._loss, self._num_correct, self._best_score, dot, num_guided]),
+            guided=guided,
             query_grad=self._query_grad_BE,
             document_grad=self._document_grad_KE,
         )
@@ -259,9 +284,9 @@ class _LossAtWidth:
     def _score(self, block: QueryBlock) -> _ScoredBlock:
         """Add a block to the loss; keep what its gradients need."""
         config, num_rows = self._config, block.index_R.shape[0]
-        query_RE = self._broadcast(block)
+        query_RE = broadcast_rows(self._query.rows_BE, block)
         own = config.negatives == "own"
-        listed = self._targets.pairs(block, with_negatives=own or config.distillation is not None)
+        listed = self._targets.pairs(block, with_negatives=own or config.distils_own)
         # Each pair is scored by the rank that holds its document, and is zero on the others.
         score_P = comm.all_reduce_(
             pair_scores(query_RE, listed.row_P, self._document.rows_BE, listed.local_P, listed.here)
@@ -271,14 +296,20 @@ class _LossAtWidth:
         ceiling_R = None
         if config.false_negative_margin is not None:
             ceiling_R = best_R + config.false_negative_margin / self._temperature
+        teacher = None if self._teacher is None else self._teacher.of_block(block)
         if own:
-            negatives = _own_negatives(listed, score_P, ceiling_R, num_rows)
+            counted_P = self._guided_pairs(listed, teacher)
+            negatives = _own_negatives(listed, score_P, counted_P, ceiling_R, num_rows)
         else:
-            negatives = self._batch_negatives(block, query_RE, ceiling_R)
+            guide = self._guide(listed, teacher)
+            negatives = self._batch_negatives(block, query_RE, ceiling_R, guide)
         self._num_correct = self._num_correct + (best_R > negatives.best_R).sum()
         self._best_score = self._best_score + best_R.sum()
         weight_P = self._contrast_share * _mean_weights(row_P, num_rows, self._num_queries)
         score_grad_P, log_mass_grad_R = self._add_terms(listed, score_P, weight_P, negatives)
+        distillation = None
+        if config.distils_batch and teacher is not None:
+            distillation = self._add_distillation(query_RE, teacher)
         return _ScoredBlock(
             block=block,
             query_RE=query_RE,
@@ -288,19 +319,43 @@ class _LossAtWidth:
             weight_P=weight_P,
             negatives=negatives,
             log_mass_grad_R=log_mass_grad_R,
+            distillation=distillation,
         )
 
-    def _broadcast(self, block: QueryBlock) -> Tensor:
-        """Return the block's score rows (R, E) on all ranks; on its owner, a view."""
-        shape = (block.index_R.shape[0], self._query.rows_BE.shape[1])
-        if comm.rank() == block.owner:
-            query_RE = self._query.rows_BE[block.rows]
-        else:
-            query_RE = self._query.rows_BE.new_empty(shape)
-        return comm.broadcast_(query_RE, block.owner)
+    def _guide(self, listed: ListedPairs, teacher: BlockTeacher | None) -> Guide | None:
+        """Return what leaves out documents that the teacher holds closer than the positive."""
+        if self._config.guide is None or teacher is None:
+            return None
+        ceiling_R = teacher.ceiling(listed, teacher.score_pairs(listed), self._config.guide)
+        return teacher.guide(ceiling_R, self._teacher_scratch[0])
+
+    def _guided_pairs(self, listed: ListedPairs, teacher: BlockTeacher | None) -> Tensor:
+        """Return the listed pairs that count as negatives: the guide leaves out the others."""
+        contrasted_P = listed.contrasted_P
+        if self._config.guide is None or teacher is None:
+            return contrasted_P
+        score_P = teacher.score_pairs(listed)
+        ceiling_R = teacher.ceiling(listed, score_P, self._config.guide)
+        kept_P = contrasted_P & (score_P <= ceiling_R[listed.row_P])
+        self._num_guided = self._num_guided + (contrasted_P.sum() - kept_P.sum())
+        return kept_P
+
+    def _add_distillation(self, query_RE: Tensor, teacher: BlockTeacher) -> DistillationTiles:
+        """Add the block's divergence from the teacher over all documents to the loss."""
+        assert self._config.distillation is not None
+        tiles = DistillationTiles(
+            query_RE,
+            self._document.rows_BE,
+            teacher,
+            columns=self._plan.columns,
+            scratch=self._teacher_scratch,
+        )
+        share = self._config.distillation.weight / self._num_queries
+        self._loss = self._loss + share * tiles.loss().sum()
+        return tiles
 
     def _batch_negatives(
-        self, block: QueryBlock, query_RE: Tensor, ceiling_R: Tensor | None
+        self, block: QueryBlock, query_RE: Tensor, ceiling_R: Tensor | None, guide: Guide | None
     ) -> _NegativeSums:
         """Sum over every document of the global batch that is not positive, masked or too near."""
         tiles = BlockTiles(
@@ -310,8 +365,11 @@ class _LossAtWidth:
             ceiling_R=None if ceiling_R is None else ceiling_R.float(),
             plan=self._plan,
             scratch=self._scratch,
+            guide=guide,
         )
         total = tiles.sums(self._document_sums).over_ranks()
+        for count in tiles.num_guided.values():
+            self._num_guided = self._num_guided + count
         return _NegativeSums(log_mass_R=total.log(), best_R=total.peak, tiles=tiles)
 
     def _add_terms(
@@ -331,7 +389,7 @@ class _LossAtWidth:
         if negatives.share_P is not None:
             score_grad_P += log_mass_grad_R[listed.row_P] * negatives.share_P
         distillation = self._config.distillation
-        if distillation is not None and listed.teacher_P is not None:
+        if distillation is not None and self._config.distils_own and listed.teacher_P is not None:
             loss, distill_P = distillation_loss(
                 score_P,
                 listed.teacher_P / distillation.temperature,
@@ -391,6 +449,13 @@ class _LossAtWidth:
             query_grad_RE=query_grad_RE,
             document_grad_KE=self._document_grad_KE,
         )
+        if scored.distillation is not None:
+            assert self._config.distillation is not None
+            scored.distillation.accumulate_gradients_(
+                self._config.distillation.weight / self._num_queries,
+                query_grad_RE,
+                self._document_grad_KE,
+            )
         comm.reduce_(query_grad_RE, scored.block.owner)
         if comm.rank() == scored.block.owner:
             dot = (query_grad_RE * scored.query_RE).sum(dtype=torch.float64)
@@ -401,10 +466,13 @@ class _LossAtWidth:
 
 
 def _own_negatives(
-    listed: ListedPairs, score_P: Tensor, ceiling_R: Tensor | None, num_rows: int
+    listed: ListedPairs,
+    score_P: Tensor,
+    counted_P: Tensor,
+    ceiling_R: Tensor | None,
+    num_rows: int,
 ) -> _NegativeSums:
     """Sum over the listed hard negatives alone; every rank knows all their scores."""
-    counted_P = listed.contrasted_P
     if ceiling_R is not None:
         counted_P = counted_P & (score_P <= ceiling_R[listed.row_P])
     # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
@@ -465,60 +533,6 @@ def distillation_loss(
     share_P = log_teacher_P.exp()
     loss = (share_P * (log_teacher_P - log_model_P)).sum() / num_queries
     return loss, (log_model_P.exp() - share_P) / num_queries
-
-
-# As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
-_SMALLEST_NORM = 1e-12
-# Length of a document row under cosine. Any length that is no power of two would do: rounding must
-# change every number, or a document that is already of unit length within float32 keeps its
-# last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
-_DOCUMENT_LENGTH = math.sqrt(2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreRows:
-    """Rows whose dot products are scores: `x * scale`, or `x / |x| * scale` under cosine.
-
-    Norms and products are float64, in slices of rows, and rounded once.
-    """
-
-    rows_BE: Tensor  # float32
-    factor_B: Tensor  # float64: rows = x * factor
-    scale: float
-    cosine: bool
-
-    @classmethod
-    def build(cls, x_BE: Tensor, *, scale: float, cosine: bool) -> ScoreRows:
-        """Prepare the embeddings of one side."""
-        rows_BE = torch.empty(x_BE.shape, dtype=torch.float32, device=x_BE.device)
-        factor_B = torch.full((x_BE.shape[0],), scale, dtype=torch.float64, device=x_BE.device)
-        for start in range(0, x_BE.shape[0], SLICE_ROWS):
-            here = slice(start, start + SLICE_ROWS)
-            wide = x_BE[here].double()
-            if cosine:
-                factor_B[here] /= wide.norm(dim=1).clamp_min(_SMALLEST_NORM)
-            rows_BE[here] = wide * factor_B[here, None]
-        return cls(rows_BE=rows_BE, factor_B=factor_B, scale=scale, cosine=cosine)
-
-    def write_embedding_grad_(self, out_RE: Tensor, row_grad_RE: Tensor, *, rows: slice) -> None:
-        """Turn d(loss) / d(rows) into d(loss) / d(embeddings).
-
-        With r = scale * x / |x|: g_x = factor * (g_r - r (r . g_r) / scale^2).
-
-        Args:
-            out_RE: takes the result. May be `row_grad_RE`, or `rows_BE[rows]` if those rows are
-                not needed any more: each slice is read, as float64, before it is written.
-            row_grad_RE: gradient by `rows_BE[rows]`.
-            rows: the rows concerned.
-        """
-        for start in range(0, row_grad_RE.shape[0], SLICE_ROWS):
-            part = slice(start, start + SLICE_ROWS)
-            grad = row_grad_RE[part].double()
-            here = slice(rows.start + start, rows.start + start + grad.shape[0])
-            if self.cosine:
-                wide = self.rows_BE[here].double()
-                grad -= wide * ((wide * grad).sum(1, keepdim=True) / self.scale**2)
-            out_RE[part] = grad * self.factor_B[here, None]
 
 
 @contextlib.contextmanager

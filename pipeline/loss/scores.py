@@ -19,12 +19,84 @@ this rank, -1 where another rank holds it, `here` the numbers of the pairs where
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from pipeline import comm
-from pipeline.loss.tiles import SLICE_BYTES, TilePlan
+from pipeline.loss.tiles import SLICE_BYTES, SLICE_ROWS, TilePlan
+
+# As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
+_SMALLEST_NORM = 1e-12
+# Length of a document row under cosine. Any length that is no power of two would do: rounding must
+# change every number, or a document that is already of unit length within float32 keeps its
+# last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
+DOCUMENT_LENGTH = math.sqrt(2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRows:
+    """Rows whose dot products are scores: `x * scale`, or `x / |x| * scale` under cosine.
+
+    Norms and products are float64, in slices of rows, and rounded once.
+    """
+
+    rows_BE: Tensor  # float32
+    factor_B: Tensor  # float64: rows = x * factor
+    scale: float
+    cosine: bool
+
+    @classmethod
+    def build(cls, x_BE: Tensor, *, scale: float, cosine: bool) -> ScoreRows:
+        """Prepare the embeddings of one side."""
+        rows_BE = torch.empty(x_BE.shape, dtype=torch.float32, device=x_BE.device)
+        factor_B = torch.full((x_BE.shape[0],), scale, dtype=torch.float64, device=x_BE.device)
+        for start in range(0, x_BE.shape[0], SLICE_ROWS):
+            here = slice(start, start + SLICE_ROWS)
+            wide = x_BE[here].double()
+            if cosine:
+                factor_B[here] /= wide.norm(dim=1).clamp_min(_SMALLEST_NORM)
+            rows_BE[here] = wide * factor_B[here, None]
+        return cls(rows_BE=rows_BE, factor_B=factor_B, scale=scale, cosine=cosine)
+
+    def write_embedding_grad_(self, out_RE: Tensor, row_grad_RE: Tensor, *, rows: slice) -> None:
+        """Turn d(loss) / d(rows) into d(loss) / d(embeddings).
+
+        With r = scale * x / |x|: g_x = factor * (g_r - r (r . g_r) / scale^2).
+
+        Args:
+            out_RE: takes the result. May be `row_grad_RE`, or `rows_BE[rows]` if those rows are
+                not needed any more: each slice is read, as float64, before it is written.
+            row_grad_RE: gradient by `rows_BE[rows]`.
+            rows: the rows concerned.
+        """
+        for start in range(0, row_grad_RE.shape[0], SLICE_ROWS):
+            part = slice(start, start + SLICE_ROWS)
+            grad = row_grad_RE[part].double()
+            here = slice(rows.start + start, rows.start + start + grad.shape[0])
+            if self.cosine:
+                wide = self.rows_BE[here].double()
+                grad -= wide * ((wide * grad).sum(1, keepdim=True) / self.scale**2)
+            out_RE[part] = grad * self.factor_B[here, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Guide:
+    """A block's negatives by a teacher: none that it holds closer than a ceiling."""
+
+    query_RW: Tensor  # rows whose dot product with the documents' is the teacher's score
+    document_KW: Tensor
+    ceiling_R: Tensor  # float32
+    scratch: Tensor  # of at least a tile's size
+
+    def mask_(self, score_RT: Tensor, columns: slice) -> Tensor:
+        """Set the scores of a tile's documents beyond the ceiling to -inf; return their number."""
+        teacher_RT = self.scratch[: score_RT.numel()].view(score_RT.shape)
+        torch.mm(self.query_RW, self.document_KW[columns].T, out=teacher_RT)
+        beyond_RT = (teacher_RT > self.ceiling_R[:, None]) & (score_RT > -torch.inf)
+        score_RT.masked_fill_(beyond_RT, -torch.inf)
+        return beyond_RT.sum()
 
 
 class BlockTiles:
@@ -39,6 +111,7 @@ class BlockTiles:
         ceiling_R: Tensor | None,
         plan: TilePlan,
         scratch: Tensor,
+        guide: Guide | None = None,
     ) -> None:
         """Prepare the block.
 
@@ -49,9 +122,12 @@ class BlockTiles:
             ceiling_R: a higher score than this is no negative either.
             plan: tile width, and whether to keep scores between the two passes.
             scratch: (plan.num_slots, plan.rows * plan.columns) float32 that the scores live in.
+            guide: leaves out further pairs.
         """
         self._query_RE, self._document_KE = query_RE, document_KE
         self._ceiling_R, self._plan, self._scratch = ceiling_R, plan, scratch
+        self._guide = guide
+        self.num_guided: dict[int, Tensor] = {}  # pairs of each tile that the guide left out
         starts = range(0, document_KE.shape[0], plan.columns)
         # Excluded pairs by column, so that each tile's pairs are one slice.
         column, order = excluded[1].sort()
@@ -182,6 +258,8 @@ class BlockTiles:
         row, column = (index[first:last] for index in self._excluded)
         # Not by a number of the host, whose copy to a GPU would wait for all earlier work.
         score_RT[row, column - start] = self._excluded_score
+        if self._guide is not None:
+            self.num_guided[number] = self._guide.mask_(score_RT, self._columns(start))
         return score_RT
 
 
@@ -263,9 +341,7 @@ def add_tile_(
     mass_R = faded_R + weight_RT.sum(1).double()
     threshold_R = (_SIGNIFICANT / peak_R.abs().clamp_min(1) * mass_R).float()
     row, column = _above(weight_RT, threshold_R, (peak_RG - peak_R[:, None]).exp())
-    refined = RefinedScores(
-        row=row, column=column, score=_dot_pairs(left_RE, row, right_TE, column)
-    )
+    refined = RefinedScores(row=row, column=column, score=dot_pairs(left_RE, row, right_TE, column))
     before = weight_RT[row, column].double()
     refined.write_weights_(weight_RT, peak_R[row])
     mass_R.index_add_(0, row, weight_RT[row, column].double() - before)
@@ -290,7 +366,7 @@ def pair_scores(
 ) -> Tensor:
     """Score each pair whose document is on this rank: (P,) float64, zero for the others."""
     score_P = torch.zeros(row_P.shape[0], dtype=torch.float64, device=row_P.device)
-    score_P[here] = _dot_pairs(query_RE, row_P[here], document_KE, local_P[here])
+    score_P[here] = dot_pairs(query_RE, row_P[here], document_KE, local_P[here])
     return score_P
 
 
@@ -313,7 +389,7 @@ def accumulate_pair_gradients(
         document_grad_KE.index_add_(0, local, grad_P1 * query_RE[row])
 
 
-def _dot_pairs(left_RE: Tensor, row_P: Tensor, right_KE: Tensor, column_P: Tensor) -> Tensor:
+def dot_pairs(left_RE: Tensor, row_P: Tensor, right_KE: Tensor, column_P: Tensor) -> Tensor:
     """Return (P,) float64 dot products of chosen rows of two float32 matrices."""
     dot_P = torch.empty(row_P.shape[0], dtype=torch.float64, device=row_P.device)
     for part in _slices(row_P.shape[0], left_RE.shape[1], left_RE.device):

@@ -81,6 +81,9 @@ class Targets:
     masked: RaggedIndex  # documents that must not count as negatives; a positive is always exempt
     teacher_positives: Tensor | None = None  # a teacher's score of every `positives.values`
     teacher_negatives: Tensor | None = None  # and of every `negatives.values`
+    # Stored vectors of a teacher for this rank's rows, (B, W) and (K, W), both or neither.
+    teacher_query: Tensor | None = None
+    teacher_document: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +119,15 @@ class QueryBlock:
     positives: EntryCount
     negatives: EntryCount
     masked: EntryCount
+
+
+def broadcast_rows(rows_BE: Tensor, block: QueryBlock) -> Tensor:
+    """Return a block's rows (R, E) on all ranks; on its owner, a view."""
+    if comm.rank() == block.owner:
+        block_RE = rows_BE[block.rows]
+    else:
+        block_RE = rows_BE.new_empty((block.index_R.shape[0], rows_BE.shape[1]))
+    return comm.broadcast_(block_RE, block.owner)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

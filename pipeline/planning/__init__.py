@@ -24,7 +24,13 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
 from pipeline.errors import UserError
-from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TOKEN_TILE_BYTES, LossCost, loss_cost
+from pipeline.loss.tiles import (
+    DEFAULT_SCORE_BYTES,
+    TOKEN_TILE_BYTES,
+    LossCost,
+    TeacherTerms,
+    loss_cost,
+)
 from pipeline.planning.memory import (
     PARTS,
     REDUCE_BUCKET,
@@ -104,13 +110,19 @@ def plan_run(
             _read_config(config), config.model, head=config.objective is not None
         )
     width, loss = config.model.dimensions or shape.hidden_size, None
-    config.loss.require_fit(width=width, has_scores=dataset.manifest.has_scores)
+    teacher = dataset.manifest.teacher
+    config.loss.require_fit(
+        width=width,
+        has_scores=dataset.manifest.has_scores,
+        has_vectors=teacher is not None,
+    )
     if config.objective is None:
         loss = _loss_cost(
             config,
             batch.num_queries,
             batch.num_documents,
             width=width,
+            teacher=TeacherTerms.of(config.loss, width=0 if teacher is None else teacher.width),
             world_size=world_size,
             on_gpu=target.on_gpu,
         )
@@ -147,6 +159,7 @@ def _loss_cost(
     num_documents: int,
     *,
     width: int,
+    teacher: TeacherTerms,
     world_size: int,
     on_gpu: bool,
 ) -> LossCost:
@@ -157,6 +170,7 @@ def _loss_cost(
         world_size=world_size,
         score_bytes=DEFAULT_SCORE_BYTES["cuda" if on_gpu else "cpu"],
         symmetric=config.loss.symmetric,
+        teacher=teacher,
     )
 
 
@@ -380,6 +394,7 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
             batch.num_queries * times,
             batch.num_documents * times,
             width=config.model.dimensions or plan.shape.hidden_size,
+            teacher=plan.loss.teacher,
             world_size=workload.world_size,
             on_gpu=workload.on_gpu,
         )

@@ -4,6 +4,7 @@
     pass 1     embed, no graph      (C_1, E)          (C_n, E)   schedules
     rows       concatenate              (R, E)                   in the order of the chunks
     select     queries (B, E), documents (K, E)                  dummy rows belong to neither
+    teacher    its vectors of the same texts, where the loss reads them
     loss       contrastive_loss  <---- all ranks ---->           gradients (B, E), (K, E)
     scatter    gradients of all rows    (R, E)                   zero in dummy rows
     split                           (C_1, E)          (C_n, E)
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import comm
 from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
@@ -255,15 +257,20 @@ class _Step:
         # On the host: selecting rows by a mask on a GPU would wait for it to count them.
         texts = np.concatenate([chunk.texts for chunk in batch.chunks])  # (R,)
         is_document = texts >= batch.num_queries
+        sides = [np.flatnonzero(chosen) for chosen in ((texts >= 0) & ~is_document, is_document)]
         queries, documents = (
-            torch.from_numpy(np.flatnonzero(chosen)).to(rows.device, non_blocking=True)
-            for chosen in ((texts >= 0) & ~is_document, is_document)
+            torch.from_numpy(side).to(rows.device, non_blocking=True) for side in sides
         )
         texts_R = torch.from_numpy(texts).to(rows.device, non_blocking=True)
         output = contrastive_loss(
             rows[queries],  # (R, E) -> (B, E)
             rows[documents],  # (R, E) -> (K, E)
-            _targets(batch, texts_R[queries], texts_R[documents] - batch.num_queries),
+            _targets(
+                batch,
+                texts_R[queries],
+                texts_R[documents] - batch.num_queries,
+                _teacher_rows(batch, sides, rows.device),
+            ),
             config=self.config.loss,
             temperature=self.temperature,
         )
@@ -278,7 +285,29 @@ class _Step:
         return output, torch.split(gradients, [len(chunk.texts) for chunk in batch.chunks])
 
 
-def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor) -> Targets:
+def _teacher_rows(
+    batch: GlobalBatch, sides: Sequence[NDArray[np.int64]], device: torch.device
+) -> list[torch.Tensor | None]:
+    """Move a teacher's vectors of this rank's queries and documents to the device.
+
+    Args:
+        batch: its chunks hold them row by row, dummies included.
+        sides: rows of the queries, and of the documents.
+        device: where they go.
+    """
+    rows = [chunk.teacher for chunk in batch.chunks if chunk.teacher is not None]
+    if not rows:
+        return [None, None]
+    teacher_RW = np.concatenate(rows)
+    return [torch.from_numpy(teacher_RW[side]).to(device, non_blocking=True) for side in sides]
+
+
+def _targets(
+    batch: GlobalBatch,
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    teacher: Sequence[torch.Tensor | None],
+) -> Targets:
     """Move a batch's relevance to the device, with the global indices of this rank's rows."""
     return Targets(
         num_queries=batch.num_queries,
@@ -290,6 +319,8 @@ def _targets(batch: GlobalBatch, queries: torch.Tensor, documents: torch.Tensor)
         masked=_ragged(batch.masked, queries.device),
         teacher_positives=_scores(batch.positive_scores, queries.device),
         teacher_negatives=_scores(batch.negative_scores, queries.device),
+        teacher_query=teacher[0],
+        teacher_document=teacher[1],
     )
 
 

@@ -156,9 +156,11 @@ def _keys(config: TrainConfig) -> dict[str, Any]:
     # Neither changes the examples or their order.
     for key in ("path", "prefetch"):
         tree["data"].pop(key)
+    # Whole, because a section without a value would have no key of its own.
+    candidates = tree["data"].pop("candidates")
     # Two keys set the end of the decay: their effect is compared.
     end = tree["optimizer"].pop("decay_steps") or config.num_steps
-    keys = _flatten(tree)
+    keys = {**_flatten(tree), "data.candidates": candidates}
     keys[_DECAY_END] = None if config.optimizer.decay == "constant" else end
     return keys
 

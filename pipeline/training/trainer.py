@@ -112,6 +112,7 @@ def train(
     config.loss.require_fit(
         width=training.engine.encoder.num_dimensions,
         has_scores=dataset.manifest.has_scores,
+        has_vectors=dataset.manifest.teacher is not None,
     )
     _say(training.engine.encoder.describe_attention(comm.device()))
     step = training.checkpoints.resume(newest) if newest else 0

@@ -30,6 +30,7 @@ class Case:
     negatives: list[list[int]]
     masked: list[list[int]]
     teacher: Tensor | None = None  # (N, M) a teacher's score of any pair
+    vectors: tuple[Tensor, Tensor] | None = None  # (N, W), (M, W) a teacher's, of any length
 
     def targets(self, queries: Tensor, documents: Tensor) -> Targets:
         """As a rank that holds these rows is told."""
@@ -43,7 +44,15 @@ class Case:
             masked=ragged(self.masked),
             teacher_positives=self._teacher_scores(self.positives),
             teacher_negatives=self._teacher_scores(self.negatives),
+            teacher_query=None if self.vectors is None else self.vectors[0][queries],
+            teacher_document=None if self.vectors is None else self.vectors[1][documents],
         )
+
+    def teacher_cosines(self) -> Tensor:
+        """(N, M) float64."""
+        assert self.vectors is not None
+        query, document = (F.normalize(x.double(), dim=1) for x in self.vectors)
+        return query @ document.T
 
     def _teacher_scores(self, table: list[list[int]]) -> Tensor | None:
         if self.teacher is None:
@@ -76,7 +85,20 @@ def make_case(
     masked[5].append(positives[5][0])  # a positive stays a positive
     negatives[6].append(positives[6][0])  # also where it is listed as a negative
     scores = torch.randn(num_queries, num_documents, generator=g) if teacher else None
-    return Case(query, document, positives, negatives, masked, scores)
+    case = Case(query, document, positives, negatives, masked, scores)
+    if teacher:
+        vectors = [
+            torch.randn(len(side), _TEACHER_WIDTH, generator=g) for side in (query, document)
+        ]
+        for row, documents in enumerate(positives):
+            vectors[1][documents[0]] += vectors[0][row]
+        # A document exactly as close as the positive is a negative.
+        vectors[1][negatives[3][0]] = vectors[1][positives[3][0]]
+        case.vectors = (vectors[0], vectors[1])
+    return case
+
+
+_TEACHER_WIDTH = 6  # narrow: many documents are closer than the positive
 
 
 @dataclasses.dataclass
@@ -113,6 +135,11 @@ def _at_width(q: Tensor, d: Tensor, temperature: Tensor, case: Case, config: Los
         if config.false_negative_margin is not None:
             ceiling = similarity[i, positives].max() + config.false_negative_margin
             allowed[i] &= similarity[i] <= ceiling
+        if config.guide is not None:
+            cosine, margin = case.teacher_cosines()[i], config.guide.margin
+            best = cosine[positives].max()
+            below = margin if config.guide.margin_strategy == "absolute" else margin * best.abs()
+            allowed[i] &= cosine <= best - below + 1e-5
     total = torch.zeros((), dtype=torch.float64)
     for i, positives in enumerate(case.positives):
         for p in positives:
@@ -122,10 +149,15 @@ def _at_width(q: Tensor, d: Tensor, temperature: Tensor, case: Case, config: Los
             total = total + term / len(positives) / len(q)
     if config.distillation is not None:
         total = (1 - config.distillation.weight) * total
-        assert case.teacher is not None
+        teacher = case.teacher
+        if config.distillation.documents == "batch":
+            teacher = case.teacher_cosines()
+        assert teacher is not None
         for i, positives in enumerate(case.positives):
             listed = [*positives, *case.negatives[i]]
-            target = (case.teacher[i, listed].double() / config.distillation.temperature).softmax(0)
+            if config.distillation.documents == "batch":
+                listed = list(range(len(d)))
+            target = (teacher[i, listed].double() / config.distillation.temperature).softmax(0)
             kl = F.kl_div(score[i, listed].log_softmax(0), target, reduction="sum")
             total = total + config.distillation.weight * kl / len(q)
     return total

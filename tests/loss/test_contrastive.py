@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline import comm
-from pipeline.config import DistillationConfig, LossConfig, build_config
+from pipeline.config import DistillationConfig, GuideConfig, LossConfig, build_config
 from pipeline.errors import UserError
 from pipeline.loss import tiles
 from pipeline.loss.contrastive import contrastive_loss
@@ -37,6 +37,29 @@ RECIPES = {
     "learned temperature": LossConfig(learn_temperature=True, temperature=0.05),
     "distillation": LossConfig(distillation=DistillationConfig(weight=0.3, temperature=0.5)),
     "distillation only": LossConfig(distillation=DistillationConfig(weight=1.0)),
+    "guide": LossConfig(guide=GuideConfig()),
+    "guide, absolute margin": LossConfig(guide=GuideConfig(margin=0.2)),
+    "guide, relative margin": LossConfig(
+        symmetric=True, guide=GuideConfig(margin=0.05, margin_strategy="relative")
+    ),
+    "own negatives, guide": LossConfig(negatives="own", guide=GuideConfig(margin=0.1)),
+    "distillation over the batch": LossConfig(
+        distillation=DistillationConfig(documents="batch", temperature=0.05)
+    ),
+    "distillation over the batch only": LossConfig(
+        negatives="own",
+        temperature=0.01,
+        distillation=DistillationConfig(documents="batch", weight=1.0, temperature=0.02),
+    ),
+    "guide and distillation over the batch": LossConfig(
+        temperature=0.03,
+        learn_temperature=True,
+        symmetric=True,
+        matryoshka_dims=(8, 16),
+        false_negative_margin=0.02,
+        guide=GuideConfig(margin=-0.1),
+        distillation=DistillationConfig(documents="batch", temperature=0.1),
+    ),
     "all together": LossConfig(
         temperature=0.03,
         learn_temperature=True,
@@ -306,6 +329,40 @@ def test_accuracy_counts_queries_whose_best_positive_beats_every_negative() -> N
     assert whole_loss(case, LossConfig()).metrics["accuracy@1"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("negatives", ["batch", "own"])
+def test_the_guide_leaves_out_the_documents_that_the_teacher_holds_closer(negatives: Any) -> None:
+    case, margin = make_case(teacher=True), 0.2
+    cosine_NM = case.teacher_cosines()
+    expected = 0
+    for i, positives in enumerate(case.positives):
+        own = case.negatives[i] if negatives == "own" else range(len(case.document))
+        others = [j for j in own if j not in {*positives, *case.masked[i]}]
+        ceiling = cosine_NM[i, positives].max() - margin
+        expected += int((cosine_NM[i, others] > ceiling).sum())
+    config = LossConfig(negatives=negatives, guide=GuideConfig(margin=margin))
+    metrics = whole_loss(case, config).metrics
+    assert expected > 10
+    assert metrics["guided_per_query"] == pytest.approx(expected / len(case.query))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05])
+def test_gradients_of_distillation_over_many_documents_are_those_of_float64(
+    temperature: float,
+) -> None:
+    rows = list(range(1024))
+    case = Case(*clustered("topics", 1024), [[i] for i in rows], [[]] * 1024, [[]] * 1024)
+    case.vectors = clustered("narrow cone", 1024, width=48)
+    config = LossConfig(
+        temperature=0.02,
+        distillation=DistillationConfig(documents="batch", weight=1, temperature=temperature),
+    )
+    q, d = case.query.double().requires_grad_(), case.document.double().requires_grad_()
+    score = F.normalize(q, dim=1) @ F.normalize(d, dim=1).T / 0.02
+    teacher = (case.teacher_cosines() / temperature).softmax(1)
+    loss = F.kl_div(score.log_softmax(1), teacher, reduction="batchmean")
+    assert_matches(whole_loss(case, config), loss, q, d, tolerance=2e-6)
+
+
 class SeenPrecisions(TorchFunctionMode):
     """Notes the precision in force at every matrix product; a CPU has no TF32 that would show."""
 
@@ -342,6 +399,21 @@ def test_matryoshka_width_that_is_no_prefix_is_refused() -> None:
 def test_distillation_without_teacher_scores_is_refused() -> None:
     with pytest.raises(UserError, match="no teacher scores"):
         whole_loss(make_case(), LossConfig(distillation=DistillationConfig()))
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (LossConfig(guide=GuideConfig()), r"loss\.guide"),
+        (
+            LossConfig(distillation=DistillationConfig(documents="batch")),
+            r"loss\.distillation\.documents",
+        ),
+    ],
+)
+def test_a_term_of_a_teacher_without_its_vectors_is_refused(config: LossConfig, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} .* holds no teacher vectors .*diffembed mine"):
+        whole_loss(make_case(), config)
 
 
 @pytest.mark.parametrize(

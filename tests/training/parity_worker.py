@@ -21,6 +21,7 @@ from pipeline.config import (
     ChunkConfig,
     DataConfig,
     DistillationConfig,
+    GuideConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -38,6 +39,10 @@ from tests.training.exactness import gradient_errors, wake_adapters
 
 TEMPERATURE = 0.1
 DISTILLATION = DistillationConfig(weight=0.3, temperature=0.5)
+# By stored vectors: a guide, and distillation over all documents of the batch.
+GUIDE = GuideConfig(margin=0.1)
+TAUGHT = DistillationConfig(weight=0.3, temperature=0.2, documents="batch")
+TEACHER_WIDTH = 5
 DROPOUT = 0.1
 NUM_QUERIES, NUM_DOCUMENTS = 12, 22
 SEED, STEP = 7, 3
@@ -58,6 +63,7 @@ def make_batch(
     if longest is not None:
         texts[-1] = rng.integers(2, 500, size=longest)
     mine = rng.permutation(total)[rank::world_size]
+    teacher = rng.standard_normal((total, TEACHER_WIDTH)).astype(np.float32)
     chunks = []
     for part in np.array_split(mine, counts[rank]):
         chunks.append(
@@ -67,10 +73,14 @@ def make_batch(
                 texts=part.astype(np.int64),
                 # Queries start with an instruction of two tokens.
                 instruction_tokens=np.where(part < NUM_QUERIES, 2, 0).astype(np.int64),
+                teacher=teacher[part],
             )
         )
     dummy = Chunk(
-        input_ids=np.zeros(1, np.int64), lengths=np.ones(1, np.int64), texts=-np.ones(1, np.int64)
+        input_ids=np.zeros(1, np.int64),
+        lengths=np.ones(1, np.int64),
+        texts=-np.ones(1, np.int64),
+        teacher=np.zeros((1, TEACHER_WIDTH), np.float32),
     )
     chunks += [dummy] * (max(counts) - counts[rank])
     # Query i: positive i; own hard negative 12 + i for the first ten; every third hides one more.
@@ -109,8 +119,22 @@ def divergence(scores: torch.Tensor, batch: GlobalBatch) -> torch.Tensor:
     return total / NUM_QUERIES
 
 
+def teacher_cosines(batches: list[GlobalBatch]) -> torch.Tensor:
+    """Cosines of all queries and documents by the vectors in the ranks' chunks."""
+    rows = torch.zeros(NUM_QUERIES + NUM_DOCUMENTS, TEACHER_WIDTH)
+    for chunk in (chunk for batch in batches for chunk in batch.chunks if not chunk.is_dummy):
+        assert chunk.teacher is not None
+        rows[torch.from_numpy(chunk.texts)] = torch.from_numpy(chunk.teacher)
+    rows = F.normalize(rows, dim=1)
+    return rows[:NUM_QUERIES] @ rows[NUM_QUERIES:].T
+
+
 def reference_gradients(
-    encoder: torch.nn.Module, batches: list[GlobalBatch], *, distilled: bool = False
+    encoder: torch.nn.Module,
+    batches: list[GlobalBatch],
+    *,
+    distilled: bool = False,
+    taught: bool = False,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by one autograd graph over all ranks' chunks; no caching, no engine."""
     embeddings: list[torch.Tensor] = [torch.empty(0)] * (NUM_QUERIES + NUM_DOCUMENTS)
@@ -124,11 +148,18 @@ def reference_gradients(
                     embeddings[text] = row
     scores = torch.stack(embeddings[:NUM_QUERIES]) @ torch.stack(embeddings[NUM_QUERIES:]).T
     scores = scores / TEMPERATURE
-    teaching = divergence(scores, batches[0])
+    teaching, unmasked = divergence(scores, batches[0]), scores.clone()
     for query in range(0, NUM_QUERIES, 3):
         scores[query, (query + 1) % NUM_QUERIES] = -torch.inf
+    if taught:
+        cosines = teacher_cosines(batches)
+        wanted = (cosines / TAUGHT.temperature).softmax(1)
+        teaching = F.kl_div(unmasked.log_softmax(1), wanted, reduction="batchmean")
+        beyond = cosines > cosines.diagonal()[:, None] - GUIDE.margin
+        beyond.fill_diagonal_(False)
+        scores = scores.masked_fill(beyond, -torch.inf)
     loss = F.cross_entropy(scores, torch.arange(NUM_QUERIES))
-    if distilled:
+    if distilled or taught:
         loss = (1 - DISTILLATION.weight) * loss + DISTILLATION.weight * teaching
     loss.backward()
     return loss.item(), {
@@ -148,6 +179,7 @@ def run_case(
     causal: bool,
     pool_instruction: bool,
     distilled: bool,
+    taught: bool,
 ) -> dict[str, float]:
     """Return the worst relative error over all parameters, and both losses."""
     model = ModelConfig(
@@ -168,7 +200,11 @@ def run_case(
         num_steps=1,
         model=model,
         data=DataConfig(path=Path("unused")),
-        loss=LossConfig(temperature=TEMPERATURE, distillation=DISTILLATION if distilled else None),
+        loss=LossConfig(
+            temperature=TEMPERATURE,
+            guide=GUIDE if taught else None,
+            distillation=TAUGHT if taught else DISTILLATION if distilled else None,
+        ),
     )
     world_size, rank = comm.world_size(), comm.rank()
     encoders = []
@@ -179,7 +215,7 @@ def run_case(
         encoders.append(encoder)
     encoders[0].train()  # the other one is for its engine to bring into this mode
     batches = [make_batch(r, world_size, counts, longest=longest) for r in range(world_size)]
-    loss, wanted = reference_gradients(encoders[0], batches, distilled=distilled)
+    loss, wanted = reference_gradients(encoders[0], batches, distilled=distilled, taught=taught)
     # DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
@@ -251,6 +287,8 @@ def main() -> None:
             pool_instruction=pooled,
             # A teacher joins where graphs are kept.
             distilled=case["keep_graphs"] > 0,
+            # And its vectors in sweeps, which every stage and number of ranks has.
+            taught=case["schedule"] == "sweep",
             **case,
         )
         if comm.rank() == 0:

@@ -34,6 +34,7 @@ def identity(recipe: Path, *changes: str, shards: str = "these") -> dict[str, An
         ("seed=7", "seed"),
         ("data.global_batch_size=4", "data.global_batch_size"),
         ("data.num_hard_negatives=3", "data.num_hard_negatives"),
+        ("data.candidates={}", "data.candidates"),
         ("model.pooling=last_token", "model.pooling"),
         ("model.attention_dropout=0.2", "model.attention_dropout"),
         ("loss.temperature=0.2", "loss.temperature"),

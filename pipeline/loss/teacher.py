@@ -1,0 +1,221 @@
+"""Terms of the loss that read a teacher's stored vectors, block by block and tile by tile.
+
+    t_RT = teacher_query_RW @ teacher_document_TW.T        cosines, over the teacher's temperature
+    guide          a document with t above that of the query's best positive, less a margin,
+                   is no negative (GISTEmbed, Solatorio, arXiv 2402.16829)
+    distillation   KL(teacher || model) of each query over all documents of the global batch:
+                   sum_j p_j (t_j - s_j) - log Z_t + log Z_s,    p_j = exp(t_j) / Z_t
+                   d / d(s_j) = exp(s_j) / Z_s - p_j
+
+A rank has the vectors of its own texts. A block's travel with its queries; documents never do, and
+neither (N, M) matrix ever exists.
+
+Shapes: B queries and K documents of this rank, R queries of a block, T documents of a tile,
+P listed pairs, E embedding width, W width of the teacher's vectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pipeline import comm
+from pipeline.config import GuideConfig, LossConfig
+from pipeline.loss.scores import (
+    DOCUMENT_LENGTH,
+    Guide,
+    LogMass,
+    RefinedScores,
+    ScoreRows,
+    add_tile_,
+    dot_pairs,
+    pair_scores,
+    segment_max,
+)
+from pipeline.loss.targets import ListedPairs, QueryBlock, Targets, broadcast_rows
+
+# Cosines of equal vectors differ by rounding, which depends on tiles and ranks: a document as close
+# as the positive must be a negative everywhere.
+_TIE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """A teacher's vectors of this rank's texts, as rows whose dot products are its scores."""
+
+    query_BW: Tensor
+    document_KW: Tensor
+    temperature: float
+
+    @classmethod
+    def build(cls, targets: Targets, config: LossConfig) -> Teacher | None:
+        """Prepare the vectors where a term of the loss needs them."""
+        if not config.needs_vectors:
+            return None
+        assert targets.teacher_query is not None and targets.teacher_document is not None
+        distillation = config.distillation
+        # The guide compares with a margin, which follows whatever the scores are divided by.
+        temperature = 1.0
+        if distillation is not None and distillation.documents == "batch":
+            temperature = distillation.temperature
+        query = ScoreRows.build(
+            targets.teacher_query, scale=1 / (temperature * DOCUMENT_LENGTH), cosine=True
+        )
+        document = ScoreRows.build(targets.teacher_document, scale=DOCUMENT_LENGTH, cosine=True)
+        return cls(query_BW=query.rows_BE, document_KW=document.rows_BE, temperature=temperature)
+
+    def of_block(self, block: QueryBlock) -> BlockTeacher:
+        """Send a block's vectors to all ranks; a collective call."""
+        return BlockTeacher(
+            query_RW=broadcast_rows(self.query_BW, block),
+            document_KW=self.document_KW,
+            temperature=self.temperature,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTeacher:
+    """A teacher's vectors of a block's queries, on every rank."""
+
+    query_RW: Tensor
+    document_KW: Tensor
+    temperature: float
+
+    def score_pairs(self, listed: ListedPairs) -> Tensor:
+        """Return (P,) float64, the teacher's scores of the listed pairs; a collective call."""
+        here = pair_scores(
+            self.query_RW, listed.row_P, self.document_KW, listed.local_P, listed.here
+        )
+        return comm.all_reduce_(here)
+
+    def ceiling(self, listed: ListedPairs, score_P: Tensor, config: GuideConfig) -> Tensor:
+        """Return (R,) float64, the highest score of a negative, given those of the pairs."""
+        best_R = segment_max(
+            listed.positives(score_P), listed.positives(listed.row_P), len(self.query_RW)
+        )
+        if config.margin_strategy == "absolute":
+            below_R = torch.full_like(best_R, config.margin / self.temperature)
+        else:
+            below_R = config.margin * best_R.abs()
+        return best_R - below_R + _TIE / self.temperature
+
+    def guide(self, ceiling_R: Tensor, scratch: Tensor) -> Guide:
+        """Return what masks the block's tiles."""
+        return Guide(
+            query_RW=self.query_RW,
+            document_KW=self.document_KW,
+            ceiling_R=ceiling_R.float(),
+            scratch=scratch,
+        )
+
+
+class DistillationTiles:
+    """KL(teacher || model) of one block's queries over all documents of the global batch."""
+
+    def __init__(
+        self,
+        query_RE: Tensor,
+        document_KE: Tensor,
+        teacher: BlockTeacher,
+        *,
+        columns: int,
+        scratch: Tensor,
+    ) -> None:
+        """Prepare the block.
+
+        Args:
+            query_RE: rows whose dot product with `document_KE` is the model's score.
+            document_KE: this rank's documents.
+            teacher: the same for the teacher's scores.
+            columns: of a tile.
+            scratch: (3, at least R * columns) float32 for the scores of a tile.
+        """
+        # Left and right rows of the model's scores, and of the teacher's.
+        self._model = query_RE, document_KE
+        self._teacher = teacher.query_RW, teacher.document_KW
+        self._scratch = scratch
+        starts = range(0, document_KE.shape[0], columns)
+        self._columns = [slice(k, min(k + columns, document_KE.shape[0])) for k in starts]
+        self._refined: list[tuple[RefinedScores, RefinedScores]] = []
+        # Of this rank's documents, then log of the sums over all ranks.
+        self._peaks: tuple[Tensor, Tensor] | None = None
+        self._logs: tuple[Tensor, Tensor] | None = None
+
+    def loss(self) -> Tensor:
+        """First pass: return (R,) float64 divergences; a collective call."""
+        query_RE = self._model[0]
+        model = LogMass.empty(query_RE.shape[0], query_RE.device)
+        teacher = LogMass.empty(query_RE.shape[0], query_RE.device)
+        # Sum of exp(t - peak) * (t - s), with the peak of the teacher's scores so far.
+        gap_R = torch.zeros_like(teacher.mass)
+        for here in self._columns:
+            model_RT = self._scores(self._model, here, slot=0)
+            teacher_RT = self._scores(self._teacher, here, slot=1)
+            gap_RT = torch.sub(teacher_RT, model_RT, out=self._slot(here, 2))
+            before = teacher.peak
+            teacher, sharp = self._add_(teacher, teacher_RT, self._teacher, here)
+            # Where float32 scores are not good enough for the weight, nor are they for the gap.
+            model_score = self._pairs(self._model, here, sharp)
+            gap_RT[sharp.row, sharp.column] = (sharp.score - model_score).float()
+            faded_R = gap_R * (before - teacher.peak).double().exp()
+            gap_R = faded_R + gap_RT.mul_(teacher_RT).sum(1).double()
+            model, blurred = self._add_(model, model_RT, self._model, here)
+            self._refined.append((blurred, sharp))
+        self._peaks = model.peak, teacher.peak
+        return self._over_ranks(model, teacher, gap_R)
+
+    def _over_ranks(self, model: LogMass, teacher: LogMass, gap_R: Tensor) -> Tensor:
+        """Combine the ranks' sums into divergences."""
+        faded = torch.stack([teacher.peak.double(), gap_R])
+        parts = comm.all_gather_stack(faded)  # (ranks, 2, R)
+        model, teacher = model.over_ranks(), teacher.over_ranks()
+        self._logs = model.log(), teacher.log()
+        gap_R = (parts[:, 1] * (parts[:, 0] - teacher.peak.double()).exp()).sum(0) / teacher.mass
+        return gap_R - self._logs[1] + self._logs[0]
+
+    def accumulate_gradients_(
+        self, weight: float, query_grad_RE: Tensor, document_grad_KE: Tensor
+    ) -> None:
+        """Second pass: add the gradient of `weight` times the sum of the divergences.
+
+        Args:
+            weight: of each query.
+            query_grad_RE: takes the gradient by the queries, of this rank's documents only.
+            document_grad_KE: takes the gradient by this rank's documents.
+        """
+        assert self._peaks is not None and self._logs is not None, "loss() comes first"
+        # exp(score - log Z) = exp(score - peak) * exp(peak - log Z), the second in float64.
+        factors = [
+            (weight * (peak_R.double() - log_R).exp()).float()[:, None]
+            for peak_R, log_R in zip(self._peaks, self._logs, strict=True)
+        ]
+        for number, here in enumerate(self._columns):
+            shares = []
+            for slot, rows in enumerate((self._model, self._teacher)):
+                peak_R = self._peaks[slot]
+                share_RT = self._scores(rows, here, slot=slot).sub_(peak_R[:, None]).exp_()
+                refined = self._refined[number][slot]
+                refined.write_weights_(share_RT, peak_R[refined.row])
+                shares.append(share_RT.mul_(factors[slot]))
+            grad_RT = shares[0].sub_(shares[1])
+            query_grad_RE.addmm_(grad_RT, self._model[1][here])
+            document_grad_KE[here].addmm_(grad_RT.T, self._model[0])
+
+    def _scores(self, rows: tuple[Tensor, Tensor], here: slice, *, slot: int) -> Tensor:
+        out: Tensor = torch.mm(rows[0], rows[1][here].T, out=self._slot(here, slot))
+        return out
+
+    def _add_(
+        self, total: LogMass, score_RT: Tensor, rows: tuple[Tensor, Tensor], here: slice
+    ) -> tuple[LogMass, RefinedScores]:
+        return add_tile_(total, score_RT, left_RE=rows[0], right_TE=rows[1][here])
+
+    def _pairs(self, rows: tuple[Tensor, Tensor], here: slice, at: RefinedScores) -> Tensor:
+        return dot_pairs(rows[0], at.row, rows[1][here], at.column)
+
+    def _slot(self, here: slice, slot: int) -> Tensor:
+        """Return the memory of a tile: (R, T), contiguous also at the last tile."""
+        num_rows, width = self._model[0].shape[0], here.stop - here.start
+        return self._scratch[slot, : num_rows * width].view(num_rows, width)
