@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import gc
 import multiprocessing.process
 import multiprocessing.util
 import resource
@@ -14,9 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import forks
+
+# Neither a slow example nor slow drawing of examples is a fault: the machine may be busy.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
+# Imports and the collection of tests leave nearly no garbage to look for.
+gc.disable()
 
 # Files whose tests are `fast`: below a second or two each, and in this process.
 _FAST = (
@@ -33,6 +43,7 @@ _START_PROCESSES = {
     *("test_export.py", "test_export_check.py", "outside", "test_serving.py"),
     "test_bad_rows_are_dropped_counted_and_listed_the_same_by_any_number_of_workers",
     "test_a_hub_dataset_is_read_from_its_cache_when_offline",
+    "test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill",
     "test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure",
     "test_a_site_file_that_lacks_something_is_refused_by_name",
     "test_arguments_and_variables_reach_the_script_whatever_they_hold",
@@ -58,6 +69,8 @@ _not_forked: Counter[str] = Counter()  # by variable
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put long files first, and mark fast tests: files of them, except what starts processes."""
+    gc.enable()
+    gc.freeze()
     global _cpu_before
     items.sort(key=lambda item: _place(item.path)[0])
     for item in items:

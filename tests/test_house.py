@@ -147,7 +147,7 @@ def test_libraries_are_imported_only_in_the_rooms_that_own_them(path: Path) -> N
 def test_importing_stays_free_of_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit(int('torch' in sys.modules))"
 
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def unsafe_loads(source: str) -> list[str]:
@@ -257,7 +257,7 @@ def test_the_top_level_holds_only_the_agreed_names() -> None:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_shell_scripts_parse(path: Path) -> None:
-    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, timeout=10)
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
 

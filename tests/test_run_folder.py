@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,20 @@ def test_a_run_of_an_earlier_version_which_marked_nothing_comes_back(tmp_path: P
         run.require_own()
     (tmp_path / "lock").write_text("")
     run.require_own()
+
+
+def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pipeline.run_folder import RunDir\n"
+        "run = RunDir(sys.argv[1]); run.claim(); print('claimed', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        try:
+            with pytest.raises(UserError, match=rf"another training .*process {other.pid} on"):
+                RunDir(tmp_path).claim(patience_seconds=0)
+        finally:
+            other.kill()
+    RunDir(tmp_path).claim(patience_seconds=0)

@@ -44,7 +44,7 @@ def slow_first_fit_decreasing(
     max_tokens=st.integers(100, 1000),
     max_cost=st.integers(100, 4000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_first_fit_decreasing_follows_its_definition(
     lengths: np.ndarray, max_tokens: int, max_cost: int
 ) -> None:
@@ -72,7 +72,7 @@ def test_first_fit_decreasing_follows_its_definition(
     max_cost=1200,
     min_chunks=1,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_plan_holds_every_text_once_within_the_budgets(
     lengths: np.ndarray, world_size: int, max_tokens: int, max_cost: int | None, min_chunks: int
 ) -> None:

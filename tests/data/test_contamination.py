@@ -36,7 +36,7 @@ def pairs_of_texts(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @given(pairs_of_texts(), st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limit: float) -> None:
     ratio = difflib_ratio(*pair)
     left, right = map(ComparedText, pair)
@@ -46,7 +46,7 @@ def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limi
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 14))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_runs_of_words_have_equal_hashes_only_where_they_are_equal(
     letters: list[str], size: int
 ) -> None:

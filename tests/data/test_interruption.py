@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
 
-import pipeline
 from pipeline import files
 from pipeline.config import PrepareConfig, SourceConfig, dump_config
 from pipeline.data.prepare import STEPS, Step, prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import DiffembedError, UserError
+from tests import forks
 from tests.support import PATIENCE
 
 # Kills itself with SIGKILL at the n-th atomic rename of the whole build.
@@ -54,10 +52,6 @@ def config(make_config: ConfigMaker, tmp_path: Path) -> PrepareConfig:
     path = write_jsonl(tmp_path / "rows.jsonl", reasonaug_rows(150))
     source = SourceConfig(name="reasonaug", format="reasonaug", path=str(path))
     return make_config(source, near_duplicates=0.9)
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1]), **extra}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,8 +103,7 @@ def test_a_killed_process_leaves_nothing_readable_and_is_continued(
     path, script = tmp_path / "config.yaml", tmp_path / "killed.py"
     path.write_text(dump_config(killed))
     script.write_text(KILLED)
-    command = [sys.executable, str(script), str(path), str(renames)]
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=PATIENCE)
+    done = forks.run([script, path, str(renames)], folder=tmp_path, timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(UserError):
         Dataset.open(killed.output_dir)
@@ -153,14 +146,16 @@ def run_step(config: PrepareConfig, folder: Path) -> list[int]:
     path.write_text(dump_config(config))
     script.write_text(STEP)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(path)],
-            env=environment(**step, SLURM_PROCID=str(rank)),
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
+    with (folder / "log").open("w") as log:
+        tasks = [
+            forks.Process(
+                [script, path],
+                folder=folder,
+                environment={**step, "SLURM_PROCID": str(rank)},
+                stdout=log,
+            )
+            for rank in range(2)
+        ]
     try:
         return [task.wait(timeout=PATIENCE) for task in tasks]
     finally:

@@ -15,7 +15,7 @@ from pipeline.data.prepare.tokenise import join_pairs, minhash
 
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_connected_documents_get_the_smallest_number(pairs: list[tuple[int, int]]) -> None:
     groups = [{number} for number in range(41)]
     for left, right in pairs:

@@ -45,7 +45,7 @@ GROUPS = make_groups({("a", "x"): 400, ("a", "y"): 700, ("b", "z"): 90, ("c", ""
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
 
@@ -69,7 +69,7 @@ def test_permute_looks_random() -> None:
 @given(
     window=st.integers(1, 40), extra=st.integers(0, 200), key=st.integers(0, 2**32), data=st.data()
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_window_of_a_stream_repeats_an_element(
     window: int, extra: int, key: int, data: st.DataObject
 ) -> None:
@@ -84,7 +84,7 @@ def test_no_window_of_a_stream_repeats_an_element(
 
 
 @given(window=st.integers(1, 20), extra=st.integers(0, 60), key=st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_epoch_of_a_large_stream_visits_every_element_once(
     window: int, extra: int, key: int
 ) -> None:
@@ -303,7 +303,7 @@ def pick(lists: Ragged, positions: np.ndarray) -> list[list[int]]:
     key=st.integers(0, 2**40),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_choosing_takes_first_values_before_others(
     rows: list[list[int]], count: int, key: int, data: st.DataObject
 ) -> None:
@@ -332,7 +332,7 @@ def test_another_key_chooses_other_documents() -> None:
     ),
     count=st.integers(1, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_masks_follow_their_definition(
     examples: list[tuple[list[int], list[int], int, int]], count: int
 ) -> None:

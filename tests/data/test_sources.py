@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
@@ -15,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_support import make_source, rows_of, write_jsonl
 
-import pipeline
 from pipeline.config import SourceConfig
 from pipeline.data.sources import FORMATS, expand_sources
 from pipeline.data.sources.corpus import References, read_judgements
 from pipeline.data.sources.records import Row
 from pipeline.errors import UserError
+from tests import forks
 from tests.support import PATIENCE
 
 PAIRS = [{"query": f"question {k}", "positives": [f"answer {k}", f"reply {k}"]} for k in range(50)]
@@ -89,13 +86,8 @@ def test_a_hub_dataset_is_read_from_its_cache_when_offline(tmp_path: Path) -> No
         splits=[split],
     ).write_to_directory(str(folder))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", READ, "hub:owner/pairs"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, **offline, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])},
-    )
+    words = ["-c", READ, "hub:owner/pairs"]
+    done = forks.run(words, folder=tmp_path, environment=offline, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [pair["query"] for pair in PAIRS]
 

@@ -256,6 +256,7 @@ class LanguageServer:
         self.batches: dict[str, dict[str, Any]] = {}
         self.expired: set[str] = set()
         self.keep_bodies = False
+        self.refused_until_later: list[int] = []  # by number of the request
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)
@@ -327,6 +328,7 @@ class LanguageServer:
             case "429":
                 return web.json_response({"error": {"message": "slow down"}}, status=429)
             case "429-after":
+                self.refused_until_later.append(len(self.times) - 1)
                 headers = {"Retry-After": "1"}
                 return web.json_response(
                     {"error": {"message": "wait"}}, status=429, headers=headers

@@ -27,7 +27,8 @@ def tree_of(folder: Path, *urls: str, **sections: Any) -> dict[str, Any]:
         "model": {"name": "template", "servers": [{"url": url} for url in urls]},
         "concepts": {"files": [str(listed)]},
         "problems": {"per_concept": 3},
-        "limits": {"timeout": 60, "concurrency": 8, "patience": 60},
+        # A timeout that no request reaches on a busy machine: it would be asked twice.
+        "limits": {"timeout": 120, "concurrency": 8, "patience": 300},
         "batch": {"poll": 0.01},
     }
     for name, section in sections.items():

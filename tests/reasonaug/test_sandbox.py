@@ -303,7 +303,7 @@ def test_the_disk_cannot_be_filled() -> None:
 
 
 def test_a_program_that_sleeps_ends_at_its_wall_limit() -> None:
-    limits = Limits(wall_seconds=1, files_mb=SMALL.files_mb)
+    limits = Limits(wall_seconds=5, files_mb=SMALL.files_mb)
     done = run(
         "import signal, time\n"
         "for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:\n"
@@ -313,7 +313,7 @@ def test_a_program_that_sleeps_ends_at_its_wall_limit() -> None:
     )
 
     assert (done.reason, done.exit_code, done.stdout) == ("time", -9, "begin\n")
-    assert done.seconds >= 1
+    assert done.seconds >= 5
 
 
 @pytest.mark.parametrize("head", ["", "import signal\nsignal.signal(signal.SIGXCPU, print)\n"])

@@ -58,14 +58,15 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1,batch_sched_delay=0
 # A job that is cancelled saves and ends its log within this, also on a busy machine.
 KillWait=60
-MessageTimeout=10
+# Slurm waits 10 seconds for an answer by default, and as long for a controller that is away.
+MessageTimeout=20
 # Finished jobs stay listed, so that a test can read how they ended.
 MinJobAge=3600
 GresTypes=gpu
 # Jobs of the second partition preempt jobs of the first, which get GraceTime to save.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=120 State=UP
 PartitionName=test Default=YES PriorityTier=1 GraceTime=60
 PartitionName=urgent PriorityTier=2
 """
@@ -173,7 +174,7 @@ class Cluster:
                 views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
                 logs = [f"{p.name}:\n{p.read_text()[-1000:]}" for p in self._folder.glob("*.log")]
                 raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
-            time.sleep(0.1)
+            time.sleep(0.25)  # a look may be a command of Slurm, which costs CPU
 
     def cancel_all(self) -> None:
         """End every job and wait until its processes are gone."""
@@ -297,7 +298,7 @@ class Cluster:
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
-                daemon.wait(timeout=10)
+                daemon.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()

@@ -16,16 +16,21 @@ from tests.tools.disturbed_chain import (
     TASKS,
     ChainRun,
     a_node_without_power,
+    curve_of,
     make_material,
     preemption,
+    weights_of,
+    write_chain,
 )
+from tests.training.trainer_command import run_trainer
 
 # Real jobs, most of whose time is the start of Python.
 pytestmark = pytest.mark.slurm
 
 # A preempted job is requeued as `scontrol requeue` does it; the tool has all disturbances.
 DISTURBANCES = (preemption, a_node_without_power)
-NUM_STEPS = (len(DISTURBANCES) + 2) * STRIDE
+# On a busy machine, a disturbance comes many steps later than wanted.
+NUM_STEPS = (len(DISTURBANCES) + 6) * STRIDE
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +77,17 @@ def test_no_disturbance_costs_more_than_the_steps_since_a_checkpoint(rough: Roug
     assert max(lost) <= EVERY + 2
 
 
-def test_a_disturbed_run_ends_as_the_undisturbed_one(
-    rough: Rough, session_cluster: Cluster, material: Path
-) -> None:
-    calm = ChainRun(session_cluster, material, "calm", num_steps=NUM_STEPS, say=print, what="train")
-    calm.finish()
+def test_a_disturbed_run_ends_as_the_undisturbed_one(rough: Rough, material: Path) -> None:
+    calm = material / "calm"
+    write_chain(material, calm, NUM_STEPS)
+    done = run_trainer(calm / "train.yaml", "--deepspeed", "ds_configs/zero3.json", num_ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     # To the last bit, on CPUs.
-    assert [step for step, _, _ in calm.curve()] == list(range(NUM_STEPS))
-    assert rough.run.curve() == calm.curve()
-    assert rough.run.weights() == calm.weights()
+    ours, theirs = rough.run.folder / "run", calm / "run"
+    assert [step for step, _, _ in curve_of(theirs)] == list(range(NUM_STEPS))
+    assert curve_of(ours) == curve_of(theirs)
+    assert weights_of(ours) == weights_of(theirs)
 
 
 def test_a_finished_chain_submitted_again_submits_nothing(rough: Rough) -> None:

@@ -88,7 +88,7 @@ def jobs(
     """All jobs at once: most of their time is waiting."""
     folder = tmp_path_factory.mktemp("synthesis")
     wanted: dict[str, dict[str, str]] = {
-        "out of time": {"BEHAVIOUR": json.dumps({"delay": 0.5})},
+        "out of time": {"BEHAVIOUR": json.dumps({"delay": 1.5})},
         "cancelled": {"NODES": "2", "BEHAVIOUR": json.dumps({"delay": PATIENCE})},
         "broken": {"ENDING": "broken"},
         "mute": {"ENDING": "mute", "SECONDS_TO_ANSWER": "1"},

@@ -90,8 +90,25 @@ def write_chain(material: Path, folder: Path, num_steps: int) -> None:
     (folder / "chain.yaml").write_text(yaml.safe_dump(chain))
 
 
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve_of(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm, to the last bit."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics_of(run)]
+
+
+def weights_of(run: Path) -> Any:
+    """Hashes of the last checkpoint's tensors, the optimizer's among them."""
+    checkpoints = run / "checkpoints"
+    newest = checkpoints / (checkpoints / "latest").read_text().strip()
+    return json.loads((newest / "state.json").read_text())["files"]
+
+
 class ChainRun:
-    """One experiment on the cluster, from its submission to its last job: `all`, or `train`."""
+    """One experiment on the cluster, from its submission to its last job."""
 
     def __init__(
         self,
@@ -101,13 +118,11 @@ class ChainRun:
         *,
         num_steps: int,
         say: Callable[[str], None],
-        what: str = "all",
     ) -> None:
         self.cluster, self.folder, self._say = cluster, material / name, say
         self._site = material / "cluster.env"
         write_chain(material, self.folder, num_steps)
-        config = self.folder / ("chain.yaml" if what == "all" else f"{what}.yaml")
-        self._words = ("submit", what, str(config))
+        self._words = ("submit", "all", str(self.folder / "chain.yaml"))
         self.ids = self.submit()
 
     def submit(self) -> dict[str, str]:
@@ -124,7 +139,7 @@ class ChainRun:
     def finish(self) -> None:
         """Wait until the last job has ended, and insist on a good end of all."""
         try:
-            self.cluster.wait(list(self.ids.values())[-1], seconds=900)
+            self.cluster.wait(list(self.ids.values())[-1], seconds=1700)
         finally:
             ends = {name: self.cluster.states(job) for name, job in self.ids.items()}
             self._say(f"ended: {ends}")
@@ -132,18 +147,7 @@ class ChainRun:
         assert states == {"COMPLETED"}, self.logs()
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.folder / "run/metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def curve(self) -> list[tuple[int, float, float]]:
-        """Step, loss and gradient norm, to the last bit."""
-        return [(row["step"], row["loss"], row["grad_norm"]) for row in self.metrics()]
-
-    def weights(self) -> Any:
-        """Hashes of the last checkpoint's tensors, the optimizer's among them."""
-        checkpoints = self.folder / "run/checkpoints"
-        newest = checkpoints / (checkpoints / "latest").read_text().strip()
-        return json.loads((newest / "state.json").read_text())["files"]
+        return metrics_of(self.folder / "run")
 
     def scores(self) -> dict[str, Any]:
         """The report, without how long things took."""
@@ -295,7 +299,7 @@ def main() -> None:
         rough.submit()
         print(f"\nlog of the disturbed training job:\n{_essence(rough.train_log())}")
         print(f"report of the disturbed chain:\n{(rough.folder / 'report/report.md').read_text()}")
-        same = calm.curve() == rough.curve()
+        same = curve_of(calm.folder / "run") == curve_of(rough.folder / "run")
         print(f"loss and gradient norm of all {num_steps} steps bit-equal: {same}")
         print(f"reports equal: {calm.scores() == rough.scores()}")
 

@@ -72,6 +72,7 @@ class Round:
     moment: str
     inside: bool = False  # seen on disk right after the kill (save moments only)
     verdict: str = "open"
+    output: str = dataclasses.field(default="", repr=False)  # of the launcher and its ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,8 @@ class Tally:
                 round_.inside = bool(check and check(self._run / "checkpoints"))
             launch.process.wait(PATIENCE)
             launch.require_nothing_left()
-            self._judge(before, launch.output())
+            round_.output = launch.output()
+            self._judge(before, round_.output)
         return moment
 
     def _wait_for(self, moment: str, launch: Launch, before: Progress) -> bool:

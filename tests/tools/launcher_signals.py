@@ -35,7 +35,7 @@ ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (COMMAND, *LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What has not ended by then goes on: the runs have no end of their own.
-_GOES_ON_AFTER_SECONDS = 60
+_GOES_ON_AFTER_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -52,3 +52,8 @@ def save(
     saver = Saver(folder)
     saver.begin(engine, step=step, identity=identity, extra=extra)
     return saver.finish()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import why_unavailable
-from tests.tools.launcher_signals import COMMAND, ON_SLURM, SCRIPT, Trial, environment_of
+from tests.tools.launcher_signals import COMMAND, ON_SLURM, Trial, environment_of
 
 
 @pytest.mark.parametrize(
     ("launcher", "number", "target", "code"),
     [
         (COMMAND, signal.SIGINT, "launcher", 75),
-        # mpirun itself would kill the ranks.
-        (SCRIPT, signal.SIGTERM, "launcher", 75),
+        # The script for mpirun is stopped over two hosts, in test_two_hosts.py.
         # Hands nothing on: the ranks notice that it has gone.
         ("deepspeed", signal.SIGTERM, "launcher", 128 + signal.SIGTERM),
         # srun would kill the ranks; Slurm gives them time.

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,7 +34,6 @@ def test_equal_shares_tile_a_parameter_and_the_padding_follows_it(
     assert not together[num_elements:].any()
 
 
-@settings(deadline=None)  # reads a file
 @given(shape=SHAPES, data=st.data())
 def test_a_share_read_from_a_file_is_that_slice_of_the_flat_tensor(
     shape: tuple[int, ...], data: st.DataObject

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.support import PATIENCE
 
 # A checkpoint on its way to a disk that stays full.
@@ -69,28 +68,14 @@ def test_a_second_request_ends_the_process_at_once_and_an_echo_does_not(
     code: int,
     printed: list[str],
 ) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", CODE, str(seconds_of_one_request)),
-            *(str(tmp_path / "stop"), str(seconds_in_c)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    words = ["-c", CODE, str(seconds_of_one_request), tmp_path / "stop", str(seconds_in_c)]
+    done = forks.run(words, folder=tmp_path, timeout=PATIENCE)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == printed
 
 
 def test_a_signal_ends_the_wait_for_a_full_disk(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = forks.run(["-c", FULL_DISK, tmp_path], folder=tmp_path, timeout=PATIENCE)
     assert done.returncode == 1, done.stderr
     assert "trying again in a second" in done.stdout
     assert "SIGTERM" in done.stdout.splitlines()[-1]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipeline.training.token_step import cross_entropy_in_tiles
+from tests import forks
 from tests.support import PATIENCE
 
 NUM, WIDTH, VOCABULARY = 11, 6, 17
@@ -71,9 +69,7 @@ def peak(num):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(-peak(200) + peak(1500))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = forks.run(["-c", code], folder=forks.ROOT, timeout=PATIENCE)
 
     assert done.returncode == 0, done.stderr
     # All scores of the 1,300 more would be 254 MiB, in kibibytes.

@@ -68,19 +68,24 @@ def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
     recipe: Path, tmp_path: Path, hosts: tuple[str, str]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=30")
+    arguments = (recipe, "--deepspeed", "ds_configs/zero3.json", "num_steps=60")
     done = run_trainer(*arguments, f"output_dir={one}", num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     arguments = (*arguments, f"output_dir={two}")
     environment = reach_both(tmp_path, hosts)
 
-    for script in ("train_mpirun.sh", "train_deepspeed.sh"):
+    # The script hands SIGTERM on as SIGUSR1, because mpirun itself would kill the ranks.
+    for script, number in (
+        ("train_mpirun.sh", signal.SIGTERM),
+        ("train_deepspeed.sh", signal.SIGUSR1),
+    ):
         with Launch(by_script(hosts, script), *arguments, environment=environment) as launch:
             # Each start rewrites the file of the curve.
             while "step " not in launch.output():
                 assert launch.process.poll() is None, launch.output()
                 time.sleep(0.01)
-            send(min(launch.ranks()), signal.SIGUSR1)
+            to_script = number == signal.SIGTERM
+            send(launch.process.pid if to_script else min(launch.ranks()), number)
             assert launch.wait() == 75, launch.output()
             assert "SIGUSR1 after step" in launch.output()
             launch.require_nothing_left()
