@@ -60,6 +60,8 @@ _LONG = (
     *("slurm/test_scores_while_training.py", "training/test_kills.py", "slurm/*", "training/*"),
     *("damage/*", "launch/*", "evaluation/*"),
 )
+# Files that share a process which takes many seconds to start go to one worker.
+_TOGETHER = ("model/test_export*", "evaluation/test_embed*")
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 _running_fast = False
 _cpu_before = 0.0
@@ -78,6 +80,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _place(item.path)[1] and _START_PROCESSES.isdisjoint(names):
             item.add_marker("fast")
     _cpu_before = _cpu_seconds()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Give out tests by file, and some files together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            name = file.removeprefix("tests/")
+            groups = (pattern for pattern in _TOGETHER if fnmatch.fnmatchcase(name, pattern))
+            return next(groups, file)
+
+    return Scheduling(config, log)
 
 
 @functools.cache
