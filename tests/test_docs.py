@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import OwnTask, SourceConfig, build_config
+from pipeline.config import SourceConfig, build_config
 from pipeline.config.explain import KINDS, kind_of, list_keys
 from pipeline.config.loading import read_tree
 from pipeline.data.sources import FORMATS, plan_source, read_rows
 from pipeline.data.sources.records import Row
-from pipeline.evaluation.tasks import read_split
 from pipeline.train import parse_arguments
 from tests.tools import reference
 
@@ -155,28 +153,6 @@ def _fixed_parts(message: str) -> list[str]:
     """Return the parts of an example that are not values."""
     parts = re.split(r"\.\.\.|'[^']*'|[\d,]*\d", message)
     return [part.strip(" :()") for part in parts if len(part.strip(" :()")) > 3]
-
-
-def test_held_out_rows_become_the_task_that_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = [{"query": f"q {k}", "positives": [f"a {k // 2}", f"b {k}"]} for k in range(4)]
-    (tmp_path / "faq").mkdir()
-    (tmp_path / "faq" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    program = blocks(DOCS / "evaluate.md", "python")[0]
-
-    exec(program, {})
-    split = read_split(OwnTask(name="faq", path=Path("data/faq-test")))
-
-    corpus, queries = (
-        {row["id"]: row["text"] for row in split[part]} for part in ("corpus", "queries")
-    )
-    found = {
-        queries[query]: {corpus[name] for name in judged}
-        for query, judged in split["relevant_docs"].items()
-    }
-    assert found == {row["query"]: set(row["positives"]) for row in rows}
 
 
 def test_the_walk_to_a_source_format_ends_at_rows(

@@ -301,6 +301,10 @@ class PrepareConfig:
     """End every text with EOS, even if the tokenizer does not."""
     decontaminate: DecontaminateConfig | None = None
     """Evaluation sets whose texts are dropped."""
+    holdout: Annotated[float, Field(gt=0, le=0.5)] | None = None
+    """Keep this share of the documents, and the rows that ask for them, out of training; `holdout/`
+    in the folder of shards then holds them as tasks for `diffembed evaluate`.
+    """
     near_duplicates: Annotated[float, Field(ge=0.5, le=1)] | None = None
     """Merge documents of at least this Jaccard similarity; null keeps all."""
     reuse: UserPath | None = None

@@ -308,6 +308,7 @@ def _pad(ids: IntArray, total: float = 0.0) -> Prediction:
 
 # Batches whose queries are checked for negatives before a run starts.
 _CHECKED_STEPS = 8
+_MANY_EPOCHS = 10
 
 
 def open_dataset(config: TrainConfig, *, verify: bool) -> Dataset:
@@ -371,3 +372,31 @@ def require_negatives(loader: Loader, config: TrainConfig) -> str:
             + (", or set loss.negatives: batch" if own else ""),
         )
     return f"{found}: they teach nothing" if lacking else ""
+
+
+def data_warnings(loader: Loader, config: TrainConfig) -> list[str]:
+    """Check that batches and steps suit the data; return what a user should know before the run.
+
+    Raises:
+        UserError: no query has a negative, so that there is nothing to learn.
+    """
+    if config.objective is not None:
+        return []
+    found = [require_negatives(loader, config)]
+    size = config.data.global_batch_size
+    documents = loader.num_different(0)[1]
+    # Two for each query are usual: a positive and a hard negative.
+    if 2 * documents < size and config.loss.negatives != "own":
+        found.append(
+            f"a batch of {size:,} queries holds only {documents:,} different documents of "
+            f"{loader.dataset.manifest.num_documents:,}; a larger data.global_batch_size adds "
+            "queries, but hardly a negative"
+        )
+    examples = sum(unit.size for unit in loader.order.units)
+    epochs = config.num_steps * size / examples
+    if epochs > _MANY_EPOCHS:
+        found.append(
+            f"{epochs:.0f} epochs of {examples:,} examples; after about {_MANY_EPOCHS} a model "
+            "learns them by heart: lower num_steps, or compare scores of earlier checkpoints"
+        )
+    return [warning for warning in found if warning]

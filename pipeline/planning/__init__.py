@@ -22,7 +22,7 @@ from pipeline.config import TrainConfig, as_tree
 from pipeline.config.model import local_file, model_fix
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
-from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
+from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import UserError
 from pipeline.loss.tiles import (
     DEFAULT_SCORE_BYTES,
@@ -64,7 +64,7 @@ class RunPlan:
     target: Target
     schedule: Schedule
     keep_graphs: int
-    warning: str  # about queries without negatives, if any
+    warnings: list[str]  # about data that do not suit the run
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -100,7 +100,7 @@ def plan_run(
         dataset = Dataset.open(config.data.path, verify=False)
         dataset.require_model(config.model)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
-    warning = require_negatives(loader, config)
+    warnings = data_warnings(loader, config)
     tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
     batch = loader.batch(0)
     if build:
@@ -149,7 +149,7 @@ def plan_run(
         target=target,
         schedule=schedule,
         keep_graphs=_keep_graphs(config, shape, workload, schedule, target, len(tokens[0])),
-        warning=warning,
+        warnings=warnings,
     )
 
 
@@ -290,7 +290,7 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
             f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
             f"on {workload.world_size} ranks",
         ),
-        *([("warning", plan.warning)] if plan.warning else []),
+        *(("warning", warning) for warning in plan.warnings),
     ]
     return _align(lines) + "\n\n" + memory_table(plan, config)
 

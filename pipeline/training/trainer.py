@@ -23,7 +23,7 @@ from pipeline import checkpoint_folder, comm
 from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
-from pipeline.data.text_loader import make_loader, open_dataset, require_negatives
+from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
 from pipeline.launch import World
@@ -86,7 +86,7 @@ def train(
     # Checks that need no other rank come before joining: a faulty rank then ends at once.
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
-    warning = require_negatives(loader, config)
+    warnings = data_warnings(loader, config)
     objective = make_objective(config, loader)
     comm.start(world)
     set_determinism(config.deterministic)
@@ -98,7 +98,7 @@ def train(
     # Before the model is loaded: a finished run, or another run's checkpoint, is known in seconds.
     if newest and _is_finished(newest, run, config, identity):
         return
-    if warning:
+    for warning in warnings:
         _say(warning)
     training = Training(
         config,

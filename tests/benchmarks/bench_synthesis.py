@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_synthesis --concepts 10000 --problems 8
 
 The server writes sums (`Behaviour.cheap`) in a process of its own, on the same cores. With
-`--without-http` the same answers come from inside the process: memory, rows and resume at full size
-without the time of a real transport.
+`--kills 3` the run is killed three times on its way, and answers that were asked for twice are
+counted: each kill may cost the requests in flight. With `--without-http` the same answers come from
+inside the process: memory, rows and resume at full size without the time of a real transport.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,9 +33,8 @@ from ReasonAug.synthesis.servers import body_of, read_reply
 from tests.reasonaug.language_server import Behaviour, LanguageServer
 
 
-def run(config: Path, *, without_http: bool = False) -> tuple[float, float, float]:
-    """Return seconds, CPU seconds and peak memory in MB of one `synthesize`."""
-    began = time.monotonic()
+def start(config: Path, *, without_http: bool = False) -> subprocess.Popen[bytes]:
+    """Start one `synthesize`."""
     command = [sys.executable, "-m", "ReasonAug", "synthesize", str(config)]
     if without_http:
         command = [
@@ -43,11 +44,33 @@ def run(config: Path, *, without_http: bool = False) -> tuple[float, float, floa
             "--inside",
             str(config),
         ]
-    process = subprocess.Popen(command)
+    return subprocess.Popen(command)
+
+
+def run(config: Path, *, without_http: bool = False) -> tuple[float, float, float]:
+    """Return seconds, CPU seconds and peak memory in MB of one `synthesize`."""
+    began = time.monotonic()
+    process = start(config, without_http=without_http)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0, status
     cpu = used.ru_utime + used.ru_stime
     return time.monotonic() - began, cpu, used.ru_maxrss / 1024
+
+
+def num_answers(url: str) -> int:
+    """Return the number of answers that the server has given."""
+    with urllib.request.urlopen(url.replace("/v1", "/stats")) as answer:
+        found: int = json.load(answer)["answers"]
+    return found
+
+
+def kill_at(config: Path, url: str, answers: int) -> None:
+    """Start a `synthesize`, and kill it once the server has given so many answers."""
+    process = start(config)
+    while num_answers(url) < answers and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 class Inside:
@@ -81,6 +104,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=10_000)
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--without-http", action="store_true")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -113,19 +137,22 @@ def main() -> None:
                     "limits": {"concurrency": arguments.concurrency},
                 }
                 config.write_text(json.dumps(tree))
-                without_http = arguments.without_http
-                seconds, cpu, memory = run(config, without_http=without_http)
-                with urllib.request.urlopen(url.replace("/v1", "/stats")) as answer:
-                    answers = json.load(answer)["answers"]
+                # A definition for each concept, a problem and a second solution for each problem.
+                expected = arguments.concepts * (1 + 2 * arguments.problems)
+                for kill in range(1, arguments.kills + 1):
+                    kill_at(config, url, expected * kill // (arguments.kills + 1))
+                seconds, cpu, memory = run(config, without_http=arguments.without_http)
+                answers = num_answers(url)
                 rows = sum(1 for _ in (folder / "out" / "rows.jsonl").open())
                 resumed, resumed_cpu, _ = run(config)
             finally:
                 server.kill()
         size = sum(path.stat().st_size for path in (folder / "out" / "ledger").iterdir())
         print(
-            f"{arguments.concepts:,} concepts x {arguments.problems}: {answers:,} requests in "
-            f"{seconds:.0f} s ({cpu:.0f} s of CPU) with {rows:,} rows, peak {memory:.0f} MB, "
-            f"ledger {size / 2**20:.0f} MiB; resume of the finished run {resumed:.1f} s "
+            f"{arguments.concepts:,} concepts x {arguments.problems}: {answers:,} answers, the "
+            f"last run in {seconds:.0f} s ({cpu:.0f} s of CPU), {rows:,} rows, peak {memory:.0f} "
+            f"MB, ledger {size / 2**20:.0f} MiB; {max(0, answers - expected)} asked twice after "
+            f"{arguments.kills} kills; resume of the finished run {resumed:.1f} s "
             f"({resumed_cpu:.1f} s of CPU)"
         )
 

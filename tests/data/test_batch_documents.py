@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 from pathlib import Path
@@ -23,8 +24,8 @@ from pipeline.config import (
 )
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import data_warnings, require_negatives
 from pipeline.data.text_loader import make_loader as make_any_loader
-from pipeline.data.text_loader import require_negatives
 from pipeline.errors import UserError
 from tests.mined_data import BANDS, NUM_CANDIDATES
 
@@ -196,6 +197,22 @@ def test_queries_without_a_negative_among_others_are_counted(
     assert check(opened) == ""
     own = LossConfig(negatives="own")
     assert "8 of 16 queries in the first 2 batches have no negative" in check(opened, loss=own)
+
+
+def test_a_batch_with_few_documents_and_many_epochs_are_warned_of(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [{"query": f"q {k}", "positives": [f"p {k % 3}"]} for k in range(16)]
+    opened = open_rows(make_config, tmp_path, rows)
+    config = train_config(opened)
+    loader = make_any_loader(opened, config, rank=0, world_size=1)
+    assert data_warnings(loader, config) == [
+        "a batch of 8 queries holds only 3 different documents of 3; a larger "
+        "data.global_batch_size adds queries, but hardly a negative"
+    ]
+    for steps, epochs in ((20, []), (22, ["11 epochs of 16 examples"])):
+        warnings = data_warnings(loader, dataclasses.replace(config, num_steps=steps))
+        assert [text.partition(";")[0] for text in warnings[1:]] == epochs
 
 
 def test_a_teacher_score_that_is_no_number_is_named_by_the_loader(

