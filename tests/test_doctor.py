@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from pipeline import doctor
 from pipeline.cli import app
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, dump_config
+from pipeline.config.explain import KINDS
 from pipeline.doctor import cluster, machine, packages, ranks
 from pipeline.doctor.finding import Finding, guarded
-from pipeline.doctor.readiness import check_config
+from pipeline.doctor.readiness import CHECKS, check_config
 from tests.fake_slurm import FakeSlurm, put_command
 from tests.tiny_models import prepare_tiny
 
@@ -464,6 +465,23 @@ def test_sources_of_a_data_config_are_found_in_files_and_caches(
     assert found["tokenizer"] == found["output_dir"] == "ok"
 
 
+def test_models_and_shards_of_a_mining_are_looked_for(tmp_path: Path, shards: Path) -> None:
+    assert set(CHECKS) == set(KINDS)
+    models = {"words": "bm25", "here": str(shards / "model"), "gone": str(tmp_path / "gone")}
+    tree = {
+        "data": str(shards / "shards"),
+        "output": str(tmp_path / "mined"),
+        "retrievers": [{"name": name, "path": path} for name, path in models.items()],
+    }
+    config = tmp_path / "mine.yaml"
+    config.write_text(json.dumps(tree))
+
+    found = levels(list(check_config(config)))
+
+    assert [found[f"retrievers.{name}"] for name in models] == ["ok", "ok", "fail"]
+    assert found["data"] == found["output"] == "ok"
+
+
 def test_exports_and_own_tasks_of_an_evaluation_are_looked_for(
     evaluation: Path, tmp_path: Path
 ) -> None:
@@ -553,6 +571,7 @@ def test_a_launcher_that_is_not_there_is_the_users_error() -> None:
 
 SCRIPTS = {
     "prepare": ["data.yaml"],
+    "mine": ["mine.yaml"],
     "train": ["train.yaml", "--deepspeed", "zero3.json"],
     "export": ["train.yaml"],
     "evaluate": ["run", "evaluate.yaml"],

@@ -360,6 +360,26 @@ def test_a_synthesis_counts_answers_failures_and_items_of_each_stage(tmp_path: P
     assert (look(tmp_path).state, look(tmp_path).fact("rows")) == ("finished", "7")
 
 
+def test_shards_that_are_mined_show_the_parts_of_each_step_until_they_are_there(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "mine.yaml"
+    tree = {"data": "a", "output": str(tmp_path / "mined"), "retrievers": [{"name": "b"}]}
+    config.write_text(json.dumps(tree))
+    assert look(config).state == "no task yet"
+    for name in ("texts-0a/documents/0", "texts-0a/documents/1", "found-1b/0"):
+        (tmp_path / "mining" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mining" / name).touch()
+
+    view = look(config)
+
+    assert view.state == "running"
+    assert sorted(re.findall(r"\w+ \d", view.fact("tasks"))) == ["found 1", "texts 2"]
+    (tmp_path / "mined").mkdir()
+    (tmp_path / "mined" / "manifest.json").write_text('{"num_examples": 9, "num_documents": 8}')
+    assert look(config).fact("rows") == "9 examples, 8 documents"
+
+
 def test_a_folder_of_several_runs_shows_one_line_for_each(tmp_path: Path) -> None:
     make_run(tmp_path / "a", steps=20)
     make_run(tmp_path / "b", steps=5)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import (
+    BM25,
     ChainConfig,
     EvaluateConfig,
     EvaluatedModel,
+    MineConfig,
     ModelConfig,
     PrepareConfig,
     ProbeConfig,
@@ -55,18 +57,11 @@ def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Findi
     kind = kind_of(path)
     config: Any = load_config(KINDS[kind], path, overrides)
     yield Finding(check="config", level="ok", found=f"{path}: a config of {kind}")
-    checks: dict[str, Callable[[Any, Made], Iterator[Finding]]] = {
-        **{"starter": _starter, "prepare": _prepare, "train": _train},
-        **{"evaluate": _evaluate, "probe": _probe, "chain": _chain},
-    }
-    if kind in checks:
-        yield from checks[kind](config, made)
-    else:
-        yield from _output(config.output_dir)
+    yield from CHECKS[kind](config, made)
 
 
 def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
-    stages = [("synthesize", config.synthesize), ("prepare", config.prepare)]
+    stages = [(name, getattr(config, name)) for name in ("synthesize", "prepare", "mine")]
     for name, path in (*stages, ("train", config.train), ("evaluate", config.evaluate)):
         if path is None:
             continue
@@ -78,7 +73,8 @@ def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
 def _outputs(path: Path, chain: ChainConfig) -> Made:
     """Return the folders and files that the command of a config makes."""
     try:
-        folder = Path(str(read_tree(path)["output_dir"])).expanduser()
+        tree = read_tree(path)
+        folder = Path(str(tree["output" if "retrievers" in tree else "output_dir"])).expanduser()
     except (UserError, KeyError):
         return frozenset()  # its own check names the fault
     exports = [step.output or RunDir(folder).export for step in chain.exports]
@@ -103,6 +99,25 @@ def _prepare(config: PrepareConfig, made: Made) -> Iterator[Finding]:
         name = f"decontaminate.{found.name}"
         yield from guarded(name, partial(_data, found.path, name, found.split))
     yield from _output(config.output_dir)
+
+
+def _mine(config: MineConfig, made: Made) -> Iterator[Finding]:
+    yield from guarded("data", partial(_dataset, config.data, "data", made))
+    for retriever in config.retrievers:
+        yield from guarded(
+            f"retrievers.{retriever.name}",
+            partial(_retriever, retriever.path, f"retrievers.{retriever.name}"),
+        )
+    for corpus in config.corpora:
+        name = f"corpora.{corpus.name}"
+        yield from guarded(name, partial(_data, corpus.path, name, corpus.split))
+    if (teacher := config.teacher) and teacher.path is not None:
+        yield from guarded("teacher.path", partial(_retriever, teacher.path, "teacher.path"))
+    if teacher and teacher.key_variable:
+        yield from _variable("teacher.key_variable", teacher.key_variable)
+    yield from check_folder(config.output, "output")
+    if config.store is not None:
+        yield from check_folder(config.store, "store")
 
 
 def _train(config: TrainConfig, made: Made) -> Iterator[Finding]:
@@ -140,13 +155,8 @@ def _synthesis(path: Path, overrides: tuple[str, ...]) -> Iterator[Finding]:
 
     state = describe_synthesis((str(path), *overrides))
     yield Finding(check="config", level="ok", found=f"{path}: a synthesis by {state.model}")
-    if state.api_key_env and not os.environ.get(state.api_key_env):
-        yield Finding(
-            check="model.servers",
-            level="fail",
-            found=f"{state.api_key_env} is not set",
-            fix=f"export {state.api_key_env}=..., the key of the servers",
-        )
+    if state.api_key_env:
+        yield from _variable("model.servers", state.api_key_env)
     yield from _output(state.output_dir)
 
 
@@ -168,6 +178,23 @@ def _file(path: Path, key: str) -> Iterator[Finding]:
     yield Finding(check=key, level="ok", found=str(path))
 
 
+def _variable(key: str, name: str) -> Iterator[Finding]:
+    """Yield whether the variable with the key of a server is set; its value is never shown."""
+    if os.environ.get(name):
+        yield Finding(check=key, level="ok", found=f"{name} is set")
+    else:
+        fix = f"export {name}=..., the key of the servers"
+        yield Finding(check=key, level="fail", found=f"{name} is not set", fix=fix)
+
+
+def _retriever(path: str, key: str) -> Iterator[Finding]:
+    if path == BM25:
+        yield Finding(check=key, level="ok", found=path)
+        return
+    size = _weights(path, None, key=key)
+    yield Finding(check=key, level="ok", found=f"{path}: {size / 1e9:.2f} GB")
+
+
 def _model(config: ModelConfig) -> Iterator[Finding]:
     size = _weights(config.path, config.revision)
     yield Finding(check="model.path", level="ok", found=f"{config.path}: {size / 1e9:.2f} GB")
@@ -182,15 +209,15 @@ def _model(config: ModelConfig) -> Iterator[Finding]:
     yield from guarded("tokenizer", lambda: _tokenizer(config.path))
 
 
-def _weights(path: str, revision: str | None) -> int:
+def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int:
     """Return the bytes of a model's weights on this machine.
 
     Raises:
         UserError: a file of it is missing, or a pointer of Git LFS.
     """
-    require_model_path(path, key="model.path")
+    require_model_path(path, key=key)
     if local_file(path, "config.json", revision) is None:
-        raise UserError(f"model.path: no config.json in {path}", fix=model_fix(path))
+        raise UserError(f"{key}: no config.json in {path}", fix=model_fix(path))
     names = ["model.safetensors"]
     if index := local_file(path, _INDEX, revision):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -200,10 +227,10 @@ def _weights(path: str, revision: str | None) -> int:
     for name in names:
         file = local_file(path, name, revision)
         if file is None:
-            raise UserError(f"model.path: {path} lacks {name}", fix=model_fix(path))
+            raise UserError(f"{key}: {path} lacks {name}", fix=model_fix(path))
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"model.path: {file} is a Git LFS pointer", fix=model_fix(path))
+                raise UserError(f"{key}: {file} is a Git LFS pointer", fix=model_fix(path))
         total += file.stat().st_size
     return total
 
@@ -219,17 +246,23 @@ def _tokenizer(path: str) -> Iterator[Finding]:
 
 
 def _shards(config: TrainConfig, made: Made) -> Iterator[Finding]:
-    from pipeline.data.manifest import FILE_NAME
     from pipeline.data.shards import Dataset
     from pipeline.submission.chain import require_shards
 
     path = config.data.path
-    if path in made and not (path / FILE_NAME).is_file():
-        yield Finding(check="data.path", level="ok", found=f"{path}: made by an earlier stage")
+    if path not in made or Dataset.exists(path):
+        require_shards(config)
+    yield from _dataset(path, "data.path", made)
+
+
+def _dataset(path: Path, key: str, made: Made) -> Iterator[Finding]:
+    from pipeline.data.shards import Dataset
+
+    if path in made and not Dataset.exists(path):
+        yield Finding(check=key, level="ok", found=f"{path}: made by an earlier stage")
         return
-    require_shards(config)
     number = Dataset.open(path).manifest.num_examples
-    yield Finding(check="data.path", level="ok", found=f"{path}: {number:,} examples")
+    yield Finding(check=key, level="ok", found=f"{path}: {number:,} examples")
 
 
 def _source(source: SourceConfig, made: Made) -> Iterator[Finding]:
@@ -316,3 +349,15 @@ def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
 
         check_tasks(of_mteb, config.snapshots)
     yield Finding(check="tasks", level="ok", found=f"the data of {len(tasks)} tasks are here")
+
+
+# By the kind of config; every kind has one.
+CHECKS: dict[str, Callable[[Any, Made], Iterator[Finding]]] = {
+    "starter": _starter,
+    "prepare": _prepare,
+    "mine": _mine,
+    "train": _train,
+    "evaluate": _evaluate,
+    "probe": _probe,
+    "chain": _chain,
+}

@@ -23,6 +23,7 @@ from pipeline.watch.chains import (
     describe_several,
     describe_shards,
     describe_synthesis,
+    mining_store,
     output_dir,
 )
 from pipeline.watch.evaluations import describe_evaluation
@@ -163,9 +164,9 @@ def _of_config(path: Path) -> Look:
         return functools.partial(describe_run, root, Metrics(root / "metrics.jsonl"))
     if kind == "evaluate":
         return functools.partial(describe_evaluation, root, path)
-    if kind == "prepare":
-        return functools.partial(describe_shards, root)
+    if kind in ("prepare", "mine"):
+        return functools.partial(describe_shards, root, mining_store(path))
     raise UserError(
         f"{path}: a config of `diffembed {kind}`",
-        allowed="a config of prepare, train, evaluate, a synthesis or a chain",
+        allowed="a config of prepare, mine, train, evaluate, a synthesis or a chain",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline import checkpoint_folder
@@ -43,12 +43,13 @@ def describe_chain(path: Path, metrics: Metrics) -> View:
 
 
 def output_dir(config: Path) -> Path:
-    """Return the `output_dir` of a config of any kind.
+    """Return the folder that the command of a config writes: its `output_dir` or `output`.
 
     Raises:
         UserError: the file cannot be read, or sets none.
     """
-    found = read_tree(config).get("output_dir")
+    tree = read_tree(config)
+    found = tree.get("output_dir", tree.get("output"))
     if not isinstance(found, str):
         raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
     return Path(expand_path(found))
@@ -58,10 +59,11 @@ def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:
     if chain.synthesize:
         folder = output_dir(chain.synthesize)
         yield _stage("synthesize", describe_synthesis(folder), folder, folder / "jobs")
-    if chain.prepare:
-        folder = output_dir(chain.prepare)
-        jobs = folder.with_name(f"{folder.name}-jobs")
-        yield _stage("prepare", describe_shards(folder), folder, jobs)
+    for name, config in (("prepare", chain.prepare), ("mine", chain.mine)):
+        if config:
+            folder = output_dir(config)
+            jobs = folder.with_name(f"{folder.name}-jobs")
+            yield _stage(name, describe_shards(folder, mining_store(config)), folder, jobs)
     run = output_dir(chain.train)
     view = describe_run(run, metrics)
     yield _stage("train", view, run, run / "jobs")
@@ -198,11 +200,27 @@ def building(root: Path) -> Path:
     return root.with_name(f".{root.name}.building")
 
 
-def describe_shards(root: Path) -> View:
-    """Describe prepared shards, or how far their preparation is."""
+def mining_store(config: Path) -> Path | None:
+    """Return the folder in which a mining keeps its work; None for a config of another kind."""
+    tree = read_tree(config)
+    if "retrievers" not in tree:
+        return None
+    given = tree.get("store")
+    return (
+        Path(expand_path(given)) if isinstance(given, str) else output_dir(config).parent / "mining"
+    )
+
+
+def describe_shards(root: Path, store: Path | None = None) -> View:
+    """Describe prepared or mined shards, or how far they are.
+
+    Args:
+        root: the dataset's folder.
+        store: see `mining_store`.
+    """
     manifest = read_json_or_none(root / "manifest.json")
     if not isinstance(manifest, dict):
-        return _describe_building(root)
+        return _describe_building(root, store)
     number, documents = (manifest.get(key, 0) for key in ("num_examples", "num_documents"))
     sources = tuple(
         (
@@ -224,14 +242,16 @@ def describe_shards(root: Path) -> View:
     )
 
 
-def _describe_building(root: Path) -> View:
-    tasks = sorted(building(root).glob("*/*.json"), key=lambda path: -(age(path) or 0.0))
-    steps: dict[str, int] = {}
-    for path in tasks:
-        steps[path.parent.name] = steps.get(path.parent.name, 0) + 1
-    quiet = min((age(path) or 0.0 for path in building(root).glob("*/*")), default=None)
+def _describe_building(root: Path, store: Path | None) -> View:
+    done = _parts_by_step(building(root).glob("*/*.json"))
+    files = list(building(root).glob("*/*"))
+    if store is not None:
+        # STORE/STEP-KEY/...: steps of other settings may be there too.
+        found = [path for path in store.glob("*-*/**/*") if path.is_file()]
+        done, files = _parts_by_step(found, store), [*files, *found]
+    quiet = min((age(path) or 0.0 for path in files), default=None)
     state, tone = _activity(quiet, "task")
-    names = ", ".join(f"{name} {count}" for name, count in steps.items())
+    names = ", ".join(f"{name} {count}" for name, count in done.items())
     jobs = jobs_grid(root.with_name(f"{root.name}-jobs"))
     return View(
         title=f"shards {root}",
@@ -240,6 +260,17 @@ def _describe_building(root: Path) -> View:
         facts=(Fact(name="tasks", value=f"done by step: {names}" if names else "none yet"),),
         grids=(jobs,) if jobs else (),
     )
+
+
+def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> dict[str, int]:
+    """Count the finished parts of each step, in the order in which the steps began."""
+    steps: dict[str, int] = {}
+    for path in sorted(paths, key=lambda path: -(age(path) or 0.0)):
+        name = path.parent.name
+        if store is not None:
+            name = path.relative_to(store).parts[0].rpartition("-")[0]
+        steps[name] = steps.get(name, 0) + 1
+    return steps
 
 
 # --- several ---------------------------------------------------------------------------------
