@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeConfig, World, write_rows
+from mining_support import MakeConfig, World, write_rows
 
 from pipeline import mining
 from pipeline.config import (
@@ -152,7 +152,7 @@ def test_documents_are_shared_and_train_reads_the_folder(
         assert all(np.array_equal(*pair) for pair in same)
 
 
-@pytest.mark.parametrize("rows", [7, 50])
+@pytest.mark.parametrize("rows", [14, 50])
 def test_any_block_size_gives_the_same_bytes(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:

