@@ -36,6 +36,7 @@ from pipeline.config import (
     WindowConfig,
 )
 from pipeline.data.prepare import prepare
+from pipeline.data.prepare.clean import hash_text
 from pipeline.data.shards import Dataset
 from pipeline.files import save_vectors
 from pipeline.mining import mine
@@ -161,7 +162,7 @@ def peer(folder: Path, quick: bool) -> None:
     model = SentenceTransformer(MINILM, device="cpu")
     model.max_seq_length = 256
     before = peak_bytes()
-    _, theirs = timed(
+    tuples, theirs = timed(
         lambda: mine_hard_negatives(
             pairs,
             model,
@@ -177,6 +178,26 @@ def peer(folder: Path, quick: bool) -> None:
     queries = f"{ours.num_examples:,} queries"
     print(f"| diffembed mine, {queries} | {seconds:.1f} s | {peak / 2**20:.0f} MiB |")
     print(f"| mine_hard_negatives | {theirs:.1f} s | {rest / 2**20:.0f} MiB more |")
+    print(
+        f"\n{shared_answers(ours, tuples):.1%} of its negatives are among ours, which are in fp16."
+    )
+
+
+def shared_answers(ours: Dataset, tuples: Any) -> float:
+    """The share of the peer's negatives that our example of the same positive has."""
+    numbers = {key: k for k, key in enumerate(ours.documents.hashes().tolist())}
+    positives = ours.examples.views("positives", np.arange(ours.num_examples))
+    # Problems may share a solution; all of their negatives count.
+    own: dict[int, set[int]] = {}
+    for row, negatives in zip(positives, negatives_of(ours), strict=True):
+        own.setdefault(int(row[0]), set()).update(negatives)
+    hits = total = 0
+    for row in tuples:
+        texts = [text for name, text in row.items() if name.startswith("negative")]
+        found = {numbers[hash_text(text).rstrip(b"\0")] for text in texts}
+        hits += len(found & own[numbers[hash_text(row["positive"]).rstrip(b"\0")]])
+        total += len(found)
+    return hits / max(1, total)
 
 
 def planted(folder: Path, quick: bool) -> None:
@@ -215,8 +236,6 @@ def planted(folder: Path, quick: bool) -> None:
 
 def concepts_of(dataset: Dataset, by_solution: dict[str, str]) -> list[str]:
     """The concept of each document, found by its tokens."""
-    from pipeline.data.prepare.clean import hash_text
-
     hashes = {hash_text(text).rstrip(b"\0"): name for text, name in by_solution.items()}
     return [hashes[key] for key in dataset.documents.hashes().tolist()]
 
