@@ -197,9 +197,12 @@ def mine(
 ) -> None:
     """Find hard negatives for prepared shards; alone, under mpirun or under srun."""
     tree = load(MineConfig, config, overrides)
+    from pipeline.launch import discover_world
     from pipeline.mining import mine as mine_shards
 
-    mine_shards(tree, num_workers=workers)
+    folder = mine_shards(tree, num_workers=workers)
+    if discover_world().is_main:
+        print(f"next: diffembed train CONFIG, with data.path: {folder}")
 
 
 @app.command()

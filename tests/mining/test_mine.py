@@ -17,7 +17,10 @@ from mining_support import MakeConfig, World, write_rows
 
 from pipeline import mining
 from pipeline.config import (
+    BandConfig,
+    CandidatesConfig,
     CorpusConfig,
+    DataConfig,
     DecontaminateConfig,
     EvaluationSetConfig,
     MarginConfig,
@@ -25,6 +28,7 @@ from pipeline.config import (
     TeacherConfig,
     WindowConfig,
 )
+from pipeline.data.loader import Loader
 from pipeline.data.prepare.tokenise import minhash
 from pipeline.data.shards import Dataset, inspect_dataset
 from pipeline.errors import UserError
@@ -418,3 +422,37 @@ def test_a_missing_model_and_a_damaged_store_end_in_one_line(
     shutil.rmtree(next((tmp_path / "store").glob("found-*")))
     with pytest.raises(UserError, match="does not match its hash"):
         mine(make_config("again"), num_workers=1)
+
+
+def test_a_training_batch_draws_from_the_mined_candidates_and_reads_the_vectors(
+    world: World, make_config: MakeConfig
+) -> None:
+    bands = (
+        BandConfig(name="hard", last=5, share=0.5),
+        BandConfig(name="easy", last=25, share=0.5),
+    )
+    config = make_config(
+        candidates=12,
+        choose="bands",
+        bands=bands,
+        negatives=4,
+        teacher=TeacherConfig(path=str(world.export), kind="bi_encoder", vectors=True),
+    )
+    mine(config, num_workers=1)
+    dataset = Dataset.open(config.output)
+    settings = DataConfig(
+        path=config.output,
+        global_batch_size=16,
+        num_hard_negatives=3,
+        candidates=CandidatesConfig(),
+    )
+    batch = Loader(dataset, settings, max_chunk_tokens=4000, teacher_vectors=True).batch(0)
+
+    drawn = [len(row) for row in batch.negatives]
+    assert max(drawn) == 3
+    info = dataset.manifest.mining
+    assert info is not None and info.bands == ("hard", "easy")
+    counts = np.bincount(
+        np.concatenate(dataset.examples.views("candidate_bands", np.arange(120))), minlength=2
+    )
+    assert (counts > 0).all()
