@@ -408,6 +408,7 @@ def test_every_part_that_is_missing_is_named_at_once(tmp_path: Path, shards: Pat
     assert {name: finding.level for name, finding in findings.items()} == {
         **{"model.path": "fail", "data.path": "fail", "output_dir": "fail"}
     }
+    assert findings["model.path"].found.startswith("no config.json in some/model")
     assert "hf download some/model-that-is-nowhere" in findings["model.path"].fix
     assert "diffembed prepare" in findings["data.path"].fix
 

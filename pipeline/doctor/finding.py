@@ -36,7 +36,8 @@ def guarded(name: str, check: Check) -> Iterator[Finding]:
     try:
         yield from check()
     except UserError as error:
-        yield Finding(check=name, level="fail", found=error.found, fix=fix_of(error))
+        found = error.found.removeprefix(f"{name}: ")  # most errors begin with the key
+        yield Finding(check=name, level="fail", found=found, fix=fix_of(error))
     except Exception as error:
         explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
         if explained is not None:
