@@ -21,7 +21,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,7 +296,12 @@ def _identify(model: RetrieverConfig | TeacherConfig, *, key: str) -> tuple[str,
         assert isinstance(model, TeacherConfig)
         return str(model.url), key_of(model.url, model.model)
     if model.path == BM25:
-        return BM25, key_of(BM25, version("bm25s"))
+        try:
+            return BM25, key_of(BM25, version("bm25s"))
+        except PackageNotFoundError as error:
+            raise UserError(
+                f"{key}: {BM25} needs the package bm25s", fix="pip install 'diffembed[mine]'"
+            ) from error
     folder = local_folder(model.path, key=key)
     weights = export_fingerprint(Path(folder))
     settings = [as_tree(model)[name] for name in ("template", "max_length", "precision")]

@@ -8,6 +8,7 @@ import functools
 import json
 import shutil
 import threading
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -456,3 +457,16 @@ def test_a_training_batch_draws_from_the_mined_candidates_and_reads_the_vectors(
         np.concatenate(dataset.examples.views("candidate_bands", np.arange(120))), minlength=2
     )
     assert (counts > 0).all()
+
+
+def test_bm25_without_its_package_is_named(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("pipeline.mining.plan.version", missing)
+    config = make_config(retrievers=(RetrieverConfig(name="words", path="bm25"),))
+
+    with pytest.raises(UserError, match=r"retrievers\.words\.path: bm25 needs the package bm25s"):
+        mine(config, num_workers=1)
