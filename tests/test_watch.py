@@ -150,6 +150,20 @@ def test_a_run_without_a_step_and_a_run_that_is_over_say_so(tmp_path: Path) -> N
     assert look(other).state == "not running: last step 2:00 h ago"
 
 
+def test_a_run_that_logs_few_of_its_steps_is_not_late_between_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=0, num_steps=1000)
+    held = RunDir(run)
+    held.claim()
+    ten_minutes_ago = time.time() - 600
+    for every, state in ((1, "running, no step for 10 min"), (100, "running")):
+        log = JsonLines(run / "metrics.jsonl", 0)
+        for step in (every - 1, 2 * every - 1):
+            log.log(step, values(step, seconds=3.0))
+        os.utime(run / "metrics.jsonl", (ten_minutes_ago, ten_minutes_ago))
+        assert look(run).state == state
+        assert look(run).fact("step").startswith(f"{2 * every} of 1,000")
+
+
 def test_a_step_without_a_finite_loss_is_counted_and_breaks_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     log = JsonLines(run / "metrics.jsonl", 3)

@@ -32,8 +32,7 @@ from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
 Line = dict[str, Any]
 # Means are over so many of the newest steps.
 _RECENT = 50
-# Without a lock to see, a run is called running while its last step is younger than so many
-# typical steps, and than a minute.
+# A step is late after so many times the usual pause between two lines, and after a minute.
 _PATIENCE_STEPS, _PATIENCE_SECONDS = 10, 60.0
 
 
@@ -108,9 +107,10 @@ def describe_run(root: Path, metrics: Metrics) -> View:
     num_steps = _number(tree, "num_steps")
     step = lines[-1]["step"] + 1 if lines else 0
     recent = lines[-_RECENT:]
-    # A step that was logged alone of several still names its own seconds.
     seconds = median(numbers(recent, "seconds") or [0.0])
-    state, tone = _state(run, step=step, num_steps=num_steps, seconds=seconds)
+    # Not every step need be logged.
+    gap = lines[-1]["step"] - lines[-2]["step"] if len(lines) > 1 else 1
+    state, tone = _state(run, step=step, num_steps=num_steps, seconds=gap * seconds)
     facts = [
         *_progress(step, num_steps, seconds, finished=state == "finished"),
         *_pace(recent, _number(tree, "data", "global_batch_size")),
@@ -150,6 +150,7 @@ def _number(tree: Any, *keys: str) -> int | None:
 
 
 def _state(run: RunDir, *, step: int, num_steps: int | None, seconds: float) -> tuple[str, Tone]:
+    """Return what the run does, and its tone; `seconds` are usual between two lines of metrics."""
     if num_steps is not None and step >= num_steps and not _is_locked(run):
         return "finished", "ok"
     quiet = age(run.metrics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import time
 from pathlib import Path
 from typing import Literal
@@ -90,12 +89,3 @@ def age(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
-
-
-def time_of(path: Path) -> str:
-    """Return the local time at which a file was last changed, to the second; empty without it."""
-    try:
-        at = datetime.datetime.fromtimestamp(path.stat().st_mtime)
-    except OSError:
-        return ""
-    return at.isoformat(sep=" ", timespec="seconds")
