@@ -273,7 +273,8 @@ class _LossAtWidth:
             dot = comm.all_reduce_(dot)
         guided, num_guided = self._config.guide is not None, self._num_guided
         if guided and self._config.negatives == "batch":
-            num_guided = comm.all_reduce_(num_guided)
+            # A copy: without documents here it is still the zero that other sums started from.
+            num_guided = comm.all_reduce_(num_guided.clone())
         return _Result(
             numbers=torch.stack([self._loss, self._num_correct, self._best_score, dot, num_guided]),
             guided=guided,
