@@ -209,6 +209,8 @@ tokenizer: {_quote(answers.model)}
 # Tokens; longer texts are cut and counted. The report of `prepare` shows how many.
 max_query_length: {query}
 max_document_length: {document}
+# Keep a tenth of the documents, and the rows that ask for them, to score before and after.
+# holdout: 0.1
 """
 
 
