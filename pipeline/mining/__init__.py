@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import BM25, MineConfig
-from pipeline.data.manifest import FILE_NAME, Manifest
+from pipeline.data.manifest import FILE_NAME, Manifest, read_manifest
 from pipeline.data.shards import AUDIT_NAME, Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.models import processes_here
@@ -167,8 +167,7 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
                 require_writable(config.store_folder, key="store")
                 lock = target.with_name(f".{target.name}.lock")
                 stack.enter_context(hold_lock(lock, tell=_print_lock_holder))
-                if not _is_done(config, plan, target):
-                    _start_or_continue(mining, plan)
+            _start_or_continue(mining, plan, target)
         workers.barrier()
         # Without a plan the dataset was already complete.
         if mining.plan_path.exists():
@@ -218,8 +217,15 @@ def _is_done(config: MineConfig, plan: MinePlan, target: Path) -> bool:
     )
 
 
-def _start_or_continue(mining: Mining, plan: MinePlan) -> None:
-    """Keep the unfinished folder of the same plan, or start another one."""
+def _start_or_continue(mining: Mining, plan: MinePlan, target: Path) -> None:
+    """Keep the unfinished folder of the same plan, or start another one.
+
+    Do neither if the dataset is complete, also by another process in the meantime.
+    """
+    if (target / FILE_NAME).is_file() and read_manifest(target).recipe == plan.result:
+        # Left by a process that was killed between its last steps.
+        write.remove_rest(mining)
+        return
     # Claims of killed ranks would keep their tasks from ever being done.
     shutil.rmtree(mining.building / "claims", ignore_errors=True)
     if mining.plan_path.exists():

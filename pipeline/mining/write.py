@@ -350,6 +350,11 @@ def publish(mining: Mining) -> Manifest:
     if target.is_dir():
         target.rmdir()  # empty, or an earlier check would have refused it
     (mining.building / "dataset").rename(target)
-    shutil.rmtree(mining.building)
-    mining.plan_path.unlink(missing_ok=True)
+    remove_rest(mining)
     return read_manifest(target)
+
+
+def remove_rest(mining: Mining) -> None:
+    """Remove what an unfinished mining keeps next to its output."""
+    mining.plan_path.unlink(missing_ok=True)
+    shutil.rmtree(mining.building, ignore_errors=True)

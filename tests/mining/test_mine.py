@@ -190,7 +190,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     mine(alone, num_workers=1)
     config = make_config("together", store=alone.output.parent / "another")
     first = Mining(config)
-    mining._start_or_continue(first, plan_mining(config))
+    mining._start_or_continue(first, plan_mining(config), config.output)
     ranks = [SrunWorkers(rank, count, alone.output.parent / "step") for rank in range(count)]
     faults: list[BaseException] = []
 
@@ -256,6 +256,25 @@ def test_only_what_a_change_concerns_is_computed_again(
 
     steps = [line.split()[1] for line in capsys.readouterr().err.splitlines() if "parts" in line]
     assert steps == ["check:", "levels:", "pick:", "write:", "complete:"]
+
+
+def test_a_mining_that_ends_right_after_its_last_rename_is_complete(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(retrievers=(RetrieverConfig(name="words", path="bm25"),))
+
+    def crash(_: Mining) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mining.write, "remove_rest", crash)
+        with pytest.raises(CrashError):
+            mine(config, num_workers=1)
+    before = contents(config.output)
+    mine(config, num_workers=1)
+
+    assert contents(config.output) == before
+    assert not Mining(config).plan_path.exists() and not Mining(config).building.exists()
 
 
 def test_a_complete_folder_is_kept_and_another_mining_refused(
