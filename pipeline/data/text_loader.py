@@ -374,14 +374,38 @@ def require_negatives(loader: Loader, config: TrainConfig) -> str:
     return f"{found}: they teach nothing" if lacking else ""
 
 
+def _require_scores(loader: Loader, config: TrainConfig) -> None:
+    """Check that each example that is drawn has a teacher's scores, if the loss learns them."""
+    dataset = loader.dataset
+    if not config.loss.distils_own or not dataset.manifest.has_scores:
+        return  # a dataset without any is refused by `LossConfig.require_fit`
+    for unit in loader.order.units:
+        ids = unit.example_ids(np.arange(unit.size))
+        lacking = dataset.examples.lengths("scores", ids) == 0
+        if config.data.candidates is not None:
+            candidates = dataset.examples.lengths("candidates", ids)
+            lacking |= dataset.examples.lengths("candidate_scores", ids) < candidates
+        if lacking.any():
+            source = unit.groups[0].source
+            raise UserError(
+                f"data.path: {dataset.folder}: {int(lacking.sum()):,} of {unit.size:,} examples of "
+                f"source {source} have no teacher's scores (the first is {ids[lacking][0]})",
+                allowed="scores in every example that loss.distillation draws",
+                fix=f"set data.weights: {{{source}: 0}}, score the rows with a teacher in "
+                "`diffembed mine`, or remove loss.distillation",
+            )
+
+
 def data_warnings(loader: Loader, config: TrainConfig) -> list[str]:
     """Check that batches and steps suit the data; return what a user should know before the run.
 
     Raises:
-        UserError: no query has a negative, so that there is nothing to learn.
+        UserError: no query has a negative, so that there is nothing to learn; or scores are
+            learned that examples do not have.
     """
     if config.objective is not None:
         return []
+    _require_scores(loader, config)
     found = [require_negatives(loader, config)]
     size = config.data.global_batch_size
     documents = loader.num_different(0)[1]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from pipeline.config import (
     CandidatesConfig,
     DataConfig,
+    DistillationConfig,
     LossConfig,
     ModelConfig,
     SourceConfig,
@@ -234,6 +235,30 @@ def test_a_teacher_score_that_is_no_number_is_named_by_the_loader(
     shard.write_bytes(damaged)
     with pytest.raises(UserError, match=r"a teacher score of example \d+ is nan"):
         make_loader(Dataset.open(opened.folder), batch=8).batch(0)
+
+
+def test_examples_without_the_scores_that_are_learned_are_refused_before_a_run(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    rows = [{"query": f"q {k}", "positives": [f"p {k}"], "negatives": [f"n {k}"]} for k in range(8)]
+    scored = [{**row, "query": f"r {row['query']}", "s": [1.0, 0.5]} for row in rows]
+    sources = [
+        SourceConfig(
+            name=name,
+            format="columns",
+            path=str(write_jsonl(tmp_path / f"{name}.jsonl", lines)),
+            columns=columns,
+        )
+        for name, lines, columns in (("taught", scored, {"scores": "s"}), ("plain", rows, {}))
+    ]
+    opened = Dataset.open(prepare(make_config(*sources), num_workers=1))
+    loader = make_loader(opened, batch=8)
+
+    config = train_config(opened)
+    learned = dataclasses.replace(config, loss=LossConfig(distillation=DistillationConfig()))
+    with pytest.raises(UserError, match=r"8 of 8 examples of source \w+ have no teacher's scores"):
+        data_warnings(loader, learned)
+    data_warnings(loader, config)
 
 
 PER_BAND = {"hard": 3, "easy": 2}
