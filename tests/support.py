@@ -39,14 +39,19 @@ def free_port() -> int:
 def share_folder(
     factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
 ) -> Path:
-    """Return a folder that `make` fills, once for all workers of a run, and no test changes."""
+    """Return a folder that `make` fills, once for all workers of a run, and no test changes.
+
+    Files that share folders of the same name have different ones.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = factory.mktemp(name)
         make(folder)
         return folder
-    folder = factory.getbasetemp().parent / name  # each worker's base is below the run's
-    done = folder.with_name(f"{name}.done")
-    with folder.with_name(f"{name}.lock").open("w") as lock:
+    caller = Path(sys._getframe(1).f_code.co_filename)
+    # Each worker's base is below the run's.
+    folder = factory.getbasetemp().parent / f"{caller.parent.name}-{caller.stem}-{name}"
+    done = folder.with_name(f"{folder.name}.done")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             folder.mkdir(exist_ok=True)

@@ -93,8 +93,8 @@ class DistillationConfig:
     temperature: PositiveFloat = 1.0
     """The teacher's scores are divided by this."""
     documents: Literal["own", "batch"] = "own"
-    """own: a query's positives and own negatives, by scores that the data hold; batch: all
-    documents of the global batch, by the cosines of the vectors that mining stored, for
+    """A query's positives and own negatives, by scores that the data hold (own), or all
+    documents of the global batch, by the cosines of the vectors that mining stored (batch), for
     which a temperature of 0.02 to 0.1 is usual.
     """
 
@@ -113,8 +113,8 @@ class GuideConfig:
     it by as much.
     """
     margin_strategy: Literal["absolute", "relative"] = "absolute"
-    """absolute: subtract the margin from the positive's cosine; relative: that share of it, so
-    0.05 keeps negatives of at most 95 % of the positive's.
+    """Subtract the margin itself from the positive's cosine (absolute), or that share of it
+    (relative), so that 0.05 keeps negatives of at most 95 % of the positive's.
     """
 
 

@@ -103,6 +103,8 @@ def test_a_finished_synthesis_is_not_submitted(
     state = {**vars_of(synthesis), "rows": 60}
     program = synthesis.with_name("ReasonAug")
     program.mkdir()
+    # Without it the installed package would come first, wherever it is on the path.
+    (program / "__init__.py").touch()
     (program / "__main__.py").write_text(f"print({json.dumps(json.dumps(state))})")
     monkeypatch.setenv("PYTHONPATH", str(synthesis.parent))
 
