@@ -94,6 +94,28 @@ def sync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def resolve_target(folder: Path, *, key: str) -> Path:
+    """Return the real path of a folder that is built next to it and renamed at the end.
+
+    Args:
+        folder: may not exist yet.
+        key: the config key that names it, for the message.
+
+    Raises:
+        UserError: nothing can be renamed to it.
+    """
+    target = folder.resolve()
+    if os.path.ismount(target):
+        raise UserError(
+            f"{key}: {folder} is where a file system is mounted", fix="name a folder inside it"
+        )
+    # The names of the helper folders are longer by this much.
+    longest = 255 - len(".building-00000000-0000-000")
+    if len(os.fsencode(target.name)) > longest:
+        raise UserError(f"{key}: {folder}", allowed=f"a name of at most {longest} bytes")
+    return target
+
+
 def require_writable(folder: str | Path, *, key: str) -> None:
     """Check that files can be written below `folder`, before any work is done for it.
 

@@ -68,7 +68,7 @@ class RetrieverConfig:
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
-    """Documents to search in addition to those of the shards."""
+    """Further documents to search, after the documents of the shards."""
 
     name: str
     """The corpus's name in counts; no slash."""

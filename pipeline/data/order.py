@@ -344,7 +344,7 @@ class Stream:
         return np.concatenate([elements, self._epoch(epoch + 1, np.arange(count - inside))])
 
     def epochs(self, *, ordinal: int, start: int, count: int) -> IntArray:
-        """(count,) the epoch of each element of a window, from 0; arguments as those of `take`."""
+        """(count,) the epoch of each element of a window, from 0; same arguments as `take`."""
         if self.is_small:
             return np.full(count, ordinal // (self.size // self.window), dtype=np.int64)
         return np.arange(start, start + count, dtype=np.int64) // self.size

@@ -151,8 +151,8 @@ def check_compilers(*, has_gpu: bool) -> Iterator[Finding]:
 
 def find_program(name: str) -> str | None:
     """Return the path of a program on PATH, or next to the interpreter, where packages put some."""
-    beside = Path(sys.executable).with_name(name)
-    return shutil.which(name) or (str(beside) if beside.is_file() else None)
+    installed = Path(sys.executable).with_name(name)
+    return shutil.which(name) or (str(installed) if installed.is_file() else None)
 
 
 def check_mpi() -> Iterator[Finding]:

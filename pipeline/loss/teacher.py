@@ -91,7 +91,7 @@ class BlockTeacher:
         return comm.all_reduce_(here)
 
     def ceiling(self, listed: ListedPairs, score_P: Tensor, config: GuideConfig) -> Tensor:
-        """Return (R,) float64, the highest score of a negative, given those of the pairs."""
+        """Return (R,) float64, the highest score of a negative, given the scores of the pairs."""
         best_R = segment_max(
             listed.positives(score_P), listed.positives(listed.row_P), len(self.query_RW)
         )

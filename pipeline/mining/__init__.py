@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import shutil
 import sys
 import time
@@ -41,7 +40,7 @@ from pipeline.data.manifest import FILE_NAME, Manifest, read_manifest
 from pipeline.data.shards import AUDIT_NAME, Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.models import processes_here
-from pipeline.files import hold_lock, require_writable, write_json, write_sealed
+from pipeline.files import hold_lock, require_writable, resolve_target, write_json, write_sealed
 from pipeline.mining import pick, retrieve, teacher, texts, write
 from pipeline.mining.plan import MinePlan, Mining, find_change, plan_mining
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -155,7 +154,7 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
         UserError: the data, a model, a rule or the output folder is not usable.
     """
     mining = Mining(config)
-    target = _target(config.output)
+    target = resolve_target(config.output, key="output")
     exports = [Path(r.path) for r in config.retrievers if Path(r.path).is_dir()]
     processes = num_workers or (processes_here(exports) if exports else None)
     rendezvous = target.with_name(f".{target.name}.step")
@@ -184,15 +183,6 @@ def _say(text: str) -> None:
 
 def _print_lock_holder(holder: str) -> None:
     _say(f"waiting for another mining into this folder ({holder})")
-
-
-def _target(folder: Path) -> Path:
-    target = folder.resolve()
-    if os.path.ismount(target):
-        raise UserError(
-            f"output: {folder} is where a file system is mounted", fix="name a folder inside it"
-        )
-    return target
 
 
 def _is_done(config: MineConfig, plan: MinePlan, target: Path) -> bool:

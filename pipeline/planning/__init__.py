@@ -329,11 +329,12 @@ def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: floa
         UserError: the GPU's speed is not known.
     """
     sheet, batch = gpu_of(gpu), plan.batch
-    parts = seconds_of(plan, config, sheet, network=network)
+    work = _work(plan, config, network=network)
+    parts = step_seconds(plan.shape, work, plan.schedule, sheet)
     total = sum(part.seconds for part in parts)
     ranks = plan.workload.world_size
     hours = total * config.num_steps / 3600
-    flops = step_flops(plan.shape, _work(plan, config, network=network), plan.schedule)
+    flops = step_flops(plan.shape, work, plan.schedule)
     rows = [["seconds of a step", "", "from"]]
     rows += [[part.part, f"{part.seconds:.3g}", part.source] for part in parts]
     rows += [

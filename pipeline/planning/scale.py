@@ -63,10 +63,9 @@ def scale(
     Raises:
         UserError: the GPU's speed is not known, or no number of GPUs can run it.
     """
-    sheet = gpu_of(gpu)
+    sheet, target = gpu_of(gpu), Target.gpu(gpu, ranks_per_host=gpus_per_node)
     rows = []
     for gpus in _sizes(gpus_per_node):
-        target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
         try:
             plan = plan_run(config, resolve(gpus), world_size=gpus, target=target, build=False)
         except UserError as error:

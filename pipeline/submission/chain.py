@@ -196,16 +196,21 @@ def synthesize_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
         return Chain(finished=(line,))
     folder = _run_folder(synthesis.output_dir)
     path = folder / f"synthesize-{short_hash(synthesis.config)}.yaml"
-    job = Job(
-        name="synthesize",
-        script="synthesize.sbatch",
-        flags="SYNTHESIZE_FLAGS",
+    job = _exclusive_job("synthesize", folder, path, {path: synthesis.config})
+    return Chain(jobs=(job,))
+
+
+def _exclusive_job(name: str, folder: Path, config: Path, files: dict[Path, str]) -> Job:
+    """Return the one job of a stage that reads a frozen config; no other may write its folder."""
+    return Job(
+        name=name,
+        script=f"{name}.sbatch",
+        flags=f"{name.upper()}_FLAGS",
         folder=folder,
-        arguments=(str(path),),
-        files={path: synthesis.config},
+        arguments=(str(config),),
+        files=files,
         exclusive=True,
     )
-    return Chain(jobs=(job,))
 
 
 def prepare_chain(
@@ -222,15 +227,7 @@ def prepare_chain(
     # Next to the shards: `prepare` refuses a folder that holds anything else.
     folder = tree.output_dir.with_name(f"{tree.output_dir.name}-jobs")
     path, files = _frozen_config(folder, "prepare", tree)
-    job = Job(
-        name="prepare",
-        script="prepare.sbatch",
-        flags="PREPARE_FLAGS",
-        folder=folder,
-        arguments=(str(path),),
-        files=files,
-        exclusive=True,
-    )
+    job = _exclusive_job("prepare", folder, path, files)
     # `prepare` would refuse other shards too, but only after waiting in the queue.
     if is_prepared(tree) and not rows_follow:
         return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
@@ -257,15 +254,7 @@ def mine_chain(
 
         if is_mined(tree):
             return Chain(finished=(f"mine: {tree.output} is whole",))
-    job = Job(
-        name="mine",
-        script="mine.sbatch",
-        flags="MINE_FLAGS",
-        folder=folder,
-        arguments=(str(path),),
-        files=files,
-        exclusive=True,
-    )
+    job = _exclusive_job("mine", folder, path, files)
     return Chain(jobs=(job,))
 
 

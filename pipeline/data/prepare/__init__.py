@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ from pipeline.data.prepare.write_shards import (
 )
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.files import hold_lock, require_writable
+from pipeline.files import hold_lock, require_writable, resolve_target
 from pipeline.workers import Workers, open_workers
 
 
@@ -119,7 +118,7 @@ def prepare(
     Raises:
         UserError: a source, the tokenizer or the output folder is not usable.
     """
-    target = _resolve_target(config.output_dir)
+    target = resolve_target(config.output_dir, key="output_dir")
     build = Build(config, target.with_name(f".{target.name}.building"))
     rendezvous = target.with_name(f".{target.name}.step")
     with (
@@ -140,24 +139,6 @@ def prepare(
                 _finish(build, target)
             workers.barrier()
     return config.output_dir
-
-
-def _resolve_target(folder: Path) -> Path:
-    """Return the real path of a dataset, to which a finished build can be renamed.
-
-    Raises:
-        UserError: nothing can be renamed to it.
-    """
-    target = folder.resolve()
-    if os.path.ismount(target):
-        raise UserError(
-            f"output_dir: {folder} is where a file system is mounted", fix="name a folder inside it"
-        )
-    # The names of the helper folders are longer by this much.
-    longest = 255 - len(".building-00000000-0000-000")
-    if len(os.fsencode(target.name)) > longest:
-        raise UserError(f"output_dir: {folder}", allowed=f"a name of at most {longest} bytes")
-    return target
 
 
 def _print_lock_holder(holder: str) -> None:
