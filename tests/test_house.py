@@ -36,6 +36,7 @@ FLOORS = (
     {"mining"},
     {"planning", "submission"},
     {"doctor", "new_run", "watch"},
+    {"commands"},
     {"cli", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,223 @@
+"""Commands that plan a run before it starts, and the one that submits it to Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.commands import DEFAULT_DEEPSPEED, Config, DeepSpeed, Overrides, load
+from pipeline.config import ChainConfig, ExportStep, TrainConfig
+from pipeline.errors import UserError
+
+app = typer.Typer()
+plan = typer.Typer(help="Estimate a run before it starts.", no_args_is_help=True)
+app.add_typer(plan, name="plan")
+
+# A plan for data that does not exist yet.
+Rows = Annotated[
+    int | None, typer.Option(min=1, help="plan for data of so many rows instead of the shards")
+]
+QueryTokens = Annotated[
+    int | None, typer.Option(min=1, help="with --rows: mean length of the queries")
+]
+DocumentTokens = Annotated[
+    int | None, typer.Option(min=1, help="with --rows: mean length of the documents")
+]
+
+
+def _planned_data(
+    tree: TrainConfig, rows: int | None, query_tokens: int | None, document_tokens: int | None
+) -> AbstractContextManager[TrainConfig]:
+    """Return the config as it is, or with shards as the options describe them."""
+    if rows is None and query_tokens is None and document_tokens is None:
+        return nullcontext(tree)
+    if rows is None or query_tokens is None or document_tokens is None:
+        raise UserError(
+            "plan: only some of --rows, --query-tokens and --document-tokens",
+            allowed="all three, or none to read the shards",
+        )
+    from pipeline.planning.described_data import Description, described
+
+    return described(
+        tree, Description(rows=rows, query_tokens=query_tokens, document_tokens=document_tokens)
+    )
+
+
+@plan.command("run")
+def plan_run(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, or memory in GiB")
+    ] = "h100",
+    network: Annotated[
+        float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
+    ] = 400.0,
+    rows: Rows = None,
+    query_tokens: QueryTokens = None,
+    document_tokens: DocumentTokens = None,
+) -> None:
+    """Print batch arithmetic, schedule, memory and time of a training run, for any GPUs."""
+    tree = load(TrainConfig, config, overrides)
+    from pipeline.planning import describe, describe_time
+    from pipeline.planning import plan_run as make_plan
+    from pipeline.planning.memory import GPU_GIB, Target
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    ranks = nodes * gpus_per_node
+    resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
+    target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
+    with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
+        plan = make_plan(planned, resolved, world_size=ranks, target=target, build=False)
+    if rows is not None:
+        plan = dataclasses.replace(plan, num_examples=rows)
+    print(describe(plan, tree))
+    if gpu.lower() in GPU_GIB:  # a size in GiB has no speed
+        print("\n" + describe_time(plan, tree, gpu=gpu, network=network))
+
+
+@plan.command("scale")
+def plan_scale(
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
+    gpu: Annotated[str, typer.Option(help="as for `diffembed plan run`")] = "h100",
+    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
+    price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
+    rows: Rows = None,
+    query_tokens: QueryTokens = None,
+    document_tokens: DocumentTokens = None,
+) -> None:
+    """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
+    tree = load(TrainConfig, config, overrides)
+    from pipeline.planning.scale import describe_scale, plot_scale, scale
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    given = load_ds_config(deepspeed)
+    with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
+        sizes = scale(
+            planned,
+            lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
+            gpu=gpu,
+            gpus_per_node=gpus_per_node,
+            network=network,
+        )
+    print(describe_scale(sizes, tree, gpu=gpu, network=network, price=price))
+    if plot is not None:
+        plot_scale(sizes, plot, title=f"{config} on {gpu}, a projection")
+        print(f"written: {plot}")
+
+
+@plan.command("loss")
+def plan_loss(
+    queries: Annotated[int, typer.Option(help="of the global batch")],
+    documents: Annotated[int, typer.Option(help="of the global batch, with hard negatives")],
+    width: Annotated[int, typer.Option(help="of the embeddings")] = 3584,
+    world_size: Annotated[
+        list[int] | None, typer.Option(help="number of ranks; may be repeated")
+    ] = None,
+) -> None:
+    """Print the cost of the loss on each rank, for batches of any size."""
+    from pipeline.planning import describe_loss
+
+    for ranks in world_size or [1]:
+        print(
+            describe_loss(
+                num_queries=queries, num_documents=documents, width=width, world_size=ranks
+            )
+        )
+
+
+@app.command()
+def submit(
+    what: Annotated[
+        Literal["synthesize", "prepare", "mine", "train", "export", "evaluate", "report", "all"],
+        typer.Argument(
+            metavar="JOB", help="synthesize, prepare, mine, train, export, evaluate, report or all"
+        ),
+    ],
+    config: Config,
+    overrides: Overrides = None,
+    deepspeed: Annotated[Path, typer.Option(help="train: see ds_configs/")] = DEFAULT_DEEPSPEED,
+    checkpoint: Annotated[str, typer.Option(help="export: as for `diffembed export`")] = "latest",
+    output: Annotated[Path | None, typer.Option(help="export: as for `diffembed export`")] = None,
+    texts: Annotated[
+        int | None, typer.Option(help="evaluate: array elements that share the texts of all tasks")
+    ] = None,
+    sbatch: Annotated[str, typer.Option(help="flags of sbatch for this job only")] = "",
+    after: Annotated[list[str] | None, typer.Option(help="id of a job to wait for")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the batch scripts and the plan of a training")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="with --dry-run: as for `diffembed plan run`; default: as Slurm's flags"),
+    ] = None,
+) -> None:
+    """Submit a job, or a whole chain, to Slurm; it is safe to submit again."""
+    from pipeline.submission.submit import submit_command
+
+    if gpu is not None and not dry_run:
+        raise UserError(f"--gpu {gpu}", fix="add --dry-run, or name the GPU in slurm/cluster.env")
+
+    submit_command(
+        what,
+        config,
+        tuple(overrides or ()),
+        deepspeed=deepspeed,
+        exports=ExportStep(checkpoint=checkpoint, output=output),
+        text_elements=texts,
+        flags=sbatch,
+        after=tuple(after or ()),
+        dry_run=dry_run,
+    )
+    if dry_run and what in ("train", "all"):
+        lines = _plan_of_submission(what, config, overrides, deepspeed, sbatch, gpu)
+        print("\n".join(f"# plan: {line}".rstrip() for line in lines))
+
+
+def _plan_of_submission(
+    what: str,
+    config: Path,
+    overrides: list[str] | None,
+    deepspeed: Path,
+    sbatch: str,
+    gpu: str | None,
+) -> list[str]:
+    """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
+    from pipeline.planning import describe
+    from pipeline.planning import plan_run as make_plan
+    from pipeline.planning.memory import Target, gpu_named
+    from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    if what == "all":
+        chain = load(ChainConfig, config, overrides)
+        config, overrides, deepspeed = chain.train, None, chain.deepspeed
+    tree = load(TrainConfig, config, overrides)
+    if not (tree.data.path / "manifest.json").is_file():
+        return [f"{tree.data.path} is not prepared yet; afterwards, use `diffembed plan run`"]
+    own = parse_flags(split_flags(sbatch, "--sbatch"), "--sbatch")
+    request = requested_gpus((*read_site().flags_of("TRAIN_FLAGS"), *own))
+    name = gpu or gpu_named(request.kind)
+    if name is None or not request.per_node:
+        found = request.kind or f"{request.per_node} GPUs a node, of no named kind"
+        return [f"Slurm's flags ask for {found}; --gpu NAME plans memory for it"]
+    ranks = request.nodes * request.per_node
+    try:
+        resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
+        target = Target.gpu(name, ranks_per_host=request.per_node)
+        plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
+    except UserError as error:
+        # The scripts above are right even so, and the memory of a rank is an estimate.
+        return [f"{request.nodes} x {request.per_node} {name}: {error}"]
+    return [f"{request.nodes} x {request.per_node} {name}", *describe(plan, tree).splitlines()]
