@@ -24,7 +24,7 @@ from pipeline.submission.slurm import JobRecord
 from pipeline.training.metrics import JsonLines
 from pipeline.watch import recognise
 from pipeline.watch.chains import STAGES
-from pipeline.watch.jobs import read_log
+from pipeline.watch.logs import read_log
 from pipeline.watch.page import page, thin
 from pipeline.watch.runs import Metrics, describe_run
 from pipeline.watch.view import View, duration

@@ -276,7 +276,7 @@ def _source(source: SourceConfig, made: Made) -> Iterator[Finding]:
 
 
 def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
-    from pipeline.data.sources.files import HUB, choose_files
+    from pipeline.data.sources.paths import HUB, choose_files
 
     name = path.removeprefix(HUB)
     if path.startswith(HUB) and not Path(name).exists():

@@ -20,6 +20,13 @@ import pyarrow as pa
 from pipeline.config import EvaluateConfig, EvaluatedModel, Role, Template
 from pipeline.data.batch import assign_by_cost
 from pipeline.errors import UserError
+from pipeline.evaluation.distinct_texts import (
+    PlannedText,
+    byte_sizes,
+    digests,
+    effective_lengths,
+    require_short,
+)
 from pipeline.evaluation.embedding_plan import (
     EmbeddingPlan,
     find_digests,
@@ -28,13 +35,6 @@ from pipeline.evaluation.embedding_plan import (
 )
 from pipeline.evaluation.models import EvaluatedEncoder, LoadEncoder, require_finite, revision
 from pipeline.evaluation.tasks import Element, list_elements
-from pipeline.evaluation.texts import (
-    PlannedText,
-    byte_sizes,
-    digests,
-    effective_lengths,
-    require_short,
-)
 from pipeline.files import load_arrays, map_vectors, read_record, save_vectors, write_sealed
 from pipeline.workers import LocalWorkers
 

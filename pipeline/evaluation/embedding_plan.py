@@ -31,9 +31,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig, EvaluatedModel
 from pipeline.errors import UserError
-from pipeline.evaluation.models import check_fit
-from pipeline.evaluation.tasks import instruction_for, list_elements, tasks_of
-from pipeline.evaluation.texts import (
+from pipeline.evaluation.distinct_texts import (
     SCHEMA,
     DistinctTexts,
     PlannedTask,
@@ -41,6 +39,8 @@ from pipeline.evaluation.texts import (
     TaskTexts,
     list_texts,
 )
+from pipeline.evaluation.models import check_fit
+from pipeline.evaluation.tasks import instruction_for, list_elements, tasks_of
 from pipeline.files import (
     batch_writer,
     check_kind,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Precision, Role, require
 from pipeline.data.sources.containers import plan_blocks, read_records
-from pipeline.data.sources.files import file_size, list_files
+from pipeline.data.sources.paths import file_size, list_files
 from pipeline.data.sources.records import BadRecords, FileBlock, OnBadRow, Record
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.encode_files import (

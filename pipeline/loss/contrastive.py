@@ -79,7 +79,7 @@ from pipeline.loss.targets import (
     Targets,
     broadcast_rows,
 )
-from pipeline.loss.teacher import BlockTeacher, DistillationTiles, Teacher
+from pipeline.loss.teacher_terms import BlockTeacher, DistillationTiles, Teacher
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TeacherTerms, plan_tiles
 
 

@@ -26,7 +26,7 @@ from pipeline.watch.chains import (
     mining_store,
     output_dir,
 )
-from pipeline.watch.evaluations import describe_evaluation
+from pipeline.watch.elements import describe_evaluation
 from pipeline.watch.runs import Metrics, describe_run
 from pipeline.watch.view import View
 

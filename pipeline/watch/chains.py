@@ -10,8 +10,8 @@ from pipeline.config.evaluation import ChainConfig, ExportStep
 from pipeline.config.loading import expand_path, load_config, read_tree
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
-from pipeline.watch.evaluations import describe_evaluation
-from pipeline.watch.jobs import jobs_grid, logs_of, read_json_or_none, read_log
+from pipeline.watch.elements import describe_evaluation
+from pipeline.watch.logs import jobs_grid, logs_of, read_json_or_none, read_log
 from pipeline.watch.runs import Metrics, describe_run
 from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
 

@@ -19,7 +19,7 @@ from pipeline import checkpoint_folder
 from pipeline.config.loading import read_yaml
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
-from pipeline.watch.jobs import (
+from pipeline.watch.logs import (
     LogEnd,
     jobs_grid,
     logs_of,

@@ -29,8 +29,8 @@ from pipeline.data.batch import Ragged, assign_by_cost, text_cost
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.order import Group, Order
 from pipeline.data.prepare import prepare
+from pipeline.data.prepare.build import Build, TokeniseSummary, make_plan
 from pipeline.data.prepare.clean import collect_block, dedup_slice, hashes_to_arrow, store_corpus
-from pipeline.data.prepare.plan import Build, TokeniseSummary, make_plan
 from pipeline.data.prepare.tokenise import make_catalogue, tokenise_slice
 from pipeline.data.shards import DOCUMENT_SCHEMA, Table, ragged_array, write_table
 from pipeline.workers import LocalWorkers

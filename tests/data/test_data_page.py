@@ -19,7 +19,7 @@ from pipeline.config.data import _COLUMNS
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.data.sources import FORMATS
-from pipeline.data.sources.files import _KINDS, _PACKED, _TABLES
+from pipeline.data.sources.paths import _KINDS, _PACKED, _TABLES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

@@ -23,6 +23,9 @@ from pipeline.evaluation.datasets import (
     private_cache,
     query_texts,
 )
+from pipeline.evaluation.distinct_texts import (
+    PlannedText,
+)
 from pipeline.evaluation.embed import embed_element, missing_blocks
 from pipeline.evaluation.embedding_plan import (
     divide,
@@ -36,9 +39,6 @@ from pipeline.evaluation.tasks import (
     INSTRUCTIONS,
     PAPER_INSTRUCTIONS,
     list_elements,
-)
-from pipeline.evaluation.texts import (
-    PlannedText,
 )
 
 AOPS = "BrightAopsRetrieval"

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import Template
 from pipeline.errors import UserError
-from pipeline.evaluation.texts import byte_sizes, digests, effective_lengths, require_short
+from pipeline.evaluation.distinct_texts import byte_sizes, digests, effective_lengths, require_short
 
 
 def test_a_text_shares_the_shortest_length_at_which_it_surely_is_not_cut():

@@ -18,7 +18,7 @@
     pack        shards    documents-00000.arrow, its sha256 and lengths
     manifest    1         report.md, dropped.jsonl (with ""), recipe.json, manifest.json
 
-plan.py lists the files that the steps hand each other. A task's output appears by rename; a task
+build.py lists the files that the steps hand each other. A task's output appears by rename; a task
 whose output exists is not run again, so that a killed build continues where it stopped.
 """
 
@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 from pipeline.config import PrepareConfig
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, read_manifest
+from pipeline.data.prepare.build import Build, Progress, describe, make_plan, say
 from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, store_corpus
-from pipeline.data.prepare.plan import Build, Progress, describe, make_plan, say
 from pipeline.data.prepare.recipe import find_change, read_recipe
 from pipeline.data.prepare.tokenise import (
     NUM_BANDS,

@@ -22,8 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import PrepareConfig, SourceConfig
-from pipeline.data.prepare.contamination import ContaminationIndex, Match
-from pipeline.data.prepare.plan import (
+from pipeline.data.prepare.build import (
     CORPUS_SCHEMA,
     DISTINCT_SCHEMA,
     ROW_SCHEMA,
@@ -36,6 +35,7 @@ from pipeline.data.prepare.plan import (
     count_dropped,
     write_dropped,
 )
+from pipeline.data.prepare.contamination import ContaminationIndex, Match
 from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import read_rows
 from pipeline.data.sources.corpus import (

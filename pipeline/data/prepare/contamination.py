@@ -32,7 +32,7 @@ from rapidfuzz.distance import LCSseq
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.order import mix
 from pipeline.data.sources.containers import plan_blocks, read_records, split_to_read
-from pipeline.data.sources.files import list_files
+from pipeline.data.sources.paths import list_files
 from pipeline.data.sources.records import BadRecords, stable_hash
 from pipeline.errors import UserError
 from pipeline.files import save_array, write_text

@@ -27,8 +27,8 @@ import numpy as np
 
 from pipeline.config import PrepareConfig, SourceConfig, Template
 from pipeline.config.loading import dump_yaml
+from pipeline.data.prepare.build import Build, CatalogueSummary
 from pipeline.data.prepare.clean import hash_text, read_distinct_texts
-from pipeline.data.prepare.plan import Build, CatalogueSummary
 from pipeline.data.shards import map_batch
 from pipeline.data.sources.records import stable_hash
 from pipeline.files import write_text

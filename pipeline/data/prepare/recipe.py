@@ -32,7 +32,7 @@ from pipeline.config import (
 from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifest
 from pipeline.data.prepare.contamination import contamination_files
 from pipeline.data.sources import expand_sources, input_files
-from pipeline.data.sources.tables import stored_files
+from pipeline.data.sources.columnar import stored_files
 from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
 from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer

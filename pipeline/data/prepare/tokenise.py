@@ -24,15 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.order import mix
-from pipeline.data.prepare.clean import (
-    MAX_INSTRUCTIONS,
-    TemplatedText,
-    hashes_from_arrow,
-    hashes_to_arrow,
-    read_distinct_texts,
-)
-from pipeline.data.prepare.contamination import GOLDEN_RATIO, hash_ngrams, hash_words
-from pipeline.data.prepare.plan import (
+from pipeline.data.prepare.build import (
     Build,
     CatalogueSummary,
     CollectSummary,
@@ -43,6 +35,14 @@ from pipeline.data.prepare.plan import (
     TokeniseSummary,
     write_dropped,
 )
+from pipeline.data.prepare.clean import (
+    MAX_INSTRUCTIONS,
+    TemplatedText,
+    hashes_from_arrow,
+    hashes_to_arrow,
+    read_distinct_texts,
+)
+from pipeline.data.prepare.contamination import GOLDEN_RATIO, hash_ngrams, hash_words
 from pipeline.data.shards import (
     DOCUMENT_SCHEMA,
     EXAMPLE_SCHEMA,

@@ -35,8 +35,7 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.data.order import Group
-from pipeline.data.prepare.holdout import write_holdout
-from pipeline.data.prepare.plan import (
+from pipeline.data.prepare.build import (
     Build,
     CatalogueSummary,
     CollectSummary,
@@ -46,6 +45,7 @@ from pipeline.data.prepare.plan import (
     RowRange,
     TokeniseSummary,
 )
+from pipeline.data.prepare.holdout import write_holdout
 from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError

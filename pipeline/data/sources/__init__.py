@@ -1,8 +1,8 @@
 """Read published retrieval data: the files of a source in, rows out.
 
     stage        example                                                  in
-    files        data/ -> data/train-00000-of-00002.jsonl.gz, ...         files.py
-    containers   a file -> blocks -> raw records with file and line       containers.py, tables.py
+    paths        data/ -> data/train-00000-of-00002.jsonl.gz, ...         paths.py
+    containers   a file -> blocks -> raw records with file and line       containers.py, columnar.py
     records      {"q": "fox", "pos": ["a red animal"], "neg_1": null}     records.py
     fields       "q" is the query, "pos" the positives, "neg_*" ...       records.py, formats.py
     references   (formats with ids) "d7" -> "a red animal"                corpus.py
@@ -27,7 +27,7 @@ from pipeline.data.sources.corpus import (
     has_references,
     judgement_files,
 )
-from pipeline.data.sources.files import ChosenFiles, choose_files
+from pipeline.data.sources.paths import ChosenFiles, choose_files
 from pipeline.data.sources.records import (
     BadRowError,
     FileBlock,

@@ -19,7 +19,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.data.sources.files import (
+from pipeline.data.sources.columnar import is_single_dataset, plan_table, read_table
+from pipeline.data.sources.paths import (
     FETCH_AGAIN,
     READABLE,
     counts_rows,
@@ -29,7 +30,6 @@ from pipeline.data.sources.files import (
     open_bytes,
 )
 from pipeline.data.sources.records import BadRowError, FileBlock, OnBadRow, Record, give_up
-from pipeline.data.sources.tables import is_single_dataset, plan_table, read_table
 from pipeline.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources.containers import plan_blocks, read_lines, read_records
-from pipeline.data.sources.files import kind_of, list_files, stem_of
+from pipeline.data.sources.paths import kind_of, list_files, stem_of
 from pipeline.data.sources.records import BadRowError, BadRows, FileBlock, OnBadRow, Record, give_up
 from pipeline.errors import UserError
 

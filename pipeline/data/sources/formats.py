@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources.corpus import References, identifier
-from pipeline.data.sources.files import kind_of
+from pipeline.data.sources.paths import kind_of
 from pipeline.data.sources.records import (
     Record,
     Row,

@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import Any
 
 from pipeline.config import SourceConfig
-from pipeline.data.sources.files import kind_of, open_bytes
+from pipeline.data.sources.paths import kind_of, open_bytes
 from pipeline.errors import UserError
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sources.files import (
+from pipeline.data.sources.paths import (
     FETCH_AGAIN,
     HUB,
     canonical,

@@ -18,7 +18,7 @@ from typing import Literal
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.loading import load_config
 from pipeline.errors import UserError
-from pipeline.watch.jobs import element_logs, jobs_grid, logs_of, read_json_or_none, read_log
+from pipeline.watch.logs import element_logs, jobs_grid, logs_of, read_json_or_none, read_log
 from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
 
 State = Literal["scored", "failed", "running", "silent", "waiting"]
