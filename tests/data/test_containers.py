@@ -86,6 +86,30 @@ def test_the_last_ending_says_what_a_file_holds(tmp_path: Path) -> None:
     assert queries_of(make_source(path, "lines")) == ["a first line", "another"]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n "])
+@pytest.mark.parametrize("suffix", ["json", "json.gz", "json.zst"])
+def test_a_json_list_gives_a_row_per_object(
+    indent: int | None, start: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    text = (start + json.dumps(PAIRS, indent=indent)).encode()
+    path.write_bytes(PACKERS.get(suffix.split(".")[-1], bytes)(text))
+    assert queries_of(make_source(path), block_bytes=64) == QUERIES
+    assert queries_of(make_source(path, max_rows=7)) == QUERIES[:7]
+
+
+def test_a_bad_json_list_is_named_by_file_and_entry(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([PAIRS[0], ["q", "p"], PAIRS[1]]))
+    assert f"{path}:2: a JSON list" in refused(make_source(path))
+    for text in (json.dumps(PAIRS)[:-9], "[\n" + TEXT.decode(), "[" * 100_000):
+        path.write_text(text)
+        assert f"{path}: not JSON" in refused(make_source(path))
+    path.write_bytes(b'[{"query": "\xff"}]')
+    assert "not JSON ('utf-8' codec" in refused(make_source(path))
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("block_bytes", [1, 70, 10**9])

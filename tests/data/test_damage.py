@@ -204,7 +204,7 @@ def test_sources_that_leave_no_example_are_refused(
         source = SourceConfig(name="s", format="columns", path=str(path))
         with pytest.raises(UserError, match="no example is left") as caught:
             prepare(make_config(source, name=f"d{number}"), num_workers=1)
-        said = "rows read 0 (only" if path == empty else "rows read 1, query: empty 1"
+        said = "rows read 0 (empty" if path == empty else "rows read 1, query: empty 1"
         one_line(caught.value, f"s ({path}): {said}")
 
 

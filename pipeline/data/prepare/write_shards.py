@@ -265,7 +265,7 @@ def _losses(
         if held_out := sum(collected[block].held_out for block in build.blocks_of(number)):
             reasons.append(f"held out {held_out:,}")
         read = source.rows + unwanted
-        reasons.insert(0, f"rows read {read:,}" + ("" if read else " (only blank lines)"))
+        reasons.insert(0, f"rows read {read:,}" + ("" if read else " (empty, or only blank lines)"))
         yield f"{source.name} ({source.path}): {', '.join(reasons)}"
 
 

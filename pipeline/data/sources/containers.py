@@ -3,13 +3,15 @@
     plan_blocks    file  -> blocks, which any process may read in any order
     read_records   block -> records, in file order
 
-A block of lines or of a delimited file is a range of bytes, so that no reader must count lines.
+A block of lines or of a delimited file is a range of bytes, so that no reader must count lines. A
+JSON list has no such ranges: one task reads it whole.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import lzma
 import zlib
@@ -41,7 +43,7 @@ def plan_blocks(
         yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
     elif not kind_of(file):
         raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
-    elif is_packed(file):
+    elif is_packed(file) or _is_json_list(file):
         yield FileBlock(file=file, start=0, stop=-1, max_rows=max_rows)
     elif kind_of(file) == "csv":
         yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
@@ -69,17 +71,19 @@ def read_records(
         return read_table(block, split=split)
     if kind_of(block.file) == "csv":
         return read_delimited(block, on_bad=on_bad)
+    if _is_json_list(block.file):
+        return _read_json_list(block, on_bad=on_bad)
     return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
 
 
-def next_line(handle: IO[bytes], file: str) -> bytes:
-    """Return the next line with its end, or nothing at the end of the file.
+def next_line(handle: IO[bytes], file: str, most: int = -1) -> bytes:
+    """Return the next line with its end, or its first `most` bytes; b"" at the end of the file.
 
     Raises:
         UserError: the file is compressed and damaged.
     """
     try:
-        return handle.readline()
+        return handle.readline(most)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise UserError(f"{file}: damaged compressed file ({error})", fix=FETCH_AGAIN) from error
 
@@ -171,6 +175,39 @@ def _parse_json(text: str, raw: Record) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise raw.fail(f"a JSON {type(value).__name__}", allowed="one JSON object per line")
     return value
+
+
+def _is_json_list(file: str) -> bool:
+    """Return whether a .json file holds one list of objects instead of an object per line."""
+    if kind_of(file) != "json" or ".json" not in Path(file.lower()).suffixes:
+        return False
+    with open_bytes(file) as handle:
+        # Such a list is often one line of gigabytes.
+        while line := next_line(handle, file, most=2**10):
+            if start := line.removeprefix(b"\xef\xbb\xbf").strip():
+                return start.startswith(b"[")
+    return False
+
+
+def _read_json_list(block: FileBlock, *, on_bad: OnBadRow | None) -> Iterator[Record]:
+    """Yield the entries of a JSON list; a record's number counts entries, not lines.
+
+    Raises:
+        UserError: the file as a whole is not JSON.
+    """
+    with open_bytes(block.file) as handle:
+        content = b"".join(iter(functools.partial(next_line, handle, block.file), b""))
+    try:
+        entries = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        allowed = "a list of JSON objects, or one JSON object per line"
+        raise UserError(f"{block.file}: not JSON ({error})", allowed=allowed) from error
+    for number, value in enumerate(entries[: block.max_rows], 1):
+        record = Record(value=value, file=block.file, number=number)
+        if isinstance(value, dict):
+            yield record
+        else:
+            give_up(record.fail(f"a JSON {type(value).__name__}", allowed="JSON objects"), on_bad)
 
 
 _DELIMITERS = ",;\t|"
@@ -309,5 +346,5 @@ def split_to_read(file: str, split: str | None, *, default: str) -> str | None:
 def block_bytes_of(block: FileBlock) -> int:
     """Estimate the bytes of text in a block: a kilobyte for a row of a table."""
     if block.stop < 0:
-        return 4 * file_size(block.file)
+        return file_size(block.file) * (4 if is_packed(block.file) else 1)
     return (block.stop - block.start) * (1024 if counts_rows(block.file) else 1)
