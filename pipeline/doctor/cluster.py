@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.config.explain import kind_of
-from pipeline.doctor.finding import Finding, Level, guarded
+from pipeline.doctor.finding import Finding, Level, fail, guarded, ok, warn
 from pipeline.errors import UserError
 from pipeline.submission import slurm
 from pipeline.submission.jobs import FLAG_ARRAYS, Site, read_site
@@ -32,17 +32,16 @@ def check_slurm(config: Path | None = None) -> Iterator[Finding]:
     except UserError as error:
         # A machine may have the programs of Slurm and no cluster.
         level: Level = "fail" if "SLURM_JOB_ID" in os.environ else "warn"
-        yield Finding(check="slurm", level=level, found=error.found, fix=error.fix)
+        yield Finding("slurm", level, error.found, error.fix)
         return
     settings = slurm.parse_settings(shown)
     name = settings.get("ClusterName", "without a name")
-    yield Finding(check="slurm", level="ok", found=f"cluster {name} answers")
+    yield ok("slurm", f"cluster {name} answers")
     if settings.get("JobRequeue", "1") == "0":
-        yield Finding(
-            check="slurm requeue",
-            level="warn",
-            found="JobRequeue=0: jobs are not queued again unless their script asks, as ours do",
-            fix="where even `scontrol requeue` is forbidden, a training submits its own successor",
+        yield warn(
+            "slurm requeue",
+            "JobRequeue=0: jobs are not queued again unless their script asks, as ours do",
+            "where even `scontrol requeue` is forbidden, a training submits its own successor",
         )
     yield from guarded("slurm arrays", lambda: _arrays(settings, config))
     yield from guarded("cluster.env", _flags)
@@ -52,16 +51,15 @@ def _arrays(settings: dict[str, str], config: Path | None) -> Iterator[Finding]:
     limit = int(settings.get("MaxArraySize", "1001"))
     number = _num_elements(config)
     if number > limit:
-        yield Finding(
-            check="slurm arrays",
-            level="fail",
-            found=f"{config} has {number:,} elements, MaxArraySize is {limit:,}",
-            fix="fewer models in one config, or `diffembed submit evaluate --texts N`",
+        yield fail(
+            "slurm arrays",
+            f"{config} has {number:,} elements, MaxArraySize is {limit:,}",
+            "fewer models in one config, or `diffembed submit evaluate --texts N`",
         )
     else:
         elements = f", {config} has {number:,}" if number else ""
         found = f"up to {limit:,} elements{elements}"
-        yield Finding(check="slurm arrays", level="ok", found=found)
+        yield ok("slurm arrays", found)
 
 
 def _num_elements(config: Path | None) -> int:
@@ -82,7 +80,7 @@ def _flags() -> Iterator[Finding]:
     except UserError as error:
         if "no such file" in error.found:
             fix = "go to the folder that holds slurm/"
-            yield Finding(check="cluster.env", level="warn", found=error.found, fix=fix)
+            yield warn("cluster.env", error.found, fix)
             return
         raise
     for name in FLAG_ARRAYS:
@@ -101,6 +99,6 @@ def _accepted(site: Site, name: str) -> Iterator[Finding]:
     except UserError as error:
         # A site need not have every kind of node; jobs of the other kinds still run.
         fix = f"change {name} in {site.path}, if you submit such jobs"
-        yield Finding(check=check, level="warn", found=error.found, fix=fix)
+        yield warn(check, error.found, fix)
         return
-    yield Finding(check=check, level="ok", found=" ".join(words))
+    yield ok(check, " ".join(words))

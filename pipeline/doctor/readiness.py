@@ -32,7 +32,7 @@ from pipeline.config import (
 )
 from pipeline.config.explain import KINDS, kind_of
 from pipeline.config.loading import read_tree
-from pipeline.doctor.finding import Finding, guarded
+from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
@@ -56,7 +56,7 @@ def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Findi
         return
     kind = kind_of(path)
     config: Any = load_config(KINDS[kind], path, overrides)
-    yield Finding(check="config", level="ok", found=f"{path}: a config of {kind}")
+    yield ok("config", f"{path}: a config of {kind}")
     yield from CHECKS[kind](config, made)
 
 
@@ -154,7 +154,7 @@ def _synthesis(path: Path, overrides: tuple[str, ...]) -> Iterator[Finding]:
     from pipeline.submission.serving import describe_synthesis
 
     state = describe_synthesis((str(path), *overrides))
-    yield Finding(check="config", level="ok", found=f"{path}: a synthesis by {state.model}")
+    yield ok("config", f"{path}: a synthesis by {state.model}")
     if state.api_key_env:
         yield from _variable("model.servers", state.api_key_env)
     yield from _output(state.output_dir)
@@ -175,29 +175,29 @@ def _owned(folder: Path) -> Iterator[Finding]:
 def _file(path: Path, key: str) -> Iterator[Finding]:
     if not path.is_file():
         raise UserError(f"{path}: no such file", fix=f"correct {key}")
-    yield Finding(check=key, level="ok", found=str(path))
+    yield ok(key, str(path))
 
 
 def _variable(key: str, name: str) -> Iterator[Finding]:
     """Yield whether the variable with the key of a server is set; its value is never shown."""
     if os.environ.get(name):
-        yield Finding(check=key, level="ok", found=f"{name} is set")
+        yield ok(key, f"{name} is set")
     else:
         fix = f"export {name}=..., the key of the servers"
-        yield Finding(check=key, level="fail", found=f"{name} is not set", fix=fix)
+        yield fail(key, f"{name} is not set", fix)
 
 
 def _retriever(path: str, key: str) -> Iterator[Finding]:
     if path == BM25:
-        yield Finding(check=key, level="ok", found=path)
+        yield ok(key, path)
         return
     size = _weights(path, None, key=key)
-    yield Finding(check=key, level="ok", found=f"{path}: {size / 1e9:.2f} GB")
+    yield ok(key, f"{path}: {size / 1e9:.2f} GB")
 
 
 def _model(config: ModelConfig) -> Iterator[Finding]:
     size = _weights(config.path, config.revision)
-    yield Finding(check="model.path", level="ok", found=f"{config.path}: {size / 1e9:.2f} GB")
+    yield ok("model.path", f"{config.path}: {size / 1e9:.2f} GB")
     adapters = [*config.merged_adapters, *([config.adapter] if config.adapter else [])]
     for adapter in adapters:
         require_model_path(adapter, key="model.adapter")
@@ -205,7 +205,7 @@ def _model(config: ModelConfig) -> Iterator[Finding]:
             raise UserError(
                 f"model.adapter: no adapter_config.json in {adapter}", fix=model_fix(adapter)
             )
-        yield Finding(check="model.adapter", level="ok", found=adapter)
+        yield ok("model.adapter", adapter)
     yield from guarded("tokenizer", lambda: _tokenizer(config.path))
 
 
@@ -242,7 +242,7 @@ def _tokenizer(path: str) -> Iterator[Finding]:
     found = next((name for name in known if local_file(path, name)), None)
     if found is None:
         raise UserError(f"tokenizer: none of {', '.join(known)} in {path}", fix=model_fix(path))
-    yield Finding(check="tokenizer", level="ok", found=f"{path}: {found}")
+    yield ok("tokenizer", f"{path}: {found}")
 
 
 def _shards(config: TrainConfig, made: Made) -> Iterator[Finding]:
@@ -259,16 +259,16 @@ def _dataset(path: Path, key: str, made: Made) -> Iterator[Finding]:
     from pipeline.data.shards import Dataset
 
     if path in made and not Dataset.exists(path):
-        yield Finding(check=key, level="ok", found=f"{path}: made by an earlier stage")
+        yield ok(key, f"{path}: made by an earlier stage")
         return
     number = Dataset.open(path).manifest.num_examples
-    yield Finding(check=key, level="ok", found=f"{path}: {number:,} examples")
+    yield ok(key, f"{path}: {number:,} examples")
 
 
 def _source(source: SourceConfig, made: Made) -> Iterator[Finding]:
     key = f"sources.{source.name}"
     if Path(source.path) in made and not Path(source.path).exists():
-        yield Finding(check=key, level="ok", found=f"{source.path}: made by an earlier stage")
+        yield ok(key, f"{source.path}: made by an earlier stage")
         return
     yield from _data(source.path, key, source.split)
     if source.documents is not None:
@@ -284,12 +284,10 @@ def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
         return
     if "://" in path and not path.startswith("file://"):
         found = f"{path}: not on this machine, needs a network"
-        yield Finding(check=key, level="warn", found=found, fix="download it, and give the path")
+        yield warn(key, found, "download it, and give the path")
         return
     files = choose_files(path, key, split=split).files
-    yield Finding(
-        check=key, level="ok", found=f"{path}: {len(files)} files".replace(": 1 files", "")
-    )
+    yield ok(key, f"{path}: {len(files)} files".replace(": 1 files", ""))
 
 
 def _hub_data(name: str, key: str) -> Finding:
@@ -301,14 +299,14 @@ def _hub_data(name: str, key: str) -> Finding:
     wanted = {repository.replace("/", "___").lower()}
     wanted |= {f"datasets--{repository.replace('/', '--')}".lower()}
     if any(path.name.lower() in wanted for path in (*prepared, *fetched)):
-        return Finding(check=key, level="ok", found=f"hub:{name}: in the local cache")
+        return ok(key, f"hub:{name}: in the local cache")
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     return Finding(
-        check=key,
-        level="fail" if offline else "warn",
-        found=f"hub:{name}: not in the local cache"
+        key,
+        "fail" if offline else "warn",
+        f"hub:{name}: not in the local cache"
         + (", and HF_HUB_OFFLINE is set" if offline else ", needs a network"),
-        fix=f"run `hf download --repo-type dataset {repository}` where there is a network",
+        f"run `hf download --repo-type dataset {repository}` where there is a network",
     )
 
 
@@ -317,14 +315,14 @@ def _export(model: EvaluatedModel, made: Made) -> Iterator[Finding]:
     weights = any(model.path.glob("*.safetensors"))
     if model.path in made and not weights:
         found = f"{model.path}: made by an earlier stage"
-        yield Finding(check=key, level="ok", found=found)
+        yield ok(key, found)
     elif not weights:
         raise UserError(
             f"{model.path}: {'no weights in it' if model.path.is_dir() else 'no such folder'}",
             fix="run `diffembed export` with the training's config, or name another export",
         )
     else:
-        yield Finding(check=key, level="ok", found=str(model.path))
+        yield ok(key, str(model.path))
 
 
 def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
@@ -342,13 +340,13 @@ def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
     if of_mteb and config.snapshots is None:
         found = f"{len(of_mteb)} tasks are read from the hub's cache, which is not checked"
         fix = "set snapshots, and run `diffembed evaluate prefetch`"
-        yield Finding(check="tasks", level="warn", found=found, fix=fix)
+        yield warn("tasks", found, fix)
         return
     if of_mteb:
         from pipeline.evaluation.datasets import check_tasks
 
         check_tasks(of_mteb, config.snapshots)
-    yield Finding(check="tasks", level="ok", found=f"the data of {len(tasks)} tasks are here")
+    yield ok("tasks", f"the data of {len(tasks)} tasks are here")
 
 
 # By the kind of config; every kind has one.

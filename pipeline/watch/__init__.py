@@ -1,6 +1,6 @@
 """Show how far a run, an evaluation, a synthesis, shards or a chain is, from its files alone.
 
-    folder or config ──recognise──> functions that look ──> View ──> terminal (show), page (page)
+    folder or config ──recognise──> functions that look ──> View ──> terminal, page (page.py)
 
 Nothing here imports torch or asks Slurm: it works wherever the folder is mounted, also while other
 processes write to it.
@@ -9,9 +9,17 @@ processes write to it.
 from __future__ import annotations
 
 import functools
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from pipeline.config.explain import kind_of
 from pipeline.config.loading import read_tree
@@ -27,12 +35,17 @@ from pipeline.watch.chains import (
     output_dir,
 )
 from pipeline.watch.elements import describe_evaluation
+from pipeline.watch.page import write_page
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import View
+from pipeline.watch.view import Fact, Grid, Tone, View
 
 Look = Callable[[], View]
 # Folders below a folder of several; more would fill no screen.
 _MAX_PARTS = 200
+_STYLES: dict[Tone, str] = {"": "", "ok": "green", "warn": "yellow", "fail": "red"}
+# In a pipe, no line is cut or wrapped: programs search them.
+_PIPE_WIDTH = 10_000
+_NUMBER = re.compile(r"[,.-]*\d[\d,.-]*")
 
 
 def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
@@ -47,10 +60,6 @@ def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
     Raises:
         UserError: the path is nothing that can be watched, or the page cannot be written.
     """
-    from rich.live import Live
-
-    from pipeline.watch.show import make_console, render
-
     looks = recognise(path)
     console = make_console()
     live = console.is_terminal and not once
@@ -60,7 +69,7 @@ def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
     else:
         try:
             with Live(render(views, console), console=console, auto_refresh=False) as screen:
-                while not _is_over(views):
+                while not all(view.state == "finished" or view.done == 1.0 for view in views):
                     time.sleep(every)
                     views = _look(looks, html, every)
                     screen.update(render(views, console), refresh=True)
@@ -75,14 +84,8 @@ def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
 def _look(looks: Sequence[Look], html: Path | None, every: float | None) -> list[View]:
     views = [look() for look in looks]
     if html is not None:
-        from pipeline.watch.page import write_page
-
         write_page(html, views, refresh_seconds=every)
     return views
-
-
-def _is_over(views: Sequence[View]) -> bool:
-    return all(view.state == "finished" or view.done == 1.0 for view in views)
 
 
 def recognise(path: Path) -> list[Look]:
@@ -170,3 +173,50 @@ def _of_config(path: Path) -> Look:
         f"{path}: a config of `diffembed {kind}`",
         allowed="a config of prepare, mine, train, evaluate, a synthesis or a chain",
     )
+
+
+# --- the terminal ----------------------------------------------------------------------------
+
+
+def make_console() -> Console:
+    """Return a console for standard output, without colours and line breaks in a pipe."""
+    console = Console(highlight=False, soft_wrap=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=_PIPE_WIDTH, color_system=None, legacy_windows=False)
+
+
+def render(views: Sequence[View], console: Console) -> RenderableType:
+    """Return everything as one block for rich."""
+    return Group(*(part for view in views for part in _view(view, console)))
+
+
+def _view(view: View, console: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((view.title, "bold"), "  ", (view.state, _STYLES[view.tone] or "bold"))
+    if view.done is not None and console.is_terminal:
+        yield ProgressBar(total=1.0, completed=view.done, width=min(60, console.width))
+    if view.facts:
+        yield _facts(view.facts)
+    yield from (_grid(grid) for grid in view.grids if grid.rows)
+
+
+def _facts(facts: Sequence[Fact]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(Text(fact.name), Text(fact.value, style=_STYLES[fact.tone]))
+    return table
+
+
+def _grid(grid: Grid) -> Table:
+    table = Table(
+        title=Text(grid.title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for number, name in enumerate(grid.header):
+        cells = [row[number] for row in grid.rows]
+        right = number > 0 and all(not cell or _NUMBER.fullmatch(cell) for cell in cells)
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for number, row in enumerate(grid.rows):
+        table.add_row(*map(Text, row), style=_STYLES[grid.tone_of(number)] or None)
+    return table

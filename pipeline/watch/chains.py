@@ -33,10 +33,10 @@ def describe_chain(path: Path, metrics: Metrics) -> View:
         done=finished / len(rows),
         grids=(
             Grid(
-                title="stages",
-                header=("stage", "state", "detail", "folder"),
-                rows=tuple(cells for cells, _ in rows),
-                tones=tuple(tone for _, tone in rows),
+                "stages",
+                ("stage", "state", "detail", "folder"),
+                tuple(cells for cells, _ in rows),
+                tuple(tone for _, tone in rows),
             ),
         ),
     )
@@ -142,21 +142,15 @@ def describe_synthesis(root: Path) -> View:
             continue
         answers, failed = _count_lines(ledger, b'"status": "failed"')
         stages.append((name, f"{answers:,}", f"{failed:,}", f"{_count_lines(items)[0]:,}"))
-    facts = [Fact(name="rows", value=f"{rows:,}" if isinstance(rows, int) else "not written yet")]
+    facts = [Fact("rows", f"{rows:,}" if isinstance(rows, int) else "not written yet")]
     if newest is not None:
-        facts.append(Fact(name="last answer", value=f"{duration(newest)} ago"))
+        facts.append(Fact("last answer", f"{duration(newest)} ago"))
     for path in logs_of(root / "jobs", "synthesize")[-1:]:
         end = read_log(path)
         if end and end.error:
             fault = f"{end.error} ({path.name})"
-            facts.append(
-                Fact(name="last error", value=fault, tone="fail" if end.failed else "warn")
-            )
+            facts.append(Fact("last error", fault, "fail" if end.failed else "warn"))
     header = ("stage", "answers", "failed for good", "items")
-    grids = [
-        Grid(title="stages", header=header, rows=tuple(stages)) if stages else None,
-        jobs_grid(root / "jobs"),
-    ]
     done: tuple[str, Tone] = ("finished", "ok")
     state, tone = done if isinstance(rows, int) else _activity(newest, "answer")
     return View(
@@ -164,7 +158,7 @@ def describe_synthesis(root: Path) -> View:
         state=state,
         tone=tone,
         facts=tuple(facts),
-        grids=tuple(grid for grid in grids if grid is not None),
+        grids=(Grid("stages", header, tuple(stages)), jobs_grid(root / "jobs")),
     )
 
 
@@ -237,8 +231,8 @@ def describe_shards(root: Path, store: Path | None = None) -> View:
         state="finished",
         tone="ok",
         done=1.0,
-        facts=(Fact(name="rows", value=f"{number:,} examples, {documents:,} documents"),),
-        grids=(Grid(title="sources", header=header, rows=sources),),
+        facts=(Fact("rows", f"{number:,} examples, {documents:,} documents"),),
+        grids=(Grid("sources", header, sources),),
     )
 
 
@@ -257,8 +251,8 @@ def _describe_building(root: Path, store: Path | None) -> View:
         title=f"shards {root}",
         state=state,
         tone=tone,
-        facts=(Fact(name="tasks", value=f"done by step: {names}" if names else "none yet"),),
-        grids=(jobs,) if jobs else (),
+        facts=(Fact("tasks", f"done by step: {names}" if names else "none yet"),),
+        grids=(jobs,),
     )
 
 
@@ -278,26 +272,16 @@ def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> dict[str
 
 def describe_several(root: Path, parts: Sequence[tuple[str, Callable[[], View]]]) -> View:
     """Describe a folder of runs, evaluations and so on in one line each."""
-    views: list[tuple[str, View]] = [(name, look()) for name, look in parts]
-    rows = []
-    for name, view in views:
+    rows, tones = [], []
+    for name, look in parts:
+        view = look()
         kind = view.title.partition(f" {root}")[0]
-        rows.append((name, kind, view.state, _summary(view)))
+        facts = map(view.fact, ("step", "elements", "rows", "tasks", "time left"))
+        rows.append((name, kind, view.state, ", ".join(filter(None, facts))))
+        tones.append(view.tone)
     return View(
         title=f"folder {root}",
-        state=f"{len(views)} found",
-        tone="fail" if any(view.tone == "fail" for _, view in views) else "",
-        grids=(
-            Grid(
-                title="found",
-                header=("folder", "kind", "state", "progress"),
-                rows=tuple(rows),
-                tones=tuple(view.tone for _, view in views),
-            ),
-        ),
+        state=f"{len(rows)} found",
+        tone="fail" if "fail" in tones else "",
+        grids=(Grid("found", ("folder", "kind", "state", "progress"), tuple(rows), tuple(tones)),),
     )
-
-
-def _summary(view: View) -> str:
-    names = ("step", "elements", "rows", "tasks", "time left")
-    return ", ".join(value for name in names if (value := view.fact(name)))

@@ -50,17 +50,17 @@ def describe_evaluation(root: Path, config: Path | None = None) -> View:
     counts = Counter(element.state for element in elements)
     facts = [
         Fact(
-            name="elements",
-            value=", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts[state])
+            "elements",
+            ", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts[state])
             or "none yet",
-            tone="fail" if counts["failed"] else "",
+            "fail" if counts["failed"] else "",
         ),
         *_blocks(root),
-        *(Fact(name="config", value=fault, tone="warn") for fault in faults),
+        *(Fact("config", fault, "warn") for fault in faults),
         *_report(root),
         *_failed_jobs(root / "jobs"),
     ]
-    grids = (_by_task(elements), _unfinished(elements), _scores(elements), jobs_grid(root / "jobs"))
+    jobs = jobs_grid(root / "jobs")
     state, tone = _state(elements, counts)
     return View(
         title=f"evaluation {root}",
@@ -68,7 +68,7 @@ def describe_evaluation(root: Path, config: Path | None = None) -> View:
         tone=tone,
         done=counts["scored"] / len(elements) if elements else None,
         facts=tuple(facts),
-        grids=tuple(grid for grid in grids if grid is not None),
+        grids=(_by_task(elements), _unfinished(elements), _scores(elements), jobs),
     )
 
 
@@ -114,37 +114,27 @@ def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]
 
 
 def _read(folder: Path, index: int | None, log: Path | None) -> Scored:
+    """Describe the element of a folder: by its result, or else by the end of its log."""
     model, task, length = folder.parts[-3:]
-    state, line, metric, score = _state_of(folder, log)
-    return Scored(
-        model=model,
-        task=task,
-        length=length,
-        index=index,
-        state=state,
-        line=line,
-        metric=metric,
-        score=score,
-    )
-
-
-def _state_of(folder: Path, log: Path | None) -> tuple[State, str, str, float | None]:
-    if (folder / "result.json").is_file():
-        result = read_json_or_none(folder / "result.json")
+    element = Scored(model=model, task=task, length=length, index=index, state="waiting")
+    path = folder / "result.json"
+    if path.is_file():
+        result = read_json_or_none(path)
         score = result.get("score") if isinstance(result, dict) else None
-        if isinstance(score, int | float):
-            return "scored", "", str(result.get("metric", "")), float(score)
-        return "failed", f"{folder / 'result.json'}: damaged", "", None
+        if not isinstance(score, int | float):
+            return dataclasses.replace(element, state="failed", line=f"{path}: damaged")
+        metric = str(result.get("metric", ""))
+        return dataclasses.replace(element, state="scored", metric=metric, score=float(score))
     end = read_log(log) if log else None
     if end is None:
-        return "waiting", "", "", None
+        return element
     if end.failed:
-        return "failed", end.error, "", None
-    silent = f"{end.line} ({duration(end.seconds)} ago)"
-    return ("silent" if end.is_silent else "running"), silent, "", None
+        return dataclasses.replace(element, state="failed", line=end.error)
+    line = f"{end.line} ({duration(end.seconds)} ago)"
+    return dataclasses.replace(element, state="silent" if end.is_silent else "running", line=line)
 
 
-def _by_task(elements: Sequence[Scored]) -> Grid | None:
+def _by_task(elements: Sequence[Scored]) -> Grid:
     """Return a row per task: the number of its elements in each state."""
     tasks: dict[str, Counter[State]] = {}
     for element in elements:
@@ -157,10 +147,10 @@ def _by_task(elements: Sequence[Scored]) -> Grid | None:
         "fail" if counts["failed"] else "ok" if counts["scored"] == counts.total() else ""
         for counts in tasks.values()
     )
-    return Grid(title="tasks", header=("task", *shown), rows=rows, tones=tones) if rows else None
+    return Grid("tasks", ("task", *shown), rows, tones)
 
 
-def _unfinished(elements: Sequence[Scored]) -> Grid | None:
+def _unfinished(elements: Sequence[Scored]) -> Grid:
     """Return a row per element that has failed or runs, with the line that says so."""
     shown = [e for e in elements if e.state == "failed"]
     shown += [e for e in elements if e.state in ("running", "silent")]
@@ -168,21 +158,13 @@ def _unfinished(elements: Sequence[Scored]) -> Grid | None:
         ("" if e.index is None else str(e.index), e.model, e.task, e.length, e.state, e.line)
         for e in shown
     )
-    tones: dict[State, Tone] = {"failed": "fail", "silent": "warn"}
+    by_state: dict[State, Tone] = {"failed": "fail", "silent": "warn"}
+    tones = tuple(by_state.get(e.state, "") for e in shown)
     header = ("element", "model", "task", "length", "state", "line of its log")
-    return (
-        Grid(
-            title="failed and running elements",
-            header=header,
-            rows=rows,
-            tones=tuple(tones.get(e.state, "") for e in shown),
-        )
-        if rows
-        else None
-    )
+    return Grid("failed and running elements", header, rows, tones)
 
 
-def _scores(elements: Sequence[Scored]) -> Grid | None:
+def _scores(elements: Sequence[Scored]) -> Grid:
     """Return the table of scores: a row per task and length, a column per model."""
     scored = [element for element in elements if element.score is not None]
     models = list(dict.fromkeys(element.model for element in scored))
@@ -196,7 +178,7 @@ def _scores(elements: Sequence[Scored]) -> Grid | None:
         for key, own in by_row.items()
     )
     header = ("task", "length", "metric", *models)
-    return Grid(title="scores", header=header, rows=rows) if rows else None
+    return Grid("scores", header, rows)
 
 
 def _blocks(root: Path) -> Iterator[Fact]:
@@ -209,14 +191,14 @@ def _blocks(root: Path) -> Iterator[Fact]:
     total = f" of {len(blocks):,} a model" if isinstance(blocks, list) else ""
     for store in sorted(path for path in root.glob("store/*") if path.is_dir()):
         written = sum(1 for _ in store.glob("*/block-*.npy"))
-        yield Fact(name=f"blocks of {store.name}", value=f"{written:,}{total}")
+        yield Fact(f"blocks of {store.name}", f"{written:,}{total}")
 
 
 def _report(root: Path) -> Iterator[Fact]:
     when = age(root / "report" / "report.md")
     if when is not None:
         value = f"{root / 'report' / 'report.md'}, {duration(when)} old"
-        yield Fact(name="report", value=value)
+        yield Fact("report", value)
 
 
 def _failed_jobs(folder: Path) -> Iterator[Fact]:
@@ -225,7 +207,7 @@ def _failed_jobs(folder: Path) -> Iterator[Fact]:
         for path in logs_of(folder, name)[-1:]:
             end = read_log(path)
             if end and end.failed:
-                yield Fact(name=name, value=f"{end.error} ({path.name})", tone="fail")
+                yield Fact(name, f"{end.error} ({path.name})", "fail")
     failed = [
         end
         for path in element_logs(folder, "evaluate-embed").values()
@@ -233,4 +215,4 @@ def _failed_jobs(folder: Path) -> Iterator[Fact]:
     ]
     if failed:
         value = f"{len(failed)} elements failed: {failed[-1].error}"
-        yield Fact(name="evaluate-embed", value=value, tone="fail")
+        yield Fact("evaluate-embed", value, "fail")

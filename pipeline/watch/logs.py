@@ -108,7 +108,7 @@ def read_json_or_none(path: Path) -> Any:
     return None
 
 
-def starts_grid(folder: Path) -> Grid | None:
+def starts_grid(folder: Path) -> Grid:
     """Return a table of all starts of training jobs, with the reason for which each ended."""
     rows = []
     for path in folder.glob("starts-*.json"):
@@ -118,29 +118,23 @@ def starts_grid(folder: Path) -> Grid | None:
             if isinstance(start, dict):
                 keys = ("time", "step", "nodes", "end")
                 rows.append((job, *(str(start.get(key, "")) for key in keys)))
-    if not rows:
-        return None
     # A successor has its own file, with a copy of the earlier starts.
     distinct = {row[1:]: row for row in rows}
     shown = sorted(distinct.values(), key=lambda row: row[1])
-    if shown[-1][4].startswith("unknown"):
+    if shown and shown[-1][4].startswith("unknown"):
         shown[-1] = (*shown[-1][:4], "running, or ended without a record")
-    tones: list[Tone] = [*("warn" for _ in shown[1:]), ""]  # type: ignore[list-item]
-    return Grid(
-        title=f"{len(shown)} starts",
-        header=("job", "time", "from step", "nodes", "end"),
-        rows=tuple(shown),
-        tones=tuple(tones),
-    )
+    # All but the last were interrupted.
+    tones: list[Tone] = ["warn"] * (len(shown) - 1)
+    header = ("job", "time", "from step", "nodes", "end")
+    return Grid(f"{len(shown)} starts", header, tuple(shown), tuple(tones))
 
 
-def jobs_grid(folder: Path) -> Grid | None:
+def jobs_grid(folder: Path) -> Grid:
     """Return a table of the jobs that were submitted from a folder, with the end of each log."""
     records = read_json_or_none(folder / "jobs.json")
     rows: list[tuple[str, ...]] = []
     tones: list[Tone] = []
-    entries = records.values() if isinstance(records, dict) else ()
-    for entry in entries:
+    for entry in records.values() if isinstance(records, dict) else ():
         if not isinstance(entry, dict):
             continue
         name, job = str(entry.get("name", "")), str(entry.get("id", ""))
@@ -157,7 +151,5 @@ def jobs_grid(folder: Path) -> Grid | None:
             line = "no log yet"
         rows.append((name, job, str(entry.get("submitted", "")), line))
         tones.append("fail" if failed else "")
-    if not rows:
-        return None
     header = ("job", "id", "submitted", "last line of its log")
-    return Grid(title="Slurm jobs", header=header, rows=tuple(rows), tones=tuple(tones))
+    return Grid("Slurm jobs", header, tuple(rows), tuple(tones))

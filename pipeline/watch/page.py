@@ -33,7 +33,6 @@ progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: 
 
 def write_page(path: Path, views: Sequence[View], *, refresh_seconds: float | None) -> None:
     """Write the page; a browser reloads it after some seconds where it will be written again."""
-    # Left out of the command line's imports: matplotlib is needed by nothing else here.
     write_text(path, page(views, refresh_seconds=refresh_seconds))
 
 
@@ -64,7 +63,7 @@ def _view(view: View) -> Iterator[str]:
             for fact in view.facts
         )
         yield f"<table>{rows}</table>"
-    yield from map(_grid, view.grids)
+    yield from (_grid(grid) for grid in view.grids if grid.rows)
     if view.curve:
         yield f"<h2>loss</h2>\n{_loss_svg(view.curve)}"
     for plot in view.plots:

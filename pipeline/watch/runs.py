@@ -19,14 +19,7 @@ from pipeline import checkpoint_folder
 from pipeline.config.loading import read_yaml
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
-from pipeline.watch.logs import (
-    LogEnd,
-    jobs_grid,
-    logs_of,
-    read_json_or_none,
-    read_log,
-    starts_grid,
-)
+from pipeline.watch.logs import LogEnd, jobs_grid, logs_of, read_json_or_none, read_log, starts_grid
 from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
 
 Line = dict[str, Any]
@@ -118,17 +111,14 @@ def describe_run(root: Path, metrics: Metrics) -> View:
         *_checkpoints(run, step),
         *_warnings(run, metrics),
     ]
-    grids = [_losses(run, lines), starts_grid(root / "jobs"), jobs_grid(root / "jobs")]
-    scores = _scores(run)
-    if scores:
-        grids.append(_score_grid(scores))
+    scores, jobs = _scores(run), root / "jobs"
     return View(
         title=f"training run {root}",
         state=state,
         tone=tone,
         done=min(1.0, step / num_steps) if num_steps else None,
         facts=tuple(facts),
-        grids=tuple(grid for grid in grids if grid is not None),
+        grids=(_losses(run, lines), starts_grid(jobs), jobs_grid(jobs), _score_grid(scores)),
         plots=tuple(_plots(lines, scores)),
         curve=tuple(line for line in lines if numbers([line], "loss")),
     )
@@ -192,14 +182,12 @@ def _progress(
     step: int, num_steps: int | None, seconds: float, *, finished: bool
 ) -> Iterator[Fact]:
     if num_steps is None:
-        yield Fact(name="step", value=f"{step:,} (config.yaml does not say of how many)")
+        yield Fact("step", f"{step:,} (config.yaml does not say of how many)")
         return
-    yield Fact(name="step", value=f"{step:,} of {num_steps:,} ({step / num_steps:.0%})")
+    yield Fact("step", f"{step:,} of {num_steps:,} ({step / num_steps:.0%})")
     if seconds and not finished:
         left = duration((num_steps - step) * seconds)
-        yield Fact(
-            name="time left", value=f"{left}, at {seconds:.3g} s a step (median of the last ones)"
-        )
+        yield Fact("time left", f"{left}, at {seconds:.3g} s a step (median of the last ones)")
 
 
 def _pace(recent: Sequence[Line], batch: int | None) -> Iterator[Fact]:
@@ -209,7 +197,7 @@ def _pace(recent: Sequence[Line], batch: int | None) -> Iterator[Fact]:
         return
     tokens = sum(numbers(timed, "tokens")) / total
     examples = f", {batch * len(timed) / total:,.1f} examples/s" if batch else ""
-    yield Fact(name="throughput", value=f"{tokens:,.0f} tokens/s{examples}")
+    yield Fact("throughput", f"{tokens:,.0f} tokens/s{examples}")
 
 
 # Names of numbers by key of metrics.jsonl, and their format; shown where the run logs them.
@@ -226,69 +214,64 @@ _SHOWN = {
 def _values(lines: Sequence[Line], recent: Sequence[Line]) -> Iterator[Fact]:
     for key, (name, form) in _SHOWN.items():
         if found := numbers(recent, key):
-            yield Fact(name=name, value=form.format(found[-1]))
+            yield Fact(name, form.format(found[-1]))
     if memory := numbers(lines, "peak_memory_gib"):
-        yield Fact(name="memory", value=f"{max(memory):.2f} GiB at most, on rank 0")
+        yield Fact("memory", f"{max(memory):.2f} GiB at most, on rank 0")
     # Of a run that logs what was planned.
     for key in sorted(recent[-1] if recent else ()):
         name = key.removeprefix("predicted_")
         observed, predicted = numbers(recent, name), numbers(recent, key)
         if name != key and observed and predicted:
             value = f"{predicted[-1]:.4g} predicted, {median(observed):.4g} observed"
-            yield Fact(name=name.replace("_", " "), value=value)
+            yield Fact(name.replace("_", " "), value)
 
 
 def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     try:
         name = checkpoint_folder.latest_name(run.checkpoints)
     except (UserError, OSError) as error:
-        yield Fact(name="checkpoint", value=str(error), tone="fail")
+        yield Fact("checkpoint", str(error), "fail")
         return
     if name is None:
-        yield Fact(name="checkpoint", value="none yet", tone="warn" if step else "")
+        yield Fact("checkpoint", "none yet", "warn" if step else "")
         return
     saved = checkpoint_folder.checkpoint_step(name) or 0
     behind = step - saved
     when = age(run.checkpoints / name)
     if when is None:
         found = f"latest names {name}, which does not exist"
-        yield Fact(name="checkpoint", value=found, tone="fail")
+        yield Fact("checkpoint", found, "fail")
         return
     distance = f"{behind:,} steps behind" if behind >= 0 else f"{-behind:,} steps ahead of metrics"
     kept = len(checkpoint_folder.names(run.checkpoints))
-    yield Fact(
-        name="checkpoint",
-        value=f"{name}, {distance}, {duration(when)} old; {kept} kept",
-    )
+    yield Fact("checkpoint", f"{name}, {distance}, {duration(when)} old; {kept} kept")
 
 
 def _warnings(run: RunDir, metrics: Metrics) -> Iterator[Fact]:
     if run.stop_request.exists():
         value = "the run saves a checkpoint and stops"
-        yield Fact(name="stop requested", value=value, tone="warn")
+        yield Fact("stop requested", value, "warn")
     if skipped := len(numbers(metrics.lines, "skipped")):
-        yield Fact(name="skipped steps", value=f"{skipped:,}, not finite", tone="warn")
+        yield Fact("skipped steps", f"{skipped:,}, not finite", "warn")
     for dump in sorted(run.root.glob("non-finite-step-*-rank-*.json")):
         found = read_json_or_none(dump)
         what = found.get("what", "") if isinstance(found, dict) else ""
-        yield Fact(name="not finite", value=f"{what} ({dump.name})", tone="fail")
+        yield Fact("not finite", f"{what} ({dump.name})", "fail")
     if metrics.num_replaced:
         value = f"{metrics.num_replaced:,} lines of steps that were logged again; the later count"
-        yield Fact(name="repeated", value=value)
+        yield Fact("repeated", value)
     if metrics.num_damaged:
         value = f"{metrics.num_damaged:,} lines of metrics.jsonl cannot be read"
-        yield Fact(name="damaged", value=value, tone="warn")
+        yield Fact("damaged", value, "warn")
     if (found := _last_log(run)) and found[1].error:
         path, end = found
         earlier = "" if end.failed else "before the present start: "
         yield Fact(
-            name="last error",
-            value=f"{earlier}{end.error} ({path.name})",
-            tone="fail" if end.failed else "warn",
+            "last error", f"{earlier}{end.error} ({path.name})", "fail" if end.failed else "warn"
         )
 
 
-def _losses(run: RunDir, lines: Sequence[Line]) -> Grid | None:
+def _losses(run: RunDir, lines: Sequence[Line]) -> Grid:
     """Return the table of losses: a row per kind of batch, or one for all."""
     kinds: dict[str, list[Line]] = {}
     for line in lines:
@@ -312,7 +295,7 @@ def _losses(run: RunDir, lines: Sequence[Line]) -> Grid | None:
             )
         )
     header = ("source", "steps", "first", f"mean of last {_RECENT}", "last", "accuracy")
-    return Grid(title="loss", header=header, rows=tuple(rows)) if rows else None
+    return Grid("loss", header, tuple(rows))
 
 
 # Task, with @LENGTH -> (step, score).
@@ -337,7 +320,7 @@ def _score_grid(scores: Scores) -> Grid:
         for task, points in scores.items()
     )
     header = ("task", "scored checkpoints", "newest step", "its score")
-    return Grid(title="scores during training", header=header, rows=rows)
+    return Grid("scores during training", header, rows)
 
 
 def _plots(lines: Sequence[Line], scores: Scores) -> Iterator[Plot]:

@@ -11,7 +11,7 @@ from typing import Literal
 Tone = Literal["", "ok", "warn", "fail"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
     """One line: a name and its value."""
 
@@ -20,9 +20,9 @@ class Fact:
     tone: Tone = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Grid:
-    """One table; `tones` has the tone of each row."""
+    """One table, not shown without rows; `tones` has the tone of each row."""
 
     title: str
     header: tuple[str, ...]
