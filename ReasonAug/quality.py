@@ -55,7 +55,7 @@ class Figures:
     Args:
         stages: items of each stage by domain and by what became of them: `kept`, or a reason.
         solutions: counts by domain: solutions that were checked, second solutions or verdicts,
-            those that agree, programs that were run, programs that passed.
+            solutions that agree, programs that were run, programs that passed.
         rows: by kind, rows and rows that leak.
         texts: repetition and diversity of problems, `own` and `reference`.
         lengths: percentiles of tokens, by kind of text.

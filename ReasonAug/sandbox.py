@@ -1,6 +1,6 @@
 """Run programs that a language model wrote, without letting them reach anything.
 
-A program gets one process of its own: no network, no files of this machine except Python's own
+A program gets its own process: no network, no files of this machine except Python's own
 (read-only) and an empty folder in memory, no variables, no other processes, and limits of CPU,
 memory, files, threads, time and output. Child processes are refused. When the program ends, or this
 process does, nothing of it is left.

@@ -166,7 +166,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hash_file(path) for path in paths}
 
 
-# A fingerprint reads all of a small file, and of a large one so many pages, evenly spread.
+# A fingerprint reads all of a small file, and of a large one this many pages, evenly spread.
 _PAGES = 64
 _PAGE_BYTES = 4096
 

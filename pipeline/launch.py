@@ -181,7 +181,7 @@ def threads_are_chosen(environ: Mapping[str, str] | None = None) -> bool:
     if env.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in env:
         return bool(env.get("OMP_NUM_THREADS"))
     try:
-        # What torchrun was started with, without what it has set since.
+        # The environment torchrun was started with, without the variables it has set since.
         given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return True
@@ -385,7 +385,7 @@ def run_ranks(
         number: signal.signal(number, lambda number, _: asked.append(number))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     }
-    # Sessions of their own, because a terminal sends Ctrl-C to all processes of a session.
+    # Separate sessions, because a terminal sends Ctrl-C to all processes of a session.
     ranks = [
         subprocess.Popen(command, env=environment, start_new_session=True)
         for environment in local_environments(num_ranks)

@@ -86,7 +86,7 @@ def write_run(folder: Path, answers: Answers) -> list[Path]:
     for path, text in zip(paths, texts, strict=True):
         with atomic_path(path) as temporary:
             temporary.write_text(text)
-    # What was written is what the commands accept.
+    # The commands must accept what was written.
     load_config(PrepareConfig, paths[0])
     load_config(TrainConfig, paths[1])
     return paths

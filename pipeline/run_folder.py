@@ -149,7 +149,7 @@ def _git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package may lie in the repository of somebody's project.
+        # An installed package may lie in the repository of another project.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
         commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")

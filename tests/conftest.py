@@ -1,4 +1,4 @@
-"""What all tests share: order, the marker `fast`, CPU seconds, and a temporary folder."""
+"""Shared by all tests: order, the marker `fast`, CPU seconds, and a temporary folder."""
 
 from __future__ import annotations
 

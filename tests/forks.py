@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-# What every process of a test is started with, forked or not.
+# The environment of every process of a test, forked or not.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 _LIBRARIES = (
     *("torch", "torch.distributed", "transformers", "deepspeed", "peft", "datasets"),

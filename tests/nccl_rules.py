@@ -104,7 +104,7 @@ class Recorder:
 
     def _check_main(self, call: str, name: str, group: str, tensors: list[torch.Tensor]) -> None:
         """Check a call by the rules for groups that are NCCL's on GPUs."""
-        # DeepSpeed has barriers of its own while it starts.
+        # DeepSpeed uses its own barriers while it starts.
         if name in OBJECTS or (name == "barrier" and not _called_by_deepspeed()):
             self._fault(call, "belongs in the control group")
         for other in self._last.keys() - {group, CONTROL}:
@@ -169,7 +169,7 @@ def _called_by_deepspeed() -> bool:
 
 
 def first_difference(ranks: Sequence[Sequence[str]]) -> str:
-    """Describe the first call that is not the same on all ranks; empty if there is none."""
+    """Describe the first call that is not the same on all ranks; empty without one."""
     for number, calls in enumerate(itertools.zip_longest(*ranks, fillvalue="(none)")):
         if len(set(calls)) > 1:
             before = ranks[0][max(0, number - 3) : number]

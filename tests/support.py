@@ -1,4 +1,4 @@
-"""What several tests need: functions and scripts run by a few real ranks, and patience."""
+"""Helpers of several tests: functions and scripts run by a few real ranks, and patience."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CALL = "from tests.support import call_as_rank; call_as_rank()"
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A TCP port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -94,7 +94,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 def launch_ranks(world_size: int, script: Path, *arguments: str, seconds: float = PATIENCE) -> str:
     """Run a Python script as ranks of one job, as torchrun would; what rank 0 printed.
 
-    For engines that want a process of their own. The first rank that fails, or the end of so
+    For engines that need a separate process. The first rank that fails, or the end of so
     many seconds, ends all of them and raises with the rank's output.
     """
     return _run_to_success([[script, *arguments]] * world_size, seconds)[0]

@@ -20,7 +20,7 @@ from tests.tools import reference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# data.md has a test of its own, which prepares its examples; the generated pages show no commands.
+# data.md has its own test, which prepares its examples; the generated pages show no commands.
 PAGES = sorted(page for page in DOCS.glob("*.md"))
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ("launch/recipes", "slurm"))]
 

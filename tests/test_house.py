@@ -282,7 +282,7 @@ def test_links_of_documents_lead_somewhere(path: Path) -> None:
 
 
 def commands(path: Path) -> str:
-    """What a document tells its reader to type, and what it quotes."""
+    """Return the commands that a document gives, and its quotations."""
     text = path.read_text()
     blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class UnreadableError(Exception):
-    """An answer lacks something; the text says what, for the model that repairs it."""
+    """An answer lacks something; the message names it for the model that repairs it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

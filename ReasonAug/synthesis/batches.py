@@ -1,8 +1,8 @@
 """Send calls through the batch API: upload, create, poll, download, and ask the rest again.
 
-Calls gather until no item can go on without an answer, or a batch is full. A batch is written down
-in ledger/batches.jsonl before it is created and again with its id, so that a killed run finds it
-on the server and collects it instead of paying twice. Requests that expired are part of the next
+Calls gather until no item can continue without an answer, or a batch is full. A batch is written
+down in ledger/batches.jsonl before it is created and again with its id, so that a killed run finds
+it on the server and collects it instead of paying twice. Requests that expired are part of the next
 batch.
 """
 

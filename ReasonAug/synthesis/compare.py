@@ -138,7 +138,7 @@ def _measure(text: str) -> tuple[float, str] | None:
     except ValueError:
         return None
     unit = (found["money"] or found["unit"]).strip().strip("()")
-    # What follows a number may be the rest of an expression: 3*x, 2/3, 5 sqrt(2).
+    # The text behind a number may be the rest of an expression: 3*x, 2/3, 5 sqrt(2).
     if re.match(r"[-+*/^(\d]|(sqrt|pi|e|ln|log|sin|cos|exp)\b", unit) or re.search(r"[+(]", unit):
         return None
     return (-value if found["sign"] == "-" else value), unit

@@ -105,7 +105,7 @@ def _released_rows(generations: Path, definitions: Path | None) -> list[Row]:
 
 
 def _batch_rows(path: Path, index: Path) -> Iterator[Row]:
-    """Yield the answers of a batch's output with what the index says about them."""
+    """Yield the answers of a batch's output with their entries of the index."""
     named = read_jsonl(index, fix="name the index of the batch in --index")
     require_texts(index, named, ("custom_id", "stage", "domain", "concept"))
     items = {}

@@ -32,7 +32,7 @@ _JUDGED = ("check", "tests", "solve-coding", "solve-numeric", "judge")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """What is left of one stage."""
+    """The work that is left of one stage."""
 
     stage: str
     recorded: int

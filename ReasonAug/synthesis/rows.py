@@ -46,7 +46,7 @@ _POOL = 20_000  # worked problems of a domain that negatives are searched among
 
 @dataclasses.dataclass(slots=True)
 class RowCounts:
-    """What became of the items that reached the rows."""
+    """Outcomes of the items that reached the rows."""
 
     rows: Counter[str] = dataclasses.field(default_factory=Counter)
     domains: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)

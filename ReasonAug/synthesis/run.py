@@ -426,7 +426,7 @@ class Run:
     def write_sample(self) -> None:
         """Write a page with the problems of a sample."""
         items: dict[str, Item] = {}
-        # The last line of an item says most about it.
+        # The last line of an item has the most information.
         for name in NAMES[2:]:
             items |= {item["id"]: item for item in iterate(self._work.stage(name))}
         page = self._folder.root / "sample.md"

@@ -1,7 +1,7 @@
 """Send calls to OpenAI-compatible servers, and live with all that such servers do.
 
     fault                                      outcome
-    429                                        the server rests, by Retry-After if it says so
+    429                                        the server rests, by Retry-After if it is sent
     5xx, 408, 409, reset, half or foreign body another try, after a wait that doubles
     no connection                              the server is left out for a while, others take over
     400, 413, 422                              a recorded failure; the first 400 to a schema makes
@@ -61,7 +61,7 @@ class _RejectedError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """What a chat completion holds."""
+    """The content of a chat completion."""
 
     text: str
     refusal: str
@@ -350,7 +350,7 @@ class LiveTransport:
     def _explain_silence(self, error: BaseException) -> _FaultError:
         """Return what it means that no answer, or half of one, has come."""
         cause: BaseException | None = error
-        # The client takes every fault of a connection for a timeout; its cause says more.
+        # The client takes every fault of a connection for a timeout; its cause is more exact.
         while cause is not None and not isinstance(cause, aiohttp.ClientError):
             cause = cause.__cause__
         if cause is None or isinstance(cause, TimeoutError):

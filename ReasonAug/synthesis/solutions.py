@@ -42,7 +42,7 @@ class Execution(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """How a solution was checked, and with what result.
+    """The check of a solution, and its result.
 
     Args:
         accepted: None if it could not be checked.
@@ -233,7 +233,7 @@ print({mark!r} + json.dumps(passed))
 
 
 def harness(source: str, tests: Sequence[str]) -> tuple[str, str]:
-    """Return a program that runs tests and says which passed, and the mark before its outcome."""
+    """Return a program that runs tests and prints which passed, and the mark before its outcome."""
     digest = hashlib.sha256(json.dumps([source, *tests]).encode()).hexdigest()
     mark = f"outcome {digest}: "
     return _HARNESS.format(source=source, tests=list(tests), mark=mark), mark

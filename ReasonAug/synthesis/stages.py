@@ -29,7 +29,7 @@ NAMES = (concepts.STAGE, DEFINITIONS, PROBLEMS, CHECKED, SOLVED, REWRITTEN, CLEA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a stage works with."""
+    """The inputs of a stage."""
 
     config: SynthesisConfig
     calls: Calls

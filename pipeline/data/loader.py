@@ -356,7 +356,7 @@ class Loader:
         return input_ids
 
     def __iter__(self) -> Iterator[GlobalBatch]:
-        """Yield batches from the current step on, for ever; a thread prepares the next one."""
+        """Yield batches from the current step on, forever; a thread prepares the next one."""
         if not self.config.prefetch:
             while True:
                 batch = self.batch(self._step)

@@ -158,7 +158,7 @@ class Order:
         length = int(self._counts.sum())
         cycle, slot = divmod(step, length)
         cached = self._cycle_cache
-        # Shuffled again in each cycle: otherwise the same units would follow one another for ever.
+        # Shuffled again in each cycle: otherwise the same units would follow one another forever.
         # Shuffling a cycle takes longer than a step should; consecutive steps share it.
         if cached is None or cached[0] != cycle:
             slots = permute(np.arange(length), length, make_key(self.seed, 2, cycle))
@@ -294,7 +294,7 @@ def make_units(
 
 
 def _merge_small(groups: list[Group], batch: int) -> list[list[Group]]:
-    """Join the groups that are smaller than a batch, with the smallest other one if need be."""
+    """Join the groups that are smaller than a batch, if necessary with the smallest other one."""
     large = [[group] for group in groups if group.count >= batch]
     small = [group for group in groups if group.count < batch]
     if small and sum(group.count for group in small) < batch and large:

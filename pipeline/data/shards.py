@@ -241,7 +241,7 @@ class Dataset:
         Names, sizes, row counts and offsets are always checked; `verify` also hashes every byte.
 
         Raises:
-            UserError: the folder is no dataset, incomplete, damaged, or of another version.
+            UserError: the folder is not a dataset, incomplete, damaged, or of another version.
         """
         folder = Path(path)
         dataset = cls(folder, read_manifest(folder))

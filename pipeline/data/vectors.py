@@ -69,7 +69,7 @@ def write_teacher_vectors(
 
 
 def _to_unit(vectors_RW: NDArray[Any], *, first: int, path: Path) -> NDArray[np.float32]:
-    """Divide vectors by their lengths; refuse those that have no direction."""
+    """Divide vectors by their lengths; refuse vectors without a direction."""
     wide = vectors_RW.astype(np.float32)
     # float64: squares of large float32 numbers overflow.
     length_R = np.sqrt(np.einsum("rw,rw->r", wide, wide, dtype=np.float64))

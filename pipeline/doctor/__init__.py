@@ -1,7 +1,7 @@
 """Check this machine, its packages and a config before a run; one line each: ok, warn or fail.
 
     packages    versions against the declared ranges and known_bad.yaml
-    ranks       in processes of their own: torch and GPU, attention kernels, all-reduce
+    ranks       in separate processes: torch and GPU, attention kernels, all-reduce
     machine     mpirun, compilers, locks of builds, shared memory, open files, caches
     cluster     Slurm's limits and its answer to slurm/cluster.env
     readiness   model, tokenizer, data, tasks and outputs of a config

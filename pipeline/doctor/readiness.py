@@ -50,7 +50,7 @@ def check_config(path: Path, overrides: tuple[str, ...] = ()) -> Iterator[Findin
 
 def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Finding]:
     tree = read_tree(path.expanduser())
-    # A synthesis has keys of its own, which this package does not know.
+    # A synthesis has other keys, which this package does not know.
     if "concepts" in tree and "problems" in tree:
         yield from _synthesis(path, overrides)
         return

@@ -208,7 +208,7 @@ def load_here(
         path: the export.
         max_tokens: packed tokens of one forward; fewer if the GPU has no room for them.
         precision: of weights and arithmetic; see `resolve_precision`.
-        dimensions: keep only so many of a vector's first numbers.
+        dimensions: keep only this many of a vector's first numbers.
         rope_scaling: for texts longer than the export was trained on.
     """
     device, dtype = device_here(), resolve_precision(precision)

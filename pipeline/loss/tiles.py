@@ -29,7 +29,7 @@ DEFAULT_SCORE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 # adds a gradient as large as the head to the fp32 sum (152,000 tokens x 3,584: 6.5 GB of traffic):
 # 37 tiles of 512 MiB for 8,192 predictions would take 0.15 s of it (estimated), 10 take 0.04 s.
 TOKEN_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
-# float64 work is done on so many rows, or so many bytes of gathered rows, at one time: what a CPU's
+# float64 work is done on this many rows, or bytes of gathered rows, at one time: what a CPU's
 # cache holds; on a GPU enough that starting the kernels costs less than running them.
 SLICE_ROWS = 512
 SLICE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}

@@ -41,7 +41,7 @@ def count_ratios(
     for retriever in range(len(lowest)):
         scores = candidates.scores[:, retriever]
         known = np.isfinite(scores)
-        # No ratio says anything about a positive that scores 0 or less.
+        # A ratio means nothing for a positive that scores 0 or less.
         if not lowest[retriever] > 0 or not known.any():
             continue
         bins = np.floor(scores[known] / lowest[retriever] / RATIO_STEP).astype(np.int64)

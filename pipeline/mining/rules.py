@@ -122,7 +122,7 @@ class Candidates:
         documents: (C,) numbers.
         scores: (C, R) of each retriever; NaN where it did not find the document.
         bands: (C,) number of the band; the last one behind all bands.
-        inside: (C,) False for those that only fill up: behind the window, or behind all bands.
+        inside: (C,) False for candidates that only fill up: behind the window, or behind all bands.
     """
 
     documents: IntArray

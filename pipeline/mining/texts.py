@@ -285,7 +285,7 @@ def _split(
 
 
 def _read_instruction(template: Template, head: str) -> str:
-    """Return the instruction in the decoded prefix of a text; empty if there is none."""
+    """Return the instruction in the decoded prefix of a text; empty without one."""
     before, found, after = template.query.partition("{text}")[0].partition("{instruction}")
     if not found:
         return ""
@@ -324,7 +324,7 @@ def read_texts(mining: Mining, role: str, block: int) -> pa.RecordBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TextCounts:
-    """How many texts were restored exactly, only up to a cut, only by their tokens, or not."""
+    """Count texts that were restored exactly, only up to a cut, only by their tokens, or not."""
 
     exact: int
     cut: int
@@ -379,7 +379,7 @@ def list_known(mining: Mining, task: int) -> None:
     arrays: dict[str, NDArray[Any]] = {}
     for name in ("query_key", "concept"):
         values = examples.scalars(name, ids)
-        # -1 says that an example has no concept; a query always has a key, which is never -1.
+        # -1 marks an example without a concept; a query always has a key, which is never -1.
         used = np.flatnonzero(values[positives.rows] != -1)
         pairs = np.stack([values[positives.rows[used]], positives.values[used]])
         pairs = np.unique(pairs, axis=1)

@@ -69,7 +69,7 @@ class _Rows:
     candidates: list[IntArray] = dataclasses.field(default_factory=list)
     candidate_scores: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
     candidate_bands: list[NDArray[np.int8]] = dataclasses.field(default_factory=list)
-    # Chosen negatives of each example, and those that the teacher took from its candidates.
+    # Chosen negatives of each example, and the ones that the teacher took from its candidates.
     mined: list[int] = dataclasses.field(default_factory=list)
     false: list[int] = dataclasses.field(default_factory=list)
 

@@ -415,7 +415,7 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
 
 
 def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:
-    """Return the schedule with the next fewer FLOPs, or with the next more if there is none."""
+    """Return the schedule with the next fewer FLOPs, or else with the next more."""
     possible = [
         s
         for s in _possible(config)

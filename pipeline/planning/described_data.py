@@ -72,7 +72,7 @@ def described(config: TrainConfig, description: Description) -> Iterator[TrainCo
     """Yield the config with shards as described, which are removed at the end.
 
     Lengths are log-normal, with half the mean as their deviation and four times the mean as the
-    longest. Each row has one document of its own, and the hard negatives that the config takes.
+    longest. Each row has its own document, and the hard negatives that the config takes.
     """
     # A plan lays out one batch; more rows would change nothing.
     rows = min(description.rows, 2 * config.data.global_batch_size)

@@ -69,7 +69,7 @@ HOST_PROCESS = 3.0 * GIB
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
-# What one rank sends in a gather of several small parameters (`training/gathering.py`).
+# Bytes that one rank sends in a gather of several small parameters (`training/gathering.py`).
 GATHER_SHARE = 2 * 2**20
 
 
@@ -255,7 +255,7 @@ def _optimizer(shape: ModelShape, workload: RankWorkload) -> Iterator[Term]:
         return
     share = shape.trainable / workload.world_size
     yield Term("optimizer", "fp32 weights and moments", 12 * share, "12 T / N (arXiv 1910.02054)")
-    # AdamW is fused, and has no temporaries of its own.
+    # AdamW is fused, and has no temporaries.
     group = min(share, workload.sub_group) if workload.stage == 3 else share
     yield Term("optimizer", "fp32 gradient", 4 * group, "4 min(T / N, sub_group_size)", ("update",))
 

@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         gpus: of all nodes together.
-        plan: None where the run is impossible; `problem` says why.
+        plan: None where the run is impossible; `problem` has the reason.
         seconds: of a step.
         fewest, most: seconds of a step at the ends of the range.
     """

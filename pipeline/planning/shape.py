@@ -340,7 +340,7 @@ class ModelShape:
             read_architecture(encoder.model.config.to_dict()), num_layers=len(encoder.layers)
         )
         adapters = adapters_of(architecture, model)
-        if adapters is None:  # a published adapter that continues, with targets of its own
+        if adapters is None:  # a published adapter that continues, with its own targets
             adapters = _found_adapters(architecture, encoder.layers[-1])
         return cls(
             architecture=architecture,
@@ -361,7 +361,7 @@ class ModelShape:
         Args:
             tree: config.json.
             model: the section of a training config; an adapter that continues is not counted.
-            head: whether tokens are predicted by a head of its own weights.
+            head: whether tokens are predicted by a head with its own weights.
 
         Raises:
             UserError: the model has its own code, or a width is missing.
@@ -449,7 +449,7 @@ def saved_by_layer(shape: ModelShape, width: int) -> float:
     if block is None:  # a model with its own code: an upper bound for gated MLPs
         return (18 * h + 4 * i) * width + (_dropped(adapters, width) if adapters else 0)
     trained = adapters is None
-    # Parts of the block whose input is kept as it is.
+    # Parts of the block whose input is kept unchanged.
     kept = {
         linear.part
         for linear in (architecture.linears if adapters is None else adapters.linears)

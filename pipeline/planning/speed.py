@@ -57,7 +57,7 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepWork:
-    """What a step computes and sends, in addition to its memory.
+    """The arithmetic and traffic of a step, in addition to its memory.
 
     Attributes:
         workload: of the fullest rank.
@@ -160,7 +160,7 @@ def step_seconds(
 
 
 def _exchange(size: float, work: StepWork, gpu: Gpu) -> float:
-    """Return the seconds to gather or reduce so many bytes over all ranks.
+    """Return the seconds to gather or reduce a number of bytes over all ranks.
 
     Rings: each rank receives all but its own share from its neighbour, and each host all but its
     own from another host. The slower of the two decides.
@@ -174,7 +174,7 @@ def _exchange(size: float, work: StepWork, gpu: Gpu) -> float:
 
 
 def _exposed(seconds: float, compute: float, pieces: int) -> float:
-    """Return the part of a transfer in so many equal pieces that compute does not hide."""
+    """Return the part of a transfer in equal pieces that compute does not hide."""
     return max(seconds / pieces, seconds - compute * (pieces - 1) / pieces)
 
 

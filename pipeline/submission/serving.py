@@ -389,7 +389,7 @@ def _end(output_dir: Path, job: str, history: History, code: int, signalled: str
     if verdict == "requeue":
         log(continue_job(job, history, why))
     elif code == Stopped.exit_code and state.running:
-        log("not requeued: the synthesis stopped, as its last line says; submit again to continue")
+        log("not requeued: the synthesis stopped (see its last line); submit again to continue")
     else:
         log(f"not requeued: {why}")
 

@@ -5,7 +5,7 @@
     finish()                  the same for what is left; DeepSpeed's optimizer has all shares
 
 DeepSpeed's hooks would reduce after every backward. They are removed; its code to reduce, to
-partition and to accumulate is used as it is.
+partition and to accumulate is used unchanged.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _keys(config: TrainConfig) -> dict[str, Any]:
     # Neither changes the examples or their order.
     for key in ("path", "prefetch"):
         tree["data"].pop(key)
-    # Whole, because a section without a value would have no key of its own.
+    # Whole, because a section without a value would have no key.
     candidates = tree["data"].pop("candidates")
     # Two keys set the end of the decay: their effect is compared.
     end = tree["optimizer"].pop("decay_steps") or config.num_steps

@@ -141,7 +141,7 @@ def replay_chunks(
 class BoundaryStore:
     """Inputs of stages by (stage, chunk), on their device or in host memory.
 
-    Copies have a stream of their own, so that they overlap the computing of other chunks:
+    Copies have their own stream, so that they overlap the computing of other chunks:
 
         put      copy stream: waits for the input, device -> host
         fetch    copy stream: host -> device, a chunk ahead

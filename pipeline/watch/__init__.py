@@ -160,7 +160,7 @@ def _of_config(path: Path) -> Look:
     if kind == "chain":
         return functools.partial(describe_chain, path, _metrics_of(path))
     root = output_dir(path)
-    # A synthesis has keys of its own, which this package does not know.
+    # A synthesis has other keys, which this package does not know.
     if "concepts" in tree and "problems" in tree:
         return functools.partial(describe_synthesis, root)
     if kind == "train":

@@ -151,7 +151,7 @@ def _by_task(elements: Sequence[Scored]) -> Grid:
 
 
 def _unfinished(elements: Sequence[Scored]) -> Grid:
-    """Return a row per element that has failed or runs, with the line that says so."""
+    """Return a row per element that has failed or runs, with the line of its log that shows it."""
     shown = [e for e in elements if e.state == "failed"]
     shown += [e for e in elements if e.state in ("running", "silent")]
     rows = tuple(
@@ -202,7 +202,7 @@ def _report(root: Path) -> Iterator[Fact]:
 
 
 def _failed_jobs(folder: Path) -> Iterator[Fact]:
-    """Name the errors of jobs that are no elements of an array of tasks."""
+    """Name the errors of jobs outside the array of tasks."""
     for name in ("evaluate-plan", "evaluate-score", "report"):
         for path in logs_of(folder, name)[-1:]:
             end = read_log(path)

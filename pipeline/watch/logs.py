@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.watch.view import Grid, Tone, age, duration
 
-# A log that says nothing for so long is called silent.
+# A log without a new line for this long is called silent.
 _SILENT_SECONDS = 900.0
 _TAIL_BYTES = 2**16
 # `3: ` is put before a rank's lines by `srun --label`, `[node1]` by others.
@@ -79,7 +79,7 @@ def read_log(path: Path) -> LogEnd | None:
 
 
 def logs_of(folder: Path, name: str) -> list[Path]:
-    """Return the logs of jobs with a name that are no elements of an array, oldest first."""
+    """Return the logs of jobs with a name, without elements of arrays; oldest first."""
     pattern = re.compile(rf"diffembed-{re.escape(name)}-\d+\.out")
     return _by_age(path for path in folder.glob("*.out") if pattern.fullmatch(path.name))
 

@@ -23,9 +23,9 @@ from pipeline.watch.logs import LogEnd, jobs_grid, logs_of, read_json_or_none, r
 from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
 
 Line = dict[str, Any]
-# Means are over so many of the newest steps.
+# The newest steps, which means are over.
 _RECENT = 50
-# A step is late after so many times the usual pause between two lines, and after a minute.
+# A step is late after this many usual pauses between two lines, but not before a minute.
 _PATIENCE_STEPS, _PATIENCE_SECONDS = 10, 60.0
 
 

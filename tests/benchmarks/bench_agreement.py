@@ -1,4 +1,4 @@
-"""What it costs that all ranks agree, step by step, whether one must stop or lacks memory.
+"""Cost of the agreement of all ranks, step by step, whether one must stop or lacks memory.
 
 python -m tests.benchmarks.bench_agreement [STEPS]
 

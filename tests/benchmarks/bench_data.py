@@ -202,7 +202,7 @@ def bench_tokenise(folder: Path) -> None:
 
 
 def bench_memory(folder: Path) -> None:
-    """Peak memory of a whole preparation in a process of its own, at two sizes."""
+    """Peak memory of a whole preparation in a separate process, at two sizes."""
     points = []
     for count in (5_000, 40_000):
         source, tokenizer = make_corpus(folder, count)

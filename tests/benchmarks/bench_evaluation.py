@@ -1,10 +1,10 @@
-"""Evaluation beside mteb: python tests/benchmarks/bench_evaluation.py [plan] [throughput] [table].
+"""Compare with mteb: python tests/benchmarks/bench_evaluation.py [plan] [throughput] [table].
 
 plan: wall-clock and memory of planning all three benchmarks at their real sizes. throughput: one
 corpus of mixed lengths through mteb with sentence-transformers and through us, equal scores; for
 whole evaluations by both sides' defaults see bench_job.py. table:
 every task on replicas fetched from a local hub, a third of the blocks lost and embedded again, our
-score beside mteb's direct one, and how far the stored vectors move it.
+score next to mteb's direct one, and how far the stored vectors move it.
 """
 
 from __future__ import annotations

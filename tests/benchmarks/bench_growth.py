@@ -1,6 +1,6 @@
-"""How time and memory of a cached step grow with the number of queries, for a tiny model.
+"""Growth of a cached step's time and memory with the number of queries, for a tiny model.
 
-Each measurement runs in a process of its own, because a heap that has been large once hides what
+Each measurement runs in its own process, because a heap that has been large once hides what
 comes after: python tests/benchmarks/bench_growth.py MODEL SCHEDULE QUERIES
 """
 

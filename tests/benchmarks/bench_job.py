@@ -1,4 +1,4 @@
-"""What a user waits for, beside mteb and sentence-transformers, all by their own defaults.
+"""A user's waiting time, next to mteb and sentence-transformers, all with their defaults.
 
     python tests/benchmarks/bench_job.py [evaluation] [sharing] [encode] [--scale 0.0005]
 
@@ -41,7 +41,7 @@ class Spent:
     cpu: float
 
     def over(self, ours: Spent) -> str:
-        """How much less we need."""
+        """Return the ratio to what we need."""
         return (
             f"{self.wall / ours.wall:.2f} ({self.wall:.1f} s / {ours.wall:.1f} s); "
             f"CPU {self.cpu / ours.cpu:.2f} ({self.cpu:.1f} s / {ours.cpu:.1f} s)"
@@ -49,7 +49,7 @@ class Spent:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, Spent]:
-    """What a work returns, and what it takes."""
+    """The result of a piece of work, and its cost."""
     wall, cpu = time.perf_counter(), sum(os.times()[:4])
     value = work()
     return value, Spent(wall=time.perf_counter() - wall, cpu=sum(os.times()[:4]) - cpu)
@@ -144,7 +144,7 @@ def whole(config: Any) -> tuple[list[float], str, Spent]:
 
 
 def sharing(folder: Path, scale: float) -> list[Any]:
-    """How often mteb would embed what is embedded once."""
+    """Return how often mteb would embed what is embedded once."""
     import full_size_hub
     from bench_support import Figure
 

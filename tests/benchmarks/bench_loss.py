@@ -1,7 +1,7 @@
-"""Time and memory of the loss beside the naive autograd one, which holds every score.
+"""Time and memory of the loss, next to the naive autograd one, which holds every score.
 
 `python tests/benchmarks/bench_loss.py`: one thread, one JSON line per measurement. Each runs in a
-process of its own, because a heap that has been large once hides what comes after.
+separate process, because a heap that has been large once hides what comes after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long training waits for a save: all of it on disk, or a copy in memory and a rename.
+"""Time that training waits for a save: all of it on disk, or a copy in memory and a rename.
 
 python -m tests.benchmarks.bench_save [MEGABYTES]
 """

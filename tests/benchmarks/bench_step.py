@@ -120,7 +120,7 @@ def _plain(encoder: Encoder, batch: GlobalBatch, gradients: list[torch.Tensor]) 
 
 
 def pad(texts: list[Any]) -> Features:
-    """What a collator hands to a model: one rectangle and its mask."""
+    """A collator's output: one rectangle and its mask."""
     width = max(len(text) for text in texts)
     ids = torch.zeros(len(texts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)

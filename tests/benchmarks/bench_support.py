@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, batches, an engine without DeepSpeed, fair timing, tables."""
+"""Shared by the benchmarks: models, batches, an engine without DeepSpeed, fair timing, tables."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def interleave(
 
 
 def ratio(above: Cost, below: Cost, name: str, limit: float, *, at_least: bool = False) -> Figure:
-    """CPU time of one work over another's; wall-clock stands beside it."""
+    """CPU time of one work over another's; wall-clock is given too."""
     value = above.cpu / below.cpu
     return Figure(
         name=name,
@@ -252,7 +252,7 @@ def make_batch(
 
 
 def step_config(schedule: str = "cache", *, keep_graphs: int = 0) -> TrainConfig:
-    """What a step reads of a training config."""
+    """The keys of a training config that a step reads."""
     return TrainConfig(
         output_dir=Path("unused"),
         num_steps=1,

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_synthesis --concepts 10000 --problems 8
 
-The server writes sums (`Behaviour.cheap`) in a process of its own, on the same cores. With
+The server writes sums (`Behaviour.cheap`) in a separate process, on the same cores. With
 `--kills 3` the run is killed three times on its way, and answers that were asked for twice are
 counted: each kill may cost the requests in flight. With `--without-http` the same answers come from
 inside the process: memory, rows and resume at full size without the time of a real transport.

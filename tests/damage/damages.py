@@ -16,7 +16,7 @@ import yaml
 
 Place = tuple[str | int, ...]
 
-# What people and programs put where something else belongs.
+# Values that people and programs put in the wrong place.
 JUNK: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3.7, -0.5, 10**9, 10**30, -(10**30), math.nan, math.inf),
     *(-math.inf, "", "   ", [], [1], [None], {}, {"a": 1}, "日本語 😀 é", "a\x00b", "\x1b[31m\x07"),
@@ -32,7 +32,7 @@ LFS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """What was done to which file; for a config also to which key, and what stands there now."""
+    """A change of a file; of a config also the key that was changed, and its value now."""
 
     file: str
     kind: str

@@ -20,7 +20,7 @@ _BYTES = 3 * 2**30
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
-    """How a child ended: exit code (negative: a signal; None: out of time) and what it printed."""
+    """The end of a child: exit code (negative: a signal; None: out of time) and what it printed."""
 
     code: int | None
     stdout: str
@@ -28,7 +28,7 @@ class Ended:
 
 
 def run_child(folder: Path, output: Path, work: Callable[[], int], seconds: float) -> Ended:
-    """Call `work` in a child of its own, in `folder`; its output goes below `output`."""
+    """Call `work` in a separate child, in `folder`; its output goes below `output`."""
 
     def confined() -> None:
         cores = sorted(os.sched_getaffinity(0))

@@ -6,7 +6,7 @@ from tests import forks
 
 
 def test_two_hundred_damaged_inputs_end_in_one_line_or_change_nothing() -> None:
-    # A process of its own, because it forks: none of pytest's threads may hold a lock then.
+    # A separate process, because it forks: none of pytest's threads may hold a lock then.
     words = ["-m", "tests.damage", "--trials", "200", "--seed", "1"]
     done = forks.run(words, folder=forks.ROOT, timeout=1700)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

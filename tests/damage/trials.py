@@ -42,7 +42,7 @@ class Fuzzer:
                 raise RuntimeError(f"{name}: exit code {ended.code}\n{ended.stdout}{ended.stderr}")
 
     def conclude(self, name: str) -> dict[str, Any]:
-        """What a command concludes in the undamaged world; written for the trials to compare."""
+        """The results of a command in the undamaged world; written for the trials to compare."""
         command = COMMANDS[name]
         folder = self._copy(f"whole-{name}", command)
         output = self._output(f"whole-{name}")
@@ -62,7 +62,7 @@ class Fuzzer:
         damage = self._damage(folder, command, rng)
         before = snapshot(folder)
         output = self._output(f"trial-{number}")
-        # A trial runs in a process of its own; a damaged path may be `~`.
+        # A trial runs in its own process; a damaged path may be `~`.
         home = self._output(f"trial-{number}/home")
         os.environ["HOME"] = str(home)
         ended = run_child(folder, output, lambda: run(command.argv), _SECONDS)

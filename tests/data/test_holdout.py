@@ -23,7 +23,7 @@ Build = Callable[..., Dataset]
 
 
 def make_rows(count: int) -> Records:
-    """Rows with one or two positives of their own, and negatives that are others' positives."""
+    """Rows with one or two own positives, and negatives that are others' positives."""
     rng = random.Random(5)
     documents = [f"{number} {words(rng, 8)}" for number in range(count + 1)]
     return [

@@ -108,7 +108,7 @@ _record = Record()
 
 
 class _Generator:
-    """The device's random numbers: a state of its own that takes the CPU generator's place."""
+    """The device's random numbers: a separate state instead of the CPU generator's."""
 
     def __init__(self) -> None:
         self.state = torch.Generator().manual_seed(0).get_state()
@@ -210,7 +210,7 @@ class CudaTensor(Tensor):
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known of an operation before it is called."""
+    """Facts about an operation before it is called."""
 
     name: str
     kernel: Any  # its computation, if the CPU has none
@@ -369,7 +369,7 @@ NCCL_TYPES = {
 def _checked(name: str) -> Callable[..., Any]:
     """Return a collective of torch that refuses what NCCL refuses, and computes by gloo.
 
-    A group that is named is one for control, which is gloo beside NCCL too and takes CPU tensors.
+    A group that is named is one for control, which uses gloo even with NCCL and takes CPU tensors.
     """
     real = getattr(dist, name)
 
@@ -404,7 +404,7 @@ def _set_rng_state(state: Tensor, *_: Any) -> None:
     _generator.state = state.clone()
 
 
-# What product code and torch itself ask about a GPU.
+# Queries of product code and of torch itself about a GPU.
 _CUDA_MODULE: dict[str, Any] = {
     "_initialized": True,
     "is_available": lambda: True,

@@ -14,7 +14,7 @@ from tests.loss.reference import make_case
 from tests.loss.test_contrastive import RECIPES
 
 # Waits of a loss of one block and one tile: the sizes of all ranks, the sizes of all blocks, the
-# significant scores of a tile, and the results. In-batch and own negatives alike.
+# significant scores of a tile, and the results. For in-batch and for own negatives.
 MAX_SYNCS = 4
 
 

@@ -35,7 +35,7 @@ def import_libraries() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended, and what it printed."""
+    """The exit code of a command, and its output."""
 
     code: int
     stdout: str

@@ -24,7 +24,7 @@ import yaml
 from tests.goldens.inputs import write_inputs
 from tests.goldens.processes import ROOT, Command, Outcome, begin_ranks
 
-# What differs from run to run: times, speeds, memory, and hashes of files that hold such.
+# Values that differ from run to run: times, speeds, memory, and hashes of files that hold such.
 VOLATILE = {"seconds", "tokens_per_second", "peak_memory_gib", "mteb_files", "results_digest"}
 TEXTS = {".md", ".yaml", ".json", ".txt", ".jinja", ".csv", ""}
 LINES = {"metrics.jsonl", "dropped.jsonl"}

@@ -1,7 +1,7 @@
 """Speed and memory of the cached step of a 7B model on one GPU: python -m tests.gpu.bench_gpu.
 
 Random weights in Dream's shape, bf16. Full fine-tuning runs without an optimizer, whose state would
-not fit beside one GPU's activations. `--tiny` runs the same on the CPU in seconds.
+not fit next to one GPU's activations. `--tiny` runs the same on the CPU in seconds.
 
     HFU  FLOPs done, second forwards included, over the GPU's peak
     MFU  FLOPs that training without any caching would need, over the peak
@@ -60,10 +60,10 @@ STEP_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Where and on what everything is measured.
+    """Device and model of all measurements.
 
     Args:
-        chunk_tokens: budget of a chunk; a longer text is a chunk of its own.
+        chunk_tokens: budget of a chunk; a longer text is a whole chunk.
         step_tokens: tokens of a step, at least two texts.
         peak: dense bf16 FLOP/s of the device.
         repeats: timed steps of a cell.
@@ -263,7 +263,7 @@ extra memory GiB, measured / planned | MiB a chunk token | pairs in 60 s |
 
 
 def measure(setting: Setting, *, lora: bool, name: str, length: int) -> Cell:
-    """One cell, on an encoder of its own."""
+    """Measure one cell, on its own encoder."""
     schedule, checkpointing = SCHEDULES[name]
     empty = Cell(train="LoRA" if lora else "full", schedule=name, length=length)
     try:
@@ -299,7 +299,7 @@ def measure(setting: Setting, *, lora: bool, name: str, length: int) -> Cell:
     )
 
 
-# What a step holds in addition to weights, gradients and the optimizer's state.
+# Memory of a step in addition to weights, gradients and the optimizer's state.
 _EXTRA = ("activations", "boundaries", "loss")
 
 

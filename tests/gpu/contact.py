@@ -1,4 +1,4 @@
-"""What the parts of the first contact share: the device they run on, and how they report.
+"""The device that the parts of the first contact run on, and their reports.
 
 cuda         the GPU
 cpu          the same code on the CPU, where `to_device` leaves everything
@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a part runs.
+    """The device of a part.
 
     Args:
         kind: of device.

@@ -1,7 +1,7 @@
-"""Run the parts of a first contact with a GPU, each in a process with a limit of its own.
+"""Run the parts of a first contact with a GPU, each in a process with its own limit.
 
-`tests/gpu/first_contact.sh` says how to start it. Parts are in the order of their worth, because a
-machine may be taken back before the last.
+See `tests/gpu/first_contact.sh` for how to start it. Parts are in the order of their worth, because
+a machine may be reclaimed before the last.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     for name in names:
         results.append(_run_part(name, kind, tiny=tiny, out=out))
-        # After each part: a machine may be taken back before the last.
+        # After each part: a machine may be reclaimed before the last.
         (out / "results.json").write_text(
             json.dumps({"machine": machine, "parts": results}, indent=1)
         )
@@ -95,7 +95,7 @@ def describe_machine(kind: Kind) -> str:
 
 
 def _run_part(name: str, kind: Kind, *, tiny: bool, out: Path) -> dict[str, Any]:
-    """Run a part as a process of its own, show its output as it comes, and collect its figures."""
+    """Run a part as a separate process, show its output as it comes, and collect its figures."""
     seconds, title = PARTS[name]
     limit = seconds if kind == "cuda" else seconds * _FACTOR
     print(f"\n## {name}: {title}\n\n{HEAD}", flush=True)

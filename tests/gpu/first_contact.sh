@@ -6,7 +6,7 @@
 #   tests/gpu/first_contact.sh [PART...]      on the GPU machine; installs .whl if it is there
 #   tests/gpu/first_contact.sh --tiny         the same code on a CPU, in a minute
 #
-# Each part is a process of its own with a limit of its own. Results go to $OUT, by default
+# Each part is a process with its own time limit. Results go to $OUT, by default
 # first-contact/: results.json, results.md (a table for tests/benchmarks/RESULTS.md) and log.txt. The
 # exit code is 1 if a part failed.
 set -euo pipefail

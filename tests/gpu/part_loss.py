@@ -1,4 +1,4 @@
-"""Time and memory of the loss of a large batch, beside those of other ways to compute it.
+"""Time and memory of the loss of a large batch, next to other ways to compute it.
 
 Shapes: N queries and as many documents, E width.
 """

@@ -91,7 +91,7 @@ def _train(recipe: Path, ds_config: Path, overrides: list[str], place: Place) ->
 
 
 def _recover_from_a_lack_of_memory(place: Place, report: Report) -> None:
-    """Let a large chunk run into the end of memory, and go on with smaller ones."""
+    """Let a large chunk run into the end of memory, and continue with smaller ones."""
     size, tokens = (64, 400) if place.tiny else (1024, 16384)
     folder = tiny_qwen2(place.folder / "wide", hidden_size=size, num_layers=4, vocab_size=500)
     encoder = place.to_device(load(folder), None if place.kind == "cpu" else torch.bfloat16)

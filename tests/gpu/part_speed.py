@@ -1,4 +1,4 @@
-"""Speed and memory of a 7B model's step, and the planner's prediction beside them."""
+"""Speed and memory of a 7B model's step, next to the planner's prediction."""
 
 from __future__ import annotations
 

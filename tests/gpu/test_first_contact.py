@@ -14,7 +14,7 @@ from tests import forks
 from tests.gpu import first_contact
 from tests.gpu.contact import Place, Report
 
-# What a machine with torch and transformers may lack, except the packages that
+# Packages that a machine with torch and transformers may lack, except the packages that
 # `first_contact.sh wheels` brings along.
 LACKING = ("datasets", "mteb", "polars", "tenacity", "bm25s", "pytrec_eval", "wandb")
 NEEDED = (

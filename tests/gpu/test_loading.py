@@ -20,5 +20,5 @@ def test_pieces_go_to_the_gpu_and_equal_the_whole_model(tmp_path: Path) -> None:
     output = launch_ranks(1, WORKER, str(path))
     (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
     assert result["equal"]
-    # One rank's partitions are the model; a piece is whole beside them while it is cut up.
+    # One rank's partitions are the model; a piece is whole in addition while it is cut up.
     assert result["peak"] <= result["model"] + 2 * result["piece"] + 16 * MIB

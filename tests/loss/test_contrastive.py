@@ -73,7 +73,7 @@ RECIPES = {
 
 @dataclasses.dataclass
 class Share:
-    """What one rank held and got."""
+    """The inputs and results of one rank."""
 
     output: LossOutput
     queries: Tensor
@@ -149,7 +149,7 @@ RankResults = list[tuple[list[Share], list[Share]]]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> RankResults:
-    """What each of so many ranks got."""
+    """Return the results of each of so many ranks."""
     return run_ranks(request.param, everything_on_ranks, make_case(teacher=True))
 
 

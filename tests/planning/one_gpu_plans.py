@@ -43,7 +43,7 @@ SHAPE = Shape(
 
 
 def plan(name: str, shards: Path, folder: Path) -> str:
-    """What `diffembed plan run` prints for a recipe on one GPU of 24 GiB."""
+    """Return what `diffembed plan run` prints for a recipe on one GPU of 24 GiB."""
     config = load_config(TrainConfig, RECIPES / f"{name}.yaml")
     model = folder / name
     model.mkdir()

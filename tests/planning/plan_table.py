@@ -138,7 +138,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     for name, rows in (("memory", memory_rows()), ("activations", activation_rows())):
         begin, end = BEGIN.format(name), END.format(name)
         before, _, rest = page.partition(begin)

@@ -1,4 +1,4 @@
-"""Tables in documents are those of the present formulas, and state what they claim."""
+"""Tables in documents agree with the present formulas, and state what they claim."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(config: TrainConfig) -
 
 
 def test_a_model_with_its_own_code_is_counted_from_the_model_only() -> None:
-    """Its keys may have any names; activations are an upper bound from those that are usual."""
+    """Its keys may have any names; activations are an upper bound from the usual ones."""
     own = {"model_type": "own", "hidden_size": 64, "intermediate_size": 100, "n_blocks": 3}
     found = read_architecture(own)
     assert (found.block, found.hidden_size, found.intermediate_size) == (None, 64, 100)

@@ -89,7 +89,7 @@ class Saved:
 
 @pytest.fixture(autouse=True)
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would choose: the variable-length kernel in 16 bits, and fused dropout."""
+    """Choose as on a GPU: the variable-length kernel in 16 bits, and fused dropout."""
     kernel = attention.torch_varlen()
     assert kernel is not None
 

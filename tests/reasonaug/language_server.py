@@ -59,7 +59,7 @@ _PROBLEM = re.compile(
 
 @dataclass
 class Known:
-    """What the server knows about a problem that it wrote."""
+    """The server's knowledge about a problem that it wrote."""
 
     concept: str
     domain: str
@@ -73,7 +73,7 @@ class Known:
 
 @dataclass
 class Behaviour:
-    """How the server behaves.
+    """Behaviour of the server.
 
     Args:
         faults: share of the requests that meet each fault, once each; see FAULTS.

@@ -403,7 +403,7 @@ def test_a_machine_without_namespaces_is_refused_in_one_line(
 @pytest.fixture
 def refused_in() -> Callable[[], str]:
     def refused_in() -> str:
-        """What a command prints where the kernel allows no more namespaces."""
+        """Return what a command prints where the kernel allows no more namespaces."""
         code = (
             "from pipeline.errors import errors_end_the_process as e\n"
             "from ReasonAug.sandbox import run_program\n"

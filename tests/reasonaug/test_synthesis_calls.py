@@ -26,7 +26,7 @@ from tests.support import free_port
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report on the data takes as long as everything else; it has tests of its own."""
+    """The report on the data takes as long as everything else; it has its own tests."""
     monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
 
 

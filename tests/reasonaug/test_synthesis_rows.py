@@ -25,7 +25,7 @@ REWRITES = {"forum": 1.0, "exam": 1.0, "long": 1.0, "long_tokens": 300}
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report on the data takes as long as everything else; it has tests of its own."""
+    """The report on the data takes as long as everything else; it has its own tests."""
     monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
 
 

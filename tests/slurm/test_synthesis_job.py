@@ -55,7 +55,7 @@ class SynthesisJob(BatchJob):
             "concepts": {"files": [str(folder / "concepts.yaml")]},
             "problems": {"per_concept": 2},
             "limits": {"concurrency": 2, "timeout": 60},
-            # The server knows the results of its own problems only, not of another server's.
+            # The server knows the results of its own problems only, not another server's.
             "checks": {"solution": False},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""Kill a synthesis at random moments, and compare it with one that nobody disturbed.
+"""Kill a synthesis at random moments, and compare it with an undisturbed one.
 
     python -m tests.tools.kill_synthesis --kills 30 --seed 1
 

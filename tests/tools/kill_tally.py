@@ -77,9 +77,9 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run has come, as its files say."""
+    """The progress of a run, from its files."""
 
-    step: int  # that the next start goes on from
+    step: int  # that the next start continues from
     lines: int  # whole ones of metrics.jsonl
     inode: int  # of metrics.jsonl
 
@@ -181,7 +181,7 @@ class Tally:
         while launch.process.poll() is None:
             assert time.monotonic() < begin + PATIENCE, launch.output()
             now = Progress.of(self._run)
-            # A start writes the file anew, with the lines that it takes over.
+            # A start rewrites the file, with the lines that it takes over.
             trained = now.inode != before.inode and now.lines - before.step >= new_lines
             if moment == "start-up":
                 ready = time.monotonic() - begin > delay
@@ -236,7 +236,7 @@ def kill(launch: Launch, victim: str, lots: random.Random) -> None:
 
 
 def latest_name(folder: Path) -> str:
-    """Which checkpoint `latest` names, if any."""
+    """Return the checkpoint that `latest` names, if any."""
     pointer = folder / "latest"
     return pointer.read_text().strip() if pointer.exists() else ""
 

@@ -1,4 +1,4 @@
-"""What becomes of a run under each launcher when the launcher, or one rank, gets a signal.
+"""Send signals to a launcher, or to one rank, and report what becomes of the run.
 
     python -m tests.tools.launcher_signals [LAUNCHER ...]
 
@@ -34,13 +34,13 @@ COMMAND = "diffembed train"
 ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (COMMAND, *LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# What has not ended by then goes on: the runs have no end of their own.
+# Whatever has not ended by then continues: the runs do not end by themselves.
 _GOES_ON_AFTER_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a signal came to."""
+    """The effect of a signal."""
 
     code: int
     reason: str  # that the run gave for its end
@@ -51,12 +51,12 @@ class Outcome:
 
     @property
     def nothing_lost(self) -> bool:
-        """Whether the next start goes on exactly where this one ended."""
+        """Return True if the next start continues exactly where this one ended."""
         return self.saved == self.steps > 0
 
     def __str__(self) -> str:
         if self.goes_on:
-            return f"exit {self.code}, but the ranks go on"
+            return f"exit {self.code}, but the ranks continue"
         kept = f"saved step {self.saved}" if self.nothing_lost else f"saved {self.saved}"
         return (
             f"exit {self.code}, {kept} of {self.steps} ({self.reason or 'no reason given'}), "
@@ -90,7 +90,7 @@ def words_of(launcher: str, folder: Path) -> list[str]:
 
 
 class Trial:
-    """A run without end, in a folder of its own, and the signals that it gets.
+    """A run without end, in its own folder, and the signals that it gets.
 
     Args:
         launcher: one of `ALL_LAUNCHERS`.
@@ -187,7 +187,7 @@ class Trial:
 
 @contextlib.contextmanager
 def environment_of(launcher: str) -> Iterator[dict[str, str]]:
-    """What a launcher needs in its environment, with a Slurm of two nodes behind it if need be."""
+    """Yield the environment that a launcher needs, if need be with a Slurm of two nodes."""
     if launcher in ON_SLURM:
         with Cluster().running() as cluster:
             yield cluster.environment

@@ -55,7 +55,7 @@ def commands_page() -> str:
 
 
 def _leaves(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-    # By name, because typer brings classes of its own that need not derive from click's.
+    # By name, because typer has its own classes, which need not derive from click's.
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command

@@ -1,4 +1,4 @@
-"""How far an engine's gradients are from those of a reference, and adapters that have any."""
+"""Distance of an engine's gradients from a reference's, and adapters that have any."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def launcher_words(launcher: str, port: int) -> list[str]:
 
 
 class Launch:
-    """A run that is going on; on leaving the context nothing of it is left.
+    """A running training; on leaving the context nothing of it is left.
 
     Every process of it carries a mark in its environment, by which it is found, also when it has
     lost its parents.

@@ -1,4 +1,4 @@
-"""What a gather sends at once, and what runs beside what."""
+"""Gathers: how much one sends at once, and what runs at the same time."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CASES = [(world_size, name) for world_size in (1, 2, 3) for name in list_cases(w
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, model_path: Path) -> dict[str, dict[str, float]]:
-    """What all cases on so many ranks gave, by their names; one launch of ranks does them all."""
+    """Return the results of all cases on so many ranks, by name; one launch does them all."""
     output = launch_ranks(request.param, WORKER, str(model_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return {result["case"]: result for result in found}

@@ -1,4 +1,4 @@
-"""What a rank learns from its launcher: that it has ended, and what it has set for the ranks."""
+"""A rank sees that its launcher has ended, and the variables that it has set for the ranks."""
 
 from __future__ import annotations
 

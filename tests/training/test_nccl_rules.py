@@ -21,7 +21,7 @@ BROKEN = "broken rank: "
 def reports(
     request: pytest.FixtureRequest, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What every rank recorded in all runs of the worker."""
+    """Return the records of every rank in all runs of the worker."""
     folder = tmp_path_factory.mktemp("rules")
     train, evaluate = folder / "train.yaml", folder / "evaluate.yaml"
     train.write_text(recipe.read_text())

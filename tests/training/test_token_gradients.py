@@ -23,7 +23,7 @@ on_all_ranks = pytest.mark.parametrize(("world_size", "name"), CASES)
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
-    """What all cases gave, by ranks and name; one launch per number of ranks does them all."""
+    """Return the results of all cases, by ranks and name; one launch per number of ranks."""
     models = [
         save_lifted(tmp_path_factory.mktemp("model"), Qwen2ForCausalLM, tie_word_embeddings=tied)
         for tied in (False, True)

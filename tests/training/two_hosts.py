@@ -48,7 +48,7 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 def remote_shell(folder: Path, names: tuple[str, str]) -> Path:
     """A folder with a command `ssh`, which runs its words on the host with that address.
 
-    As from a real one, they hear nothing of the environment that it was called in, but for the mark
+    As from a real one, they hear nothing of the environment that it was called in, except the mark
     by which a test finds all processes of a run.
     """
     path = folder / "ssh"

@@ -292,7 +292,7 @@ def _open_earlier(build: Build, path: Path) -> tuple[Dataset, TextHashes]:
 def _map_earlier(path: Path) -> tuple[Dataset, TextHashes]:
     dataset = Dataset.open(path)
     hashes = dataset.documents.hashes()
-    # Documents are searched by hash; mining puts those of further corpora behind the others.
+    # Documents are searched by hash; mining puts further corpora's behind the others.
     if (hashes[1:] < hashes[:-1]).any():
         raise UserError(
             f"reuse: {path} was mined with further corpora",

@@ -70,7 +70,7 @@ def lay_out(build: Build, task: int) -> None:
         ends = ends + np.arange(len(ends)) * _DOCUMENT_BYTES
         room = _add_rows(documents, number, 0, ends, room, limit)
     examples: list[list[RowRange]] = [[]]
-    # Examples start a shard of their own, so that the two kinds can be read separately.
+    # Examples start a new shard, so that the two kinds can be read separately.
     room = limit
     counts = count_groups(build)
     # Each block's examples are sorted by group: its rows of a group start here.
