@@ -205,7 +205,7 @@ def test_a_config_states_only_what_differs_from_those_it_extends(tmp_path: Path)
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "model.yaml").write_text("model: {path: m, pooling: last_token}\n")
     (tmp_path / "parts" / "task.yaml").write_text(
-        "extends: [shared.yaml]\nnum_steps: 10\ndata: {path: d, weights: {a: 1, b: 2}}\n"
+        "extends: shared.yaml\nnum_steps: 10\ndata: {path: d, weights: {a: 1, b: 2}}\n"
     )
     (tmp_path / "parts" / "shared.yaml").write_text(
         "num_steps: 7\nseed: 3\nmodel: {path: shared, normalize: false}\n"
@@ -226,7 +226,10 @@ def test_a_config_states_only_what_differs_from_those_it_extends(tmp_path: Path)
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("extends: nowhere.yaml\n", r"base.yaml: extends = 'nowhere.yaml' \| allowed: a list"),
+        ("extends: 3\n", r"base.yaml: extends = 3 \| allowed: the path of a YAML file, or a list"),
+        ("extends:\n", r"base.yaml: extends = None \| allowed: the path of a YAML file, or a list"),
+        ("extends: [a.yaml, 3]\n", r"base.yaml: extends = \['a.yaml', 3\] \| allowed: the path"),
+        ("extends: nowhere.yaml\n", r"base.yaml: extends: .*nowhere.yaml: no such file"),
         ("extends: [nowhere.yaml]\n", r"base.yaml: extends: .*nowhere.yaml: no such file"),
         ("extends: [train.yaml]\n", r"base.yaml: extends: .*circle.*train.yaml -> base.yaml"),
         ("- a\n", "base.yaml: list at the top"),

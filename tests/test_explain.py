@@ -99,7 +99,10 @@ def test_an_editor_sees_a_misspelt_key_and_a_value_out_of_range() -> None:
     for tree in ({"los": {}}, {"loss": {"temprature": 1}}, {"data": {"global_batch_size": 1}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(tree, schema)
-    jsonschema.validate({"extends": ["base.yaml"], "loss": {"temperature": 1}}, schema)
+    for bases in ("base.yaml", ["base.yaml"]):
+        jsonschema.validate({"extends": bases, "loss": {"temperature": 1}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"extends": 3}, schema)
 
 
 def test_two_configs_differ_in_what_they_resolve_to(tmp_path: Path) -> None:

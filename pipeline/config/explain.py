@@ -41,10 +41,9 @@ KINDS: dict[str, type] = {
     "chain": ChainConfig,
 }
 _EXTENDS = {
-    "description": "Files that this one completes, relative to it; later ones win over earlier "
-    "ones, and this file over all of them.",
-    "type": "array",
-    "items": {"type": "string"},
+    "description": "File, or list of files, that this one completes, relative to it; later ones "
+    "win over earlier ones, and this file over all of them.",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
 }
 
 

@@ -33,9 +33,9 @@ strict = with_config(ConfigDict(extra="forbid"))
 def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()) -> T:
     """Read a YAML file with the files it extends, apply overrides, and build `kind` from it.
 
-    `extends: [a.yaml, ../b.yaml]`, relative to the file with that key, reads those files first. A
-    later one wins, and the file itself wins over all of them. Sections are merged key by key,
-    lists and values are replaced. Overrides `key.sub=value` come last.
+    `extends: a.yaml`, or `[a.yaml, ../b.yaml]`, relative to the file with that key, reads those
+    files first. A later one wins, and the file itself wins over all of them. Sections are merged
+    key by key, lists and values are replaced. Overrides `key.sub=value` come last.
 
     Raises:
         UserError: a file is missing or not YAML, a file extends itself, a key is unknown, a value
@@ -147,10 +147,13 @@ def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, An
     if not isinstance(own, dict):
         raise UserError(f"{path}: {type(own).__name__} at the top", allowed="a mapping of keys")
     bases = own.pop("extends", [])
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: extends = {bases!r}", allowed="a list of paths of YAML files")
+    listed = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in listed):
+        raise UserError(
+            f"{path}: extends = {bases!r}", allowed="the path of a YAML file, or a list of them"
+        )
     tree: dict[str, Any] = {}
-    for base in bases:
+    for base in listed:
         below = path.parent / Path(base).expanduser()
         _merge(tree, read_tree(below, extended_by=(*extended_by, resolved)))
     _merge(tree, own)

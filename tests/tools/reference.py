@@ -108,8 +108,9 @@ def config_page() -> str:
         _WRITTEN,
         "Any key can be changed on the command line: `diffembed train CONFIG key.sub=value`. "
         "`diffembed config explain KEY` prints one key; `diffembed config schema` prints the JSON "
-        "schema of a kind of file, which editors read for completion. `extends: [FILE, ...]` in "
-        "any file takes the keys of others, relative to it; this file wins over them.",
+        "schema of a kind of file, which editors read for completion. `extends: FILE`, or "
+        "`[FILE, ...]`, in any file takes the keys of others, relative to it; this file wins over "
+        "them.",
     ]
     for kind in KINDS:
         parts += [f"## {kind}", f"Read by `{_READ_BY[kind]}`."]
