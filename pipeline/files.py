@@ -160,6 +160,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def short_hash(*parts: str) -> str:
+    """Return a short hash of some strings, for names."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder, by its path in it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -9,7 +9,7 @@ RUN/config.yaml         the resolved config, with a first line that marks it as 
     checkpoints/        see checkpoint_folder.py
     export/  results/  report/
     evaluations/        scores of checkpoints made during training, a folder like RUN per step
-    jobs/               batch scripts, frozen configs and logs of Slurm jobs
+    jobs/               frozen configs; batch scripts and logs of Slurm jobs
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.checkpoint_folder import LATEST, is_checkpoint
+from pipeline.config import dump_config
 from pipeline.errors import UserError
-from pipeline.files import remove_unfinished, sign_lock, try_lock
+from pipeline.files import remove_unfinished, short_hash, sign_lock, try_lock
 
 # The first line of a run's config.yaml, which distinguishes it from a user's file of that name.
 OWN_CONFIG = (
@@ -49,6 +50,7 @@ class RunDir:
         self.export = self.root / "export"
         self.results = self.root / "results"
         self.report = self.root / "report"
+        self.jobs = self.root / "jobs"
         # Scores of single checkpoints, made during training.
         self.evaluations = self.root / "evaluations"
         # In a folder of `evaluations`: the digest of the scored checkpoint, because a rewound run
@@ -110,6 +112,13 @@ class RunDir:
         self._lock = lock
         for path in (self.config, self.ds_config, self.environment, self.metrics):
             remove_unfinished(path)
+
+
+def frozen_config(folder: Path, stem: str, config: Any) -> tuple[Path, dict[Path, str]]:
+    """Return the path of a copy of the resolved config, named by its content, and that content."""
+    text = dump_config(config)
+    path = folder / f"{stem}-{short_hash(text)}.yaml"
+    return path, {path: text}
 
 
 def _is_own_config(path: Path) -> bool:

@@ -298,7 +298,7 @@ def test_an_array_shows_what_is_scored_runs_and_failed_with_the_failing_line(
     assert rows(view, "Slurm jobs")[0]["last line of its log"].startswith("2 failed: slurmstepd")
 
 
-def test_an_evaluation_without_slurm_is_complete_only_by_its_config(
+def test_scores_without_any_config_are_not_taken_for_all_of_an_evaluation(
     evaluation: EvaluateConfig, tmp_path: Path
 ) -> None:
     config = tmp_path / "evaluate.yaml"
@@ -309,6 +309,7 @@ def test_an_evaluation_without_slurm_is_complete_only_by_its_config(
 
     assert look(evaluation.output_dir).state == "every element found is scored"
     assert look(config).fact("elements") == "7 scored, 1 waiting"
+    assert look(config).state == "not finished"
     finish(elements[7], 0.1)
     assert look(config).state == "finished"
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.results import Result, changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks import Element, element_at, list_elements, tasks_of
-from pipeline.files import hash_files, require_writable, write_sealed
+from pipeline.files import hash_files, require_writable, write_sealed, write_text
+from pipeline.run_folder import RunDir, frozen_config
 from pipeline.workers import LocalWorkers, num_cores
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Resul
     started = time.monotonic()
     # Not after hours of work for a result that cannot be written.
     require_writable(element.folder, key="output_dir")
+    _store_config(config)
     # Before anything is loaded: a file that changes meanwhile must make this result invalid.
     dataset = get_task(element.task, element.own).metadata.dataset["path"]
     inputs = inputs_of(config, element, dataset)
@@ -113,6 +115,13 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Resul
         flush=True,
     )
     return result
+
+
+def _store_config(config: EvaluateConfig) -> None:
+    """Write the resolved config as a submission does: `diffembed watch` lists its elements."""
+    path, files = frozen_config(RunDir(config.output_dir).jobs, "evaluate", config)
+    # Also where it exists: the newest copy counts.
+    write_text(path, files[path])
 
 
 def run_all(config: EvaluateConfig, *, load: LoadEncoder | None = None) -> list[Result]:
@@ -149,6 +158,7 @@ def plan(config: EvaluateConfig) -> EmbeddingPlan:
 
     require_writable(config.output_dir, key="output_dir")
     check_tasks(tasks_of(config), config.snapshots)
+    _store_config(config)
     written = write_plan(config, num_workers=min(num_cores(), _MAX_WORKERS))
     print(
         f"{written.num_texts} distinct texts of {written.num_occurrences} in "

@@ -19,7 +19,6 @@ of an adapter alone holds adapter_config.json, adapter_model.safetensors, the to
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +38,7 @@ from pipeline.config import (
     build_config,
 )
 from pipeline.errors import UserError
-from pipeline.files import check_kind, fingerprint_files, read_json, write_json
+from pipeline.files import check_kind, fingerprint_files, read_json, short_hash, write_json
 
 T = TypeVar("T")
 # The file that only this package writes, so it tells our exports from other folders.
@@ -354,7 +353,7 @@ def export_fingerprint(path: Path) -> str:
             fix="run `diffembed export`, or correct models.path",
         )
     prints = [fingerprint_files(folder, own) for folder, own in files.items()]
-    return prints[0] if len(prints) == 1 else _short_hash(json.dumps(prints))
+    return prints[0] if len(prints) == 1 else short_hash(json.dumps(prints))
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -375,8 +374,4 @@ def model_fingerprint(model: EvaluatedModel) -> str:
     export, settings = export_fingerprint(model.path), model_settings(model)
     if settings == model_settings(EvaluatedModel(name=model.name, path=model.path)):
         return export
-    return _short_hash(json.dumps([export, settings], sort_keys=True))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return short_hash(json.dumps([export, settings], sort_keys=True))

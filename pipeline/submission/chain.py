@@ -35,15 +35,15 @@ from pipeline.config import (
     PrepareConfig,
     TrainConfig,
     as_tree,
-    dump_config,
     load_config,
 )
 from pipeline.errors import UserError
 from pipeline.evaluation.results import changed_inputs, read_result, results_digest
 from pipeline.evaluation.tasks import list_elements
+from pipeline.files import short_hash
 from pipeline.model.export_folder import SETTINGS, is_export
-from pipeline.run_folder import RunDir
-from pipeline.submission.jobs import Job, short_hash
+from pipeline.run_folder import RunDir, frozen_config
+from pipeline.submission.jobs import Job
 from pipeline.submission.serving import describe_synthesis
 
 
@@ -194,7 +194,7 @@ def synthesize_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     if synthesis.rows is not None:
         line = f"synthesize: {synthesis.output_dir} has all of its {synthesis.rows} rows"
         return Chain(finished=(line,))
-    folder = _run_folder(synthesis.output_dir)
+    folder = RunDir(synthesis.output_dir).jobs
     path = folder / f"synthesize-{short_hash(synthesis.config)}.yaml"
     job = _exclusive_job("synthesize", folder, path, {path: synthesis.config})
     return Chain(jobs=(job,))
@@ -226,7 +226,7 @@ def prepare_chain(
     tree = load_config(PrepareConfig, config, overrides)
     # Next to the shards: `prepare` refuses a folder that holds anything else.
     folder = tree.output_dir.with_name(f"{tree.output_dir.name}-jobs")
-    path, files = _frozen_config(folder, "prepare", tree)
+    path, files = frozen_config(folder, "prepare", tree)
     job = _exclusive_job("prepare", folder, path, files)
     # `prepare` would refuse other shards too, but only after waiting in the queue.
     if is_prepared(tree) and not rows_follow:
@@ -247,7 +247,7 @@ def mine_chain(
     tree = load_config(MineConfig, config, overrides)
     # Next to the shards, as for `prepare`.
     folder = tree.output.with_name(f"{tree.output.name}-jobs")
-    path, files = _frozen_config(folder, "mine", tree)
+    path, files = frozen_config(folder, "mine", tree)
     if not shards_follow:
         # Inside, because it imports torch.
         from pipeline.mining.plan import is_mined
@@ -280,8 +280,8 @@ def train_chain(
         return Chain(finished=(f"train: {tree.output_dir} has all of its {done} steps",))
     if not shards_follow:
         require_shards(tree)
-    folder = _run_folder(tree.output_dir)
-    path, files = _frozen_config(folder, "train", tree)
+    folder = RunDir(tree.output_dir).jobs
+    path, files = frozen_config(folder, "train", tree)
     engine = _read_deepspeed(deepspeed)
     engine_path = folder / f"deepspeed-{short_hash(engine)}.json"
     job = Job(
@@ -308,7 +308,7 @@ def export_chain(
         ready: training is finished; if not, existing exports will be stale.
     """
     tree = load_config(TrainConfig, config, overrides)
-    path, files = _frozen_config(_run_folder(tree.output_dir), "train", tree)
+    path, files = frozen_config(RunDir(tree.output_dir).jobs, "train", tree)
     jobs, finished = [], []
     for step in steps:
         name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
@@ -349,8 +349,8 @@ def evaluate_chain(
         UserError: the config is wrong, or an export is missing although `ready`.
     """
     tree = load_config(EvaluateConfig, config, overrides)
-    folder = _run_folder(tree.output_dir)
-    path, files = _frozen_config(folder, "evaluate", tree)
+    folder = RunDir(tree.output_dir).jobs
+    path, files = frozen_config(folder, "evaluate", tree)
     left = unscored_elements(tree) if ready else tuple(range(len(list_elements(tree))))
     report = _report(tree)
     if not left:
@@ -408,17 +408,6 @@ def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     return chain
 
 
-def _run_folder(output_dir: Path) -> Path:
-    return output_dir / "jobs"
-
-
-def _frozen_config(folder: Path, stem: str, config: Any) -> tuple[Path, dict[Path, str]]:
-    """Return the path of a copy of the resolved config, named by its content, and that content."""
-    text = dump_config(config)
-    path = folder / f"{stem}-{short_hash(text)}.yaml"
-    return path, {path: text}
-
-
 def _read_deepspeed(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such file", fix="give the path of a DeepSpeed JSON")
@@ -426,8 +415,8 @@ def _read_deepspeed(path: Path) -> str:
 
 
 def _report(config: EvaluateConfig) -> Job:
-    folder = _run_folder(config.output_dir)
-    path, files = _frozen_config(folder, "evaluate", config)
+    folder = RunDir(config.output_dir).jobs
+    path, files = frozen_config(folder, "evaluate", config)
     return Job(
         name="report",
         script="report.sbatch",

@@ -13,7 +13,6 @@ part overrides the parts above it:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import short_hash
 
 # Flags on which a submission depends, by their short names.
 _SHORT = {
@@ -211,11 +211,6 @@ class Job:
     def slurm_name(self) -> str:
         """The job's name in Slurm, unless a flag changes it."""
         return f"diffembed-{self.name}"
-
-
-def short_hash(*parts: str) -> str:
-    """Return a short hash of some strings."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def batch_text(

@@ -2,9 +2,9 @@
 
     results/MODEL/TASK/LENGTH/result.json   scored
     jobs/diffembed-evaluate-JOB_I.out       log of element I of the array: runs, or has failed
-    jobs/evaluate-*.yaml, step-*/evaluate.yaml, or the config on the command line   all elements
+    step-*/evaluate.yaml, jobs/evaluate-*.yaml, or the config on the command line   all elements
 
-Without a config, only what is scored can be shown.
+Without a config, only what is scored can be shown. Without logs it is not known what runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def describe_evaluation(root: Path, config: Path | None = None) -> View:
         *_failed_jobs(root / "jobs"),
     ]
     jobs = jobs_grid(root / "jobs")
-    state, tone = _state(elements, counts)
+    logged = any((root / "jobs").glob("*.out"))
+    state, tone = _state(elements, counts, logged=logged)
     return View(
         title=f"evaluation {root}",
         state=state,
@@ -72,7 +73,7 @@ def describe_evaluation(root: Path, config: Path | None = None) -> View:
     )
 
 
-def _state(elements: Sequence[Scored], counts: Counter[State]) -> tuple[str, Tone]:
+def _state(elements: Sequence[Scored], counts: Counter[State], *, logged: bool) -> tuple[str, Tone]:
     if elements and counts["scored"] == len(elements):
         # Without a config there may be more to come.
         known = all(element.index is not None for element in elements)
@@ -83,7 +84,9 @@ def _state(elements: Sequence[Scored], counts: Counter[State]) -> tuple[str, Ton
         return "failed", "fail"
     if counts["silent"]:
         return "no log has changed for a while", "warn"
-    return ("waiting", "") if not counts["scored"] else ("not running", "warn")
+    if not counts["scored"]:
+        return "waiting", ""
+    return ("not running", "warn") if logged else ("not finished", "")
 
 
 def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]:
@@ -91,8 +94,9 @@ def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]
     # Inside, because it reads the formats of own tasks too: a third of a second.
     from pipeline.evaluation.tasks import list_elements
 
-    submitted = sorted((root / "jobs").glob("evaluate-*.yaml"), key=lambda path: -(age(path) or 0))
-    paths = [config] if config else submitted[-1:] or sorted(root.glob("step-*/evaluate.yaml"))
+    started = sorted((root / "jobs").glob("evaluate-*.yaml"), key=lambda path: -(age(path) or 0))
+    # Each step of a training run has a config of its own.
+    paths = [config] if config else sorted(root.glob("step-*/evaluate.yaml")) or started[-1:]
     logs = element_logs(root / "jobs", "evaluate") if len(paths) == 1 else {}
     found: dict[Path, Scored] = {}
     faults = []

@@ -34,6 +34,7 @@ from pipeline.evaluation.tasks import (
     list_elements,
     read_split,
 )
+from pipeline.watch.elements import describe_evaluation
 
 AOPS, CORE = "BrightAopsRetrieval", "Core17InstructionRetrieval"
 
@@ -210,6 +211,16 @@ def test_an_own_task_scores_like_mtebs_on_the_same_data_and_stands_beside_it_in_
     assert [task["name"] for task in report["tasks"]] == [BUILT_IN, "mine"]
     assert report["tasks"][1]["benchmark"] == "other"
     assert report["tasks"][1]["published"] == {}
+
+
+def test_an_evaluation_without_slurm_shows_all_of_its_elements_from_the_first_one_on(
+    both: EvaluateConfig,
+) -> None:
+    run_element(both, 0, load=load_letters)
+    first = describe_evaluation(both.output_dir)
+    assert (first.fact("elements"), first.state) == ("1 scored, 1 waiting", "not finished")
+    run_all(both, load=load_letters)
+    assert describe_evaluation(both.output_dir).state == "finished"
 
 
 def test_stored_vectors_and_another_container_give_an_own_task_the_same_score(
