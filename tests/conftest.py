@@ -38,7 +38,7 @@ _FAST = (
 # Files and tests among them that start processes, and fixtures that do; or take many seconds.
 _START_PROCESSES = {
     *("test_damage.py", "test_chain.py", "test_merging.py"),
-    *("test_doctor.py", "test_readiness.py"),
+    *("test_doctor.py", "test_extend.py", "test_readiness.py"),
     *("test_forks.py", "test_ranks.py", "test_workers.py"),
     *("test_interruption.py", "test_prepare.py", "test_restart.py", "test_plan_commands.py"),
     *("test_export.py", "test_export_check.py", "outside", "test_serving.py"),

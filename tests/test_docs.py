@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import SourceConfig, build_config
+from pipeline.config import build_config
 from pipeline.config.explain import KINDS, kind_of, list_keys
 from pipeline.config.loading import read_tree
-from pipeline.data.sources import FORMATS, plan_source, read_rows
-from pipeline.data.sources.records import Row
 from pipeline.train import parse_arguments
 from tests.tools import reference
 
@@ -134,6 +132,8 @@ def test_every_page_is_on_the_map() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_programs_of_documents_compile(page: Path) -> None:
+    if page.name == "extend.md":  # edits of files, which test_extend.py makes
+        return
     for text in blocks(page, "python"):
         compile(text, page.name, "exec")
 
@@ -153,23 +153,3 @@ def _fixed_parts(message: str) -> list[str]:
     """Return the parts of an example that are not values."""
     parts = re.split(r"\.\.\.|'[^']*'|[\d,]*\d", message)
     return [part.strip(" :()") for part in parts if len(part.strip(" :()")) > 3]
-
-
-def test_the_walk_to_a_source_format_ends_at_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place: dict[str, Any] = {}
-    program = next(text for text in blocks(DOCS / "extend.md", "python") if "def parse" in text)
-    exec(program, place)
-    monkeypatch.setitem(FORMATS, "titles", place["parse_titles"])
-    path = tmp_path / "articles.jsonl"
-    path.write_text('{"title": "Foxes", "body": "A fox is red."}\n')
-    source = SourceConfig(name="news", format="titles", path=str(path), instruction="Find it")
-
-    rows = [
-        row
-        for block in plan_source(source, block_bytes=2**20)
-        for _, row in read_rows(source, block, None)
-    ]
-
-    assert rows == [Row(query="Foxes", positives=("A fox is red.",), instruction="Find it")]

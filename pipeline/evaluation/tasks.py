@@ -129,10 +129,14 @@ _BRIGHT = {
     "TheoremQAQuestions": "Given a math problem, retrieve problems solved by the same theorem",
 }
 # Long and short halves of a topic share their questions, and so their instruction.
-INSTRUCTIONS: dict[str, str] = {
+_BRIGHT_INSTRUCTIONS = {
     task: _BRIGHT[task.removeprefix("Bright").removesuffix("Retrieval").removesuffix("Long")]
     for benchmark in ("BRIGHT", "BRIGHT-long")
     for task in BENCHMARKS[benchmark]
+}
+# By task, or by benchmark for all its tasks.
+INSTRUCTIONS: dict[str, str] = {
+    **_BRIGHT_INSTRUCTIONS,
 }
 # The published sentences of arXiv 2505.15045 (appendix D.2), letter by letter, misprints included:
 # they made its tables. Its other tasks have none, and get the default with a colon.
@@ -169,12 +173,12 @@ def instruction_for(task: str, model: EvaluatedModel, config: EvaluateConfig) ->
     The model's `instructions` win over the config's, and these over the model's set; an instruction
     may be empty. FollowIR's own instructions are part of each query's text, behind this one.
     """
-    for given in (model.instructions, config.instructions):
+    table, default = _INSTRUCTION_SETS[model.instruction_set]
+    for given in (model.instructions, config.instructions, table):
         for name in (task, benchmark_of(task)):
             if name in given:
                 return given[name]
-    table, default = _INSTRUCTION_SETS[model.instruction_set]
-    return table.get(task, default)
+    return default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
