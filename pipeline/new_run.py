@@ -1,7 +1,8 @@
 """Write the configs of a first run from four answers: model, data, GPUs, goal.
 
-    faq.jsonl, MiniLM, 0 GPUs, search  ──>  DIR/data.yaml   for `diffembed prepare`
-                                            DIR/train.yaml  for `diffembed train`
+    faq.jsonl, MiniLM, 0 GPUs, search  ──>  DIR/data.yaml      for `diffembed prepare`
+                                            DIR/train.yaml     for `diffembed train`
+                                            DIR/evaluate.yaml  scores before and after
 
 Every number comes with its reason. Fields of the data are recognised by common names.
 """
@@ -48,6 +49,9 @@ _NAMES = {
     ),
     "instruction": ("instruction", "task_description"),
 }
+_SOURCE = "data"  # the name of the source
+_HELD_OUT = 0.1
+_LEAST_HELD_OUT = 10  # fewer questions show no difference between two models
 _COUNTED_ROWS = 200_000  # more rows than that need not be counted to choose a batch
 _LORA_PARAMETERS = 1.5e9  # full fine-tuning of larger models needs 16 bytes each over all GPUs
 _UNKNOWN_LENGTH = 512  # of a model that does not state its longest text
@@ -56,40 +60,53 @@ _MAX_TOKENS = {"search": (128, 512), "instructions": (256, 512), "long": (512, 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """The four answers, and the names of fields where they cannot be guessed."""
+    """The four answers, the names of fields where they cannot be guessed, and the share to score.
+
+    Attributes:
+        holdout: share of the documents to keep out of training; None holds a tenth out, unless
+            that would be too few to show anything; 0 holds none out.
+    """
 
     model: str  # a folder, or a model name in the local cache
     data: str  # a file, folder, glob or hub data set
     num_gpus: int
     goal: Goal
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    holdout: float | None = None
 
 
 def write_run(folder: Path, answers: Answers) -> list[Path]:
-    """Write data.yaml and train.yaml into a folder; return their paths.
+    """Write data.yaml, train.yaml and, if rows are held out, evaluate.yaml; return their paths.
 
     Raises:
         UserError: the folder holds such files, the model or data cannot be read, or no field of
             the data is a query or a document.
     """
-    paths = [folder / "data.yaml", folder / "train.yaml"]
-    for path in paths:
+    data, train, evaluate = (folder / f"{name}.yaml" for name in ("data", "train", "evaluate"))
+    for path in (data, train, evaluate):
         if path.exists():
             raise UserError(f"{path} exists", fix="give another folder, or remove the file")
     model = _read_model(answers.model)
     num_rows, columns = _read_data(answers)
+    holdout = answers.holdout
+    if holdout is None:
+        holdout = _HELD_OUT if _HELD_OUT * num_rows >= _LEAST_HELD_OUT else 0.0
     require_writable(folder, key="the folder of the configs")
-    texts = (
-        _prepare_text(folder, answers, columns, model.max_tokens),
-        _train_text(folder, answers, model, num_rows, has_negatives="negatives" in columns),
-    )
-    for path, text in zip(paths, texts, strict=True):
+    texts = {
+        data: _prepare_text(folder, answers, columns, model.max_tokens, holdout),
+        train: _train_text(
+            folder, answers, model, num_rows, holdout, has_negatives="negatives" in columns
+        ),
+    }
+    if holdout:
+        texts[evaluate] = _evaluate_text(folder, answers, columns, model.max_tokens)
+    for path, text in texts.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text)
-    # The commands must accept what was written.
-    load_config(PrepareConfig, paths[0])
-    load_config(TrainConfig, paths[1])
-    return paths
+    # The commands must accept what was written; `prepare` writes what evaluate.yaml extends.
+    load_config(PrepareConfig, data)
+    load_config(TrainConfig, train)
+    return list(texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,14 +206,18 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
 
 
 def _prepare_text(
-    folder: Path, answers: Answers, columns: Mapping[str, str], model_tokens: int
+    folder: Path,
+    answers: Answers,
+    columns: Mapping[str, str],
+    model_tokens: int,
+    holdout: float,
 ) -> str:
-    query, document = (min(limit, model_tokens) for limit in _MAX_TOKENS[answers.goal])
-    instructed = "instruction" in columns or answers.goal == "instructions"
+    query, document = _max_tokens(answers, model_tokens)
+    instructed = _is_instructed(answers, columns)
     # Without an instruction the words of the template would be noise in every query.
     template = "" if instructed else 'template: {query: "{text}"}\n'
     named = {name: field for name, field in columns.items() if name != field}
-    source: dict[str, Any] = {"name": "data", "format": "columns", "path": answers.data}
+    source: dict[str, Any] = {"name": _SOURCE, "format": "columns", "path": answers.data}
     source |= {"columns": named} if named else {}
     if instructed and "instruction" not in columns:
         source["instruction"] = "Retrieve texts that answer the query"  # for the user to reword
@@ -209,18 +230,63 @@ tokenizer: {_quote(answers.model)}
 # Tokens; longer texts are cut and counted. The report of `prepare` shows how many.
 max_query_length: {query}
 max_document_length: {document}
-# Keep a tenth of the documents, and the rows that ask for them, to score before and after.
-# holdout: 0.1
+# Share of the documents to keep out of training, with the rows that ask for them.
+{"" if holdout else "# "}holdout: {holdout or _HELD_OUT}
+"""
+
+
+def _max_tokens(answers: Answers, model_tokens: int) -> tuple[int, int]:
+    query, document = _MAX_TOKENS[answers.goal]
+    return min(query, model_tokens), min(document, model_tokens)
+
+
+def _is_instructed(answers: Answers, columns: Mapping[str, str]) -> bool:
+    return "instruction" in columns or answers.goal == "instructions"
+
+
+def _evaluate_text(
+    folder: Path, answers: Answers, columns: Mapping[str, str], model_tokens: int
+) -> str:
+    if _is_instructed(answers, columns):
+        # Instructions are known once the rows are read.
+        tasks = "extends: [shards/holdout/evaluate.yaml]  # written by `diffembed prepare`\n"
+    else:
+        name = f"{_SOURCE}-holdout"
+        tasks = f"""\
+tasks:
+  - {{name: {name}, path: {_quote(folder / "shards" / "holdout" / name)}}}
+instructions: {{{name}: ""}}  # as in training: none
+max_length: {_max_tokens(answers, model_tokens)[1]}
+"""
+    return f"""\
+# The model before and after training, on the rows that `diffembed prepare` held out:
+#   diffembed export {folder / "train.yaml"}
+#   diffembed export {folder / "train.yaml"} --checkpoint init --output {folder / "before"}
+#   diffembed evaluate run {folder / "evaluate.yaml"}
+#   diffembed report {folder / "evaluate.yaml"}
+output_dir: {_quote(folder / "scores")}
+models:
+  - {{name: before, path: {_quote(folder / "before")}}}
+  - {{name: after, path: {_quote(folder / "run" / "export")}}}
+{tasks}\
+training_run: {_quote(folder / "run")}
 """
 
 
 def _train_text(
-    folder: Path, answers: Answers, model: _Model, num_rows: int, *, has_negatives: bool
+    folder: Path,
+    answers: Answers,
+    model: _Model,
+    num_rows: int,
+    holdout: float,
+    *,
+    has_negatives: bool,
 ) -> str:
-    batch = _batch_size(num_rows, answers.num_gpus)
-    epochs = 1 if num_rows >= 50_000 else 3
-    steps = max(1, math.ceil(epochs * num_rows / batch))
-    rows = f"{num_rows:,}" if num_rows < _COUNTED_ROWS else f"more than {num_rows:,}"
+    trained = math.ceil((1 - holdout) * num_rows)
+    batch = _batch_size(trained, answers.num_gpus)
+    epochs = 1 if trained >= 50_000 else 3
+    steps = max(1, math.ceil(epochs * trained / batch))
+    rows = f"{trained:,}" if num_rows < _COUNTED_ROWS else f"more than {trained:,}"
     lora = model.num_parameters > _LORA_PARAMETERS
     weights = (
         "  lora: {rank: 16, alpha: 32}  # trains an adapter: the model is large\n" if lora else ""

@@ -43,6 +43,7 @@ from pipeline.evaluation.tasks import list_elements
 from pipeline.files import short_hash
 from pipeline.model.export_folder import SETTINGS, is_export
 from pipeline.run_folder import RunDir, frozen_config
+from pipeline.shipped_files import find_shipped
 from pipeline.submission.jobs import Job
 from pipeline.submission.serving import describe_synthesis
 
@@ -409,9 +410,10 @@ def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
 
 
 def _read_deepspeed(path: Path) -> str:
-    if not path.is_file():
+    found = find_shipped(path)
+    if not found.is_file():
         raise UserError(f"{path}: no such file", fix="give the path of a DeepSpeed JSON")
-    return path.read_text()
+    return found.read_text()
 
 
 def _report(config: EvaluateConfig) -> Job:
