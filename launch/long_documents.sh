@@ -4,7 +4,10 @@
 # network except for the installation. Training shares no hidden text and no question with the scored
 # documents, and words a passkey differently; needles are problems of concepts outside the training.
 # Both use the same templates of the background, and the names of the other concepts as topics.
-# Results: runs/long_documents/report/report.md
+#
+#   launch/long_documents.sh [key=value ...]
+#
+# Arguments change the training. Results: runs/long_documents/report/report.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/trial.sh
@@ -28,9 +31,9 @@ run diffembed prepare $recipe/data.yaml
 
 say "3. Training: whole documents, one layer at a time, two ranks"
 run deepspeed --num_accelerators 2 pipeline/train.py $recipe/train.yaml \
-  --deepspeed ds_configs/zero3.json
-run diffembed export $recipe/train.yaml --checkpoint init --output $out/export-untrained
-run diffembed export $recipe/train.yaml
+  --deepspeed ds_configs/zero3.json "$@"
+run diffembed export $recipe/train.yaml "$@" --checkpoint init --output $out/export-untrained
+run diffembed export $recipe/train.yaml "$@"
 
 say "4. Before and after"
 # One model and task per element of the array; two run at a time, one on each core.

@@ -7,7 +7,7 @@
     config    explain  schema  diff                                  the keys of all configs
     data      inspect  verify                                        prepared shards
     plan      run  loss                                              the cost of a run, in advance
-    evaluate  count  run  prefetch  plan  embed  score               an evaluation, step by step
+    evaluate  tasks  count  run  prefetch  plan  embed  score        an evaluation, step by step
 
 Commands import heavy packages inside, after they have read their config: `--help` and errors of a
 config are answered at once.
@@ -27,6 +27,9 @@ from pipeline.errors import errors_end_the_process
 
 app = typer.Typer(
     help="Turn a diffusion or autoregressive language model into a text embedder.",
+    epilog="Start with `diffembed init DIR`: it asks four questions, writes the configs and prints "
+    "the next commands. `diffembed COMMAND --help` lists options, `diffembed config explain KEY` "
+    "explains any key of a config.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

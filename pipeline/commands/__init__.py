@@ -28,6 +28,11 @@ Processes = Annotated[
 ]
 
 
+# The groups of `diffembed --help`.
+MODEL, CHECK = "From data to a model", "Before a run"
+RUN, USE = "While it runs, and on Slurm", "Use and score it"
+
+
 def load(kind: type[T], config: Path, overrides: list[str] | None) -> T:
     """Return the config of a command line.
 

@@ -7,18 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.commands import Overrides
+from pipeline.commands import CHECK, Overrides
 from pipeline.errors import UserError
 
 app = typer.Typer()
 config = typer.Typer(help="Explain and compare configs.", no_args_is_help=True)
 data = typer.Typer(help="Inspect and verify prepared shards.", no_args_is_help=True)
-app.add_typer(config, name="config")
-app.add_typer(data, name="data")
+app.add_typer(config, name="config", rich_help_panel=CHECK)
+app.add_typer(data, name="data", rich_help_panel=CHECK)
 Shards = Annotated[Path, typer.Argument(metavar="DIR", help="a folder made by `prepare`")]
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="also check everything that it names")

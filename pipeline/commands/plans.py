@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.commands import DEFAULT_DEEPSPEED, Config, DeepSpeed, Overrides, load
+from pipeline.commands import CHECK, DEFAULT_DEEPSPEED, RUN, Config, DeepSpeed, Overrides, load
 from pipeline.config import ChainConfig, ExportStep, TrainConfig
 from pipeline.errors import UserError
 
 app = typer.Typer()
 plan = typer.Typer(help="Estimate a run before it starts.", no_args_is_help=True)
-app.add_typer(plan, name="plan")
+app.add_typer(plan, name="plan", rich_help_panel=CHECK)
 
 # A plan for data that does not exist yet.
 Rows = Annotated[
@@ -137,7 +137,7 @@ def plan_loss(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def submit(
     what: Annotated[
         Literal["synthesize", "prepare", "mine", "train", "export", "evaluate", "report", "all"],

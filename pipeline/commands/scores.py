@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import Config, Overrides, Processes, load, say_next
+from pipeline.commands import USE, Config, Overrides, Processes, load, say_next
 from pipeline.config import EvaluateConfig, ProbeConfig
 
 app = typer.Typer()
 evaluate = typer.Typer(help="Score exports with mteb.", no_args_is_help=True)
-app.add_typer(evaluate, name="evaluate")
+app.add_typer(evaluate, name="evaluate", rich_help_panel=USE)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def probe(config: Config, overrides: Overrides = None) -> None:
     """Tag words with a linear classifier on a frozen export: accuracy and F1."""
     tree = load(ProbeConfig, config, overrides)
@@ -24,13 +24,22 @@ def probe(config: Config, overrides: Overrides = None) -> None:
     print(path.read_text(), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def report(config: Config, overrides: Overrides = None) -> None:
     """Collect the scores of an evaluation in tables and plots."""
     tree = load(EvaluateConfig, config, overrides)
     from pipeline.evaluation.report import write_report
 
     write_report(tree)
+
+
+@evaluate.command()
+def tasks() -> None:
+    """List the names of benchmarks and their tasks; any retrieval task of mteb works as well."""
+    from pipeline.evaluation.tasks import BENCHMARKS
+
+    for benchmark, names in BENCHMARKS.items():
+        print(benchmark, *names, sep="\n  ")
 
 
 @evaluate.command()

@@ -9,7 +9,11 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.commands import (
+    CHECK,
     DEFAULT_DEEPSPEED,
+    MODEL,
+    RUN,
+    USE,
     Config,
     DeepSpeed,
     Overrides,
@@ -24,7 +28,7 @@ app = typer.Typer()
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="for the configs and the run")],
     model: Annotated[
@@ -46,25 +50,43 @@ def init(
     query: Annotated[str | None, typer.Option(help="field of the queries")] = None,
     positive: Annotated[str | None, typer.Option(help="field of the right documents")] = None,
     negative: Annotated[str | None, typer.Option(help="field of hard negatives")] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.5,
+            help="share of the documents to score the model on, not to train on; default: 0.1, or "
+            "0 below 100 rows",
+        ),
+    ] = None,
 ) -> None:
     """Write commented configs for your data; asks for whatever no option answers."""
     from pipeline.new_run import Answers, write_run
 
     named = {"query": query, "positives": positive, "negatives": negative}
     columns = {column: field for column, field in named.items() if field is not None}
-    answers = Answers(model=model, data=data, num_gpus=gpus, goal=goal, columns=columns)
-    prepare_config, train_config = write_run(folder, answers)
-    ranks = f" --ranks {gpus}" if gpus > 1 else ""
-    print(
-        f"written: {prepare_config}, {train_config}\nnext:",
-        f"  diffembed prepare {prepare_config}",
-        f"  diffembed train {train_config}{ranks} --dry-run",
-        f"  diffembed train {train_config}{ranks}",
-        sep="\n",
+    answers = Answers(
+        model=model, data=data, num_gpus=gpus, goal=goal, columns=columns, holdout=holdout
     )
+    prepare_config, train_config, *scoring = write_run(folder, answers)
+    ranks = f" --ranks {gpus}" if gpus > 1 else ""
+    commands = [
+        f"prepare {prepare_config}",
+        f"train {train_config}{ranks} --dry-run",
+        f"train {train_config}{ranks}",
+        f"export {train_config}",
+    ]
+    for evaluate_config in scoring:
+        commands += [
+            f"export {train_config} --checkpoint init --output {folder / 'before'}",
+            f"evaluate run {evaluate_config}",
+            f"report {evaluate_config}",
+        ]
+    print("written:", ", ".join(map(str, [prepare_config, train_config, *scoring])))
+    print("next:", *(f"  diffembed {command}" for command in commands), sep="\n")
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def files(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="kept: files that exist")] = Path(),
 ) -> None:
@@ -77,7 +99,7 @@ def files(
         print(f"next: edit {folder / 'slurm/cluster.env'}, then `diffembed submit` in {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def starter(config: Config, overrides: Overrides = None) -> None:
     """Make a small untrained model and its tokenizer."""
     tree = load(StarterConfig, config, overrides)
@@ -87,7 +109,7 @@ def starter(config: Config, overrides: Overrides = None) -> None:
     print("next: name it as tokenizer in a data config, and as model.path in a training config")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def prepare(config: Config, overrides: Overrides = None) -> None:
     """Tokenise raw data into shards; alone, under mpirun or under srun."""
     tree = load(PrepareConfig, config, overrides)
@@ -99,7 +121,7 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
         print(f"next: diffembed train CONFIG, with data.path: {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def mine(
     config: Config,
     overrides: Overrides = None,
@@ -118,7 +140,7 @@ def mine(
         print(f"next: diffembed train CONFIG, with data.path: {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -151,7 +173,7 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def watch(
     folder: Annotated[
         Path,
@@ -174,7 +196,7 @@ def watch(
     watch_folder(folder, once=once, html=html, every=every)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def stop(run: Run) -> None:
     """Let a running training save a checkpoint and stop (it exits with 75)."""
     from pipeline.run_folder import RunDir
@@ -185,7 +207,7 @@ def stop(run: Run) -> None:
     print(f"{run}: will stop after the current step; the command that started it continues it")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def rewind(
     run: Run,
     checkpoint: Annotated[
@@ -200,7 +222,7 @@ def rewind(
     print(f"{run}: its next start continues from {path}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def export(
     config: Config,
     overrides: Overrides = None,
@@ -231,7 +253,7 @@ def export(
     print("next: diffembed evaluate run CONFIG, with this folder as models.path")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def encode(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="an export")],
     source: Annotated[

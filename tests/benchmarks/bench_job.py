@@ -129,6 +129,12 @@ def evaluation(folder: Path, scale: float) -> list[Any]:
     return figures
 
 
+def quick_or_full(quick: bool) -> list[Any]:
+    """Return the figures of `evaluation`, for run.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluation(Path(folder), 0.0003 if quick else 0.01)
+
+
 def whole(config: Any) -> tuple[list[float], str, Spent]:
     """`diffembed evaluate plan`, `embed` and `score`.
 

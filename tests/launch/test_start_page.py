@@ -48,7 +48,8 @@ def as_program(words: list[str]) -> list[str]:
     named = "sentence-transformers/all-MiniLM-L6-v2"
     words = [str(get_model_path()) if word == named else word for word in words]
     if words[0] == "train":
-        return [str(ROOT / "pipeline" / "train.py"), *words[1:], "num_steps=3"]
+        engine = ("--deepspeed", str(ROOT / "ds_configs" / "zero3.json"))
+        return [str(ROOT / "pipeline" / "train.py"), *words[1:], "num_steps=3", *engine]
     if words[0] == "export":
         words = [*words, "num_steps=3", "--no-check"]
     return ["-m", "pipeline.cli", *words]
@@ -60,7 +61,7 @@ def test_the_commands_of_the_page_lead_from_rows_to_scores_and_vectors(tmp_path:
         done = forks.run(as_program(words), folder=tmp_path, timeout=PATIENCE)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     scores = (tmp_path / "faq" / "scores" / "report" / "report.md").read_text()
-    assert re.search(r"data-holdout.*\+?0\.\d+ \[", scores), scores
+    assert re.search(r"^\| data-holdout \|.* \[[+-]\d\.\d+, [+-]\d\.\d+\]", scores, re.M), scores
     (program,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.M)
     done = forks.run(["-c", program], folder=tmp_path, timeout=PATIENCE)
     right, wrong = map(float, re.findall(r"-?\d\.\d+", done.stdout))
