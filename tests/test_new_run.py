@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config import PrepareConfig, TrainConfig, load_config
+from pipeline.config import EvaluateConfig, OwnTask, PrepareConfig, TrainConfig, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
@@ -119,6 +120,35 @@ def test_instructions_keep_the_template(tmp_path: Path, model: Path, data: Path)
     config = load_config(PrepareConfig, paths[0])
     assert "{instruction}" in config.template.query
     assert config.sources[0].instruction
+
+
+@pytest.mark.parametrize("goal", ["search", "instructions"])
+def test_the_rows_held_out_are_the_task_of_the_evaluation(
+    tmp_path: Path, model: Path, goal: str
+) -> None:
+    path = tmp_path / "faq.jsonl"
+    rows = [{"question": f"where is {n}", "answer": f"{n} is at place {n}"} for n in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_path, train_path, evaluate_path = write_run(
+        tmp_path / "run", answers(model, path, goal=goal)
+    )
+    prepare(load_config(PrepareConfig, prepare_path), num_workers=1)
+    evaluation = load_config(EvaluateConfig, evaluate_path)
+    # The task and its instruction as `prepare` states them.
+    written = yaml.safe_load((tmp_path / "run/shards/holdout/evaluate.yaml").read_text())
+    (task,) = evaluation.tasks
+    assert isinstance(task, OwnTask) and str(task.path) == written["tasks"][0]["path"]
+    assert evaluation.instructions == written["instructions"]
+    assert evaluation.max_length == written["max_length"]
+    assert evaluation.models[1].path == load_config(TrainConfig, train_path).output_dir / "export"
+
+
+def test_few_rows_are_all_trained_on_and_a_share_may_be_given(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    assert len(write_run(tmp_path / "few", answers(model, data))) == 2
+    given = write_run(tmp_path / "given", answers(model, data, holdout=0.2))
+    assert load_config(PrepareConfig, given[0]).holdout == 0.2
 
 
 def test_nothing_is_overwritten(tmp_path: Path, model: Path, data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pipeline.checkpoint_folder import partial_folder, publish
@@ -22,7 +24,7 @@ from pipeline.run_folder import OWN_CONFIG, RunDir
 from pipeline.submission.restart import History
 from pipeline.submission.slurm import JobRecord
 from pipeline.training.metrics import JsonLines
-from pipeline.watch import recognise
+from pipeline.watch import recognise, render
 from pipeline.watch.chains import STAGES
 from pipeline.watch.logs import read_log
 from pipeline.watch.page import page, thin
@@ -49,7 +51,12 @@ def make_run(root: Path, *, steps: int, num_steps: int = 20) -> Path:
     root.mkdir(parents=True)
     config = {"num_steps": num_steps, "data": {"global_batch_size": 8}}
     (root / "config.yaml").write_text(OWN_CONFIG + json.dumps(config))
-    (root / "kinds.json").write_text(json.dumps({"a": "news, Find it", "b": "web"}))
+    kinds = {"a": ("news", ["Find it"]), "b": ("web", [""])}
+    described = {
+        kind: {"source": source, "instructions": texts, "examples": 9, "share": 0.5}
+        for kind, (source, texts) in kinds.items()
+    }
+    (root / "kinds.json").write_text(json.dumps(described))
     log = JsonLines(root / "metrics.jsonl", 0)
     for step in range(steps):
         log.log(step, values(step), "ab"[step % 2])
@@ -71,6 +78,13 @@ def rows(view: View, title: str) -> list[dict[str, str]]:
 # --- training runs ---------------------------------------------------------------------------
 
 
+def test_the_bar_of_a_terminal_ends_its_line(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100)
+    console.print(render([look(make_run(tmp_path / "run", steps=10))], console))
+    lines = console.file.getvalue().splitlines()
+    assert any(line.startswith("step ") for line in lines), lines
+
+
 def test_a_run_shows_step_pace_losses_by_source_and_the_age_of_its_checkpoint(
     tmp_path: Path,
 ) -> None:
@@ -86,8 +100,8 @@ def test_a_run_shows_step_pace_losses_by_source_and_the_age_of_its_checkpoint(
     assert view.fact("memory") == "10.00 GiB at most, on rank 0"
     assert view.fact("checkpoint").startswith("step-000008, 2 steps behind")
     losses = {row["source"]: row for row in rows(view, "loss")}
-    assert losses["news, Find it"]["steps"] == "5"
-    assert losses["news, Find it"]["mean of last 50"] == "3.6000"  # of 4.0, 3.8, ..., 3.2
+    assert losses["news: Find it"]["steps"] == "5"
+    assert losses["news: Find it"]["mean of last 50"] == "3.6000"  # of 4.0, 3.8, ..., 3.2
     assert losses["web"]["last"] == "3.1000"
 
 
@@ -483,7 +497,7 @@ def test_the_page_is_one_file_with_the_same_numbers_and_plots_and_loads_nothing(
     assert len(drawings) == 1 + len(view.plots) >= 4
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-    assert "news, Find it" in parsed.texts and f"training run {run}" in "".join(parsed.texts)
+    assert "news: Find it" in parsed.texts and f"training run {run}" in "".join(parsed.texts)
     assert 'http-equiv="refresh"' in page([view], refresh_seconds=5)
 
 

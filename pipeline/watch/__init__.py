@@ -9,13 +9,12 @@ processes write to it.
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -45,7 +44,6 @@ _MAX_PARTS = 200
 _STYLES: dict[Tone, str] = {"": "", "ok": "green", "warn": "yellow", "fail": "red"}
 # In a pipe, no line is cut or wrapped: programs search them.
 _PIPE_WIDTH = 10_000
-_NUMBER = re.compile(r"[,.-]*\d[\d,.-]*")
 
 
 def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
@@ -194,9 +192,13 @@ def render(views: Sequence[View], console: Console) -> RenderableType:
 def _view(view: View, console: Console) -> Iterator[RenderableType]:
     yield Text.assemble((view.title, "bold"), "  ", (view.state, _STYLES[view.tone] or "bold"))
     if view.done is not None and console.is_terminal:
-        yield ProgressBar(total=1.0, completed=view.done, width=min(60, console.width))
+        table = Table.grid()  # because a bar does not end its line
+        table.add_row(ProgressBar(total=1.0, completed=view.done, width=min(60, console.width)))
+        yield table
     if view.facts:
         yield _facts(view.facts)
+        if console.is_terminal and any(grid.rows for grid in view.grids):
+            yield Text()
     yield from (_grid(grid) for grid in view.grids if grid.rows)
 
 
@@ -214,9 +216,8 @@ def _grid(grid: Grid) -> Table:
         title=Text(grid.title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
     )
     for number, name in enumerate(grid.header):
-        cells = [row[number] for row in grid.rows]
-        right = number > 0 and all(not cell or _NUMBER.fullmatch(cell) for cell in cells)
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        side: JustifyMethod = "right" if grid.is_numeric(number) else "left"
+        table.add_column(name, justify=side, overflow="fold")
     for number, row in enumerate(grid.rows):
         table.add_row(*map(Text, row), style=_STYLES[grid.tone_of(number)] or None)
     return table

@@ -21,11 +21,14 @@ from pipeline.watch.view import Grid, Plot, View
 # Points of one line in a plot.
 _MAX_POINTS = 1000
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
        color: #222; background: #fff }
 h1 { font-size: 1.3em; overflow-wrap: anywhere } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
-table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left;
-       vertical-align: top; overflow-wrap: anywhere } th { border-bottom: 1px solid #888 }
+table { border-collapse: collapse } td, th { padding: .2em 1.6em .2em 0; text-align: left;
+       vertical-align: top; overflow-wrap: anywhere } thead th { border-bottom: 1px solid #888 }
+tbody th { font-weight: normal; color: #777 } .number { text-align: right }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32em, 100%), 1fr));
+       gap: 0 2em }
 progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: #8a5a00 }
 .fail { color: #b00020 } svg { max-width: 100%; height: auto } footer { color: #777; margin: 2em 0 }
 """
@@ -62,23 +65,31 @@ def _view(view: View) -> Iterator[str]:
             f"<td>{html.escape(fact.value)}</td></tr>"
             for fact in view.facts
         )
-        yield f"<table>{rows}</table>"
+        yield f"<table><tbody>{rows}</tbody></table>"
     yield from (_grid(grid) for grid in view.grids if grid.rows)
-    if view.curve:
-        yield f"<h2>loss</h2>\n{_loss_svg(view.curve)}"
-    for plot in view.plots:
-        yield f"<h2>{html.escape(plot.title)}</h2>\n{_plot_svg(plot)}"
+    drawings = [("loss by step", _loss_svg(view.curve))] if view.curve else []
+    drawings += [(plot.title, _plot_svg(plot)) for plot in view.plots]
+    yield '<div class="plots">'
+    for title, svg in drawings:
+        yield f"<section><h2>{html.escape(title)}</h2>\n{svg}</section>"
+    yield "</div>"
 
 
 def _grid(grid: Grid) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in grid.header)
+    sides = [' class="number"' if grid.is_numeric(n) else "" for n in range(len(grid.header))]
+    head = "".join(
+        f"<th{side}>{html.escape(name)}</th>" for side, name in zip(sides, grid.header, strict=True)
+    )
     rows = "".join(
         f'<tr class="{grid.tone_of(number)}">'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "".join(
+            f"<td{side}>{html.escape(cell)}</td>" for side, cell in zip(sides, row, strict=True)
+        )
         + "</tr>\n"
         for number, row in enumerate(grid.rows)
     )
-    return f"<h2>{html.escape(grid.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>"
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+    return f"<h2>{html.escape(grid.title)}</h2>\n{table}"
 
 
 def thin(points: Sequence[Any]) -> list[Any]:

@@ -283,10 +283,9 @@ def _losses(run: RunDir, lines: Sequence[Line]) -> Grid:
         if not losses:
             continue
         right = numbers(own, "accuracy@1") or numbers(own, "accuracy")
-        whole = described.get(kind, kind) if isinstance(described, dict) else kind
         rows.append(
             (
-                str(whole) or "all",
+                _name_of_kind(described, kind) or "all",
                 f"{len(own):,}",
                 f"{losses[0]:.4f}",
                 f"{fmean(losses[-_RECENT:]):.4f}",
@@ -296,6 +295,17 @@ def _losses(run: RunDir, lines: Sequence[Line]) -> Grid:
         )
     header = ("source", "steps", "first", f"mean of last {_RECENT}", "last", "accuracy")
     return Grid("loss", header, tuple(rows))
+
+
+def _name_of_kind(described: Any, kind: str) -> str:
+    """Return source and instruction of a kind of batch, as far as kinds.json describes it."""
+    entry = described.get(kind) if isinstance(described, dict) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
+        return kind
+    instructions = [text for text in entry.get("instructions") or [] if text]
+    if len(instructions) > 1:
+        return f"{entry['source']}, {len(instructions)} instructions"
+    return ": ".join([entry["source"], *map(str, instructions)])
 
 
 # Task, with @LENGTH -> (step, score).

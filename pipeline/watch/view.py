@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Literal
 
+_NUMBER = re.compile(r"[,.-]*\d[\d,.-]*")
 # Decides the colour: good, worth a look, failed.
 Tone = Literal["", "ok", "warn", "fail"]
 
@@ -32,6 +34,11 @@ class Grid:
     def tone_of(self, row: int) -> Tone:
         """Return the tone of a row."""
         return self.tones[row] if row < len(self.tones) else ""
+
+    def is_numeric(self, column: int) -> bool:
+        """Return True if a column holds numbers; the first one names its row."""
+        cells = [row[column] for row in self.rows]
+        return column > 0 and all(not cell or _NUMBER.fullmatch(cell) for cell in cells)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
