@@ -175,6 +175,15 @@ def test_wrong_answers_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_on_gpus_is_trained_by_zero_2(tmp_path: Path, data: Path) -> None:
+    large = {"hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064}
+    (tmp_path / "config.json").write_text(json.dumps({**large, "intermediate_size": 18944}))
+    words = ["init", str(tmp_path / "run"), "--data", str(data), "--model", str(tmp_path)]
+    done = CliRunner().invoke(app, [*words, "--gpus", "8", "--goal", "search"])
+    train = tmp_path / "run" / "train.yaml"
+    assert f"train {train} --ranks 8 --deepspeed ds_configs/zero2.json\n" in done.output
+
+
 def test_the_command_asks_for_what_is_missing(tmp_path: Path, model: Path, data: Path) -> None:
     words = ["init", str(tmp_path / "run"), "--data", str(data), "--goal", "search"]
     done = CliRunner().invoke(app, words, input=f"{model}\n0\n")

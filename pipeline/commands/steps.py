@@ -69,11 +69,14 @@ def init(
         model=model, data=data, num_gpus=gpus, goal=goal, columns=columns, holdout=holdout
     )
     prepare_config, train_config, *scoring = write_run(folder, answers)
-    ranks = f" --ranks {gpus}" if gpus > 1 else ""
+    how = f" --ranks {gpus}" if gpus > 1 else ""
+    if gpus and load(TrainConfig, train_config, None).model.lora is not None:
+        # An adapter's gradients and moments are small: whole weights on each GPU communicate least.
+        how += " --deepspeed ds_configs/zero2.json"
     commands = [
         f"prepare {prepare_config}",
-        f"train {train_config}{ranks} --dry-run",
-        f"train {train_config}{ranks}",
+        f"train {train_config}{how} --dry-run",
+        f"train {train_config}{how}",
         f"export {train_config}",
     ]
     for evaluate_config in scoring:

@@ -75,7 +75,7 @@ BENCHMARKS = {
     "P6": Benchmark(title="host time of a layer under DeepSpeed", work="bench_host.host_time"),
     "growth": Benchmark(title="cost against the size of the batch", work="bench_growth.growth"),
     "plan": Benchmark(
-        title="memory by plan", work="bench_plan.memory", readme=("weights of a 70B fit",)
+        title="memory by plan", work="bench_memory.memory", readme=("weights of a 70B fit",)
     ),
     "evaluation": Benchmark(
         title="embedding all benchmarks, against mteb with sentence-transformers",
