@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import DiffembedError, explain_os_error, say_error
-from pipeline.files import write_text
+from pipeline.files import hold_lock, require_writable, write_text
 
 Task = Callable[[int], None]
 Item = TypeVar("Item")
@@ -100,6 +100,50 @@ def open_workers(num_workers: int | None, *, rendezvous: Path) -> Iterator[Worke
             yield local
 
 
+@contextlib.contextmanager
+def build_alone(
+    target: Path,
+    *,
+    key: str,
+    num_workers: int | None,
+    is_done: Callable[[], bool],
+    start: Callable[[], None],
+    say: Callable[[str], None],
+) -> Iterator[Workers]:
+    """Yield the workers that build a folder next to `target`, for which one of them keeps a lock.
+
+    Of several calls for one folder, one works and the others wait for it.
+
+    Args:
+        target: the folder's final name.
+        key: the config key that names it, for messages.
+        num_workers: see `open_workers`.
+        is_done: called by the main worker; after True no lock is taken and `start` is not called.
+        start: called by the main worker under the lock, before the others continue; does nothing if
+            another process has finished the folder while this one waited for the lock.
+        say: prints a line about waiting.
+
+    Raises:
+        UserError: nothing can be written next to the folder.
+    """
+    rendezvous = target.with_name(f".{target.name}.step")
+    with (
+        open_workers(num_workers, rendezvous=rendezvous) as workers,
+        contextlib.ExitStack() as stack,
+    ):
+        # Asked first: a finished folder may lie on a read-only disk, where no lock can be held.
+        if workers.is_main and not is_done():
+            require_writable(target.parent, key=key)
+            lock = target.with_name(f".{target.name}.lock")
+            tell = "waiting for another process that writes this folder ({})"
+            stack.enter_context(hold_lock(lock, tell=lambda holder: say(tell.format(holder))))
+            start()
+        # The others must not look for a plan before it is there, nor leave before the rename.
+        workers.barrier()
+        yield workers
+        workers.barrier()
+
+
 class LocalWorkers:
     """This process and, where there is enough to do, a pool of child processes.
 
@@ -151,6 +195,7 @@ class LocalWorkers:
                 "continue, with fewer processes or smaller blocks"
             ) from error
         finally:
+            # After an error or a caller that stopped asking, tasks that wait must not start.
             for future in futures:
                 future.cancel()
 
@@ -203,14 +248,14 @@ _child_number, _num_children = 0, 1
 def _start_child(counter: Any, num_children: int, environment: dict[str, str]) -> None:
     """Take a number and the parent's environment, and make sure that this child ends with it."""
     global _child_number, _num_children
-    # A fork server has kept the environment of its own start.
+    # A fork server has kept the environment it was started with.
     os.environ.clear()
     os.environ.update(environment)
     with counter.get_lock():
         _child_number = counter.value
         counter.value += 1
     _num_children = num_children
-    # A killed parent cannot end its children; without this they would hold their GPUs for ever.
+    # A killed parent cannot end its children; without this they would hold their GPUs forever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -243,6 +288,8 @@ class _ClaimingWorkers(ABC):
         on_done: Callable[[], None] = lambda: None,
     ) -> None:
         """See `Workers.run`."""
+        # Every worker walks the whole list, and the claim decides who does a task: no worker has to
+        # know how fast the others are.
         for task, output in enumerate(outputs):
             if not output.exists() and _claim(claims / f"{task:06d}"):
                 work(task)
@@ -305,6 +352,7 @@ class SrunWorkers(_ClaimingWorkers):
 
     def barrier(self) -> None:
         """See `Workers.barrier`."""
+        # A folder for each barrier: a fast task may be at the next before a slow one has looked.
         arrived = self._folder / f"{self._num_barriers:06d}"
         self._num_barriers += 1
         write_text(arrived / str(self._rank), "")

@@ -1,7 +1,7 @@
 """Describe a dataset folder in its manifest, the last file that `prepare` writes.
 
-A folder without a manifest is no dataset. Everything else in it is found, and checked, through the
-manifest: names, rows and hashes of the shards, groups of examples, tokenizer and template.
+A folder without a manifest is not a dataset. Everything else in it is found, and checked, through
+the manifest: names, rows and hashes of the shards, groups of examples, tokenizer and template.
 """
 
 from __future__ import annotations
@@ -210,6 +210,21 @@ def read_manifest(folder: Path) -> Manifest:
     for reason in _contradictions(manifest):
         raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again")
     return manifest
+
+
+def holds_dataset(folder: Path, *, key: str) -> bool:
+    """Return whether an output folder holds a dataset; False if it is missing or empty.
+
+    Raises:
+        UserError: it holds something else; `key` names it in the config.
+    """
+    if (folder / FILE_NAME).is_file():
+        return True
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    raise UserError(
+        f"{key}: {folder} exists, but is not a dataset", fix=f"choose another {key}, or remove it"
+    )
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

@@ -36,15 +36,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import BM25, MineConfig
-from pipeline.data.manifest import FILE_NAME, Manifest, read_manifest
+from pipeline.data.manifest import FILE_NAME, Manifest, holds_dataset
 from pipeline.data.shards import AUDIT_NAME, Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.models import processes_here
-from pipeline.files import hold_lock, require_writable, resolve_target, write_json, write_sealed
+from pipeline.files import require_writable, resolve_target, write_json, write_sealed
 from pipeline.mining import pick, retrieve, teacher, texts, write
 from pipeline.mining.plan import MinePlan, Mining, find_change, plan_mining
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
-from pipeline.workers import Workers, open_workers
+from pipeline.workers import Workers, build_alone
 
 
 class Step(NamedTuple):
@@ -156,24 +156,21 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
     mining = Mining(config)
     target = resolve_target(config.output, key="output")
     exports = [Path(r.path) for r in config.retrievers if Path(r.path).is_dir()]
-    processes = num_workers or (processes_here(exports) if exports else None)
-    rendezvous = target.with_name(f".{target.name}.step")
-    with open_workers(processes, rendezvous=rendezvous) as workers, contextlib.ExitStack() as stack:
-        if workers.is_main:
-            plan = plan_mining(config)
-            if not _is_done(config, plan, target):
-                require_writable(target.parent, key="output")
-                require_writable(config.store_folder, key="store")
-                lock = target.with_name(f".{target.name}.lock")
-                stack.enter_context(hold_lock(lock, tell=_print_lock_holder))
-            _start_or_continue(mining, plan, target)
-        workers.barrier()
+    # By the main worker alone, and once: it reads the inputs.
+    plan = functools.cache(functools.partial(plan_mining, config))
+    with build_alone(
+        target,
+        key="output",
+        num_workers=num_workers or (processes_here(exports) if exports else None),
+        is_done=lambda: _is_done(mining, plan(), target),
+        start=lambda: _start_or_continue(mining, plan(), target),
+        say=_say,
+    ) as workers:
         # Without a plan the dataset was already complete.
         if mining.plan_path.exists():
             _run_steps(workers, mining)
             if workers.is_main:
                 _finish(mining)
-            workers.barrier()
     return config.output
 
 
@@ -181,24 +178,19 @@ def _say(text: str) -> None:
     print(f"mine: {text}", file=sys.stderr, flush=True)
 
 
-def _print_lock_holder(holder: str) -> None:
-    _say(f"waiting for another mining into this folder ({holder})")
-
-
-def _is_done(config: MineConfig, plan: MinePlan, target: Path) -> bool:
+def _is_done(mining: Mining, plan: MinePlan, target: Path) -> bool:
     """Return whether the output holds the dataset of this plan.
 
     Raises:
         UserError: it holds something else.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    config = mining.config
+    if not holds_dataset(target, key="output"):
         return False
-    if not (target / FILE_NAME).is_file():
-        raise UserError(
-            f"output: {target} exists and is no dataset", fix="choose another output, or remove it"
-        )
     manifest = Dataset.open(target, verify=True).manifest
     if manifest.recipe == plan.result:
+        # Left by a process that was killed between its last steps.
+        write.remove_rest(mining)
         print(f"{config.output} is complete: {_describe(manifest)}", flush=True)
         return True
     raise UserError(
@@ -210,12 +202,11 @@ def _is_done(config: MineConfig, plan: MinePlan, target: Path) -> bool:
 def _start_or_continue(mining: Mining, plan: MinePlan, target: Path) -> None:
     """Keep the unfinished folder of the same plan, or start another one.
 
-    Do neither if the dataset is complete, also by another process in the meantime.
+    Do neither if another process has finished the dataset in the meantime.
     """
-    if (target / FILE_NAME).is_file() and read_manifest(target).recipe == plan.result:
-        # Left by a process that was killed between its last steps.
-        write.remove_rest(mining)
+    if _is_done(mining, plan, target):
         return
+    require_writable(mining.config.store_folder, key="store")
     # Claims of killed ranks would keep their tasks from ever being done.
     shutil.rmtree(mining.building / "claims", ignore_errors=True)
     if mining.plan_path.exists():

@@ -182,7 +182,9 @@ def test_of_two_prepares_of_one_folder_the_second_waits_and_finds_it_whole(
     with hold_lock(lock, tell=print), contextlib.redirect_stderr(io.StringIO()) as printed:
         second = threading.Thread(target=prepare, args=(config,), kwargs={"num_workers": 1})
         second.start()
-        while "waiting for another prepare of this folder (process" not in printed.getvalue():
+        while (
+            "waiting for another process that writes this folder (process" not in printed.getvalue()
+        ):
             assert second.is_alive()
             time.sleep(0.01)
         assert not (tmp_path / ".dataset.building").exists()

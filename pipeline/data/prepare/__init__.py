@@ -24,7 +24,6 @@ whose output exists is not run again, so that a killed build continues where it 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import shutil
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import PrepareConfig
-from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, read_manifest
+from pipeline.data.manifest import RECIPE_NAME, holds_dataset, read_manifest
 from pipeline.data.prepare.build import Build, Progress, describe, make_plan, say
 from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, store_corpus
 from pipeline.data.prepare.recipe import find_change, read_recipe
@@ -54,8 +53,8 @@ from pipeline.data.prepare.write_shards import (
 )
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
-from pipeline.files import hold_lock, require_writable, resolve_target
-from pipeline.workers import Workers, open_workers
+from pipeline.files import resolve_target
+from pipeline.workers import Workers, build_alone
 
 
 class Step(NamedTuple):
@@ -70,10 +69,6 @@ def _one(build: Build) -> int:
     return 1
 
 
-def _sources(build: Build) -> int:
-    return len(build.plan.sources)
-
-
 def _blocks(build: Build) -> int:
     return len(build.plan.blocks)
 
@@ -83,7 +78,7 @@ def _slices(build: Build) -> int:
 
 
 STEPS = (
-    Step("lookup", store_corpus, _sources),
+    Step("lookup", store_corpus, lambda build: len(build.plan.sources)),
     Step("collect", collect_block, _blocks),
     Step("check", check_rows, _one),
     Step("dedup", dedup_slice, _slices),
@@ -120,29 +115,20 @@ def prepare(
     """
     target = resolve_target(config.output_dir, key="output_dir")
     build = Build(config, target.with_name(f".{target.name}.building"))
-    rendezvous = target.with_name(f".{target.name}.step")
-    with (
-        open_workers(num_workers, rendezvous=rendezvous) as workers,
-        contextlib.ExitStack() as stack,
-    ):
-        # A finished dataset may lie on a read-only disk, where no lock can be held.
-        if workers.is_main and (build.folder.exists() or not _is_done(config, target)):
-            require_writable(target.parent, key="output_dir")
-            lock = target.with_name(f".{target.name}.lock")
-            stack.enter_context(hold_lock(lock, tell=_print_lock_holder))
-            _start_or_continue(build, target)
-        workers.barrier()
+    with build_alone(
+        target,
+        key="output_dir",
+        num_workers=num_workers,
+        is_done=lambda: not build.folder.exists() and _is_done(config, target),
+        start=lambda: _start_or_continue(build, target),
+        say=say,
+    ) as workers:
         # Without a plan the dataset was already complete, and the main rank started nothing.
         if build.plan_path.exists():
             _run_steps(workers, build, steps)
             if workers.is_main:
                 _finish(build, target)
-            workers.barrier()
     return config.output_dir
-
-
-def _print_lock_holder(holder: str) -> None:
-    say(f"waiting for another prepare of this folder ({holder})")
 
 
 def _is_done(config: PrepareConfig, target: Path) -> bool:
@@ -151,15 +137,8 @@ def _is_done(config: PrepareConfig, target: Path) -> bool:
     Raises:
         UserError: it holds something else.
     """
-    if not target.exists():
+    if not holds_dataset(target, key="output_dir"):
         return False
-    if not (target / FILE_NAME).is_file():
-        if target.is_dir() and not any(target.iterdir()):
-            return False
-        raise UserError(
-            f"output_dir: {target} exists and is no dataset",
-            fix="choose another output_dir, or remove it",
-        )
     recipe, dataset = read_recipe(target), Dataset.open(target, verify=True)
     change = find_change(config, recipe)
     if change is None and recipe.fingerprint != dataset.manifest.recipe:
@@ -238,6 +217,7 @@ def _finish(build: Build, target: Path) -> None:
     """
     unwanted = count_unwanted(build)
     held_out = json.loads(build.summary_path("manifest", 0).read_text()).get("held_out", [])
+    # The last look before the rename: tasks read the inputs for hours, and these may have changed.
     if change := _change_since_start(build):
         raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():
