@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,8 +38,13 @@ def take(folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         folder.mkdir(parents=True)
         return {"commit": commit, "sections": take_all(folder.resolve())}
-    with tempfile.TemporaryDirectory(prefix="diffembed-goldens-") as temporary:
-        return {"commit": commit, "sections": take_all(Path(temporary).resolve())}
+    # Of one name: manifests hold paths, and their seals would differ between two folders.
+    temporary = Path(tempfile.gettempdir()).resolve() / "diffembed-goldens"
+    temporary.mkdir()
+    try:
+        return {"commit": commit, "sections": take_all(temporary)}
+    finally:
+        shutil.rmtree(temporary)
 
 
 def show_differences(before: dict[str, Any], after: dict[str, Any]) -> int:
