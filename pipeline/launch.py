@@ -64,7 +64,7 @@ def discover_world(environ: Mapping[str, str] | None = None) -> World:
     env = os.environ if environ is None else environ
     for launcher, (rank, size, local_rank) in _LAUNCHERS.items():
         present = [name for name in (rank, size, local_rank) if name in env]
-        # A plain `python` inside an sbatch script sees SLURM_PROCID=0 but is no step of srun.
+        # A plain `python` inside an sbatch script sees SLURM_PROCID=0 but is not a step of srun.
         if rank not in present or size not in present:
             continue
         if local_rank not in present:
@@ -192,7 +192,7 @@ def rendezvous(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Return address and port at which rank 0 waits for the others, the same on all ranks.
 
     Raises:
-        UserError: rank 0's host is unknown, its name cannot be resolved, or the port is no number.
+        UserError: rank 0's host is unknown, its name does not resolve, or the port is not a number.
         DiffembedError: the name could not be looked up now.
     """
     env = os.environ if environ is None else environ

@@ -22,12 +22,12 @@ from pipeline.config import (
     PrepareConfig,
     SourceConfig,
     TrainConfig,
+    dump_yaml,
     load_config,
     local_file,
     model_fix,
     require_model_path,
 )
-from pipeline.config.loading import dump_yaml
 from pipeline.data.sources import FORMATS, plan_source
 from pipeline.data.sources.containers import read_records
 from pipeline.errors import UserError

@@ -291,7 +291,7 @@ class LimitsConfig:
     attempts: PositiveInt = 6
     """Tries of a request before its failure is recorded."""
     patience: PositiveFloat = 600.0
-    """Seconds without any server that answers, before the run stops."""
+    """Seconds without an answering server after which the run stops."""
 
 
 @strict

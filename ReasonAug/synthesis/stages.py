@@ -1,4 +1,4 @@
-"""The stages between concepts and rows: what each asks about an item, and what becomes of it."""
+"""The stages between concepts and rows: the question of each about an item, and its outcome."""
 
 from __future__ import annotations
 

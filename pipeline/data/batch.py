@@ -167,8 +167,8 @@ def find_relevance(
     nearest = np.minimum(np.searchsorted(ids, all_positives.values), len(ids) - 1)
     present = ids[nearest] == all_positives.values
     pairs = [_pairs(all_positives.rows[present], nearest[present], len(ids))]
-    # The same question under two instructions has one key, so the answer to one is no negative of
-    # the other.
+    # The same question under two instructions has one key, so the answer to one is not a negative
+    # of the other.
     for label in (concept, query_key):
         pairs.append(_shared(label, chosen, len(ids)))
     # Set arithmetic on (query, document) pairs: known answers that the batch does not list.

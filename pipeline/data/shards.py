@@ -12,7 +12,7 @@ An id is a position in the shards of a kind, one after another. `verify_dataset`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -179,23 +179,25 @@ class Table:
 
     def scalars(self, name: str, ids: IntArray) -> IntArray:
         """(R,) values of an integer column at rows `ids`."""
-        out = np.empty(len(ids), dtype=np.int64)
-        for shard, positions, rows in self._split(ids):
-            out[positions] = shard.columns[name][rows]
-        return out
+        return self._collect(ids, lambda shard, rows: shard.columns[name][rows])
 
     def lengths(self, name: str, ids: IntArray) -> IntArray:
         """(R,) lengths of a list column at rows `ids`; touches no values."""
-        out = np.empty(len(ids), dtype=np.int64)
-        for shard, positions, rows in self._split(ids):
-            out[positions] = shard.offsets[name][rows + 1] - shard.offsets[name][rows]
-        return out
+        return self._collect(
+            ids, lambda shard, rows: shard.offsets[name][rows + 1] - shard.offsets[name][rows]
+        )
 
     def first(self, name: str, ids: IntArray) -> IntArray:
         """(R,) first values of a list column at rows `ids`, none of which may be empty."""
+        return self._collect(
+            ids, lambda shard, rows: shard.columns[name][shard.offsets[name][rows]]
+        )
+
+    def _collect(self, ids: IntArray, read: Callable[[_Shard, IntArray], IntArray]) -> IntArray:
+        """(R,) integers that `read` returns for rows of a shard, in the order of `ids`."""
         out = np.empty(len(ids), dtype=np.int64)
         for shard, positions, rows in self._split(ids):
-            out[positions] = shard.columns[name][shard.offsets[name][rows]]
+            out[positions] = read(shard, rows)
         return out
 
     def views(self, name: str, ids: IntArray) -> list[NDArray[np.int64]]:

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from pipeline.config.loading import read_yaml
+from pipeline.config import read_yaml
 from pipeline.doctor.finding import Finding, Level, ok
 from pipeline.files import check_kind
 

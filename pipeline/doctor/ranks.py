@@ -76,6 +76,7 @@ def _spawn(words: Sequence[str], environment: dict[str, str]) -> subprocess.Pope
 
 
 def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Finding]:
+    # One deadline for all: ranks wait for each other, so that a missing one holds up every other.
     deadline = time.monotonic() + _SECONDS
     outputs = []
     for process in processes:
@@ -83,7 +84,8 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
             outputs.append(process.communicate(timeout=max(1.0, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             for other in processes:
-                _kill(other)
+                if other.poll() is None:
+                    os.killpg(other.pid, signal.SIGKILL)
             outputs.append(process.communicate())
     findings = [finding for out, _ in outputs for finding in read_findings(out)]
     yield from findings
@@ -101,11 +103,6 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
         f"{what}: {_describe_code(codes[bad])}: {last_error(lines)}",
         "run `python -m pipeline.doctor.ranks` behind the launcher to see all it prints",
     )
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _describe_code(code: int) -> str:

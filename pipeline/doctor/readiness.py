@@ -28,10 +28,10 @@ from pipeline.config import (
     load_config,
     local_file,
     model_fix,
+    read_tree,
     require_model_path,
 )
 from pipeline.config.explain import KINDS, kind_of
-from pipeline.config.loading import read_tree
 from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
 from pipeline.errors import UserError
@@ -66,6 +66,7 @@ def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
         if path is None:
             continue
         yield from guarded(name, partial(_check, path, (), made))
+        # Only now: a stage must not find its own output as its input.
         made |= _outputs(path, config)
     yield from guarded("deepspeed", lambda: _file(config.deepspeed, "deepspeed"))
 
@@ -228,6 +229,7 @@ def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int
         file = local_file(path, name, revision)
         if file is None:
             raise UserError(f"{key}: {path} lacks {name}", fix=model_fix(path))
+        # A clone without LFS has small text files in place of weights.
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise UserError(f"{key}: {file} is a Git LFS pointer", fix=model_fix(path))

@@ -7,8 +7,8 @@ A document is its title and text, a query its text and its own instruction (Foll
 joined here (`document_texts`, `query_texts`), and nowhere else, for planning and scoring. A test
 compares the strings with mteb's on every subset.
 
-mteb's own offline mode is no alternative: without network its loader sees only a data set's default
-config and silently drops FollowIR's instructions and candidates, so that p-MRR is exactly 0.
+mteb's own offline mode is not an alternative: without network its loader sees only a data set's
+default config and silently drops FollowIR's instructions and candidates, and p-MRR is exactly 0.
 """
 
 from __future__ import annotations

@@ -144,7 +144,9 @@ def list_texts(
             )
     rows, prompt, lengths, costs_N, digests_N2 = map(np.concatenate, zip(*columns, strict=True))
     path = folder / f"{task.task}.arrow"
-    _write_texts(path, texts)
+    batch = pa.record_batch([texts], names=["text"])
+    with pa.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
     return TaskTexts(
         path=path,
         prompts=prompts,
@@ -154,12 +156,6 @@ def list_texts(
         costs=costs_N,
         digests=digests_N2,
     )
-
-
-def _write_texts(path: Path, texts: pa.LargeStringArray) -> None:
-    batch = pa.record_batch([texts], names=["text"])
-    with pa.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

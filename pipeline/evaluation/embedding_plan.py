@@ -24,7 +24,6 @@ import json
 import tempfile
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +146,9 @@ def write_plan(config: EvaluateConfig, *, num_workers: int = 1) -> EmbeddingPlan
     digests_N2, positions_N2 = sort_by_digest(distinct.digests, positions_N2)
     save_arrays(folder / _INDEX, digests=digests_N2, places=positions_N2)
     # Last: its presence means that the plan is whole.
-    write_sealed(folder / _PLAN, {"version": _VERSION, **_as_json(plan)})
+    tree = dataclasses.asdict(plan)
+    del tree["folder"]  # see `read_plan`
+    write_sealed(folder / _PLAN, {"version": _VERSION, **tree})
     return plan
 
 
@@ -254,13 +255,6 @@ def _list_tasks(config: EvaluateConfig, folder: Path, num_workers: int) -> list[
         listed = dict(workers.each(work, tasks))
     # In the order of the tasks, not of completion: the plan does not depend on their speed.
     return [listed[task] for task in tasks]
-
-
-def _as_json(plan: EmbeddingPlan) -> dict[str, Any]:
-    tree = dataclasses.asdict(plan)
-    # See `read_plan`.
-    del tree["folder"]
-    return tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,7 +108,8 @@ def survey(
     explicit_title = bool(title_field)
     if title_field is None:
         title_field = _TITLE if field == _TEXT and role == "document" else ""
-    found = _Survey(field=field, title=title_field, id_fields=_wanted_ids(id_field))
+    id_fields = _ID_FIELDS if id_field is None else (id_field,) if id_field else ()
+    found = _Survey(field=field, title=title_field, id_fields=id_fields)
     for record in records:
         try:
             found.add(record)
@@ -128,12 +129,6 @@ def survey(
     )
     found.print_warnings(fields)
     return fields
-
-
-def _wanted_ids(id_field: str | None) -> tuple[str, ...]:
-    if id_field is None:
-        return _ID_FIELDS
-    return (id_field,) if id_field else ()
 
 
 class _Survey:

@@ -300,6 +300,7 @@ def delete_scored_exports(evaluations: Path) -> None:
         key=lambda step: (sum(scores[step]), step),
         default=0,
     )
+    # Only steps that are scored as a whole: an element of another step may still need its export.
     for step in scores:
         folder = evaluations / checkpoint_name(step)
         _delete(RunDir(folder).checkpoints)

@@ -226,6 +226,7 @@ def score_all(config: EvaluateConfig) -> list[Result]:
     # A process takes as long to start as a small task to be scored.
     num_workers = min(num_cores(), _MAX_WORKERS, len(unfinished) // 2)
     with contextlib.closing(LocalWorkers(num_workers, imports=("mteb",))) as workers:
+        # All before the first: a folder that cannot be written must not cost an hour of scoring.
         for index in unfinished:
             require_writable(elements[index].folder, key="output_dir")
         for index, _ in workers.each(functools.partial(_score_stored, config), unfinished):

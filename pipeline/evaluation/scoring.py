@@ -329,7 +329,7 @@ def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) ->
     """
     name, _, cut = metric.partition("_at_")
     if name not in _TREC or not cut.isdigit():
-        raise ValueError(f"{metric} is no mean over queries")
+        raise ValueError(f"{metric} is not a mean over queries")
     # pytrec_eval reads plain dicts alone.
     evaluator = pytrec_eval.RelevanceEvaluator(
         {query: dict(documents) for query, documents in judgements.items()},

@@ -255,6 +255,8 @@ class _LossAtWidth:
     def run(self) -> _Result:
         """Pass all blocks of all ranks, in rank order."""
         waiting = []
+        # The same blocks in the same order on every rank, also of ranks without queries: each one
+        # holds a broadcast and reductions, which a rank that left one out would leave hanging.
         for block in self._targets.blocks(self._plan.rows):
             scored = self._score(block)
             if self._document_sums is None:
@@ -268,6 +270,7 @@ class _LossAtWidth:
         self._document.write_embedding_grad_(
             self._document_grad_KE, self._document_grad_KE, rows=every_row
         )
+        # The config decides, not a rank's data: a collective call is made by all ranks or by none.
         dot = self._query_grad_dot_query
         if self._config.learn_temperature:
             dot = comm.all_reduce_(dot)
@@ -304,6 +307,7 @@ class _LossAtWidth:
         else:
             guide = self._guide(listed, teacher)
             negatives = self._batch_negatives(block, query_RE, ceiling_R, guide)
+        # A new tensor, not `+=`: all counters started as one shared zero.
         self._num_correct = self._num_correct + (best_R > negatives.best_R).sum()
         self._best_score = self._best_score + best_R.sum()
         weight_P = self._contrast_share * _mean_weights(row_P, num_rows, self._num_queries)
@@ -384,6 +388,7 @@ class _LossAtWidth:
             listed.positives(score_P), negatives.log_mass_R[row_P], direction * weight_P
         )
         self._loss = self._loss + loss
+        # A query's positives share its sum of negatives, whose slopes add up.
         log_mass_grad_R = segment_sum(slope_P, row_P, num_rows)
         score_grad_P = torch.zeros_like(score_P)
         listed.positives(score_grad_P).sub_(slope_P)  # through the view, into score_grad_P
@@ -408,6 +413,7 @@ class _LossAtWidth:
         All gradients follow. Unlike a query's, a document's terms are known to its rank alone.
         """
         log_mass_K = sums.log()
+        # Complete before the first gradient: a document's negatives are in all blocks.
         log_mass_grad_K = torch.zeros_like(log_mass_K)
         loss = torch.zeros_like(self._loss)
         for scored in waiting:
@@ -457,6 +463,7 @@ class _LossAtWidth:
                 query_grad_RE,
                 self._document_grad_KE,
             )
+        # Each rank added the part of its own documents; only the owner gets the sum.
         comm.reduce_(query_grad_RE, scored.block.owner)
         if comm.rank() == scored.block.owner:
             dot = (query_grad_RE * scored.query_RE).sum(dtype=torch.float64)
@@ -554,6 +561,7 @@ def _mean_over_widths(outputs: list[LossOutput]) -> LossOutput:
     The last output is the full width's; its metrics are kept, and its gradients take the sum.
     """
     full, share = outputs[-1], 1 / len(outputs)
+    # In place: gradients of the full width are the largest buffers, and nothing else reads them.
     for side in ("query_grad", "document_grad"):
         total = getattr(full, side)
         for output in outputs[:-1]:

@@ -29,8 +29,8 @@ from pipeline.loss.tiles import SLICE_BYTES, SLICE_ROWS, TilePlan
 
 # As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
 _SMALLEST_NORM = 1e-12
-# Length of a document row under cosine. Any length that is no power of two would do: rounding must
-# change every number, or a document that is already of unit length within float32 keeps its
+# Length of a document row under cosine. Any length that is not a power of two would do: rounding
+# must change every number, or a document that is already of unit length within float32 keeps its
 # last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
 DOCUMENT_LENGTH = math.sqrt(2)
 
@@ -118,8 +118,8 @@ class BlockTiles:
         Args:
             query_RE: rows whose dot product with `document_KE` is the score.
             document_KE: this rank's documents.
-            excluded: row and column of each pair that is no negative.
-            ceiling_R: a higher score than this is no negative either.
+            excluded: row and column of each pair that is not a negative.
+            ceiling_R: a higher score than this is not a negative either.
             plan: tile width, and whether to keep scores between the two passes.
             scratch: (plan.num_slots, plan.rows * plan.columns) float32 that the scores live in.
             guide: leaves out further pairs.
@@ -249,7 +249,7 @@ class BlockTiles:
         return self._scratch[slot, : num_rows * width].view(num_rows, width)
 
     def _scores(self, number: int, slot: int) -> Tensor:
-        """Compute a tile's scores, -inf where a document is no negative of the query."""
+        """Compute a tile's scores, -inf where a document is not a negative of the query."""
         start, first, last = self._tiles[number]
         score_RT = self._slot(number, slot)
         torch.mm(self._query_RE, self._document_KE[self._columns(start)].T, out=score_RT)

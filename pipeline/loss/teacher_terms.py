@@ -2,7 +2,7 @@
 
     t_RT = teacher_query_RW @ teacher_document_TW.T        cosines, over the teacher's temperature
     guide          a document with t above that of the query's best positive, less a margin,
-                   is no negative (GISTEmbed, Solatorio, arXiv 2402.16829)
+                   is not a negative (GISTEmbed, Solatorio, arXiv 2402.16829)
     distillation   KL(teacher || model) of each query over all documents of the global batch:
                    sum_j p_j (t_j - s_j) - log Z_t + log Z_s,    p_j = exp(t_j) / Z_t
                    d / d(s_j) = exp(s_j) / Z_s - p_j
@@ -153,12 +153,14 @@ class DistillationTiles:
         for here in self._columns:
             model_RT = self._scores(self._model, here, slot=0)
             teacher_RT = self._scores(self._teacher, here, slot=1)
+            # Before `_add_`, which turns the scores of a tile into weights in place.
             gap_RT = torch.sub(teacher_RT, model_RT, out=self._slot(here, 2))
             before = teacher.peak
             teacher, sharp = self._add_(teacher, teacher_RT, self._teacher, here)
             # Where float32 scores are not good enough for the weight, nor are they for the gap.
             model_score = self._pairs(self._model, here, sharp)
             gap_RT[sharp.row, sharp.column] = (sharp.score - model_score).float()
+            # The sum so far is relative to the peak so far: a new peak shrinks it.
             faded_R = gap_R * (before - teacher.peak).double().exp()
             gap_R = faded_R + gap_RT.mul_(teacher_RT).sum(1).double()
             model, blurred = self._add_(model, model_RT, self._model, here)
@@ -168,6 +170,7 @@ class DistillationTiles:
 
     def _over_ranks(self, model: LogMass, teacher: LogMass, gap_R: Tensor) -> Tensor:
         """Combine the ranks' sums into divergences."""
+        # With its peak, because ranks' sums are relative to different ones.
         faded = torch.stack([teacher.peak.double(), gap_R])
         parts = comm.all_gather_stack(faded)  # (ranks, 2, R)
         model, teacher = model.over_ranks(), teacher.over_ranks()
@@ -199,6 +202,7 @@ class DistillationTiles:
                 refined = self._refined[number][slot]
                 refined.write_weights_(share_RT, peak_R[refined.row])
                 shares.append(share_RT.mul_(factors[slot]))
+            # Model minus teacher, each already times the weight; in the memory of the first.
             grad_RT = shares[0].sub_(shares[1])
             query_grad_RE.addmm_(grad_RT, self._model[1][here])
             document_grad_KE[here].addmm_(grad_RT.T, self._model[0])

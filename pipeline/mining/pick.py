@@ -162,7 +162,7 @@ def forbid(
         own = marks.signatures[rows][:, None]
         others = marks.signatures[marks.rows(positives)][None]
         similar = (own == others).mean(axis=2) >= mining.config.near_duplicates
-        # A text without words has no signature, and is no near duplicate of another one.
+        # A text without words has no signature, and is not a near-duplicate of any other.
         similar &= own.any(axis=2) & others.any(axis=2)
         outcomes[similar.any(axis=1)] = NEAR
     outcomes[np.isin(keys[documents], keys[positives])] = DUPLICATE

@@ -478,7 +478,7 @@ def licence_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     found = data.get("license")
     # The hub's own field is a word or a list of words; older cards hold free text.
     words = [str(word) for word in (found if isinstance(found, list) else [found]) if word]
-    ids = [_hub_id(word) for word in words]
+    ids = [slug if (slug := _slug(word)) in _HUB_LICENCES else None for word in words]
     name, link = data.get("license_name"), data.get("license_link")
     given = {"license_name": name, "license_link": link}
     kept = {key: str(value) for key, value in given.items() if value}
@@ -500,11 +500,6 @@ def _licence_text(config: ModelConfig, licence: Mapping[str, Any]) -> str:
     found = licence.get("license_name") or licence["license"]
     words = " and ".join(f"`{word}`" for word in ([found] if isinstance(found, str) else found))
     return f"The base model, {name}, is under {words}; the training data have their own licences."
-
-
-def _hub_id(word: str) -> str | None:
-    slug = _slug(word)
-    return slug if slug in _HUB_LICENCES else None
 
 
 def _slug(word: str) -> str:

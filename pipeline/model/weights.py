@@ -229,7 +229,7 @@ class WeightReader:
     def _is_outside(self, key: str) -> bool:
         """Tell whether a tensor belongs to a head: by its name, or by a place outside the backbone.
 
-        An unknown tensor inside the backbone would change its vectors, so it is no head.
+        An unknown tensor inside the backbone would change its vectors, so it is not a head.
         """
         prefix = f"{self._model.base_model_prefix}."
         # `model.pooler.` in a checkpoint with a head, `pooler.` in one of the backbone alone.

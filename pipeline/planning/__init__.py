@@ -18,8 +18,7 @@ import json
 import math
 from typing import Any
 
-from pipeline.config import TrainConfig, as_tree
-from pipeline.config.model import local_file, model_fix
+from pipeline.config import TrainConfig, as_tree, local_file, model_fix
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
@@ -101,7 +100,8 @@ def plan_run(
         dataset.require_model(config.model)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
     warnings = data_warnings(loader, config)
-    tokens = loader.chunk_tokens(0)  # of every rank's chunks: all ranks plan the same
+    # Of every rank's chunks, because the fullest rank decides, and it need not be rank 0.
+    tokens = loader.chunk_tokens(0)
     batch = loader.batch(0)
     if build:
         shape = _built_shape(config)

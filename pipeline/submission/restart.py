@@ -212,7 +212,7 @@ def end(
     Raises:
         DiffembedError: the job makes no progress, or Slurm refuses both a requeue and a successor.
     """
-    # First: a job that Slurm has cancelled meanwhile must not be requeued.
+    # First: a job that Slurm has cancelled meanwhile must not be requeued, which would revive it.
     state = allocation.read_state(job)
     history, idle_starts = None, 1
     try:

@@ -227,6 +227,7 @@ def running(servers: Sequence[Server], seconds: float) -> Iterator[None]:
         _wait_until_all_answer(servers, seconds)
         yield
     finally:
+        # All are asked before the first is waited for, so that one period of grace serves all.
         for server in servers:
             server.ask_to_stop()
         deadline = time.monotonic() + _SERVER_STOP_SECONDS
@@ -286,6 +287,7 @@ def run_stages(words: Sequence[str], synthesis: Synthesis, servers: Sequence[Ser
 
 def without_proxy(environment: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
     """Return an environment in which requests to some hosts use no proxy."""
+    # Both spellings, because libraries read one or the other.
     known = {environment[name] for name in ("no_proxy", "NO_PROXY") if environment.get(name)}
     value = ",".join([*sorted(known), *dict.fromkeys(hosts)])
     return {**environment, "no_proxy": value, "NO_PROXY": value}
@@ -323,6 +325,7 @@ def run(words: Sequence[str], flags: Sequence[str]) -> int:
     synthesis, job = describe_synthesis(words), allocation.own_id()
     folder = synthesis.output_dir / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
+    # Before the servers start: a start that dies in its first minute must count as idle too.
     history = History(synthesis.output_dir, job)
     history.start(progress(synthesis.output_dir), os.environ.get("SLURM_JOB_NODELIST", ""))
     log(f"start {history.num_starts} of job {job}: {synthesis.output_dir}")

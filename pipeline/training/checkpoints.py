@@ -172,6 +172,7 @@ class Saver:
         """
         pending, self._pending = self._pending, None
         assert pending is not None, "nothing to finish"
+        # A rank that raised here alone would leave the others in the gather.
         error = pending.written.exception()
         # A string is a fault, a pair is a file.
         outcomes = comm.all_gather_object(repr(error) if error else pending.written.result())
@@ -185,6 +186,7 @@ class Saver:
                 )
             except OSError as fault:
                 faults = [repr(fault)]
+        # The fault of rank 0 alone, when it published, must reach the others too.
         faults = comm.broadcast_object(faults)
         if faults:
             raise DiffembedError(
@@ -241,6 +243,7 @@ def _write(path: Path, share: dict[str, torch.Tensor]) -> tuple[str, dict[str, A
         raise ValueError(f"{empty[0]} is empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(share, path)
+    # A published checkpoint must survive a power failure: its bytes go to the disk first.
     sync_file(path)
     with safe_open(path, framework="pt") as file:
         for key, tensor in share.items():

@@ -91,7 +91,9 @@ class Evaluations:
         try:
             self._discard_from_before_rewind(checkpoint, step)
             if step % self._every.every == 0 and not (folder / _READY).exists():
-                self._drop_links()
+                # Links to checkpoints whose export is complete keep the disk full for nothing.
+                for export in self._folder.glob("step-*/export"):
+                    shutil.rmtree(RunDir(export.parent).checkpoints, ignore_errors=True)
                 self._prepare(folder, checkpoint)
                 if self._every.where == "local":
                     self._start_locally(folder)
@@ -168,11 +170,6 @@ class Evaluations:
             for doomed in (folder.checkpoints, folder.export, *vectors):
                 shutil.rmtree(doomed, ignore_errors=True)
             ready.unlink()
-
-    def _drop_links(self) -> None:
-        """Delete the links to checkpoints whose export is complete."""
-        for export in self._folder.glob("step-*/export"):
-            shutil.rmtree(RunDir(export.parent).checkpoints, ignore_errors=True)
 
     def _prepare(self, folder: Path, checkpoint: Path) -> None:
         """Link the checkpoint's files and write the configs that the commands read."""

@@ -84,6 +84,7 @@ def embed_chunks(
     embeddings, states, graphs = [], [], []
     for number, chunk in enumerate(chunks):
         keep = number >= len(chunks) - keep_graphs
+        # Before the forward: pass 2 must draw the same dropout masks.
         states.append(RandomState.capture())
         with torch.set_grad_enabled(keep):
             embedding = embed(chunk)
@@ -132,6 +133,7 @@ def replay_chunks(
                 raise RuntimeError(
                     f"chunk {number}: pass 2 differs from pass 1 by {worst:.3g} in an embedding"
                 )
+            # Its gradient by the embedding is `gradient`: the chain rule's first factor is given.
             surrogate = (embedding * gradient).sum()  # (C, E) -> ()
         backward(surrogate)
     # The next draw sees the generators as if there had been no second pass.
@@ -299,6 +301,7 @@ class LayerSweep(Generic[ChunkT]):
         """
         hidden = None
         if index > 0:
+            # A leaf, so that the backward ends at this stage instead of at the token table.
             hidden = self.store.take(index, number).detach().requires_grad_()
             self.store.fetch(*following)
         # The dropout masks of the forward.
@@ -308,6 +311,7 @@ class LayerSweep(Generic[ChunkT]):
             # Not at the first stage of a frozen token table.
             if out.requires_grad:
                 backward((out * gradient).sum())
+        # Below the first stage it is not read; where all below is frozen, any value does.
         if hidden is None or hidden.grad is None:
             return gradient
         return hidden.grad

@@ -68,7 +68,7 @@ def train(
 
     Args:
         config: the run.
-        ds_config: a DeepSpeed config without any `auto` left.
+        ds_config: a DeepSpeed config with every `auto` resolved.
         world: this rank among the others, which it joins here.
         scoring: command lines that score checkpoints; given where the config has `evaluate`.
 
@@ -167,7 +167,8 @@ class Training:
         self.config, self.run, self.objective = config, run, objective
         self._num_skipped = 0  # steps in a row
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
-        seed_random(config.seed)  # a fresh adapter is the same on every rank
+        # Before the model is built: a new adapter or head must be the same on every rank.
+        seed_random(config.seed)
         model = build_model(config, placement=placement_of(ds_config))
         self.engine = ZeroEngine(model, build_optimizer(model, config.optimizer), ds_config)
         self.checkpoints = RunCheckpoints(

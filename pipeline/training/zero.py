@@ -59,7 +59,7 @@ class Partitions(Placement):
     Rank 0 reads; DeepSpeed hands every piece from there to all ranks as it cuts it up.
 
     Args:
-        ds_config: a DeepSpeed config of stage 3 without any `auto` left.
+        ds_config: a DeepSpeed config of stage 3 with every `auto` resolved.
     """
 
     by_piece = True
@@ -100,7 +100,7 @@ class ZeroEngine:
     Args:
         model: the encoder, whole or partitioned; `optimizer` has its trainable parameters.
         optimizer: a torch optimizer over the trainable parameters.
-        ds_config: a DeepSpeed config without any `auto` left.
+        ds_config: a DeepSpeed config with every `auto` resolved.
     """
 
     def __init__(

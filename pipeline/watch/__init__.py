@@ -20,8 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.config import read_tree
 from pipeline.config.explain import kind_of
-from pipeline.config.loading import read_tree
 from pipeline.errors import UserError
 from pipeline.run_folder import OWN_CONFIG
 from pipeline.watch.chains import (

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline import checkpoint_folder
-from pipeline.config.evaluation import ChainConfig, ExportStep
-from pipeline.config.loading import expand_path, load_config, read_tree
+from pipeline.config import ChainConfig, ExportStep, expand_path, load_config, read_tree
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
 from pipeline.watch.elements import describe_evaluation

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.config.loading import load_config
+from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import UserError
 from pipeline.watch.logs import element_logs, jobs_grid, logs_of, read_json_or_none, read_log
 from pipeline.watch.view import Fact, Grid, Tone, View, age, duration

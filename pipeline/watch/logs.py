@@ -68,6 +68,7 @@ def read_log(path: Path) -> LogEnd | None:
     lines = [_LABEL.sub("", line.rpartition("\r")[2].rstrip()) for line in text.split("\n")]
     lines = [line for line in lines if line.strip()]
     error, failed = "", False
+    # An error counts as the end only while nothing but its echoes follows: a job may recover.
     for line in lines:
         if _ERROR.match(line) and not (error and failed and _ECHO.search(line)):
             error, failed = line, True

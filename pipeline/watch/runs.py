@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from pipeline import checkpoint_folder
-from pipeline.config.loading import read_yaml
+from pipeline.config import read_yaml
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
 from pipeline.watch.logs import LogEnd, jobs_grid, logs_of, read_json_or_none, read_log, starts_grid
@@ -75,6 +75,7 @@ class Metrics:
         if not isinstance(line, dict) or type(line.get("step")) is not int:
             self.num_damaged += 1
             return
+        # A run that resumed from an older checkpoint logs steps again: the later lines are true.
         while self.lines and self.lines[-1]["step"] >= line["step"]:
             self.lines.pop()
             self.num_replaced += 1

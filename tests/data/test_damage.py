@@ -78,7 +78,7 @@ RECORDS: dict[str, tuple[str, Any, str]] = {
         {"user_query": "q", "positive_document": "p", "task": 3},
         "'task' is a int",
     ),
-    "e5 of an unknown set": ("e5", {"query": "q", "positive": "p"}, "no known E5 set"),
+    "e5 of an unknown set": ("e5", {"query": "q", "positive": "p"}, "not a known E5 set"),
     "msmarco with bare ids": (
         "msmarco_instructions",
         {"query": "q", "positive_passages": [17]},

@@ -230,7 +230,7 @@ def test_chance_of_recall_is_the_share_of_documents_looked_at():
 
 
 def test_a_metric_that_is_no_mean_over_queries_is_refused():
-    with pytest.raises(ValueError, match="no mean over queries"):
+    with pytest.raises(ValueError, match="not a mean over queries"):
         per_query_scores("nauc_ndcg_at_10", {}, {})
 
 

@@ -379,6 +379,7 @@ def make_plan(build: Build) -> None:
         recipe=recipe.fingerprint,
         sources=sources,
         blocks=blocks,
+        # From the input alone: the number of workers must not change the bytes.
         num_slices=min(max(1, -(-size // _SLICE_BYTES)), _MAX_SLICES),
         tokenizer=tokenizer,
     )

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PrepareConfig, SourceConfig, Template
-from pipeline.config.loading import dump_yaml
+from pipeline.config import PrepareConfig, SourceConfig, Template, dump_yaml
 from pipeline.data.prepare.build import Build, CatalogueSummary
 from pipeline.data.prepare.clean import hash_text, read_distinct_texts
 from pipeline.data.shards import map_batch

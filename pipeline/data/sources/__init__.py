@@ -160,7 +160,8 @@ def read_rows(
     for record in read_records(block, split=source.split, on_bad=on_bad):
         rows: list[Row] = []
         try:
-            if _is_wanted(record, source):
+            found = {key: field_of(record, key, required=False) for key in source.where}
+            if all(equals(found[key], wanted) for key, wanted in source.where.items()):
                 rows = list(parse(record, source, references))
             else:
                 on_unwanted()
@@ -172,13 +173,6 @@ def read_rows(
         else:
             for row in rows:
                 yield record, row
-
-
-def _is_wanted(record: Record, source: SourceConfig) -> bool:
-    return all(
-        equals(field_of(record, key, required=False), wanted)
-        for key, wanted in source.where.items()
-    )
 
 
 def _require_whole_characters(record: Record, row: Row) -> None:

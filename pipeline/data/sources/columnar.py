@@ -248,8 +248,10 @@ def hub_dataset(file: str, split: str | None) -> Any:
     name, config = _name_of(file)
     folder = Path(name).expanduser()
     try:
-        if is_single_dataset(file) and not _has_data(folder):
-            return []  # the library cannot load a dataset without rows
+        if is_single_dataset(file):
+            state = json.loads((folder / "state.json").read_text())
+            if not state.get("_data_files", True):
+                return []  # the library cannot load a dataset without rows
         if is_single_dataset(file) or (folder / "dataset_dict.json").is_file():
             return _saved_split(file, datasets.load_from_disk(str(folder)), split)
         name = str(folder) if folder.exists() else name
@@ -262,10 +264,6 @@ def hub_dataset(file: str, split: str | None) -> Any:
             f"{file}: split {split or 'train'!r} cannot be loaded ({reason})",
             fix="check the name, or download it first where there is a network",
         ) from error
-
-
-def _has_data(folder: Path) -> bool:
-    return bool(json.loads((folder / "state.json").read_text()).get("_data_files", True))
 
 
 def _name_of(file: str) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def _folder(source: SourceConfig) -> Path:
     folder = Path(source.path).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"sources.{source.name}.path: {source.path} is no folder",
+            f"sources.{source.name}.path: {source.path} is not a folder",
             allowed="a folder with corpus, queries and qrels",
         )
     return folder
@@ -241,7 +241,7 @@ def check_queries(
             repeated[name] = first[name]
             rows.drop(record.where, "query", "another text of the same id precedes it", text)
     for record, query, document, _ in judgement_records(tuple(judgement_files(source)), rows.add):
-        # Published sets contain such judgements, and their users cannot mend them.
+        # Published sets contain such judgements, and their users cannot correct them.
         if query not in seen:
             rows.drop(record.where, "judgement", "query without text", query)
         elif find(document) is None:

@@ -31,7 +31,8 @@ def parse_columns(
     record: Record, source: SourceConfig, references: References | None
 ) -> Iterable[Row]:
     """Parse any record with a query and texts, its fields named by `columns`."""
-    names = {key: _listed(value) for key, value in source.columns.items()}
+    columns = source.columns.items()
+    names = {key: (of,) if isinstance(of, str) else tuple(of) for key, of in columns}
     query = text_or_chat(record, names.get("query", ("query",))[0])
     labelled = "documents" in names
     split = _split_labelled if labelled else _split_by_field
@@ -47,10 +48,6 @@ def parse_columns(
         concept=optional_text(record, concept[0]) if concept else "",
         scores=tuple(scores[index] for index in order) if scores else (),
     )
-
-
-def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 _ColumnNames = dict[str, tuple[str, ...]]
@@ -187,7 +184,7 @@ def parse_e5(record: Record, source: SourceConfig, references: References | None
     if not instruction:
         if not name:
             raise record.fail(
-                f"{stem!r} is no known E5 set",
+                f"{stem!r} is not a known E5 set",
                 allowed=", ".join(_E5_INSTRUCTIONS),
                 fix=f"give source {source.name!r} an instruction",
             )

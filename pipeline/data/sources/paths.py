@@ -338,7 +338,7 @@ def _require_readable(path: Path, key: str) -> None:
         found = f"a symbolic link to {path.readlink()}" if path.is_symlink() else "a file"
         raise UserError(
             f"{key}: {path}: {found}, which cannot be reached ({error.strerror})",
-            fix="mend or remove it",
+            fix="repair or remove it",
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(

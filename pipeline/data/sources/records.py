@@ -45,6 +45,7 @@ def stable_hash(*parts: str) -> int:
     """Hash texts to 63 bits that depend on nothing else: not on process, platform or work order."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
+        # With its length, because ("ab", "c") and ("a", "bc") must differ.
         encoded = part.encode(errors="surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
@@ -55,6 +56,7 @@ def sample_texts(texts: Sequence[str], count: int, *, seed: str) -> tuple[str, .
     if len(texts) <= count:
         return tuple(texts)
     ranked = sorted(range(len(texts)), key=lambda index: stable_hash(seed, str(index)))
+    # In the order of the texts: only the choice is by hash.
     return tuple(texts[index] for index in sorted(ranked[:count]))
 
 
@@ -215,7 +217,7 @@ def refuse_bad_rows(name: str, summaries: Sequence[BadRowCounts], num_read: int)
     if not count:
         return
     shown = [entry for summary in summaries for entry in summary.first_bad][:_NUM_SHOWN]
-    fix = shown[0][1] or f"mend the {'row' if count == 1 else 'rows'}"
+    fix = shown[0][1] or f"correct the {'row' if count == 1 else 'rows'}"
     if not dropped:
         fix += f", or set sources.{name}.on_bad_row: drop"
     texts = [text for text, _ in shown]
@@ -253,7 +255,7 @@ class BadRecords:
         if self.count:
             texts = [f"{bad.where}: {bad.reason}" for bad in self.first]
             fixes = dict.fromkeys(bad.fix for bad in self.first if bad.fix)
-            fix = "; ".join(fixes) or "mend the rows, or leave them out"
+            fix = "; ".join(fixes) or "correct the rows, or leave them out"
             raise UserError(_list_bad(self.key, texts, self.count), fix=fix)
 
 
