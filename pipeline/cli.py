@@ -6,7 +6,7 @@
     doctor                                                           this machine, before a run
     config    explain  schema  diff                                  the keys of all configs
     data      inspect  verify                                        prepared shards
-    plan      run  loss                                              the cost of a run, in advance
+    plan      run  scale  calibrate  loss                            the cost of a run, in advance
     evaluate  tasks  count  run  prefetch  plan  embed  score        an evaluation, step by step
 
 Commands import heavy packages inside, after they have read their config: `--help` and errors of a

@@ -113,6 +113,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str:
+    """Return the name of this rank's GPU, or of the processor where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(device())
+    return launch.processor_name()
+
+
 def least_memory(world: World) -> float:
     """Return the bytes every rank may plan with: 9/10 of the smallest GPU, or of a rank's RAM.
 

@@ -188,6 +188,24 @@ def threads_are_chosen(environ: Mapping[str, str] | None = None) -> bool:
     return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
 
 
+def share_cores(world: World) -> None:
+    """Give this rank its share of the cores, unless the user has chosen one.
+
+    Every rank would otherwise start a thread for each core of the host, and they would wait for
+    each other.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads_are_chosen():
+        return
+    cores, ranks = len(os.sched_getaffinity(0)), local_ranks()
+    threads = max(1, cores // ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if world.is_main:
+        print(
+            f"OMP_NUM_THREADS={threads}: {cores} cores for {ranks} ranks on this host", flush=True
+        )
+
+
 def rendezvous(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Return address and port at which rank 0 waits for the others, the same on all ranks.
 
@@ -436,6 +454,17 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: list[int], grace_seco
     failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0)]
     code = code or (failed[0] if failed else 0)
     return code if code >= 0 else 128 - code
+
+
+def processor_name() -> str:
+    """Return the name of this machine's processor, with the number of its cores."""
+    name = "processor"
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def count_gpus() -> int:

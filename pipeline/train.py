@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # `python pipeline/train.py` puts pipeline/ first on the path, where our modules would hide
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
     _launchers = launch.launcher_processes()
 
+from pipeline import checkpoint_folder
 from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
@@ -31,14 +33,15 @@ from pipeline.launch import (
     discover_world,
     let_gpu_memory_grow,
     local_ranks,
-    threads_are_chosen,
+    share_cores,
 )
 from pipeline.run_folder import RunDir
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.evaluations import ScoringCommands
 
 if TYPE_CHECKING:
-    from pipeline.planning.memory import Target
+    from pipeline.planning.machine import Machine
+    from pipeline.planning.memory import Schedule, Target
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -90,24 +93,6 @@ def check_folders(config: TrainConfig, *, writes: bool) -> None:
             require_writable(config.checkpoint.mirror, key="checkpoint.mirror")
 
 
-def share_cores(world: World) -> None:
-    """Give this rank its share of the cores, unless the user has chosen one.
-
-    Every rank would otherwise start a thread for each core of the host, and they would wait for
-    each other.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if threads_are_chosen():
-        return
-    cores, ranks = len(os.sched_getaffinity(0)), local_ranks()
-    threads = max(1, cores // ranks)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if world.is_main:
-        print(
-            f"OMP_NUM_THREADS={threads}: {cores} cores for {ranks} ranks on this host", flush=True
-        )
-
-
 def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """Train, or plan with `--dry-run`.
 
@@ -144,22 +129,84 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     from pipeline import comm
 
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
-        from pipeline.planning import describe, plan_run
+        from pipeline.planning import describe, describe_time, plan_run
+        from pipeline.planning.speed import DEFAULT_NETWORK
 
         if not options.dry_run:
             comm.start(world)  # to agree on the memory that every rank has
         target = target_of(options, dataclasses.replace(world, world_size=world_size))
-        plan = plan_run(config, ds_config, world_size=world_size, target=target)
+        # Read once: ranks with other constants would choose other schedules.
+        machine, earlier = comm.on_main(
+            lambda: (machine_of(options, target), earlier_schedule(config))
+        )
+        plan = plan_run(
+            config,
+            ds_config,
+            world_size=world_size,
+            target=target,
+            speed=machine.speed,
+            earlier=earlier,
+        )
         if options.dry_run:
             print(dump_config(config))
             print(describe(plan, config))
+            if machine.warning:
+                print(f"WARNING: {machine.warning}", file=sys.stderr)
+            if machine.speed is not None:
+                print("\n" + describe_time(plan, config, machine, network=DEFAULT_NETWORK))
             return
         chunks = dataclasses.replace(config.chunks, keep_graphs=plan.keep_graphs)
         config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
+    predicted = predict(config, ds_config, world) if world.is_main else {}
     from pipeline.training.trainer import train
 
     scoring = scoring_commands(config.evaluate) if config.evaluate else None
-    train(config, ds_config, world, scoring=scoring)
+    train(config, ds_config, world, scoring=scoring, predicted=predicted)
+
+
+def earlier_schedule(config: TrainConfig) -> Schedule | None:
+    """Return the schedule of the run that this command resumes; None where it starts anew."""
+    run = RunDir(config.output_dir)
+    if config.schedule != "auto" or not checkpoint_folder.names(run.checkpoints):
+        return None
+    try:
+        found = load_config(TrainConfig, run.config).schedule
+    except UserError:  # a config of an earlier version
+        return None
+    return None if found == "auto" else found
+
+
+def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dict[str, float]:
+    """Return what a step should take, by key of its metrics, as far as it is known.
+
+    A prediction that is not possible ends no run.
+
+    Args:
+        config: the run, without `auto`.
+        ds_config: the resolved DeepSpeed config.
+        world: the ranks. Only rank 0 predicts: nothing here is collective.
+    """
+    from pipeline import comm
+    from pipeline.planning import expected_step, plan_run
+    from pipeline.planning.machine import this_machine
+    from pipeline.planning.memory import Target
+    from pipeline.planning.speed import DEFAULT_NETWORK
+
+    on_gpu = comm.device().type == "cuda"
+    per_host = local_ranks() if world.launched else world.world_size
+    # Schedule and graphs are chosen already, so that memory is not compared with anything.
+    target = Target(available=math.inf, name="", on_gpu=on_gpu, ranks_per_host=per_host)
+    try:
+        machine = this_machine(target, comm.device_name())
+        if machine.warning:
+            print(f"WARNING: {machine.warning}", flush=True)
+        if machine.speed is None and not on_gpu:
+            return {}
+        plan = plan_run(config, ds_config, world_size=world.world_size, target=target, build=False)
+        return expected_step(plan, config, machine, network=DEFAULT_NETWORK)
+    except UserError as error:
+        print(f"no prediction of a step: {error}", flush=True)
+        return {}
 
 
 def target_of(options: argparse.Namespace, world: World) -> Target:
@@ -184,6 +231,20 @@ def target_of(options: argparse.Namespace, world: World) -> Target:
         on_gpu=on_gpu,
         ranks_per_host=per_host,
     )
+
+
+def machine_of(options: argparse.Namespace, target: Target) -> Machine:
+    """Return the machine that a dry run is for: a named GPU, or this one.
+
+    Raises:
+        UserError: a calibration is damaged.
+    """
+    from pipeline import comm
+    from pipeline.planning.machine import choose_machine, this_machine
+
+    if options.gpu is None:
+        return this_machine(target, comm.device_name())
+    return choose_machine(options.gpu, None, ranks_per_host=target.ranks_per_host)
 
 
 def scoring_commands(every: EvaluateEveryConfig) -> ScoringCommands:

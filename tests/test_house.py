@@ -35,7 +35,7 @@ FLOORS = (
     {"training", "evaluation"},
     {"mining"},
     {"planning", "submission"},
-    {"doctor", "new_run", "watch"},
+    {"doctor", "measuring", "new_run", "watch"},
     {"commands"},
     {"cli", "train"},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,21 @@ QueryTokens = Annotated[
 DocumentTokens = Annotated[
     int | None, typer.Option(min=1, help="with --rows: mean length of the documents")
 ]
+
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="constants measured by `diffembed plan calibrate`; default: those of the GPU, if it "
+        "was calibrated"
+    ),
+]
+
+
+def say_warning(text: str) -> None:
+    """Print a warning, unless it is empty, where it does not mix with the plan."""
+    if text:
+        print(f"WARNING: {text}", file=sys.stderr)
 
 
 def _planned_data(
@@ -55,8 +71,13 @@ def plan_run(
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
     gpu: Annotated[
-        str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, or memory in GiB")
-    ] = "h100",
+        str | None,
+        typer.Option(
+            help="h100, h200, a100-80, a100-40, l40s, b200, or memory in GiB; default: the "
+            "calibrated device, or h100"
+        ),
+    ] = None,
+    calibration: CalibrationFile = None,
     network: Annotated[
         float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
     ] = 400.0,
@@ -68,19 +89,28 @@ def plan_run(
     tree = load(TrainConfig, config, overrides)
     from pipeline.planning import describe, describe_time
     from pipeline.planning import plan_run as make_plan
-    from pipeline.planning.memory import GPU_GIB, Target
+    from pipeline.planning.machine import choose_machine
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     ranks = nodes * gpus_per_node
     resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
-    target = Target.gpu(gpu, ranks_per_host=gpus_per_node)
+    machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
+    say_warning(machine.warning)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
-        plan = make_plan(planned, resolved, world_size=ranks, target=target, build=False)
+        plan = make_plan(
+            planned,
+            resolved,
+            world_size=ranks,
+            target=machine.target,
+            build=False,
+            speed=machine.speed,
+            network=network,
+        )
     if rows is not None:
         plan = dataclasses.replace(plan, num_examples=rows)
     print(describe(plan, tree))
-    if gpu.lower() in GPU_GIB:  # a size in GiB has no speed
-        print("\n" + describe_time(plan, tree, gpu=gpu, network=network))
+    if machine.speed is not None:  # a size in GiB has none
+        print("\n" + describe_time(plan, tree, machine, network=network))
 
 
 @plan.command("scale")
@@ -89,7 +119,8 @@ def plan_scale(
     overrides: Overrides = None,
     deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
-    gpu: Annotated[str, typer.Option(help="as for `diffembed plan run`")] = "h100",
+    gpu: Annotated[str | None, typer.Option(help="as for `diffembed plan run`")] = None,
+    calibration: CalibrationFile = None,
     network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
     price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
@@ -99,22 +130,46 @@ def plan_scale(
 ) -> None:
     """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
     tree = load(TrainConfig, config, overrides)
+    from pipeline.planning.machine import choose_machine
     from pipeline.planning.scale import describe_scale, plot_scale, scale
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     given = load_ds_config(deepspeed)
+    machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
+    say_warning(machine.warning)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
         sizes = scale(
             planned,
             lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
-            gpu=gpu,
-            gpus_per_node=gpus_per_node,
+            machine=machine,
             network=network,
         )
-    print(describe_scale(sizes, tree, gpu=gpu, network=network, price=price))
+    print(describe_scale(sizes, tree, machine=machine, network=network, price=price))
     if plot is not None:
-        plot_scale(sizes, plot, title=f"{config} on {gpu}, a projection")
+        plot_scale(sizes, plot, title=f"{config} on {machine.name}, a projection")
         print(f"written: {plot}")
+
+
+@plan.command("calibrate")
+def plan_calibrate(
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="at work together; default: one per GPU, otherwise two"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="default: a file in the user's cache, by name of the device")
+    ] = None,
+) -> None:
+    """Measure this machine in about two minutes: layers, gather, reduction, update, loss."""
+    from pipeline.launch import count_gpus
+    from pipeline.measuring.ranks import calibrate
+    from pipeline.planning.calibration import default_path, describe, save
+
+    found = calibrate(ranks or count_gpus() or 2)
+    path = output or default_path(found.device)
+    save(found, path)
+    print(f"{describe(found)}\nwritten: {path}")
+    print(f"next: diffembed plan run CONFIG --calibration {path}")
 
 
 @plan.command("loss")

@@ -3,7 +3,7 @@
 config, shards --plan_run--> first global batch, tokens of the fullest rank and chunk
 model --shape.py--> ModelShape: from the meta device, or from its config.json alone
 ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
-                         --speed.py--> seconds of a step by part
+                         --speed.py, measured.py--> seconds of a step by part
                          --describe--> the text of `--dry-run` and `diffembed plan run`
                          --scale.py--> the same run on 8 to 1,024 GPUs
 
@@ -30,7 +30,11 @@ from pipeline.loss.tiles import (
     TeacherTerms,
     loss_cost,
 )
+from pipeline.planning.calibration import Calibration
+from pipeline.planning.machine import Machine
+from pipeline.planning.measured import measured_seconds
 from pipeline.planning.memory import (
+    GIB,
     PARTS,
     REDUCE_BUCKET,
     SCHEDULES,
@@ -40,6 +44,7 @@ from pipeline.planning.memory import (
     Target,
     Term,
     choose_schedule,
+    fitting_schedules,
     graphs_that_fit,
     host_memory,
     loading_peak,
@@ -48,7 +53,14 @@ from pipeline.planning.memory import (
     peak,
 )
 from pipeline.planning.shape import ModelShape
-from pipeline.planning.speed import Gpu, Seconds, StepWork, gpu_of, step_flops, step_seconds
+from pipeline.planning.speed import (
+    DEFAULT_NETWORK,
+    Gpu,
+    Seconds,
+    StepWork,
+    step_flops,
+    step_seconds,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +76,8 @@ class RunPlan:
     schedule: Schedule
     keep_graphs: int
     warnings: list[str]  # about data that do not suit the run
+    # Where `auto` chose by time: schedules that fit and their seconds, fastest first.
+    considered: tuple[tuple[Schedule, float], ...] = ()
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -78,6 +92,9 @@ def plan_run(
     world_size: int,
     target: Target,
     build: bool = True,
+    speed: Gpu | Calibration | None = None,
+    network: float = DEFAULT_NETWORK,
+    earlier: Schedule | None = None,
 ) -> RunPlan:
     """Lay out the first batch and choose the schedule where the config has `auto`.
 
@@ -86,6 +103,10 @@ def plan_run(
         ds_config: the resolved DeepSpeed config.
         world_size: ranks to plan for.
         target: their memory.
+        speed: of the machine; among schedules that fit, `auto` takes the fastest, or where no speed
+            is known the one with the fewest FLOPs.
+        network: Gb/s of one host, all adapters together.
+        earlier: the schedule of the run that is resumed, which `auto` keeps while it fits.
         build: build the model without weights and compare its tokenizer with the shards'; False
             counts config.json, and takes a second.
 
@@ -140,7 +161,7 @@ def plan_run(
         schedule = choose_schedule(
             shape, workload, target.available, _possible(config), assumed=target.name
         )
-    return RunPlan(
+    plan = RunPlan(
         batch=batch,
         num_examples=sum(unit.size for unit in loader.order.units),
         shape=shape,
@@ -151,6 +172,46 @@ def plan_run(
         keep_graphs=_keep_graphs(config, shape, workload, schedule, target, len(tokens[0])),
         warnings=warnings,
     )
+    if config.schedule != "auto":
+        return plan
+    return _choose_by_time(plan, config, speed, network=network, earlier=earlier)
+
+
+def _choose_by_time(
+    plan: RunPlan,
+    config: TrainConfig,
+    speed: Gpu | Calibration | None,
+    *,
+    network: float,
+    earlier: Schedule | None,
+) -> RunPlan:
+    """Return the plan with the fastest schedule that fits, or with an earlier one."""
+    shape, workload, target = plan.shape, plan.workload, plan.target
+    plans = {
+        schedule: dataclasses.replace(
+            plan,
+            schedule=schedule,
+            keep_graphs=_keep_graphs(
+                config, shape, workload, schedule, target, len(plan.batch.chunks)
+            ),
+        )
+        for schedule in fitting_schedules(shape, workload, target.available, _possible(config))
+    }
+    if earlier in plans:
+        return plans[earlier]
+    if speed is None:
+        return plan
+    try:
+        seconds = {
+            schedule: sum(part.seconds for part in seconds_of(each, config, speed, network=network))
+            for schedule, each in plans.items()
+        }
+    except UserError:  # a calibration of other ranks, or of another type of numbers
+        return plan
+    # Of equally fast ones, the first has the fewest FLOPs.
+    order = sorted(plans, key=lambda schedule: seconds[schedule])
+    considered = tuple((schedule, seconds[schedule]) for schedule in order)
+    return dataclasses.replace(plans[order[0]], considered=considered)
 
 
 def _loss_cost(
@@ -286,7 +347,7 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         ),
         (
             "schedule",
-            f"{plan.schedule}{' (auto)' if config.schedule == 'auto' else ''}, "
+            f"{plan.schedule}{_reason(plan, config)}, "
             f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
             f"on {workload.world_size} ranks",
         ),
@@ -295,20 +356,56 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
     return _align(lines) + "\n\n" + memory_table(plan, config)
 
 
+def _reason(plan: RunPlan, config: TrainConfig) -> str:
+    """Return the words in which a plan explains its schedule."""
+    if config.schedule != "auto":
+        return ""
+    if not plan.considered:
+        return " (auto)"
+    (_, own), *others = plan.considered
+    slower = "".join(f"; {schedule} {seconds:.3g} s" for schedule, seconds in others[:1])
+    return f" (auto: {own:.3g} s a step, the least of what fits{slower})"
+
+
 def seconds_of(
-    plan: RunPlan, config: TrainConfig, sheet: Gpu, *, network: float
+    plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, *, network: float
 ) -> tuple[Seconds, ...]:
-    """Predict the parts of a step on a GPU; `network` is Gb/s of a host, all adapters together."""
-    return step_seconds(plan.shape, _work(plan, config, network=network), plan.schedule, sheet)
+    """Predict the parts of a step; `network` is Gb/s of a host, all adapters together.
+
+    Raises:
+        UserError: a calibration does not cover the run.
+    """
+    work = _work(plan, config, network=network)
+    if isinstance(speed, Calibration):
+        return measured_seconds(plan.shape, work, plan.schedule, speed)
+    return step_seconds(plan.shape, work, plan.schedule, speed)
+
+
+def expected_step(
+    plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float
+) -> dict[str, float]:
+    """Return the numbers of a step that a run logs, by their key, as far as they are known.
+
+    Raises:
+        UserError: a calibration does not cover the run.
+    """
+    found = {}
+    if plan.workload.on_gpu:
+        # torch counts neither CUDA's memory nor NCCL's.
+        allocated = [term for term in plan.terms if term.part != "context"]
+        found["peak_memory_gib"] = peak(allocated)[1] / GIB
+    if machine.speed is not None:
+        parts = seconds_of(plan, config, machine.speed, network=network)
+        found["seconds"] = sum(part.seconds for part in parts)
+    return found
 
 
 def _work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
     batch = plan.batch
-    squares = sum(float((chunk.lengths.astype(float) ** 2).sum()) for chunk in batch.chunks)
     return StepWork(
         workload=plan.workload,
         # Ranks are balanced by cost, so that this rank is like the fullest.
-        squares=squares,
+        chunks=tuple(chunk.lengths for chunk in batch.chunks),
         causal=config.model.attention == "causal",
         kept=min(1.0, plan.keep_graphs / len(batch.chunks)),
         loss=plan.loss,
@@ -316,30 +413,32 @@ def _work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
     )
 
 
-def describe_time(plan: RunPlan, config: TrainConfig, *, gpu: str, network: float) -> str:
+def describe_time(plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float) -> str:
     """Format the seconds of a step by part, and what the run takes.
 
     Args:
         plan: of the run.
         config: the run.
-        gpu: its name; a size in GiB has no speed.
+        machine: a size in GiB has no speed.
         network: Gb/s of one host, all adapters together.
 
     Raises:
-        UserError: the GPU's speed is not known.
+        UserError: the machine's speed is not known, or a calibration does not cover the run.
     """
-    sheet, batch = gpu_of(gpu), plan.batch
-    work = _work(plan, config, network=network)
-    parts = step_seconds(plan.shape, work, plan.schedule, sheet)
+    speed, batch = machine.require_speed(), plan.batch
+    parts = seconds_of(plan, config, speed, network=network)
     total = sum(part.seconds for part in parts)
     ranks = plan.workload.world_size
     hours = total * config.num_steps / 3600
-    flops = step_flops(plan.shape, work, plan.schedule)
+    flops = step_flops(plan.shape, _work(plan, config, network=network), plan.schedule)
+    use = ["FLOP/s", f"{flops / total:.3g}", "of a rank, with recomputation"]
+    if isinstance(speed, Gpu):
+        use = ["of the peak", f"{flops / speed.bf16 / total:.0%}", "FLOPs with recomputation"]
     rows = [["seconds of a step", "", "from"]]
     rows += [[part.part, f"{part.seconds:.3g}", part.source] for part in parts]
     rows += [
-        ["sum", f"{total:.3g}", f"a projection for {gpu}, {network:g} Gb/s a host; not measured"],
-        ["of the peak", f"{flops / sheet.bf16 / total:.0%}", "FLOPs with recomputation"],
+        ["sum", f"{total:.3g}", machine.origin(network)],
+        use,
         ["tokens a second", f"{batch.tokens / total:,.0f}", f"all {ranks} ranks"],
         ["largest batch", f"{largest_batch(plan, config):,}", "that fits, of such texts"],
         ["run", f"{hours:.3g} h", f"{config.num_steps:,} steps, {hours * ranks:.3g} GPU-hours"],
@@ -415,7 +514,9 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
 
 
 def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:
-    """Return the schedule with the next fewer FLOPs, or else with the next more."""
+    """Return the next fastest schedule, or the next by FLOPs where no speed is known."""
+    if len(plan.considered) > 1:
+        return plan.considered[1][0]
     possible = [
         s
         for s in _possible(config)

@@ -435,6 +435,17 @@ def choose_schedule(
     )
 
 
+def fitting_schedules(
+    shape: ModelShape,
+    workload: RankWorkload,
+    available: float,
+    schedules: tuple[Schedule, ...] = SCHEDULES,
+) -> list[Schedule]:
+    """Return the schedules whose estimate fits `available` bytes, fewest FLOPs first."""
+    allowed = _allowed(workload, schedules)
+    return [schedule for schedule in allowed if needed(shape, workload, schedule) <= available]
+
+
 def _allowed(workload: RankWorkload, schedules: tuple[Schedule, ...]) -> list[Schedule]:
     """Leave out a sweep with checkpointing, which the trainer refuses."""
     return [s for s in schedules if s != "sweep" or not workload.gradient_checkpointing]

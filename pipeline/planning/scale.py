@@ -15,12 +15,14 @@ from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.files import atomic_path
 from pipeline.planning import RunPlan, format_bytes, format_columns, plan_run, seconds_of
-from pipeline.planning.memory import Target, peak
-from pipeline.planning.speed import UTILISATION, Gpu, gpu_of
+from pipeline.planning.calibration import Calibration
+from pipeline.planning.machine import Machine
+from pipeline.planning.memory import peak
+from pipeline.planning.speed import Gpu
 
 _MAX_GPUS = 1024
-# Shares of the peak, and of the links, that bound the range.
-_UTILISATIONS = (0.8 * UTILISATION, 1.2 * UTILISATION)
+# Shares of the speed of layers, and of the links, that bound the range.
+_SHARES = (0.8, 1.2)
 _LINKS = (0.5, 2.0)
 
 
@@ -47,8 +49,7 @@ def scale(
     config: TrainConfig,
     resolve: Callable[[int], dict[str, Any]],
     *,
-    gpu: str,
-    gpus_per_node: int,
+    machine: Machine,
     network: float,
 ) -> list[Row]:
     """Plan the run on 1, 2, 4, ... nodes, up to 1,024 GPUs.
@@ -56,23 +57,30 @@ def scale(
     Args:
         config: the run.
         resolve: number of ranks -> the resolved DeepSpeed config.
-        gpu: its name.
-        gpus_per_node: ranks of a node.
+        machine: one node.
         network: Gb/s of a node, all adapters together.
 
     Raises:
         UserError: the GPU's speed is not known, or no number of GPUs can run it.
     """
-    sheet, target = gpu_of(gpu), Target.gpu(gpu, ranks_per_host=gpus_per_node)
+    speed, target = machine.require_speed(), machine.target
     rows = []
-    for gpus in _sizes(gpus_per_node):
+    for gpus in _sizes(target.ranks_per_host):
         try:
-            plan = plan_run(config, resolve(gpus), world_size=gpus, target=target, build=False)
+            plan = plan_run(
+                config,
+                resolve(gpus),
+                world_size=gpus,
+                target=target,
+                build=False,
+                speed=speed,
+                network=network,
+            )
         except UserError as error:
             rows.append(Row(gpus=gpus, plan=None, problem=str(error)))
             continue
-        fewest, most = _range(plan, config, sheet, network)
-        seconds = _total(plan, config, sheet, network)
+        fewest, most = _range(plan, config, speed, network)
+        seconds = _total(plan, config, speed, network)
         rows.append(Row(gpus=gpus, plan=plan, seconds=seconds, fewest=fewest, most=most))
     if not any(row.plan for row in rows):
         raise UserError(rows[-1].problem)
@@ -86,30 +94,27 @@ def _sizes(gpus_per_node: int) -> Iterator[int]:
         gpus *= 2
 
 
-def _total(plan: RunPlan, config: TrainConfig, sheet: Gpu, network: float) -> float:
-    return sum(part.seconds for part in seconds_of(plan, config, sheet, network=network))
+def _total(plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, network: float) -> float:
+    return sum(part.seconds for part in seconds_of(plan, config, speed, network=network))
 
 
-def _range(plan: RunPlan, config: TrainConfig, sheet: Gpu, network: float) -> tuple[float, float]:
+def _range(
+    plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, network: float
+) -> tuple[float, float]:
     slow, fast = (
-        _total(
-            plan,
-            config,
-            dataclasses.replace(
-                sheet,
-                bf16=sheet.bf16 * share / UTILISATION,
-                fp32=sheet.fp32 * share / UTILISATION,
-                link=sheet.link * link,
-            ),
-            network * link,
-        )
-        for share, link in zip(_UTILISATIONS, _LINKS, strict=True)
+        _total(plan, config, speed.changed(compute=share, link=link), network * link)
+        for share, link in zip(_SHARES, _LINKS, strict=True)
     )
     return fast, slow
 
 
 def describe_scale(
-    rows: Sequence[Row], config: TrainConfig, *, gpu: str, network: float, price: float | None
+    rows: Sequence[Row],
+    config: TrainConfig,
+    *,
+    machine: Machine,
+    network: float,
+    price: float | None,
 ) -> str:
     """Format the rows; `price` is of one GPU for one hour."""
     head = ["GPUs", "schedule", "peak", "step, s", "range, s", "tokens/s", "efficiency", "hours"]
@@ -126,10 +131,9 @@ def describe_scale(
         cells += [f"{row.plan.batch.tokens / row.seconds:,.0f}", f"{_efficiency(row, rows):.0%}"]
         cells += [f"{hours:.3g}", f"{hours * row.gpus:,.3g}"]
         table.append(cells + ([f"{hours * row.gpus * price:,.0f}"] if price is not None else []))
-    low, high = _UTILISATIONS
     note = (
-        f"A projection for {gpu} and {network:g} Gb/s a node, not measured. Range: {low:g} to "
-        f"{high:g} of the peak, {_LINKS[0]:g} to {_LINKS[1]:g} times the bandwidth.\n"
+        f"From {machine.origin(network)}. Range: {_SHARES[0]:g} to {_SHARES[1]:g} times the speed "
+        f"of layers, {_LINKS[0]:g} to {_LINKS[1]:g} times the bandwidth.\n"
         f"{config.num_steps:,} steps of the same global batch in every row."
     )
     return "\n".join([format_columns(table), note, *problems])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.errors import UserError
+from pipeline.data.batch import IntArray
 from pipeline.loss.tiles import LossCost
 from pipeline.planning.memory import RankWorkload, Schedule
 from pipeline.planning.shape import ModelShape
@@ -24,6 +24,8 @@ from pipeline.planning.shape import ModelShape
 # Share of a GPU's peak that transformer layers reach: products and element-wise work of eager
 # transformers in bfloat16 at width 3,584. An estimate (0.48 to 0.52), not measured on a GPU.
 UTILISATION = 0.5
+# Gb/s of a host, all its adapters together, where nothing is said.
+DEFAULT_NETWORK = 400.0
 # Share of a link that collectives reach.
 LINK_USE = 0.8
 # FLOPs of attention's backward in forwards: kernels recompute the scores (five products to two).
@@ -44,6 +46,12 @@ class Gpu:
     link: float  # to the other GPUs of its host
     host: float  # to host memory
 
+    def changed(self, *, compute: float, link: float) -> Gpu:
+        """Return a GPU of so many times the speed in layers, and between GPUs."""
+        return dataclasses.replace(
+            self, bf16=self.bf16 * compute, fp32=self.fp32 * compute, link=self.link * link
+        )
+
 
 GPUS = {
     "h100": Gpu(bf16=989e12, fp32=67e12, memory=3.35e12, link=450e9, host=50e9),
@@ -61,7 +69,7 @@ class StepWork:
 
     Attributes:
         workload: of the fullest rank.
-        squares: sum of squared text lengths of that rank.
+        chunks: (C,) text lengths of each of that rank's chunks.
         causal: a token sees only earlier ones.
         kept: share of the chunks whose graph is kept.
         loss: cost of the contrastive loss; None where tokens are predicted.
@@ -69,11 +77,16 @@ class StepWork:
     """
 
     workload: RankWorkload
-    squares: float
+    chunks: tuple[IntArray, ...]
     causal: bool
     kept: float
     loss: LossCost | None
     network: float
+
+    @property
+    def squares(self) -> float:
+        """The sum of squared text lengths."""
+        return sum(float((lengths.astype(float) ** 2).sum()) for lengths in self.chunks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,17 +96,6 @@ class Seconds:
     part: str
     seconds: float
     source: str
-
-
-def gpu_of(name: str) -> Gpu:
-    """Return a GPU's data sheet.
-
-    Raises:
-        UserError: it has none here, as a size in GiB.
-    """
-    if name.lower() not in GPUS:
-        raise UserError(f"--gpu {name}: its speed is not known", allowed=", ".join(GPUS))
-    return GPUS[name.lower()]
 
 
 def step_flops(shape: ModelShape, work: StepWork, schedule: Schedule) -> float:
@@ -109,13 +111,16 @@ def step_flops(shape: ModelShape, work: StepWork, schedule: Schedule) -> float:
     # By the input always; by the weights only where they are trained.
     trained = shape.layer_trained / shape.layer_parameters
     backward = linear * (1 + trained) + attention * ATTENTION_BACKWARD
+    return forwards_of(work, schedule) * forward + backward
+
+
+def forwards_of(work: StepWork, schedule: Schedule) -> float:
+    """Return the number of forwards of a step, recomputation included."""
     forwards = 1.0 if schedule == "plain" else 2.0
     if schedule == "cache":
         # Token prediction needs no first pass.
         forwards = 1.0 if work.loss is None else 2.0 - work.kept
-    if workload.gradient_checkpointing:
-        forwards += 1.0
-    return forwards * forward + backward
+    return forwards + work.workload.gradient_checkpointing
 
 
 def step_seconds(
@@ -132,22 +137,22 @@ def step_seconds(
     if workload.stage == 3:
         outer = _exchange(shape.outer_parameters * width, work, gpu)
         layers = shape.num_layers * _exchange(layer, work, gpu)
-        exposed, source = outer + layers, "P w, once, before the first chunk"
+        waiting, source = outer + layers, "P w, once, before the first chunk"
         if sweep:
-            exposed = outer + _exposed(2 * layers, compute, 2 * shape.num_layers)
+            waiting = outer + exposed(2 * layers, compute, 2 * shape.num_layers)
             source = "2 P w, next layer while one computes"
-        parts.append(Seconds("gather", exposed, source))
+        parts.append(Seconds("gather", waiting, source))
     reduced = _exchange(shape.trainable * width, work, gpu)
     source = "T w, after the last backward"
     if sweep:
         outer = _exchange(shape.outer_trained * width, work, gpu)
-        reduced = outer + _exposed(reduced - outer, compute / 2, shape.num_layers)
+        reduced = outer + exposed(reduced - outer, compute / 2, shape.num_layers)
         source = "T w, one layer while the next computes"
     if workload.stage < 3:
         reduced += _exchange(shape.trainable * width, work, gpu)
         source += "; updated weights to all ranks"
     parts.append(Seconds("reduce", reduced, source))
-    parts.append(Seconds("host", *_host(shape, work, sweep, compute, gpu)))
+    parts.append(Seconds("host", *offload_seconds(shape, work, schedule, compute, gpu.host)))
     if work.loss is not None:
         seconds = work.loss.matmul_flops / (gpu.fp32 * UTILISATION)
         seconds += _exchange(work.loss.received_bytes, work, gpu)
@@ -173,25 +178,31 @@ def _exchange(size: float, work: StepWork, gpu: Gpu) -> float:
     return max(inside, between) / LINK_USE
 
 
-def _exposed(seconds: float, compute: float, pieces: int) -> float:
+def exposed(seconds: float, compute: float, pieces: int) -> float:
     """Return the part of a transfer in equal pieces that compute does not hide."""
     return max(seconds / pieces, seconds - compute * (pieces - 1) / pieces)
 
 
-def _host(
-    shape: ModelShape, work: StepWork, sweep: bool, compute: float, gpu: Gpu
+def offload_seconds(
+    shape: ModelShape, work: StepWork, schedule: Schedule, compute: float, bandwidth: float
 ) -> tuple[float, str]:
-    """Return the seconds that a step waits for host memory."""
+    """Return the seconds that a step waits for host memory, and their origin.
+
+    Args:
+        shape, work, schedule: of the step.
+        compute: seconds that may hide copies.
+        bandwidth: bytes a second to host memory.
+    """
     workload, width = work.workload, work.workload.width
     seconds, sources = 0.0, []
-    if sweep and workload.boundaries_on_host:
+    if schedule == "sweep" and workload.boundaries_on_host:
         stored = shape.hidden_size * width * (shape.num_layers + 1) * workload.rank_tokens
         # Out in the forward, back in the backward, each while the GPU computes.
-        seconds += _exposed(2 * stored / gpu.host, compute, 2 * shape.num_layers)
+        seconds += exposed(2 * stored / bandwidth, compute, 2 * shape.num_layers)
         sources.append("boundaries out and back, while the GPU computes")
     if workload.offload_optimizer:
         share = shape.trainable / workload.world_size
         ranks = min(workload.ranks_per_host, workload.world_size)
-        seconds += 2 * share * width / gpu.host + share * UPDATE_BYTES * ranks / HOST_MEMORY
+        seconds += 2 * share * width / bandwidth + share * UPDATE_BYTES * ranks / HOST_MEMORY
         sources.append("AdamW on the host")
     return seconds, "; ".join(sources)

@@ -13,14 +13,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.files import read_json_lines, write_text
+
+# Logged steps of a start that are not compared with a prediction.
+_WARM_UP_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +148,43 @@ class Progress:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Comparison:
+    """Compares steps with what was predicted of them, in one line at the end.
+
+    Args:
+        predicted: numbers of a step by their key in `metrics.jsonl`; may be empty.
+    """
+
+    def __init__(self, predicted: Mapping[str, float]) -> None:
+        self._predicted = predicted
+        self._first: int | None = None
+        self._seconds: list[float] = []
+        self._peak = 0.0
+
+    def log(self, step: int, values: dict[str, float], kind: str = "") -> None:
+        """Take one step's numbers."""
+        self._first = step if self._first is None else self._first
+        # The first steps also make buffers, and choose kernels.
+        if step - self._first >= _WARM_UP_STEPS and "seconds" in values:
+            self._seconds.append(values["seconds"])
+        self._peak = max(self._peak, values.get("peak_memory_gib", 0.0))
+
+    def close(self) -> None:
+        """Print the comparison, if there is something to compare."""
+        parts = []
+        if "seconds" in self._predicted and self._seconds:
+            parts.append(
+                f"{self._predicted['seconds']:.3g} s predicted, {median(self._seconds):.3g} s "
+                f"observed (median of {len(self._seconds)} steps after the first {_WARM_UP_STEPS})"
+            )
+        if "peak_memory_gib" in self._predicted and self._peak:
+            predicted = self._predicted["peak_memory_gib"]
+            parts.append(f"{predicted:.1f} GiB predicted, {self._peak:.1f} GiB observed at most")
+        if parts:
+            with contextlib.suppress(OSError):  # a log on a full disk
+                print(f"a step: {'; '.join(parts)}", flush=True)
 
 
 def describe_step(values: dict[str, float], kind: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,7 +43,14 @@ from pipeline.training.engine import (
     seed_random,
 )
 from pipeline.training.evaluations import Evaluations, ScoringCommands
-from pipeline.training.metrics import JsonLines, Progress, Tracker, open_trackers, require_trackers
+from pipeline.training.metrics import (
+    Comparison,
+    JsonLines,
+    Progress,
+    Tracker,
+    open_trackers,
+    require_trackers,
+)
 from pipeline.training.run_checkpoints import (
     RunCheckpoints,
     StopRequest,
@@ -63,6 +71,7 @@ def train(
     world: World,
     *,
     scoring: ScoringCommands | None = None,
+    predicted: Mapping[str, float] | None = None,
 ) -> None:
     """Train until `num_steps`, from the newest checkpoint if there is one.
 
@@ -71,6 +80,7 @@ def train(
         ds_config: a DeepSpeed config with every `auto` resolved.
         world: this rank among the others, which it joins here.
         scoring: command lines that score checkpoints; given where the config has `evaluate`.
+        predicted: numbers of a step by key of its metrics, to be logged next to them.
 
     Raises:
         UserError: data, checkpoint and config do not belong together.
@@ -108,6 +118,7 @@ def train(
         objective=objective,
         evaluations=evaluations,
         identity=identity,
+        predicted=predicted or {},
     )
     config.loss.require_fit(
         width=training.engine.encoder.num_dimensions,
@@ -163,7 +174,9 @@ class Training:
         objective: Objective,
         evaluations: Evaluations | None,
         identity: dict[str, Any],
+        predicted: Mapping[str, float],
     ) -> None:
+        self._predicted = predicted
         self.config, self.run, self.objective = config, run, objective
         self._num_skipped = 0  # steps in a row
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
@@ -216,8 +229,9 @@ class Training:
             done = batch.step + 1
             last = done == config.num_steps
             if done % config.log_every == 0 or last:
+                planned = {f"predicted_{key}": value for key, value in self._predicted.items()}
                 for tracker in trackers:
-                    tracker.log(batch.step, values, batch.kind)
+                    tracker.log(batch.step, {**values, **planned}, batch.kind)
             if last:
                 _say(f"done: {self.checkpoints.complete(done)}")
                 return
@@ -355,6 +369,7 @@ class Training:
         return [
             JsonLines(run.metrics, first_step),
             Progress(first_step, config.num_steps),
+            Comparison(self._predicted),
             *open_trackers(
                 config.trackers, run_dir=run.root, config=as_tree(config), first_step=first_step
             ),

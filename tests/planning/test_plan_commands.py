@@ -13,23 +13,9 @@ from typer.testing import CliRunner
 from pipeline import train
 from pipeline.cli import app
 from pipeline.errors import UserError
-from tests.tiny_models import prepare_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = ("--deepspeed", str(ROOT / "ds_configs" / "zero3.json"))
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training config whose model and shards exist."""
-    folder = tmp_path_factory.mktemp("plan")
-    shards = prepare_tiny(folder)
-    path = folder / "train.yaml"
-    path.write_text(
-        f"output_dir: {folder / 'run'}\nnum_steps: 4\nmodel: {{path: {shards.tokenizer}}}\n"
-        f"data: {{path: {shards.output_dir}, global_batch_size: 8}}\nchunks: {{max_tokens: 64}}\n"
-    )
-    return path
 
 
 def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
@@ -43,6 +29,7 @@ def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
         train.run([str(recipe), *ZERO, "--dry-run", "--world-size", "64", *gpu])
         out = " ".join(capsys.readouterr().out.split())
         assert " ".join(text.split()) in out
+        assert ("a projection for h200" in out) == ("h200" in gpu)
     with pytest.raises(UserError, match=r"--gpu h100 \| fix: add --dry-run"):
         train.run([str(recipe), *ZERO, "--gpu", "h100"])
     for wrong in (["--gpus-per-node", "8"], ["--dry-run", "--gpus-per-node", "0"]):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from test_planning import BASE, QWEN_7B, SEVEN_B, WORKLOAD
 
 from pipeline.config import LoraConfig
 from pipeline.errors import UserError
 from pipeline.loss.tiles import loss_cost
+from pipeline.planning.machine import choose_machine
 from pipeline.planning.memory import GPU_GIB
 from pipeline.planning.shape import ModelShape
-from pipeline.planning.speed import GPUS, LINK_USE, StepWork, gpu_of, step_flops, step_seconds
+from pipeline.planning.speed import GPUS, LINK_USE, StepWork, step_flops, step_seconds
 
 LOSS = loss_cost(
     num_queries=4096, num_documents=4096, width=3584, world_size=128, score_bytes=2**29
 )
-WORK = StepWork(workload=WORKLOAD, squares=0.0, causal=False, kept=0.0, loss=LOSS, network=50e9)
+WORK = StepWork(workload=WORKLOAD, chunks=(), causal=False, kept=0.0, loss=LOSS, network=50e9)
 
 
 def seconds(schedule: str, work: StepWork = WORK, gpu: str = "h100") -> dict[str, float]:
@@ -28,8 +30,9 @@ def seconds(schedule: str, work: StepWork = WORK, gpu: str = "h100") -> dict[str
 
 def test_every_gpu_with_a_memory_has_a_speed() -> None:
     assert GPUS.keys() == GPU_GIB.keys()
+    machine = choose_machine("24", None, ranks_per_host=8)
     with pytest.raises(UserError, match="--gpu 24: its speed is not known"):
-        gpu_of("24")
+        machine.require_speed()
 
 
 def test_full_training_without_caching_takes_six_flops_a_weight_and_token() -> None:
@@ -55,10 +58,10 @@ def test_frozen_weights_need_no_gradient_and_attention_needs_the_same() -> None:
     # Two products for three, and 0.6 % for the adapters.
     assert lora / full == pytest.approx(2 / 3, rel=0.02)
     # Texts of 4,096 tokens: 4 L q FLOPs a token and layer, 3.5 times with the backward.
-    squares = 4096.0 * WORKLOAD.rank_tokens
-    attention = 3.5 * 4 * 4096 * 3584 * 28 * WORKLOAD.rank_tokens
+    texts = np.full(35, 4096)
+    attention = 3.5 * 4 * 4096 * 3584 * 28 * texts.sum()
     for model, alone in ((SEVEN_B, full), (shape, lora)):
-        work = dataclasses.replace(WORK, squares=squares)
+        work = dataclasses.replace(WORK, chunks=(texts,))
         assert step_flops(model, work, "plain") - alone == pytest.approx(attention)
         causal = dataclasses.replace(work, causal=True)
         assert step_flops(model, causal, "plain") - alone == pytest.approx(attention / 2)

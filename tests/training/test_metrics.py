@@ -14,7 +14,13 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.training import metrics
-from pipeline.training.metrics import JsonLines, Tracker, open_trackers, require_trackers
+from pipeline.training.metrics import (
+    Comparison,
+    JsonLines,
+    Tracker,
+    open_trackers,
+    require_trackers,
+)
 
 
 def needs(name: str) -> None:
@@ -134,3 +140,23 @@ def test_a_line_of_a_log_tells_what_somebody_who_watches_wants_to_see(
     numbers = "loss 1.5000 (rows#1)  accuracy@1 0.250  lr 1.00e-04  1234 tokens/s  2.0 GiB"
     assert lines[0] == f"step 1/10  {numbers}"
     assert lines[2] == f"step 3/10  {numbers}  0:07:00 left"
+
+
+def test_a_run_ends_with_what_was_predicted_and_observed_of_a_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first steps of a start do not count, wherever it resumed."""
+    comparison = Comparison({"seconds": 0.5, "peak_memory_gib": 10.0})
+    for step, seconds in enumerate([9.0, 9.0, 9.0, 0.4, 0.6, 0.7], start=100):
+        comparison.log(step, {"seconds": seconds, "peak_memory_gib": 0.1 * step})
+    comparison.log(106, {"loss": math.nan})  # a skipped step
+    comparison.close()
+    assert capsys.readouterr().out == (
+        "a step: 0.5 s predicted, 0.6 s observed (median of 3 steps after the first 3); "
+        "10.0 GiB predicted, 10.5 GiB observed at most\n"
+    )
+    for predicted in ({}, {"seconds": 0.5}):
+        silent = Comparison(predicted)
+        silent.log(0, {"seconds": 1.0})
+        silent.close()
+    assert capsys.readouterr().out == ""

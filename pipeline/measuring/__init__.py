@@ -1,0 +1,1 @@
+"""Measure how fast this machine is, for plans: `diffembed plan calibrate`."""

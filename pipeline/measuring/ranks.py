@@ -1,0 +1,298 @@
+"""Measure the constants of a calibration on this machine: `diffembed plan calibrate`.
+
+    calibrate            starts one rank, then all, as processes of this module
+    measure_constants    the constants of one such number of ranks, all at work together
+        layers.py            layers and their parts
+        DeepSpeed's engine on many small and on few large weights    a tensor, a number
+        the loss of a small and of a large batch                     a call, a FLOP
+
+The slowest rank counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import comm
+from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from pipeline.errors import DiffembedError, errors_end_the_process
+from pipeline.files import read_record, write_json
+from pipeline.launch import discover_world, run_ranks, share_cores
+from pipeline.loss.contrastive import contrastive_loss
+from pipeline.loss.targets import RaggedIndex, Targets
+from pipeline.loss.tiles import loss_cost
+from pipeline.measuring.layers import (
+    ROW,
+    Sizes,
+    Timer,
+    line_through,
+    measure_dtype,
+    reference,
+)
+from pipeline.planning.calibration import (
+    VERSION,
+    Calibration,
+    Constants,
+    EngineSpeed,
+    Line,
+)
+from pipeline.planning.measured import num_tensors
+from pipeline.planning.shape import ModelShape
+from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.engine import build_optimizer
+from pipeline.training.zero import ZeroEngine, placement_of
+
+SIZES = {
+    "cpu": Sizes(
+        dtypes=("float32",),  # others take a CPU minutes
+        tokens=(16, 128, 1024),
+        widths=(16, 128, 512, 2048),
+        lengths=(8, 32, 128, 512),
+        head_widths=(32, 128),
+        width=256,
+        chunks=(32, 1024),
+        engine=((8, 32, 64), (2, 512, 4096)),
+        loss=((16, 128), (128, 512)),
+        bytes=32 * 2**20,
+        seconds=0.02,
+    ),
+    "cuda": Sizes(
+        dtypes=("bfloat16", "float32"),
+        tokens=(512, 4096, 32768),
+        widths=(16, 256, 1024, 4096, 8192),
+        lengths=(64, 512, 4096, 16384),
+        head_widths=(64, 128),
+        width=2048,
+        chunks=(64, 8192),
+        engine=((8, 64, 64), (2, 2048, 32768)),
+        loss=((64, 1024), (4096, 4096)),
+        bytes=512 * 2**20,
+        seconds=0.04,
+    ),
+}
+# --- ranks together --------------------------------------------------------------------------
+
+
+def measure_engine(stage: int, timer: Timer, sizes: Sizes) -> EngineSpeed:
+    """Measure gather, reduction and update of DeepSpeed; a collective call."""
+    found = [_engine_times(stage, timer, *size) for size in sizes.engine]
+    lines = {}
+    for part, numbers in (("gather", 1), ("reduce", 1), ("update", comm.world_size())):
+        (few, small), (many, large) = ((shape, times[part]) for shape, times in found)
+        lines[part] = _by_tensor_and_number(
+            (num_tensors(few, trained=True), few.parameters / numbers, small),
+            (num_tensors(many, trained=True), many.parameters / numbers, large),
+        )
+    return EngineSpeed(**lines)
+
+
+def _by_tensor_and_number(small: tuple[int, float, float], large: tuple[int, float, float]) -> Line:
+    """Solve tensors a + numbers b = seconds for two models; neither is below zero."""
+    (n1, p1, t1), (n2, p2, t2) = small, large
+    determinant = n1 * p2 - n2 * p1
+    fixed, each = (t1 * p2 - t2 * p1) / determinant, (n1 * t2 - n2 * t1) / determinant
+    if fixed < 0 or each < 0:
+        return Line(fixed=0.0, each=t2 / p2) if fixed < 0 else Line(fixed=t1 / n1, each=0.0)
+    return Line(fixed=fixed, each=each)
+
+
+def _engine_times(
+    stage: int, timer: Timer, num_layers: int, width: int, vocabulary: int
+) -> tuple[ModelShape, dict[str, float]]:
+    model = ModelConfig(path="reference", dtype="float32")
+    config = _run_config(model)
+    ds_config = resolve_ds_config(
+        {"zero_optimization": {"stage": stage}}, config, world_size=comm.world_size()
+    )
+    encoder = reference("rms", num_layers, width, vocabulary, model).to(timer.device)
+    shape = ModelShape.of(encoder, model)
+    if stage == 3:
+        placement_of(ds_config).take(list(encoder.parameters()))
+    engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
+    parameters = list(engine.encoder.parameters())
+
+    def gather() -> None:
+        with engine.hold(parameters):
+            pass
+
+    times: dict[str, list[float]] = {"gather": [timer.together(gather, 5)] * 2}
+    times |= {"reduce": [], "update": []}
+    ids, lengths = torch.arange(ROW, device=timer.device) % vocabulary, torch.tensor([ROW])
+    for _ in range(6):
+        with engine.hold(parameters):
+            stack = contextlib.ExitStack()
+            stack.enter_context(engine.accumulation())
+            engine.backward(engine.embed(ids, lengths).sum())
+            comm.barrier()
+            times["reduce"].append(timer.once(stack.close))
+        comm.barrier()
+        times["update"].append(timer.once(lambda: engine.step(1e-6)))
+    engine.close()
+    # The first makes buffers and the optimizer's state.
+    return shape, {part: min(found[1:]) for part, found in times.items()}
+
+
+def _run_config(model: ModelConfig) -> TrainConfig:
+    nowhere = Path("unused")
+    return TrainConfig(output_dir=nowhere, num_steps=1, model=model, data=DataConfig(path=nowhere))
+
+
+def measure_loss(timer: Timer, sizes: Sizes) -> Line:
+    """Measure the loss of a small and of a large batch; a collective call."""
+    points = []
+    for pairs, width in sizes.loss:
+        work = _loss_of(pairs, width, timer.device)
+        cost = loss_cost(
+            num_queries=pairs * comm.world_size(),
+            num_documents=pairs * comm.world_size(),
+            width=width,
+            world_size=comm.world_size(),
+            score_bytes=2**24,
+        )
+        points.append((float(cost.matmul_flops), timer.together(work, 5)))
+    return line_through(points)
+
+
+def _loss_of(pairs: int, width: int, device: torch.device) -> Callable[[], object]:
+    number, first = pairs * comm.world_size(), pairs * comm.rank()
+    rows = torch.nn.functional.normalize(torch.randn(pairs, width, device=device), dim=1)
+    own = torch.arange(first, first + pairs, device=device)
+    starts = torch.arange(number + 1, device=device)
+    empty = RaggedIndex(offsets=torch.zeros_like(starts), values=starts[:0])
+    targets = Targets(
+        num_queries=number,
+        num_documents=number,
+        query_index=own,
+        document_index=own,
+        positives=RaggedIndex(offsets=starts, values=starts[:-1]),
+        negatives=empty,
+        masked=empty,
+    )
+    return lambda: contrastive_loss(rows, rows, targets, config=LossConfig())
+
+
+def _table(timer: Timer, sizes: Sizes) -> float:
+    """Return the seconds of a byte of a token table's gradient, added to an earlier one."""
+    weight = torch.randn(sizes.bytes // 1024, 256, device=timer.device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    ids = torch.arange(ROW, device=timer.device)
+
+    def backward() -> None:
+        torch.nn.functional.embedding(ids, weight).sum().backward()  # type: ignore[no-untyped-call]
+
+    return timer.kernels(backward) / sizes.bytes
+
+
+def _add(timer: Timer, sizes: Sizes) -> float:
+    """Return the seconds of a byte that is read or written while two tensors are added up."""
+    total, more = (torch.ones(sizes.bytes // 4, device=timer.device) for _ in range(2))
+    return timer.kernels(lambda: total.add_(more)) / (3 * sizes.bytes)
+
+
+def _host(timer: Timer, sizes: Sizes) -> float:
+    """Return the bytes a second between device and pinned host memory."""
+    on_gpu = timer.device.type == "cuda"
+    there = torch.ones(sizes.bytes, dtype=torch.uint8, device=timer.device)
+    here = torch.empty(sizes.bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    return sizes.bytes / timer.kernels(lambda: here.copy_(there, non_blocking=True))
+
+
+def measure_constants(sizes: Sizes, timer: Timer) -> Constants:
+    """Measure everything on the ranks that have joined; a collective call."""
+    dtypes = {dtype: measure_dtype(dtype, timer, sizes) for dtype in sizes.dtypes}
+    return Constants(
+        ranks=comm.world_size(),
+        dtypes=dtypes,
+        add=_add(timer, sizes),
+        table=_table(timer, sizes),
+        host=_host(timer, sizes),
+        engine={str(stage): measure_engine(stage, timer, sizes) for stage in (2, 3)},
+        agreement=timer.together(lambda: comm.max_over_ranks(0.0, 0.0), 20),
+        loss=measure_loss(timer, sizes),
+    )
+
+
+# --- processes -------------------------------------------------------------------------------
+
+
+def calibrate(ranks: int) -> Calibration:
+    """Measure one rank, and several where there are; each number in processes of its own.
+
+    Raises:
+        DiffembedError: the ranks failed.
+    """
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as scratch:
+        for number in sorted({1, ranks}):
+            path = Path(scratch) / f"{number}.json"
+            command = [sys.executable, "-m", __name__, str(path)]
+            print(f"measuring with {number} rank{'s' * (number > 1)}", flush=True)
+            if code := run_ranks(command, number):
+                raise DiffembedError(f"plan calibrate: {number} ranks ended with exit code {code}")
+            parts.append(read_record(path, Calibration, fix="run it again"))
+    return dataclasses.replace(
+        parts[-1], constants=[constants for part in parts for constants in part.constants]
+    )
+
+
+def _measure_here(path: Path) -> None:
+    """Measure as one rank, and write a calibration of this number of ranks on rank 0."""
+    world = discover_world()
+    share_cores(world)
+    comm.start(world)
+    device = comm.device()
+    sizes = SIZES[device.type]
+    own = measure_constants(sizes, Timer(device, sizes.seconds))
+    slowest = _slowest(comm.all_gather_object(dataclasses.asdict(own)))
+    if comm.rank() == 0:
+        write_json(path, {**_describe(device), "constants": [slowest]})
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "version": VERSION,
+        "device": comm.device_name(),
+        "on_gpu": on_gpu,
+        "memory": float(torch.cuda.get_device_properties(device).total_memory if on_gpu else ram),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _slowest(values: list[Any]) -> Any:
+    """Return the largest of each number; of bandwidths, the smallest."""
+    first = values[0]
+    if isinstance(first, dict):
+        merged = {key: _slowest([value[key] for value in values]) for key in first}
+        return {**merged, "host": min(v["host"] for v in values)} if "host" in first else merged
+    if isinstance(first, list):
+        return [_slowest(list(items)) for items in zip(*values, strict=True)]
+    return max(values)
+
+
+def main(arguments: list[str]) -> None:
+    """Run one rank of a measurement."""
+    parser = argparse.ArgumentParser(prog="measure", description="Measure as one rank.")
+    parser.add_argument("output", type=Path)
+    path = parser.parse_args(arguments).output
+    with errors_end_the_process():
+        _measure_here(path)
+    comm.leave(0, gracefully=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

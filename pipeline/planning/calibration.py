@@ -1,0 +1,284 @@
+"""Hold the speed of a machine as `diffembed plan calibrate` measured it, without torch.
+
+measuring/ --Calibration--> DEVICE.json --load--> Calibration --measured.py--> seconds of a step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.files import read_record, write_sealed
+from pipeline.planning.memory import gpu_named
+
+VERSION = 1
+# A folder that overrides the default one.
+FOLDER_VARIABLE = "DIFFEMBED_CALIBRATIONS"
+_FIX = "measure again with `diffembed plan calibrate`"
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """Seconds of a linear layer: (tokens, inputs) @ (inputs, outputs), and its two gradients."""
+
+    tokens: int
+    inputs: int
+    outputs: int
+    forward: float
+    by_input: float
+    by_weight: float
+
+    @property
+    def flops(self) -> float:
+        """Of each of the three."""
+        return 2.0 * self.tokens * self.inputs * self.outputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Seconds of attention in one row of one head."""
+
+    length: int
+    head_width: int
+    forward: float
+    backward: float
+
+    @property
+    def flops(self) -> float:
+        """Of scores and weighted values."""
+        return 4.0 * self.length**2 * self.head_width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """Seconds that grow with a size: `fixed + size * each`."""
+
+    fixed: float
+    each: float
+
+    def at(self, size: float, times: float = 1.0) -> float:
+        """Return the seconds of so many calls with a size in all."""
+        return times * self.fixed + size * self.each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Both:
+    """Seconds of a forward and of its backward."""
+
+    forward: Line
+    backward: Line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DtypeSpeed:
+    """The speed of layers in one type of numbers.
+
+    Attributes:
+        rest: of a layer without products and attention, by `Block.norm`; sizes are bytes that it
+            saves for its backward.
+        outside: of a chunk outside of the layers; sizes are saved bytes.
+        adapters: of one linear layer without its products; sizes are numbers in and out.
+    """
+
+    products: list[Product]
+    attention: list[Attention]
+    rest: dict[str, Both]
+    outside: Both
+    adapters: Both
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpeed:
+    """The speed of DeepSpeed at one ZeRO stage; `fixed` is of a tensor, `each` of a number."""
+
+    gather: Line
+    reduce: Line
+    update: Line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Constants:
+    """Everything measured on so many ranks of one machine, all at work together.
+
+    Attributes:
+        ranks: of this machine.
+        dtypes: by type of numbers.
+        engine: by ZeRO stage, in fp32; stage 1 is like 2.
+        add: seconds of a byte that is read and added up in device memory.
+        table: seconds of a byte of the token table's gradient.
+        agreement: seconds until all ranks know a number.
+        loss: `fixed` of a call, `each` of a FLOP.
+        host: bytes a second to host memory and back, one direction at a time.
+    """
+
+    ranks: int
+    dtypes: dict[Dtype, DtypeSpeed]
+    engine: dict[str, EngineSpeed]
+    add: float
+    table: float
+    agreement: float
+    loss: Line
+    host: float
+
+    def changed(self, compute: float, link: float) -> Constants:
+        """Return constants of so many times the speed in layers, and between ranks."""
+        dtypes = {name: _times(speed, 1 / compute) for name, speed in self.dtypes.items()}
+        engine = {
+            stage: dataclasses.replace(
+                speed, gather=_times(speed.gather, 1 / link), reduce=_times(speed.reduce, 1 / link)
+            )
+            for stage, speed in self.engine.items()
+        }
+        return dataclasses.replace(self, dtypes=dtypes, engine=engine)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The speed of a machine, and where it is from.
+
+    Attributes:
+        device: torch's name of the GPU, or the processor's.
+        on_gpu: False for a CPU.
+        memory: bytes of one GPU, or of the whole machine.
+        threads: of each rank.
+        torch: its version.
+        date: of the measurement, as YYYY-MM-DD.
+        constants: by number of ranks, fewest first.
+    """
+
+    version: int
+    device: str
+    on_gpu: bool
+    memory: float
+    threads: int
+    torch: str
+    date: str
+    constants: list[Constants]
+
+    def of(self, ranks: int) -> Constants:
+        """Return the constants of most ranks up to `ranks` of one machine."""
+        fitting = [found for found in self.constants if found.ranks <= ranks]
+        return fitting[-1] if fitting else self.constants[0]
+
+    def changed(self, *, compute: float, link: float) -> Calibration:
+        """Return a machine of so many times the speed in layers, and between ranks."""
+        return dataclasses.replace(
+            self, constants=[each.changed(compute, link) for each in self.constants]
+        )
+
+    @property
+    def label(self) -> str:
+        """The line by which a plan says what it is based on."""
+        counts = " and ".join(str(constants.ranks) for constants in self.constants)
+        return f"measured on {self.device} with {counts} ranks, {self.date}"
+
+
+def _times(measured: Any, factor: float) -> Any:
+    """Return the same with all seconds multiplied; whole numbers are sizes."""
+    if isinstance(measured, float):
+        return measured * factor
+    if isinstance(measured, list):
+        return [_times(item, factor) for item in measured]
+    if isinstance(measured, dict):
+        return {key: _times(item, factor) for key, item in measured.items()}
+    if isinstance(measured, int):
+        return measured
+    fields = dataclasses.fields(measured)
+    return type(measured)(**{f.name: _times(getattr(measured, f.name), factor) for f in fields})
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def default_path(device: str) -> Path:
+    """Return the file of a device in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or cache / "diffembed" / "calibrations")
+    return folder / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write a calibration atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, dataclasses.asdict(calibration))
+
+
+def load(path: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises:
+        UserError: it is missing, damaged, or of another version of this package.
+    """
+    tree = read_record(path, Calibration, fix=_FIX)
+    if tree.version != VERSION or not tree.constants:
+        raise UserError(f"{path}: calibration of version {tree.version}", fix=_FIX)
+    return tree
+
+
+def find(gpu: str | None, device: str | None, path: Path | None) -> tuple[Calibration | None, str]:
+    """Return the calibration to plan with, and a warning; the warning is empty if all is well.
+
+    Args:
+        gpu: the name of a planned GPU; None for this machine.
+        device: the name of this machine's device; None if only `path` names a machine.
+        path: a chosen file; None for the default one of `gpu` or `device`.
+
+    Raises:
+        UserError: the file is damaged, or was chosen and is missing.
+    """
+    if path is None:
+        path = _default(gpu, device)
+        if path is None:
+            return None, ""
+    found = load(path)
+    wanted = gpu or device
+    same = found.device == device if gpu is None else gpu_named(found.device) == gpu.lower()
+    if wanted is not None and not same:
+        return None, f"{path}: measured on {found.device}, not on {wanted}; not used"
+    installed = _torch_version()
+    if installed is not None and installed.split("+")[0] != found.torch.split("+")[0]:
+        return found, f"{path}: measured with torch {found.torch}, not {installed}; {_FIX}"
+    return found, ""
+
+
+def _default(gpu: str | None, device: str | None) -> Path | None:
+    if gpu is None:
+        path = default_path(device) if device else None
+        return path if path and path.is_file() else None
+    # Names of one GPU differ by its form, such as H100 80GB HBM3 and H100 PCIe.
+    files = sorted(default_path("any").parent.glob("*.json"))
+    return next((path for path in files if gpu_named(path.stem) == gpu.lower()), None)
+
+
+def _torch_version() -> str | None:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(calibration: Calibration) -> str:
+    """Format what a reader may compare with a data sheet, for each number of ranks."""
+    lines = [f"{calibration.label}, {calibration.threads} threads each, torch {calibration.torch}"]
+    for constants in calibration.constants:
+        for name, speed in constants.dtypes.items():
+            best = max(product.flops / product.forward for product in speed.products)
+            rows = max(row.flops / row.forward for row in speed.attention)
+            lines.append(
+                f"{constants.ranks} ranks, {name}: {best:.3g} FLOP/s in linear layers, "
+                f"{rows:.3g} in attention, {speed.rest['rms'].forward.fixed * 1e6:.0f} us a layer"
+            )
+        whole = constants.engine["3"]
+        lines.append(
+            f"{constants.ranks} ranks: ZeRO-3 gathers {4e-9 / max(whole.gather.each, 1e-15):.3g} "
+            f"GB/s, reduces {4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
+            f"{1 / max(whole.update.each, 1e-15):.3g} weights/s; host {constants.host / 1e9:.3g} "
+            f"GB/s; agreement {constants.agreement * 1e6:.0f} us"
+        )
+    return "\n".join(lines)
