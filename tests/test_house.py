@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from typer.core import TyperGroup
-from typer.main import get_command
 
-from pipeline.cli import app
+from tests.tools import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {
@@ -50,6 +50,9 @@ DOORS = {
     "torch.utils.tensorboard": ("training/metrics.py",),
     "mpi4py": ("workers.py", "comm.py"),
 }
+LOADING = re.compile(
+    "^(loads?|open|Unpickler|from_pretrained|from_config)$|(SentenceTransformer|CrossEncoder)$"
+)
 SAFE_LOADERS = ("yaml.SafeLoader", "yaml.CSafeLoader")
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 SCRIPTS = sorted(
@@ -76,14 +79,40 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+@functools.cache
+def imported_modules(path: Path) -> list[str]:
     """Dotted names that a file imports anywhere, also inside functions."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name(path)}:{node.lineno}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+class Call(NamedTuple):
+    """A call in a source: the line, the call, the name called, and its named arguments."""
+
+    line: int
+    text: str
+    called: str
+    given: dict[str | None, str]
+
+
+@functools.cache
+def loads_of(source: str) -> list[Call]:
+    """Calls in a source whose name is one of a function that loads something."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    found = []
+    for node in calls:
+        last = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+        if LOADING.search(last) or any(word.arg == "allow_pickle" for word in node.keywords):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            call = Call(node.lineno, ast.unparse(node), ast.unparse(node.func), given)
+            found.append(call)
+    return found
 
 
 def within(module: str, package: str) -> bool:
@@ -153,22 +182,16 @@ def test_importing_stays_free_of_torch(module: str) -> None:
 
 def unsafe_loads(source: str) -> list[str]:
     """Calls that run code which a file brings along, if a stranger wrote it."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        if (
-            (called.endswith("torch.load") and given.get("weights_only") != "True")
-            or "allow_pickle" in given
-            or re.fullmatch(
-                r"(c?[pP]ickle|dill|joblib|marshal|shelve)\.(loads?|open|Unpickler)", called
-            )
-            or (called == "yaml.load" and given.get("Loader") not in SAFE_LOADERS)
-        ):
-            found.append(f"{node.lineno}: {ast.unparse(node)}")
-    return found
+    return [
+        f"{line}: {text}"
+        for line, text, called, given in loads_of(source)
+        if (called.endswith("torch.load") and given.get("weights_only") != "True")
+        or "allow_pickle" in given
+        or re.fullmatch(
+            r"(c?[pP]ickle|dill|joblib|marshal|shelve)\.(loads?|open|Unpickler)", called
+        )
+        or (called == "yaml.load" and given.get("Loader") not in SAFE_LOADERS)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,20 +222,14 @@ REMOTE_CODE = ("pipeline/model/backbones.py", "pipeline/model/outside_program.py
 
 def untold_loads(source: str) -> list[str]:
     """Calls into transformers and its kin that would ask whether to run a model's own code."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        loads = re.search(r"\.from_(pretrained|config)$", called) or called.endswith(
-            ("SentenceTransformer", "CrossEncoder")
-        )
+    return [
+        f"{line}: {text}"
+        for line, text, called, given in loads_of(source)
+        if re.search(r"(\.from_(pretrained|config)|SentenceTransformer|CrossEncoder)$", called)
+        and given.get("trust_remote_code") != "False"
         # An adapter's config is JSON, which names no code.
-        told = given.get("trust_remote_code") == "False"
-        if loads and not told and called != "peft.PeftConfig.from_pretrained":
-            found.append(f"{node.lineno}: {ast.unparse(node)}")
-    return found
+        and called != "peft.PeftConfig.from_pretrained"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -299,8 +316,7 @@ def test_files_named_in_documents_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=name)
 def test_subcommands_named_in_documents_and_scripts_exist(path: Path) -> None:
     text = commands(path) if path in DOCUMENTS else path.read_text()
-    root = get_command(app)
-    assert isinstance(root, TyperGroup)
+    root = reference.program("diffembed")
 
     for first, second in re.findall(r"(?<![\w./-])diffembed ([a-z]+)(?: ([a-z]+))?", text):
         assert first in root.commands

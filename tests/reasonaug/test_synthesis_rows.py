@@ -283,7 +283,6 @@ def test_dense_negatives_are_the_nearest_by_the_vectors_of_an_export(
         f"http://127.0.0.1:{free_port()}/v1",  # the ledger has all answers
         concepts={"files": [str(tmp_path / "all.yaml")]},
         problems={"per_concept": 4},
-        rewrites=REWRITES,
         rows={"definition_share": 1.0, "p2i_negatives": 1},
         negatives={"source": "dense", "export": str(export), "near_concepts": 1},
     )

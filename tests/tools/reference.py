@@ -7,6 +7,7 @@ tests/test_docs.py compares the pages with what this module would write.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import typing
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ _READ_BY = {
 _WRITTEN = "Written by `python -m tests.tools.reference`; change the code, not this page."
 
 
+@functools.cache
 def program(name: str) -> Any:
     """Return the command tree of one of PROGRAMS."""
     return get_command(importlib.import_module(PROGRAMS[name]).app)
