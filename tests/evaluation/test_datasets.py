@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -34,14 +33,9 @@ from pipeline.evaluation.datasets import (
     query_texts,
 )
 from pipeline.evaluation.run import plan, run_all
-from pipeline.evaluation.tasks import (
-    BENCHMARKS,
-    expand,
-)
+from pipeline.evaluation.tasks import BENCHMARKS
 
 FOLLOW_IR = "Core17InstructionRetrieval"
-
-
 AOPS, CORE = "BrightAopsRetrieval", "Core17InstructionRetrieval"
 
 
@@ -67,22 +61,6 @@ def test_bright_is_listed_by_column_as_mteb_loads_it(task, snapshots, tmp_path):
     documents, queries = load_texts(task, snapshots=snapshots)
     assert documents == document_texts(data["corpus"])
     assert queries == query_texts(data["queries"])
-
-
-def test_no_two_subsets_of_the_replicas_share_a_question_or_most_of_their_texts(snapshots):
-    texts = {
-        task: {"document": set(documents), "query": set(queries)}
-        for task in expand(("FollowIR", "LongEmbed", "BRIGHT", "BRIGHT-long"))
-        for documents, queries in [load_texts(task, snapshots=snapshots)]
-    }
-    same_documents = {f"Bright{name}{{}}Retrieval" for name in ("Aops", "TheoremQAQuestions")}
-    for one, other in itertools.combinations(texts, 2):
-        if one.replace("Long", "") == other.replace("Long", ""):
-            continue  # the same questions on short and on long documents
-        assert not texts[one]["query"] & texts[other]["query"], (one, other)
-        shared = {name.format(long) for name in same_documents for long in ("", "Long")}
-        if not {one, other} <= shared:
-            assert not texts[one]["document"] & texts[other]["document"], (one, other)
 
 
 def test_doubtful_rows_of_a_snapshot_are_counted(tmp_path, capsys):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.planning.memory import Target, peak
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
-from tests.support import PATIENCE
 from tests.tiny_models import tiny_starter
+from tests.training.trainer_command import run_trainer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch" / "recipes"
@@ -367,15 +365,11 @@ def start_of(adapters: list[str | None]) -> str:
 def test_the_command_prints_the_whole_config_and_the_plan(local: Any) -> None:
     recipe = Path("published/long/dream.yaml")
     config = local(recipe)
-    done = subprocess.run(
-        [
-            sys.executable, "pipeline/train.py", str(RECIPES / recipe),
-            "--deepspeed", "ds_configs/zero2.json", "--dry-run", "--world-size", "8",
-            "--gpu", "h100",
-            f"model.path={config.model.path}", f"data.path={config.data.path}", "schedule=cache",
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
+    done = run_trainer(
+        *(RECIPES / recipe, "--deepspeed", "ds_configs/zero2.json", "--dry-run"),
+        *("--world-size", "8", "--gpu", "h100", "schedule=cache"),
+        *(f"model.path={config.model.path}", f"data.path={config.data.path}"),
+    )
     assert done.returncode == 0, done.stderr
     for line in (
         "  decay_steps: 6000",  # from parts/long.yaml
