@@ -20,6 +20,7 @@ from pipeline.cli import app
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, dump_config
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import Element, list_elements
+from pipeline.files import write_sealed
 from pipeline.run_folder import OWN_CONFIG, RunDir
 from pipeline.submission.restart import History
 from pipeline.submission.slurm import JobRecord
@@ -407,6 +408,27 @@ def test_shards_that_are_mined_show_the_parts_of_each_step_until_they_are_there(
     (tmp_path / "mined").mkdir()
     (tmp_path / "mined" / "manifest.json").write_text('{"num_examples": 9, "num_documents": 8}')
     assert look(config).fact("rows") == "9 examples, 8 documents"
+
+
+def test_a_damaged_manifest_is_a_fault_of_the_shards(tmp_path: Path) -> None:
+    path = tmp_path / "shards" / "manifest.json"
+    path.parent.mkdir()
+    write_sealed(path, {"num_examples": 9, "num_documents": 8})
+    assert look(path.parent).fact("rows") == "9 examples, 8 documents"
+    path.write_text(path.read_text().replace("9", "7", 1))
+
+    view = look(path.parent)
+
+    assert (view.state, view.tone) == ("damaged", "fail")
+    assert "manifest.json: damaged" in view.fact("last error")
+
+
+def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, **values(2), "loss": 10**400}) + "\n")
+    (row,) = [row for row in rows(look(run), "loss") if row["source"] == "news, Find it"]
+    assert row["last"] == "4.0000"
 
 
 def test_a_folder_of_several_runs_shows_one_line_for_each(tmp_path: Path) -> None:

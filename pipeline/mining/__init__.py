@@ -206,6 +206,7 @@ def _start_or_continue(mining: Mining, plan: MinePlan, target: Path) -> None:
     """
     if _is_done(mining, plan, target):
         return
+    Dataset.open(mining.config.data, verify=True)
     require_writable(mining.config.store_folder, key="store")
     # Claims of killed ranks would keep their tasks from ever being done.
     shutil.rmtree(mining.building / "claims", ignore_errors=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import checkpoint_folder
 from pipeline.config import ChainConfig, ExportStep, expand_path, load_config, read_tree
 from pipeline.errors import UserError
+from pipeline.files import read_record
 from pipeline.run_folder import RunDir
 from pipeline.watch.elements import describe_evaluation
 from pipeline.watch.logs import jobs_grid, logs_of, read_json_or_none, read_log
@@ -211,9 +213,14 @@ def describe_shards(root: Path, store: Path | None = None) -> View:
         root: the dataset's folder.
         store: see `mining_store`.
     """
-    manifest = read_json_or_none(root / "manifest.json")
-    if not isinstance(manifest, dict):
+    path = root / "manifest.json"
+    if not path.exists():
         return _describe_building(root, store)
+    try:
+        manifest = read_record(path, dict[str, Any], fix="remove it, and make the shards again")
+    except UserError as error:
+        fault = Fact("last error", str(error), "fail")
+        return View(title=f"shards {root}", state="damaged", tone="fail", facts=(fault,))
     number, documents = (manifest.get(key, 0) for key in ("num_examples", "num_documents"))
     sources = tuple(
         (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -88,7 +88,10 @@ def numbers(lines: Sequence[Line], key: str) -> list[float]:
     return [
         float(value)
         for value in found
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Also without whole numbers that no float holds.
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
     ]
 
 

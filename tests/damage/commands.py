@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
-import json
 import os
 import random
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Result = dict[str, Any]
+from tests import forks
+from tests.damage import results
+from tests.damage.results import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +30,7 @@ class Command:
         replaces: globs of earlier files that it may write anew.
         fewer: its result lists what need not be done again, which may be less after damage.
         any_text: it takes every string of a JSON-lines file, whatever the fields.
+        lists: it prints a line `fail ...` for each fault, and exits with 1 if there is one.
     """
 
     argv: tuple[str, ...]
@@ -44,110 +43,7 @@ class Command:
     replaces: tuple[str, ...] = ()
     fewer: bool = False
     any_text: bool = False
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _text(folder: Path, output: str) -> Result:
-    return {"output": output}
-
-
-def _finished(folder: Path, output: str) -> Result:
-    """What `submit` need not submit any more."""
-    lines = [line for line in output.splitlines() if line.startswith("# finished")]
-    return {"finished": lines}
-
-
-def _files(*globs: str) -> Callable[[Path, str], Result]:
-    """The bytes of the files that the globs find."""
-
-    def result(folder: Path, output: str) -> Result:
-        found = sorted(path for glob in globs for path in folder.glob(glob) if path.is_file())
-        return {str(path.relative_to(folder)): digest(path) for path in found}
-
-    return result
-
-
-def _shards(folder: Path, output: str) -> Result:
-    """The manifest without what names the inputs, and every shard."""
-    tree = json.loads((folder / "made/manifest.json").read_text())
-    kept = {k: tree.get(k) for k in ("num_examples", "num_documents", "groups", "query_lengths")}
-    counts = [[s["name"], s["rows"], s["examples"], s["dropped"]] for s in tree["sources"]]
-    return {**kept, "sources": counts, **_files("made/*.arrow")(folder, output)}
-
-
-def _training(run: str) -> Callable[[Path, str], Result]:
-    """The numbers of each step and the newest checkpoint's tensors."""
-
-    def result(folder: Path, output: str) -> Result:
-        lines = (folder / run / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        machine = ("seconds", "tokens_per_second", "peak_memory_gib")
-        timeless = [{k: v for k, v in row.items() if k not in machine} for row in rows]
-        newest = (folder / run / "checkpoints/latest").read_text().strip()
-        tensors = _files(f"{run}/checkpoints/{newest}/*.safetensors")(folder, output)
-        return {"steps": timeless, "newest": newest, **tensors}
-
-    return result
-
-
-def _export(folder: Path, output: str) -> Result:
-    """Weights and settings; the model card holds the config's text as well."""
-    files = _files("made/*.safetensors", "made/*.json", "made/1_Pooling/*")(folder, output)
-    # What no vector depends on is handed on as it was published.
-    published = json.loads((folder / "made/config.json").read_text())
-    kept = {key: value for key, value in published.items() if not key.endswith("_token_id")}
-    return {**files, "made/config.json": kept}
-
-
-def _vectors(name: str) -> Callable[[Path, str], Result]:
-    """What an Arrow file of vectors holds; its bytes name the input's place."""
-
-    def result(folder: Path, output: str) -> Result:
-        import pyarrow as pa
-
-        with pa.OSFile(str(folder / name)) as file:
-            table = pa.ipc.open_file(file).read_all()
-        values = hashlib.sha256(table["vector"].combine_chunks().flatten().to_numpy().tobytes())
-        return {"ids": table["id"].to_pylist(), "vectors": values.hexdigest()[:16]}
-
-    return result
-
-
-def _scores(folder: Path, output: str) -> Result:
-    found = {}
-    for path in sorted(folder.glob("eval/**/result.json")):
-        tree = json.loads(path.read_text())
-        found[str(path.relative_to(folder))] = {k: tree.get(k) for k in ("score", "per_query")}
-    return found
-
-
-def _blocks(folder: Path, output: str) -> Result:
-    return _files("eval/**/*.npy")(folder, output)
-
-
-def _plan(folder: Path, output: str) -> Result:
-    found = {}
-    for path in folder.glob("eval/plan/*/plan.json"):
-        tree = json.loads(path.read_text())
-        found[path.parent.name] = {k: tree.get(k) for k in ("num_texts", "num_occurrences")}
-    return found
-
-
-def _report(folder: Path, output: str) -> Result:
-    tree = json.loads((folder / "eval/report/report.json").read_text())
-    return {key: tree.get(key) for key in ("models", "tasks", "training")}
-
-
-def _probe(folder: Path, output: str) -> Result:
-    tree = json.loads((folder / "probed/probe.json").read_text())
-    return {key: value for key, value in tree.items() if key != "config"}
-
-
-def _pointer(folder: Path, output: str) -> Result:
-    return {"latest": (folder / "run/checkpoints/latest").read_text()}
+    lists: bool = False
 
 
 _BASE = ("base/config.json", "base/tokenizer.json", "base/tokenizer_config.json")
@@ -160,13 +56,16 @@ _MADE_TRAINING = ("run/*", "run/checkpoints/*", "run/checkpoints/*/*")
 _HUB = ("hub/mteb/*/README.md", "hub/mteb/*/*/*.jsonl")
 _EVALUATION_NEEDS = ("export", "hub", "base")
 _EVALUATION_WRITES = ("eval/**/*",)
+_MINED = ("mined/manifest.json", "mined/*.arrow", "mined/vectors/*")
+_PLANNED = ("train.yaml", "--deepspeed", "zero.json", "--gpu", "h100")
+_CHAIN = ("again.yaml", "mined.yaml", "taught.yaml", "evaluate.yaml", "zero.json")
 
 COMMANDS: dict[str, Command] = {
     "starter": Command(
         argv=("diffembed", "starter", "starter.yaml"),
         config="starter.yaml",
         reads=("data/rows.jsonl",),
-        result=_files("made/*.safetensors", "made/*.json"),
+        result=results.files("made/*.safetensors", "made/*.json"),
         weight=1.5,
         any_text=True,
     ),
@@ -177,39 +76,69 @@ COMMANDS: dict[str, Command] = {
             *("data/rows.jsonl", "data/rows.parquet", "data/bench.jsonl"),
             *("data/beir/*.jsonl", "data/beir/qrels/*.tsv", *_BASE, *_SHARDS),
         ),
-        result=_shards,
+        result=results.shards,
         weight=3,
     ),
     "prepare again": Command(
         argv=("diffembed", "prepare", "again.yaml"),
         reads=_SHARDS,
         needs=("data", "base", "again.yaml"),
-        result=_files("shards/*"),
+        result=results.files("shards/*"),
         weight=0.5,
     ),
     "data inspect": Command(
         argv=("diffembed", "data", "inspect", "shards"),
         reads=(*_SHARDS, *_BASE),
         needs=("base",),
-        result=_text,
+        result=results.text,
         replaces=("shards/*.png",),
     ),
     "data verify": Command(
-        argv=("diffembed", "data", "verify", "shards"), reads=_SHARDS, result=_text
+        argv=("diffembed", "data", "verify", "shards"), reads=_SHARDS, result=results.text
+    ),
+    "mine": Command(
+        argv=("diffembed", "mine", "mine.yaml", "--workers", "1"),
+        config="mine.yaml",
+        reads=(*_SHARDS, *_EXPORTED, "data/texts.jsonl", "data/bench.jsonl"),
+        needs=("base",),
+        result=results.files("made/*.arrow", "made/vectors/*"),
+        weight=2,
+    ),
+    "mine on": Command(
+        argv=("diffembed", "mine", "mine.yaml", "store=store", "--workers", "1"),
+        reads=("store/**/*",),
+        needs=("base", "shards", "export", "data", "mine.yaml"),
+        result=results.files("made/*.arrow", "made/vectors/*"),
+        replaces=("store/**/*",),
+    ),
+    "mine again": Command(
+        argv=("diffembed", "mine", "mined.yaml", "--workers", "1"),
+        reads=_MINED,
+        needs=("base", "shards", "export", "data", "mined.yaml"),
+        result=results.files("mined/*.arrow", "mined/vectors/*"),
+        weight=0.7,
+    ),
+    "train mined": Command(
+        argv=("train", "taught.yaml", "--deepspeed", "zero.json"),
+        config="taught.yaml",
+        reads=_MINED,
+        needs=("base", "zero.json"),
+        result=results.training("taught"),
+        weight=1.5,
     ),
     "train --dry-run": Command(
         argv=(*_ZERO, "--dry-run"),
         config="train.yaml",
         reads=(*_SHARDS, *_BASE, "zero.json"),
         needs=("base", "shards", "train.yaml"),
-        result=_text,
+        result=results.text,
         weight=3,
     ),
     "train": Command(
         argv=(*_ZERO, "output_dir=made", "num_steps=1", "optimizer.warmup_steps=0"),
         reads=(*_SHARDS, *_BASE, _WEIGHTS, "zero.json"),
         needs=("train.yaml",),
-        result=_training("made"),
+        result=results.training("made"),
         weight=1.5,
     ),
     "resume": Command(
@@ -220,7 +149,7 @@ COMMANDS: dict[str, Command] = {
             *(*_SHARDS, _WEIGHTS),
         ),
         needs=("base", "shards", "train.yaml", "zero.json", "run"),
-        result=_training("run"),
+        result=results.training("run"),
         weight=2,
         replaces=_MADE_TRAINING,
     ),
@@ -228,7 +157,7 @@ COMMANDS: dict[str, Command] = {
         argv=("diffembed", "export", "train.yaml", "--output", "made", "--no-check"),
         reads=(*_CHECKPOINT, *_SHARDS, *_BASE, _WEIGHTS, "run/config.yaml"),
         needs=("base", "shards", "train.yaml", "run"),
-        result=_export,
+        result=results.export,
         weight=1.5,
     ),
     "export init": Command(
@@ -238,7 +167,7 @@ COMMANDS: dict[str, Command] = {
         ),
         reads=("pieces/*.json", "pieces/*.safetensors"),
         needs=("pieces", "shards", "train.yaml", "base"),
-        result=_export,
+        result=results.export,
     ),
     "export adapter": Command(
         argv=(
@@ -247,7 +176,7 @@ COMMANDS: dict[str, Command] = {
         ),
         reads=("adapter/*",),
         needs=("base", "shards", "train.yaml"),
-        result=_export,
+        result=results.export,
     ),
     "encode": Command(
         argv=(
@@ -255,7 +184,7 @@ COMMANDS: dict[str, Command] = {
             *("--output", "vectors.arrow"),
         ),
         reads=(*_EXPORTED, "data/texts.jsonl"),
-        result=_vectors("vectors.arrow"),
+        result=results.vectors("vectors.arrow"),
         weight=2,
     ),
     "encode foreign": Command(
@@ -264,7 +193,7 @@ COMMANDS: dict[str, Command] = {
             *("--output", "vectors.arrow"),
         ),
         reads=("foreign/*.json", "foreign/*/*.json", "foreign/*.safetensors", "data/texts.parquet"),
-        result=_vectors("vectors.arrow"),
+        result=results.vectors("vectors.arrow"),
     ),
     "encode on": Command(
         argv=(
@@ -273,7 +202,7 @@ COMMANDS: dict[str, Command] = {
         ),
         reads=(".begun.arrow.parts/*",),
         needs=("export", "data"),
-        result=_vectors("begun.arrow"),
+        result=results.vectors("begun.arrow"),
         replaces=(".begun.arrow.parts/*",),
         weight=0.7,
     ),
@@ -282,14 +211,14 @@ COMMANDS: dict[str, Command] = {
         config="evaluate.yaml",
         reads=(*_HUB, *_EXPORTED),
         needs=(*_EVALUATION_NEEDS, "evaluate.yaml"),
-        result=_scores,
+        result=results.scores,
         replaces=_EVALUATION_WRITES,
     ),
     "evaluate run again": Command(
         argv=("diffembed", "evaluate", "run", "evaluate.yaml"),
         reads=("eval/**/result.json", "eval/**/mteb/**/*.json"),
         needs=(*_EVALUATION_NEEDS, "evaluate.yaml", "eval"),
-        result=_scores,
+        result=results.scores,
         replaces=_EVALUATION_WRITES,
     ),
     "evaluate plan": Command(
@@ -297,24 +226,21 @@ COMMANDS: dict[str, Command] = {
         config="evaluate.yaml",
         reads=("eval/plan/**/*", *_HUB),
         needs=(*_EVALUATION_NEEDS, "evaluate.yaml", "eval"),
-        result=_plan,
+        result=results.plan,
         replaces=_EVALUATION_WRITES,
     ),
     "evaluate embed": Command(
         argv=("diffembed", "evaluate", "embed", "evaluate.yaml"),
         reads=("eval/plan/**/*", "eval/store/**/*.json"),
         needs=(*_EVALUATION_NEEDS, "evaluate.yaml", "eval"),
-        result=_blocks,
+        result=results.blocks,
         replaces=_EVALUATION_WRITES,
     ),
     "evaluate score": Command(
         argv=("diffembed", "evaluate", "score", "scored.yaml"),
         reads=("scored/plan/**/*", "scored/store/**/*"),
         needs=(*_EVALUATION_NEEDS, "scored.yaml", "scored"),
-        result=lambda folder, output: {
-            str(path.relative_to(folder)): json.loads(path.read_text())["score"]
-            for path in sorted(folder.glob("scored/**/result.json"))
-        },
+        result=results.stored_scores,
         replaces=("scored/**/*",),
     ),
     "report": Command(
@@ -325,7 +251,7 @@ COMMANDS: dict[str, Command] = {
             *("run/metrics.jsonl", "export/README.md", "export/diffembed.json"),
         ),
         needs=(*_EVALUATION_NEEDS, "evaluate.yaml", "eval", "run"),
-        result=_report,
+        result=results.report,
         weight=2,
         replaces=("eval/report/*", "eval/mteb/**/*", "export/README.md", "eval/**/*.jsonl"),
     ),
@@ -334,17 +260,20 @@ COMMANDS: dict[str, Command] = {
         config="probe.yaml",
         reads=("data/words.txt", "data/words.jsonl"),
         needs=("export", "data"),
-        result=_probe,
+        result=results.probe,
     ),
     "rewind": Command(
         argv=("diffembed", "rewind", "run", "step-000001"),
         reads=_CHECKPOINT,
         needs=("run",),
-        result=_pointer,
+        result=results.pointer,
         replaces=("run/checkpoints/latest",),
     ),
     "stop": Command(
-        argv=("diffembed", "stop", "run"), reads=("run/config.yaml",), needs=("run",), result=_text
+        argv=("diffembed", "stop", "run"),
+        reads=("run/config.yaml",),
+        needs=("run",),
+        result=results.text,
     ),
     "submit --dry-run": Command(
         argv=("diffembed", "submit", "all", "chain.yaml", "--dry-run"),
@@ -357,8 +286,66 @@ COMMANDS: dict[str, Command] = {
             *("run", "shards", "export", "eval", "hub", "prepare.yaml", "train.yaml", "zero.json"),
             *("evaluate.yaml", "slurm", "base", "data"),
         ),
-        result=_finished,
+        result=results.finished,
         weight=2,
+        fewer=True,
+    ),
+    "doctor": Command(
+        argv=("doctor", "mined-chain.yaml"),
+        config="mined-chain.yaml",
+        reads=(
+            *(*_BASE, _WEIGHTS, *_SHARDS, *_EXPORTED, *_HUB, "pieces/*.json"),
+            *("data/rows.jsonl", "data/beir/*.jsonl", "mined/manifest.json"),
+        ),
+        needs=("data", "run", *_CHAIN),
+        result=results.checked,
+        lists=True,
+    ),
+    "doctor train": Command(
+        argv=("doctor", "pieced.yaml"),
+        config="pieced.yaml",
+        reads=("pieces/*.json", *_SHARDS),
+        needs=("pieces", "base", "run"),
+        result=results.checked,
+        lists=True,
+    ),
+    "watch run": Command(
+        argv=("diffembed", "watch", "run", "--once", "--html", "page.html"),
+        reads=("run/metrics.jsonl", "run/*.yaml", "run/*.json", "run/checkpoints/latest"),
+        needs=("run",),
+        result=results.watched,
+    ),
+    "watch chain": Command(
+        argv=("diffembed", "watch", "mined-chain.yaml", "--once", "--html", "page.html"),
+        config="mined-chain.yaml",
+        reads=(
+            *("eval/**/*.json", "eval/**/*.jsonl", "shards/manifest.json", "mined/manifest.json"),
+            *("export/diffembed.json", "run/metrics.jsonl", "run/checkpoints/*/state.json"),
+        ),
+        needs=(*_EVALUATION_NEEDS, "run", *_CHAIN),
+        result=results.watched,
+    ),
+    "plan run": Command(
+        argv=("diffembed", "plan", "run", *_PLANNED),
+        config="train.yaml",
+        reads=("base/config.json", "shards/manifest.json", "zero.json"),
+        needs=("base", "shards"),
+        result=results.text,
+    ),
+    "plan scale": Command(
+        argv=("diffembed", "plan", "scale", *_PLANNED),
+        config="train.yaml",
+        reads=("base/config.json", "shards/manifest.json", "zero.json"),
+        needs=("base", "shards"),
+        result=results.text,
+        weight=0.7,
+    ),
+    "submit mined --dry-run": Command(
+        argv=("diffembed", "submit", "all", "mined-chain.yaml", "--dry-run"),
+        config="mined-chain.yaml",
+        reads=(*_MINED, "shards/manifest.json", "data/texts.jsonl"),
+        needs=(*_EVALUATION_NEEDS, "run", "shards", "data", "slurm", "eval", *_CHAIN),
+        result=results.finished,
         fewer=True,
     ),
     "rows": Command(
@@ -367,7 +354,7 @@ COMMANDS: dict[str, Command] = {
             *("--definitions", "data/definitions.jsonl", "--out", "made/rows.jsonl"),
         ),
         reads=("data/generations.jsonl", "data/definitions.jsonl"),
-        result=_files("made/*"),
+        result=results.files("made/*"),
     ),
     "replicas": Command(
         argv=(
@@ -375,7 +362,7 @@ COMMANDS: dict[str, Command] = {
             *("--max-tokens", "256", "--long-queries", "10"),
         ),
         reads=("problems/*",),
-        result=_files("made/**/*.jsonl"),
+        result=results.files("made/**/*.jsonl"),
         weight=0.3,
     ),
 }
@@ -389,6 +376,8 @@ def run(argv: tuple[str, ...]) -> int:
             from pipeline.train import main as train
 
             train()
+        elif argv[0] == "doctor":
+            return check_config(Path(argv[1]))
         elif argv[0] == "ReasonAug":
             from ReasonAug.__main__ import main as reason
 
@@ -405,28 +394,21 @@ def run(argv: tuple[str, ...]) -> int:
     return 0
 
 
+def check_config(config: Path) -> int:
+    """Run `doctor` without the checks of the machine, which take seconds and read no input."""
+    from pipeline.doctor import readiness, run_checks
+
+    findings = list(run_checks({"config": lambda: readiness.check_config(config)}))
+    for finding in findings:
+        print(f"{finding.level}  {finding.check}: {finding.found} | fix: {finding.fix}")
+    return int(any(finding.level == "fail" for finding in findings))
+
+
 def preload() -> None:
     """Import everything that the commands import, once for all trials."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    names = (
-        *("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "matplotlib.pyplot"),
-        *("pyarrow.parquet", "pipeline.cli", "pipeline.train", "pipeline.training.trainer"),
-        *("pipeline.training.export_run", "pipeline.evaluation.scoring", "ReasonAug.__main__"),
-        *("pipeline.evaluation.tables", "pipeline.evaluation.report"),
-        *("pipeline.evaluation.embedding_plan", "pipeline.evaluation.embed"),
-        *("pipeline.evaluation.encode", "pipeline.evaluation.probe"),
-        *("pipeline.model.starter", "pipeline.planning", "pipeline.data.shards"),
-        *("pipeline.submission.submit", "pipeline.submission.restart", "pipeline.data.prepare"),
-        *("pipeline.evaluation.models", "pipeline.evaluation.datasets"),
-        # DeepSpeed imports it with its first engine, and with it torch's compiler.
-        "deepspeed.runtime.zero.muon.original_muon",
-    )
-    for name in names:
-        importlib.import_module(name)
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("qwen2")  # keeps its table of all models
+    forks.import_libraries()
 
 
 def draw(rng: random.Random) -> str:

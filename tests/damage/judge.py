@@ -8,18 +8,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.damage.commands import Command, digest
+from tests.damage.commands import Command
 from tests.damage.damages import Damage, value_at
 from tests.damage.processes import Ended
+from tests.damage.results import digest
 
 RIGHT = ("refused", "same", "told", "legal")
 _ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
 # What to change: as a rule in so many words, after a step that is not finite in a sentence.
 _CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
 # What a command says that continues without something, or does it again.
-_TOLD = re.compile(r"no samples|no line of|left out|again|missing|damaged")
-# Printed without the file's name: counts of dropped rows by reason, and ids that are missing.
-_COUNTED = re.compile(r"no positive left|query without text|no record has an id")
+_TOLD = re.compile(
+    r"no samples|no line of|left out|again|missing|damaged|does not exist|does not say|\| fix: "
+)
+# Printed without the file's name: counts of dropped rows by reason, ids that are missing, and a
+# checkpoint that its log does not reach.
+_COUNTED = re.compile(
+    r"no positive left|query without text|no record has an id|steps ahead of metrics"
+)
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
 # What transformers writes into tokenizer_config.json and never reads.
@@ -30,6 +36,10 @@ _KINDS = {
     "train.yaml": "TrainConfig",
     "evaluate.yaml": "EvaluateConfig",
     "probe.yaml": "ProbeConfig",
+    "mine.yaml": "MineConfig",
+    "mined-chain.yaml": "ChainConfig",
+    "taught.yaml": "TrainConfig",
+    "pieced.yaml": "TrainConfig",
     "chain.yaml": "ChainConfig",
 }
 
@@ -72,6 +82,8 @@ def judge(
         return "traceback", last
     if ended.code == command.code:
         return _judge_success(command, damage, ended, whole=whole, folder=folder, wanted=wanted)
+    if command.lists and ended.code == 1:
+        return _judge_list(damage, ended, folder=folder)
     if ended.code not in (1, 2):
         return "killed", f"exit code {ended.code}: {last}"
     return _judge_refusal(command, damage, ended, folder=folder, before=before)
@@ -125,6 +137,18 @@ def _judge_refusal(
         and (not (folder / name).is_file() or digest(folder / name) != was)
     ]
     return ("lost", f"{lost[:3]} after {lines[0][:200]}") if lost else ("refused", lines[0][:300])
+
+
+def _judge_list(damage: Damage, ended: Ended, *, folder: Path) -> tuple[str, str]:
+    """Faults are lines, of which one names the damage; none is a fault of the check itself."""
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("fail ")]
+    if broken := [line for line in lines if "the check itself failed" in line]:
+        return "traceback", broken[0][:300]
+    for line in lines:
+        named = any(name in line for name in _names(damage)) or _tells_value(damage, line)
+        if named or (damage.key and _is_right_by_itself(damage, line, folder)):
+            return "refused", line[:300]
+    return "unnamed", lines[0][:300]
 
 
 def _names(damage: Damage) -> set[str]:

@@ -16,6 +16,10 @@ ROOT = Path(__file__).parents[2]
 WORDS = ("river", "stone", "cloud", "amber", "forest", "signal", "copper", "meadow", "reed", "bay")
 TASK = "BrightBiologyRetrieval"
 
+_TAUGHT = (
+    "guide: {margin: 0.1, margin_strategy: absolute}, "
+    "distillation: {weight: 0.5, temperature: 0.05, documents: batch}"
+)
 CONFIGS = {
     "starter.yaml": """
 output_dir: made
@@ -91,6 +95,35 @@ loss: {temperature: 0.1, learn_temperature: true}
 optimizer: {lr: 1.0e-3, warmup_steps: 1, weight_decay: 0.01, max_grad_norm: 1.0}
 checkpoint: {every: 1, keep_last: 2}
 """,
+    "mine.yaml": """
+output: made
+store: fresh
+data: shards
+texts: decoded
+retrievers:
+- {name: tiny, path: export, max_length: 64, margin: {relative: 0.999}}
+- {name: words, path: bm25, margin: {}}
+corpora:
+- {name: more, path: data/texts.jsonl}
+decontaminate:
+  ngram: 8
+  sets:
+  - {name: bench, path: data/bench.jsonl, fields: [text], queries: true}
+near_duplicates: 0.95
+window: {first: 1, last: 20}
+margin: {absolute: 0.001}
+merge: reciprocal
+negatives: 2
+candidates: 4
+choose: bands
+bands:
+- {name: hard, last: 3, share: 0.5}
+- {name: easy, last: 8, share: 0.5}
+short: fill
+keep_negatives: true
+teacher: {kind: bi_encoder, path: export, vectors: true, margin: {relative: 0.9999}}
+seed: 5
+""",
     "evaluate.yaml": f"""
 output_dir: eval
 tasks: [{TASK}]
@@ -127,6 +160,15 @@ exports:
 - {checkpoint: latest, output: export}
 evaluate: evaluate.yaml
 text_elements: 2
+""",
+    "mined-chain.yaml": """
+prepare: again.yaml
+mine: mined.yaml
+train: taught.yaml
+deepspeed: zero.json
+exports:
+- {checkpoint: latest, output: export}
+evaluate: evaluate.yaml
 """,
 }
 
@@ -186,6 +228,24 @@ def write_inputs(folder: Path) -> None:
     )
     (folder / "scored.yaml").write_text(
         CONFIGS["evaluate.yaml"].replace("output_dir: eval", "output_dir: scored").lstrip()
+    )
+    (folder / "mined.yaml").write_text(
+        CONFIGS["mine.yaml"]
+        .replace("output: made", "output: mined")
+        .replace("store: fresh", "store: store")
+        .lstrip()
+    )
+    (folder / "taught.yaml").write_text(
+        CONFIGS["train.yaml"]
+        .replace("num_steps: 3", "num_steps: 1")
+        .replace("output_dir: run", "output_dir: taught")
+        .replace("path: shards", "path: mined\n  candidates: {bands: {hard: 1}}")
+        .replace("learn_temperature: true", _TAUGHT)
+        .replace("warmup_steps: 1", "warmup_steps: 0")
+        .lstrip()
+    )
+    (folder / "pieced.yaml").write_text(
+        CONFIGS["train.yaml"].replace("path: base", "path: pieces").lstrip()
     )
     shutil.copy(ROOT / "ds_configs/zero2.json", folder / "zero.json")
     shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -357,6 +417,7 @@ STAGES: dict[str, Stage] = {
         _command("diffembed", "export", "train.yaml", "--output", "export", "--no-check")
     ),
     "foreign": Stage(_foreign),
+    "mined": Stage(_command("diffembed", "mine", "mined.yaml", "--workers", "1")),
     "begun": Stage(_begin_encoding),
     "plan": Stage(_command("diffembed", "evaluate", "plan", "evaluate.yaml")),
     "embed": Stage(_command("diffembed", "evaluate", "embed", "evaluate.yaml")),

@@ -444,6 +444,20 @@ def test_a_missing_model_and_a_damaged_store_end_in_one_line(
         mine(make_config("again"), num_workers=1)
 
 
+def test_a_shard_that_was_damaged_since_it_was_prepared_is_refused(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(data=tmp_path / "shards")
+    shutil.copytree(world.shards, config.data)
+    shard = min(config.data.glob("examples*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=shard.name):
+        mine(config, num_workers=1)
+    assert not config.output.exists()
+
+
 def test_a_training_batch_draws_from_the_mined_candidates_and_reads_the_vectors(
     world: World, make_config: MakeConfig
 ) -> None:
