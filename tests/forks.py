@@ -18,6 +18,9 @@ A process is really started where a fork would not be the same:
   - `DIFFEMBED_TEST_FORKS=0`.
 Tests of launchers, signals, imports and installation start their processes themselves.
 
+Jobs on a Slurm of the tests find `python` and `diffembed` on the PATH of `program_path`: small
+processes that hand on signals and their end (`forked_python.py`).
+
 `tests/damage` and `tests/goldens` have imported the libraries in their own process: they fork a
 `Child` of it.
 """
@@ -58,7 +61,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(
 _LIBRARIES = (
     *("torch", "torch.distributed", "transformers", "deepspeed", "peft", "datasets"),
     *("sentence_transformers", "pyarrow.parquet", "pydantic", "typer", "mteb", "fsspec", "yaml"),
-    *("matplotlib.pyplot", "hypothesis", "pytest"),
+    *("matplotlib.pyplot", "hypothesis", "pytest", "bm25s"),
+    # Imported by DeepSpeed with its first engine, and with it torch's compiler.
+    "deepspeed.runtime.zero.muon.original_muon",
     # Imported by name as a model is built or read.
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.modeling_auto"),
     "transformers.models.auto.tokenization_auto",
@@ -82,14 +87,19 @@ _READ_AT_START = (
 )
 # Set in a child by `_take_environment`, or of no effect on a process that has started.
 _SET_AFTER_START = (
-    *("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "TORCHELASTIC_RUN_ID"),
+    *("HF_DATASETS_CACHE", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "TORCHELASTIC_RUN_ID"),
+    "HF_DATASETS_OFFLINE",  # follows from HF_HUB_OFFLINE
     "TOKENIZERS_PARALLELISM",  # read whenever texts are tokenised
     "DS_ACCELERATOR",  # chosen by the trainer; without a GPU there is only one
     # By libraries, as they are imported.
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
     *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+    # By what a rank without a GPU never calls.
+    *("TORCH_EXTENSIONS_DIR", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_DEBUG"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
 )
+# Names the server of a test to programs of its jobs.
+_SERVER = "DIFFEMBED_TEST_SERVER"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _AT_IMPORT = dict(os.environ)  # before any test has changed it
 cpu_seconds = 0.0  # of processes that the server forked for this process and that have ended
@@ -215,8 +225,10 @@ class _Server:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         # A name outside the file system, free again when its last socket is closed.
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        address = f"\0diffembed-forks-{run}"
+        self.run = os.environ.get(_SERVER) or os.environ.get(
+            "PYTEST_XDIST_TESTRUNUID", str(os.getpid())
+        )
+        address = f"\0diffembed-forks-{self.run}"
         greeting = b""
         for _ in range(50):
             started = _start_server_once(address, environment)
@@ -265,16 +277,48 @@ _server: _Server | None = None
 def _server_for(environment: Mapping[str, str]) -> _Server | None:
     """Return the server if its children would be what a process of this environment is."""
     global _server
-    import torch
-
-    if environment.get("DIFFEMBED_TEST_FORKS") == "0" or torch.cuda.is_available():
+    if environment.get("DIFFEMBED_TEST_FORKS") == "0":
         return None
     if _server is None:
+        if _SERVER not in environment:  # the test that has set it has looked
+            import torch
+
+            if torch.cuda.is_available():
+                return None
         _server = _Server({**_AT_IMPORT, **ENVIRONMENT})
     ours, theirs = _server.read_at_start, _read_at_start(environment)
     names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
     differing.extend(names)
     return None if names else _server
+
+
+def program_path(folder: Path) -> str:
+    """Return a PATH for jobs on which `python` and `diffembed` are forked, if they can be.
+
+    Args:
+        folder: where the two programs are written.
+    """
+    server = _server_for({**os.environ, **ENVIRONMENT})
+    if server is None:
+        return os.environ["PATH"]
+    folder.mkdir()
+    variables = {_SERVER: server.run}
+    if (hidden := server.read_at_start.get("CUDA_VISIBLE_DEVICES")) is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = hidden  # Slurm unsets it in jobs without a GPU
+    exported = " ".join(f"{name}={value}" for name, value in variables.items())
+    for name, words in (("python", ""), ("diffembed", "-m pipeline.cli")):
+        program = folder / name
+        program.write_text(
+            f"#!/bin/sh\nexport {exported}\n"
+            f'exec {sys.executable} {Path(__file__).with_name("forked_python.py")} {words} "$@"\n'
+        )
+        program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def would_fork(environment: Mapping[str, str]) -> bool:
+    """Return True if a process of this environment would be forked."""
+    return _server_for({**environment, **ENVIRONMENT}) is not None
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:

@@ -185,7 +185,7 @@ class Cluster:
         """Process id of a rank of the only step that runs a program."""
         for process in self._processes(f"SLURM_PROCID={rank}\0"):
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if program.encode() in words[1:2]:
+            if program.encode() in words[1:3]:  # the second behind `forked_python.py`
                 return int(process.name)
         raise AssertionError(f"no rank {rank} of {program}")
 

@@ -26,6 +26,7 @@ from pipeline.evaluation.run import score_all
 from pipeline.model.encoder import build_encoder
 from pipeline.model.export import export_encoder
 from pipeline.model.starter import build_starter
+from tests import forks
 from tests.evaluation.local_hub import serve
 from tests.slurm.cluster import Cluster
 
@@ -35,10 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests/benchmarks"))
 TASKS = ("BrightAopsRetrieval", "Core17InstructionRetrieval")
 NUM_ELEMENTS, NUM_VICTIMS = 4, 2
-ENVIRONMENT = {
-    **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
-    "PYTHONPATH": str(ROOT),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +105,7 @@ def test_an_array_with_half_of_its_elements_killed_and_rerun_scores_bit_identica
     path = tmp_path / "evaluate.yaml"
     path.write_text(dump_config(config))
     logs = tmp_path / "%a.log"
+    environment = {**forks.ENVIRONMENT, "PATH": forks.program_path(tmp_path / "bin")}
 
     def submit(elements: list[int]) -> str:
         # Two at a time: the nodes claim more processors than this machine has.
@@ -116,7 +114,7 @@ def test_an_array_with_half_of_its_elements_killed_and_rerun_scores_bit_identica
             *("sbatch", "--parsable", f"--output={logs}", array),
             *("slurm/evaluate.sbatch", "embed", path, "--of", NUM_ELEMENTS),
             cwd=ROOT,
-            environment=ENVIRONMENT,
+            environment=environment,
             check=True,
         ).stdout.strip()
 
