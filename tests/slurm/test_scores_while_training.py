@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forks
 from tests.evaluation import benchmark_replicas
 from tests.slurm.cluster import Cluster
 from tests.training.tiny_recipe import make_recipe
@@ -25,7 +26,7 @@ source {checkout}/slurm/cluster.env
 TRAIN_FLAGS=(--nodes=1 --ntasks-per-node=1)
 EVALUATE_FLAGS=(--ntasks=1)
 CPU_FLAGS=(--ntasks=1)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH={checkout}
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH={checkout} PATH={path}
 activate() {{
   [[ $SLURM_JOB_NAME != diffembed-export-* ]] || until [[ -e {gate} ]]; do sleep 0.1; done
 }}
@@ -53,7 +54,8 @@ def test_training_goes_on_while_its_checkpoints_are_scored_to_the_last(
     }
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
     site, gate, run = tmp_path / "cluster.env", tmp_path / "gate", tmp_path / "run"
-    site.write_text(SITE.format(checkout=checkout, gate=gate))
+    path = forks.program_path(tmp_path / "bin")
+    site.write_text(SITE.format(checkout=checkout, gate=gate, path=path))
     every = {"every": 2, "config": f"{tmp_path}/evaluate.yaml"}
     submitted = cluster.attempt(
         *(sys.executable, "-m", "pipeline.cli", "submit", "train", recipe),
