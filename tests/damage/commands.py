@@ -310,7 +310,7 @@ COMMANDS: dict[str, Command] = {
         lists=True,
     ),
     "watch run": Command(
-        argv=("diffembed", "watch", "run", "--once", "--html", "page.html"),
+        argv=("diffembed", "watch", "run", "--once"),  # the chain writes a page, in a second
         reads=("run/metrics.jsonl", "run/*.yaml", "run/*.json", "run/checkpoints/latest"),
         needs=("run",),
         result=results.watched,
