@@ -318,7 +318,7 @@ class TrainConfig:
     """Seed of data order, dropout and new weights."""
     schedule: Literal["auto", "plain", "cache", "sweep"] = "auto"
     """plain keeps all graphs; cache runs each chunk twice; sweep runs layer by layer; auto takes
-    the first that fits.
+    the fastest that fits, by prediction, or the first where no speed is known.
     """
     chunks: ChunkConfig = dataclasses.field(default_factory=ChunkConfig)
     """The size of one forward."""

@@ -1,7 +1,7 @@
 """Measure layers and their parts on this rank's device, by shape and type of numbers.
 
     products, attention                  alone
-    models of one and of three layers    large and small chunks: what is left of layer and chunk
+    models of one and of five layers     large and small chunks: what is left of layer and chunk
 
 Every number is the least of several calls. On a CPU with one thread a rank these are CPU seconds:
 other programs do not count, nor do waits for other ranks. On a GPU events enclose each call, so
@@ -33,6 +33,9 @@ from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
 # One row's tokens in whole models: attention is subtracted, and should be small.
 ROW = 32
 _RANK = 16
+# Layers of the two models whose difference is a layer; a difference needs more calls than a time.
+_DEPTHS = (1, 5)
+_MORE_CALLS = 10
 _HEAD = 64
 
 
@@ -237,7 +240,8 @@ class _Models:
         products: list[Product],
         attention: list[Attention],
     ) -> None:
-        self._timer, self._dtype, self._sizes = timer, dtype, sizes
+        self._timer = Timer(timer.device, _MORE_CALLS * sizes.seconds)
+        self._dtype, self._sizes = dtype, sizes
         self._products, self._attention = products, attention
 
     def rest(self, norm: str) -> tuple[Both, Both]:
@@ -277,9 +281,9 @@ class _Models:
     def _layer(
         self, norm: str, tokens: int, *, lora: LoraConfig | None
     ) -> tuple[ModelShape, tuple[float, float], tuple[float, float]]:
-        """Return forward and backward of a layer, and of everything else, by one and three."""
+        """Return forward and backward of a layer, and of everything else, from two depths."""
         times = []
-        for num_layers in (1, 3):
+        for num_layers in _DEPTHS:
             config = ModelConfig(path="reference", dtype=self._dtype, lora=lora)
             encoder = reference(norm, num_layers, self._sizes.width, 512, config)
             encoder = encoder.to(self._timer.device).train()
@@ -288,9 +292,11 @@ class _Models:
             weights = [p for p in encoder.parameters() if p.requires_grad]
             forward = functools.partial(encoder, ids, lengths)
             times.append(_forward_backward(self._timer, forward, weights))
-        one, three = times
-        layer = ((three[0] - one[0]) / 2, (three[1] - one[1]) / 2)
-        return ModelShape.of(encoder, config), layer, _less(one, layer)
+        shallow, deep = times
+        few, many = _DEPTHS
+        layer = ((deep[0] - shallow[0]) / (many - few), (deep[1] - shallow[1]) / (many - few))
+        inside = (few * layer[0], few * layer[1])
+        return ModelShape.of(encoder, config), layer, _less(shallow, inside)
 
 
 def _less(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
