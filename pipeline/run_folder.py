@@ -32,6 +32,8 @@ from pipeline.files import remove_unfinished, short_hash, sign_lock, try_lock
 OWN_CONFIG = (
     "# The whole config of this run, resolved. Runs overwrite this file; change your own one.\n"
 )
+# Files of shards, of models and of adapters: a run among them would change what they are.
+_OF_OTHERS = ("manifest.json", "config.json", "adapter_config.json", "model.safetensors")
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "mteb", "pyarrow")
 
 
@@ -78,6 +80,12 @@ class RunDir:
                 raise UserError(
                     f"output_dir: {path} was not written by a run, and this one would overwrite it",
                     fix=fix,
+                )
+        for name in _OF_OTHERS:
+            if (self.root / name).exists():
+                raise UserError(
+                    f"output_dir: {self.root} holds a dataset or a model ({name})",
+                    fix="choose another output_dir",
                 )
         for path in sorted(self.checkpoints.glob("*")):
             if path.name != LATEST and not is_checkpoint(path):

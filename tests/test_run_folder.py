@@ -30,6 +30,15 @@ def test_a_file_of_a_name_that_runs_write_is_refused_where_no_run_wrote_it(
     assert file.read_text() == "a: 1\n"
 
 
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "config.json", "adapter_config.json", "model.safetensors"]
+)
+def test_a_run_is_not_mixed_with_shards_or_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"output_dir: .*{name}.*choose another output_dir"):
+        RunDir(tmp_path).require_own()
+
+
 def test_a_run_may_live_beside_other_files_and_come_back(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for name in ("train.yaml", "notes.md", "stop"):

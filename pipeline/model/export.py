@@ -21,19 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tokenizers import processors
 
 from pipeline.config import ModelConfig, Template, as_tree
-from pipeline.errors import UserError, name_full_disk, say_warning
-from pipeline.files import require_writable, sync_dir, write_json
+from pipeline.errors import UserError, say_warning
+from pipeline.files import write_json
 from pipeline.model.backbones import read_config
 from pipeline.model.card import CardFacts, write_card
 from pipeline.model.encoder import Encoder
@@ -47,7 +44,9 @@ from pipeline.model.export_folder import (
     SETTINGS,
     Prompts,
     TrainedTexts,
+    check_replaceable,
     is_export,
+    replace_folder,
     write_sentence_transformers_files,
 )
 from pipeline.model.load_export import LoadedExport
@@ -140,7 +139,8 @@ def export_encoder(
         step=card.get("step", 0),
         data=card.get("data"),
     )
-    with _replace_folder(output_dir) as folder:
+    check_output(output_dir)
+    with replace_folder(output_dir) as folder:
         _write_files(folder, model, facts, run={"step": None, "checkpoint": None, **card})
         write_card(folder, facts)  # before the check, which runs its code
         if outside is not None:
@@ -352,39 +352,7 @@ def check_output(output_dir: Path) -> None:
     Raises:
         UserError: it holds something else, or cannot be written to.
     """
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_export(output_dir):
-        raise UserError(
-            f"{output_dir}: not empty and not an export", fix="choose another output folder"
-        )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir}: a file", fix="choose another output folder")
-    require_writable(output_dir.parent, key="--output")
-    _temporary(output_dir).mkdir()  # a name may be too long
-    _temporary(output_dir).rmdir()
-
-
-def _temporary(output_dir: Path) -> Path:
-    return output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def _replace_folder(output_dir: Path) -> Iterator[Path]:
-    """Yield a folder to write, which replaces `output_dir` on success and vanishes on failure."""
-    output_dir = output_dir.resolve()  # replace the target of a link, not the link
-    check_output(output_dir)
-    work, old = _temporary(output_dir), output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
-    work.mkdir()
-    try:
-        with name_full_disk(output_dir):
-            yield work
-        # A folder cannot replace another one in one step, so the old one moves away first.
-        if output_dir.exists():
-            output_dir.rename(old)
-        work.rename(output_dir)
-        sync_dir(output_dir.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # already renamed if all went well
-        shutil.rmtree(old, ignore_errors=True)
+    check_replaceable(output_dir, key="--output", is_own=is_export, kind="an export")
 
 
 # A ragged batch, so that faults of padding, truncation and word boundaries show in the vectors.

@@ -20,7 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, TypeVar
 
@@ -37,8 +40,16 @@ from pipeline.config import (
     as_tree,
     build_config,
 )
-from pipeline.errors import UserError
-from pipeline.files import check_kind, fingerprint_files, read_json, short_hash, write_json
+from pipeline.errors import UserError, name_full_disk
+from pipeline.files import (
+    check_kind,
+    fingerprint_files,
+    read_json,
+    require_writable,
+    short_hash,
+    sync_dir,
+    write_json,
+)
 
 T = TypeVar("T")
 # The file that only this package writes, so it tells our exports from other folders.
@@ -123,6 +134,52 @@ def read_settings(folder: Path, name: str, kind: type[T], *required: str) -> T:
 def is_export(path: Path) -> bool:
     """Tell whether `diffembed export` wrote a folder."""
     return (path / SETTINGS).is_file()
+
+
+def check_replaceable(folder: Path, *, key: str, is_own: Callable[[Path], bool], kind: str) -> None:
+    """Refuse a folder that `replace_folder` must not or cannot replace, before any work for it.
+
+    Args:
+        folder: may not exist yet.
+        key: the flag or config key that names it, for the message.
+        is_own: whether a folder that is not empty may be replaced.
+        kind: what such a folder is, for the message.
+
+    Raises:
+        UserError: it holds something else, or cannot be written to.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not is_own(folder):
+        raise UserError(
+            f"{key}: {folder}: not empty and not {kind}", fix="choose another folder, or remove it"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{key}: {folder}: a file", fix="choose another folder")
+    require_writable(folder.parent, key=key)
+    _temporary(folder).mkdir()  # a name may be too long
+    _temporary(folder).rmdir()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write, which replaces `folder` on success and vanishes on failure."""
+    folder = folder.resolve()  # replace the target of a link, not the link
+    work, old = _temporary(folder), folder.with_name(f".{folder.name}.{os.getpid()}")
+    work.mkdir()
+    try:
+        with name_full_disk(folder):
+            yield work
+        # A folder cannot replace another one in one step, so the old one moves away first.
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+        sync_dir(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # already renamed if all went well
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def is_adapter_only(export: Path) -> bool:

@@ -16,27 +16,55 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from pipeline.config import StarterConfig
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, parse_json, require_writable, write_json
+from pipeline.files import parse_json, write_json
+from pipeline.model.export_folder import check_replaceable, replace_folder
 
 _END, _MASK = "<|endoftext|>", "<|mask|>"
+_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 def build_starter(config: StarterConfig) -> Path:
     """Write a Hugging Face folder with Dream's config, Dream's weight names and a tokenizer.
 
+    A starter of the same sizes is replaced.
+
     Raises:
-        UserError: a corpus file is missing or empty, or the sizes do not fit together.
+        UserError: a corpus file is missing or empty, the sizes do not fit together, or the folder
+            holds something else.
     """
     _check(config)
-    require_writable(config.output_dir, key="output_dir")
+    check_replaceable(
+        config.output_dir,
+        key="output_dir",
+        is_own=lambda folder: _is_starter(folder, config),
+        kind="a starter of these sizes",
+    )
     tokenizer = _train_tokenizer(config)
-    tokenizer.save_pretrained(config.output_dir)
+    with replace_folder(config.output_dir) as folder:
+        tokenizer.save_pretrained(folder)
+        _write_model(folder, config, tokenizer)
+    return config.output_dir
+
+
+def _is_starter(folder: Path, config: StarterConfig) -> bool:
+    """Return whether a folder holds a starter of the same sizes and nothing else."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+        files = {path.name for path in folder.iterdir()}
+        return found.items() >= {"architectures": ["DreamModel"], **_sizes(config)}.items() and (
+            files <= _FILES and "auto_map" not in found
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _write_model(folder: Path, config: StarterConfig, tokenizer: Any) -> None:
+    """Write weights and config."""
     torch.manual_seed(config.seed)
     # Dream's weights are Qwen2's, names included, so transformers' class draws them.
     native = Qwen2Config(**_sizes(config), is_causal=False)
     weights = {k: v.contiguous() for k, v in Qwen2ForCausalLM(native).state_dict().items()}
-    with atomic_path(config.output_dir / "model.safetensors") as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     published = {
         "architectures": ["DreamModel"],
         "model_type": "Dream",
@@ -47,8 +75,7 @@ def build_starter(config: StarterConfig) -> Path:
         "mask_token_id": tokenizer.mask_token_id,
         "torch_dtype": "float32",
     }
-    write_json(config.output_dir / "config.json", published)
-    return config.output_dir
+    write_json(folder / "config.json", published)
 
 
 def _check(config: StarterConfig) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,38 @@ def test_faults_of_the_config_are_named(corpus: Path, tmp_path: Path) -> None:
             build_starter(dataclasses.replace(good, **change))
 
 
+@pytest.mark.parametrize("found", ["thesis.tex", "other sizes", "published code", "a notebook"])
+def test_a_starter_replaces_nothing_but_a_starter(
+    starter: Path, corpus: Path, tmp_path: Path, found: str
+) -> None:
+    shutil.copytree(starter, tmp_path / "m")
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64}
+    config = StarterConfig(output_dir=tmp_path / "m", corpus=(corpus,), **sizes)
+    build_starter(config)
+    if found == "thesis.tex":
+        shutil.rmtree(tmp_path / "m")
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m/thesis.tex").touch()
+    elif found == "other sizes":
+        config = dataclasses.replace(config, intermediate_size=32)
+    elif found == "published code":
+        path = tmp_path / "m/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {}}))
+    else:
+        (tmp_path / "m/notes.ipynb").touch()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    with pytest.raises(UserError, match="not empty and not a starter of these sizes"):
+        build_starter(config)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("")
     config = StarterConfig(output_dir=tmp_path / "file/m", corpus=(tmp_path / "file",))
-    with pytest.raises(UserError, match=r"output_dir: .*Not a directory"):
+    with pytest.raises(UserError, match="output_dir: .*File exists"):
         build_starter(config)
 
 
