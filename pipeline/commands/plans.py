@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -105,9 +104,8 @@ def plan_run(
             build=False,
             speed=machine.speed,
             network=network,
+            num_examples=rows,
         )
-    if rows is not None:
-        plan = dataclasses.replace(plan, num_examples=rows)
     print(describe(plan, tree))
     if machine.speed is not None:  # a size in GiB has none
         print("\n" + describe_time(plan, tree, machine, network=network))

@@ -396,8 +396,15 @@ def _require_scores(loader: Loader, config: TrainConfig) -> None:
             )
 
 
-def data_warnings(loader: Loader, config: TrainConfig) -> list[str]:
+def data_warnings(
+    loader: Loader, config: TrainConfig, *, num_examples: int | None = None
+) -> list[str]:
     """Check that batches and steps suit the data; return what a user should know before the run.
+
+    Args:
+        loader: of the run.
+        config: its config.
+        num_examples: of data that are only described; None counts the loader's.
 
     Raises:
         UserError: no query has a negative, so that there is nothing to learn; or scores are
@@ -416,7 +423,7 @@ def data_warnings(loader: Loader, config: TrainConfig) -> list[str]:
             f"{loader.dataset.manifest.num_documents:,}; a larger data.global_batch_size adds "
             "queries, but hardly a negative"
         )
-    examples = sum(unit.size for unit in loader.order.units)
+    examples = num_examples or sum(unit.size for unit in loader.order.units)
     epochs = config.num_steps * size / examples
     if epochs > _MANY_EPOCHS:
         found.append(

@@ -95,6 +95,7 @@ def plan_run(
     speed: Gpu | Calibration | None = None,
     network: float = DEFAULT_NETWORK,
     earlier: Schedule | None = None,
+    num_examples: int | None = None,
 ) -> RunPlan:
     """Lay out the first batch and choose the schedule where the config has `auto`.
 
@@ -109,6 +110,7 @@ def plan_run(
         earlier: the schedule of the run that is resumed, which `auto` keeps while it fits.
         build: build the model without weights and compare its tokenizer with the shards'; False
             counts config.json, and takes a second.
+        num_examples: of data that are only described, whose shards hold enough for a batch.
 
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
@@ -120,7 +122,7 @@ def plan_run(
         dataset = Dataset.open(config.data.path, verify=False)
         dataset.require_model(config.model)
     loader = make_loader(dataset, config, rank=0, world_size=world_size)
-    warnings = data_warnings(loader, config)
+    warnings = data_warnings(loader, config, num_examples=num_examples)
     # Of every rank's chunks, because the fullest rank decides, and it need not be rank 0.
     tokens = loader.chunk_tokens(0)
     batch = loader.batch(0)
@@ -163,7 +165,7 @@ def plan_run(
         )
     plan = RunPlan(
         batch=batch,
-        num_examples=sum(unit.size for unit in loader.order.units),
+        num_examples=num_examples or sum(unit.size for unit in loader.order.units),
         shape=shape,
         workload=workload,
         loss=loss,

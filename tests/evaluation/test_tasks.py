@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from evaluation_support import load_letters
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.config import (
     EvaluateConfig,
     OwnTask,
@@ -114,6 +116,12 @@ def test_lengths_and_instructions_may_be_given_by_benchmark(one: EvaluateConfig)
     assert instruction_for(AOPS, one.models[0], given) == "Find"
     closer = dataclasses.replace(given, instructions={"BRIGHT": "Find", AOPS: ""})
     assert instruction_for(AOPS, one.models[0], closer) == ""
+
+
+def test_the_command_lists_benchmarks_with_their_tasks():
+    lines = CliRunner().invoke(app, ["evaluate", "tasks"]).output.splitlines()
+    start = lines.index("LongEmbed")
+    assert tuple(line.strip() for line in lines[start + 1 : start + 7]) == BENCHMARKS["LongEmbed"]
 
 
 def test_our_benchmarks_are_mtebs():

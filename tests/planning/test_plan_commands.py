@@ -123,6 +123,7 @@ def test_a_plan_may_be_for_data_that_does_not_exist(recipe: Path) -> None:
 
     assert done.exit_code == 0, done.output
     assert "epochs of 1,000,000 examples" in done.output
+    assert "learns them by heart" not in done.output
     # One hard negative each, but examples share none.
     (tokens,) = re.findall(r"^tokens +([\d,]+)", done.output, re.MULTILINE)
     assert int(tokens.replace(",", "")) == pytest.approx(1024 * (10 + 2 * 30), rel=0.05)
