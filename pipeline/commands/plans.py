@@ -249,7 +249,8 @@ def _plan_of_submission(
     """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
     from pipeline.planning import describe
     from pipeline.planning import plan_run as make_plan
-    from pipeline.planning.memory import Target, gpu_named
+    from pipeline.planning.machine import choose_machine
+    from pipeline.planning.memory import gpu_named
     from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
@@ -268,8 +269,15 @@ def _plan_of_submission(
     ranks = request.nodes * request.per_node
     try:
         resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
-        target = Target.gpu(name, ranks_per_host=request.per_node)
-        plan = make_plan(tree, resolved, world_size=ranks, target=target, build=False)
+        machine = choose_machine(name, None, ranks_per_host=request.per_node)
+        plan = make_plan(
+            tree,
+            resolved,
+            world_size=ranks,
+            target=machine.target,
+            build=False,
+            speed=machine.speed,
+        )
     except UserError as error:
         # The scripts above are right even so, and the memory of a rank is an estimate.
         return [f"{request.nodes} x {request.per_node} {name}: {error}"]
