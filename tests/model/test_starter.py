@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
 ) -> None:
     (tmp_path / "file").write_text("")
     config = StarterConfig(output_dir=tmp_path / "file/m", corpus=(tmp_path / "file",))
-    with pytest.raises(UserError, match="output_dir: .*File exists"):
+    with pytest.raises(UserError, match=r"output_dir: .*File exists"):
         build_starter(config)
 
 
