@@ -70,6 +70,7 @@ _PATH_FAULTS = {
 _MACHINE_FAULTS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EFBIG: "raise `ulimit -f` and run the same command again",
     errno.EIO: "check the disk and run the same command again",
     errno.ESTALE: "check the network disk and run the same command again",
     errno.ETIMEDOUT: "check the network disk and run the same command again",
@@ -77,6 +78,7 @@ _MACHINE_FAULTS = {
     errno.ENFILE: "raise the system's limit of open files and run the same command again",
     errno.ENOMEM: "give the process more memory and run the same command again",
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain_os_error(error: BaseException) -> DiffembedError | None:
@@ -116,7 +118,7 @@ def name_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = _number_of(error)
-        if number not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "filename", None):
+        if number not in _NO_ROOM or getattr(error, "filename", None):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.commands import CHECK, DEFAULT_DEEPSPEED, RUN, Config, DeepSpeed, Overrides, load
-from pipeline.config import ChainConfig, ExportStep, TrainConfig
+from pipeline.config import ChainConfig, ExportStep, MineConfig, TrainConfig
 from pipeline.errors import UserError
 
 app = typer.Typer()
@@ -209,7 +209,10 @@ def submit(
     sbatch: Annotated[str, typer.Option(help="flags of sbatch for this job only")] = "",
     after: Annotated[list[str] | None, typer.Option(help="id of a job to wait for")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the batch scripts and the plan of a training")
+        bool,
+        typer.Option(
+            "--dry-run", help="print the batch scripts, and the plan of a training or mining"
+        ),
     ] = False,
     gpu: Annotated[
         str | None,
@@ -236,6 +239,18 @@ def submit(
     if dry_run and what in ("train", "all"):
         lines = _plan_of_submission(what, config, overrides, deepspeed, sbatch, gpu)
         print("\n".join(f"# plan: {line}".rstrip() for line in lines))
+    if dry_run and what == "mine":
+        for line in _plan_of_mining(load(MineConfig, config, overrides)):
+            print(f"# plan: {line}".rstrip())
+
+
+def _plan_of_mining(tree: MineConfig) -> list[str]:
+    """Return the work of each step, if the shards to mine exist."""
+    from pipeline.mining.estimate import describe_mining
+
+    if not (tree.data / "manifest.json").is_file():
+        return [f"{tree.data} is not prepared yet; afterwards, use `diffembed mine --dry-run`"]
+    return describe_mining(tree).splitlines()
 
 
 def _plan_of_submission(

@@ -132,9 +132,17 @@ def mine(
         int | None,
         typer.Option(min=1, help="processes; default: one per GPU, otherwise one per core"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the work of each step, and stop")
+    ] = False,
 ) -> None:
     """Find hard negatives for prepared shards; alone, under mpirun or under srun."""
     tree = load(MineConfig, config, overrides)
+    if dry_run:
+        from pipeline.mining.estimate import describe_mining
+
+        print(describe_mining(tree))
+        return
     from pipeline.launch import discover_world
     from pipeline.mining import mine as mine_shards
 

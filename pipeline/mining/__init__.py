@@ -89,7 +89,7 @@ def _of_queries(kind: str) -> Callable[[Mining], list[Path]]:
 STEPS = (
     Step("corpora", texts.read_corpora, lambda m: [m.store("texts") / "corpora.json"]),
     Step("texts", texts.restore_texts, _texts),
-    Step("check", lambda m, _: _check_texts(m), lambda m: [m.building / "checked.json"]),
+    Step("check", lambda m, _: _check_inputs(m), lambda m: [m.building / "checked.json"]),
     Step("known", texts.list_known, lambda m: [m.store("texts") / "known.npz"]),
     Step("sets", texts.index_evaluation_sets, _sets),
     Step(
@@ -243,8 +243,18 @@ def _do(name: str, mining: Mining, task: int) -> None:
     next(step for step in STEPS if step.name == name).work(mining, task)
 
 
-def _check_texts(mining: Mining) -> None:
-    """Refuse texts that a model would read differently from the ones that were prepared."""
+def _check_inputs(mining: Mining) -> None:
+    """Refuse texts that a model would read differently from the ones that were prepared.
+
+    And a window behind all documents, which would leave no query a negative.
+    """
+    first = mining.config.window.first
+    if first > mining.num_documents:
+        raise UserError(
+            f"window.first: {first:,}, but there are {mining.num_documents:,} documents: the "
+            "window is empty",
+            fix="lower window.first, or add documents by corpora",
+        )
     counts = texts.count_states(mining)
     inexact = counts.same_tokens + counts.changed
     if inexact and mining.config.texts == "exact":

@@ -33,9 +33,11 @@ from pipeline.files import (
     write_sealed,
     write_text,
 )
+from pipeline.mining.foreign import load_foreign
 from pipeline.mining.plan import Mining, ModelPlan, is_bm25
 from pipeline.mining.search import Corpus, VectorFile, top_of_row
 from pipeline.mining.texts import positives_of, read_texts
+from pipeline.model.load_export import is_computed
 
 # Packed tokens of one forward.
 _MAX_TOKENS = 16384
@@ -51,6 +53,10 @@ def _load(
     precision: Precision,
 ) -> TemplatedEmbedder:
     """Load a bi-encoder on this process's device; the fingerprint notices another one there."""
+    if not is_computed(Path(folder)):
+        return load_foreign(
+            Path(folder), template=template, max_length=max_length, precision=precision
+        )
     export = load_here(Path(folder), max_tokens=_MAX_TOKENS, precision=precision)
     if max_length is not None:
         export = export.with_max_length(max_length, key="max_length")

@@ -30,8 +30,8 @@ SLACK = 32
 _MOST_SLACK = 1024
 # Twice the largest relative error of one float32 operation, of which a product of D numbers has D.
 _ERROR = 2.0**-23
-# Values of a gathered block of candidates in float64: 32 MiB.
-_GATHERED = 2**22
+# Values of the gathered documents of some queries: 64 MiB.
+_GATHERED = 2**24
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -185,15 +185,19 @@ class Corpus:
         scores = np.full((num_queries, k), np.nan)
         step = max(1, _GATHERED // max(1, k * queries_QD.shape[1]))
         for start in range(0, num_queries, step):
-            wanted_QK = documents_QK[start : start + step]
-            known_QK = wanted_QK >= 0
-            unique, inverse = np.unique(wanted_QK[known_QK], return_inverse=True)
+            known_QK = documents_QK[start : start + step] >= 0
+            unique, inverse = np.unique(
+                documents_QK[start : start + step][known_QK], return_inverse=True
+            )
             if not len(unique):
                 continue
-            vectors = self.gather(unique).astype(np.float64)
-            rows, _ = np.nonzero(known_QK)
-            own = queries_QD[start : start + step].astype(np.float64)
-            scores[start : start + step][known_QK] = (own[rows] * vectors[inverse]).sum(axis=1)
+            vectors = self.gather(unique)
+            # One query at a time: what it multiplies stays in the processor's cache.
+            ends = np.cumsum(known_QK.sum(axis=1))[:-1]
+            for row, places in enumerate(np.split(inverse, ends), start):
+                products = vectors[places].astype(np.float64)
+                products *= queries_QD[row]
+                scores[row, known_QK[row - start]] = products.sum(axis=1)
         return scores
 
     def _search_in_float64(self, queries_QD: NDArray[np.float32], k: int) -> Found:
@@ -238,8 +242,8 @@ class _Best:
     def add(self, scores_QM: torch.Tensor, start: int) -> None:
         """Take the scores of the documents from number `start`; the caller may overwrite them."""
         if self._values.shape[1] < self._k:
-            numbers = torch.arange(start, start + scores_QM.shape[1], device=scores_QM.device)
-            self._merge(scores_QM, numbers.expand(self._num_queries, -1))
+            values, places = scores_QM.topk(min(self._k, scores_QM.shape[1]), dim=1)
+            self._merge(values, places + start)
             return
         places = _places_above(scores_QM, self._values[:, -1])
         rows = places // scores_QM.shape[1]

@@ -31,7 +31,7 @@ from pipeline.config import (
     pooling_mode,
 )
 from pipeline.errors import UserError
-from pipeline.model.architectures import FAMILIES
+from pipeline.model.architectures import FAMILIES, NATIVE_FORMS
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export_folder import (
     SETTINGS,
@@ -270,13 +270,31 @@ def load_export(
     return LoadedExport(
         encoder=encoder,
         tokenizer=tokenizer,
-        template=_read_template(folder),
+        template=read_template(folder),
         similarity=_read_similarity(folder),
         max_length=limits.cut_length(max_length, where=str(folder)),
         limits=limits,
         num_dimensions=encoder.num_dimensions,
         max_tokens=max_tokens,
     )
+
+
+def is_computed(folder: Path) -> bool:
+    """Return False for a sentence-transformers folder that only that package computes.
+
+    That is a folder of another kind of backbone, or with other modules or another pooling than
+    `load_export` accepts.
+    """
+    if is_export(folder) or is_adapter_only(folder):
+        return True
+    modules = read_settings(folder, "modules.json", list[ModuleEntry])
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in ([*_MODULES[:2]], [*_MODULES[:2], "Normalize"]):
+        return False
+    backbone = read_settings(folder, "config.json", BackboneConfig)
+    pooling = read_settings(folder / modules[1]["path"], "config.json", PoolingConfig)
+    is_known = backbone["model_type"] in {*NATIVE_FORMS, *FAMILIES}
+    return is_known and pooling_mode(pooling) in POOLINGS
 
 
 def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
@@ -332,7 +350,7 @@ def _read_pooling(folder: Path, name: str) -> tuple[Pooling, bool]:
     return POOLINGS[mode], bool(settings.get("include_prompt", True))
 
 
-def _read_template(folder: Path) -> Template:
+def read_template(folder: Path) -> Template:
     """Read our own template, or make one of the prompts of sentence-transformers."""
     if is_export(folder):
         settings = read_settings(folder, SETTINGS, ExportSettings, "template")

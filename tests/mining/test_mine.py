@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import resource
 import shutil
 import threading
 from importlib.metadata import PackageNotFoundError
@@ -32,8 +33,9 @@ from pipeline.config import (
 from pipeline.data.loader import Loader
 from pipeline.data.prepare.tokenise import minhash
 from pipeline.data.shards import Dataset, inspect_dataset
-from pipeline.errors import UserError
+from pipeline.errors import UserError, errors_end_the_process
 from pipeline.mining import mine, retrieve
+from pipeline.mining.estimate import describe_mining, plan_only
 from pipeline.mining.plan import Mining, plan_mining
 from pipeline.model.load_export import load_export
 from pipeline.workers import SrunWorkers
@@ -490,6 +492,70 @@ def test_a_training_batch_draws_from_the_mined_candidates_and_reads_the_vectors(
         np.concatenate(dataset.examples.views("candidate_bands", np.arange(120))), minlength=2
     )
     assert (counts > 0).all()
+
+
+def test_a_dry_run_counts_what_is_left_and_writes_nothing(
+    make_config: MakeConfig, tmp_path: Path, world: World
+) -> None:
+    teacher = TeacherConfig(path=str(world.export), kind="bi_encoder")
+    config = make_config(teacher=teacher)
+    planned = describe_mining(config)
+    assert not list(tmp_path.iterdir())
+
+    mine(config, num_workers=1)
+    manifest = Dataset.open(config.output).manifest
+    documents, queries = manifest.document_lengths, manifest.query_lengths
+    assert f"{queries.texts:,} queries of {queries.tokens:,} tokens" in planned
+    assert f"{documents.texts:,} documents of {documents.tokens:,} tokens" in planned
+    work = {line.split()[0]: line for line in planned.splitlines()[3:]}
+    # Blocks of documents and queries; nothing of them exists.
+    mining_ = plan_only(config)
+    parts = len(mining_.document_blocks) + len(mining_.query_blocks)
+    assert work["embed"].split()[1:3] == [f"{parts}", "0"]
+    assert f"{queries.texts * documents.texts:,} scores of pairs" in work["search"]
+    positives = sum(len(row["positives"]) for row in world.rows)
+    assert f"at most {positives + 5 * queries.texts:,} pairs" in work["score"]
+    assert describe_mining(config) == f"{config.output} is complete: nothing to do"
+    # With another margin, vectors and search results are there.
+    again = describe_mining(make_config("again", teacher=teacher, margin=MarginConfig(relative=1)))
+    done = {line.split()[0]: line.split()[1:3] for line in again.splitlines()[3:]}
+    assert done["embed"] == [f"{parts}"] * 2
+    assert done["pick"][1] == "0" and done["write"][1] == "0"
+
+
+@pytest.mark.parametrize("kilobytes", [1, 8, 20])
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kilobytes: int,
+) -> None:
+    config = make_config()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel refuses every byte beyond it, as a full disk does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
+        with pytest.raises(SystemExit) as ended, errors_end_the_process():
+            mine(config, num_workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"MachineError: {tmp_path}") and "File too large" in lines[-1]
+    assert lines[-2].endswith("the same command continues")
+    assert not config.output.exists()
+
+    mine(config, num_workers=1)
+    whole = make_config("whole", store=tmp_path / "other")
+    mine(whole, num_workers=1)
+    assert contents(config.output) == contents(whole.output)
+
+
+def test_a_window_behind_all_documents_is_refused(make_config: MakeConfig) -> None:
+    config = make_config(window=WindowConfig(first=900, last=1000))
+
+    with pytest.raises(UserError, match=r"window\.first: 900, .* the window is empty"):
+        mine(config, num_workers=1)
 
 
 def test_bm25_without_its_package_is_named(

