@@ -279,7 +279,7 @@ def plot_ratios(ratios: NDArray[np.int64], retrievers: list[str], path: Path) ->
     axes.axvline(1.0, color="black", linestyle="dashed", linewidth=1)
     axes.set_xlabel("negative's score / lowest positive's")
     axes.set_ylabel("share of negatives")
-    if axes.get_lines():
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
