@@ -102,7 +102,7 @@ class Corpus:
             with file.path.open("rb") as handle:
                 handle.seek(-32, 2)
                 seal = handle.read()
-            if hashlib.sha256(vectors_MD.tobytes()).digest() != seal:
+            if hashlib.sha256(vectors_MD.data).digest() != seal:
                 raise UserError(
                     f"{file.path}: damaged (its content does not match its hash)",
                     fix=_fix(file.path),
@@ -114,12 +114,21 @@ class Corpus:
         return vectors_MD
 
     def tiles(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Yield the first document and the (M, D) vectors of each tile, as they are stored."""
+        """Yield the first document and the (M, D) vectors of each tile, as they are stored.
+
+        The next tile overwrites the array: fresh ones would leave holes in the heap, more of them
+        with every file.
+        """
+        buffer_MD: NDArray[np.floating] = np.empty(0)
         for file in self._files:
             vectors_MD = self._open(file)
+            if buffer_MD.shape[1:] != vectors_MD.shape[1:] or buffer_MD.dtype != vectors_MD.dtype:
+                buffer_MD = np.empty((self._tile, vectors_MD.shape[1]), vectors_MD.dtype)
             for start in range(0, file.rows, self._tile):
-                # A copy, because a mapped page would count as this process's memory.
-                yield file.start + start, np.array(vectors_MD[start : start + self._tile])
+                part_MD = vectors_MD[start : start + self._tile]
+                tile_MD = buffer_MD[: len(part_MD)]
+                tile_MD[:] = part_MD
+                yield file.start + start, tile_MD
 
     def gather(self, documents: Numbers) -> NDArray[np.float32]:
         """(N,) ascending documents -> (N, D) float32; opens each file once."""
@@ -166,18 +175,19 @@ class Corpus:
         """Return (Q, K) values and documents of the best by float32, and the longest vector."""
         queries = torch.from_numpy(queries_QD).to(self._device)
         best = _Best(len(queries), k, self._device)
-        product = torch.empty(0, device=self._device)
+        product = tile = torch.empty(0, device=self._device)
         largest = 0.0
         for start, tile_MD in self.tiles():
             require_width(tile_MD.shape[1], queries_QD.shape[1], where="the queries' vectors")
-            tile = torch.from_numpy(tile_MD).to(self._device).float()
-            largest = max(largest, float(tile.square().sum(dim=1).max()))
-            # One buffer for all tiles: fresh pages for each would cost a tenth of the product.
-            if product.shape != (len(queries), len(tile)):
+            # Buffers for all tiles: fresh pages for each would cost a tenth of the product.
+            if tile.shape != tile_MD.shape:
+                tile = torch.empty(tile_MD.shape, device=self._device)
                 product = torch.empty(len(queries), len(tile), device=self._device)
+            tile.copy_(torch.from_numpy(tile_MD).to(self._device))
+            largest = max(largest, float(torch.linalg.vector_norm(tile, dim=1).max()))
             best.add(torch.mm(queries, tile.T, out=product), start)
         values, documents = best.finish()
-        return values.double().cpu().numpy(), documents.cpu().numpy(), largest**0.5
+        return values.double().cpu().numpy(), documents.cpu().numpy(), largest
 
     def _rescore(self, queries_QD: NDArray[np.float32], documents_QK: Numbers) -> Floats:
         """Score listed documents in float64; numpy sums each row alone, in one fixed order."""
