@@ -21,7 +21,6 @@ from pipeline.mining.plan import (
     local_folder,
     plan_mining,
 )
-from pipeline.planning import format_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,8 @@ def describe_mining(config: MineConfig) -> str:
         f"{work.documents.texts:,} documents of {work.documents.tokens:,} tokens",
         *(f"corpora.{name}: not read yet, its documents come in addition" for name in work.unread),
         "",
-        format_columns([["step", "parts", "in store", "work"], *_rows(mining, work)]),
+        _row("step", "parts", "in store", "work"),
+        *_rows(mining, work),
     ]
     return "\n".join(lines)
 
@@ -83,7 +83,7 @@ def _measure(mining: Mining) -> Work:
     )
 
 
-def _rows(mining: Mining, work: Work) -> Iterator[list[str]]:
+def _rows(mining: Mining, work: Work) -> Iterator[str]:
     # Inside: the steps import this package's other modules.
     from pipeline.mining import STEPS
 
@@ -94,8 +94,12 @@ def _rows(mining: Mining, work: Work) -> Iterator[list[str]]:
         kept = [p for p in outputs if continues or not p.is_relative_to(mining.building)]
         done = sum(path.exists() for path in kept)
         if outputs:
-            sizes = [f"{len(outputs):,}", f"{done:,}"]
-            yield [step.name, *sizes, _describe(step.name, mining, work)]
+            sizes = (f"{len(outputs):,}", f"{done:,}")
+            yield _row(step.name, *sizes, _describe(step.name, mining, work))
+
+
+def _row(step: str, parts: str, done: str, work: str) -> str:
+    return f"{step:<8} {parts:>7} {done:>8}  {work}".rstrip()
 
 
 def _is_current(mining: Mining) -> bool:
