@@ -427,7 +427,7 @@ def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, **values(2), "loss": 10**400}) + "\n")
-    (row,) = [row for row in rows(look(run), "loss") if row["source"] == "news, Find it"]
+    (row,) = [row for row in rows(look(run), "loss") if row["source"] == "news: Find it"]
     assert row["last"] == "4.0000"
 
 
