@@ -337,6 +337,10 @@ class TrainConfig:
     Costs time and some memory in the backward of attention, whose kernels then add up in a fixed
     order, and time in a few sums of the loss.
     """
+    compile: bool = False
+    """Fuse the norms, rotary positions and activations of layers by torch's compiler, which takes a
+    minute or more at the start. Gradients change by rounding only; resuming is not bit-equal.
+    """
     evaluate: EvaluateEveryConfig | None = None
     """Score checkpoints during training; null: do not."""
     log_every: Annotated[int, Field(ge=1, description="steps")] = 1
@@ -367,6 +371,7 @@ class TrainConfig:
             f"at least num_steps ({self.num_steps})",
         )
         self._check_schedule()
+        self._check_compilation()
         # Settings of the other kind of training would have no effect, so they are refused.
         if self.objective is None:
             require(
@@ -394,6 +399,23 @@ class TrainConfig:
             True,
             "false with schedule sweep",
             "a sweep already recomputes one layer at a time",
+        )
+
+    def _check_compilation(self) -> None:
+        """Refuse settings that compiled layers cannot keep."""
+        require(
+            not (self.compile and self.deterministic),
+            "compile",
+            True,
+            "false with deterministic",
+            "the compiler orders sums by the sizes that it meets first, which resuming changes",
+        )
+        require(
+            not (self.compile and self.model.trust_remote_code),
+            "compile",
+            True,
+            "false with model.trust_remote_code",
+            "the layers of a model with its own code are unknown to this package",
         )
 
     def _check_token_prediction(self, objective: ObjectiveConfig) -> None:

@@ -380,8 +380,18 @@ def host_memory(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -
         # fp32 weights, moments and gradients, and pinned gradients in the model's type.
         sizes["optimizer"] = ranks * share * (16 + workload.width)
     if schedule == "sweep" and workload.boundaries_on_host:
-        sizes["boundaries"] = ranks * _boundaries(shape, workload)
+        sizes["boundaries"] = ranks * _pinned_boundaries(shape, workload)
     return sizes
+
+
+def _pinned_boundaries(shape: ModelShape, workload: RankWorkload) -> float:
+    """Return the bytes of one rank's boundaries in pinned memory.
+
+    torch's allocator rounds each of them, one layer's of one chunk, up to a power of two.
+    """
+    chunk = min(workload.chunk_tokens, workload.rank_tokens)
+    block = 2 ** math.ceil(math.log2(shape.hidden_size * workload.width * chunk))
+    return float(block * (shape.num_layers + 1) * math.ceil(workload.rank_tokens / chunk))
 
 
 def graphs_that_fit(

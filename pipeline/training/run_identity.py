@@ -27,6 +27,7 @@ _FREE_KEYS = (
     "log_every",
     "non_finite",
     "deterministic",
+    "compile",
     "trackers",
 )
 # Not keys of the config, and not compared for equality alone.

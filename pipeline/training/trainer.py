@@ -28,6 +28,7 @@ from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
 from pipeline.launch import World
+from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
 from pipeline.model.encoder import build_model
 from pipeline.model.weights import model_digests
 from pipeline.run_folder import OWN_CONFIG, RunDir, describe_environment
@@ -98,6 +99,8 @@ def train(
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     warnings = data_warnings(loader, config)
     objective = make_objective(config, loader)
+    if config.compile:
+        require_compiler(on_gpu=comm.device().type == "cuda")
     comm.start(world)
     set_determinism(config.deterministic)
     # From here on, a check on one rank must raise on all (see comm.on_main).
@@ -126,6 +129,8 @@ def train(
         has_vectors=dataset.manifest.teacher is not None,
     )
     _say(training.engine.encoder.describe_attention(comm.device()))
+    if config.compile:
+        _say(compile_layers(training.engine.encoder))
     step = training.checkpoints.resume(newest) if newest else 0
     if newest:
         _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")
@@ -314,6 +319,7 @@ class Training:
             "seconds": seconds,
             "tokens_per_second": batch.tokens / seconds,
             "peak_memory_gib": comm.peak_memory() / 2**30,
+            **({"compiled_graphs": num_graphs()} if config.compile else {}),
         }
 
     def _non_finite(

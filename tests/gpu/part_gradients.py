@@ -12,6 +12,7 @@ import torch
 from pipeline import comm
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.launch import discover_world
+from pipeline.model.compiled import compile_layers
 from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
@@ -83,9 +84,16 @@ def batch_of() -> Any:
 
 
 def gradients_of(
-    model: ModelConfig, stage: int, schedules: list[tuple[str, int]]
+    model: ModelConfig,
+    stage: int,
+    schedules: list[tuple[str, int]],
+    *,
+    backend: str | None = None,
 ) -> dict[tuple[str, int], Gradients]:
-    """Return the gradients of one engine by schedule and kept graphs, whole and on the CPU."""
+    """Return the gradients of one engine by schedule and kept graphs, whole and on the CPU.
+
+    With a backend of `torch.compile`, its layers are compiled.
+    """
     config = dataclasses.replace(step_config(), model=model)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=1)
@@ -96,6 +104,8 @@ def gradients_of(
     if stage < 3:
         encoder = encoder.to(comm.device())
     engine = ZeroEngine(encoder, build_optimizer(encoder, config.optimizer), ds_config)
+    if backend is not None:
+        compile_layers(engine.encoder, backend=backend)
     found = {}
     for schedule, kept in schedules:
         chosen = dataclasses.replace(

@@ -29,6 +29,7 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.launch import discover_world
+from pipeline.model.compiled import compile_layers
 from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
@@ -176,6 +177,7 @@ def run_case(
     counts: list[int],
     lora: bool,
     longest: int | None = None,
+    compiled: bool = False,
     causal: bool,
     pool_instruction: bool,
     distilled: bool,
@@ -220,6 +222,8 @@ def run_case(
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
     engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
+    if compiled:  # without generating code, which takes a minute
+        compile_layers(engine.encoder, backend="aot_eager")
     output = accumulate_gradients(engine, batches[rank], config, device=torch.device("cpu"))
     errors = gradient_errors(engine, wanted)
     engine.step(1e-4)
@@ -255,6 +259,14 @@ def list_cases(world_size: int) -> dict[str, dict[str, Any]]:
             {"schedule": schedule, "longest": longest, **long}
             for schedule, longest in (("cache", 4096), ("plain", 2048), ("sweep", 2048))
         ]
+    if world_size == 2:
+        compiled = {"counts": [3, 5], "compiled": True}
+        cases += [
+            {"schedule": "cache", "keep_graphs": 0, "stage": 2, "lora": False, **compiled},
+            {"schedule": "cache", "keep_graphs": 2, "stage": 1, "lora": True, **compiled},
+            {"schedule": "sweep", "keep_graphs": 0, "stage": 3, "lora": True, **compiled},
+            {"schedule": "sweep", "keep_graphs": 0, "stage": 3, "lora": False, **compiled},
+        ]
     return {_name(**case): case for case in cases}
 
 
@@ -266,9 +278,11 @@ def _name(
     counts: list[int],
     lora: bool,
     longest: int | None = None,
+    compiled: bool = False,
 ) -> str:
     words = [f"zero{stage}", schedule, f"{'+'.join(map(str, counts))} chunks"]
     words += [f"{keep_graphs} kept"] * (keep_graphs > 0) + ["lora"] * lora
+    words += ["compiled"] * compiled
     return ", ".join(words + [f"{longest} tokens"] * (longest is not None))
 
 

@@ -1,0 +1,153 @@
+"""Compiled layers: the same gradients, few graphs, and files that do not know of it.
+
+Most tests stop before code is generated (`aot_eager`), which takes a CPU minutes. Gradients on
+several ranks are a part of test_gradients.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import LoraConfig, ModelConfig, TrainConfig, load_config
+from pipeline.errors import UserError
+from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
+from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.training.contrastive_step import accumulate_gradients
+from tests.benchmarks.bench_support import (
+    Gradients,
+    PlainEngine,
+    draw_texts,
+    gradient_error,
+    make_batch,
+    step_config,
+    take_gradients,
+)
+
+MAX_GRAPHS = 16
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def encoder_of(path: Path, *, lora: bool = False, checkpointing: bool = False) -> Encoder:
+    torch.manual_seed(0)
+    adapter = LoraConfig(rank=2, dropout=0.2) if lora else None
+    encoder = build_encoder(
+        ModelConfig(
+            path=str(path), dtype="float32", lora=adapter, gradient_checkpointing=checkpointing
+        )
+    )
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return encoder.train()
+
+
+def gradients_of(encoder: Encoder, lengths: list[int], schedule: str) -> Gradients:
+    batch = make_batch(draw_texts(np.array(lengths), 500), len(lengths) // 2, max_tokens=100)
+    config = step_config(schedule)
+    accumulate_gradients(PlainEngine(encoder), batch, config, device=torch.device("cpu"))
+    return take_gradients(encoder)
+
+
+def has_compiler() -> str | None:
+    try:
+        require_compiler(on_gpu=False)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.skipif(has_compiler() is not None, reason=str(has_compiler()))
+def test_generated_code_computes_the_gradients_of_layers_that_are_not_compiled(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    wanted = gradients_of(encoder_of(model_path, lora=True), [30, 20, 9, 40], "plain")
+    encoder = encoder_of(model_path, lora=True)
+    compile_layers(encoder)
+
+    found = gradients_of(encoder, [30, 20, 9, 40], "plain")
+
+    assert gradient_error(found, wanted) <= 2e-6
+    assert list(tmp_path.rglob("*.cpp")), "code was generated"
+
+
+@pytest.mark.parametrize(("schedule", "checkpointing"), [("cache", True), ("sweep", False)])
+def test_dropout_and_gradients_are_those_of_layers_that_are_not_compiled(
+    schedule: str, checkpointing: bool, model_path: Path
+) -> None:
+    lengths = [30, 20, 9, 40, 3, 77]
+    wanted = gradients_of(encoder_of(model_path, lora=True), lengths, schedule)
+    encoder = encoder_of(model_path, lora=True, checkpointing=checkpointing)
+    compile_layers(encoder, backend="aot_eager")
+
+    assert gradient_error(gradients_of(encoder, lengths, schedule), wanted) <= 2e-6
+
+
+def test_fifty_lengths_share_a_few_graphs(model_path: Path) -> None:
+    encoder = encoder_of(model_path)
+    compile_layers(encoder, backend="aot_eager")
+    before, counts = num_graphs(), []
+    for length in range(1, 51):
+        with torch.no_grad():
+            encoder(torch.arange(length), torch.tensor([length]))
+        ids, lengths = torch.arange(2 * length), torch.tensor([length, length])
+        encoder(ids, lengths).sum().backward()
+        counts.append(num_graphs() - before)
+
+    assert 0 < counts[-1] <= MAX_GRAPHS
+    assert counts[2] == counts[-1], "later lengths need no graph of their own"
+
+
+def test_names_of_parameters_stay_as_they_are(model_path: Path) -> None:
+    encoder = encoder_of(model_path, lora=True)
+    names = list(encoder.state_dict())
+    line = compile_layers(encoder, backend="aot_eager")
+    encoder(torch.arange(5), torch.tensor([5]))
+
+    assert list(encoder.state_dict()) == names
+    assert "2 layers of Qwen2DecoderLayer" in line
+
+
+@pytest.mark.parametrize(("on_gpu", "lacks"), [(False, "a C++ compiler"), (True, "triton")])
+def test_a_machine_without_a_compiler_is_refused(
+    on_gpu: bool, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(UserError, match=rf"lacks .*{lacks[2:]}"):
+        require_compiler(on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"deterministic": True}, "false with deterministic"),
+        (
+            {"model": {"trust_remote_code": True, "revision": "abc"}},
+            "false with model.trust_remote_code",
+        ),
+    ],
+)
+def test_settings_that_compiled_layers_cannot_keep_are_refused(
+    others: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = {"path": "some/model", "pooling": "mean", **others.pop("model", {})}
+    tree = {"output_dir": "run", "num_steps": 1, "model": model, "data": {"path": "shards"}}
+    path = tmp_path / "train.yaml"
+    path.write_text(json.dumps({**tree, "compile": True, **others}))
+
+    with pytest.raises(UserError, match="compile: True") as refused:
+        load_config(TrainConfig, path)
+    assert reason in str(refused.value)
