@@ -57,7 +57,8 @@ def compile_layers(encoder: Any, *, backend: str = "inductor") -> str:
         backend: of `torch.compile`.
     """
     # Its number of rows is another in every chunk, and its kernels are written by hand.
-    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
+    as_it_is = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(PACKED, as_it_is)
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     options = _OPTIONS if backend == "inductor" else None
     for layer in encoder.layers:

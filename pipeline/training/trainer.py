@@ -100,7 +100,7 @@ def train(
     warnings = data_warnings(loader, config)
     objective = make_objective(config, loader)
     if config.compile:
-        require_compiler(on_gpu=comm.device().type == "cuda")
+        require_compiler(on_gpu=torch.cuda.is_available())
     comm.start(world)
     set_determinism(config.deterministic)
     # From here on, a check on one rank must raise on all (see comm.on_main).

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from pipeline.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from pipeline.errors import UserError
@@ -29,6 +30,8 @@ from tests.benchmarks.bench_support import (
     step_config,
     take_gradients,
 )
+from tests.training.tiny_recipe import make_recipe
+from tests.training.trainer_command import run_trainer
 
 MAX_GRAPHS = 16
 
@@ -109,6 +112,57 @@ def test_fifty_lengths_share_a_few_graphs(model_path: Path) -> None:
 
     assert 0 < counts[-1] <= MAX_GRAPHS
     assert counts[2] == counts[-1], "later lengths need no graph of their own"
+
+
+# The trainer, without generated code.
+WORKER = """
+import functools, sys
+from pipeline.training import trainer
+trainer.compile_layers = functools.partial(trainer.compile_layers, backend="aot_eager")
+from pipeline.train import main
+main()
+"""
+
+
+def test_a_compiled_run_resumes_without_compiling_and_saves_the_same_names(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = [recipe, "--deepspeed", "ds_configs/zero3.json", "optimizer.decay_steps=6"]
+
+    done = run_trainer(*common, f"output_dir={whole}")
+    assert done.returncode == 0, done.stderr
+    first = run_trainer(
+        *common, f"output_dir={parts}", "num_steps=2", "compile=true", script=worker
+    )
+    assert first.returncode == 0, first.stderr
+    assert "compile: 2 layers of Qwen2DecoderLayer" in first.stdout
+    second = run_trainer(*common, f"output_dir={parts}")
+    assert second.returncode == 0, second.stderr
+
+    wanted, found = (read_metrics(folder) for folder in (whole, parts))
+    losses = [[line["loss"] for line in lines] for lines in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [0 < line.get("compiled_graphs", 0) <= MAX_GRAPHS for line in found] == [
+        *([True] * 2),
+        *([False] * 4),
+    ]
+    names = [saved_names(folder / "checkpoints" / "step-000006") for folder in (parts, whole)]
+    assert names[0] == names[1] != []
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_names(checkpoint: Path) -> list[str]:
+    """Return the names of all tensors of a checkpoint."""
+    names = []
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return sorted(names)
 
 
 def test_names_of_parameters_stay_as_they_are(model_path: Path) -> None:
