@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AttentionInterface
 
 from pipeline.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from pipeline.errors import UserError
+from pipeline.model.attention import PACKED, packed_attention
 from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
@@ -37,10 +39,10 @@ MAX_GRAPHS = 16
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
+def nothing_stays_compiled() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+    AttentionInterface.register(PACKED, packed_attention)
 
 
 def encoder_of(path: Path, *, lora: bool = False) -> Encoder:
