@@ -1,7 +1,7 @@
 """Compiled layers: the same gradients, few graphs, and files that do not know of it.
 
-Most tests stop before code is generated (`aot_eager`), which takes a CPU minutes. Gradients on
-several ranks are a part of test_gradients.py.
+Most tests only find graphs (`eager`): to make code of them takes a CPU minutes. Gradients on several
+ranks are a part of test_gradients.py.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_generated_code_computes_the_gradients_of_layers_that_are_not_compiled(
 
 def test_fifty_lengths_share_a_few_graphs(model_path: Path) -> None:
     encoder = encoder_of(model_path)
-    compile_layers(encoder, backend="aot_eager")
+    compile_layers(encoder, backend="eager")
     before, counts = num_graphs(), []
     for length in range(1, 51):
         with torch.no_grad():
@@ -104,7 +104,7 @@ def test_fifty_lengths_share_a_few_graphs(model_path: Path) -> None:
 WORKER = """
 import functools, sys
 from pipeline.training import trainer
-trainer.compile_layers = functools.partial(trainer.compile_layers, backend="aot_eager")
+trainer.compile_layers = functools.partial(trainer.compile_layers, backend="eager")
 from pipeline.train import main
 main()
 """
@@ -151,13 +151,16 @@ def saved_names(checkpoint: Path) -> list[str]:
     return sorted(names)
 
 
-@pytest.mark.parametrize(("on_gpu", "lacks"), [(False, "a C++ compiler"), (True, "triton")])
+@pytest.mark.parametrize(
+    ("on_gpu", "lacks"), [(False, "a C++ compiler"), (True, "the package triton")]
+)
 def test_a_machine_without_a_compiler_is_refused(
     on_gpu: bool, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(UserError, match=rf"lacks .*{lacks[2:]}"):
+    with pytest.raises(UserError) as refused:
         require_compiler(on_gpu=on_gpu)
+    assert f"lacks {lacks}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
