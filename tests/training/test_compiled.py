@@ -1,7 +1,7 @@
 """Compiled layers: the same gradients, few graphs, and files that do not know of it.
 
-Most tests only find graphs (`eager`): to make code of them takes a CPU minutes. Gradients on several
-ranks are a part of test_gradients.py.
+Most tests only find graphs (`eager`): to make code of them takes a CPU minutes. Gradients on
+several ranks are a part of test_gradients.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from pipeline.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from pipeline.errors import UserError
+from pipeline.model import compiled
 from pipeline.model.attention import PACKED, packed_attention
 from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
 from pipeline.model.encoder import Encoder, build_encoder
@@ -158,6 +159,7 @@ def test_a_machine_without_a_compiler_is_refused(
     on_gpu: bool, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr(compiled, "find_spec", lambda _: None)
     with pytest.raises(UserError) as refused:
         require_compiler(on_gpu=on_gpu)
     assert f"lacks {lacks}" in str(refused.value)
