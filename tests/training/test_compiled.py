@@ -48,7 +48,7 @@ def nothing_stays_compiled() -> Iterator[None]:
 
 def encoder_of(path: Path, *, lora: bool = False) -> Encoder:
     torch.manual_seed(0)
-    adapter = LoraConfig(rank=2, dropout=0.2) if lora else None
+    adapter = LoraConfig(rank=2, dropout=0.2, targets=("down_proj",)) if lora else None
     encoder = build_encoder(ModelConfig(path=str(path), dtype="float32", lora=adapter))
     for name, parameter in encoder.named_parameters():
         if "lora_B" in name:
@@ -82,7 +82,7 @@ def test_generated_code_computes_the_gradients_of_layers_that_are_not_compiled(
 
     found = gradients_of(encoder)
 
-    assert gradient_error(found, wanted) <= 2e-6
+    assert gradient_error(found, wanted) <= 1e-5
     assert list(tmp_path.rglob("*.cpp")), "code was generated"
 
 
