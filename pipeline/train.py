@@ -204,8 +204,8 @@ def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dic
             return {}
         plan = plan_run(config, ds_config, world_size=world.world_size, target=target, build=False)
         return expected_step(plan, config, machine, network=DEFAULT_NETWORK)
-    except UserError as error:
-        print(f"no prediction of a step: {error}", flush=True)
+    except Exception as error:  # a plan may fail on what a run can do, and no run needs it
+        print(f"no prediction of a step: {error or type(error).__name__}", flush=True)
         return {}
 
 

@@ -374,6 +374,12 @@ class ModelShape:
                 fix="use `python pipeline/train.py CONFIG --dry-run`, which builds the model",
             )
         adapters = adapters_of(architecture, model)
+        if adapters is not None and not adapters.linears:
+            raise UserError(
+                f"model.lora.targets: no layer of {architecture.model_type} has one of them",
+                allowed=", ".join(dict.fromkeys(linear.name for linear in architecture.linears)),
+                fix="set model.lora.targets: all-linear",
+            )
         layer, num_layers = architecture.layer_parameters, architecture.num_layers
         table = architecture.vocab_size * architecture.hidden_size
         untied = head and not tree.get("tie_word_embeddings", False)
