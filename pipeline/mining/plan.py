@@ -356,7 +356,10 @@ def find_change(config: MineConfig, plan: MinePlan, manifest: Manifest) -> str:
             return f"negatives mined with another model {name!r}: its weights or settings changed"
     now = as_tree(config)
     changed = [key for key, value in info.settings.items() if now.get(key) != value]
-    return f"negatives mined with other settings ({', '.join(changed) or 'other inputs'})"
+    if changed:
+        return f"negatives mined with other settings ({', '.join(changed)})"
+    inputs = [*config.corpora, *(config.decontaminate.sets if config.decontaminate else ())]
+    return f"negatives mined from other inputs (of {', '.join(str(each.path) for each in inputs)})"
 
 
 def is_mined(config: MineConfig) -> bool:

@@ -214,10 +214,13 @@ def describe_shards(root: Path, store: Path | None = None) -> View:
         store: see `mining_store`.
     """
     path = root / "manifest.json"
-    if not path.exists():
-        return _describe_building(root, store)
+    fix = "remove the folder, and make the shards again"
     try:
-        manifest = read_record(path, dict[str, Any], fix="remove it, and make the shards again")
+        if not path.exists() and not any(root.glob("*.arrow")):
+            return _describe_building(root, store)
+        if not path.exists():
+            raise UserError(f"{path} is missing", fix=fix)
+        manifest = read_record(path, dict[str, Any], fix=fix)
     except UserError as error:
         fault = Fact("last error", str(error), "fail")
         return View(title=f"shards {root}", state="damaged", tone="fail", facts=(fault,))

@@ -236,6 +236,10 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     except (UserError, OSError) as error:
         yield Fact("checkpoint", str(error), "fail")
         return
+    names = checkpoint_folder.names(run.checkpoints)
+    if name is None and names:
+        yield Fact("checkpoint", f"{', '.join(names)}, but the file `latest` is missing", "fail")
+        return
     if name is None:
         yield Fact("checkpoint", "none yet", "warn" if step else "")
         return
@@ -247,8 +251,7 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
         yield Fact("checkpoint", found, "fail")
         return
     distance = f"{behind:,} steps behind" if behind >= 0 else f"{-behind:,} steps ahead of metrics"
-    kept = len(checkpoint_folder.names(run.checkpoints))
-    yield Fact("checkpoint", f"{name}, {distance}, {duration(when)} old; {kept} kept")
+    yield Fact("checkpoint", f"{name}, {distance}, {duration(when)} old; {len(names)} kept")
 
 
 def _warnings(run: RunDir, metrics: Metrics) -> Iterator[Fact]:
