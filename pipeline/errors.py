@@ -54,7 +54,7 @@ class MachineError(DiffembedError):
     """A disk, a limit or a mount of this machine failed; the config is fine; exits with 1."""
 
 
-# Errors of a path that the user gave: only another path, or other permissions, help.
+# Errors that stay until the user changes something: a path, permissions, a limit.
 _PATH_FAULTS = {
     errno.EACCES: "give a path that this user may read or write",
     errno.EPERM: "give a path that this user may read or write",
@@ -65,12 +65,12 @@ _PATH_FAULTS = {
     errno.EEXIST: "give another path, or remove the existing file",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "give a path without a circle of symbolic links",
+    errno.EFBIG: "raise `ulimit -f` and run the same command again",
 }
 # Errors of the machine: the same command works once they are repaired.
 _MACHINE_FAULTS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EFBIG: "raise `ulimit -f` and run the same command again",
     errno.EIO: "check the disk and run the same command again",
     errno.ESTALE: "check the network disk and run the same command again",
     errno.ETIMEDOUT: "check the network disk and run the same command again",

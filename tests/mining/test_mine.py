@@ -539,9 +539,9 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
             mine(config, num_workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith(f"MachineError: {tmp_path}") and "File too large" in lines[-1]
+    assert lines[-1].startswith(f"UserError: {tmp_path}") and "File too large" in lines[-1]
     assert lines[-2].endswith("the same command continues")
     assert not config.output.exists()
 
