@@ -9,12 +9,14 @@ import pickle
 import random
 import signal
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
@@ -69,6 +71,16 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
     return table["id"].to_pylist(), vectors.reshape(-1, width)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Each of several processes has one thread; products of two threads differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_vectors_are_those_of_the_export_for_any_number_of_processes(job: EncodeJob) -> None:
     names, vectors = read(encode_file(job, num_processes=1))
     assert names == [f"q{k}" for k in range(300)]
