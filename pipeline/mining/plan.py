@@ -358,8 +358,10 @@ def find_change(config: MineConfig, plan: MinePlan, manifest: Manifest) -> str:
     changed = [key for key, value in info.settings.items() if now.get(key) != value]
     if changed:
         return f"negatives mined with other settings ({', '.join(changed)})"
-    inputs = [*config.corpora, *(config.decontaminate.sets if config.decontaminate else ())]
-    return f"negatives mined from other inputs (of {', '.join(str(each.path) for each in inputs)})"
+    paths = [str(corpus.path) for corpus in config.corpora]
+    if config.decontaminate is not None:
+        paths += [str(each.path) for each in config.decontaminate.sets]
+    return f"negatives mined from other inputs (of {', '.join(paths)})"
 
 
 def is_mined(config: MineConfig) -> bool:
