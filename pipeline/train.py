@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from pipeline import checkpoint_folder
 from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
-from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error
+from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error, say_warning
 from pipeline.files import require_writable
 from pipeline.launch import (
     World,
@@ -151,7 +151,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
             print(dump_config(config))
             print(describe(plan, config))
             if machine.warning:
-                print(f"WARNING: {machine.warning}", file=sys.stderr)
+                say_warning(machine.warning)
             if machine.speed is not None:
                 print("\n" + describe_time(plan, config, machine, network=DEFAULT_NETWORK))
             return
@@ -165,7 +165,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
 
 
 def earlier_schedule(config: TrainConfig) -> Schedule | None:
-    """Return the schedule of the run that this command resumes; None where it starts anew."""
+    """Return the schedule of the run that this command resumes; None for a new run."""
     run = RunDir(config.output_dir)
     if config.schedule != "auto" or not checkpoint_folder.names(run.checkpoints):
         return None
@@ -199,7 +199,7 @@ def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dic
     try:
         machine = this_machine(target, comm.device_name())
         if machine.warning:
-            print(f"WARNING: {machine.warning}", flush=True)
+            say_warning(machine.warning)
         if machine.speed is None and not on_gpu:
             return {}
         plan = plan_run(config, ds_config, world_size=world.world_size, target=target, build=False)

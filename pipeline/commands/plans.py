@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ import typer
 
 from pipeline.commands import CHECK, DEFAULT_DEEPSPEED, RUN, Config, DeepSpeed, Overrides, load
 from pipeline.config import ChainConfig, ExportStep, MineConfig, TrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_warning
 
 app = typer.Typer()
 plan = typer.Typer(help="Estimate a run before it starts.", no_args_is_help=True)
@@ -32,16 +31,10 @@ DocumentTokens = Annotated[
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
-        help="constants measured by `diffembed plan calibrate`; default: those of the GPU, if it "
-        "was calibrated"
+        help="constants measured by `diffembed plan calibrate`; default: the GPU's, if it was "
+        "calibrated"
     ),
 ]
-
-
-def say_warning(text: str) -> None:
-    """Print a warning, unless it is empty, where it does not mix with the plan."""
-    if text:
-        print(f"WARNING: {text}", file=sys.stderr)
 
 
 def _planned_data(
@@ -94,7 +87,8 @@ def plan_run(
     ranks = nodes * gpus_per_node
     resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
     machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
-    say_warning(machine.warning)
+    if machine.warning:
+        say_warning(machine.warning)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
         plan = make_plan(
             planned,
@@ -134,7 +128,8 @@ def plan_scale(
 
     given = load_ds_config(deepspeed)
     machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
-    say_warning(machine.warning)
+    if machine.warning:
+        say_warning(machine.warning)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
         sizes = scale(
             planned,
