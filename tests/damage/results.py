@@ -126,7 +126,8 @@ def watched(folder: Path, output: str) -> Result:
     """Steps, checkpoints and stages of what is shown, without times."""
     shown = "step .*|checkpoint .*|(?:prepare|mine|train|export-latest|evaluate|report) +[a-z]+"
     lines = re.findall(rf"^ *({shown})", output, re.MULTILINE)
-    return {"shown": [re.sub(r", [^,;]* old", "", line) for line in lines]}
+    # Tables pad their cells to the widest, which may be a time.
+    return {"shown": [re.sub(r", [^,;]* old", "", line).rstrip() for line in lines]}
 
 
 def checked(folder: Path, output: str) -> Result:
