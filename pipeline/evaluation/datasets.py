@@ -260,7 +260,26 @@ def _check_split(where: str, data: Any, fix: str, *, rows: Any) -> None:
     judged = data["relevant_docs"]
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
+    _check_judgements(where, judged, fix)
     _report_doubtful(where, rows)
+
+
+def _check_judgements(where: str, judged: Any, fix: str) -> None:
+    """Refuse judgements that pytrec_eval would refuse after everything is encoded."""
+    for query, grades in judged.items():
+        for document, grade in grades.items():
+            if not isinstance(document, str):
+                raise UserError(
+                    f"{where}: query {query!r} judges a document with the id {document!r}",
+                    allowed="ids that are texts",
+                    fix=fix,
+                )
+            if type(grade) is not int:
+                raise UserError(
+                    f"{where}: query {query!r}: document {document!r} has the grade {grade!r}",
+                    allowed="whole numbers",
+                    fix=fix,
+                )
 
 
 def _report_doubtful(where: str, data: Any) -> None:

@@ -90,7 +90,10 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
         try:
             record: Any = json.loads(line)
             words, tags = record["tokens"], record[f"{task}_tags"]
-            fits = len(words) == len(tags) > 0 and all(isinstance(word, str) for word in words)
+            # A text has letters, an object has keys: neither is a list of words or of tags.
+            fits = isinstance(words, list) and isinstance(tags, list)
+            fits = fits and len(words) == len(tags) > 0
+            fits = fits and all(isinstance(word, str) for word in words)
             fits = fits and all(isinstance(tag, str) or type(tag) is int for tag in tags)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -100,7 +103,7 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
         if not fits:
             raise UserError(
                 f"{path}:{number}: a word without tag, or no words",
-                allowed=f"as many texts in tokens as texts or numbers in {task}_tags",
+                allowed=f"a list of texts in tokens, and as many texts or numbers in {task}_tags",
             )
         # Tags are names or class numbers; one of the other kind is damage, not another tag.
         kind = kind or type(tags[0])

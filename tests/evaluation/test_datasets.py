@@ -147,6 +147,12 @@ FAULTS: dict[str, tuple[str, str, Callable[[list[dict]], object], str]] = {
         lambda rows: rows[2].update(gold_ids=[]),
         r"no relevance judgements for queries \['2'\]",
     ),
+    "judged number": (
+        AOPS,
+        "mteb/BRIGHT/examples/aops.jsonl",
+        lambda rows: rows[2].update(gold_ids=[-0.5]),
+        r"query '2' judges a document with the id -0.5 \| allowed: ids that are texts",
+    ),
     "no such column": (
         AOPS,
         "mteb/BRIGHT/documents/aops.jsonl",
