@@ -90,6 +90,12 @@ def latest_name(folder: Path) -> str | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
+    if not pointer.is_file():
+        raise UserError(
+            f"{pointer} is not a file",
+            allowed="a file with the name of a checkpoint in this folder",
+            fix=f"remove it, then write one with `diffembed rewind {folder.parent} NAME`",
+        )
     name = pointer.read_bytes().decode(errors="replace").strip()
     if checkpoint_step(name) is None:
         raise UserError(

@@ -13,6 +13,12 @@ from pipeline.errors import UserError
 from tests.training.memory_engine import Memory, save, tree
 
 
+def test_latest_that_is_a_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UserError, match=r"latest is not a file .*\| fix: remove it"):
+        checkpoint_folder.latest(tmp_path)
+
+
 def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
     save(tmp_path, Memory(a=1.0), step=1, identity={})
     (tmp_path / "latest").write_text("step-000007\n")
