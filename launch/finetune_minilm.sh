@@ -6,7 +6,8 @@
 #
 # GENERATIONS holds generations.jsonl and definitions.jsonl (see `python -m ReasonAug rows --help`).
 # With `synthesis` in its place, `python -m ReasonAug synthesize` asks the tests' server, which
-# answers from the templates; a tenth of its solutions is wrong, and dropped by the checks. The other arguments change launch/recipes/minilm/train.yaml. No GPU needed, no network except for
+# answers from the templates; a tenth of its solutions is wrong, and dropped by the checks.
+# The other arguments change launch/recipes/minilm/train.yaml. No GPU needed, no network except for
 # the installation. Run it again to continue. Results: runs/minilm/report/report.md
 set -euo pipefail
 if [[ ${1:-} == synthesis ]]; then
