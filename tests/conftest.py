@@ -126,7 +126,7 @@ sys.addaudithook(_refuse_processes)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Hold fast tests, and the fixtures they set up, to what their marker says."""
+    """Fail fast tests, and fixtures they set up, that start a process."""
     global _running_fast
     _running_fast = item.get_closest_marker("fast") is not None
 

@@ -371,7 +371,7 @@ class SynthesisConfig:
     model: ModelConfig
     """The model and its servers."""
     concepts: ConceptsConfig
-    """What to write about."""
+    """The concepts to write about."""
     seed: int = 0
     """Draws of options, proportions and negatives."""
     api: Literal["live", "batch"] = "live"

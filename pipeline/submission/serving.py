@@ -1,4 +1,4 @@
-"""Start language models on a job's nodes, run a synthesis that asks them, and stop them.
+"""Start language models on a job's nodes, run a synthesis on them, and stop them.
 
     python -m pipeline.submission.serving CONFIG [key=value ...] -- [FLAGS-OF-SRUN]
 

@@ -103,7 +103,7 @@ def require_same_model(
 
     Returns:
         Files of weights that changed since the run started, where all of its weights were trained.
-        Whether they matter is known once the model is built, see `require_own_weights`.
+        `require_own_weights` decides once the model is built if they matter.
 
     Raises:
         UserError: names what differs.

@@ -62,7 +62,7 @@ MINILM = str(get_model_path())
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a function returned in a process of its own, its CPU seconds and its peaks in bytes."""
+    """Result of a function that ran in its own process, its CPU seconds and its peaks in bytes."""
 
     result: Any
     seconds: float

@@ -127,7 +127,7 @@ def _step(engine: ZeroEngine, batch: GlobalBatch, schedule: str) -> None:
 
 
 def _mark_second_pass(engine: ZeroEngine, counted: Traffic) -> None:
-    """The second pass begins where the step opens the engine's accumulation."""
+    """The second pass starts where the step opens the engine's accumulation."""
     accumulation = engine.accumulation
 
     def marked() -> Any:

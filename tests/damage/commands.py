@@ -27,7 +27,7 @@ class Command:
         result: what it concluded, from its folder and its output; compared with the undamaged one.
         code: exit code where nothing is damaged.
         weight: how often it is drawn, relative to the others.
-        replaces: globs of earlier files that it may write anew.
+        replaces: globs of earlier files that it may replace.
         fewer: its result lists what need not be done again, which may be less after damage.
         any_text: it takes every string of a JSON-lines file, whatever the fields.
         lists: it prints a line `fail ...` for each fault, and exits with 1 if there is one.

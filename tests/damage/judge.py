@@ -15,9 +15,9 @@ from tests.damage.results import digest
 
 RIGHT = ("refused", "same", "told", "legal")
 _ERROR = re.compile(r"^[A-Z][A-Za-z]*Error: ")
-# What to change: as a rule in so many words, after a step that is not finite in a sentence.
+# The advice: usually after `fix:`, in a sentence after a step that is not finite.
 _CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
-# What a command says that continues without something, or does it again.
+# Messages of commands that continue without something, or do it again.
 _TOLD = re.compile(
     r"no samples|no line of|left out|again|missing|damaged|does not exist|does not say|\| fix: "
 )
@@ -28,7 +28,7 @@ _COUNTED = re.compile(
 )
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
-# What transformers writes into tokenizer_config.json and never reads.
+# Keys that transformers writes into tokenizer_config.json and never reads.
 _UNREAD = {"backend"}
 _KINDS = {
     "starter.yaml": "StarterConfig",
@@ -180,7 +180,7 @@ def _names(damage: Damage) -> set[str]:
 
 
 def _is_right_by_itself(damage: Damage, line: str, folder: Path) -> bool:
-    """Whether a config is whole after the damage, or breaks a rule about another key."""
+    """Return True if a config is valid after the damage, or breaks a rule about another key."""
     from pipeline.errors import UserError
 
     if damage.kind == "key dropped":
@@ -203,26 +203,26 @@ def _loads(damage: Damage, folder: Path) -> bool:
 
 
 def _tells_value(damage: Damage, line: str) -> bool:
-    """Whether a line shows the value that a key was given, such as a path that is not there."""
+    """Return True if a line shows the value that a key was given, such as a missing path."""
     value = str(damage.value).replace("\n", " ").strip()[:80]
     value = str(Path.home()) if value == "~" else value
     return bool(damage.key) and (f" {value}: " in line or (len(value) > 1 and value in line))
 
 
 def _runs_long(damage: Damage) -> bool:
-    """Whether a number was asked for that takes as long as it says."""
+    """Return True if the value is a number of steps or texts that takes hours."""
     return isinstance(damage.value, int | float) and damage.value >= 10**6
 
 
 def is_legal(damage: Damage, *, whole: Path, folder: Path, any_text: bool = False) -> bool:
-    """Whether the damaged input says something else, and says it rightly."""
+    """Return True if the damaged input is another valid input."""
     now, was = folder / damage.file, whole / damage.file
     if damage.key or damage.kind.startswith("key "):
         if damage.file in _KINDS:
             return _is_taken(damage, folder)
         return damage.file.startswith(_OPEN)
     if not now.is_file():
-        # Without this file, an export is a folder of sentence-transformers like those of others.
+        # Without this file, an export is a sentence-transformers folder like any other.
         return damage.file == "export/diffembed.json" and damage.kind == "deleted"
     if now.suffix == ".json":
         open_ = damage.file.startswith(_OPEN)
@@ -243,7 +243,7 @@ def is_legal(damage: Damage, *, whole: Path, folder: Path, any_text: bool = Fals
 
 
 def _is_taken(damage: Damage, folder: Path) -> bool:
-    """Whether the resolved config holds the very value that the file gives."""
+    """Return True if the resolved config holds the value that the file gives."""
     import pipeline.config as kinds
 
     kind = getattr(kinds, _KINDS[damage.file])
@@ -285,7 +285,7 @@ def _parse(path: Path) -> Any:
 
 
 def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
-    """Whether two trees differ in values of the same kind only; an open one also in its keys."""
+    """Return True if two trees differ only in values of the same kind; open ones also in keys."""
     if now is ... or was is ...:
         return False
     if isinstance(was, dict) and isinstance(now, dict):
@@ -307,7 +307,7 @@ def _same_kinds(was: Any, now: Any, open_: bool) -> bool:
 
 
 def _lines_fit(was: Path, now: Path, *, any_text: bool) -> bool:
-    """Whether every line is an object with the fields, of the kinds, that lines had before."""
+    """Return True if every line is an object with the fields and kinds that lines had before."""
     try:
         lines = now.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
@@ -330,7 +330,7 @@ def _lines_fit(was: Path, now: Path, *, any_text: bool) -> bool:
 
 
 def _is_log(path: Path) -> bool:
-    """Whether every whole line of a log has a step; nothing is computed from the other numbers."""
+    """Return True if every line has a step; nothing is computed from the other numbers."""
     try:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines]

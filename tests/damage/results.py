@@ -1,4 +1,4 @@
-"""What commands conclude, read from their folder and their output; compared between two runs."""
+"""Results of commands, read from their folder and output, for comparison between two runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text(folder: Path, output: str) -> Result:
 
 
 def finished(folder: Path, output: str) -> Result:
-    """What `submit` need not submit any more."""
+    """Stages that `submit` skips because they are finished."""
     lines = [line for line in output.splitlines() if line.startswith("# finished")]
     return {"finished": lines}
 
@@ -62,14 +62,14 @@ def training(run: str) -> Callable[[Path, str], Result]:
 def export(folder: Path, output: str) -> Result:
     """Weights and settings; the model card holds the config's text as well."""
     found = files("made/*.safetensors", "made/*.json", "made/1_Pooling/*")(folder, output)
-    # What no vector depends on is handed on as it was published.
+    # Files that no vector depends on are copied as they were published.
     published = json.loads((folder / "made/config.json").read_text())
     kept = {key: value for key, value in published.items() if not key.endswith("_token_id")}
     return {**found, "made/config.json": kept}
 
 
 def vectors(name: str) -> Callable[[Path, str], Result]:
-    """What an Arrow file of vectors holds; its bytes name the input's place."""
+    """Contents of an Arrow file of vectors; its bytes also hold the path of the input."""
 
     def result(folder: Path, output: str) -> Result:
         import pyarrow as pa

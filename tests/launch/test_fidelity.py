@@ -1,6 +1,6 @@
 """Each known fault of the published code, and the test that fails where it comes back.
 
-What other rooms already prove is listed in PROOFS; the rest is here.
+PROOFS lists what tests elsewhere prove; the rest is here.
 """
 
 from __future__ import annotations

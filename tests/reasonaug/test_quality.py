@@ -1,4 +1,4 @@
-"""The report on generated data counts what it says, and thresholds keep bad data from the rows."""
+"""The report on generated data has right counts, and thresholds keep bad data from the rows."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def interruptions(runs: Runs) -> None:
 
 
 def break_rules() -> list[str]:
-    """Return what a recorder says of calls that gloo takes and NCCL does not."""
+    """Return a recorder's findings on calls that gloo accepts and NCCL refuses."""
     recorder = Recorder()
     recorder.phase = "mistakes"
     other = comm.new_group(range(comm.world_size()))

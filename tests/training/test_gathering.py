@@ -112,7 +112,7 @@ def test_copies_within_a_node_are_not_prefetched() -> None:
 
 
 class Recording(PlainEngine):
-    """Notes what a sweep asks of its engine, by the number of the layer."""
+    """Record the calls of a sweep to its engine, by the number of the layer."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(load(path))

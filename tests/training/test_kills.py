@@ -14,6 +14,6 @@ def test_a_run_killed_at_random_moments_goes_on_bit_equal(recipe: Path, tmp_path
     tally.run(3)
     assert {round_.victim for round_ in tally.rounds} == set(VICTIMS)
     assert [round_.verdict for round_ in tally.rounds] == ["right"] * 3
-    # The launcher ends the other rank, and says why.
+    # The launcher ends the other rank, and prints why.
     assert (tally.rounds[0].launcher, tally.rounds[0].victim) == ("torchrun", "one rank")
     assert "SIGKILL" in tally.rounds[0].output
