@@ -245,6 +245,21 @@ def all_gather_stack(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
+def exchange(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    """Send every rank its part; return a copy of what all ranks sent to this one, in rank order.
+
+    Args:
+        parts: flat tensors of one type, for each rank; may be empty.
+        sizes: numbers of elements that each rank sends to this one.
+    """
+    sent = torch.cat(parts)
+    if world_size() == 1:
+        return sent
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [len(part) for part in parts])
+    return received
+
+
 def broadcast_(tensor: torch.Tensor, src: int) -> torch.Tensor:
     """Overwrite the tensor with rank `src`'s; returns it."""
     if world_size() > 1:

@@ -30,6 +30,7 @@ NAMES = {
     *("broadcast", "gather", "irecv", "isend", "monitored_barrier", "recv", "reduce"),
     *("reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor", "scatter", "send"),
 }
+UNEVEN = {"all_to_all_single"}
 NCCL_TYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
@@ -88,7 +89,11 @@ class Recorder:
         """Note a call and its faults; return the name of its group and the call's number in it."""
         group = _name_of(given.get("group"))
         tensors = [] if name in OBJECTS else _tensors_in(list(given.values()))
-        shapes = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in tensors]
+        # Of uneven parts, every rank has its own sizes.
+        shapes = [
+            f"{str(x.dtype).removeprefix('torch.')}{'' if name in UNEVEN else list(x.shape)}"
+            for x in tensors
+        ]
         details = [f"{key}={given[key]}" for key in ("op", "src", "dst") if key in given]
         call = " ".join([f"{self.phase}: {group} {name}", *shapes, *details])
         self.calls.append(call)

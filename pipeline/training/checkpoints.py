@@ -72,8 +72,8 @@ class Stateful(Protocol):
     def optimizer_steps(self) -> int:
         """The number of updates that the optimizer has made."""
 
-    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """Return copies of a parameter's whole state; a collective call."""
+    def share_state(self, name: str) -> dict[str, torch.Tensor]:
+        """Return this rank's flat elements of a parameter's state, by key, on its device."""
 
     def prepare_restore(self, optimizer_steps: int) -> None:
         """Allocate state to restore into."""
@@ -85,7 +85,10 @@ class Stateful(Protocol):
         """Return the flat elements of a parameter whose state this rank keeps."""
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
-        """Restore this rank's elements of a parameter's state; a collective call."""
+        """Restore this rank's elements of a parameter's state."""
+
+    def finish_restore(self) -> None:
+        """Use the restored state from now on; a collective call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,14 +143,7 @@ class Saver:
         assert self._pending is None, "the save before this one is not finished"
         rank, world_size = comm.rank(), comm.world_size()
         target = self._folder / checkpoint_name(step)
-        share = {}
-        for index, name in enumerate(engine.parameter_names):
-            state = engine.gather_state(name)
-            # Every rank takes part in the gather, one keeps the result: they share the writing.
-            if index % world_size == rank:
-                for key, tensor in state.items():
-                    # A copy: the next step changes the original while this one is written.
-                    share[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
+        share = gather_own(engine)
         path = partial_folder(target) / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
         self._pending = _Pending(
             target=target,
@@ -194,6 +190,33 @@ class Saver:
                 f"before it are complete, run the same command to resume once this is repaired"
             )
         return pending.target
+
+
+def gather_own(engine: Stateful) -> dict[str, torch.Tensor]:
+    """Return the tensors that this rank writes, whole, in host memory; a collective call.
+
+    Rank r writes every W-th parameter from the r-th, where W is the number of ranks. Of W
+    parameters at a time, each rank sends every other rank its elements of the one that this other
+    rank writes. So a rank sends and receives 12 / W bytes a parameter, and its device holds one
+    whole tensor, its own, next to the elements that it sends.
+    """
+    names, rank, world_size = engine.parameter_names, comm.rank(), comm.world_size()
+    # (W, P) elements of each parameter, by the rank that keeps them.
+    counts = comm.all_gather_object([len(engine.share_of(name)) for name in names])
+    own = {}
+    for first in range(0, len(names), world_size):
+        group = names[first : first + world_size]
+        states = [engine.share_state(name) for name in group]
+        mine = first + rank
+        for key in KEYS:
+            sent = [state[key] for state in states]
+            # Ranks without a parameter in the last group receive nothing.
+            sent += [sent[0][:0]] * (world_size - len(group))
+            sizes = [count[mine] if mine < len(names) else 0 for count in counts]
+            whole = comm.exchange(sent, sizes)
+            if mine < len(names):
+                own[f"{names[mine]}/{key}"] = whole.reshape(engine.shape_of(names[mine])).cpu()
+    return own
 
 
 def patiently(
@@ -290,6 +313,7 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
                     key: read_share(tensors.get_slice(f"{name}/{key}"), elements) for key in KEYS
                 }
                 engine.restore_state(name, share)
+    engine.finish_restore()
     return state["step"], state["extra"]
 
 

@@ -244,22 +244,35 @@ class ZeroEngine:
         )
         return partitions
 
-    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the whole fp32 weight of a parameter and its AdamW moments; a collective call.
+    def share_state(self, name: str) -> dict[str, torch.Tensor]:
+        """Return this rank's elements of a parameter's fp32 weight and moments, see `share_of`.
 
-        The moments are zeros before the first update.
+        They may be views, which the next update changes. Moments are zeros before the first update.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameter = self._parameters[name]
-        state = {"weight": safe_get_full_fp32_param(parameter)}
+        parameter, count = self._parameters[name], len(self.share_of(name))
+        state = {"weight": self._share(parameter, "weight")[:count]}
         for moment in _MOMENTS:
             state[moment] = (
-                safe_get_full_optimizer_state(parameter, moment)
+                self._share(parameter, moment)[:count]
                 if self._has_moments
                 else torch.zeros_like(state["weight"])
             )
         return state
+
+    def _share(self, parameter: Any, key: str) -> torch.Tensor:
+        """Return this rank's elements of a master weight or moment, at stage 3 with its padding."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        values: torch.Tensor
+        if self.stage < 3:
+            if parameter._hp_mapping is None:
+                return torch.empty(0, device=comm.device())
+            values = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+        elif key == "weight":
+            values = safe_get_local_fp32_param(parameter)
+        else:
+            values = safe_get_local_optimizer_state(parameter, key)
+        return values.detach().to(comm.device())
 
     def prepare_restore(self, optimizer_steps: int) -> None:
         """Create the optimizer's state, empty, as after `optimizer_steps` updates."""
@@ -289,23 +302,29 @@ class ZeroEngine:
         return range(address.start, address.start + address.numel)
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
-        """Set a parameter and its moments from this rank's share; a collective call.
+        """Set this rank's elements of a parameter's master and moments.
 
         Args:
             name: of the parameter.
             share: `weight` and moments, each the flat elements of `share_of`.
         """
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameter = self._parameters[name]
+        parameter: Any = self._parameters[name]
         for key in ("weight", *_MOMENTS):
             self._set_share(parameter, key, share[key].to(comm.device()))
-        # The working copy is rounded from the master, which rounding must not touch.
-        whole = safe_get_full_fp32_param(parameter)
-        with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-            if self.stage < 3 or comm.rank() == 0:
-                parameter.data.copy_(whole)
+        if self.stage == 3:
+            # The working copy is rounded from the master, which rounding must not touch.
+            parameter.ds_tensor.data.copy_(padded(share["weight"], parameter.ds_tensor.ds_numel))
+
+    def finish_restore(self) -> None:
+        """Bring the working copies up to date with the masters, as after an update; collective."""
+        zero = self._engine.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        # Parameters that stay whole on every rank; hpZ's second copies are made at the next gather.
+        for parameter in zero.persistent_parameters:
+            parameter.partition()
+        zero.checkpoint_event_epilogue()
 
     def _set_share(self, parameter: Any, key: str, values: torch.Tensor) -> None:
         """Set this rank's elements of a master weight or moment.

@@ -20,7 +20,7 @@ _NUM_PARAMETERS = 10
 
 
 class HostEngine:
-    """State in host memory, in the place of an engine that gathers it."""
+    """State in host memory, in the place of an engine on one rank."""
 
     optimizer_steps = 1
 
@@ -35,8 +35,14 @@ class HostEngine:
     def parameter_names(self) -> list[str]:
         return list(self._state)
 
-    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        return {key: tensor.clone() for key, tensor in self._state[name].items()}
+    def share_of(self, name: str) -> range:
+        return range(self._state[name]["weight"].numel())
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name]["weight"].shape)
+
+    def share_state(self, name: str) -> dict[str, torch.Tensor]:
+        return self._state[name]
 
 
 def main() -> None:

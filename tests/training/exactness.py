@@ -1,4 +1,4 @@
-"""Distance of an engine's gradients from a reference's, and adapters that have any."""
+"""Errors of an engine's gradients, adapters that have any, and whole states."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def gradient_errors(engine: ZeroEngine, wanted: dict[str, torch.Tensor]) -> dict
         difference = (engine.full_gradient(name) - wanted[name]).abs().max()
         errors[name] = float(difference / wanted[name].abs().max())
     return errors
+
+
+def whole_state(engine: ZeroEngine, name: str) -> dict[str, torch.Tensor]:
+    """Return a parameter's whole fp32 weight and moments by DeepSpeed's own getters; collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    parameter = engine._parameters[name]
+    weight = safe_get_full_fp32_param(parameter)
+    moments = {
+        key: safe_get_full_optimizer_state(parameter, key)
+        if engine.optimizer_steps
+        else torch.zeros_like(weight)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    return {"weight": weight, **moments}

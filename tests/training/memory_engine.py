@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline import comm
 from pipeline.training.checkpoints import Saver, Stateful
+from pipeline.training.zero import equal_share
 
 
 class Memory:
@@ -24,8 +27,9 @@ class Memory:
     def parameter_names(self) -> list[str]:
         return list(self.state)
 
-    def gather_state(self, name: str) -> dict[str, torch.Tensor]:
-        return {key: tensor.clone() for key, tensor in self.state[name].items()}
+    def share_state(self, name: str) -> dict[str, torch.Tensor]:
+        own = self.share_of(name)
+        return {key: tensor[own.start : own.stop] for key, tensor in self.state[name].items()}
 
     def prepare_restore(self, optimizer_steps: int) -> None:
         self.optimizer_steps = optimizer_steps
@@ -34,10 +38,14 @@ class Memory:
         return tuple(self.state[name]["weight"].shape)
 
     def share_of(self, name: str) -> range:
-        return range(self.state[name]["weight"].numel())
+        size = self.state[name]["weight"].numel()
+        return equal_share(size, rank=comm.rank(), share=math.ceil(size / comm.world_size()))
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
         self.state[name] = share
+
+    def finish_restore(self) -> None:
+        pass
 
 
 def save(

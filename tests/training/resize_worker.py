@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from checkpoint_worker import IDENTITY, start_engine, train
+from safetensors.torch import save
 
 from pipeline import checkpoint_folder, comm
 from pipeline.launch import discover_world
 from pipeline.training import checkpoints
 from pipeline.training.zero import ZeroEngine, import_deepspeed
 from tests.support import PATIENCE, free_port
+from tests.traffic import Traffic
+from tests.training.exactness import whole_state
 
 WORLD_SIZES = (2, 3, 5, 6, 1)
 # The stage that saved, and the one that resumes, with what else it is told.
@@ -36,7 +41,7 @@ def differences(engine: ZeroEngine, path: Path) -> list[str]:
     """List parameters of an engine that differ in any bit from the checkpoint's files."""
     found = []
     for name, stored in checkpoints.iterate_tensors(path):
-        state = engine.gather_state(name)
+        state = whole_state(engine, name)
         found += [f"{name}/{key}" for key in stored if not torch.equal(state[key], stored[key])]
         parameter = dict(engine.encoder.named_parameters())[name]
         with engine.hold([parameter]):
@@ -70,9 +75,37 @@ def run_rank(folder: Path, move: int) -> None:
 def save_after_a_step(engine: ZeroEngine, folder: Path, step: int) -> None:
     """Train, so that the next move has other numbers, and save."""
     train(engine, range(step, step + 1))
+    rank, world_size = comm.rank(), comm.world_size()
+    own = engine.parameter_names[rank::world_size]
+    states = {name: whole_state(engine, name) for name in engine.parameter_names}
+    wanted = {f"{name}/{key}": states[name][key] for name in own for key in checkpoints.KEYS}
     saver = checkpoints.Saver(folder)
-    saver.begin(engine, step=step + 1, identity=IDENTITY)
-    saver.finish()
+    with watched() as (traffic, received):
+        saver.begin(engine, step=step + 1, identity=IDENTITY)
+    path = saver.finish()
+    file = path / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+    # With more ranks than parameters, some write an empty file.
+    assert file.read_bytes() == save(wanted)
+    # No rank has seen more of a parameter than its share, except of those that it writes.
+    assert not traffic.bytes
+    assert [size for size in received if size] == [tensor.numel() for tensor in wanted.values()]
+
+
+@contextmanager
+def watched() -> Iterator[tuple[Traffic, list[int]]]:
+    """Count what DeepSpeed gathers, and the elements that each exchange leaves on this rank."""
+    traffic, received, real = Traffic(), [], comm.exchange
+
+    def exchange(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+        out = real(parts, sizes)
+        received.append(len(out))
+        return out
+
+    comm.exchange = exchange
+    try:
+        yield traffic, received
+    finally:
+        comm.exchange = real
 
 
 def main() -> None:

@@ -61,6 +61,7 @@ def test_no_row_is_read_that_holds_nothing_of_the_share(
 
 
 def test_a_run_moves_over_2_3_5_6_and_1_ranks_and_all_stages_bit_equal(tmp_path: Path) -> None:
+    """Files have the bytes of DeepSpeed's whole tensors, which only their writers receive."""
     output = launch_ranks(1, WORKER, str(tmp_path))
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(lines) == 4 * 5

@@ -32,6 +32,7 @@ from pipeline.training.zero import ZeroEngine
 from tests.benchmarks.bench_support import tiny_qwen2
 from tests.support import PATIENCE
 from tests.traffic import Traffic
+from tests.training.exactness import whole_state
 
 CPU = torch.device("cpu")
 NUM_CHUNKS = 128
@@ -108,7 +109,7 @@ def updates(
     # The whole gradient as one vector: single parameters may have next to none.
     difference = torch.cat([(ours[name] - wanted[name]).flatten() for name in wanted]).norm()
     weights = {
-        name: engine.gather_state(name)["weight"] - parameter.detach()
+        name: whole_state(engine, name)["weight"] - parameter.detach()
         for name, parameter in oracle.named_parameters()
     }
     engine.close()
@@ -133,7 +134,7 @@ def moments(stage: int) -> dict[str, Any]:
         engine.backward((engine.embed(ids, torch.ones_like(ids)) * math.inf).sum())
     left_out = not math.isfinite(engine.step(LR)) and engine.optimizer_steps == 0
     for name, parameter in TwoGroups().named_parameters():
-        state = engine.gather_state(name)  # as in a checkpoint
+        state = whole_state(engine, name)  # as in a checkpoint
         left_out &= torch.equal(state["weight"], parameter.detach())
         left_out &= not (state["exp_avg"].any() or state["exp_avg_sq"].any())
     with whole(engine), engine.accumulation():
@@ -142,7 +143,7 @@ def moments(stage: int) -> dict[str, Any]:
     engine.step(LR)
     errors = []
     for name, gradient in gradients.items():
-        moment = engine.gather_state(name)["exp_avg"]
+        moment = whole_state(engine, name)["exp_avg"]
         errors.append(float((moment - 0.1 * gradient).abs().max() / gradient.abs().max()))
     steps = engine.optimizer_steps
     engine.close()
