@@ -55,7 +55,7 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
         key: the config key that gives it, for messages.
 
     Raises:
-        UserError: there is no tokenizer, or it needs code from that folder.
+        UserError: there is no tokenizer, it is damaged, or it needs code from that folder.
     """
     # Inside, because importing transformers takes seconds.
     from transformers import AutoTokenizer, Qwen2Tokenizer
@@ -83,6 +83,14 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
         # From no file transformers would make a tokenizer with an empty vocabulary.
         raise UserError(f"{key}: no vocabulary in {path!r}", allowed=", ".join(files))
+    length = tokenizer.model_max_length
+    # transformers compares it with a length only when a text is tokenised.
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length > 0:
+        raise UserError(
+            f"{key}: tokenizer_config.json in {path}: model_max_length is {length!r}",
+            allowed="a number above 0",
+            fix=fix,
+        )
     return tokenizer
 
 

@@ -115,6 +115,20 @@ def test_files_that_git_lfs_has_not_fetched_are_named_as_such(
             load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("length", ["512", True, None, 0, [512]])
+def test_a_longest_text_that_is_no_number_is_refused(
+    starter: Path, tmp_path: Path, length: object
+) -> None:
+    folder = shutil.copytree(starter, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    if length is None:  # transformers takes its default
+        load_tokenizer(str(folder))
+        return
+    with pytest.raises(UserError, match=r"model_max_length is .* allowed: a number above 0"):
+        load_tokenizer(str(folder))
+
+
 def test_the_tokenizer_of_a_model_is_loaded_from_a_whole_model_only(
     starter: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,13 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
     examples = _load_subset(task, "examples", subset, fix)
     # The long half has its own documents and judgements, but the same questions.
     gold = examples["gold_ids_long" if long else "gold_ids"]
+    for query, ids in zip(examples["id"], gold, strict=True):
+        if not isinstance(query, str) or not _are_texts(ids):
+            raise UserError(
+                f"{task.metadata.name}: query {query!r} judges the documents {str(ids)[:80]}",
+                allowed="ids that are texts",
+                fix=fix,
+            )
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),
         "queries": examples.select_columns(["id", "query"]).rename_column("query", "text"),
@@ -82,6 +89,10 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
             query: dict.fromkeys(ids, 1) for query, ids in zip(examples["id"], gold, strict=True)
         },
     }
+
+
+def _are_texts(ids: object) -> bool:
+    return isinstance(ids, list) and all(isinstance(each, str) for each in ids)
 
 
 def _load_subset(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
@@ -311,7 +322,10 @@ def _num_ambiguous(table: Any, texts_of: Callable[[Any], list[str]]) -> int:
 def _check_strings(where: str, table: Any, fix: str) -> None:
     """Refuse texts that are not strings; a title or an instruction may be null."""
     ids = table["id"][:]
-    _require(None not in ids, where, "an id is null", fix)
+    odd = [each for each in ids if not isinstance(each, str)]
+    if odd:
+        found = "an id is null" if odd[0] is None else f"an id is {odd[0]!r}"
+        raise UserError(f"{where}: {found}", allowed="texts", fix=fix)
     for column in ("text", "title", "instruction"):
         if column not in table.column_names:
             _require(column != "text", where, "no column of texts", fix)

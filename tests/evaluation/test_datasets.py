@@ -147,11 +147,29 @@ FAULTS: dict[str, tuple[str, str, Callable[[list[dict]], object], str]] = {
         lambda rows: rows[2].update(gold_ids=[]),
         r"no relevance judgements for queries \['2'\]",
     ),
+    "document's id": (
+        AOPS,
+        "mteb/BRIGHT/documents/aops.jsonl",
+        lambda rows: [row.update(id=[]) for row in rows],
+        r"document: an id is \[\] \| allowed: texts",
+    ),
+    "query's id": (
+        AOPS,
+        "mteb/BRIGHT/examples/aops.jsonl",
+        lambda rows: [row.update(id=[1]) for row in rows],
+        r"query \[1\] judges the documents .* allowed: ids that are texts",
+    ),
+    "half a grade": (
+        CORE,
+        f"mteb/{CORE}/default/test.jsonl",
+        lambda rows: [row.update(score=0.5) for row in rows],
+        r"Float value 0.500000 was truncated",
+    ),
     "judged number": (
         AOPS,
         "mteb/BRIGHT/examples/aops.jsonl",
         lambda rows: rows[2].update(gold_ids=[-0.5]),
-        r"query '2' judges a document with the id -0.5 \| allowed: ids that are texts",
+        r"query '2' judges the documents \[-0.5\] \| allowed: ids that are texts",
     ),
     "no such column": (
         AOPS,
