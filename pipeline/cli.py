@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import checks, plans, scores, steps
+from pipeline.commands import checks, evaluating, plans, steps
 from pipeline.errors import errors_end_the_process
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (steps, scores, checks, plans):
+for group in (steps, evaluating, checks, plans):
     app.add_typer(group.app)
 
 

@@ -40,7 +40,8 @@ from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.evaluations import ScoringCommands
 
 if TYPE_CHECKING:
-    from pipeline.planning.machine import Machine
+    from pipeline.planning import RunPlan
+    from pipeline.planning.hardware import Machine
     from pipeline.planning.memory import Schedule, Target
 
 
@@ -128,8 +129,10 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     # Here, because its imports take longer than all the checks above.
     from pipeline import comm
 
+    plan: RunPlan | None = None
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
-        from pipeline.planning import describe, describe_time, plan_run
+        from pipeline.planning import plan_run
+        from pipeline.planning.describe import describe, describe_time
         from pipeline.planning.speed import DEFAULT_NETWORK
 
         if not options.dry_run:
@@ -157,7 +160,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
             return
         chunks = dataclasses.replace(config.chunks, keep_graphs=plan.keep_graphs)
         config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
-    predicted = predict(config, ds_config, world) if world.is_main else {}
+    predicted = predict(config, ds_config, world, plan=plan) if world.is_main else {}
     from pipeline.training.trainer import train
 
     scoring = scoring_commands(config.evaluate) if config.evaluate else None
@@ -176,7 +179,13 @@ def earlier_schedule(config: TrainConfig) -> Schedule | None:
     return None if found == "auto" else found
 
 
-def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dict[str, float]:
+def predict(
+    config: TrainConfig,
+    ds_config: dict[str, Any],
+    world: World,
+    *,
+    plan: RunPlan | None = None,
+) -> dict[str, float]:
     """Return what a step should take, by key of its metrics, as far as it is known.
 
     A prediction that is not possible ends no run.
@@ -185,10 +194,11 @@ def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dic
         config: the run, without `auto`.
         ds_config: the resolved DeepSpeed config.
         world: the ranks. Only rank 0 predicts: nothing here is collective.
+        plan: by which `auto` was chosen; None to make one.
     """
     from pipeline import comm
     from pipeline.planning import expected_step, plan_run
-    from pipeline.planning.machine import this_machine
+    from pipeline.planning.hardware import this_machine
     from pipeline.planning.memory import Target
     from pipeline.planning.speed import DEFAULT_NETWORK
 
@@ -202,7 +212,8 @@ def predict(config: TrainConfig, ds_config: dict[str, Any], world: World) -> dic
             say_warning(machine.warning)
         if machine.speed is None and not on_gpu:
             return {}
-        plan = plan_run(config, ds_config, world_size=world.world_size, target=target, build=False)
+        ranks = world.world_size
+        plan = plan or plan_run(config, ds_config, world_size=ranks, target=target, build=False)
         return expected_step(plan, config, machine, network=DEFAULT_NETWORK)
     except Exception as error:  # a plan may fail on what a run can do, and no run needs it
         print(f"no prediction of a step: {error or type(error).__name__}", flush=True)
@@ -240,7 +251,7 @@ def machine_of(options: argparse.Namespace, target: Target) -> Machine:
         UserError: a calibration is damaged.
     """
     from pipeline import comm
-    from pipeline.planning.machine import choose_machine, this_machine
+    from pipeline.planning.hardware import choose_machine, this_machine
 
     if options.gpu is None:
         return this_machine(target, comm.device_name())

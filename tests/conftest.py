@@ -44,7 +44,7 @@ _START_PROCESSES = {
     *("test_doctor.py", "test_extend.py", "test_readiness.py"),
     *("test_forks.py", "test_ranks.py", "test_workers.py"),
     *("test_interruption.py", "test_prepare.py", "test_restart.py", "test_plan_commands.py"),
-    "test_calibration.py",
+    *("test_calibration.py", "test_arrays_are_planned_without_torch"),
     *("test_export.py", "test_export_check.py", "outside", "test_serving.py"),
     "test_bad_rows_are_dropped_counted_and_listed_the_same_by_any_number_of_workers",
     "test_a_hub_dataset_is_read_from_its_cache_when_offline",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipeline.commands import CHECK, DEFAULT_DEEPSPEED, RUN, Config, DeepSpeed, Overrides, load
-from pipeline.config import ChainConfig, ExportStep, MineConfig, TrainConfig
+from pipeline.config import ChainConfig, EvaluateConfig, ExportStep, MineConfig, TrainConfig
 from pipeline.errors import UserError, say_warning
 
+if TYPE_CHECKING:
+    from pipeline.planning.hardware import Machine
+    from pipeline.planning.text_sizes import DescribedTask
+
 app = typer.Typer()
-plan = typer.Typer(help="Estimate a run before it starts.", no_args_is_help=True)
+plan = typer.Typer(help="Estimate runs and arrays before they start.", no_args_is_help=True)
 app.add_typer(plan, name="plan", rich_help_panel=CHECK)
 
 # A plan for data that does not exist yet.
@@ -37,6 +42,13 @@ CalibrationFile = Annotated[
 ]
 
 
+Gpu = Annotated[str | None, typer.Option(help="as for `diffembed plan run`")]
+Price = Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")]
+GpusAtATime = Annotated[
+    int, typer.Option(min=1, help="at work at a time; of an array, one for each element")
+]
+
+
 def _planned_data(
     tree: TrainConfig, rows: int | None, query_tokens: int | None, document_tokens: int | None
 ) -> AbstractContextManager[TrainConfig]:
@@ -53,6 +65,24 @@ def _planned_data(
     return described(
         tree, Description(rows=rows, query_tokens=query_tokens, document_tokens=document_tokens)
     )
+
+
+def _choose_machine(gpu: str | None, calibration: Path | None, ranks_per_host: int) -> Machine:
+    """Return the machine to plan for; prints what is wrong with its calibration."""
+    from pipeline.planning.hardware import choose_machine
+
+    machine = choose_machine(gpu, calibration, ranks_per_host=ranks_per_host)
+    if machine.warning:
+        say_warning(machine.warning)
+    return machine
+
+
+def _resolver(tree: TrainConfig, deepspeed: Path) -> Callable[[int], dict[str, Any]]:
+    """Return the function from a number of ranks to the resolved DeepSpeed config."""
+    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+
+    given = load_ds_config(deepspeed)
+    return lambda ranks: resolve_ds_config(given, tree, world_size=ranks)
 
 
 @plan.command("run")
@@ -79,20 +109,16 @@ def plan_run(
 ) -> None:
     """Print batch arithmetic, schedule, memory and time of a training run, for any GPUs."""
     tree = load(TrainConfig, config, overrides)
-    from pipeline.planning import describe, describe_time
     from pipeline.planning import plan_run as make_plan
-    from pipeline.planning.machine import choose_machine
-    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+    from pipeline.planning.describe import describe, describe_time
 
     ranks = nodes * gpus_per_node
-    resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
-    machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
-    if machine.warning:
-        say_warning(machine.warning)
+    resolve = _resolver(tree, deepspeed)
+    machine = _choose_machine(gpu, calibration, gpus_per_node)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
         plan = make_plan(
             planned,
-            resolved,
+            resolve(ranks),
             world_size=ranks,
             target=machine.target,
             build=False,
@@ -111,10 +137,10 @@ def plan_scale(
     overrides: Overrides = None,
     deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
-    gpu: Annotated[str | None, typer.Option(help="as for `diffembed plan run`")] = None,
+    gpu: Gpu = None,
     calibration: CalibrationFile = None,
     network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
-    price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")] = None,
+    price: Price = None,
     plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
     rows: Rows = None,
     query_tokens: QueryTokens = None,
@@ -122,25 +148,137 @@ def plan_scale(
 ) -> None:
     """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
     tree = load(TrainConfig, config, overrides)
-    from pipeline.planning.machine import choose_machine
     from pipeline.planning.scale import describe_scale, plot_scale, scale
-    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
-    given = load_ds_config(deepspeed)
-    machine = choose_machine(gpu, calibration, ranks_per_host=gpus_per_node)
-    if machine.warning:
-        say_warning(machine.warning)
+    resolve = _resolver(tree, deepspeed)
+    machine = _choose_machine(gpu, calibration, gpus_per_node)
     with _planned_data(tree, rows, query_tokens, document_tokens) as planned:
-        sizes = scale(
-            planned,
-            lambda ranks: resolve_ds_config(given, tree, world_size=ranks),
-            machine=machine,
-            network=network,
-        )
+        sizes = scale(planned, resolve, machine=machine, network=network)
     print(describe_scale(sizes, tree, machine=machine, network=network, price=price))
     if plot is not None:
         plot_scale(sizes, plot, title=f"{config} on {machine.name}, a projection")
         print(f"written: {plot}")
+
+
+@plan.command("evaluate")
+def plan_evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    calibration: CalibrationFile = None,
+    gpus: GpusAtATime = 1,
+    price: Price = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="plan with this model in place of all, such as before the exports exist"),
+    ] = None,
+    count: Annotated[
+        bool,
+        typer.Option("--count", help="read all data and count tokens with the models' tokenizers"),
+    ] = False,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="of a task without published sizes")
+    ] = None,
+    document_tokens: DocumentTokens = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="with --documents")] = None,
+    query_tokens: QueryTokens = None,
+) -> None:
+    """Print the GPU time of an evaluation's array, by task."""
+    tree = load(EvaluateConfig, config, overrides)
+    from pipeline.planning.arrays import describe_array, plan_evaluation
+    from pipeline.planning.counted_texts import count_texts
+
+    described = _described_task(documents, document_tokens, queries, query_tokens, "--documents")
+    machine = _choose_machine(gpu, calibration, 1)
+    counted = count_texts(tree) if count else None
+    found = plan_evaluation(tree, machine, model=model, described=described, counted=counted)
+    print(describe_array(found, machine, gpus=gpus, price=price))
+
+
+@plan.command("mine")
+def plan_mine(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    calibration: CalibrationFile = None,
+    gpus: GpusAtATime = 1,
+    price: Price = None,
+    rows: Rows = None,
+    query_tokens: QueryTokens = None,
+    document_tokens: DocumentTokens = None,
+) -> None:
+    """Print the GPU time of a mining, by step and model."""
+    tree = load(MineConfig, config, overrides)
+    from pipeline.planning.arrays import describe_array, plan_mining
+
+    described = _described_task(rows, document_tokens, rows, query_tokens, "--rows")
+    machine = _choose_machine(gpu, calibration, 1)
+    found = plan_mining(tree, machine, described=described)
+    print(describe_array(found, machine, gpus=gpus, price=price))
+
+
+@plan.command("encode")
+def plan_encode(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="an export, or a model's name")],
+    source: Annotated[
+        str | None, typer.Option("--input", help="files, as for `diffembed encode`")
+    ] = None,
+    gpu: Gpu = None,
+    calibration: CalibrationFile = None,
+    gpus: GpusAtATime = 1,
+    price: Price = None,
+    field: Annotated[str, typer.Option(help="the field with the text")] = "text",
+    role: Annotated[Literal["query", "document"], typer.Option(help="of all texts")] = "document",
+    max_length: Annotated[int | None, typer.Option(min=1, help="tokens")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="texts, in place of --input")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="with --rows: mean length")] = None,
+) -> None:
+    """Print the GPU time of encoding a file, from a sample of it."""
+    from pipeline.planning.arrays import PlannedModel, describe_array, plan_encoding
+    from pipeline.planning.text_sizes import Texts, estimate_tokens, read_inputs
+
+    described = rows is not None and tokens is not None
+    if (source is None) != described or (rows is None) != (tokens is None):
+        raise UserError("plan encode: what to encode", allowed="--input, or --rows and --tokens")
+    machine = _choose_machine(gpu, calibration, 1)
+    read = PlannedModel.read(model, name=model, key="MODEL", precision="auto", machine=machine)
+    if rows is not None and tokens is not None:
+        texts, origin = Texts.around(rows, tokens, 4.0 * tokens), "described"
+    else:
+        found, factor = read_inputs(str(source), field=field, role=role)
+        texts = Texts.counted(estimate_tokens(found)).times(factor)
+        origin = (
+            "files, by bytes" if factor == 1 else f"{len(found):,} texts of the files, by bytes"
+        )
+    array = plan_encoding(read, texts, limit=max_length, origin=origin)
+    print(describe_array(array, machine, gpus=gpus, price=price))
+
+
+def _described_task(
+    documents: int | None,
+    document_tokens: int | None,
+    queries: int | None,
+    query_tokens: int | None,
+    first: str,
+) -> DescribedTask | None:
+    """Return the sizes that the options describe; None if none is given."""
+    given = (documents, document_tokens, queries, query_tokens)
+    if given == (None,) * 4:
+        return None
+    if documents is None or document_tokens is None or queries is None or query_tokens is None:
+        own = "" if first == "--rows" else "--queries, "
+        raise UserError(
+            "plan: only some of the sizes of texts",
+            allowed=f"all of {first}, --document-tokens, {own}--query-tokens, or none",
+        )
+    from pipeline.planning.text_sizes import DescribedTask
+
+    return DescribedTask(
+        documents=documents,
+        document_tokens=document_tokens,
+        queries=queries,
+        query_tokens=query_tokens,
+    )
 
 
 @plan.command("calibrate")
@@ -155,7 +293,7 @@ def plan_calibrate(
 ) -> None:
     """Measure this machine in about two minutes: layers, gather, reduction, update, loss."""
     from pipeline.launch import count_gpus
-    from pipeline.measuring.ranks import calibrate
+    from pipeline.measuring.calibrate import calibrate
     from pipeline.planning.calibration import default_path, describe, save
 
     found = calibrate(ranks or count_gpus() or 2)
@@ -175,7 +313,7 @@ def plan_loss(
     ] = None,
 ) -> None:
     """Print the cost of the loss on each rank, for batches of any size."""
-    from pipeline.planning import describe_loss
+    from pipeline.planning.describe import describe_loss
 
     for ranks in world_size or [1]:
         print(
@@ -257,12 +395,10 @@ def _plan_of_submission(
     gpu: str | None,
 ) -> list[str]:
     """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
-    from pipeline.planning import describe
     from pipeline.planning import plan_run as make_plan
-    from pipeline.planning.machine import choose_machine
+    from pipeline.planning.describe import describe
     from pipeline.planning.memory import gpu_named
     from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
-    from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     if what == "all":
         chain = load(ChainConfig, config, overrides)
@@ -278,11 +414,10 @@ def _plan_of_submission(
         return [f"Slurm's flags ask for {found}; --gpu NAME plans memory for it"]
     ranks = request.nodes * request.per_node
     try:
-        resolved = resolve_ds_config(load_ds_config(deepspeed), tree, world_size=ranks)
-        machine = choose_machine(name, None, ranks_per_host=request.per_node)
+        machine = _choose_machine(name, None, request.per_node)
         plan = make_plan(
             tree,
-            resolved,
+            _resolver(tree, deepspeed)(ranks),
             world_size=ranks,
             target=machine.target,
             build=False,

@@ -291,6 +291,12 @@ class MineConfig:
         """Documents to search for each query: room for positives among the best, and to fill."""
         return min(MAX_DEPTH, self.window.last + 64)
 
+    @property
+    def num_kept(self) -> int:
+        """Candidates of a query that are kept; a teacher that removes some needs more."""
+        spare = 2 if self.teacher is not None and self.teacher.margin is not None else 1
+        return max(self.candidates, spare * self.negatives)
+
     def margin_of(self, retriever: RetrieverConfig) -> MarginConfig:
         """Return the margin that holds for a retriever's scores."""
         return retriever.margin or self.margin

@@ -34,7 +34,7 @@ from pipeline.data.batch import text_cost
 from pipeline.errors import UserError
 
 # At the dense end of the benchmarks (mathematics 3.0, prose 4.3).
-_BYTES_PER_TOKEN = 3.5
+BYTES_PER_TOKEN = 3.5
 # Length at which attention costs as much as all else in a 7 B model with 28 layers of width 3584:
 # 2 x parameters / (4 x layers x width). Not training's 32,500: it decides the blocks on disk.
 _ATTENTION_TOKENS = 35_000
@@ -287,7 +287,7 @@ def costs(
 ) -> NDArray[np.float64]:
     """Return (N,) work to embed each text, in tokens of a short text."""
     # At least one token: even an empty text has special tokens.
-    tokens_N = (sizes_N + len(instruction.encode())) / _BYTES_PER_TOKEN + 1
+    tokens_N = (sizes_N + len(instruction.encode())) / BYTES_PER_TOKEN + 1
     tokens_N = np.minimum(tokens_N, lengths_N)
     return text_cost(tokens_N, _ATTENTION_TOKENS)
 

@@ -12,7 +12,6 @@ from pipeline.config import MineConfig
 from pipeline.data.manifest import LengthHistogram
 from pipeline.errors import UserError
 from pipeline.evaluation.models import num_parameters
-from pipeline.mining.pick import num_kept
 from pipeline.mining.plan import (
     CorpusReport,
     Mining,
@@ -129,7 +128,7 @@ def _describe(step: str, mining: Mining, work: Work) -> str:
             total = len(config.retrievers) * queries * documents
             return f"{total:,} scores of pairs, the best {config.depth:,} of each query"
         case "pick":
-            return f"at most {num_kept(config):,} candidates of each of {queries:,} queries"
+            return f"at most {config.num_kept:,} candidates of each of {queries:,} queries"
         case "teach" if teacher is not None and teacher.path is not None:
             return _forward("teacher", local_folder(teacher.path, key="teacher.path"), work.tokens)
         case "score" if teacher is not None:
@@ -152,7 +151,7 @@ def _scored(mining: Mining) -> str:
     """Count the pairs of query and document that the teacher scores."""
     examples = mining.source.examples
     ids = np.arange(len(examples))
-    most = int(examples.lengths("positives", ids).sum()) + len(ids) * num_kept(mining.config)
+    most = int(examples.lengths("positives", ids).sum()) + len(ids) * mining.config.num_kept
     if mining.config.keep_negatives:
         most += int(examples.lengths("negatives", ids).sum())
     kind = mining.config.teacher.kind if mining.config.teacher else ""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import MineConfig
 from pipeline.data.batch import IntArray, Ragged
 from pipeline.data.order import permute
 from pipeline.data.prepare.clean import hashes_from_arrow
@@ -45,12 +44,6 @@ _SAMPLE_DOCUMENTS = 10
 # Best allowed documents that are compared between retrievers.
 _AGREEMENT = 10
 _FIX = "run `diffembed mine` again"
-
-
-def num_kept(config: MineConfig) -> int:
-    """Return how many candidates of a query are kept; a teacher that removes some needs more."""
-    spare = 2 if config.teacher is not None and config.teacher.margin is not None else 1
-    return max(config.candidates, spare * config.negatives)
 
 
 def sample_examples(num_examples: int) -> IntArray:
@@ -212,7 +205,7 @@ def pick_block(mining: Mining, task: int) -> None:
             ranks.append(rank)
             scores.append(values)
         merged = merge(config, lists, scores, outcomes, ranks)
-        chosen = np.sort(choose(config, merged, num_kept(config), example))
+        chosen = np.sort(choose(config, merged, config.num_kept, example))
         kept.append(merged.take(chosen))
         tally.add(row, lists, scores, outcomes, ranks)
     save_arrays(mining.block_file("picked", task), **_columns(kept), **tally.arrays())

@@ -4,8 +4,9 @@ config, shards --plan_run--> first global batch, tokens of the fullest rank and 
 model --shape.py--> ModelShape: from the meta device, or from its config.json alone
 ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
                          --speed.py, measured.py--> seconds of a step by part
-                         --describe--> the text of `--dry-run` and `diffembed plan run`
+                         --describe.py--> the text of `--dry-run` and `diffembed plan run`
                          --scale.py--> the same run on 8 to 1,024 GPUs
+evaluation, mining, encoding --arrays.py--> GPU time by task
 
 Nothing here imports torch, except `plan_run` for a model that is built.
 """
@@ -15,10 +16,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-import math
 from typing import Any
 
-from pipeline.config import TrainConfig, as_tree, local_file, model_fix
+from pipeline.config import TrainConfig, local_file, model_fix
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
@@ -31,11 +31,10 @@ from pipeline.loss.tiles import (
     loss_cost,
 )
 from pipeline.planning.calibration import Calibration
-from pipeline.planning.machine import Machine
+from pipeline.planning.hardware import Machine
 from pipeline.planning.measured import measured_seconds
 from pipeline.planning.memory import (
     GIB,
-    PARTS,
     REDUCE_BUCKET,
     SCHEDULES,
     SUB_GROUP,
@@ -46,8 +45,6 @@ from pipeline.planning.memory import (
     choose_schedule,
     fitting_schedules,
     graphs_that_fit,
-    host_memory,
-    loading_peak,
     memory_terms,
     needed,
     peak,
@@ -58,7 +55,6 @@ from pipeline.planning.speed import (
     Gpu,
     Seconds,
     StepWork,
-    step_flops,
     step_seconds,
 )
 
@@ -161,7 +157,7 @@ def plan_run(
     schedule = config.schedule
     if schedule == "auto":
         schedule = choose_schedule(
-            shape, workload, target.available, _possible(config), assumed=target.name
+            shape, workload, target.available, possible_schedules(config), assumed=target.name
         )
     plan = RunPlan(
         batch=batch,
@@ -189,6 +185,7 @@ def _choose_by_time(
 ) -> RunPlan:
     """Return the plan with the fastest schedule that fits, or with an earlier one."""
     shape, workload, target = plan.shape, plan.workload, plan.target
+    possible = possible_schedules(config)
     plans = {
         schedule: dataclasses.replace(
             plan,
@@ -197,7 +194,7 @@ def _choose_by_time(
                 config, shape, workload, schedule, target, len(plan.batch.chunks)
             ),
         )
-        for schedule in fitting_schedules(shape, workload, target.available, _possible(config))
+        for schedule in fitting_schedules(shape, workload, target.available, possible)
     }
     if earlier in plans:
         return plans[earlier]
@@ -280,7 +277,7 @@ def _workload(
     )
 
 
-def _possible(config: TrainConfig) -> tuple[Schedule, ...]:
+def possible_schedules(config: TrainConfig) -> tuple[Schedule, ...]:
     """Return the schedules that `auto` may choose from."""
     # Tokens are predicted chunk by chunk, which needs the memory of `cache`.
     return SCHEDULES if config.objective is None else SCHEDULES[1:]
@@ -325,50 +322,6 @@ def _keep_graphs(
     return kept
 
 
-def describe(plan: RunPlan, config: TrainConfig) -> str:
-    """Format a plan as aligned lines of text."""
-    batch, workload, shape = plan.batch, plan.workload, plan.shape
-    optimizer = config.optimizer
-    lines = [
-        *_objective(batch, config),
-        (
-            "tokens",
-            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {workload.chunk_tokens:,} tokens "
-            f"x {workload.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
-        ),
-        ("steps", _steps(plan, config)),
-        (
-            "learning rate",
-            f"{optimizer.lr:g} after {optimizer.warmup_steps} warm-up steps, "
-            f"then {optimizer.decay}",
-        ),
-        (
-            "model",
-            f"{shape.parameters:,} parameters, {shape.trainable:,} trained, "
-            f"{config.model.dtype}, {config.model.attention}, {config.model.pooling} pooling",
-        ),
-        (
-            "schedule",
-            f"{plan.schedule}{_reason(plan, config)}, "
-            f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
-            f"on {workload.world_size} ranks",
-        ),
-        *(("warning", warning) for warning in plan.warnings),
-    ]
-    return _align(lines) + "\n\n" + memory_table(plan, config)
-
-
-def _reason(plan: RunPlan, config: TrainConfig) -> str:
-    """Return the words in which a plan explains its schedule."""
-    if config.schedule != "auto":
-        return ""
-    if not plan.considered:
-        return " (auto)"
-    (_, own), *others = plan.considered
-    slower = "".join(f"; {schedule} {seconds:.3g} s" for schedule, seconds in others[:1])
-    return f" (auto: {own:.3g} s a step, the least of what fits{slower})"
-
-
 def seconds_of(
     plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, *, network: float
 ) -> tuple[Seconds, ...]:
@@ -377,7 +330,7 @@ def seconds_of(
     Raises:
         UserError: a calibration does not cover the run.
     """
-    work = _work(plan, config, network=network)
+    work = step_work(plan, config, network=network)
     if isinstance(speed, Calibration):
         return measured_seconds(plan.shape, work, plan.schedule, speed)
     return step_seconds(plan.shape, work, plan.schedule, speed)
@@ -402,7 +355,8 @@ def expected_step(
     return found
 
 
-def _work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
+def step_work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
+    """Return the arithmetic and traffic of a plan's step; `network` is Gb/s of a host."""
     batch = plan.batch
     return StepWork(
         workload=plan.workload,
@@ -415,77 +369,13 @@ def _work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork:
     )
 
 
-def describe_time(plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float) -> str:
-    """Format the seconds of a step by part, and what the run takes.
-
-    Args:
-        plan: of the run.
-        config: the run.
-        machine: a size in GiB has no speed.
-        network: Gb/s of one host, all adapters together.
-
-    Raises:
-        UserError: the machine's speed is not known, or a calibration does not cover the run.
-    """
-    speed, batch = machine.require_speed(), plan.batch
-    parts = seconds_of(plan, config, speed, network=network)
-    total = sum(part.seconds for part in parts)
-    ranks = plan.workload.world_size
-    hours = total * config.num_steps / 3600
-    flops = step_flops(plan.shape, _work(plan, config, network=network), plan.schedule)
-    use = ["FLOP/s", f"{flops / total:.3g}", "of a rank, with recomputation"]
-    if isinstance(speed, Gpu):
-        use = ["of the peak", f"{flops / speed.bf16 / total:.0%}", "FLOPs with recomputation"]
-    rows = [["seconds of a step", "", "from"]]
-    rows += [[part.part, f"{part.seconds:.3g}", part.source] for part in parts]
-    rows += [
-        ["sum", f"{total:.3g}", machine.origin(network)],
-        use,
-        ["tokens a second", f"{batch.tokens / total:,.0f}", f"all {ranks} ranks"],
-        ["largest batch", f"{largest_batch(plan, config):,}", "that fits, of such texts"],
-        ["run", f"{hours:.3g} h", f"{config.num_steps:,} steps, {hours * ranks:.3g} GPU-hours"],
-    ]
-    return format_columns(rows)
-
-
-def memory_table(plan: RunPlan, config: TrainConfig) -> str:
-    """Format the memory of a rank by part, for the chosen schedule and the runner-up."""
-    shape, workload, available = plan.shape, plan.workload, plan.target.available
-    chosen = memory_terms(shape, workload, plan.schedule, plan.keep_graphs)
-    columns = [(f"{plan.schedule}, chosen", chosen)]
-    if (other := runner_up(plan, config)) is not None:
-        fits = "fits too" if needed(shape, workload, other) <= available else "does not fit"
-        columns.append((f"{other}, {fits}", memory_terms(shape, workload, other)))
-    # Terms of both schedules, by part; a schedule's own come first.
-    names = dict.fromkeys((term.part, term.name) for _, terms in columns for term in terms)
-    rows = [["memory of a rank", *(title for title, _ in columns), "from"]]
-    for part, name in sorted(names, key=lambda key: PARTS.index(key[0])):
-        found = [_find(terms, part, name) for _, terms in columns]
-        source = next(term.source for term, _ in found if term is not None)
-        rows.append([f"{part}: {name}", *(cell for _, cell in found), source])
-    moments = [peak(terms) for _, terms in columns]
-    rows.append(["peak", *(f"{format_bytes(size)} ({moment})" for moment, size in moments), ""])
-    rows.append(["may use", *(format_bytes(available) for _ in columns), plan.target.name])
-    loading = format_bytes(loading_peak(shape, workload))
-    rows.append(["while loading", *(loading for _ in columns), "weights, before the first step"])
-    hosts = [
-        host_memory(shape, workload, schedule)
-        for schedule in (plan.schedule, *([other] if other else []))
-    ]
-    ranks = min(workload.ranks_per_host, workload.world_size)
-    for name in dict.fromkeys(name for sizes in hosts for name in sizes):
-        cells = [format_bytes(sizes.get(name, 0.0)) for sizes in hosts]
-        rows.append([f"host: {name}", *cells, f"{ranks} ranks on a host"])
-    return format_columns(rows) + "\n(in parentheses: not in memory at the peak)"
-
-
 def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
     """Return the largest global batch of such texts that fits, with any schedule that is allowed.
 
     A multiple of this run's batch; 0 if not even this one fits, and at most a million times it.
     """
     workload, batch = plan.workload, plan.batch
-    schedules = _possible(config) if config.schedule == "auto" else (plan.schedule,)
+    schedules = possible_schedules(config) if config.schedule == "auto" else (plan.schedule,)
     if workload.gradient_checkpointing:
         schedules = tuple(schedule for schedule in schedules if schedule != "sweep")
 
@@ -513,93 +403,3 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
     # More texts never need less, so that a bisection finds the last that fit.
     times = bisect.bisect_left(range(1, 2**20 + 1), True, key=lambda times: not fits(times))
     return times * config.data.global_batch_size
-
-
-def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:
-    """Return the next fastest schedule, or the next by FLOPs where no speed is known."""
-    if len(plan.considered) > 1:
-        return plan.considered[1][0]
-    possible = [
-        s
-        for s in _possible(config)
-        if s != "sweep" or not plan.workload.gradient_checkpointing or s == plan.schedule
-    ]
-    if plan.schedule not in possible:
-        return None
-    index = possible.index(plan.schedule)
-    if index > 0:
-        return possible[index - 1]
-    return possible[index + 1] if len(possible) > 1 else None
-
-
-def _find(terms: tuple[Term, ...], part: str, name: str) -> tuple[Term | None, str]:
-    """Return a term and its cell."""
-    term = next((t for t in terms if (t.part, t.name) == (part, name)), None)
-    if term is None:
-        return None, "-"
-    size = format_bytes(term.size)
-    return term, size if peak(terms)[0] in term.moments else f"({size})"
-
-
-def format_columns(rows: list[list[str]]) -> str:
-    """Align the columns of a table."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _objective(batch: GlobalBatch, config: TrainConfig) -> list[tuple[str, str]]:
-    if config.objective is None:
-        text = f"{batch.num_queries} queries, {batch.num_documents} distinct documents"
-        return [("global batch", text)]
-    sections = {key: value for key, value in as_tree(config.objective).items() if value is not None}
-    return [("objective", str(sections)), ("global batch", f"{batch.num_documents} texts")]
-
-
-def _steps(plan: RunPlan, config: TrainConfig) -> str:
-    """Format steps x batch = examples, in epochs."""
-    unit = "queries" if config.objective is None else "texts"
-    size = config.data.global_batch_size
-    total = config.num_steps * size
-    return (
-        f"{config.num_steps} x {size} = {total:,} {unit} = "
-        f"{total / plan.num_examples:.2f} epochs of {plan.num_examples:,} examples"
-    )
-
-
-def describe_loss(*, num_queries: int, num_documents: int, width: int, world_size: int) -> str:
-    """Format the cost of the loss alone, at a size for which no data need exist."""
-    cost = loss_cost(
-        num_queries=num_queries,
-        num_documents=num_documents,
-        width=width,
-        world_size=world_size,
-        score_bytes=DEFAULT_SCORE_BYTES["cuda"],
-    )
-    naive = 4.0 * num_queries * num_documents
-    lines = [
-        ("loss", f"{num_queries:,} queries x {num_documents:,} documents, {world_size} ranks"),
-        ("query blocks", f"{cost.num_blocks:,}, {cost.num_tiles:,} tiles scored by each rank"),
-        (
-            "peak memory",
-            f"{format_bytes(cost.peak_bytes)} per rank (all scores: {format_bytes(naive)})",
-        ),
-        ("received per step", f"{format_bytes(cost.received_bytes)} per rank"),
-        ("matrix products", f"{cost.matmul_flops:.3g} FLOP per rank"),
-    ]
-    return _align(lines)
-
-
-def _align(lines: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
-
-
-def format_bytes(size: float) -> str:
-    """Format a size with its unit."""
-    if size < 1:
-        return "0 B"
-    power = min(int(math.log(size, 1024)), 4)
-    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -27,6 +27,7 @@ from pipeline.planning.calibration import (
     Both,
     Calibration,
     Constants,
+    Dtype,
     DtypeSpeed,
     EngineSpeed,
     Line,
@@ -59,11 +60,7 @@ def measured_seconds(
     workload = work.workload
     on_host = min(workload.ranks_per_host, workload.world_size)
     constants = machine.of(on_host)
-    if workload.dtype not in constants.dtypes:
-        raise UserError(
-            f"calibration of {machine.device}: nothing in {workload.dtype}",
-            allowed=", ".join(constants.dtypes),
-        )
+    _speed_of(machine, constants, workload.dtype)
     if on_host > 1 and constants.ranks == 1:
         raise UserError(
             f"calibration of 1 rank on {machine.device}, but {on_host} share a machine",
@@ -115,6 +112,30 @@ def _compute(
         table = architecture.vocab_size * architecture.hidden_size * width
         total += num_chunks * table * constants.table
     return total
+
+
+def forward_seconds(
+    shape: ModelShape, lengths: IntArray, machine: Calibration, *, dtype: Dtype, causal: bool
+) -> float:
+    """Predict one forward of a chunk without a backward, on one rank with all weights.
+
+    Raises:
+        UserError: the calibration lacks this type of numbers.
+    """
+    speed = _speed_of(machine, machine.of(1), dtype)
+    width = 4 if dtype == "float32" else 2
+    forward, _ = _layer(shape, lengths, speed, width, causal, overlaps=machine.on_gpu)
+    outside = speed.outside.forward.at(saved_outside(shape, width) * float(lengths.sum()))
+    return shape.num_layers * forward + outside
+
+
+def _speed_of(machine: Calibration, constants: Constants, dtype: Dtype) -> DtypeSpeed:
+    if dtype not in constants.dtypes:
+        raise UserError(
+            f"calibration of {machine.device}: nothing in {dtype}",
+            allowed=", ".join(constants.dtypes),
+        )
+    return constants.dtypes[dtype]
 
 
 def _layer(

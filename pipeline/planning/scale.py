@@ -14,9 +14,16 @@ from typing import Any
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.files import atomic_path
-from pipeline.planning import RunPlan, format_bytes, format_columns, plan_run, seconds_of
+from pipeline.planning import RunPlan, plan_run, seconds_of
 from pipeline.planning.calibration import Calibration
-from pipeline.planning.machine import Machine
+from pipeline.planning.describe import (
+    format_bytes,
+    format_columns,
+    format_price,
+    format_seconds,
+    gpu_time,
+)
+from pipeline.planning.hardware import Machine
 from pipeline.planning.memory import peak
 from pipeline.planning.speed import Gpu
 
@@ -117,20 +124,20 @@ def describe_scale(
     price: float | None,
 ) -> str:
     """Format the rows; `price` is of one GPU for one hour."""
-    head = ["GPUs", "schedule", "peak", "step, s", "range, s", "tokens/s", "efficiency", "hours"]
-    head += ["GPU-hours"] + ["price"] * (price is not None)
+    head = ["GPUs", "schedule", "peak", "step, s", "range, s", "tokens/s", "efficiency", "time"]
+    head += ["GPU time"] + ["price"] * (price is not None)
     table, problems = [head], []
     for row in rows:
         if row.plan is None:
             table.append([f"{row.gpus:,}", *"-" * (len(head) - 1)])
             problems.append(f"{row.gpus:,} GPUs: {row.problem}")
             continue
-        hours = row.seconds * config.num_steps / 3600
+        run = row.seconds * config.num_steps
         cells = [f"{row.gpus:,}", row.plan.schedule, format_bytes(peak(row.plan.terms)[1])]
         cells += [f"{row.seconds:.3g}", f"{row.fewest:.3g} to {row.most:.3g}"]
         cells += [f"{row.plan.batch.tokens / row.seconds:,.0f}", f"{_efficiency(row, rows):.0%}"]
-        cells += [f"{hours:.3g}", f"{hours * row.gpus:,.3g}"]
-        table.append(cells + ([f"{hours * row.gpus * price:,.0f}"] if price is not None else []))
+        cells += [format_seconds(run), gpu_time(run * row.gpus)]
+        table.append(cells + ([format_price(run * row.gpus, price)] if price is not None else []))
     note = (
         f"From {machine.origin(network)}. Range: {_SHARES[0]:g} to {_SHARES[1]:g} times the speed "
         f"of layers, {_LINKS[0]:g} to {_LINKS[1]:g} times the bandwidth.\n"

@@ -100,18 +100,33 @@ class Seconds:
 
 def step_flops(shape: ModelShape, work: StepWork, schedule: Schedule) -> float:
     """Return the FLOPs of the layers of one rank, recomputation included."""
-    workload, architecture = work.workload, shape.architecture
-    # Norms and biases are below a thousandth of a layer.
-    weights = shape.layer_parameters * shape.num_layers
-    linear = 2.0 * weights * workload.rank_tokens
-    # Scores and weighted values; half of them under a causal mask.
-    seen = 0.5 if work.causal else 1.0
-    attention = 4.0 * architecture.query_width * work.squares * seen * shape.num_layers
+    workload = work.workload
+    linear, attention = forward_flops(
+        shape, tokens=workload.rank_tokens, squares=work.squares, causal=work.causal
+    )
     forward = linear + attention
     # By the input always; by the weights only where they are trained.
     trained = shape.layer_trained / shape.layer_parameters
     backward = linear * (1 + trained) + attention * ATTENTION_BACKWARD
     return forwards_of(work, schedule) * forward + backward
+
+
+def forward_flops(
+    shape: ModelShape, *, tokens: float, squares: float, causal: bool
+) -> tuple[float, float]:
+    """Return the FLOPs of one forward of the layers: products with weights, and attention.
+
+    Args:
+        shape: the model.
+        tokens: of all texts.
+        squares: the sum of squared text lengths.
+        causal: a token sees only earlier ones.
+    """
+    # Norms and biases are below a thousandth of a layer.
+    linear = 2.0 * shape.layer_parameters * shape.num_layers * tokens
+    # Scores and weighted values; half of them under a causal mask.
+    seen = 0.5 if causal else 1.0
+    return linear, 4.0 * shape.architecture.query_width * squares * seen * shape.num_layers
 
 
 def forwards_of(work: StepWork, schedule: Schedule) -> float:

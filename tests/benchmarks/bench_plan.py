@@ -22,7 +22,7 @@ from types import SimpleNamespace
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 from pipeline import comm, train
-from pipeline.measuring.ranks import calibrate
+from pipeline.measuring.calibrate import calibrate
 from pipeline.planning.calibration import FOLDER_VARIABLE, default_path, load, save
 from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrainConfig, load_config
-from pipeline.planning import describe, plan_run
+from pipeline.planning import plan_run
+from pipeline.planning.describe import describe
 from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.planning.memory import Target
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config

@@ -21,10 +21,9 @@ from pipeline.cli import app
 from pipeline.config import LoraConfig, TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.launch import discover_world, processor_name
-from pipeline.measuring import ranks as measure
+from pipeline.measuring import calibrate as measure
 from pipeline.measuring.layers import Sizes
 from pipeline.planning import RunPlan, plan_run, seconds_of
-from pipeline.planning import describe as describe_plan
 from pipeline.planning.calibration import (
     FOLDER_VARIABLE,
     VERSION,
@@ -41,6 +40,7 @@ from pipeline.planning.calibration import (
     load,
     save,
 )
+from pipeline.planning.describe import describe as describe_plan
 from pipeline.planning.measured import attention_seconds, interpolate, measured_seconds, num_tensors
 from pipeline.planning.memory import Target
 from pipeline.planning.shape import ModelShape

@@ -101,8 +101,9 @@ def test_scale_prints_every_number_of_gpus_with_its_range_and_price(
     step, (fewest, most) = float(text[3]), map(float, text[4].split(" to "))
     assert fewest < step < most
     assert text[6] == "100%"
-    hours = step * 4 / 3600
-    assert float(text[8]) == pytest.approx(hours * 256, rel=0.02)
+    assert text[7].endswith(" s")  # not 0.00001 hours
+    value, unit = text[8].split()
+    assert (unit, float(value)) == ("GPU-seconds", pytest.approx(step * 4 * 256, rel=0.02))
     assert "not measured" in rest[0]
     assert "<svg" in (tmp_path / "scale.svg").read_text()
 

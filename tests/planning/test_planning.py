@@ -22,7 +22,8 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.loss.tiles import TOKEN_TILE_BYTES
 from pipeline.model.encoder import build_encoder
-from pipeline.planning import describe, largest_batch, plan_run
+from pipeline.planning import largest_batch, plan_run
+from pipeline.planning.describe import describe
 from pipeline.planning.memory import (
     CUDA_CONTEXT,
     NCCL_BUFFERS,

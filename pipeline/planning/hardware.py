@@ -29,11 +29,12 @@ class Machine:
     speed: Gpu | Calibration | None
     warning: str = ""
 
-    def origin(self, network: float) -> str:
+    def origin(self, network: float | None = None) -> str:
         """Return the words by which a plan says what its seconds are from."""
         if isinstance(self.speed, Calibration):
             return self.speed.label
-        return f"a projection for {self.name}, {network:g} Gb/s a host; not measured"
+        link = "" if network is None else f", {network:g} Gb/s a host"
+        return f"a projection for {self.name}{link}; not measured"
 
     def require_speed(self) -> Gpu | Calibration:
         """Return the speed.

@@ -1,0 +1,509 @@
+"""Plan the jobs that embed texts: evaluations, minings and encodings, by task, without torch.
+
+config --text_sizes.py--> texts of each task, cut at its lengths
+model  --PlannedModel--> FLOPs of a forward, or seconds by a calibration
+       --Work--> GPU time by task --describe_array--> table, total, hours on so many GPUs
+
+An element of an evaluation embeds the texts of one model, task and length on one GPU. With
+`--texts`, elements share the distinct texts of all tasks, and so do the workers of a mining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.config import (
+    BM25,
+    EvaluateConfig,
+    MineConfig,
+    ModelConfig,
+    Precision,
+    local_file,
+    model_fix,
+)
+from pipeline.data.manifest import read_manifest
+from pipeline.data.shards import Dataset
+from pipeline.data.sources.corpus import corpus_files
+from pipeline.data.sources.paths import file_size
+from pipeline.errors import UserError
+from pipeline.evaluation.distinct_texts import BYTES_PER_TOKEN
+from pipeline.evaluation.tasks import Element, instruction_for, list_elements
+from pipeline.files import read_json
+from pipeline.model.export_folder import backbone_folder
+from pipeline.planning.calibration import Calibration
+from pipeline.planning.counted_texts import CountedTexts
+from pipeline.planning.describe import format_columns, format_price, format_seconds, gpu_time
+from pipeline.planning.hardware import Machine
+from pipeline.planning.measured import forward_seconds
+from pipeline.planning.shape import BLOCKS, ModelShape, read_architecture
+from pipeline.planning.speed import UTILISATION, Gpu, forward_flops
+from pipeline.planning.text_sizes import (
+    DescribedTask,
+    TaskSizes,
+    Texts,
+    task_sizes,
+)
+
+# Packed tokens of a forward on a CPU, which splits larger ones (`model/load_export.py`).
+_CPU_TOKENS = 2048
+_OTHER_MODEL = "export it first, or plan with a model of the same size: --model FOLDER"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlannedModel:
+    """A model that embeds texts on a machine.
+
+    Attributes:
+        name: for the plan.
+        shape: its counts; trained or not makes no difference to a forward.
+        causal: a token sees only earlier ones.
+        dtype: of its arithmetic.
+        machine: with a known speed.
+        max_tokens: packed tokens of a forward.
+        longest: tokens after which its texts are cut at the latest; None for no limit.
+    """
+
+    name: str
+    shape: ModelShape
+    causal: bool
+    dtype: Literal["float32", "bfloat16"]
+    machine: Machine
+    max_tokens: int
+    longest: int | None = None
+
+    @classmethod
+    def read(
+        cls,
+        path: str,
+        *,
+        name: str,
+        key: str,
+        precision: Precision,
+        machine: Machine,
+        max_tokens: int = 16384,
+    ) -> PlannedModel:
+        """Read config.json of an export, or of a model in the local cache.
+
+        Raises:
+            UserError: it is not on this machine, or has a layout that cannot be counted.
+        """
+        tree = _read_config(path, key)
+        if (architecture := read_architecture(tree)).block is None:
+            raise UserError(
+                f"{key}: {path}: model_type {architecture.model_type!r}",
+                allowed=", ".join(BLOCKS),
+                fix="plan with a model of about the same size in its place",
+            )
+        on_gpu = machine.target.on_gpu
+        auto: Literal["float32", "bfloat16"] = "bfloat16" if on_gpu else "float32"
+        return cls(
+            name=name,
+            shape=ModelShape.planned(tree, ModelConfig(path=path, pooling="mean")),
+            causal=bool(tree.get("is_causal", False)),
+            dtype=auto if precision == "auto" else precision,
+            machine=machine,
+            max_tokens=max_tokens if on_gpu else min(max_tokens, _CPU_TOKENS),
+            longest=_longest(path),
+        )
+
+    def flops(self, texts: Texts) -> float:
+        """Return the FLOPs that embed texts."""
+        return sum(
+            forward_flops(
+                self.shape, tokens=texts.tokens, squares=texts.squares, causal=self.causal
+            )
+        )
+
+    def seconds(self, texts: Texts) -> float:
+        """Return the seconds in which one GPU, or one rank of a CPU, embeds texts.
+
+        Raises:
+            UserError: the speed is not known, or a calibration lacks this type of numbers.
+        """
+        speed = self.machine.require_speed()
+        if isinstance(speed, Gpu):
+            peak = speed.bf16 if self.dtype == "bfloat16" else speed.fp32
+            return self.flops(texts) / (peak * UTILISATION)
+        pairs = zip(texts.lengths.tolist(), texts.counts.tolist(), strict=True)
+        return float(sum(count * _measured(self, max(1, round(length))) for length, count in pairs))
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(model: PlannedModel, length: int) -> float:
+    """Return the seconds of one text in a full forward of such texts, on a calibrated machine."""
+    speed, rows = model.machine.speed, max(1, model.max_tokens // length)
+    assert isinstance(speed, Calibration)
+    lengths = np.full(rows, length)
+    seconds = forward_seconds(model.shape, lengths, speed, dtype=model.dtype, causal=model.causal)
+    return seconds / rows
+
+
+def _read_config(path: str, key: str) -> dict[str, Any]:
+    folder = backbone_folder(Path(path)) if Path(path).is_dir() else None
+    file = local_file(str(folder or path), "config.json")
+    if file is None:
+        raise UserError(
+            f"{key}: {path}: no config.json on this machine",
+            fix=_OTHER_MODEL if key.startswith("models.") else model_fix(path),
+        )
+    tree = read_json(file, fix=model_fix(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: {type(tree).__name__} at the top", allowed="a JSON object")
+    return tree
+
+
+def _longest(path: str) -> int | None:
+    """Return the length at which a sentence-transformers folder cuts texts, if it names one."""
+    file = local_file(path, "sentence_bert_config.json")
+    tree = read_json(file, fix=model_fix(path)) if file else {}
+    found = tree.get("max_seq_length") if isinstance(tree, dict) else None
+    return found if isinstance(found, int) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One task of an array, or one step of a mining.
+
+    Attributes:
+        name: of the task or step.
+        model: the model that does it.
+        texts: in words: `100 documents, 10 queries`.
+        tokens: that the model reads.
+        seconds: of one GPU; None for work that no GPU of this array does.
+        origin: how the sizes are known.
+        length: tokens after which texts are cut; None where nothing is cut.
+    """
+
+    name: str
+    model: str
+    texts: str
+    tokens: float
+    seconds: float | None
+    origin: str
+    length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ArrayPlan:
+    """The work of an array, task by task.
+
+    Attributes:
+        title: of the table.
+        work: one entry for each task and model, in the order of the array.
+        whole: an entry is one element, which one GPU computes; else GPUs share all work evenly.
+        shared: seconds where each distinct text is embedded once; None where this is no choice.
+        shared_is_bound: tasks may share further texts.
+    """
+
+    title: str
+    work: tuple[Work, ...]
+    whole: bool
+    shared: float | None = None
+    shared_is_bound: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all GPUs together."""
+        return sum(work.seconds or 0.0 for work in self.work)
+
+    def elapsed(self, gpus: int) -> float:
+        """Return the seconds until all work is done, on so many GPUs at a time."""
+        if not self.whole:
+            return self.seconds / gpus
+        # As Slurm starts an array: the next element on the first GPU that is free.
+        free = [0.0] * gpus
+        for work in self.work:
+            heapq.heapreplace(free, free[0] + (work.seconds or 0.0))
+        return max(free)
+
+
+# --- evaluations -----------------------------------------------------------------------------
+
+
+def plan_evaluation(
+    config: EvaluateConfig,
+    machine: Machine,
+    *,
+    model: str | None = None,
+    described: DescribedTask | None = None,
+    counted: CountedTexts | None = None,
+) -> ArrayPlan:
+    """Plan the array of an evaluation: one element for each model, task and length.
+
+    Args:
+        config: the evaluation.
+        machine: one GPU of it embeds one element.
+        model: planned in place of every model, such as one whose export does not exist yet.
+        described: sizes of tasks about which nothing is known.
+        counted: the texts as they are, in place of estimates.
+
+    Raises:
+        UserError: a model is not on this machine, or the sizes of a task are not known.
+    """
+    models = _models_of(config, machine, model)
+
+    def sizes_of(element: Element) -> TaskSizes:
+        if counted is not None:
+            return counted.sizes[element.model.name, element.task]
+        sizes = task_sizes(element.task, element.own, described)
+        return sizes.asked(instruction_for(element.task, element.model, config))
+
+    elements = list_elements(config)
+    work = [
+        _element_work(element, models[element.model.name], sizes_of(element))
+        for element in elements
+    ]
+    if counted is None:
+        shared = sum(
+            models[each.model.name].seconds(_distinct(each, elements, sizes_of(each)))
+            for each in elements
+        )
+    else:
+        shared = sum(models[name].seconds(texts) for name, texts in counted.distinct.items())
+    return ArrayPlan(
+        title=f"{len(config.models)} models x {len(elements) // len(config.models)} tasks and "
+        f"lengths = {len(elements)} elements",
+        work=tuple(work),
+        whole=True,
+        shared=shared,
+        shared_is_bound=counted is None,
+    )
+
+
+def _models_of(
+    config: EvaluateConfig, machine: Machine, model: str | None
+) -> dict[str, PlannedModel]:
+    return {
+        each.name: PlannedModel.read(
+            model or str(each.path),
+            name=each.name,
+            key="--model" if model else f"models.{each.name}",
+            precision=each.precision,
+            machine=machine,
+            max_tokens=config.max_tokens,
+        )
+        for each in config.models
+    }
+
+
+def _element_work(element: Element, model: PlannedModel, sizes: TaskSizes) -> Work:
+    texts = sizes.documents.plus(sizes.queries).cut(element.max_length)
+    return Work(
+        name=element.task,
+        model=model.name,
+        texts=f"{sizes.documents.texts:,.0f} documents, {sizes.queries.texts:,.0f} queries",
+        tokens=texts.tokens,
+        seconds=model.seconds(texts),
+        origin=sizes.origin,
+        length=element.max_length,
+    )
+
+
+def _distinct(element: Element, elements: Sequence[Element], sizes: TaskSizes) -> Texts:
+    """Return the texts that no shorter length of the same task has embedded already."""
+    shorter = [
+        other.max_length
+        for other in elements
+        if (other.model, other.task) == (element.model, element.task)
+        and other.max_length < element.max_length
+    ]
+    texts = sizes.documents.times(sizes.distinct).plus(sizes.queries)
+    return texts.longer_than(max(shorter, default=0)).cut(element.max_length)
+
+
+# --- minings ---------------------------------------------------------------------------------
+
+
+def plan_mining(
+    config: MineConfig, machine: Machine, *, described: DescribedTask | None = None
+) -> ArrayPlan:
+    """Plan the steps of a mining that a GPU does: embeddings, searches, and a teacher's scores.
+
+    Args:
+        config: the mining.
+        machine: its GPUs share each step.
+        described: shards that do not exist yet.
+
+    Raises:
+        UserError: the shards or a model are not on this machine.
+    """
+    sizes, positives = _shards(config, described)
+    read = functools.partial(PlannedModel.read, machine=machine)
+    work = []
+    for number, retriever in enumerate(config.retrievers):
+        if retriever.path == BM25:
+            continue
+        key = f"retrievers.{number}.path"
+        model = read(retriever.path, name=retriever.name, key=key, precision=retriever.precision)
+        work.append(_embedded(model, sizes, retriever.max_length))
+        work.append(_searched(model, sizes))
+    teacher = config.teacher
+    if teacher is not None and teacher.path is not None:
+        model = read(teacher.path, name="teacher", key="teacher.path", precision=teacher.precision)
+        if teacher.kind == "bi_encoder":
+            work.append(_embedded(model, sizes, teacher.max_length))
+        else:
+            pairs = positives + sizes.queries.texts * config.num_kept
+            work.append(_scored(model, sizes, pairs, teacher.max_length))
+    elif teacher is not None:
+        pairs = positives + sizes.queries.texts * config.num_kept
+        words = f"at most {pairs:,.0f} pairs"
+        work.append(
+            Work(name="score", model=str(teacher.model), texts=words, tokens=0.0, seconds=None,
+                 origin="by the endpoint")
+        )  # fmt: skip
+    title = f"{config.output}: the steps of a mining on GPUs"
+    return ArrayPlan(title=title, work=tuple(work), whole=False)
+
+
+def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSizes, float]:
+    """Return the texts to search, and the number of positives."""
+    if described is not None:
+        sizes, positives = described.sizes(), float(described.queries)
+    else:
+        manifest = read_manifest(config.data)
+        sizes = TaskSizes(
+            documents=Texts.of_histogram(manifest.document_lengths),
+            queries=Texts.of_histogram(manifest.query_lengths),
+            distinct=1.0,
+            origin="shards",
+        )
+        examples = Dataset.open(config.data, verify=False).examples
+        positives = float(examples.lengths("positives", np.arange(len(examples))).sum())
+    for corpus in config.corpora:
+        files = corpus_files(corpus.as_source())
+        tokens = sum(map(file_size, files)) / BYTES_PER_TOKEN
+        mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
+        more = Texts.around(tokens / mean, mean, 4 * mean)
+        sizes = dataclasses.replace(
+            sizes, documents=sizes.documents.plus(more), origin=f"{sizes.origin}, corpora by bytes"
+        )
+    return sizes, positives
+
+
+def _embedded(model: PlannedModel, sizes: TaskSizes, limit: int | None) -> Work:
+    longest = limit or model.longest
+    texts = sizes.documents.plus(sizes.queries)
+    texts = texts if longest is None else texts.cut(longest)
+    return Work(
+        name="embed",
+        model=model.name,
+        texts=f"{sizes.documents.texts:,.0f} documents, {sizes.queries.texts:,.0f} queries",
+        tokens=texts.tokens,
+        seconds=model.seconds(texts),
+        origin=sizes.origin,
+        length=longest,
+    )
+
+
+def _searched(model: PlannedModel, sizes: TaskSizes) -> Work:
+    pairs = sizes.documents.texts * sizes.queries.texts
+    flops = 2.0 * pairs * model.shape.hidden_size
+    speed = model.machine.require_speed()
+    if isinstance(speed, Gpu):
+        seconds = flops / (speed.fp32 * UTILISATION)
+    else:
+        seconds = flops * speed.of(1).loss.each
+    words = f"{pairs:,.0f} scores of pairs"
+    return Work(
+        name="search", model=model.name, texts=words, tokens=0.0, seconds=seconds,
+        origin=sizes.origin,
+    )  # fmt: skip
+
+
+def _scored(model: PlannedModel, sizes: TaskSizes, pairs: float, limit: int | None) -> Work:
+    """Return the work of a cross-encoder, which reads a query and a document together."""
+    query = sizes.queries.tokens / max(1.0, sizes.queries.texts)
+    longest = limit or model.longest
+    texts = sizes.documents.times(pairs / max(1.0, sizes.documents.texts))
+    texts = texts.cut(longest or np.inf, added=query)
+    return Work(
+        name="score",
+        model=model.name,
+        texts=f"at most {pairs:,.0f} pairs",
+        tokens=texts.tokens,
+        seconds=model.seconds(texts),
+        origin=sizes.origin,
+        length=longest,
+    )
+
+
+# --- encodings -------------------------------------------------------------------------------
+
+
+def plan_encoding(
+    model: PlannedModel, texts: Texts, *, limit: int | None, origin: str
+) -> ArrayPlan:
+    """Plan `diffembed encode`, whose processes share the texts."""
+    longest = limit or model.longest
+    texts = texts if longest is None else texts.cut(longest)
+    work = Work(
+        name="encode",
+        model=model.name,
+        texts=f"{texts.texts:,.0f} texts",
+        tokens=texts.tokens,
+        seconds=model.seconds(texts),
+        origin=origin,
+        length=longest,
+    )
+    return ArrayPlan(title=f"{model.name}: texts to vectors", work=(work,), whole=False)
+
+
+# --- text ------------------------------------------------------------------------------------
+
+
+def describe_array(
+    plan: ArrayPlan, machine: Machine, *, gpus: int, price: float | None = None
+) -> str:
+    """Format the work by task, its total, and the time on so many GPUs.
+
+    Args:
+        plan: of the array.
+        machine: that the plan was made for.
+        gpus: at work at a time.
+        price: of one GPU for one hour.
+    """
+    models = dict.fromkeys(work.model for work in plan.work)
+    head = ["task", "model", "length", "texts", "tokens", "time of a GPU", "sizes"]
+    rows = [head] + [_cells(work) for work in plan.work]
+    if len(models) > 1:
+        rows += [_total((w for w in plan.work if w.model == name), name) for name in models]
+    total = [*_total(plan.work, "all")[:-1], f"from {machine.origin()}"]
+    lines = [plan.title, "", format_columns([*rows, total]), ""]
+    cost = "" if price is None else f", {format_price(plan.seconds, price)} at {price:g} an hour"
+    longest = max(plan.work, key=lambda work: work.seconds or 0.0)
+    one, several = format_seconds(plan.elapsed(gpus)), f"{gpus:,} GPU{'s' * (gpus > 1)}"
+    if plan.whole:
+        name = f"{longest.name} of {longest.model}"
+        one += f"; the longest element {format_seconds(longest.seconds or 0.0)} ({name})"
+    lines.append(f"{gpu_time(plan.seconds)}{cost}; on {several} at a time {one}")
+    if plan.shared is not None:
+        cost = "" if price is None else f", {format_price(plan.shared, price)}"
+        bound = "at most " if plan.shared_is_bound else ""
+        lines.append(
+            f"with --texts N, each distinct text once: {bound}{gpu_time(plan.shared)}{cost}; on "
+            f"{several} {format_seconds(plan.shared / gpus)}"
+        )
+    lines.append("GPUs only: start of jobs, reading, tokenising and scoring come in addition.")
+    return "\n".join(lines)
+
+
+def _cells(work: Work) -> list[str]:
+    tokens = f"{work.tokens:,.0f}" if work.tokens else "-"
+    length = "-" if work.length is None else f"{work.length:,}"
+    seconds = "-" if work.seconds is None else format_seconds(work.seconds)
+    return [work.name, work.model, length, work.texts, tokens, seconds, work.origin]
+
+
+def _total(work: Iterable[Work], model: str) -> list[str]:
+    work = tuple(work)
+    tokens = sum(each.tokens for each in work)
+    seconds = sum(each.seconds or 0.0 for each in work)
+    return ["sum", model, "", "", f"{tokens:,.0f}", format_seconds(seconds), ""]
