@@ -5,28 +5,24 @@ Published sizes, from their config.json alone; nothing is downloaded and no weig
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import LoraConfig, ModelConfig
-from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
-from pipeline.planning.memory import (
-    GIB,
-    PARTS,
-    SCHEDULES,
-    RankWorkload,
-    Target,
-    choose_schedule,
-    host_memory,
-    memory_terms,
-    peak,
-)
+from pipeline.config import ChunkConfig, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from pipeline.planning import RunPlan, plan_run
+from pipeline.planning.described_data import Lengths, Shape, write_shards
+from pipeline.planning.memory import GIB, PARTS, Target, host_memory, peak
 from pipeline.planning.shape import ModelShape, saved_by_layer
+from pipeline.planning.speed import GPUS
+from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, DEEPSPEED = ROOT / "docs" / "planning.md", ROOT / "ds_configs"
 BEGIN, END = "<!-- {}: python -m tests.planning.plan_table -->", "<!-- end of {} -->"
 CHUNK = 8192
-TEXT = 512  # tokens of a text, for the number of rows in the loss
+TEXT = 512  # tokens of every text
 
 
 def tree(kind: str, h: int, i: int, layers: int, heads: int, kv: int, vocabulary: int) -> Any:
@@ -76,41 +72,64 @@ def shape_of(name: str, lora: LoraConfig | None) -> ModelShape:
     return ModelShape.planned(MODELS[name], ModelConfig(path=name, pooling="mean", lora=lora))
 
 
+def plan_of(
+    name: str,
+    lora: LoraConfig | None,
+    ranks: int,
+    stage: int,
+    tokens: int,
+    options: dict[str, bool],
+) -> RunPlan:
+    """Return what `diffembed plan run --gpu h100` plans, for texts that are all of one length."""
+    batch = ranks * tokens // TEXT // 2
+    # Draws are rounded down.
+    lengths = Lengths(mean=TEXT + 0.5, deviation=0, limit=TEXT)
+    groups = (("texts", "", 2 * batch),)
+    shape = Shape(groups=groups, query=lengths, document=lengths, num_negatives=0)
+    kind = "zero3_offload" if "offload_optimizer" in options else f"zero{stage}"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "config.json").write_text(json.dumps(MODELS[name]))
+        config = TrainConfig(
+            output_dir=folder / "run",
+            num_steps=1,
+            model=ModelConfig(
+                path=str(folder),
+                pooling="mean",
+                lora=lora,
+                gradient_checkpointing=options.get("gradient_checkpointing", False),
+            ),
+            data=DataConfig(path=write_shards(folder / "shards", shape), global_batch_size=batch),
+            chunks=ChunkConfig(
+                max_tokens=CHUNK, boundaries="host" if "boundaries_on_host" in options else "device"
+            ),
+        )
+        return plan_run(
+            config,
+            resolve_ds_config(load_ds_config(DEEPSPEED / f"{kind}.json"), config, world_size=ranks),
+            world_size=ranks,
+            target=Target.gpu("h100"),
+            build=False,
+            speed=GPUS["h100"],
+        )
+
+
 def memory_rows() -> list[list[str]]:
     """One row for each run, on GPUs of 80 GB."""
-    target = Target.gpu("h100")
     title = ["model", "trained", "GPUs", "stage", "tokens a GPU", "config", "schedule"]
     rows = [[*title, *PARTS, "peak", "free", "host"]]
     for name, adapted, ranks, stage, tokens, options in RUNS:
-        shape = shape_of(name, LoraConfig() if adapted else None)
-        texts = ranks * tokens // TEXT
-        loss = loss_cost(
-            num_queries=texts // 2,
-            num_documents=texts // 2,
-            width=shape.hidden_size,
-            world_size=ranks,
-            score_bytes=DEFAULT_SCORE_BYTES["cuda"],
-        )
-        workload = RankWorkload(
-            world_size=ranks,
-            stage=stage,
-            dtype="bfloat16",
-            rank_tokens=tokens,
-            chunk_tokens=CHUNK,
-            loss_bytes=float(loss.peak_bytes),
-            **{"gradient_checkpointing": False, **options},
-        )
-        schedule = choose_schedule(shape, workload, target.available, SCHEDULES)
-        terms = memory_terms(shape, workload, schedule)
-        moment, size = peak(terms)
+        plan = plan_of(name, LoraConfig() if adapted else None, ranks, stage, tokens, options)
+        moment, size = peak(plan.terms)
         parts = [
-            sum(t.size for t in terms if t.part == part and moment in t.moments) for part in PARTS
+            sum(t.size for t in plan.terms if t.part == part and moment in t.moments)
+            for part in PARTS
         ]
-        host = sum(host_memory(shape, workload, schedule).values())
+        host = sum(host_memory(plan.shape, plan.workload, plan.schedule).values())
         cells = [name, "LoRA 16" if adapted else "all", str(ranks), str(stage), f"{tokens:,}"]
-        cells += [", ".join(KEYS[key] for key in options) or "-", schedule]
+        cells += [", ".join(KEYS[key] for key in options) or "-", plan.schedule]
         cells += [gib(part) for part in parts]
-        rows.append([*cells, gib(size), gib(target.available - size), f"{host / GIB:.0f}"])
+        rows.append([*cells, gib(size), gib(plan.target.available - size), f"{host / GIB:.0f}"])
     return rows
 
 
