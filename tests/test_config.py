@@ -153,6 +153,32 @@ def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: 
     assert error.value.exit_code == 2
 
 
+def test_an_override_changes_one_item_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(
+        "output_dir: out\ntasks: [FollowIR]\nmodels:\n"
+        "  - {name: a, path: a, template: &both {query: 'Q {text}'}}\n"
+        "  - {name: b, path: b, template: *both}\n"
+    )
+    given = ("models.1.path=c", "models.1.template.query=R {text}", "tasks.0=BRIGHT")
+    config = load_config(EvaluateConfig, path, given)
+    assert [str(model.path) for model in config.models] == ["a", "c"]
+    # The alias of the file does not carry the change to the other item.
+    assert [model.template.query for model in config.models if model.template] == [
+        "Q {text}",
+        "R {text}",
+    ]
+    assert config.tasks == ("BRIGHT",)
+    for override, message in (
+        ("models.2.path=c", r"'2' in a list of 2 . allowed: .*0 to 1 . fix: give the whole list"),
+        ("models.path=c", r"'path' in a list of 2 .*0 to 1"),
+        ("models.-1.path=c", "'-1' in a list of 2"),
+        ("tasks.0.name=c", "'0' holds a value, not keys"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(EvaluateConfig, path, (override,))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

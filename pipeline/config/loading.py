@@ -12,6 +12,7 @@ is for rules between keys. Both end as one line of found, allowed and fix.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -35,7 +36,8 @@ def load_config(kind: type[T], path: str | Path, overrides: tuple[str, ...] = ()
 
     `extends: a.yaml`, or `[a.yaml, ../b.yaml]`, relative to the file with that key, reads those
     files first. A later one wins, and the file itself wins over all of them. Sections are merged
-    key by key, lists and values are replaced. Overrides `key.sub=value` come last.
+    key by key, lists and values are replaced. Overrides `key.sub=value` come last; in them,
+    `key.0.sub` names the first item of a list.
 
     Raises:
         UserError: a file is missing or not YAML, a file extends itself, a key is unknown, a value
@@ -171,16 +173,33 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
+    """Set `key.sub=value`; of a list, `key.0.sub=value` changes its first item."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
         raise UserError(f"override {override!r}", allowed="key.sub=value")
-    *parents, leaf = key.split(".")
+    *parents, leaf = name.split(".")
+    node: Any = tree
     for parent in parents:
-        node = tree.setdefault(parent, {})
-        if not isinstance(node, dict):
+        key = _key_in(node, parent, override)
+        below = node.get(key, {}) if isinstance(node, dict) else node[key]
+        if not isinstance(below, dict | list):
             raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
-        tree = node
-    tree[leaf] = parse_yaml(text, origin=f"override {override!r}")
+        # A copy, because an alias in the file may hold the same section.
+        node[key] = node = copy.copy(below)
+    node[_key_in(node, leaf, override)] = parse_yaml(text, origin=f"override {override!r}")
+
+
+def _key_in(node: dict[str, Any] | list[Any], word: str, override: str) -> Any:
+    """Return the key of a section, or the number of an item of a list."""
+    if isinstance(node, dict):
+        return word
+    if word.isdecimal() and int(word) < len(node):
+        return int(word)
+    raise UserError(
+        f"override {override!r}: {word!r} in a list of {len(node)}",
+        allowed=f"the number of an item, 0 to {len(node) - 1}" if node else "",
+        fix="give the whole list, as in 'key=[{...}, {...}]', to add items",
+    )
 
 
 def _refuse_repeated(overrides: tuple[str, ...]) -> None:

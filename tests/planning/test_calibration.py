@@ -318,6 +318,9 @@ def test_a_run_knows_what_a_step_should_take_where_the_machine_was_calibrated(
     )
     parts = seconds_of(plan, config, found, network=400.0)
     assert predicted == {"seconds": sum(part.seconds for part in parts)}
+    with monkeypatch.context() as patch:  # the plan that chose the schedule is enough
+        patch.setattr("pipeline.planning.plan_run", None)
+        assert train.predict(config, zero, world, plan=plan) == predicted
     # A file that cannot be read ends no run.
     capsys.readouterr()
     path.write_text("{}")

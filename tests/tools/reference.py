@@ -108,7 +108,8 @@ def config_page() -> str:
     parts = [
         "# All config keys",
         _WRITTEN,
-        "Any key can be changed on the command line: `diffembed train CONFIG key.sub=value`. "
+        "Any key can be changed on the command line: `diffembed train CONFIG key.sub=value`, "
+        "or `key.0.sub=value` for the first item of a list. "
         "`diffembed config explain KEY` prints one key; `diffembed config schema` prints the JSON "
         "schema of a kind of file, which editors read for completion. `extends: FILE`, or "
         "`[FILE, ...]`, in any file takes the keys of others, relative to it; this file wins over "
