@@ -30,17 +30,20 @@ class UserError(DiffembedError):
         found: the key or file, and the wrong value in it.
         allowed: the values that are accepted.
         fix: the change to make, if it does not follow from these two.
+        docs: page and anchor below docs/ that say more, for the most common errors.
     """
 
     exit_code = 2
 
-    def __init__(self, found: str, *, allowed: str = "", fix: str = "") -> None:
-        self.found, self.allowed, self.fix = found, allowed, fix
+    def __init__(self, found: str, *, allowed: str = "", fix: str = "", docs: str = "") -> None:
+        self.found, self.allowed, self.fix, self.docs = found, allowed, fix, docs
         message = [found]
         if allowed:
             message.append(f"allowed: {allowed}")
         if fix:
             message.append(f"fix: {fix}")
+        if docs:
+            message.append(f"docs: {docs}")
         super().__init__(" | ".join(message).replace("\n", " "))
 
 

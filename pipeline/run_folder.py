@@ -80,6 +80,7 @@ class RunDir:
                 raise UserError(
                     f"output_dir: {path} was not written by a run, and this one would overwrite it",
                     fix=fix,
+                    docs="trouble.md#overwrite",
                 )
         for name in _OF_OTHERS:
             if (self.root / name).exists():
@@ -113,6 +114,7 @@ class RunDir:
                 raise UserError(
                     f"{self.root}: another training works on this run ({lock.read().strip()})",
                     fix=f"wait for it, `diffembed stop {self.root}`, or choose another output_dir",
+                    docs="trouble.md#two-trainings",
                 )
             time.sleep(0.5)
         sign_lock(lock)

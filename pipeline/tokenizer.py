@@ -408,6 +408,7 @@ class ModelLimits:
                     f"{key}: {length} tokens, but {self.path} has {self.positions} positions",
                     allowed=f"at most {self.positions}",
                     fix=fix,
+                    docs="trouble.md#positions",
                 )
 
     def cut_length(self, length: int, *, where: str) -> int:

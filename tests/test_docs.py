@@ -153,3 +153,16 @@ def _fixed_parts(message: str) -> list[str]:
     """Return the parts of an example that are not values."""
     parts = re.split(r"\.\.\.|'[^']*'|[\d,]*\d", message)
     return [part.strip(" :()") for part in parts if len(part.strip(" :()")) > 3]
+
+
+def test_pages_that_errors_name_have_these_anchors() -> None:
+    sources = "".join(path.read_text() for path in sorted((ROOT / "pipeline").rglob("*.py")))
+    named = set(re.findall(r'docs="([^"]+)"', sources))
+    found = {
+        f"{page.name}#{anchor}"
+        for page in PAGES
+        for anchor in re.findall(r'<a id="([^"]+)"></a>', page.read_text())
+    }
+
+    assert len(named) >= 12
+    assert named == found

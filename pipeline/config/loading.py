@@ -256,6 +256,7 @@ def _explain(kind: type, error: ValidationError, tree: dict[str, Any], origin: s
             f"{origin}: unknown key {key!r}{more}",
             allowed=", ".join(_allowed_keys(kind, first["loc"])),
             fix=_NOT_OFFERED.get(str(first["loc"][-1]), ""),
+            docs="trouble.md#unknown-key",
         )
     if first["type"] in _MISSING:
         return UserError(f"{origin}: key {key!r} is missing{more}", fix=f"add {key} to the file")

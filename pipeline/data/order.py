@@ -284,6 +284,7 @@ def make_units(
                 f"{source!r} has {total} examples for data.global_batch_size {batch}",
                 fix=f"lower global_batch_size to {total}, set data.homogeneous to none, "
                 f"or set data.weights.{source} to 0",
+                docs="trouble.md#small-source",
             )
         merged = _merge_small(own, batch) if homogeneous == "instruction" else [own]
         for members in merged:

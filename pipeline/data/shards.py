@@ -306,6 +306,7 @@ class Dataset:
                 f"{self.folder}: prepared with the tokenizer {self.tokenizer.path!r}, which "
                 f"differs from the tokenizer of {path!r}",
                 fix="prepare the dataset with the model's own tokenizer",
+                docs="trouble.md#other-tokenizer",
             )
 
     def require_model(self, model: ModelConfig) -> None:

@@ -132,6 +132,7 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
             allowed="a benchmark (FollowIR, LongEmbed, BRIGHT, BRIGHT-long), an mteb task name, or "
             "{name: NAME, path: FOLDER} for your own retrieval task",
             fix=folder,
+            docs="trouble.md#no-task",
         ) from error
     if own is not None:
         raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own task another name")

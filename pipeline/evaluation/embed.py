@@ -175,6 +175,7 @@ def load_stored(config: EvaluateConfig, element: Element) -> EvaluatedEncoder:
             f"embedded: {shown}",
             fix="see the logs of the array's elements; submit the evaluation again, or run "
             "`diffembed evaluate embed`: only missing blocks are embedded",
+            docs="trouble.md#missing-blocks",
         )
     store = store_folder(config, element.model)
     metadata = read_metadata(store)

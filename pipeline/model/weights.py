@@ -137,6 +137,7 @@ def _find_files(path: str, revision: str | None) -> list[str]:
             allowed="model.safetensors, or model.safetensors.index.json and the files it names "
             "(pickled *.bin files could run code)",
             fix="load it with transformers where you trust it, and save_pretrained it",
+            docs="trouble.md#no-safetensors",
         ) from error
     return list(shards)
 
@@ -425,6 +426,7 @@ def _base_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
             f"model.path: cannot read a config.json from {config.path!r}",
             allowed="a folder in Hugging Face layout, or a model name in the local cache",
             fix=model_fix(config.path),
+            docs="trouble.md#no-model",
         )
     yield settings.name, settings
     if config.trust_remote_code:  # may load any of them

@@ -442,6 +442,7 @@ def choose_schedule(
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
         + ")",
         fix="; or ".join(fitting) or "use far more ranks, a larger GPU or LoRA",
+        docs="trouble.md#does-not-fit",
     )
 
 

@@ -320,7 +320,9 @@ def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProce
     """
     if shutil.which(command) is None:
         raise UserError(
-            f"{command}: not found", fix="submit on a node that has Slurm; --dry-run works anywhere"
+            f"{command}: not found",
+            fix="submit on a node that has Slurm; --dry-run works anywhere",
+            docs="trouble.md#no-slurm",
         )
     try:
         done = subprocess.run(

@@ -214,6 +214,7 @@ def _require_acceptable(
             f"an array with element {longest}",
             allowed=f"up to {limit - 1} (MaxArraySize of this Slurm)",
             fix="fewer models in one config, or --texts N",
+            docs="trouble.md#array-size",
         )
     for job in new:
         others = [

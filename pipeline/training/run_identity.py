@@ -83,6 +83,7 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
             f"{key} is {wanted.get(key)!r}{others}",
             allowed=f"{saved.get(key)!r}, which the run in {run} started with",
             fix=f"set {key} back to resume, or choose another output_dir for a new run",
+            docs="trouble.md#changed-run",
         )
     _require_same_schedule(run, state["step"], saved, wanted)
 

@@ -148,6 +148,7 @@ def _is_done(config: PrepareConfig, target: Path) -> bool:
             f"output_dir: {target} holds a dataset made from another config or other inputs: "
             f"{change}",
             fix="choose another output_dir, or remove it",
+            docs="trouble.md#other-dataset",
         )
     print(f"{config.output_dir} is complete: {_describe(config)}", flush=True)
     return True

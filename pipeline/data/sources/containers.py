@@ -42,7 +42,9 @@ def plan_blocks(
     if counts_rows(file):
         yield from plan_table(file, split=split, block_bytes=block_bytes, max_rows=max_rows)
     elif not kind_of(file):
-        raise UserError(f"{file}: unknown kind of file", allowed=READABLE)
+        raise UserError(
+            f"{file}: unknown kind of file", allowed=READABLE, docs="trouble.md#file-kinds"
+        )
     elif is_packed(file) or _is_json_list(file):
         yield FileBlock(file=file, start=0, stop=-1, max_rows=max_rows)
     elif kind_of(file) == "csv":

@@ -327,7 +327,9 @@ def _require_file(filesystem: Any, inner: str, label: str, *, local: bool) -> No
             f"{label}: no such file, and no folder or glob with data files", allowed=READABLE
         )
     if not kind_of(inner):
-        raise UserError(f"{label}: unknown kind of file", allowed=READABLE)
+        raise UserError(
+            f"{label}: unknown kind of file", allowed=READABLE, docs="trouble.md#file-kinds"
+        )
 
 
 def _require_readable(path: Path, key: str) -> None:
@@ -354,6 +356,7 @@ def _require_readable(path: Path, key: str) -> None:
                 raise UserError(
                     f"{key}: {path}: a pointer of git-lfs, not the data",
                     fix="run `git lfs pull` in its repository",
+                    docs="trouble.md#git-lfs",
                 )
 
 

@@ -256,7 +256,9 @@ class BadRecords:
             texts = [f"{bad.where}: {bad.reason}" for bad in self.first]
             fixes = dict.fromkeys(bad.fix for bad in self.first if bad.fix)
             fix = "; ".join(fixes) or "correct the rows, or leave them out"
-            raise UserError(_list_bad(self.key, texts, self.count), fix=fix)
+            raise UserError(
+                _list_bad(self.key, texts, self.count), fix=fix, docs="trouble.md#bad-rows"
+            )
 
 
 def _list_bad(key: str, texts: list[str], count: int, *, num_read: int = 0) -> str:
