@@ -25,7 +25,7 @@ FRAMED = Template(query="Instruct: {instruction}\nQuery: {text} [end]", document
 
 @pytest.fixture
 def real(config: EvaluateConfig) -> EvaluateConfig:
-    """Two wordings of a pretrained encoder; candidates, long documents, and two lengths."""
+    """Two wordings of a pretrained encoder; candidates, two lengths, two tasks on one corpus."""
     path = Path(get_model_path())
     return dataclasses.replace(
         config,
@@ -33,8 +33,12 @@ def real(config: EvaluateConfig) -> EvaluateConfig:
             EvaluatedModel(name="plain", path=path, template=PLAIN),
             EvaluatedModel(name="framed", path=path, template=FRAMED),
         ),
-        tasks=("Core17InstructionRetrieval", "BrightAopsRetrieval"),
-        lengths={"BrightAopsRetrieval": (24, 48)},
+        tasks=(
+            "Core17InstructionRetrieval",
+            "BrightAopsRetrieval",
+            "BrightTheoremQAQuestionsRetrieval",
+        ),
+        lengths={"BrightAopsRetrieval": (24, 64)},
     )
 
 
@@ -58,7 +62,7 @@ def test_a_counted_plan_has_the_tokens_of_every_element_and_of_the_shared_texts(
     counted = count_texts(real)
     machine = choose_machine("h100", None, ranks_per_host=1)
     plan = plan_evaluation(real, machine, counted=counted)
-    assert len(plan.work) == len(list_elements(real)) == 6
+    assert len(plan.work) == len(list_elements(real)) == 8
     cut = 0
     for element, work in zip(list_elements(real), plan.work, strict=True):
         embedded.clear()

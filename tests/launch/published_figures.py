@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.planning.described_data import Lengths, Shape
+
 # The config.json of each published model, as far as shapes go.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Dream-org/Dream-v0-Instruct-7B": {
@@ -66,4 +68,49 @@ PUBLISHED: dict[str, tuple[int, int, float, str, int, int, int, bool]] = {
     "simcse/llama3-mntp": (128_000, 128, 3e-5, "linear", 0, 16, 127, True),
     "simcse/mistral-mntp": (128_000, 128, 3e-5, "linear", 0, 16, 127, True),
     "simcse/qwen2.5-mntp": (128_000, 64, 3e-5, "linear", 0, 16, 63, True),
+}
+
+
+def e5_sets(rows: int) -> tuple[tuple[str, str, int], ...]:
+    return tuple((f"e5.{name}", name, rows) for name in ("nq", "quora_duplicates"))
+
+
+# Lengths from the paper's table of data statistics.
+SHAPES = {
+    "instruction": Shape(
+        groups=(("msmarco", "Retrieve", 4096),),
+        query=Lengths(mean=83, deviation=76, limit=304),
+        document=Lengths(mean=92, deviation=41, limit=196),
+        num_negatives=15,
+    ),
+    "long": Shape(
+        groups=e5_sets(2048),
+        query=Lengths(mean=39, deviation=19, limit=4096),
+        document=Lengths(mean=366, deviation=1062, limit=4096),
+        num_negatives=1,
+    ),
+    "theorem": Shape(
+        groups=tuple(("reasonaug", f"kind {k}", 1362) for k in range(8)),
+        query=Lengths(mean=230, deviation=244, limit=4096),
+        document=Lengths(mean=508, deviation=427, limit=4096),
+        num_negatives=1,
+    ),
+    "reason": Shape(
+        groups=(("vl", "kind 0", 2048), ("vl", "kind 1", 2048), *e5_sets(4096)),
+        query=Lengths(mean=84, deviation=91, limit=4096),
+        document=Lengths(mean=281, deviation=715, limit=4096),
+        num_negatives=1,
+    ),
+    "simcse": Shape(
+        groups=(("wiki1m", "", 8192),),
+        query=Lengths(mean=25, deviation=14, limit=128),
+        document=Lengths(mean=25, deviation=14, limit=128),
+        num_negatives=0,
+    ),
+    "mntp": Shape(
+        groups=(("wikitext", "", 100),),
+        query=Lengths(mean=300, deviation=100, limit=4096),
+        document=Lengths(mean=300, deviation=100, limit=4096),
+        num_negatives=0,
+    ),
 }

@@ -12,14 +12,14 @@ import numpy as np
 import peft
 import pytest
 from published_data import prepare_recipe, word_tokenizer, write_raw
-from published_figures import ARCHITECTURES, PUBLISHED, RANK_16, WHOLE
+from published_figures import ARCHITECTURES, PUBLISHED, RANK_16, SHAPES, WHOLE
 
 from pipeline import planning
 from pipeline.config import EvaluateConfig, LoraConfig, PrepareConfig, TrainConfig, load_config
 from pipeline.data.shards import Dataset
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model import encoder
-from pipeline.planning.described_data import Lengths, Shape, write_shards
+from pipeline.planning.described_data import write_shards
 from pipeline.planning.memory import Target, peak
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
@@ -53,51 +53,6 @@ def head_of(name: str) -> int:
     """Parameters of the head, which only the prediction of tokens needs."""
     config = ARCHITECTURES[name]
     return int(config["vocab_size"] * config["hidden_size"])
-
-
-def e5_sets(rows: int) -> tuple[tuple[str, str, int], ...]:
-    return tuple((f"e5.{name}", name, rows) for name in ("nq", "quora_duplicates"))
-
-
-# Lengths from the paper's table of data statistics.
-SHAPES = {
-    "instruction": Shape(
-        groups=(("msmarco", "Retrieve", 4096),),
-        query=Lengths(mean=83, deviation=76, limit=304),
-        document=Lengths(mean=92, deviation=41, limit=196),
-        num_negatives=15,
-    ),
-    "long": Shape(
-        groups=e5_sets(2048),
-        query=Lengths(mean=39, deviation=19, limit=4096),
-        document=Lengths(mean=366, deviation=1062, limit=4096),
-        num_negatives=1,
-    ),
-    "theorem": Shape(
-        groups=tuple(("reasonaug", f"kind {k}", 1362) for k in range(8)),
-        query=Lengths(mean=230, deviation=244, limit=4096),
-        document=Lengths(mean=508, deviation=427, limit=4096),
-        num_negatives=1,
-    ),
-    "reason": Shape(
-        groups=(("vl", "kind 0", 2048), ("vl", "kind 1", 2048), *e5_sets(4096)),
-        query=Lengths(mean=84, deviation=91, limit=4096),
-        document=Lengths(mean=281, deviation=715, limit=4096),
-        num_negatives=1,
-    ),
-    "simcse": Shape(
-        groups=(("wiki1m", "", 8192),),
-        query=Lengths(mean=25, deviation=14, limit=128),
-        document=Lengths(mean=25, deviation=14, limit=128),
-        num_negatives=0,
-    ),
-    "mntp": Shape(
-        groups=(("wikitext", "", 100),),
-        query=Lengths(mean=300, deviation=100, limit=4096),
-        document=Lengths(mean=300, deviation=100, limit=4096),
-        num_negatives=0,
-    ),
-}
 
 
 @pytest.fixture(scope="module")

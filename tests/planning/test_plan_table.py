@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.planning import one_gpu_plans, plan_table
+from tests.planning import one_gpu_plans, plan_table, recipe_hours
 
 
 def test_the_page_has_the_tables_of_these_formulas() -> None:
@@ -16,6 +16,12 @@ def test_the_recipes_for_one_gpu_fit_and_show_their_plans() -> None:
 
     # A recipe that does not fit raises.
     assert one_gpu_plans.written(page) == page, "run python -m tests.planning.one_gpu_plans"
+
+
+def test_the_guide_of_recipes_has_the_hours_of_these_formulas() -> None:
+    page = recipe_hours.PAGE.read_text()
+
+    assert recipe_hours.written(page) == page, "run python -m tests.planning.recipe_hours"
 
 
 def test_all_weights_of_70b_train_on_64_gpus_of_80_gb_with_room() -> None:
