@@ -7,6 +7,9 @@ NCCL ends a run whose rank waits longer than its timeout, but a rank may wait ho
 hashes or copies files. Waiting in the control group has its own limit, occupies no GPU, and fails
 at once when a rank dies on another host, which NCCL does not notice.
 
+A rank that fails alone tells the others through the store of the groups (`end_together`), so that
+all end with the same line; no collective call could tell them.
+
 A decision on one rank's own view must be made by all (`any_rank`, `together`, `on_main`): a rank
 that leaves alone would keep the others waiting in their next collective.
 """
@@ -17,8 +20,10 @@ import datetime
 import os
 import resource
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +41,7 @@ CONTROL_TIMEOUT = datetime.timedelta(hours=6)
 # Also on CPUs, where the main group is gloo too: one set of rules, which tests can then check.
 _control: dist.ProcessGroup | None = None
 _main_timeout = datetime.timedelta(seconds=1800)
+_failures: _Failures | None = None
 
 
 def start(world: World, *, timeout_seconds: int = 1800) -> None:
@@ -73,7 +79,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
 
 
 def _join(world: World, timeout_seconds: int) -> None:
-    global _control, _main_timeout
+    global _control, _main_timeout, _failures
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     _main_timeout = timeout = datetime.timedelta(seconds=timeout_seconds)
     if world.world_size == 1:
@@ -95,6 +101,7 @@ def _join(world: World, timeout_seconds: int) -> None:
             f"rank {world.rank} of {world.world_size} did not reach the others at {address}:{port} "
             f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
+    _failures = _Failures(dist.distributed_c10d._get_default_store(), world)
 
 
 def new_group(ranks: Iterable[int]) -> dist.ProcessGroup:
@@ -314,6 +321,70 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+class _Failures:
+    """The first failure of any rank: a line in the store of the process groups, which ends all.
+
+    Under NCCL the others would wait for a rank that has ended until their timeout. A thread reads
+    the store; it makes no collective call.
+    """
+
+    _KEY, _SEEN = "diffembed/failed", "diffembed/failed/seen"
+
+    def __init__(self, store: Any, world: World) -> None:
+        self._store, self._world = store, world
+        self._ending = threading.Lock()  # held by the thread of this process that ends it
+        self._left = threading.Event()
+        own = store.clone()  # the other one serves the main thread alone
+        threading.Thread(target=self._watch, args=(own,), name="failures", daemon=True).start()
+
+    def tell(self, line: str) -> str:
+        """Give every rank this line, unless another one came first; return the first."""
+        self._ending.acquire()  # never released: where the watcher has it, it ends this process
+        line = f"rank {self._world.rank}: {line}"
+        try:
+            first: str = self._store.compare_set(self._KEY, "", line).decode()
+            if first == line:
+                self._outlast(self._store, self._world.world_size - 1)
+        except RuntimeError:  # the store's process has ended
+            return line
+        return first
+
+    def stop(self) -> None:
+        """End no process any more."""
+        self._left.set()
+
+    def _outlast(self, store: Any, num_others: int) -> None:
+        """Keep the process that may hold the store until the others have read the line."""
+        for _ in range(100):
+            if self._world.rank != 0 or store.add(self._SEEN, 0) >= num_others:
+                return
+            time.sleep(0.1)
+
+    def _watch(self, store: Any) -> None:
+        with suppress(RuntimeError):  # the store's process has ended
+            while not self._left.wait(0.5):
+                if not store.check([self._KEY]):
+                    continue
+                line = store.get(self._KEY).decode()
+                if self._ending.acquire(blocking=False):
+                    print(line, file=sys.stderr, flush=True)
+                    store.add(self._SEEN, 1)
+                    self._outlast(store, self._world.world_size - 1)
+                    sys.stdout.flush()
+                    os._exit(1)
+                return
+
+
+def end_together(line: str) -> str:
+    """Tell all ranks that this one fails, so that they end too; return the line to end with.
+
+    Args:
+        line: the reason. If another rank failed first, its reason is returned instead, because it
+            is usually what made this rank fail.
+    """
+    return line if _failures is None else _failures.tell(line)
+
+
 def leave(code: int, *, gracefully: bool) -> None:
     """End this process with `code`.
 
@@ -329,6 +400,8 @@ def leave(code: int, *, gracefully: bool) -> None:
     if not gracefully:
         os._exit(code)
     if dist.is_initialized():
+        if _failures is not None:
+            _failures.stop()
         barrier()
         dist.destroy_process_group()
     mpi = sys.modules.get("mpi4py.MPI")

@@ -90,6 +90,11 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
     Libraries written in Rust (safetensors, tokenizers) raise other types of errors; their text ends
     in `(os error N)`.
     """
+    if _is_out_of_device_memory(error):
+        # torch's message is a paragraph; its second sentence has the sizes.
+        text = ". ".join(str(error).strip().split(". ")[:2]) or "a GPU is out of memory"
+        cure = "use smaller sizes (`diffembed plan run` counts a training's), or more GPUs"
+        return MachineError(f"{' '.join(text.split())} | fix: {cure}")
     if _is_out_of_memory(error):
         lines = str(error).strip().splitlines() or ["out of memory"]
         cure = "use smaller sizes, or a machine with more memory"
@@ -136,6 +141,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _is_out_of_device_memory(error: BaseException) -> bool:
+    """Return True for errors of torch, cuBLAS or NCCL about a GPU without free memory."""
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2 'out of")
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 @contextlib.contextmanager
 def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
     """Turn any error of a library that reads a user's file into one line that names the file.
@@ -162,8 +175,13 @@ def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
 
 def say_error(error: DiffembedError) -> None:
     """Print an error of this package as one line on stderr."""
+    print(describe_error(error), file=sys.stderr, flush=True)
+
+
+def describe_error(error: DiffembedError) -> str:
+    """Return an error of this package as one line."""
     name = "UserError" if isinstance(error, UserError) else type(error).__name__
-    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return f"{name}: {error}"
 
 
 @contextlib.contextmanager

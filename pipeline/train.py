@@ -26,7 +26,15 @@ if __name__ == "__main__":
 from pipeline import checkpoint_folder
 from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
-from pipeline.errors import DiffembedError, UserError, explain_os_error, say_error, say_warning
+from pipeline.errors import (
+    DiffembedError,
+    MachineError,
+    UserError,
+    describe_error,
+    explain_os_error,
+    say_error,
+    say_warning,
+)
 from pipeline.files import require_writable
 from pipeline.launch import (
     World,
@@ -283,6 +291,22 @@ def scoring_commands(every: EvaluateEveryConfig) -> ScoringCommands:
     return ScoringCommands(submit=submit_jobs, local=run_here)
 
 
+def _say_on_all_ranks(error: Exception, explained: DiffembedError | None) -> None:
+    """Say why this rank ends, and end the others, which do not know it; a bug has a traceback."""
+    line = f"{type(error).__name__}: {error}"
+    if explained is not None:
+        line = describe_error(explained)
+    if "pipeline.comm" in sys.modules:
+        from pipeline import comm
+
+        own, line = line, comm.end_together(line)
+        if not line.endswith(own):  # a rank that failed before
+            explained = explained or MachineError(own)
+    if explained is None:
+        traceback.print_exc()
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(launchers: tuple[int, ...] = ()) -> None:
     """Run, and leave with the exit code of the outcome (see DiffembedError)."""
     code = 0
@@ -293,11 +317,8 @@ def main(launchers: tuple[int, ...] = ()) -> None:
         code = error.exit_code
     except Exception as error:
         explained = explain_os_error(error)
-        if explained is None:
-            traceback.print_exc()
-        else:
-            say_error(explained)
         code = explained.exit_code if explained else 1
+        _say_on_all_ranks(error, explained)
     # Not sys.exit: a rank that fails must be gone at once, so that the launcher ends the others
     # instead of leaving them to wait in a collective.
     if "pipeline.comm" not in sys.modules:  # nothing was started, and importing it takes seconds

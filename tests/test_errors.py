@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.data.sources.records import BadRowError
 from pipeline.errors import (
@@ -29,9 +30,14 @@ from pipeline.files import atomic_path, require_writable
         (OSError(errno.EDQUOT, "quota", "/out/x"), MachineError),
         (Exception("I/O error: No space left on device (os error 28)"), MachineError),
         (Exception("Permission denied (os error 13)"), UserError),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"),
+            MachineError,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c`"), MachineError),
     ],
 )
-def test_a_failed_disk_access_is_explained(error: Exception, kind: type) -> None:
+def test_a_failed_access_of_disk_or_device_is_explained(error: Exception, kind: type) -> None:
     assert isinstance(explain_os_error(error), kind)
 
 

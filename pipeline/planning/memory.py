@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pipeline.errors import UserError
-from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
+from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside, spared_by_first_layer
 
 Schedule = Literal["plain", "cache", "sweep"]
 # From the fewest FLOPs and the most memory to the reverse.
@@ -266,6 +266,7 @@ def _activations(
     width, chunk, h = workload.width, workload.chunk_tokens, shape.hidden_size
     layer = saved_by_layer(shape, width)
     token = saved_outside(shape, width) + layer * shape.num_layers
+    token -= spared_by_first_layer(shape, width)
     source = "layers x bytes saved by a layer (planning/shape.py)"
     if workload.gradient_checkpointing:
         token = saved_outside(shape, width) + layer + shape.num_layers * h * width

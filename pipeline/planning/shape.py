@@ -23,6 +23,8 @@ from pipeline.errors import UserError
 
 # Bytes of a number that attention and norms keep in fp32 for each token (and head).
 _FP32 = 4
+# Bytes of a token's number, which the gradient of the table is added up by.
+_TOKEN = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,9 @@ class Block:
         activation: the config key of the MLP's activation.
         tables: config keys of further embedding tables of the full width.
         norm_biases: parameters of a norm per number of its width: 2 with a bias.
-        outer_norms: norms outside of the layers.
+        outer_norms: norms outside of the layers, `embedding_norms` of them before the first.
+        norm_first: a layer normalises its input.
+        rotations: tables of rotary positions, by kind of attention; none with learned positions.
     """
 
     query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -62,6 +66,9 @@ class Block:
     tables: tuple[str, ...] = ()
     norm_biases: int = 1
     outer_norms: int = 1
+    embedding_norms: int = 0
+    norm_first: bool = True
+    rotations: int = 1
 
 
 _ATTENTION_BIAS = {"attention_bias": ("query_key_value", "out")}
@@ -77,6 +84,9 @@ _BERT = Block(
     dropouts={"hidden_dropout_prob": 2},
     tables=("max_position_embeddings", "type_vocab_size"),
     norm_biases=2,
+    embedding_norms=1,
+    norm_first=False,
+    rotations=0,
 )
 # By the `model_type` of the native config.
 BLOCKS = {
@@ -87,9 +97,11 @@ BLOCKS = {
     "gemma": Block(norm="rms_fp32", bias_keys=_ATTENTION_BIAS),
     "gemma2": Block(norm="rms_fp32", num_norms=4, bias_keys=_ATTENTION_BIAS),
     "gemma3_text": Block(
-        norm="rms_fp32", num_norms=4, head_norms="head", bias_keys=_ATTENTION_BIAS
+        norm="rms_fp32", num_norms=4, head_norms="head", bias_keys=_ATTENTION_BIAS, rotations=2
     ),
-    "olmo2": Block(norm="rms_fp32", head_norms="whole", bias_keys=_ATTENTION_BIAS),
+    "olmo2": Block(
+        norm="rms_fp32", head_norms="whole", bias_keys=_ATTENTION_BIAS, norm_first=False
+    ),
     "phi3": Block(
         query_key_value=("qkv_proj",),
         up=("gate_up_proj",),
@@ -109,6 +121,7 @@ BLOCKS = {
         activation="activation_function",
         tables=("n_positions",),
         norm_biases=2,
+        rotations=0,
     ),
     "bert": _BERT,
     "roberta": _BERT,
@@ -123,10 +136,10 @@ BLOCKS = {
         bias_keys={"attention_bias": ("query_key_value", "out"), "mlp_bias": ("up", "down")},
         activation="hidden_activation",
         outer_norms=2,
+        embedding_norms=1,
+        rotations=2,
     ),
 }
-# Families without rotary positions, whose queries and keys are the linear layers' own outputs.
-_LEARNED_POSITIONS = ("gpt2", "bert", "roberta", "xlm-roberta")
 # Tensors of the inner width that an activation saves, its input included.
 _ACTIVATION_SAVES = {"gelu_new": 4, "relu": 0}
 # Published layouts that are read as another model: their names of the usual keys.
@@ -475,14 +488,39 @@ def saved_by_layer(shape: ModelShape, width: int) -> float:
 
 
 def saved_outside(shape: ModelShape, width: int) -> float:
-    """Return the bytes saved outside of the layers, for one token: last norm, pooling, rotation."""
+    """Return the bytes saved outside of the layers, for one token.
+
+    Its number, dropout and norms before and after the layers, rotary positions, pooling.
+    """
     architecture, block = shape.architecture, shape.architecture.block
-    h = architecture.hidden_size
+    h, trained = architecture.hidden_size, shape.adapters is None
     pooled = _FP32 * h
-    if block is None or architecture.model_type in _LEARNED_POSITIONS:
+    if block is None:
         return float(pooled + 2 * h * width)
-    norms = block.outer_norms * _norm(block.norm, h, 1, width, shape.adapters is None)
-    return float(pooled + norms + 2 * width * architecture.head_width)
+    rotations = 2 * width * architecture.head_width * block.rotations
+    # Before the first layer, a frozen model has nothing to save for.
+    norms = block.outer_norms - (0 if trained else block.embedding_norms)
+    dropped = h if trained and architecture.masks and not block.rotations else 0
+    norm = _norm(block.norm, h, 1, width, trained)
+    return float(pooled + rotations + norms * norm + dropped + (_TOKEN if trained else 0))
+
+
+def spared_by_first_layer(shape: ModelShape, width: int) -> float:
+    """Return the bytes that the first layer saves less than the others, for one token.
+
+    Below it nothing is trained if the model is frozen: it keeps neither its normalised input nor
+    the masks of what was dropped from it.
+    """
+    architecture, adapters = shape.architecture, shape.adapters
+    block = architecture.block
+    if block is None:
+        return 0.0
+    norm = _norm(block.norm, architecture.hidden_size, 1, width, adapters is None)
+    if adapters is None:  # ModernBERT's first layer normalises nothing
+        return float(norm if architecture.model_type == "modernbert" else 0)
+    masks = sum(linear.part == "query_key_value" for linear in adapters.linears)
+    dropped = architecture.hidden_size * masks if adapters.dropout else 0
+    return float(dropped + (norm if block.norm_first else 0))
 
 
 def _norm(kind: str, size: int, groups: int, width: int, trained: bool) -> int:
@@ -498,7 +536,8 @@ def _attention(
 ) -> int:
     q, kv = architecture.query_width, architecture.kv_width
     fused = len(block.query_key_value) == 1
-    rotated = architecture.model_type not in _LEARNED_POSITIONS
+    # Without rotary positions, queries and keys are the linear layers' own outputs.
+    rotated = block.rotations > 0
     # Slices of one fused tensor keep all of it.
     inputs = q + 2 * kv
     if fused and rotated:

@@ -178,7 +178,7 @@ def accumulate_gradients(
 
     Raises:
         NonFiniteLossError: on all ranks; no gradient was accumulated.
-        ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
+        ChunkOutOfMemoryError: on all ranks; no gradient was accumulated.
         StepGivenUpError: on all ranks; no gradient was accumulated.
     """
     agreement = agreement or Agreement()

@@ -77,6 +77,9 @@ class Engine(Protocol):
     def reduce(self, parameters: list[torch.nn.Parameter]) -> None:
         """Reduce gradients of these parameters that are complete, before all others."""
 
+    def fill_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Give these parameters gradients of zeros where they have none."""
+
     def discard(self) -> None:
         """Drop the gradients of an accumulation that an exception ended."""
 
@@ -210,6 +213,7 @@ class Agreement:
     def __init__(self, wants_to_stop: Callable[[], bool] = lambda: False) -> None:
         self._wants_to_stop = wants_to_stop
         self._checks = 0
+        self.has_failed = False  # this rank, in this step, for lack of memory
         # Checks from one agreement to the next. None before a step's duration is known: the first
         # step after a start is always finished, so that restarts make progress.
         self._spacing: int | None = None
@@ -217,6 +221,7 @@ class Agreement:
     def begin_step(self) -> None:
         """Count the checks of a new step."""
         self._checks = 0
+        self.has_failed = False
 
     def end_step(self, seconds: float) -> None:
         """Choose how often to agree in the next step.
@@ -237,7 +242,7 @@ class Agreement:
         """
         self._checks += 1
         if self._spacing is not None and self._checks % self._spacing == 0:
-            self._agree(failed=False, stop=self._wants_to_stop())
+            self._agree(stop=self._wants_to_stop())
 
     @contextmanager
     def out_of_memory_on_all_ranks(self) -> Iterator[None]:
@@ -249,17 +254,39 @@ class Agreement:
         Raises:
             ChunkOutOfMemoryError: some rank ran out of memory.
         """
-        failed = False
         try:
             yield
         except torch.OutOfMemoryError:
-            failed = True
+            self.has_failed = True
             torch.cuda.empty_cache()
-        # No stop here: what little is left of the step would be lost.
-        self._agree(failed=failed, stop=False)
+        self.settle()
 
-    def _agree(self, *, failed: bool, stop: bool) -> None:
-        any_failed, any_stop = comm.max_over_ranks(failed, stop)
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do work without collectives, unless this rank has run out of memory before.
+
+        A lack of memory is kept for the next agreement. Until then the rank makes the collective
+        calls of the others, which do not know of it.
+        """
+        if self.has_failed:
+            return
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            self.has_failed = True
+        if self.has_failed:  # here, where the frames of the failed work are gone
+            torch.cuda.empty_cache()
+
+    def settle(self) -> None:
+        """Agree whether every rank's work of this step fitted into memory; a collective call.
+
+        Raises:
+            ChunkOutOfMemoryError: some rank ran out of memory.
+        """
+        # No stop here: what little is left of the step would be lost.
+        self._agree(stop=False)
+
+    def _agree(self, *, stop: bool) -> None:
+        any_failed, any_stop = comm.max_over_ranks(self.has_failed, stop)
         if any_failed:
             raise ChunkOutOfMemoryError("a chunk does not fit into memory")
         if any_stop:

@@ -65,6 +65,16 @@ class Reduction:
                 if not zero.is_param_in_current_partition[zero.get_param_id(parameter)]:
                     parameter.grad = None
 
+    def fill(self, parameters: Iterable[Any]) -> None:
+        """Give trainable parameters a gradient of zeros where they have none."""
+        for parameter in parameters:
+            if parameter not in self._group_of or parameter in self._reduced:
+                continue
+            self._sums.hand_back(parameter)
+            if parameter.grad is None:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                _set_gradient(parameter, parameter.new_zeros(shape))
+
     def finish(self) -> None:
         """Reduce what is left, and hand everything to the optimizer; a collective call."""
         if self._stage < 3:
@@ -154,10 +164,7 @@ class GradientSums:
         total = self._sums.pop(parameter, None)
         if total is None:
             return
-        # A parameter that ZeRO-3 has partitioned has no shape: a gradient of its full shape can
-        # only be set through `data`.
-        parameter.grad = torch.empty_like(parameter)
-        parameter.grad.data = total.to(parameter.dtype)
+        _set_gradient(parameter, total.to(parameter.dtype))
 
     def _take(self, parameter: torch.Tensor) -> None:
         if not self._is_open or parameter.grad is None:
@@ -168,3 +175,10 @@ class GradientSums:
         else:
             self._sums[parameter] = parameter.grad.float()
         parameter.grad = None
+
+
+def _set_gradient(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    # A parameter that ZeRO-3 has partitioned has no shape: a gradient of its full shape can only be
+    # set through `data`.
+    parameter.grad = torch.empty_like(parameter)
+    parameter.grad.data = gradient

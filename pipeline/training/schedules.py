@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -192,6 +193,11 @@ class BoundaryStore:
         torch.cuda.current_stream().wait_event(copied)
         return hidden
 
+    def clear(self) -> None:
+        """Drop all inputs."""
+        self._kept.clear()
+        self._fetched.clear()
+
     def _copy(self, source: torch.Tensor, target: torch.Tensor, *, on_device: torch.Tensor) -> None:
         """Copy on the stream of copies, after all that was given to the compute stream so far."""
         assert self._copies is not None
@@ -213,6 +219,8 @@ class LayerSweep(Generic[ChunkT]):
         reduce: called when the gradients of a stage's own parameters are complete.
         seed: sets the random generators for a chunk, by its number, so that dropout masks do not
             depend on the schedule.
+        agreement: of the step. A rank that runs out of memory gathers and reduces on with the
+            others, which do not know of it, until both sweeps' ends.
         on_host: keep boundaries in host memory.
     """
 
@@ -223,17 +231,22 @@ class LayerSweep(Generic[ChunkT]):
         hold: Callable[[int, int | None], AbstractContextManager[None]],
         reduce: Callable[[int], None],
         seed: Callable[[int], None],
+        agreement: Agreement,
         on_host: bool = False,
     ) -> None:
         self._stages = stages
-        self._hold, self._reduce = hold, reduce
+        self._hold, self._reduce, self._agreement = hold, reduce, agreement
         self._seed = seed
         self.store = BoundaryStore(on_host=on_host)
         self._states: dict[tuple[int, int], RandomState] = {}
 
     @torch.no_grad()
     def forward(self, chunks: Sequence[ChunkT]) -> list[torch.Tensor]:
-        """Embed all chunks: a list of (C, E) without graph."""
+        """Embed all chunks: a list of (C, E) without graph.
+
+        Raises:
+            ChunkOutOfMemoryError: on all ranks.
+        """
         hiddens: list[torch.Tensor | None] = [None] * len(chunks)
         streams: list[RandomState] = []
         for number in range(len(chunks)):
@@ -245,15 +258,35 @@ class LayerSweep(Generic[ChunkT]):
             following = index + 1 if index + 1 < len(self._stages) else None
             # Gathered once for all chunks: the point of this schedule.
             with self._hold(index, following):
-                for number, chunk in enumerate(chunks):
-                    hidden = hiddens[number]
-                    if hidden is not None:
-                        self.store.put(index, number, hidden)
-                    self._states[index, number] = streams[number]
-                    streams[number].restore()
-                    hiddens[number] = stage(chunk, hidden)
-                    streams[number] = RandomState.capture()
+                work = partial(self._forward_stage, index, stage, chunks, hiddens, streams)
+                self._attempt(work, hiddens)
+        self._agreement.settle()
         return [hidden for hidden in hiddens if hidden is not None]
+
+    def _forward_stage(
+        self,
+        index: int,
+        stage: Stage[ChunkT],
+        chunks: Sequence[ChunkT],
+        hiddens: list[torch.Tensor | None],
+        streams: list[RandomState],
+    ) -> None:
+        """Run one stage of all chunks, and keep its inputs."""
+        for number, chunk in enumerate(chunks):
+            hidden = hiddens[number]
+            if hidden is not None:
+                self.store.put(index, number, hidden)
+            self._states[index, number] = streams[number]
+            streams[number].restore()
+            hiddens[number] = stage(chunk, hidden)
+            streams[number] = RandomState.capture()
+
+    def _attempt(self, work: Callable[[], None], hiddens: list[torch.Tensor | None]) -> None:
+        """Do a stage's work; where it does not fit, release what the sweep keeps."""
+        self._agreement.attempt(work)
+        if self._agreement.has_failed:
+            self.store.clear()
+            hiddens[:] = [None] * len(hiddens)
 
     def backward(
         self,
@@ -267,23 +300,39 @@ class LayerSweep(Generic[ChunkT]):
             chunks: as given to `forward`.
             gradients: (C, E) gradient by each chunk's embeddings.
             backward: takes a scalar and accumulates its gradients.
+
+        Raises:
+            ChunkOutOfMemoryError: on all ranks.
         """
-        upper = list(gradients)  # by the output of the stage that comes next
+        # By the output of the stage that comes next.
+        upper: list[torch.Tensor | None] = list(gradients)
         for index in reversed(range(len(self._stages))):
             with self._hold(index, index - 1 if index else None):
-                for number, chunk in enumerate(chunks):
-                    last = number + 1 == len(chunks)
-                    # By this stage's input, hence by the output of the stage below.
-                    upper[number] = self._backward_one(
-                        index,
-                        number,
-                        chunk,
-                        upper[number],
-                        backward,
-                        following=(index - 1, 0) if last else (index, number + 1),
-                    )
+                self._attempt(partial(self._backward_stage, index, chunks, upper, backward), upper)
             # On a GPU this overlaps the next stage's backward.
             self._reduce(index)
+        self._agreement.settle()
+
+    def _backward_stage(
+        self,
+        index: int,
+        chunks: Sequence[ChunkT],
+        upper: list[torch.Tensor | None],
+        backward: Callable[[torch.Tensor], None],
+    ) -> None:
+        """Run one stage of all chunks again and backward."""
+        for number, chunk in enumerate(chunks):
+            last, gradient = number + 1 == len(chunks), upper[number]
+            assert gradient is not None
+            # By this stage's input, hence by the output of the stage below.
+            upper[number] = self._backward_one(
+                index,
+                number,
+                chunk,
+                gradient,
+                backward,
+                following=(index - 1, 0) if last else (index, number + 1),
+            )
 
     def _backward_one(
         self,
@@ -352,11 +401,17 @@ def make_sweep(
                 engine.prefetch(owned[following])
             yield
 
+    def reduce(stage: int) -> None:
+        if agreement.has_failed:
+            engine.fill_gradients(complete[stage])
+        engine.reduce(complete[stage])
+
     return LayerSweep(
         stages,
         hold=hold,
-        reduce=lambda stage: engine.reduce(complete[stage]),
+        reduce=reduce,
         seed=seed,
+        agreement=agreement,
         on_host=config.chunks.boundaries == "host",
     )
 

@@ -134,7 +134,7 @@ class TokenPrediction:
 
         Raises:
             NonFiniteLossError: on all ranks; no gradient was accumulated.
-            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated (not in a sweep).
+            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated.
             StepGivenUpError: on all ranks; no gradient was accumulated.
         """
         agreement = agreement or Agreement()
@@ -197,7 +197,7 @@ class TokenPrediction:
             # Pooling is replaced: the states of the predictions take the place of embeddings.
             stages = [*encoder_stages(engine.encoder)[:-1], _predicting_states(engine.encoder)]
             sweep = make_sweep(engine, stages, self._config, seed, agreement)
-            return _sweep(engine, chunks, sweep)
+            return _sweep(engine, chunks, sweep, agreement)
         return _chunk_by_chunk(engine, chunks, seed, agreement)
 
 
@@ -249,16 +249,20 @@ def _chunk_by_chunk(
 
 
 def _sweep(
-    engine: Engine, chunks: list[_TokenChunk], sweep: LayerSweep[_TokenChunk]
+    engine: Engine,
+    chunks: list[_TokenChunk],
+    sweep: LayerSweep[_TokenChunk],
+    agreement: Agreement,
 ) -> tuple[float, float]:
     """Run layer by layer; the hidden states that predict replace the embeddings."""
     with engine.hold(outside_of_layers(engine.encoder)):
         states = sweep.forward(chunks)
         with engine.accumulation():
-            found = [
-                _through_the_head(engine, hidden, chunk)
-                for hidden, chunk in zip(states, chunks, strict=True)
-            ]
+            with agreement.out_of_memory_on_all_ranks():
+                found = [
+                    _through_the_head(engine, hidden, chunk)
+                    for hidden, chunk in zip(states, chunks, strict=True)
+                ]
             numbers = _agreed([(sums.loss, sums.correct) for sums in found])
             engine.reduce(untied_head(engine.encoder))
             sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)

@@ -281,8 +281,10 @@ class Training:
                 tokens, rows = max(sizes)
                 if rows == 1 or self.config.schedule == "plain":
                     other = "schedule to cache or sweep, "
-                    if self.config.objective is not None:
-                        other = ""  # tokens are always predicted chunk by chunk
+                    if self.config.schedule == "sweep":
+                        other = "chunks.boundaries: host, "
+                    elif self.config.objective is not None:
+                        other = "schedule to sweep, "  # tokens have no cache
                     raise DiffembedError(
                         f"{error}: {tokens} tokens in {rows} texts; set {other}"
                         f"gradient_checkpointing, or a smaller max_document_length"

@@ -174,6 +174,13 @@ class ZeroEngine:
         """Reduce gradients that are complete, so that this rank keeps its share; collective."""
         self._reduction.reduce(parameters)
 
+    def fill_gradients(self, parameters: list[Any]) -> None:
+        """Give parameters gradients of zeros where they have none.
+
+        For a rank whose backward failed, in the step of others that will reduce theirs.
+        """
+        self._reduction.fill(parameters)
+
     def discard(self) -> None:
         """Drop the gradients of an accumulation that an exception ended; called on all ranks."""
         self._reduction.discard()

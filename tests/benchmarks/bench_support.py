@@ -133,6 +133,9 @@ class PlainEngine:
         """Accumulate gradients."""
         surrogate.backward()
 
+    def fill_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Nothing is reduced."""
+
     def reduce(self, parameters: list[torch.nn.Parameter]) -> None:
         """One process has nothing to reduce."""
 

@@ -15,7 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.model import attention
 from pipeline.model.encoder import Encoder, build_encoder
-from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
+from pipeline.planning.shape import (
+    ModelShape,
+    saved_by_layer,
+    saved_outside,
+    spared_by_first_layer,
+)
 
 TOKENS = 64
 _SIZES = {"vocab_size": 100, "hidden_size": 256, "intermediate_size": 720, "num_hidden_layers": 2}
@@ -153,8 +158,9 @@ def test_a_layer_saves_what_the_plan_says(
     planned = saved_by_layer(shape, width)
     print(f"{family} {changes}: {layer:,.1f} saved, {planned:,.1f} planned")
     assert planned == pytest.approx(layer, rel=0.015)
-    # The first layer of a frozen model saves less, here one of two, in a real model one of many.
-    assert saved_outside(shape, width) + 2 * planned == pytest.approx(whole, rel=0.06)
+    # Texts of 20 and 44 tokens: what is saved for each text counts for more than in a real batch.
+    planned = saved_outside(shape, width) + 2 * planned - spared_by_first_layer(shape, width)
+    assert planned == pytest.approx(whole, rel=0.0075)
     tree = json.loads((tmp_path / "model" / "config.json").read_text())
     assert ModelShape.planned(tree, config) == shape, "counted from config.json alone"
 

@@ -32,6 +32,46 @@ def test_a_step_that_one_rank_ends_ends_for_all_and_leaves_no_gradient_behind(
         assert result["error"] <= 1e-5, result
 
 
+@pytest.fixture(scope="module")
+def full_devices(
+    recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Return the ends of runs in which rank 1's device is full, by part of the step."""
+    worker = WORKER.with_name("full_device_worker.py")
+    output = launch_ranks(1, worker, str(recipe), str(tmp_path_factory.mktemp("parts")))
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return {result["part"]: result for result in results}
+
+
+@pytest.mark.parametrize(
+    "part", ["hold", "loss", "reduction", "update", "save", "layer of a sweep"]
+)
+def test_a_full_device_ends_all_ranks_with_one_line(
+    full_devices: dict[str, dict[str, Any]], part: str
+) -> None:
+    """The other rank waits in a call that notices nothing, as under NCCL."""
+    result = full_devices[part]
+    assert result["codes"] == [1, 1], result
+    lines = [[line for line in said if "memory" in line] for said in result["said"]]
+    assert lines[0] == lines[1] != []
+    (line,) = lines[0]
+    assert line.startswith("rank 1: MachineError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert " | fix: " in line
+    assert not any("Traceback" in said for said in result["said"][0] + result["said"][1])
+
+
+@pytest.mark.parametrize("part", ["forward of a sweep", "backward of a sweep", "head of a sweep"])
+def test_chunks_that_do_not_fit_on_one_rank_are_halved_on_all(
+    full_devices: dict[str, dict[str, Any]], part: str
+) -> None:
+    result = full_devices[part]
+    assert result["codes"] == [0, 0], result
+    assert "a chunk does not fit into memory" in result["printed"]
+    assert "continuing with" in result["printed"]
+    if part != "head of a sweep":  # another objective
+        assert result["losses"] == pytest.approx(full_devices["save"]["losses"], rel=1e-5)
+
+
 class SmallDevice(Training):
     """A training whose steps only record their chunks, and fail above a number of tokens."""
 
