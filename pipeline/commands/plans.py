@@ -234,7 +234,8 @@ def plan_encode(
     tokens: Annotated[int | None, typer.Option(min=1, help="with --rows: mean length")] = None,
 ) -> None:
     """Print the GPU time of encoding a file, from a sample of it."""
-    from pipeline.planning.arrays import PlannedModel, describe_array, plan_encoding
+    from pipeline.planning.arrays import describe_array, plan_encoding
+    from pipeline.planning.planned_model import PlannedModel
     from pipeline.planning.text_sizes import Texts, estimate_tokens, read_inputs
 
     described = rows is not None and tokens is not None

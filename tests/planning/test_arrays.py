@@ -29,7 +29,6 @@ from pipeline.config import (
 from pipeline.data.manifest import read_manifest
 from pipeline.planning.arrays import (
     ArrayPlan,
-    PlannedModel,
     Work,
     describe_array,
     plan_evaluation,
@@ -37,7 +36,9 @@ from pipeline.planning.arrays import (
 )
 from pipeline.planning.hardware import Machine, choose_machine
 from pipeline.planning.memory import Target
+from pipeline.planning.planned_model import PlannedModel
 from pipeline.planning.text_sizes import Texts, task_sizes
+from tests.planning.plan_table import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 # 160 weights a layer: 20 + 10 + 10 + 16 of attention, 3 x 32 of the MLP, 2 x 4 of norms.
@@ -234,6 +235,8 @@ def test_arrays_are_planned_without_torch(
         (["evaluate", "{config}", "models=[{{name: a, path: /nowhere}}]"],
          "models.a: /nowhere: no config.json .*--model FOLDER"),
         (["evaluate", "{config}", "--model", "{other}"], "--model: .*model_type 'own' .*qwen2"),
+        (["evaluate", "{config}", "--model", "{large}"],
+         "129.5 GiB of weights in bfloat16 .*71.2 GiB, 0.9 of h100"),
         (["encode", "{folder}/one"], "what to encode .*--input, or --rows and --tokens"),
         (["encode", "{folder}/one", "--rows", "5"], "what to encode"),
         (["encode", "{folder}/one", "--input", "{folder}/none.jsonl"], "none.jsonl"),
@@ -248,7 +251,10 @@ def test_what_cannot_be_planned_is_one_line(
     path.write_text(dump_config(config))
     other.mkdir()
     (other / "config.json").write_text(json.dumps({**TINY, "model_type": "own"}))
-    named: dict[str, Any] = {"config": path, "folder": tmp_path, "other": other}
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(MODELS["Llama-3.1-70B"]))
+    named: dict[str, Any] = {"config": path, "folder": tmp_path, "other": other, "large": large}
     done = CliRunner().invoke(app, ["plan", *(word.format(**named) for word in words)])
     assert done.exception is not None and "\n" not in str(done.exception)
     with pytest.raises(type(done.exception), match=message):
