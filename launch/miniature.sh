@@ -16,27 +16,7 @@ source launch/trial.sh
 recipe=launch/recipes/miniature
 out=runs/miniature
 changes=("$@")
-
-# One training and its export, unless it exists: train NAME CONFIG [key=value ...]
-train() {
-  local name=$1 config=$2
-  shift 2
-  if [[ -f $out/$name/export/modules.json ]]; then
-    echo "$name: finished before, skipped"
-    return
-  fi
-  echo "$name: started, see $out/$name.log"
-  local settings=(output_dir=$out/$name "$@" ${changes[@]+"${changes[@]}"})
-  {
-    python pipeline/train.py "$config" --deepspeed ds_configs/zero1.json "${settings[@]}" &&
-      diffembed export "$config" "${settings[@]}"
-  } >"$out/$name.log" 2>&1 || {
-    echo "$name failed; the end of $out/$name.log:" >&2
-    tail -n 5 "$out/$name.log" >&2
-    return 1
-  }
-  echo "$name: $(grep -o 'loss [0-9.]*' "$out/$name.log" | tail -n 1)"
-}
+trainer=(python pipeline/train.py --deepspeed ds_configs/zero1.json)
 
 # An embedder: embed START MODEL ATTENTION
 embed() {

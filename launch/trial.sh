@@ -13,3 +13,26 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
+
+# One training and its export, unless it exists: train NAME CONFIG [key=value ...]
+# The script sets `out`, the command `trainer`, and `changes`, which hold for all its trainings.
+# shellcheck disable=SC2154 # of the script
+train() {
+  local name=$1 config=$2
+  shift 2
+  if [[ -f $out/$name/export/modules.json ]]; then
+    echo "$name: finished before, skipped"
+    return
+  fi
+  echo "$name: started, see $out/$name.log"
+  local settings=("output_dir=$out/$name" "$@" ${changes[@]+"${changes[@]}"})
+  {
+    "${trainer[@]}" "$config" "${settings[@]}" &&
+      diffembed export "$config" "${settings[@]}"
+  } >"$out/$name.log" 2>&1 || {
+    echo "$name failed; the end of $out/$name.log:" >&2
+    tail -n 5 "$out/$name.log" >&2
+    return 1
+  }
+  echo "$name: $(grep -o 'loss [0-9.]*' "$out/$name.log" | tail -n 1)"
+}

@@ -70,5 +70,6 @@ from pipeline.config.training import (
     NextTokenConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ProjectionConfig,
     TrainConfig,
 )

@@ -120,6 +120,25 @@ class GuideConfig:
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectionConfig:
+    """Learning a teacher's vectors, through a matrix from the model's width to the teacher's.
+
+    `weight` times the mean distance over all queries and documents of the batch is added to the
+    loss. The matrix is trained with the model and is no part of an export.
+    """
+
+    distance: Literal["cosine", "squared"] = "cosine"
+    """Of a projected vector to the teacher's, which has length 1: 1 less the cosine, or the squared
+    distance.
+    """
+    weight: PositiveFloat = 1.0
+    """The mean distance is multiplied by this."""
+    lr: PositiveFloat = 1e-3
+    """The highest learning rate of the matrix; it rises and decays as optimizer.lr does."""
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748, eq. 4).
 
@@ -147,6 +166,8 @@ class LossConfig:
     """
     distillation: DistillationConfig | None = None
     """Learn a teacher's scores, if the data hold them."""
+    projection: ProjectionConfig | None = None
+    """Learn a teacher's vectors through a projection, if the data hold them."""
 
     def __post_init__(self) -> None:
         require(
@@ -177,7 +198,7 @@ class LossConfig:
     @property
     def needs_vectors(self) -> bool:
         """True where the loss reads a teacher's stored vectors."""
-        return self.guide is not None or self.distils_batch
+        return self.guide is not None or self.distils_batch or self.projection is not None
 
     def require_fit(self, *, width: int, has_scores: bool, has_vectors: bool) -> None:
         """Refuse a loss that the model or the data cannot have; called before a run starts.
@@ -199,7 +220,8 @@ class LossConfig:
                     "trained",
                 )
         if self.needs_vectors and not has_vectors:
-            key = "guide" if self.guide is not None else "distillation.documents"
+            key = "distillation.documents" if self.distils_batch else "projection"
+            key = "guide" if self.guide is not None else key
             raise UserError(
                 f"loss.{key} is set but the data set holds no teacher vectors",
                 fix="run `diffembed mine` with a teacher whose vectors are stored, or remove "

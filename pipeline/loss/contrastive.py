@@ -59,6 +59,7 @@ from torch.nn.functional import softplus
 
 from pipeline import comm
 from pipeline.config import LossConfig
+from pipeline.loss.projection import add_projection_term
 from pipeline.loss.scores import (
     DOCUMENT_LENGTH,
     BlockTiles,
@@ -91,6 +92,7 @@ def contrastive_loss(
     *,
     config: LossConfig,
     temperature: float | None = None,
+    projection: Tensor | None = None,
     score_bytes: int | None = None,
 ) -> LossOutput:
     """Compute the loss over all queries and documents of all ranks; a collective call.
@@ -102,12 +104,15 @@ def contrastive_loss(
         config: similarity, temperature, and the rest of the recipe.
         temperature: the present value of a learned temperature; given exactly where
             `config.learn_temperature` is set.
+        projection: (E, W) from the embeddings to a teacher's vectors; given exactly where
+            `config.projection` is set.
         score_bytes: memory for scores; the default depends on the device.
 
     Raises:
         UserError: see `LossConfig.require_fit`.
     """
     assert (temperature is not None) == config.learn_temperature, "temperature: learned, or fixed"
+    assert (projection is not None) == (config.projection is not None), "projection: a term, or not"
     width = query_BE.shape[1]
     config.require_fit(
         width=width,
@@ -136,6 +141,10 @@ def contrastive_loss(
         for result, row in zip(results, numbers, strict=True)
     ]
     output = outputs[0] if len(outputs) == 1 else _mean_over_widths(outputs)
+    if projection is not None:
+        output = add_projection_term(
+            output, query_BE, document_KE, targets, projection_EW=projection, config=config
+        )
     return (
         output if config.learn_temperature else dataclasses.replace(output, temperature_grad=None)
     )

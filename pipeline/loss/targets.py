@@ -99,6 +99,8 @@ class LossOutput:
     document_grad: Tensor  # (K, E) float32
     temperature_grad: float | None  # d(loss) / d(temperature) where it is learned, on every rank
     metrics: dict[str, float]  # the same on every rank
+    # (E, W) d(loss) / d(projection), summed over ranks, where the loss has one
+    projection_grad: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

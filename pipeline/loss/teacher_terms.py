@@ -52,7 +52,7 @@ class Teacher:
     @classmethod
     def build(cls, targets: Targets, config: LossConfig) -> Teacher | None:
         """Prepare the vectors where a term of the loss needs them."""
-        if not config.needs_vectors:
+        if config.guide is None and not config.distils_batch:
             return None
         assert targets.teacher_query is not None and targets.teacher_document is not None
         distillation = config.distillation

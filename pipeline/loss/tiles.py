@@ -34,6 +34,8 @@ TOKEN_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 SLICE_ROWS = 512
 SLICE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _SLICE_COPIES = 3
+# Of an element of a projection: weight, moments and gradient in float32, two copies in float64.
+PROJECTION_BYTES = 4 * _FLOAT_BYTES + 2 * 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,7 @@ class TeacherTerms:
     width: int = 0  # of these vectors; 0 without such a term
     guide: bool = False
     batch_distillation: bool = False
+    projection: bool = False
 
     @classmethod
     def of(cls, config: LossConfig, *, width: int) -> TeacherTerms:
@@ -104,6 +107,7 @@ class TeacherTerms:
             width=width if config.needs_vectors else 0,
             guide=config.guide is not None,
             batch_distillation=config.distils_batch,
+            projection=config.projection is not None,
         )
 
     @property
@@ -122,7 +126,7 @@ class LossCost:
     num_tiles: int  # scored by one rank
     score_bytes: int
     row_bytes: int  # score rows of both sides; query gradients later share the queries' buffer
-    teacher_bytes: int  # a teacher's vectors of both sides
+    teacher_bytes: int  # a teacher's vectors of both sides, and the projection to them
     gradient_bytes: int  # of its documents
     block_bytes: int  # queries of a block and their gradient; all queries where symmetric
     index_bytes: int  # positions of every query and document
@@ -188,6 +192,7 @@ def loss_cost(
         # Both scores for the sums and again for the gradient, and the gradients of both sides.
         products += 4
         teacher_products += 2
+    matrix = teacher.projection * width * teacher.width
     foreign = (world_size - 1) * queries if world_size > 1 else 0
     return LossCost(
         tiles=tiles,
@@ -197,7 +202,7 @@ def loss_cost(
         score_bytes=tiles.score_bytes,
         row_bytes=(queries + documents) * row,
         # As they arrive, as rows whose products are scores, and of a block's queries.
-        teacher_bytes=(2 * (queries + documents) + held) * teacher_row,
+        teacher_bytes=(2 * (queries + documents) + held) * teacher_row + matrix * PROJECTION_BYTES,
         gradient_bytes=documents * row,
         block_bytes=(held + tiles.rows) * row,
         index_bytes=8 * (num_queries + num_documents + queries + documents),
@@ -206,5 +211,7 @@ def loss_cost(
         matmul_flops=2
         * num_queries
         * documents
-        * (products * width + teacher_products * teacher.width),
+        * (products * width + teacher_products * teacher.width)
+        # Forward, and the gradients by rows and matrix.
+        + 6 * (queries + documents) * matrix,
     )

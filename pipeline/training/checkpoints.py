@@ -52,6 +52,8 @@ from pipeline.training.run_identity import require_same_run
 
 # Tensors stored for each parameter.
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
+# Name of the matrix of `loss.projection`, which is no parameter of the model.
+PROJECTION = "loss.projection"
 
 
 T = TypeVar("T")

@@ -34,6 +34,7 @@ from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
 from pipeline.data.batch import GlobalBatch, Ragged, num_negatives
 from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
+from pipeline.training.checkpoints import Stateful
 from pipeline.training.engine import (
     Agreement,
     ChunkOutOfMemoryError,
@@ -44,6 +45,7 @@ from pipeline.training.engine import (
     seed_of_chunks,
     to_tensors,
 )
+from pipeline.training.projection import Projection, WithProjection
 from pipeline.training.schedules import (
     embed_chunks,
     encoder_stages,
@@ -109,12 +111,21 @@ class Temperature:
 
 
 class Contrastive:
-    """InfoNCE over the global batch, with a temperature that may be learned (an `Objective`)."""
+    """InfoNCE over the global batch, with its learned numbers, if any (an `Objective`)."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrainConfig, *, teacher_width: int | None = None) -> None:
+        """Prepare the temperature.
+
+        Args:
+            config: the run.
+            teacher_width: of the teacher's vectors in the data; None if there are none.
+        """
+        self._config, self._teacher_width = config, teacher_width
         self._temperature = Temperature(config.loss, config.optimizer)
         self._temperature_grad: float | None = None
+        # Made once the model's width is known.
+        self._projection: Projection | None = None
+        self._projection_grad: torch.Tensor | None = None
 
     def accumulate(
         self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
@@ -127,9 +138,11 @@ class Contrastive:
             self._config,
             device=comm.device(),
             temperature=value if self._config.loss.learn_temperature else None,
+            projection=None if self._projection is None else self._projection.weight,
             agreement=agreement,
         )
         self._temperature_grad = output.temperature_grad
+        self._projection_grad = output.projection_grad
         negatives = num_negatives(
             positives=batch.positives,
             negatives=batch.negatives,
@@ -145,8 +158,24 @@ class Contrastive:
         }
 
     def update(self, lr: float) -> None:
-        """Update the temperature."""
+        """Update temperature and projection."""
         self._temperature.step(self._temperature_grad, lr)
+        if self._projection is not None and self._projection_grad is not None:
+            self._projection.step(self._projection_grad, lr)
+            self._projection_grad = None
+
+    def join_state(self, engine: Any) -> Stateful:
+        """Return the engine as checkpoints see it: with the projection, which is made here."""
+        # Data without vectors are refused later, by `LossConfig.require_fit`.
+        if self._config.loss.projection is not None and self._teacher_width is not None:
+            self._projection = Projection(
+                self._config,
+                width=engine.encoder.num_dimensions,
+                teacher_width=self._teacher_width,
+                device=comm.device(),
+            )
+            return WithProjection(engine, self._projection)
+        return engine  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the temperature's state."""
@@ -164,6 +193,7 @@ def accumulate_gradients(
     *,
     device: torch.device,
     temperature: float | None = None,
+    projection: torch.Tensor | None = None,
     agreement: Agreement | None = None,
 ) -> LossOutput:
     """Run both passes and the loss; afterwards the engine holds the reduced gradients.
@@ -174,6 +204,7 @@ def accumulate_gradients(
         config: schedule, loss and seed.
         device: where the chunks go.
         temperature: the present value of a learned temperature.
+        projection: the present matrix of `loss.projection`.
         agreement: decides whether the step is given up; by default it never is.
 
     Raises:
@@ -189,6 +220,7 @@ def accumulate_gradients(
         chunks=[to_tensors(number, chunk, device) for number, chunk in enumerate(batch.chunks)],
         config=config,
         temperature=temperature,
+        projection=projection,
         agreement=agreement,
     )
     try:
@@ -207,6 +239,7 @@ class _Step:
     chunks: list[TensorChunk]
     config: TrainConfig
     temperature: float | None
+    projection: torch.Tensor | None
     agreement: Agreement
 
     def chunk_by_chunk(self) -> LossOutput:
@@ -273,6 +306,7 @@ class _Step:
             ),
             config=self.config.loss,
             temperature=self.temperature,
+            projection=self.projection,
         )
         if not math.isfinite(output.loss.item()):
             broken = ~torch.isfinite(rows).all(dim=1)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from pipeline import comm
 from pipeline.config import OptimizerConfig
 from pipeline.data.batch import Chunk, GlobalBatch
 from pipeline.errors import DiffembedError
+
+if TYPE_CHECKING:
+    from pipeline.training.checkpoints import Stateful
 
 
 class Objective(Protocol):
@@ -39,6 +42,9 @@ class Objective(Protocol):
 
     def update(self, lr: float) -> None:
         """Update the objective's own parameters, after the engine's update."""
+
+    def join_state(self, engine: Stateful) -> Stateful:
+        """Return the engine as checkpoints see it, with the objective's own tensors if any."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers from which `load_state_dict` continues."""

@@ -168,6 +168,8 @@ def _load_weights(encoder: Encoder, path: Path) -> int:
     parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, tensors in checkpoints.iterate_tensors(path):
+            if name == checkpoints.PROJECTION:  # only training needs it
+                continue
             if name not in parameters:
                 raise UserError(
                     f"checkpoint {path} holds {name}, which the model does not have",

@@ -31,6 +31,7 @@ from pipeline.data.text_loader import Prediction, Vocabulary, predict
 from pipeline.loss.tiles import TOKEN_TILE_BYTES
 from pipeline.model.encoder import LanguageModel, find_mask_token, predicts_shifted
 from pipeline.tokenizer import load_model_tokenizer
+from pipeline.training.checkpoints import Stateful
 from pipeline.training.engine import (
     Agreement,
     ChunkOutOfMemoryError,
@@ -171,6 +172,10 @@ class TokenPrediction:
 
     def update(self, lr: float) -> None:
         """Do nothing: only the model learns."""
+
+    def join_state(self, engine: Stateful) -> Stateful:
+        """Return the engine: the objective has no tensors."""
+        return engine
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the choice of hidden tokens is a function of seed and step."""

@@ -192,7 +192,7 @@ class Training:
         self.checkpoints = RunCheckpoints(
             run,
             config.checkpoint,
-            engine=self.engine,
+            engine=objective.join_state(self.engine),
             objective=objective,
             identity=identity,
             evaluations=evaluations,
@@ -416,5 +416,6 @@ def make_objective(config: TrainConfig, loader: Loader) -> Objective:
         UserError: the objective hides tokens, but no mask token is known.
     """
     if config.objective is None:
-        return Contrastive(config)
+        teacher = loader.dataset.manifest.teacher
+        return Contrastive(config, teacher_width=teacher.width if teacher else None)
     return TokenPrediction(config, loader.dataset)

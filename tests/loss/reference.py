@@ -31,6 +31,7 @@ class Case:
     masked: list[list[int]]
     teacher: Tensor | None = None  # (N, M) a teacher's score of any pair
     vectors: tuple[Tensor, Tensor] | None = None  # (N, W), (M, W) a teacher's, of any length
+    projection: Tensor | None = None  # (E, W)
 
     def targets(self, queries: Tensor, documents: Tensor) -> Targets:
         """As a rank that holds these rows is told."""
@@ -95,6 +96,7 @@ def make_case(
         # A document exactly as close as the positive is a negative.
         vectors[1][negatives[3][0]] = vectors[1][positives[3][0]]
         case.vectors = (vectors[0], vectors[1])
+        case.projection = torch.randn(width, _TEACHER_WIDTH, generator=g)
     return case
 
 
@@ -109,6 +111,7 @@ class Expected:
     query: Tensor
     document: Tensor
     temperature: float
+    projection: Tensor | None = None
 
 
 def naive_loss(case: Case, config: LossConfig) -> Expected:
@@ -119,8 +122,23 @@ def naive_loss(case: Case, config: LossConfig) -> Expected:
     dims = (*config.matryoshka_dims, query.shape[1])
     losses = [_at_width(query[:, :e], document[:, :e], temperature, case, config) for e in dims]
     loss = torch.stack(losses).mean()
-    grads = torch.autograd.grad(loss, (query, document, temperature))
-    return Expected(loss.item(), grads[0], grads[1], grads[2].item())
+    if config.projection is None:
+        grads = torch.autograd.grad(loss, (query, document, temperature))
+        return Expected(loss.item(), grads[0], grads[1], grads[2].item())
+    assert case.projection is not None and case.vectors is not None
+    matrix = case.projection.double().requires_grad_()
+    rows, teacher = torch.cat([query, document]), F.normalize(torch.cat(case.vectors).double())
+    if config.similarity == "cosine":
+        rows = F.normalize(rows, dim=1)
+    made = rows @ matrix
+    distances = (
+        1 - F.cosine_similarity(made, teacher)
+        if config.projection.distance == "cosine"
+        else (made - teacher).pow(2).sum(1)
+    )
+    loss = loss + config.projection.weight * distances.mean()
+    grads = torch.autograd.grad(loss, (query, document, temperature, matrix))
+    return Expected(loss.item(), grads[0], grads[1], grads[2].item(), grads[3])
 
 
 def _at_width(q: Tensor, d: Tensor, temperature: Tensor, case: Case, config: LossConfig) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline import comm
-from pipeline.config import DistillationConfig, GuideConfig, LossConfig, build_config
+from pipeline.config import (
+    DistillationConfig,
+    GuideConfig,
+    LossConfig,
+    ProjectionConfig,
+    build_config,
+)
 from pipeline.errors import UserError
 from pipeline.loss import tiles
 from pipeline.loss.contrastive import contrastive_loss
@@ -60,6 +66,21 @@ RECIPES = {
         guide=GuideConfig(margin=-0.1),
         distillation=DistillationConfig(documents="batch", temperature=0.1),
     ),
+    "projection": LossConfig(projection=ProjectionConfig()),
+    "projection, squared distance": LossConfig(
+        negatives="own", projection=ProjectionConfig(distance="squared", weight=0.1)
+    ),
+    "projection of dot products": LossConfig(
+        similarity="dot", temperature=5, projection=ProjectionConfig(distance="squared", weight=3)
+    ),
+    "projection with everything": LossConfig(
+        symmetric=True,
+        matryoshka_dims=(8, 16),
+        learn_temperature=True,
+        guide=GuideConfig(),
+        distillation=DistillationConfig(documents="batch", temperature=0.1),
+        projection=ProjectionConfig(weight=2),
+    ),
     "all together": LossConfig(
         temperature=0.03,
         learn_temperature=True,
@@ -95,6 +116,7 @@ def loss_of_rank(case: Case, configs: list[LossConfig], score_bytes: int) -> lis
                 case.targets(queries, documents),
                 config=config,
                 temperature=config.temperature if config.learn_temperature else None,
+                projection=None if config.projection is None else case.projection,
                 score_bytes=score_bytes,
             ),
             queries,
@@ -119,6 +141,9 @@ def assert_equal_to_naive(
             assert output.temperature_grad == pytest.approx(
                 expected.temperature, rel=10 * tolerance
             )
+        if expected.projection is not None:
+            assert output.projection_grad is not None
+            assert relative_error(output.projection_grad, expected.projection) < tolerance
     assert relative_error(query_grad, expected.query) < tolerance
     assert relative_error(document_grad, expected.document) < tolerance
 

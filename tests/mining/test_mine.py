@@ -6,8 +6,11 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -29,6 +32,7 @@ from pipeline.config import (
     RetrieverConfig,
     TeacherConfig,
     WindowConfig,
+    dump_config,
 )
 from pipeline.data.loader import Loader
 from pipeline.data.prepare.tokenise import minhash
@@ -39,6 +43,7 @@ from pipeline.mining.estimate import describe_mining, plan_only
 from pipeline.mining.plan import Mining, plan_mining
 from pipeline.model.load_export import load_export
 from pipeline.workers import SrunWorkers
+from tests.support import PATIENCE
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,6 +216,52 @@ def test_any_number_of_workers_gives_the_same_bytes(
     mining._finish(first)
 
     assert not faults
+    assert contents(alone.output) == contents(config.output)
+
+
+_RANK = """
+import os, sys
+from pathlib import Path
+from pipeline.config import MineConfig, load_config
+from pipeline.mining import mine, plan
+plan.BLOCK_ROWS = plan.QUERY_ROWS = 16
+config = load_config(MineConfig, sys.argv[1])
+mine(config)
+rank = os.environ["OMPI_COMM_WORLD_RANK"]
+Path(sys.argv[1]).with_name(f"rank-{rank}").touch()
+"""
+
+
+def test_two_ranks_of_mpi_write_the_bytes_of_one_process(
+    make_config: MakeConfig, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With BM25, whose index one rank builds, and a teacher's vectors."""
+    monkeypatch.setattr("pipeline.mining.plan.BLOCK_ROWS", 16)
+    monkeypatch.setattr("pipeline.mining.plan.QUERY_ROWS", 16)
+    changes = {
+        "retrievers": (
+            RetrieverConfig(name="model", path=str(world.export)),
+            RetrieverConfig(name="words", path="bm25"),
+        ),
+        "teacher": TeacherConfig(kind="bi_encoder", path=str(world.export), vectors=True),
+    }
+    alone = make_config("alone", **changes)
+    mine(alone, num_workers=1)
+    config = make_config("together", store=tmp_path / "another", **changes)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "rank.py").write_text(_RANK)
+    mpirun = Path(sys.executable).with_name("mpirun")
+    options = ["-n", "2", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    done = subprocess.run(
+        [mpirun, *options, sys.executable, tmp_path / "rank.py", tmp_path / "config.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "PYTHONPATH": str(Path(mining.__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    # Both were ranks of one job.
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0", "rank-1"]
     assert contents(alone.output) == contents(config.output)
 
 

@@ -25,6 +25,7 @@ from pipeline.config import (
     LoraConfig,
     LossConfig,
     ModelConfig,
+    ProjectionConfig,
     TrainConfig,
 )
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
@@ -34,6 +35,7 @@ from pipeline.model.encoder import build_encoder
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer, seed_random
+from pipeline.training.projection import Projection
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters
@@ -43,6 +45,8 @@ DISTILLATION = DistillationConfig(weight=0.3, temperature=0.5)
 # By stored vectors: a guide, and distillation over all documents of the batch.
 GUIDE = GuideConfig(margin=0.1)
 TAUGHT = DistillationConfig(weight=0.3, temperature=0.2, documents="batch")
+# And a projection to them.
+PROJECTION = ProjectionConfig(weight=0.7)
 TEACHER_WIDTH = 5
 DROPOUT = 0.1
 NUM_QUERIES, NUM_DOCUMENTS = 12, 22
@@ -120,14 +124,13 @@ def divergence(scores: torch.Tensor, batch: GlobalBatch) -> torch.Tensor:
     return total / NUM_QUERIES
 
 
-def teacher_cosines(batches: list[GlobalBatch]) -> torch.Tensor:
-    """Cosines of all queries and documents by the vectors in the ranks' chunks."""
+def teacher_rows(batches: list[GlobalBatch]) -> torch.Tensor:
+    """Unit vectors of all queries, then documents, from the ranks' chunks."""
     rows = torch.zeros(NUM_QUERIES + NUM_DOCUMENTS, TEACHER_WIDTH)
     for chunk in (chunk for batch in batches for chunk in batch.chunks if not chunk.is_dummy):
         assert chunk.teacher is not None
         rows[torch.from_numpy(chunk.texts)] = torch.from_numpy(chunk.teacher)
-    rows = F.normalize(rows, dim=1)
-    return rows[:NUM_QUERIES] @ rows[NUM_QUERIES:].T
+    return F.normalize(rows, dim=1)
 
 
 def reference_gradients(
@@ -136,6 +139,7 @@ def reference_gradients(
     *,
     distilled: bool = False,
     taught: bool = False,
+    matrix: torch.Tensor | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by one autograd graph over all ranks' chunks; no caching, no engine."""
     embeddings: list[torch.Tensor] = [torch.empty(0)] * (NUM_QUERIES + NUM_DOCUMENTS)
@@ -153,7 +157,8 @@ def reference_gradients(
     for query in range(0, NUM_QUERIES, 3):
         scores[query, (query + 1) % NUM_QUERIES] = -torch.inf
     if taught:
-        cosines = teacher_cosines(batches)
+        teacher = teacher_rows(batches)
+        cosines = teacher[:NUM_QUERIES] @ teacher[NUM_QUERIES:].T
         wanted = (cosines / TAUGHT.temperature).softmax(1)
         teaching = F.kl_div(unmasked.log_softmax(1), wanted, reduction="batchmean")
         beyond = cosines > cosines.diagonal()[:, None] - GUIDE.margin
@@ -162,6 +167,9 @@ def reference_gradients(
     loss = F.cross_entropy(scores, torch.arange(NUM_QUERIES))
     if distilled or taught:
         loss = (1 - DISTILLATION.weight) * loss + DISTILLATION.weight * teaching
+    if matrix is not None:
+        distance = 1 - F.cosine_similarity(torch.stack(embeddings) @ matrix, teacher_rows(batches))
+        loss = loss + PROJECTION.weight * distance.mean()
     loss.backward()
     return loss.item(), {
         n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None
@@ -206,6 +214,7 @@ def run_case(
             temperature=TEMPERATURE,
             guide=GUIDE if taught else None,
             distillation=TAUGHT if taught else DISTILLATION if distilled else None,
+            projection=PROJECTION if taught or distilled else None,
         ),
     )
     world_size, rank = comm.world_size(), comm.rank()
@@ -217,15 +226,36 @@ def run_case(
         encoders.append(encoder)
     encoders[0].train()  # the other one is for its engine to bring into this mode
     batches = [make_batch(r, world_size, counts, longest=longest) for r in range(world_size)]
-    loss, wanted = reference_gradients(encoders[0], batches, distilled=distilled, taught=taught)
+    projection = None
+    if config.loss.projection is not None:
+        projection = Projection(
+            config,
+            width=encoders[0].num_dimensions,
+            teacher_width=TEACHER_WIDTH,
+            device=torch.device("cpu"),
+        )
+    matrix = None if projection is None else projection.weight.detach().clone().requires_grad_()
+    loss, wanted = reference_gradients(
+        encoders[0], batches, distilled=distilled, taught=taught, matrix=matrix
+    )
     # DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
     engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
     if compiled:  # without generating code, which takes a minute
         compile_layers(engine.encoder, backend="aot_eager")
-    output = accumulate_gradients(engine, batches[rank], config, device=torch.device("cpu"))
+    output = accumulate_gradients(
+        engine,
+        batches[rank],
+        config,
+        device=torch.device("cpu"),
+        projection=None if projection is None else projection.weight,
+    )
     errors = gradient_errors(engine, wanted)
+    if matrix is not None:
+        assert matrix.grad is not None and output.projection_grad is not None
+        difference = (output.projection_grad - matrix.grad).abs().max()
+        errors["projection"] = float(difference / matrix.grad.abs().max())
     engine.step(1e-4)
     engine.close()
     return {"error": max(errors.values()), "loss": float(output.loss), "reference_loss": loss}
@@ -299,7 +329,7 @@ def main() -> None:
             model_path,
             causal=causal,
             pool_instruction=pooled,
-            # A teacher joins where graphs are kept.
+            # A teacher joins where graphs are kept, with a projection to its vectors.
             distilled=case["keep_graphs"] > 0,
             # And its vectors in sweeps, which every stage and number of ranks has.
             taught=case["schedule"] == "sweep",

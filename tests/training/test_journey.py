@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -16,17 +14,9 @@ from transformers import AutoTokenizer
 from pipeline import train
 from pipeline.errors import UserError
 from pipeline.watch.runs import Metrics, describe_run
-from tests.training.trainer_command import ROOT, run_trainer
+from tests.training.trainer_command import ROOT, metrics, run_trainer
 
 WORKER = Path(__file__).with_name("failure_worker.py")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the run's lines without measured times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
-    return lines
 
 
 def steps_in_tensorboard(folder: Path) -> list[int]:

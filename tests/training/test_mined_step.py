@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.data.shards import Dataset
@@ -15,12 +18,15 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.planning import plan_run
 from pipeline.planning.memory import Target
+from pipeline.training.checkpoints import iterate_tensors
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
+from pipeline.training.export_run import export_run
 from tests.benchmarks.bench_support import PlainEngine, take_gradients
 from tests.loss.reference import Case, naive_loss, relative_error
 from tests.mined_data import WIDTH, draw_vectors, mine_by_hand
 from tests.support import share_folder
+from tests.training.trainer_command import metrics, run_trainer
 
 KEYS = (
     "model.attention_dropout=0",
@@ -96,6 +102,53 @@ def test_a_step_has_the_gradient_of_the_loss_written_plainly(
             assert relative_error(got[name], gradient.double()) < 1e-5, name
 
 
+PROJECTED = (
+    "model.attention_dropout=0",
+    "loss.projection={distance: squared, weight: 0.5, lr: 0.02}",
+    "optimizer={decay: constant, lr: 1.0e-3, warmup_steps: 0}",
+)
+
+
+def test_a_projection_is_trained_resumed_on_other_ranks_and_not_exported(
+    recipe: Path, mined: Path, tmp_path: Path
+) -> None:
+    """From step 2 on one rank of ZeRO-1 to step 4, there and on two ranks of ZeRO-3."""
+
+    def run(name: str, steps: int, *, stage: int = 1, num_ranks: int = 1) -> list[dict[str, Any]]:
+        done = run_trainer(
+            *(recipe, "--deepspeed", f"ds_configs/zero{stage}.json", *PROJECTED),
+            *(f"data.path={mined}", f"num_steps={steps}", f"output_dir={tmp_path / name}"),
+            num_ranks=num_ranks,
+        )
+        assert done.returncode == 0, done.stderr
+        return metrics(tmp_path / name)
+
+    whole = run("whole", 4)
+    assert whole[3]["teacher_distance"] < 0.95 * whole[0]["teacher_distance"]
+    half = run("resumed", 2)
+    shutil.copytree(tmp_path / "resumed", tmp_path / "spread")
+    assert half == whole[:2]
+    assert run("resumed", 4) == whole
+    spread = run("spread", 4, stage=3, num_ranks=2)
+    for key in ("loss", "teacher_distance", "grad_norm"):
+        assert [line[key] for line in spread] == pytest.approx([line[key] for line in whole], 1e-4)
+    ends = [
+        dict(iterate_tensors(tmp_path / name / "checkpoints" / "step-000004"))["loss.projection"]
+        for name in ("whole", "resumed", "spread")
+    ]
+    assert ends[0]["weight"].shape[1] == WIDTH
+    for key, tensor in ends[0].items():
+        assert tensor.abs().max() > 0
+        assert torch.equal(ends[1][key], tensor)
+        assert relative_error(ends[2][key], tensor.double()) < 1e-3
+    config = load_config(
+        TrainConfig, recipe, (*PROJECTED, f"data.path={mined}", f"output_dir={tmp_path / 'whole'}")
+    )
+    folder = export_run(config, which="latest", output=None, check=False)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if "projection" in name]  # noqa: SIM118
+
+
 def test_the_plan_counts_the_teacher(config: TrainConfig, recipe: Path, mined: Path) -> None:
     ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, config, world_size=2)
     target = Target(available=8 * 2**30, name="a GPU")
@@ -105,12 +158,20 @@ def test_the_plan_counts_the_teacher(config: TrainConfig, recipe: Path, mined: P
     assert plan.loss is not None and without.loss is not None
     assert without.loss.teacher_bytes == 0 < plan.loss.teacher_bytes
     assert plan.loss.peak_bytes > without.loss.peak_bytes
+    projected = load_config(
+        TrainConfig, recipe, (*KEYS, f"data.path={mined}", "loss.projection={}")
+    )
+    more = plan_run(projected, ds_config, world_size=2, target=target, build=False)
+    assert more.loss is not None
+    hidden = plan.shape.hidden_size
+    assert more.loss.teacher_bytes - plan.loss.teacher_bytes == 32 * hidden * WIDTH
 
 
 @pytest.mark.parametrize(
     ("key", "named"),
     [
         ("loss.guide={}", r"loss\.guide is set but the data set holds no teacher vectors"),
+        ("loss.projection={}", r"loss\.projection is set but the data set holds no teacher"),
         (
             "loss.distillation={documents: batch}",
             r"loss\.distillation\.documents is set but the data set holds no teacher vectors",

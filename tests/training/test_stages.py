@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +12,7 @@ from pipeline.data.prepare import prepare
 from tests.support import launch_ranks
 from tests.tiny_models import tiny_starter
 from tests.training.tiny_recipe import WORDS
+from tests.training.trainer_command import metrics
 
 WORKER = Path(__file__).with_name("stages_worker.py")
 
@@ -47,14 +46,6 @@ optimizer: {{lr: 3.0e-2}}
     )
     launch_ranks(2, WORKER, str(recipe))
     return folder
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the run's lines without measured times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"], line["tokens_per_second"], line["peak_memory_gib"]
-    return lines
 
 
 def test_a_stopped_and_resumed_mntp_run_is_bit_equal_to_an_uninterrupted_one(folder: Path) -> None:
