@@ -188,6 +188,10 @@ def plan_evaluate(
     from pipeline.planning.arrays import describe_array, plan_evaluation
     from pipeline.planning.counted_texts import count_texts
 
+    if count and model is not None:
+        raise UserError(
+            "--count with --model", fix="remove one: the exports' own tokenizers count their texts"
+        )
     described = _described_task(documents, document_tokens, queries, query_tokens, "--documents")
     machine = _choose_machine(gpu, calibration, 1)
     counted = count_texts(tree) if count else None

@@ -17,15 +17,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pipeline.config import (
-    BM25,
-    EvaluateConfig,
-    MineConfig,
-)
+from pipeline.config import BM25, CorpusConfig, EvaluateConfig, MineConfig
 from pipeline.data.manifest import read_manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.sources.corpus import corpus_files
-from pipeline.data.sources.paths import file_size
+from pipeline.data.sources.paths import counts_rows, file_size, is_packed, list_files
+from pipeline.errors import UserError, say_warning
 from pipeline.evaluation.distinct_texts import BYTES_PER_TOKEN
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements
 from pipeline.planning.counted_texts import CountedTexts
@@ -124,7 +121,8 @@ def plan_evaluation(
         counted: the texts as they are, in place of estimates.
 
     Raises:
-        UserError: a model is not on this machine, or the sizes of a task are not known.
+        UserError: a model is not on this machine, or the sizes of a task are not known, or all
+            are and some are described.
     """
     models = _models_of(config, machine, model)
 
@@ -139,6 +137,10 @@ def plan_evaluation(
         _element_work(element, models[element.model.name], sizes_of(element))
         for element in elements
     ]
+    if described is not None and all(each.origin != described.ORIGIN for each in work):
+        raise UserError(
+            "--documents: the sizes of all tasks are known", fix="remove it and the other sizes"
+        )
     if counted is None:
         shared = sum(
             models[each.model.name].seconds(_distinct(each, elements, sizes_of(each)))
@@ -256,15 +258,23 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
         )
         examples = Dataset.open(config.data, verify=False).examples
         positives = float(examples.lengths("positives", np.arange(len(examples))).sum())
+    mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
     for corpus in config.corpora:
-        files = corpus_files(corpus.as_source())
+        files = _files_of(corpus)
+        if any(is_packed(file) or counts_rows(file) for file in files):
+            say_warning(f"corpora.{corpus.name}: compressed, and so larger than planned")
         tokens = sum(map(file_size, files)) / BYTES_PER_TOKEN
-        mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
-        more = Texts.around(tokens / mean, mean, 4 * mean)
+        more = Texts.around(min(tokens / mean, corpus.max_rows or np.inf), mean, 4 * mean)
         sizes = dataclasses.replace(
             sizes, documents=sizes.documents.plus(more), origin=f"{sizes.origin}, corpora by bytes"
         )
     return sizes, positives
+
+
+def _files_of(corpus: CorpusConfig) -> list[str]:
+    if corpus.format == "mteb":
+        return corpus_files(corpus.as_source())
+    return list_files(corpus.path, f"corpora.{corpus.name}.path")
 
 
 def _embedded(model: PlannedModel, sizes: TaskSizes, limit: int | None) -> Work:

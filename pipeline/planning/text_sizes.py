@@ -18,7 +18,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +137,8 @@ class TaskSizes:
 class DescribedTask:
     """The sizes of a task as a user knows them; lengths are means in tokens."""
 
+    ORIGIN: ClassVar[str] = "described"
+
     documents: int
     document_tokens: int
     queries: int
@@ -150,7 +152,7 @@ class DescribedTask:
             ),
             queries=Texts.around(self.queries, self.query_tokens, 4.0 * self.query_tokens),
             distinct=1.0,
-            origin="described",
+            origin=self.ORIGIN,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import (
+    CorpusConfig,
     EvaluateConfig,
     EvaluatedModel,
     MineConfig,
@@ -196,6 +198,36 @@ def test_a_mining_embeds_every_text_and_its_teacher_reads_every_candidate(
     assert plan_mining(whole, H100).work[0].tokens == queries.tokens + documents.tokens
 
 
+def test_a_corpus_adds_as_many_documents_as_its_bytes_hold(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = mining(recipe, tmp_path)
+    found = read_manifest(config.data).document_lengths
+    mean = found.tokens / found.texts
+    lines, folder = tmp_path / "more.txt", tmp_path / "beir"
+    lines.write_text("x" * 35_000)
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_text("x" * 7_000)
+    corpora = (
+        CorpusConfig(name="lines", path=str(lines)),
+        CorpusConfig(name="beir", format="mteb", path=str(folder)),
+    )
+    work = plan_mining(dataclasses.replace(config, corpora=corpora), H100).work
+    # 3.5 bytes are a token; a document is as long as one of the shards.
+    pairs = 16 * (found.texts + 12_000 / mean)
+    assert work[1].texts == f"{pairs:,.0f} scores of pairs"
+    assert "corpora by bytes" in work[0].origin
+    few = (dataclasses.replace(corpora[0], max_rows=5),)
+    work = plan_mining(dataclasses.replace(config, corpora=few), H100).work
+    assert work[1].texts == f"{16 * (found.texts + 5)} scores of pairs"
+    assert "compressed" not in capsys.readouterr().err
+    packed = tmp_path / "more.txt.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    few = (CorpusConfig(name="packed", path=str(packed)),)
+    plan_mining(dataclasses.replace(config, corpora=few), H100)
+    assert "corpora.packed: compressed" in capsys.readouterr().err
+
+
 def test_arrays_are_planned_without_torch(
     config: EvaluateConfig, recipe: Path, tmp_path: Path
 ) -> None:
@@ -237,6 +269,9 @@ def test_arrays_are_planned_without_torch(
         (["evaluate", "{config}", "--model", "{other}"], "--model: .*model_type 'own' .*qwen2"),
         (["evaluate", "{config}", "--model", "{large}"],
          "129.5 GiB of weights in bfloat16 .*71.2 GiB, 0.9 of h100"),
+        (["evaluate", "{config}", "--documents", "5", "--document-tokens", "5", "--queries", "5",
+          "--query-tokens", "5"], "the sizes of all tasks are known"),
+        (["evaluate", "{config}", "--count", "--model", "{other}"], "--count with --model"),
         (["encode", "{folder}/one"], "what to encode .*--input, or --rows and --tokens"),
         (["encode", "{folder}/one", "--rows", "5"], "what to encode"),
         (["encode", "{folder}/one", "--input", "{folder}/none.jsonl"], "none.jsonl"),
