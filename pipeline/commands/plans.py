@@ -16,6 +16,7 @@ from pipeline.errors import UserError, say_warning
 if TYPE_CHECKING:
     from pipeline.planning.hardware import Machine
     from pipeline.planning.text_sizes import DescribedTask
+    from pipeline.submission.jobs import RequestedGpus
 
 app = typer.Typer()
 plan = typer.Typer(help="Estimate runs and arrays before they start.", no_args_is_help=True)
@@ -349,7 +350,8 @@ def submit(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="print the batch scripts, and the plan of a training or mining"
+            "--dry-run",
+            help="print the batch scripts and the plan of a training, mining or evaluation",
         ),
     ] = False,
     gpu: Annotated[
@@ -377,9 +379,12 @@ def submit(
     if dry_run and what in ("train", "all"):
         lines = _plan_of_submission(what, config, overrides, deepspeed, sbatch, gpu)
         print("\n".join(f"# plan: {line}".rstrip() for line in lines))
-    if dry_run and what == "mine":
-        for line in _plan_of_mining(load(MineConfig, config, overrides)):
-            print(f"# plan: {line}".rstrip())
+    if dry_run and what in ("mine", "evaluate"):
+        if what == "mine":
+            lines = _plan_of_mining(load(MineConfig, config, overrides))
+        else:
+            lines = _plan_of_evaluation(load(EvaluateConfig, config, overrides), sbatch, gpu)
+        print("\n".join(f"# plan: {line}".rstrip() for line in lines))
 
 
 def _plan_of_mining(tree: MineConfig) -> list[str]:
@@ -402,8 +407,6 @@ def _plan_of_submission(
     """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
     from pipeline.planning import plan_run as make_plan
     from pipeline.planning.describe import describe
-    from pipeline.planning.memory import gpu_named
-    from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
 
     if what == "all":
         chain = load(ChainConfig, config, overrides)
@@ -411,12 +414,9 @@ def _plan_of_submission(
     tree = load(TrainConfig, config, overrides)
     if not (tree.data.path / "manifest.json").is_file():
         return [f"{tree.data.path} is not prepared yet; afterwards, use `diffembed plan run`"]
-    own = parse_flags(split_flags(sbatch, "--sbatch"), "--sbatch")
-    request = requested_gpus((*read_site().flags_of("TRAIN_FLAGS"), *own))
-    name = gpu or gpu_named(request.kind)
+    request, name = _requested("TRAIN_FLAGS", sbatch, gpu)
     if name is None or not request.per_node:
-        found = request.kind or f"{request.per_node} GPUs a node, of no named kind"
-        return [f"Slurm's flags ask for {found}; --gpu NAME plans memory for it"]
+        return [_unnamed(request, "memory")]
     ranks = request.nodes * request.per_node
     try:
         machine = _choose_machine(name, None, request.per_node)
@@ -432,3 +432,33 @@ def _plan_of_submission(
         # The scripts above are right even so, and the memory of a rank is an estimate.
         return [f"{request.nodes} x {request.per_node} {name}: {error}"]
     return [f"{request.nodes} x {request.per_node} {name}", *describe(plan, tree).splitlines()]
+
+
+def _plan_of_evaluation(tree: EvaluateConfig, sbatch: str, gpu: str | None) -> list[str]:
+    """Return the GPU time of an evaluation's array, on the GPU that Slurm's flags ask for."""
+    from pipeline.planning.arrays import describe_array, plan_evaluation
+
+    request, name = _requested("EVALUATE_FLAGS", sbatch, gpu)
+    if name is None or not request.per_node:
+        return [_unnamed(request, "GPU time")]
+    try:
+        machine = _choose_machine(name, None, 1)
+        array = plan_evaluation(tree, machine)
+        return describe_array(array, machine, gpus=len(array.work)).splitlines()
+    except UserError as error:  # the scripts above are right even so
+        return [f"{name}: {error}"]
+
+
+def _requested(key: str, sbatch: str, gpu: str | None) -> tuple[RequestedGpus, str | None]:
+    """Return the GPUs that Slurm's flags ask for, and their name if it is known."""
+    from pipeline.planning.memory import gpu_named
+    from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
+
+    own = parse_flags(split_flags(sbatch, "--sbatch"), "--sbatch")
+    request = requested_gpus((*read_site().flags_of(key), *own))
+    return request, gpu or gpu_named(request.kind)
+
+
+def _unnamed(request: RequestedGpus, what: str) -> str:
+    found = request.kind or f"{request.per_node} GPUs a node, of no named kind"
+    return f"Slurm's flags ask for {found}; --gpu NAME plans {what} for it"

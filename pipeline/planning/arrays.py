@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from pipeline.config import BM25, CorpusConfig, EvaluateConfig, MineConfig
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import FILE_NAME, read_manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.sources.corpus import corpus_files
 from pipeline.data.sources.paths import counts_rows, file_size, is_packed, list_files
@@ -149,8 +149,8 @@ def plan_evaluation(
     else:
         shared = sum(models[name].seconds(texts) for name, texts in counted.distinct.items())
     return ArrayPlan(
-        title=f"{len(config.models)} models x {len(elements) // len(config.models)} tasks and "
-        f"lengths = {len(elements)} elements",
+        title=f"{several(len(config.models), 'model')} x {len(elements) // len(config.models)} "
+        f"tasks and lengths = {several(len(elements), 'element')}",
         work=tuple(work),
         whole=True,
         shared=shared,
@@ -249,6 +249,11 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
     if described is not None:
         sizes, positives = described.sizes(), float(described.queries)
     else:
+        if not (config.data / FILE_NAME).is_file():
+            raise UserError(
+                f"data: {config.data} is not prepared yet",
+                fix="describe the shards: --rows, --query-tokens and --document-tokens",
+            )
         manifest = read_manifest(config.data)
         sizes = TaskSizes(
             documents=Texts.of_histogram(manifest.document_lengths),
@@ -368,20 +373,25 @@ def describe_array(
     lines = [plan.title, "", format_columns([*rows, total]), ""]
     cost = "" if price is None else f", {format_price(plan.seconds, price)} at {price:g} an hour"
     longest = max(plan.work, key=lambda work: work.seconds or 0.0)
-    one, several = format_seconds(plan.elapsed(gpus)), f"{gpus:,} GPU{'s' * (gpus > 1)}"
+    one, together = format_seconds(plan.elapsed(gpus)), several(gpus, "GPU")
     if plan.whole:
         name = f"{longest.name} of {longest.model}"
         one += f"; the longest element {format_seconds(longest.seconds or 0.0)} ({name})"
-    lines.append(f"{gpu_time(plan.seconds)}{cost}; on {several} at a time {one}")
+    lines.append(f"{gpu_time(plan.seconds)}{cost}; on {together} at a time {one}")
     if plan.shared is not None:
         cost = "" if price is None else f", {format_price(plan.shared, price)}"
         bound = "at most " if plan.shared_is_bound else ""
         lines.append(
             f"with --texts N, each distinct text once: {bound}{gpu_time(plan.shared)}{cost}; on "
-            f"{several} {format_seconds(plan.shared / gpus)}"
+            f"{together} {format_seconds(plan.shared / gpus)}"
         )
     lines.append("GPUs only: start of jobs, reading, tokenising and scoring come in addition.")
     return "\n".join(lines)
+
+
+def several(count: int, name: str) -> str:
+    """Return `1 GPU`, `2 GPUs`."""
+    return f"{count:,} {name}{'s' * (count > 1)}"
 
 
 def _cells(work: Work) -> list[str]:

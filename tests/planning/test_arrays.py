@@ -310,6 +310,8 @@ def test_described_sizes_stand_in_for_data_that_does_not_exist(
 
     mine = dataclasses.replace(mining(recipe, tmp_path), data=tmp_path / "later", teacher=None)
     path.write_text(dump_config(mine))
+    refused = CliRunner().invoke(app, ["plan", "mine", str(path)])
+    assert "is not prepared yet | fix: describe the shards: --rows" in str(refused.exception)
     words = ["--rows", "1000", "--query-tokens", "20", "--document-tokens", "300"]
     done = CliRunner().invoke(app, ["plan", "mine", str(path), *words, "retrievers=[{name: d, "
                                     f"path: {tmp_path}}}]"])  # fmt: skip

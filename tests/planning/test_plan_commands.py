@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline import train
 from pipeline.cli import app
+from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,18 @@ def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(
     chain = tmp_path / "chain.yaml"
     chain.write_text(f"train: {recipe}\n")
     assert dry("all", str(chain))[0] == "# plan: 1 x 4 h100"
+    # An evaluation that Slurm's flags give one GPU to each element.
+    evaluate = tmp_path / "evaluate.yaml"
+    evaluate.write_text(
+        f"output_dir: {tmp_path / 'scores'}\ntasks: [BrightPonyRetrieval, BrightAopsRetrieval]\n"
+        f"models: [{{name: tiny, path: {load_config(TrainConfig, recipe).model.path}}}]\n"
+    )
+    array = ("evaluate", str(evaluate))
+    assert "--gpu NAME plans GPU time" in dry(*array)[0]
+    lines = dry(*array, "--gpu", "l40s")
+    assert lines[0] == "# plan: 1 model x 2 tasks and lengths = 2 elements"
+    assert any("on 2 GPUs at a time" in line and "BrightAopsRetrieval" in line for line in lines)
+    assert "24: --gpu 24: its speed is not known" in dry(*array, "--gpu", "24")[0]
     later = f"data.path={tmp_path / 'later'}"
     assert "not prepared yet" in dry(*one, later, "--after", "77")[0]
     refused = CliRunner().invoke(app, ["submit", *one, "--gpu", "h100"])
