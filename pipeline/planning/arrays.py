@@ -13,18 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from pipeline.config import BM25, CorpusConfig, EvaluateConfig, MineConfig
+from pipeline.config import BM25, CorpusConfig, EvaluateConfig, MineConfig, TeacherConfig
 from pipeline.data.manifest import FILE_NAME, read_manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.sources.corpus import corpus_files
 from pipeline.data.sources.paths import counts_rows, file_size, is_packed, list_files
 from pipeline.errors import UserError, say_warning
 from pipeline.evaluation.distinct_texts import BYTES_PER_TOKEN
-from pipeline.evaluation.tasks import Element, instruction_for, list_elements
+from pipeline.evaluation.tasks import Element, instruction_for, list_elements, tasks_of
 from pipeline.planning.counted_texts import CountedTexts
 from pipeline.planning.describe import (
     format_columns,
@@ -72,7 +72,7 @@ class ArrayPlan:
 
     Attributes:
         title: of the table.
-        work: one entry for each task and model, in the order of the array.
+        work: one entry for each model, task and length, in the order of the array.
         whole: an entry is one element, which one GPU computes; else GPUs share all work evenly.
         shared: seconds where each distinct text is embedded once; None where this is no choice.
         shared_is_bound: tasks may share further texts.
@@ -125,37 +125,40 @@ def plan_evaluation(
             are and some are described.
     """
     models = _models_of(config, machine, model)
-
-    def sizes_of(element: Element) -> TaskSizes:
-        if counted is not None:
-            return counted.sizes[element.model.name, element.task]
-        sizes = task_sizes(element.task, element.own, described)
-        return sizes.asked(instruction_for(element.task, element.model, config))
-
     elements = list_elements(config)
-    work = [
-        _element_work(element, models[element.model.name], sizes_of(element))
-        for element in elements
-    ]
+    sizes = counted.sizes if counted else _estimated(config, elements, described)
+    pairs = [(each, sizes[each.model.name, each.task]) for each in elements]
+    work = [_element_work(each, models[each.model.name], found) for each, found in pairs]
     if described is not None and all(each.origin != described.ORIGIN for each in work):
         raise UserError(
             "--documents: the sizes of all tasks are known", fix="remove it and the other sizes"
         )
     if counted is None:
-        shared = sum(
-            models[each.model.name].seconds(_distinct(each, elements, sizes_of(each)))
-            for each in elements
-        )
+        once = [(each.model.name, _distinct(each, elements, found)) for each, found in pairs]
     else:
-        shared = sum(models[name].seconds(texts) for name, texts in counted.distinct.items())
+        once = list(counted.distinct.items())
+    shared = sum(models[name].seconds(texts) for name, texts in once)
     return ArrayPlan(
-        title=f"{several(len(config.models), 'model')} x {len(elements) // len(config.models)} "
-        f"tasks and lengths = {several(len(elements), 'element')}",
+        title=f"{_several(len(config.models), 'model')} x {len(elements) // len(config.models)} "
+        f"tasks and lengths = {_several(len(elements), 'element')}",
         work=tuple(work),
         whole=True,
         shared=shared,
         shared_is_bound=counted is None,
     )
+
+
+def _estimated(
+    config: EvaluateConfig, elements: Sequence[Element], described: DescribedTask | None
+) -> dict[tuple[str, str], TaskSizes]:
+    """Return sizes by model and task, queries with the model's instruction."""
+    tasks = {name: task_sizes(name, own, described) for name, own in tasks_of(config).items()}
+    return {
+        (each.model.name, each.task): tasks[each.task].asked(
+            instruction_for(each.task, each.model, config)
+        )
+        for each in elements
+    }
 
 
 def _models_of(
@@ -215,7 +218,7 @@ def plan_mining(
     Raises:
         UserError: the shards or a model are not on this machine.
     """
-    sizes, positives = _shards(config, described)
+    sizes, listed = _shards(config, described)
     read = functools.partial(PlannedModel.read, machine=machine)
     work = []
     for number, retriever in enumerate(config.retrievers):
@@ -225,29 +228,36 @@ def plan_mining(
         model = read(retriever.path, name=retriever.name, key=key, precision=retriever.precision)
         work.append(_embedded(model, sizes, retriever.max_length))
         work.append(_searched(model, sizes))
-    teacher = config.teacher
-    if teacher is not None and teacher.path is not None:
-        model = read(teacher.path, name="teacher", key="teacher.path", precision=teacher.precision)
-        if teacher.kind == "bi_encoder":
-            work.append(_embedded(model, sizes, teacher.max_length))
-        else:
-            pairs = positives + sizes.queries.texts * config.num_kept
-            work.append(_scored(model, sizes, pairs, teacher.max_length))
-    elif teacher is not None:
-        pairs = positives + sizes.queries.texts * config.num_kept
-        words = f"at most {pairs:,.0f} pairs"
-        work.append(
-            Work(name="score", model=str(teacher.model), texts=words, tokens=0.0, seconds=None,
-                 origin="by the endpoint")
-        )  # fmt: skip
+    if config.teacher is not None:
+        pairs = listed + sizes.queries.texts * config.num_kept
+        work.append(_taught(config.teacher, read, sizes, pairs))
     title = f"{config.output}: the steps of a mining on GPUs"
     return ArrayPlan(title=title, work=tuple(work), whole=False)
 
 
+def _taught(
+    teacher: TeacherConfig,
+    read: Callable[..., PlannedModel],
+    sizes: TaskSizes,
+    pairs: float,
+) -> Work:
+    """Return a teacher's work: all texts once, or each pair of a query and its candidate."""
+    if teacher.path is None:
+        words = f"at most {pairs:,.0f} pairs"
+        return Work(
+            name="score", model=str(teacher.model), texts=words, tokens=0.0, seconds=None,
+            origin="by the endpoint",
+        )  # fmt: skip
+    model = read(teacher.path, name="teacher", key="teacher.path", precision=teacher.precision)
+    if teacher.kind == "bi_encoder":
+        return _embedded(model, sizes, teacher.max_length)
+    return _scored(model, sizes, pairs, teacher.max_length)
+
+
 def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSizes, float]:
-    """Return the texts to search, and the number of positives."""
+    """Return the texts to search, and the documents that examples list already."""
     if described is not None:
-        sizes, positives = described.sizes(), float(described.queries)
+        sizes, listed = described.sizes(), float(described.queries)
     else:
         if not (config.data / FILE_NAME).is_file():
             raise UserError(
@@ -262,7 +272,9 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
             origin="shards",
         )
         examples = Dataset.open(config.data, verify=False).examples
-        positives = float(examples.lengths("positives", np.arange(len(examples))).sum())
+        columns = ("positives", "negatives") if config.keep_negatives else ("positives",)
+        ids = np.arange(len(examples))
+        listed = float(sum(examples.lengths(column, ids).sum() for column in columns))
     mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
     for corpus in config.corpora:
         files = _files_of(corpus)
@@ -273,7 +285,7 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
         sizes = dataclasses.replace(
             sizes, documents=sizes.documents.plus(more), origin=f"{sizes.origin}, corpora by bytes"
         )
-    return sizes, positives
+    return sizes, listed
 
 
 def _files_of(corpus: CorpusConfig) -> list[str]:
@@ -364,6 +376,8 @@ def describe_array(
         gpus: at work at a time.
         price: of one GPU for one hour.
     """
+    if not plan.work:
+        return f"{plan.title}: none"
     models = dict.fromkeys(work.model for work in plan.work)
     head = ["task", "model", "length", "texts", "tokens", "time of a GPU", "sizes"]
     rows = [head] + [_cells(work) for work in plan.work]
@@ -373,7 +387,7 @@ def describe_array(
     lines = [plan.title, "", format_columns([*rows, total]), ""]
     cost = "" if price is None else f", {format_price(plan.seconds, price)} at {price:g} an hour"
     longest = max(plan.work, key=lambda work: work.seconds or 0.0)
-    one, together = format_seconds(plan.elapsed(gpus)), several(gpus, "GPU")
+    one, together = format_seconds(plan.elapsed(gpus)), _several(gpus, "GPU")
     if plan.whole:
         name = f"{longest.name} of {longest.model}"
         one += f"; the longest element {format_seconds(longest.seconds or 0.0)} ({name})"
@@ -389,7 +403,7 @@ def describe_array(
     return "\n".join(lines)
 
 
-def several(count: int, name: str) -> str:
+def _several(count: int, name: str) -> str:
     """Return `1 GPU`, `2 GPUs`."""
     return f"{count:,} {name}{'s' * (count > 1)}"
 

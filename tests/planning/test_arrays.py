@@ -192,6 +192,14 @@ def test_a_mining_embeds_every_text_and_its_teacher_reads_every_candidate(
     assert score.texts == f"at most {pairs} pairs"
     mean = documents.tokens / documents.texts + queries.tokens / queries.texts
     assert score.tokens == pytest.approx(pairs * mean)
+    endpoint = TeacherConfig(kind="endpoint", url="http://host/rerank", model="big")
+    *_, asked = plan_mining(dataclasses.replace(config, teacher=endpoint), H100).work
+    assert (asked.model, asked.texts, asked.seconds) == ("big", score.texts, None)
+    both = TeacherConfig(path=str(tmp_path), kind="bi_encoder", max_length=4)
+    *_, embedded = plan_mining(dataclasses.replace(config, teacher=both), H100).work
+    assert (embedded.name, embedded.tokens) == ("embed", embed.tokens)
+    words = dataclasses.replace(config, retrievers=config.retrievers[:1], teacher=None)
+    assert describe_array(plan_mining(words, H100), H100, gpus=1).endswith("on GPUs: none")
     whole = dataclasses.replace(
         config, retrievers=(dataclasses.replace(config.retrievers[1], max_length=None),)
     )
