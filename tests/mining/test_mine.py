@@ -42,6 +42,8 @@ from pipeline.mining import mine, retrieve
 from pipeline.mining.estimate import describe_mining, plan_only
 from pipeline.mining.plan import Mining, plan_mining
 from pipeline.model.load_export import load_export
+from pipeline.planning import arrays
+from pipeline.planning.hardware import choose_machine
 from pipeline.workers import SrunWorkers
 from tests.support import PATIENCE
 
@@ -564,6 +566,11 @@ def test_a_dry_run_counts_what_is_left_and_writes_nothing(
     parts = len(mining_.document_blocks) + len(mining_.query_blocks)
     assert work["embed"].split()[1:3] == [f"{parts}", "0"]
     assert f"{queries.texts * documents.texts:,} scores of pairs" in work["search"]
+    # `diffembed plan mine` counts the same.
+    gpu = choose_machine("h100", None, ranks_per_host=1)
+    first, search, *_, taught = arrays.plan_mining(config, gpu).work
+    assert search.texts in work["search"]
+    assert first.tokens == taught.tokens == documents.tokens + queries.tokens
     positives = sum(len(row["positives"]) for row in world.rows)
     assert f"at most {positives + 5 * queries.texts:,} pairs" in work["score"]
     assert describe_mining(config) == f"{config.output} is complete: nothing to do"
