@@ -40,8 +40,9 @@ FP32_LIMIT, BF16_COSINE = 1e-4, 0.98
 def run(place: Place, report: Report) -> None:
     """Compare both schedules at every stage, then the dropout of LoRA with and without caching."""
     comm.start(discover_world())
+    width, layers = (64, 2) if place.tiny else (128, 3)
     folder = tiny_qwen2(
-        place.folder / "model", hidden_size=128, num_layers=3, vocab_size=VOCABULARY
+        place.folder / "model", hidden_size=width, num_layers=layers, vocab_size=VOCABULARY
     )
     oracle = load(folder)
     plain_loss(oracle, batch_of())[0].backward()
