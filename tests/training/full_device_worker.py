@@ -1,4 +1,4 @@
-"""Runs of two ranks in which rank 1 finds its device full in one part of a step.
+"""Runs of two ranks of which one finds its device full in one part of a step: rank 1, or rank 0.
 
 The parent imports everything once and forks the ranks. Prints one JSON line per part.
 """
@@ -47,15 +47,20 @@ REPEATED: dict[str, tuple[Any, str, int, tuple[str, ...]]] = {
 }
 
 
-def fill_device(owner: Any, name: str, call: int, *, then: Callable[[], None]) -> None:
-    """Let rank 1 run out of memory in one call of a function, and rank 0 do `then` in it."""
+OF_RANK_0 = "update"  # whose process holds the store that tells the others
+
+
+def fill_device(
+    owner: Any, name: str, call: int, *, at_fault: str, then: Callable[[], None]
+) -> None:
+    """Let one rank run out of memory in one call of a function, and the other do `then` in it."""
     real, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            if os.environ["RANK"] == "1":
+            if os.environ["RANK"] == at_fault:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU")
             then()
         return real(*args, **kwargs)
@@ -81,7 +86,8 @@ def run(part: str, words: list[str], folder: Path) -> dict[str, Any]:
                 os.dup2(os.open(folder / f"{rank}-{stream}", os.O_WRONLY | os.O_CREAT), stream)
             owner, name, call, keys = {**FATAL, **REPEATED}[part]
             then = wait_as_in_nccl if part in FATAL else (lambda: None)
-            fill_device(owner, name, call, then=then)
+            at_fault = "0" if part == OF_RANK_0 else "1"
+            fill_device(owner, name, call, at_fault=at_fault, then=then)
             sys.argv = ["train", *words, *keys, f"output_dir={folder / 'run'}"]
             train.main()
     codes = wait_for(ranks)
