@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from pipeline import doctor
 from pipeline.cli import app
+from pipeline.commands import checks
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, dump_config
-from pipeline.doctor import cluster, machine, packages, ranks
-from pipeline.doctor.finding import Finding, guarded
+from pipeline.doctor import Finding, guarded, machine, ranks
 from tests.fake_slurm import FakeSlurm, put_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def install(folder: Path, name: str, version: str) -> None:
 
 
 def test_the_tested_versions_are_right_and_are_named() -> None:
-    finding = one(packages.check_packages(has_gpu=False))
+    finding = one(machine.check_packages(has_gpu=False))
 
     assert finding.level == "ok"
     assert "torch 2." in finding.found and "deepspeed 0.19" in finding.found
@@ -78,7 +78,7 @@ def test_a_version_out_of_range_is_named_with_range_reason_and_fix(
 ) -> None:
     install(installed, name, version)
 
-    finding = one(packages.check_packages(has_gpu=False))
+    finding = one(machine.check_packages(has_gpu=False))
 
     assert (finding.check, finding.level) == (name, level)
     assert finding.found.startswith(version)
@@ -91,18 +91,18 @@ def test_a_torch_without_a_fast_kernel_matters_only_on_a_gpu_without_flash_attn(
 ) -> None:
     install(installed, "torch", "2.8.0")
 
-    assert one(packages.check_packages(has_gpu=False)).level == "ok"
-    finding = one(packages.check_packages(has_gpu=True))
+    assert one(machine.check_packages(has_gpu=False)).level == "ok"
+    finding = one(machine.check_packages(has_gpu=True))
     assert (finding.check, finding.level) == ("torch", "warn")
     assert "one by one" in finding.found and "flash-attn" in finding.fix
     install(installed, "flash-attn", "2.8.1")
-    assert one(packages.check_packages(has_gpu=True)).level == "ok"
+    assert one(machine.check_packages(has_gpu=True)).level == "ok"
 
 
 def test_every_known_bad_version_is_of_a_package_that_this_project_declares() -> None:
-    _, declared = packages.declared()
+    _, declared = machine.declared()
 
-    for entry in packages.read_known_bad():
+    for entry in machine.read_known_bad():
         assert entry.package in declared, entry
         assert entry.reason and entry.level in ("warn", "fail")
         if entry.level == "fail":  # outside of the declared range, whose breach it explains
@@ -114,21 +114,21 @@ def test_metadata_of_an_installed_package_gives_the_same_requirements(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Outside of a checkout there is no pyproject.toml."""
-    python, in_checkout = packages.declared()
-    monkeypatch.setattr(packages, "_PYPROJECT", tmp_path / "pyproject.toml")
-    texts = [f"{r.name}{r.specifier}" + ("; extra == 'gpu'" if packages.is_optional(r) else "")
+    python, in_checkout = machine.declared()
+    monkeypatch.setattr(machine, "_PYPROJECT", tmp_path / "pyproject.toml")
+    texts = [f"{r.name}{r.specifier}" + ("; extra == 'gpu'" if machine.is_optional(r) else "")
              for r in in_checkout.values()]  # fmt: skip
-    monkeypatch.setattr(packages.metadata, "requires", lambda _: texts)
-    monkeypatch.setattr(packages.metadata, "metadata", lambda _: {"Requires-Python": python})
+    monkeypatch.setattr(machine.metadata, "requires", lambda _: texts)
+    monkeypatch.setattr(machine.metadata, "metadata", lambda _: {"Requires-Python": python})
 
-    again_python, again = packages.declared()
+    again_python, again = machine.declared()
 
     assert again_python == python
     assert {n: r.specifier for n, r in again.items()} == {
         n: r.specifier for n, r in in_checkout.items()
     }
-    optional = {n for n, r in in_checkout.items() if packages.is_optional(r)}
-    assert {n for n, r in again.items() if packages.is_optional(r)} == optional
+    optional = {n for n, r in in_checkout.items() if machine.is_optional(r)}
+    assert {n for n, r in again.items() if machine.is_optional(r)} == optional
     assert "flash-attn" in optional and "torch" not in optional
 
 
@@ -334,7 +334,7 @@ def test_slurms_limits_and_its_answer_to_the_sites_flags_are_shown(
     slurm.put("sbatch", "if grep -q gpus; then echo 'sbatch: error: no such GRES' >&2; exit 1; fi")
     monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(ROOT / "slurm/cluster.env"))
 
-    findings = list(cluster.check_slurm(write_evaluation(tmp_path)))
+    findings = list(machine.check_slurm(write_evaluation(tmp_path)))
 
     found = levels(findings)
     assert (found["slurm"], found["slurm requeue"], found["slurm arrays"]) == ("ok", "warn", "fail")
@@ -351,9 +351,9 @@ def test_programs_of_slurm_without_a_cluster_fail_only_inside_a_job(
     slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
     slurm.put("scontrol", "echo 'fatal: no configuration' >&2; exit 1")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert one(cluster.check_slurm()).level == "warn"
+    assert one(machine.check_slurm()).level == "warn"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    finding = one(cluster.check_slurm())
+    finding = one(machine.check_slurm())
     assert (finding.level, "no configuration" in finding.found) == ("fail", True)
 
 
@@ -385,7 +385,7 @@ def test_the_exit_code_is_1_where_anything_fails(
     level: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finding = Finding(check="disk", level=level, found="[16 GiB] free", fix="none")  # type: ignore[arg-type]
-    monkeypatch.setattr(doctor, "all_checks", lambda *_: {"disk": lambda: [finding]})
+    monkeypatch.setattr(checks, "all_checks", lambda *_: {"disk": lambda: [finding]})
 
     shown = CliRunner().invoke(app, ["doctor"])
     as_json = CliRunner().invoke(app, ["doctor", "--json"])

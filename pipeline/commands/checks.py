@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.commands import CHECK, Overrides
 from pipeline.errors import UserError
+from pipeline.launch import count_gpus, discover_world
+
+if TYPE_CHECKING:
+    from pipeline.doctor import Check
 
 app = typer.Typer()
 config = typer.Typer(help="Explain and compare configs.", no_args_is_help=True)
@@ -34,9 +39,62 @@ def doctor(
     ] = "",
 ) -> None:
     """Check versions, GPUs, kernels, ranks, disks, limits and a config; exit 1 if any fails."""
-    from pipeline.doctor import doctor as check_all
+    from pipeline.doctor import ranks, report, run_checks
 
-    raise typer.Exit(check_all(config, tuple(overrides or ()), launcher=launcher, as_json=as_json))
+    changes, world = tuple(overrides or ()), discover_world()
+    if not world.launched:
+        words = _words(launcher)
+        checks = all_checks(config, changes, lambda: ranks.check_ranks(words))
+        raise typer.Exit(report(run_checks(checks), as_json=as_json))
+    # Under a launcher, all ranks sum together, and rank 0 does the rest.
+    found = list(ranks.examine(world))
+    from pipeline import comm
+
+    code = int(any(finding.level == "fail" for finding in found))
+    if world.is_main:
+        checks = all_checks(config, changes, lambda: found)
+        del checks["mpirun"]  # ranks start no ranks
+        code = report(run_checks(checks), as_json=as_json)
+    joined = not any(finding.check == "ranks" and finding.level == "fail" for finding in found)
+    comm.leave(code, gracefully=joined)
+
+
+def _words(launcher: str) -> list[str]:
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher!r}: {error}", fix="close the quotes") from error
+    if not words:
+        return []
+    from pipeline.doctor.machine import find_program
+
+    program = find_program(words[0])
+    if program is None:
+        raise UserError(f"--launcher: {words[0]}: not found", fix="give a program on PATH")
+    return [program, *words[1:]]
+
+
+def all_checks(
+    config: Path | None, overrides: tuple[str, ...], check_ranks: Check
+) -> dict[str, Check]:
+    """Return every check by its name, in the order of the report."""
+    from pipeline.doctor import machine, readiness
+
+    has_gpu = count_gpus() > 0
+    checks: dict[str, Check] = {
+        "versions": lambda: machine.check_packages(has_gpu=has_gpu),
+        "ranks": check_ranks,
+        "mpirun": machine.check_mpi,
+        "compilers": lambda: machine.check_compilers(has_gpu=has_gpu),
+        "extension locks": machine.check_build_locks,
+        "shared memory": machine.check_shared_memory,
+        "open files": machine.check_open_files,
+        "caches": machine.check_caches,
+        "slurm": lambda: machine.check_slurm(config),
+    }
+    if config is not None:
+        checks["config"] = lambda: readiness.check_config(config, overrides)
+    return checks
 
 
 @config.command("explain")

@@ -1,92 +1,85 @@
 """Check this machine, its packages and a config before a run; one line each: ok, warn or fail.
 
-    packages    versions against the declared ranges and known_bad.yaml
-    ranks       in separate processes: torch and GPU, attention kernels, all-reduce
-    machine     mpirun, compilers, locks of builds, shared memory, open files, caches
-    cluster     Slurm's limits and its answer to slurm/cluster.env
-    readiness   model, tokenizer, data, tasks and outputs of a config
+    machine      packages, memory, disks, compilers, mpirun, Slurm
+    ranks        in separate processes: torch and GPU, attention kernels, all-reduce
+    readiness    model, tokenizer, data, tasks and outputs of a config
 
-Each check is guarded: an error inside it is its own `fail` line, and the others still run.
+A check yields findings. Each is guarded: an error inside it is its own `fail` line, and the others
+still run. The command chooses the checks (`commands/checks.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
-from pipeline.doctor import cluster, machine, packages, ranks, readiness
-from pipeline.doctor.finding import Check, Finding, Level, guarded
-from pipeline.errors import UserError
-from pipeline.launch import count_gpus, discover_world
+from pipeline.errors import DiffembedError, UserError, explain_os_error
 
+# `warn`: works, but slower or not everywhere.
+Level = Literal["ok", "warn", "fail"]
 _STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def doctor(config: Path | None, overrides: tuple[str, ...], *, launcher: str, as_json: bool) -> int:
-    """Run all checks, print them, and return the exit code: 1 if any has failed.
-
-    Under a launcher that started several ranks, all of them sum together and rank 0 does the rest.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One result of one check.
 
     Args:
-        config: a config of any kind, to check for what it names.
-        overrides: changes to it.
-        launcher: words that start ranks; by default they are started on this machine.
-        as_json: print JSON instead of lines.
+        check: its name.
+        found: what is there.
+        fix: what to change; empty for `ok`.
     """
-    world = discover_world()
-    if not world.launched:
-        words = _words(launcher)
-        checks = all_checks(config, overrides, lambda: ranks.check_ranks(words))
-        return _report(run_checks(checks), as_json=as_json)
-    # As one of them: no ranks are started by ranks.
-    found = list(ranks.examine(world))
-    from pipeline import comm
 
-    code = int(any(finding.level == "fail" for finding in found))
-    if world.is_main:
-        checks = all_checks(config, overrides, lambda: found)
-        del checks["mpirun"]  # starts none either
-        code = _report(run_checks(checks), as_json=as_json)
-    joined = not any(finding.check == "ranks" and finding.level == "fail" for finding in found)
-    comm.leave(code, gracefully=joined)
-    return code
+    check: str
+    level: Level
+    found: str
+    fix: str = ""
 
 
-def _words(launcher: str) -> list[str]:
+Check = Callable[[], Iterable[Finding]]
+
+
+def ok(check: str, found: str) -> Finding:
+    """Return the finding of a check that has nothing against this machine."""
+    return Finding(check, "ok", found)
+
+
+def warn(check: str, found: str, fix: str) -> Finding:
+    """Return the finding of something that works, but slower or not everywhere."""
+    return Finding(check, "warn", found, fix)
+
+
+def fail(check: str, found: str, fix: str = "") -> Finding:
+    """Return the finding of something that does not work."""
+    return Finding(check, "fail", found, fix)
+
+
+def guarded(name: str, check: Check) -> Iterator[Finding]:
+    """Yield a check's findings; an error inside it becomes a finding, whatever its type."""
     try:
-        words = shlex.split(launcher)
-    except ValueError as error:
-        raise UserError(f"--launcher {launcher!r}: {error}", fix="close the quotes") from error
-    if not words:
-        return []
-    program = machine.find_program(words[0])
-    if program is None:
-        raise UserError(f"--launcher: {words[0]}: not found", fix="give a program on PATH")
-    return [program, *words[1:]]
+        yield from check()
+    except UserError as error:
+        found = error.found.removeprefix(f"{name}: ")  # most errors begin with the key
+        yield fail(name, found, fix_of(error))
+    except Exception as error:
+        explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
+        if explained is not None:
+            found, _, fix = str(explained).partition(" | fix: ")
+            yield fail(name, found, fix)
+            return
+        text = " ".join(str(error).split()) or "no message"
+        yield fail(
+            name,
+            f"the check itself failed: {type(error).__name__}: {text}",
+            "report this line; the other checks are not affected",
+        )
 
 
-def all_checks(
-    config: Path | None, overrides: tuple[str, ...], check_ranks: Check
-) -> dict[str, Check]:
-    """Return every check by its name, in the order of the report."""
-    has_gpu = count_gpus() > 0
-    checks: dict[str, Check] = {
-        "versions": lambda: packages.check_packages(has_gpu=has_gpu),
-        "ranks": check_ranks,
-        "mpirun": machine.check_mpi,
-        "compilers": lambda: machine.check_compilers(has_gpu=has_gpu),
-        "extension locks": machine.check_build_locks,
-        "shared memory": machine.check_shared_memory,
-        "open files": machine.check_open_files,
-        "caches": machine.check_caches,
-        "slurm": lambda: cluster.check_slurm(config),
-    }
-    if config is not None:
-        checks["config"] = lambda: readiness.check_config(config, overrides)
-    return checks
+def fix_of(error: UserError) -> str:
+    """Return the advice of an error of a config or a file."""
+    return error.fix or (f"allowed: {error.allowed}" if error.allowed else "")
 
 
 def run_checks(checks: dict[str, Check]) -> Iterator[Finding]:
@@ -95,8 +88,8 @@ def run_checks(checks: dict[str, Check]) -> Iterator[Finding]:
         yield from guarded(name, check)
 
 
-def _report(findings: Iterable[Finding], *, as_json: bool) -> int:
-    """Print findings, and return the exit code."""
+def report(findings: Iterable[Finding], *, as_json: bool) -> int:
+    """Print findings as they are made, and return the exit code: 1 if any check has failed."""
     kept = []
     if as_json:
         kept = list(findings)

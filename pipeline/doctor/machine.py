@@ -1,8 +1,15 @@
-"""Check this machine: shared memory, open files, disks, compilers, MPI, locks of killed builds."""
+"""Check this machine: versions of packages, memory, disks, compilers, MPI, the site's Slurm.
+
+check_packages    against the declared ranges and known_bad.yaml
+check_...         shared memory, open files, locks of killed builds, caches, compilers, mpirun
+check_slurm       Slurm's limits, and its answer to the flags of slurm/cluster.env
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import platform
 import re
 import resource
 import shutil
@@ -10,11 +17,149 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
-from pipeline.doctor.finding import Finding, Level, fail, ok, warn
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from pipeline.config import EvaluateConfig, load_config, read_yaml
+from pipeline.config.explain import kind_of
+from pipeline.doctor import Finding, Level, fail, guarded, ok, warn
+from pipeline.errors import UserError
+from pipeline.files import check_kind
+from pipeline.submission import slurm
 from pipeline.submission.health import probe
+from pipeline.submission.jobs import FLAG_ARRAYS, Site, read_site
+
+_NAME = "diffembed"
+_PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+KNOWN_BAD = Path(__file__).with_name("known_bad.yaml")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KnownBad:
+    """An entry of known_bad.yaml; the file explains the keys."""
+
+    package: str
+    versions: str
+    level: Level
+    reason: str
+    fix: str = ""
+    without: tuple[str, ...] = ()
+    gpu: bool = False
+
+
+def read_known_bad() -> tuple[KnownBad, ...]:
+    """Return the table of versions that do not work."""
+    return check_kind(
+        read_yaml(KNOWN_BAD), tuple[KnownBad, ...], where=str(KNOWN_BAD), fix="install it again"
+    )
+
+
+def declared() -> tuple[str, dict[str, Requirement]]:
+    """Return the declared Python versions, and the requirements by canonical name.
+
+    Optional packages are among them: they must fit where they are installed. A checkout's own
+    file comes first, because an editable installation keeps the ranges it was made with.
+    """
+    if _PYPROJECT.is_file():
+        project = tomllib.loads(_PYPROJECT.read_text())["project"]
+        python = str(project["requires-python"])
+        texts = list(project["dependencies"])
+        optional = project.get("optional-dependencies", {})
+        texts += [f"{text}; extra == 'x'" for name in optional for text in optional[name]]
+    else:
+        package = metadata.metadata(_NAME)
+        python, texts = str(package["Requires-Python"]), metadata.requires(_NAME) or []
+    found: dict[str, Requirement] = {}
+    for text in texts:
+        requirement = Requirement(text.replace("; sys_platform == 'linux'; ", "; "))
+        found.setdefault(canonicalize_name(requirement.name), requirement)
+    return python, found
+
+
+def is_optional(requirement: Requirement) -> bool:
+    """Return True for a package of an extra."""
+    return requirement.marker is not None and "extra" in str(requirement.marker)
+
+
+def check_packages(*, has_gpu: bool) -> Iterator[Finding]:
+    """Yield a finding for each version that is missing, out of range or known to be bad."""
+    python, requirements = declared()
+    if platform.python_version() not in SpecifierSet(python, prereleases=True):
+        yield _finding("python", "fail", platform.python_version(), f"needs {python}", "")
+    installed = {name: _version(name) for name in requirements}
+    faults = list(_range_faults(requirements, installed))
+    named = {finding.check for finding in faults}
+    for entry in read_known_bad():
+        if entry.package not in named and _applies(entry, installed, has_gpu=has_gpu):
+            version = installed[entry.package]
+            faults.append(_finding(entry.package, entry.level, version, entry.reason, entry.fix))
+    yield from faults
+    if not faults:
+        core = ("torch", "deepspeed", "transformers", "mteb", "flash-attn")
+        shown = [f"{name} {version}" for name in core if (version := installed.get(name))]
+        yield ok(
+            "versions",
+            f"Python {platform.python_version()}, {', '.join(shown)}; "
+            f"{sum(map(bool, installed.values()))} packages within their ranges",
+        )
+
+
+def _range_faults(
+    requirements: Mapping[str, Requirement], installed: Mapping[str, str | None]
+) -> Iterator[Finding]:
+    for name, requirement in requirements.items():
+        version, optional = installed[name], is_optional(requirement)
+        wanted = str(requirement.specifier) or "any version"
+        marker = requirement.marker
+        if version is None:
+            if not optional and (marker is None or marker.evaluate()):
+                yield _finding(name, "fail", None, f"needs {wanted}", "")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            reasons = [
+                entry.reason
+                for entry in read_known_bad()
+                if entry.package == name and _contains(entry, version)
+            ]
+            reason = "; ".join([f"needs {wanted}", *reasons])
+            yield _finding(name, "warn" if optional else "fail", version, reason, "")
+
+
+def _applies(entry: KnownBad, installed: Mapping[str, str | None], *, has_gpu: bool) -> bool:
+    version = installed.get(entry.package)
+    if version is None or (entry.gpu and not has_gpu) or not _contains(entry, version):
+        return False
+    return not any(_version(other) for other in entry.without)
+
+
+def _contains(entry: KnownBad, version: str) -> bool:
+    # Builds are named like 2.13.0+cu130, and nightly ones 2.14.0.dev1.
+    return SpecifierSet(entry.versions).contains(version, prereleases=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _finding(name: str, level: Level, version: str | None, reason: str, fix: str) -> Finding:
+    wanted = re.match(r"needs ([^;]*)", reason)
+    range_of = wanted[1].replace("any version", "") if wanted else ""
+    return Finding(
+        name,
+        level,
+        f"{version or 'not installed'}: {reason}" if version else f"not installed, {reason}",
+        fix or f"pip install '{name}{range_of}'",
+    )
+
 
 _GIB = 2**30
 # Where gloo and NCCL between ranks of one host, and workers of libraries, exchange data.
@@ -195,3 +340,92 @@ def last_error(lines: Sequence[str]) -> str:
     """Return the last line that names an error, or else the last one."""
     named = [line.strip() for line in lines if re.search(r"error|fail|not found", line, re.I)]
     return (named or [line.strip() for line in lines if line.strip()] or ["no message"])[-1]
+
+
+_SECONDS = 10
+_SCRIPT = "#!/bin/bash\n{flags}\ntrue\n"
+
+
+def check_slurm(config: Path | None = None) -> Iterator[Finding]:
+    """Yield nothing without Slurm, or its limits and its answer to each kind of job.
+
+    Args:
+        config: of an evaluation, whose array must fit; others are ignored.
+    """
+    if shutil.which("sbatch") is None:
+        return
+    try:
+        shown = slurm.check_output("scontrol", "show", "config", patience=_SECONDS)
+    except UserError as error:
+        # A machine may have the programs of Slurm and no cluster.
+        level: Level = "fail" if "SLURM_JOB_ID" in os.environ else "warn"
+        yield Finding("slurm", level, error.found, error.fix)
+        return
+    settings = slurm.parse_settings(shown)
+    name = settings.get("ClusterName", "without a name")
+    yield ok("slurm", f"cluster {name} answers")
+    if settings.get("JobRequeue", "1") == "0":
+        yield warn(
+            "slurm requeue",
+            "JobRequeue=0: jobs are not queued again unless their script asks, as ours do",
+            "where even `scontrol requeue` is forbidden, a training submits its own successor",
+        )
+    yield from guarded("slurm arrays", lambda: _arrays(settings, config))
+    yield from guarded("cluster.env", _flags)
+
+
+def _arrays(settings: dict[str, str], config: Path | None) -> Iterator[Finding]:
+    limit = int(settings.get("MaxArraySize", "1001"))
+    number = _num_elements(config)
+    if number > limit:
+        yield fail(
+            "slurm arrays",
+            f"{config} has {number:,} elements, MaxArraySize is {limit:,}",
+            "fewer models in one config, or `diffembed submit evaluate --texts N`",
+        )
+    else:
+        elements = f", {config} has {number:,}" if number else ""
+        found = f"up to {limit:,} elements{elements}"
+        yield ok("slurm arrays", found)
+
+
+def _num_elements(config: Path | None) -> int:
+    try:
+        if config is None or kind_of(config) != "evaluate":
+            return 0
+        from pipeline.evaluation.run import num_elements
+
+        return num_elements(load_config(EvaluateConfig, config))
+    except UserError:
+        return 0  # the check of the config names the fault
+
+
+def _flags() -> Iterator[Finding]:
+    """Ask Slurm whether it could ever run a job with each array of flags: GRES, time, account."""
+    try:
+        site = read_site()
+    except UserError as error:
+        if "no such file" in error.found:
+            fix = "go to the folder that holds slurm/"
+            yield warn("cluster.env", error.found, fix)
+            return
+        raise
+    for name in FLAG_ARRAYS:
+        if name != "SITE_FLAGS":
+            yield from guarded(f"cluster.env {name}", partial(_accepted, site, name))
+
+
+def _accepted(site: Site, name: str) -> Iterator[Finding]:
+    words = [" ".join(flag.words) for flag in site.flags_of(name)]
+    text = _SCRIPT.format(flags="\n".join(f"#SBATCH {word}" for word in words))
+    check = f"cluster.env {name}"
+    try:
+        slurm.check_text(name, text)
+    except slurm.NoAnswerError:
+        raise
+    except UserError as error:
+        # A site need not have every kind of node; jobs of the other kinds still run.
+        fix = f"change {name} in {site.path}, if you submit such jobs"
+        yield warn(check, error.found, fix)
+        return
+    yield ok(check, " ".join(words))

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
+from pipeline.doctor import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import last_error
 from pipeline.launch import (
     World,

@@ -32,7 +32,7 @@ from pipeline.config import (
     require_model_path,
 )
 from pipeline.config.explain import KINDS, kind_of
-from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
+from pipeline.doctor import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
