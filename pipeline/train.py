@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
     _launchers = launch.launcher_processes()
 
-from pipeline import checkpoint_folder
+from pipeline import run_folder
 from pipeline.config import EvaluateEveryConfig, TrainConfig, dump_config, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import (
@@ -49,7 +49,7 @@ from pipeline.training.evaluations import ScoringCommands
 
 if TYPE_CHECKING:
     from pipeline.planning import RunPlan
-    from pipeline.planning.hardware import Machine
+    from pipeline.planning.calibration import Machine
     from pipeline.planning.memory import Schedule, Target
 
 
@@ -178,7 +178,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
 def earlier_schedule(config: TrainConfig) -> Schedule | None:
     """Return the schedule of the run that this command resumes; None for a new run."""
     run = RunDir(config.output_dir)
-    if config.schedule != "auto" or not checkpoint_folder.names(run.checkpoints):
+    if config.schedule != "auto" or not run_folder.names(run.checkpoints):
         return None
     try:
         found = load_config(TrainConfig, run.config).schedule
@@ -206,7 +206,7 @@ def predict(
     """
     from pipeline import comm
     from pipeline.planning import expected_step, plan_run
-    from pipeline.planning.hardware import this_machine
+    from pipeline.planning.calibration import this_machine
     from pipeline.planning.memory import Target
     from pipeline.planning.speed import DEFAULT_NETWORK
 
@@ -259,7 +259,7 @@ def machine_of(options: argparse.Namespace, target: Target) -> Machine:
         UserError: a calibration is damaged.
     """
     from pipeline import comm
-    from pipeline.planning.hardware import choose_machine, this_machine
+    from pipeline.planning.calibration import choose_machine, this_machine
 
     if options.gpu is None:
         return this_machine(target, comm.device_name())

@@ -29,8 +29,7 @@ TOP_LEVEL = {
 FLOORS = (
     {"errors"},
     {"config", "files", "launch"},
-    {"checkpoint_folder", "comm", "shipped_files", "tokenizer", "workers"},
-    {"run_folder"},
+    {"comm", "run_folder", "shipped_files", "tokenizer", "workers"},
     {"data", "model", "loss"},
     {"training", "evaluation"},
     {"mining"},

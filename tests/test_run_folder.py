@@ -1,15 +1,19 @@
-"""A run refuses a folder with files of another origin that it would overwrite."""
+"""A run refuses a folder of another origin; its newest checkpoint is whole, the right ones stay."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import run_folder
+from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
 from pipeline.run_folder import OWN_CONFIG, RunDir
+from tests.training.memory_engine import Memory, save, tree
 
 
 @pytest.mark.parametrize(
@@ -74,3 +78,121 @@ def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Pat
         finally:
             other.kill()
     RunDir(tmp_path).claim(patience_seconds=0)
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def test_latest_that_is_a_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UserError, match=r"latest is not a file .*\| fix: remove it"):
+        run_folder.latest(tmp_path)
+
+
+def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
+    save(tmp_path, Memory(a=1.0), step=1, identity={})
+    (tmp_path / "latest").write_text("step-000007\n")
+    with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
+        run_folder.latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("step-000003", "state.json"), ("step-9", "allowed: step-000001")]
+)
+def test_a_run_is_not_taken_back_to_what_is_not_whole(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    for step in (1, 3, 4):
+        save(tmp_path, Memory(a=1.0), step=step, identity={})
+    (tmp_path / "step-000003" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=reason):
+        run_folder.rewind(tmp_path, name)
+    assert run_folder.latest(tmp_path) == tmp_path / "step-000004"
+
+
+def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10, 12):
+        save(tmp_path, Memory(a=1.0), step=step, identity={})
+    run_folder.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
+    # Checkpoints from before a rewind are not deleted.
+    kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
+    assert run_folder.names(tmp_path) == kept
+
+
+def keep(run: Path, config: CheckpointConfig, steps: range) -> None:
+    keeper = run_folder.Keeper(run, config)
+    for step in steps:
+        path = save(run, Memory(a=float(step)), step=step, identity={})
+        keeper.keep(path, step)
+        keeper.wait()
+
+
+def test_a_mirror_holds_the_same_checkpoints_and_is_pruned_by_the_same_rules(
+    tmp_path: Path,
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    mirror.mkdir()
+    config = CheckpointConfig(every=1, keep_last=2, keep_every=3, mirror=mirror)
+    keep(run, config, range(1, 8))
+    assert run_folder.names(run) == ["step-000003", "step-000006", "step-000007"]
+    assert tree(mirror) == tree(run)
+
+
+def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    config = CheckpointConfig(every=1, keep_last=1, mirror=mirror)
+    mirror.write_text("a file where a disk was mounted")
+    keep(run, config, range(1, 3))
+    assert "step-000002 could not be copied to" in capsys.readouterr().out
+    assert run_folder.names(run) == ["step-000002"]
+    mirror.unlink()
+    mirror.mkdir()
+    keep(run, config, range(3, 4))
+    assert tree(mirror) == tree(run)
+
+
+def test_a_mirror_slower_than_the_run_leaves_out_what_is_neither_newest_nor_lasting(
+    tmp_path: Path,
+) -> None:
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    mirror.mkdir()
+    config = CheckpointConfig(every=1, keep_last=9, keep_every=2, mirror=mirror)
+    paths = [save(run, Memory(a=1.0), step=step, identity={}) for step in range(1, 6)]
+    keeper = run_folder.Keeper(run, config)
+    for step, path in enumerate(paths, 1):
+        keeper.keep(path, step)
+    keeper.wait()
+    assert run_folder.names(mirror) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_copy = shutil.copytree
+
+    def lossy_copy(source: Path, target: Path) -> None:  # stands in for a network that loses bytes
+        really_copy(source, target)
+        (file,) = target.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    path = save(tmp_path / "run", Memory(a=1.0), step=1, identity={})
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    monkeypatch.setattr(run_folder.shutil, "copytree", lossy_copy)
+    with pytest.raises(UserError, match=r"differs from its recorded size or SHA-256"):
+        run_folder.copy(path, mirror)
+    assert run_folder.names(mirror) == []
+    assert run_folder.latest(mirror) is None
+
+
+def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    save(tmp_path, Memory(a=1.0), step=1, identity={})
+    before = tree(tmp_path)
+    for name in (".step-000002.partial", ".step-000001.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors").write_text("half")
+    run_folder.remove_leftovers(tmp_path)
+    assert tree(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == 2

@@ -15,22 +15,20 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipeline.checkpoint_folder import partial_folder, publish
 from pipeline.cli import app
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, dump_config
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import Element, list_elements
 from pipeline.files import write_sealed
-from pipeline.run_folder import OWN_CONFIG, RunDir
+from pipeline.run_folder import OWN_CONFIG, RunDir, partial_folder, publish
 from pipeline.submission.restart import History
 from pipeline.submission.slurm import JobRecord
 from pipeline.training.metrics import JsonLines
 from pipeline.watch import recognise, render
 from pipeline.watch.chains import STAGES
 from pipeline.watch.logs import read_log
-from pipeline.watch.page import page, thin
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import View, duration
+from pipeline.watch.view import View, duration, page, thin
 from ReasonAug.synthesis.stages import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from pipeline.config import ChainConfig, EvaluateConfig, ExportStep, MineConfig,
 from pipeline.errors import UserError, say_warning
 
 if TYPE_CHECKING:
-    from pipeline.planning.hardware import Machine
+    from pipeline.planning.calibration import Machine
     from pipeline.planning.text_sizes import DescribedTask
     from pipeline.submission.jobs import RequestedGpus
 
@@ -70,7 +70,7 @@ def _planned_data(
 
 def _choose_machine(gpu: str | None, calibration: Path | None, ranks_per_host: int) -> Machine:
     """Return the machine to plan for; prints what is wrong with its calibration."""
-    from pipeline.planning.hardware import choose_machine
+    from pipeline.planning.calibration import choose_machine
 
     machine = choose_machine(gpu, calibration, ranks_per_host=ranks_per_host)
     if machine.warning:
@@ -149,7 +149,7 @@ def plan_scale(
 ) -> None:
     """Project a training run on 1, 2, 4, ... nodes, up to 1,024 GPUs: memory, time, price."""
     tree = load(TrainConfig, config, overrides)
-    from pipeline.planning.scale import describe_scale, plot_scale, scale
+    from pipeline.planning.describe import describe_scale, plot_scale, scale
 
     resolve = _resolver(tree, deepspeed)
     machine = _choose_machine(gpu, calibration, gpus_per_node)
@@ -187,7 +187,7 @@ def plan_evaluate(
     """Print the GPU time of an evaluation's array, by task."""
     tree = load(EvaluateConfig, config, overrides)
     from pipeline.planning.arrays import describe_array, plan_evaluation
-    from pipeline.planning.counted_texts import count_texts
+    from pipeline.planning.text_sizes import count_texts
 
     if count and model is not None:
         raise UserError(

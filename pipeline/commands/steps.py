@@ -226,10 +226,10 @@ def rewind(
     ],
 ) -> None:
     """Continue a run from an older checkpoint, which is verified; none is deleted."""
-    from pipeline import checkpoint_folder
+    from pipeline import run_folder
     from pipeline.run_folder import RunDir
 
-    path = checkpoint_folder.rewind(RunDir(run).checkpoints, checkpoint)
+    path = run_folder.rewind(RunDir(run).checkpoints, checkpoint)
     print(f"{run}: its next start continues from {path}")
 
 

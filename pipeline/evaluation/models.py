@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.checkpoint_folder import checkpoint_name
 from pipeline.config import EvaluateConfig, Precision, Role, RopeScaling, Template
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.tasks import Element, list_elements, load_mteb
@@ -42,6 +41,7 @@ from pipeline.model.export_folder import (
     read_settings,
 )
 from pipeline.model.load_export import LoadedExport, load_export
+from pipeline.run_folder import checkpoint_name
 from pipeline.tokenizer import limits_of
 from pipeline.workers import child_number, num_children, num_cores
 

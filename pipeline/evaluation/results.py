@@ -19,14 +19,13 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from pipeline.checkpoint_folder import checkpoint_name, checkpoint_step
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import interval
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements
 from pipeline.files import check_kind, fingerprint_files, hash_files, read_json, unseal, write_text
 from pipeline.model.export_folder import export_fingerprint, model_settings
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import RunDir, checkpoint_name, checkpoint_step
 
 # 1: no `version` key. 2: the same content with it.
 RESULT_VERSION = 2

@@ -4,8 +4,8 @@ config, shards --plan_run--> first global batch, tokens of the fullest rank and 
 model --shape.py--> ModelShape: from the meta device, or from its config.json alone
 ModelShape, RankWorkload --memory.py--> terms of memory, what `auto` means
                          --speed.py, measured.py--> seconds of a step by part
-                         --describe.py--> the text of `--dry-run` and `diffembed plan run`
-                         --scale.py--> the same run on 8 to 1,024 GPUs
+                         --describe.py--> the text of `--dry-run` and `diffembed plan run`, and
+                                          of the same run on 8 to 1,024 GPUs
 evaluation, mining, encoding --arrays.py--> GPU time by task
 
 Nothing here imports torch, except `plan_run` for a model that is built.
@@ -30,8 +30,7 @@ from pipeline.loss.tiles import (
     TeacherTerms,
     loss_cost,
 )
-from pipeline.planning.calibration import Calibration
-from pipeline.planning.hardware import Machine
+from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.measured import measured_seconds
 from pipeline.planning.memory import (
     GIB,

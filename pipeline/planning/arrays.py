@@ -25,17 +25,17 @@ from pipeline.data.sources.paths import counts_rows, file_size, is_packed, list_
 from pipeline.errors import UserError, say_warning
 from pipeline.evaluation.distinct_texts import BYTES_PER_TOKEN
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements, tasks_of
-from pipeline.planning.counted_texts import CountedTexts
+from pipeline.planning.calibration import Machine
 from pipeline.planning.describe import (
     format_columns,
     format_price,
     format_seconds,
     gpu_time,
 )
-from pipeline.planning.hardware import Machine
 from pipeline.planning.planned_model import PlannedModel
 from pipeline.planning.speed import UTILISATION, Gpu
 from pipeline.planning.text_sizes import (
+    CountedTexts,
     DescribedTask,
     TaskSizes,
     Texts,

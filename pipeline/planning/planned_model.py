@@ -17,9 +17,8 @@ from pipeline.config import ModelConfig, Precision, local_file, model_fix
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.model.export_folder import backbone_folder
-from pipeline.planning.calibration import Calibration
+from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.describe import format_bytes
-from pipeline.planning.hardware import Machine
 from pipeline.planning.measured import forward_seconds
 from pipeline.planning.shape import BLOCKS, ModelShape, read_architecture
 from pipeline.planning.speed import UTILISATION, Gpu, forward_flops

@@ -19,13 +19,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint_folder import (
-    checkpoint_digest,
-    is_checkpoint,
-    latest_name,
-    latest_step,
-    read_state,
-)
 from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
@@ -42,7 +35,15 @@ from pipeline.evaluation.results import changed_inputs, read_result, results_dig
 from pipeline.evaluation.tasks import list_elements
 from pipeline.files import short_hash
 from pipeline.model.export_folder import SETTINGS, is_export
-from pipeline.run_folder import RunDir, frozen_config
+from pipeline.run_folder import (
+    RunDir,
+    checkpoint_digest,
+    frozen_config,
+    is_checkpoint,
+    latest_name,
+    latest_step,
+    read_state,
+)
 from pipeline.shipped_files import find_shipped
 from pipeline.submission.jobs import Job
 from pipeline.submission.serving import describe_synthesis

@@ -29,11 +29,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.checkpoint_folder import latest_step
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError, errors_end_the_process
 from pipeline.files import write_json
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import RunDir, latest_step
 from pipeline.submission import allocation
 from pipeline.submission.allocation import submit_successor
 from pipeline.submission.health import probe

@@ -4,7 +4,7 @@
                             tensors-00000-of-00002.safetensors   rank 0's share of the tensors
     checkpoints/latest                                     name of the newest complete checkpoint
 
-`checkpoint_folder.py` knows the folder; this file knows the tensors. They are stored whole, by
+`run_folder.py` knows the folder; this file knows the tensors. They are stored whole, by
 parameter name: weight, exp_avg and exp_avg_sq in fp32. A checkpoint therefore does not depend on
 the ZeRO stage or the world size that wrote it, and frozen weights (LoRA's base) are not in it.
 Dropout masks and data order are functions of (seed, step, rank), so there is no other state to
@@ -36,7 +36,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline import comm
-from pipeline.checkpoint_folder import (
+from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
+from pipeline.files import sync_file
+from pipeline.run_folder import (
     State,
     checkpoint_name,
     damaged_checkpoint,
@@ -46,8 +48,6 @@ from pipeline.checkpoint_folder import (
     read_state,
     verify,
 )
-from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
-from pipeline.files import sync_file
 from pipeline.training.run_identity import require_same_run
 
 # Tensors stored for each parameter.
@@ -98,7 +98,7 @@ class _Pending:
     """A checkpoint on its way to disk."""
 
     target: Path
-    description: dict[str, Any]  # see `checkpoint_folder.publish`
+    description: dict[str, Any]  # see `run_folder.publish`
     written: Future[tuple[str, dict[str, Any]]]  # this rank's file: its name, size and hash
 
 

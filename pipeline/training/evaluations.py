@@ -21,7 +21,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.checkpoint_folder import checkpoint_digest, checkpoint_step
 from pipeline.config import (
     EvaluateConfig,
     EvaluateEveryConfig,
@@ -32,7 +31,7 @@ from pipeline.config import (
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.launch import without_rank
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import RunDir, checkpoint_digest, checkpoint_step
 
 # Read by the commands; the evaluation's is written last, so that it marks a step as ready.
 _TRAIN = "train.yaml"

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import checkpoint_folder
-from pipeline.checkpoint_folder import checkpoint_digest
+from pipeline import run_folder
 from pipeline.config import TrainConfig, dump_config
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
@@ -23,7 +22,7 @@ from pipeline.model.encoder import Encoder, build_model
 from pipeline.model.export import check_output, export_encoder
 from pipeline.model.export_check import OutsideProcess
 from pipeline.model.export_folder import TrainedTexts
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import RunDir, checkpoint_digest
 from pipeline.tokenizer import (
     instruction_characters,
     load_tokenizer,
@@ -69,7 +68,7 @@ def export_run(
     path = None if which == "init" else _find(run, which)
     changed: list[str] = []
     if path is not None:
-        changed = require_same_model(path, checkpoint_folder.read_state(path), config, dataset)
+        changed = require_same_model(path, run_folder.read_state(path), config, dataset)
     manifest = dataset.manifest
     # Imports of other libraries take long; they run while this process reads weights.
     with OutsideProcess() if check else nullcontext() as outside:
@@ -149,7 +148,7 @@ def _data_table(dataset: Dataset) -> str:
 
 def _find(run: RunDir, name: str) -> Path:
     if name == "latest":
-        newest = checkpoint_folder.latest(run.checkpoints)
+        newest = run_folder.latest(run.checkpoints)
         if newest is None:
             raise UserError(
                 f"{run.checkpoints}: no checkpoint yet", fix="train first, or use --checkpoint init"
@@ -157,14 +156,14 @@ def _find(run: RunDir, name: str) -> Path:
         return newest
     path = run.checkpoints / name
     if not path.is_dir():
-        known = [*checkpoint_folder.names(run.checkpoints), "latest", "init"]
+        known = [*run_folder.names(run.checkpoints), "latest", "init"]
         raise UserError(f"--checkpoint {name}", allowed=", ".join(known))
     return path
 
 
 def _load_weights(encoder: Encoder, path: Path) -> int:
     """Put a checkpoint's trained weights into the encoder; return its step."""
-    state = checkpoint_folder.verify(path)
+    state = run_folder.verify(path)
     parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, tensors in checkpoints.iterate_tensors(path):

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import checkpoint_folder, comm, launch
-from pipeline.checkpoint_folder import LATEST, Keeper, checkpoint_name, remove_leftovers
+from pipeline import comm, launch, run_folder
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError, say_warning
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import LATEST, Keeper, RunDir, checkpoint_name, remove_leftovers
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Saver, Stateful
 from pipeline.training.engine import Objective
@@ -123,10 +122,10 @@ def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
 
     Rank 0 only: a network file system may show another host an older `latest`.
     """
-    newest = checkpoint_folder.latest(run.checkpoints)
-    newest = newest or (checkpoint_folder.latest(mirror) if mirror else None)
+    newest = run_folder.latest(run.checkpoints)
+    newest = newest or (run_folder.latest(mirror) if mirror else None)
     # Silently starting over would cost the user the run.
-    if newest is None and (others := checkpoint_folder.names(run.checkpoints)):
+    if newest is None and (others := run_folder.names(run.checkpoints)):
         say_warning(
             f"{run.checkpoints}/{LATEST} is missing: the run starts at step 0, although there are "
             f"{', '.join(others)} (`diffembed rewind {run.root} {others[-1]}` continues from there)"

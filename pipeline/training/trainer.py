@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pipeline import checkpoint_folder, comm
+from pipeline import comm, run_folder
 from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
@@ -149,7 +149,7 @@ def _is_finished(newest: Path, run: RunDir, config: TrainConfig, identity: dict[
     """
 
     def check() -> int:
-        state = checkpoint_folder.read_state(newest)
+        state = run_folder.read_state(newest)
         require_same_run(newest, state, identity)
         return state["step"]
 
@@ -350,7 +350,7 @@ class Training:
 
     def _describe_weights(self, intact: bool) -> str:
         """Describe the weights after a step that was not finite, and the remedies."""
-        names = checkpoint_folder.names(self.run.checkpoints)
+        names = run_folder.names(self.run.checkpoints)
         back = f"`diffembed rewind {self.run.root} NAME` continues from an older checkpoint"
         resume = "the same command starts again from step 1"
         if names:

@@ -1,6 +1,6 @@
 """Show how far a run, an evaluation, a synthesis, shards or a chain is, from its files alone.
 
-    folder or config ──recognise──> functions that look ──> View ──> terminal, page (page.py)
+    folder or config ──recognise──> functions that look ──> View ──> terminal, page (view.py)
 
 Nothing here imports torch or asks Slurm: it works wherever the folder is mounted, also while other
 processes write to it.
@@ -34,9 +34,8 @@ from pipeline.watch.chains import (
     output_dir,
 )
 from pipeline.watch.elements import describe_evaluation
-from pipeline.watch.page import write_page
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import Fact, Grid, Tone, View
+from pipeline.watch.view import Fact, Grid, Tone, View, write_page
 
 Look = Callable[[], View]
 # Folders below a folder of several; more would fill no screen.

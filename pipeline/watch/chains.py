@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint_folder
+from pipeline import run_folder
 from pipeline.config import ChainConfig, ExportStep, expand_path, load_config, read_tree
 from pipeline.errors import UserError
 from pipeline.files import read_record
@@ -106,7 +106,7 @@ def _export(step: ExportStep, run: Path) -> _Row:
         return (name, "failed", fault, str(folder)), "fail"
     if not any(folder.glob("*.safetensors")):
         return (name, "waiting", "", str(folder)), ""
-    saved = age(RunDir(run).checkpoints / checkpoint_folder.LATEST)
+    saved = age(RunDir(run).checkpoints / run_folder.LATEST)
     written = age(folder / "config.json") or 0.0
     if step.checkpoint == "latest" and saved is not None and saved < written:
         return (name, "older than the newest checkpoint", "", str(folder)), "warn"

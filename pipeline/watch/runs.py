@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from pipeline import checkpoint_folder
+from pipeline import run_folder
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
@@ -232,18 +232,18 @@ def _values(lines: Sequence[Line], recent: Sequence[Line]) -> Iterator[Fact]:
 
 def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     try:
-        name = checkpoint_folder.latest_name(run.checkpoints)
+        name = run_folder.latest_name(run.checkpoints)
     except (UserError, OSError) as error:
         yield Fact("checkpoint", str(error), "fail")
         return
-    names = checkpoint_folder.names(run.checkpoints)
+    names = run_folder.names(run.checkpoints)
     if name is None and names:
         yield Fact("checkpoint", f"{', '.join(names)}, but the file `latest` is missing", "fail")
         return
     if name is None:
         yield Fact("checkpoint", "none yet", "warn" if step else "")
         return
-    saved = checkpoint_folder.checkpoint_step(name) or 0
+    saved = run_folder.checkpoint_step(name) or 0
     behind = step - saved
     when = age(run.checkpoints / name)
     if when is None:
@@ -324,7 +324,7 @@ def _scores(run: RunDir) -> Scores:
     found: Scores = {}
     for path in sorted(RunDir(run.evaluations).results.glob("*/*/*/result.json")):
         name, task, length, _ = path.parts[-4:]
-        step, result = checkpoint_folder.checkpoint_step(name), read_json_or_none(path)
+        step, result = run_folder.checkpoint_step(name), read_json_or_none(path)
         score = result.get("score") if isinstance(result, dict) else None
         if step is not None and isinstance(score, float):
             found.setdefault(f"{task}@{length}", []).append((step, score))

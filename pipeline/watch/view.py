@@ -1,12 +1,26 @@
-"""Hold the numbers that `watch` shows, in the form that the terminal and the page share."""
+"""Hold the numbers that `watch` shows, for terminal and page, and write the page.
+
+View ──> title, facts, tables          the same strings as in the terminal
+     ──> plots by matplotlib, as SVG   thinned, so that a long run stays a small file
+
+The page is one HTML file: no server, no script, nothing loaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import html
+import io
+import itertools
 import re
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pipeline.files import write_text
 
 _NUMBER = re.compile(r"[,.-]*\d[\d,.-]*")
 # Decides the colour: good, worth a look, failed.
@@ -96,3 +110,130 @@ def age(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
+
+
+# Points of one line in a plot.
+_MAX_POINTS = 1000
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
+       color: #222; background: #fff }
+h1 { font-size: 1.3em; overflow-wrap: anywhere } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
+table { border-collapse: collapse } td, th { padding: .2em 1.6em .2em 0; text-align: left;
+       vertical-align: top; overflow-wrap: anywhere } thead th { border-bottom: 1px solid #888 }
+tbody th { font-weight: normal; color: #777 } .number { text-align: right }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32em, 100%), 1fr));
+       gap: 0 2em }
+progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: #8a5a00 }
+.fail { color: #b00020 } svg { max-width: 100%; height: auto } footer { color: #777; margin: 2em 0 }
+"""
+
+
+def write_page(path: Path, views: Sequence[View], *, refresh_seconds: float | None) -> None:
+    """Write the page; a browser reloads it after some seconds where it will be written again."""
+    write_text(path, page(views, refresh_seconds=refresh_seconds))
+
+
+def page(views: Sequence[View], *, refresh_seconds: float | None) -> str:
+    """Return the whole page."""
+    refresh = (
+        f'<meta http-equiv="refresh" content="{refresh_seconds:.0f}">' if refresh_seconds else ""
+    )
+    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    body = "\n".join(part for view in views for part in _view(view))
+    title = html.escape(views[0].title if views else "nothing")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{refresh}'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n"
+        f"<footer>diffembed watch, {now}</footer>\n</body></html>\n"
+    )
+
+
+def _view(view: View) -> Iterator[str]:
+    state = f'<span class="{view.tone}">{html.escape(view.state)}</span>'
+    yield f"<h1>{html.escape(view.title)}: {state}</h1>"
+    if view.done is not None:
+        yield f'<p><progress max="1" value="{view.done:.4f}"></progress> {view.done:.0%}</p>'
+    if view.facts:
+        rows = "".join(
+            f'<tr class="{fact.tone}"><th>{html.escape(fact.name)}</th>'
+            f"<td>{html.escape(fact.value)}</td></tr>"
+            for fact in view.facts
+        )
+        yield f"<table><tbody>{rows}</tbody></table>"
+    yield from (_grid(grid) for grid in view.grids if grid.rows)
+    drawings = [("loss by step", _loss_svg(view.curve))] if view.curve else []
+    drawings += [(plot.title, _plot_svg(plot)) for plot in view.plots]
+    yield '<div class="plots">'
+    for title, svg in drawings:
+        yield f"<section><h2>{html.escape(title)}</h2>\n{svg}</section>"
+    yield "</div>"
+
+
+def _grid(grid: Grid) -> str:
+    sides = [' class="number"' if grid.is_numeric(n) else "" for n in range(len(grid.header))]
+    head = "".join(
+        f"<th{side}>{html.escape(name)}</th>" for side, name in zip(sides, grid.header, strict=True)
+    )
+    rows = "".join(
+        f'<tr class="{grid.tone_of(number)}">'
+        + "".join(
+            f"<td{side}>{html.escape(cell)}</td>" for side, cell in zip(sides, row, strict=True)
+        )
+        + "</tr>\n"
+        for number, row in enumerate(grid.rows)
+    )
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+    return f"<h2>{html.escape(grid.title)}</h2>\n{table}"
+
+
+def thin(points: Sequence[Any]) -> list[Any]:
+    """Return at most `_MAX_POINTS` of the points, evenly spaced, with the first and the last."""
+    if len(points) <= _MAX_POINTS:
+        return list(points)
+    step = (len(points) - 1) / (_MAX_POINTS - 1)
+    return [points[round(number * step)] for number in range(_MAX_POINTS)]
+
+
+def _loss_svg(curve: Sequence[dict[str, float]]) -> str:
+    """Draw the loss as the report of an evaluation does."""
+    from pipeline.evaluation.tables import by_kind, plot_loss
+
+    # Thinned by kind: a rare kind must not disappear.
+    kept = itertools.chain.from_iterable(thin(lines) for lines in by_kind(curve).values())
+    lines = sorted(kept, key=lambda line: line["step"])
+    with tempfile.TemporaryDirectory() as folder, _svg_settings("loss"):
+        return _inline(plot_loss(Path(folder) / "loss.svg", lines).read_text())
+
+
+def _plot_svg(plot: Plot) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in plot.lines.items():
+        thinned = thin(points)
+        mark = "." if len(thinned) < 50 else ""
+        xs, ys = [point[0] for point in thinned], [point[1] for point in thinned]
+        axes.plot(xs, ys, marker=mark, linewidth=1.2, label=name or None)
+    axes.set_xlabel(plot.x)
+    axes.set_ylabel(plot.y)
+    if any(plot.lines):
+        axes.legend(fontsize=7)
+    text = io.StringIO()
+    with _svg_settings(plot.title):
+        figure.savefig(text, format="svg")
+    return _inline(text.getvalue())
+
+
+def _svg_settings(name: str) -> Any:
+    from matplotlib import rc_context
+
+    # Text stays text; names inside a drawing differ from other drawings' on the page.
+    return rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+
+
+def _inline(svg: str) -> str:
+    """Return the drawing without the prologue of a file, and without metadata and its addresses."""
+    drawing = svg[svg.index("<svg") :]
+    before, mark, rest = drawing.partition("<metadata>")
+    return before + rest.partition("</metadata>")[2] if mark else drawing

@@ -16,8 +16,8 @@ from pipeline.evaluation.run import run_element
 from pipeline.evaluation.tasks import list_elements
 from pipeline.model.load_export import LoadedExport
 from pipeline.planning.arrays import plan_evaluation
-from pipeline.planning.counted_texts import count_texts
-from pipeline.planning.hardware import choose_machine
+from pipeline.planning.calibration import choose_machine
+from pipeline.planning.text_sizes import count_texts
 
 PLAIN = Template(query="{instruction} {text}", document="{text}")
 FRAMED = Template(query="Instruct: {instruction}\nQuery: {text} [end]", document="{text} [end]")

@@ -43,7 +43,7 @@ from pipeline.mining.estimate import describe_mining, plan_only
 from pipeline.mining.plan import Mining, plan_mining
 from pipeline.model.load_export import load_export
 from pipeline.planning import arrays
-from pipeline.planning.hardware import choose_machine
+from pipeline.planning.calibration import choose_machine
 from pipeline.workers import SrunWorkers
 from tests.support import PATIENCE
 

@@ -36,7 +36,7 @@ from pipeline.planning.arrays import (
     plan_evaluation,
     plan_mining,
 )
-from pipeline.planning.hardware import Machine, choose_machine
+from pipeline.planning.calibration import Machine, choose_machine
 from pipeline.planning.memory import Target
 from pipeline.planning.planned_model import PlannedModel
 from pipeline.planning.text_sizes import Texts, task_sizes

@@ -11,7 +11,7 @@ from test_planning import BASE, QWEN_7B, SEVEN_B, WORKLOAD
 from pipeline.config import LoraConfig
 from pipeline.errors import UserError
 from pipeline.loss.tiles import loss_cost
-from pipeline.planning.hardware import choose_machine
+from pipeline.planning.calibration import choose_machine
 from pipeline.planning.memory import GPU_GIB
 from pipeline.planning.shape import ModelShape
 from pipeline.planning.speed import GPUS, LINK_USE, StepWork, step_flops, step_seconds

@@ -14,12 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.checkpoint_folder import (
-    checkpoint_digest,
-    latest_name,
-    partial_folder,
-    publish,
-)
 from pipeline.commands.plans import submit
 from pipeline.config import (
     EvaluateConfig,
@@ -37,6 +31,12 @@ from pipeline.evaluation.results import inputs_of, results_digest
 from pipeline.evaluation.tasks import list_elements
 from pipeline.mining import mine
 from pipeline.model.weights import model_digests_here
+from pipeline.run_folder import (
+    checkpoint_digest,
+    latest_name,
+    partial_folder,
+    publish,
+)
 from pipeline.submission.chain import (
     Chain,
     export_chain,

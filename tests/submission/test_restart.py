@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint_folder import latest_step
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import DiffembedError
+from pipeline.run_folder import latest_step
 from pipeline.submission.allocation import JobState, attribute_faults, read_state, requeue
 from pipeline.submission.health import Health, check_node
 from pipeline.submission.restart import Ending, History, begin, decide, end

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline import checkpoint_folder
+from pipeline import run_folder
 from tests.slurm.cluster import Cluster, why_unavailable
 from tests.support import PATIENCE, free_port
 from tests.training.launches import LAUNCHERS, ROOT, TRAIN, Launch, launcher_words, send
@@ -163,12 +163,12 @@ class Trial:
             goes_on = True
         seconds = time.monotonic() - began
         lines = [line for line in self._launch.output().splitlines() if "Stopped: " in line]
-        newest = checkpoint_folder.latest(self.run / "checkpoints")
+        newest = run_folder.latest(self.run / "checkpoints")
         return Outcome(
             code=code,
             reason=lines[0].partition("Stopped: ")[2].partition(" after")[0] if lines else "",
             steps=self._steps(),
-            saved=checkpoint_folder.verify(newest)["step"] if newest else 0,
+            saved=run_folder.verify(newest)["step"] if newest else 0,
             seconds=seconds,
             goes_on=goes_on,
         )

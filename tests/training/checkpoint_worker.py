@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import checkpoint_folder, comm
+from pipeline import comm, run_folder
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
 from pipeline.launch import discover_world
 from pipeline.training import checkpoints
@@ -90,7 +90,7 @@ def main() -> None:
                 engine.close()
             for new_stage in (1, 2, 3):
                 engine = start_engine(new_stage, dtype)
-                path = checkpoint_folder.latest(folder)
+                path = run_folder.latest(folder)
                 assert path is not None
                 assert checkpoints.load(path, engine, IDENTITY) == (3, {})
                 _report(dtype, stage, new_stage, "resumed", train(engine, range(3, 6)))

@@ -18,7 +18,7 @@ import torch
 from checkpoint_worker import IDENTITY, start_engine, train
 from safetensors.torch import save
 
-from pipeline import checkpoint_folder, comm
+from pipeline import comm, run_folder
 from pipeline.launch import discover_world
 from pipeline.training import checkpoints
 from pipeline.training.zero import ZeroEngine, import_deepspeed
@@ -53,7 +53,7 @@ def differences(engine: ZeroEngine, path: Path) -> list[str]:
 def run_rank(folder: Path, move: int) -> None:
     """Resume at every pair of stages from the last number of ranks; save at every stage."""
     for saved, stage, zero in PAIRS if move else ():
-        path = checkpoint_folder.latest(folder / f"{move - 1}-{saved}")
+        path = run_folder.latest(folder / f"{move - 1}-{saved}")
         assert path is not None
         if comm.world_size() == 6 and stage == 3:
             zero = {**zero, "zero_hpz_partition_size": 3}

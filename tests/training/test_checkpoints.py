@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import checkpoint_folder
+from pipeline import run_folder
 from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.files import write_text
@@ -103,14 +103,14 @@ def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_
     for step in (1, 2, 3):
         save(folder, Memory(a=float(step)), step=step, identity={})
     (folder / "step-000003" / "state.json").unlink()
-    newest = checkpoint_folder.latest(folder)
+    newest = run_folder.latest(folder)
     assert newest is not None
     with pytest.raises(UserError, match=r"step-000003.*diffembed rewind .* step-000002"):
         checkpoints.load(newest, Memory(a=0.0), {})
     done = CliRunner().invoke(app, ["rewind", str(tmp_path), "step-000002"])
     assert done.exit_code == 0, done.output
-    older, engine = checkpoint_folder.latest(folder), Memory(a=0.0)
+    older, engine = run_folder.latest(folder), Memory(a=0.0)
     assert older == folder / "step-000002"
     assert checkpoints.load(older, engine, {}) == (2, {})
     assert engine.state["a"]["weight"].tolist() == [2.0, 2.0]
-    assert checkpoint_folder.names(folder) == ["step-000001", "step-000002", "step-000003"]
+    assert run_folder.names(folder) == ["step-000001", "step-000002", "step-000003"]

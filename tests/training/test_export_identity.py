@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from pipeline.checkpoint_folder import describe_file
 from pipeline.cli import app
 from pipeline.config import TrainConfig, load_config
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_model
 from pipeline.model.weights import model_digests_here
-from pipeline.run_folder import RunDir
+from pipeline.run_folder import RunDir, describe_file
 from pipeline.training.checkpoints import KEYS
 from pipeline.training.run_identity import run_identity
 
