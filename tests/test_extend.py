@@ -80,9 +80,6 @@ def test_the_walk_to_a_source_format_ends_at_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = edited_files("A source format")
-    parser = run_edited(files, "pipeline/data/sources/formats.py").parse_titles
-    # The table of the second file names the parser of the first.
-    monkeypatch.setattr(sources.formats, "parse_titles", parser, raising=False)
     table = run_edited(files, "pipeline/data/sources/__init__.py").FORMATS
     monkeypatch.setattr(sources, "FORMATS", table)
     path = tmp_path / "articles.jsonl"

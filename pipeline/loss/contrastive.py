@@ -59,7 +59,6 @@ from torch.nn.functional import softplus
 
 from pipeline import comm
 from pipeline.config import LossConfig
-from pipeline.loss.projection import add_projection_term
 from pipeline.loss.scores import (
     DOCUMENT_LENGTH,
     BlockTiles,
@@ -80,7 +79,12 @@ from pipeline.loss.targets import (
     Targets,
     broadcast_rows,
 )
-from pipeline.loss.teacher_terms import BlockTeacher, DistillationTiles, Teacher
+from pipeline.loss.teacher_terms import (
+    BlockTeacher,
+    DistillationTiles,
+    Teacher,
+    add_projection_term,
+)
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TeacherTerms, plan_tiles
 
 

@@ -69,7 +69,7 @@ HOST_PROCESS = 3.0 * GIB
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
-# Bytes that one rank sends in a gather of several small parameters (`training/gathering.py`).
+# Bytes that one rank sends in a gather of several small parameters (`training/collectives.py`).
 GATHER_SHARE = 2 * 2**20
 
 

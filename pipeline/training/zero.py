@@ -21,8 +21,7 @@ import torch
 
 from pipeline import comm
 from pipeline.model.weights import Placement
-from pipeline.training.gathering import Gathering
-from pipeline.training.reduction import Reduction
+from pipeline.training.collectives import Gathering, Reduction
 
 # AdamW's moments, by torch's names.
 _MOMENTS = ("exp_avg", "exp_avg_sq")

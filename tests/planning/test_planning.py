@@ -41,8 +41,8 @@ from pipeline.planning.memory import (
     sum_of,
 )
 from pipeline.planning.shape import ModelShape, read_architecture, saved_by_layer
+from pipeline.training.collectives import buffer_bytes
 from pipeline.training.ds_config import resolve_ds_config
-from pipeline.training.gathering import buffer_bytes
 from tests.tiny_models import tiny_starter
 
 QWEN_7B = {

@@ -20,7 +20,7 @@ import torch
 
 from pipeline import train
 from pipeline.training import contrastive_step, token_step
-from pipeline.training.reduction import Reduction
+from pipeline.training.collectives import Reduction
 from pipeline.training.schedules import LayerSweep
 from pipeline.training.zero import ZeroEngine, import_deepspeed
 from tests.support import PATIENCE, free_port

@@ -32,10 +32,9 @@ from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.launch import discover_world
 from pipeline.model.compiled import compile_layers
 from pipeline.model.encoder import build_encoder
-from pipeline.training.contrastive_step import accumulate_gradients
+from pipeline.training.contrastive_step import Projection, accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer, seed_random
-from pipeline.training.projection import Projection
 from pipeline.training.zero import ZeroEngine
 from tests.support import PATIENCE
 from tests.training.exactness import gradient_errors, wake_adapters

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline import comm
+from pipeline.training.collectives import Gathering, buffer_bytes
 from pipeline.training.contrastive_step import accumulate_gradients
-from pipeline.training.gathering import Gathering, buffer_bytes
 from tests.benchmarks.bench_support import PlainEngine, draw_texts, load, make_batch, step_config
 
 RANKS = 4
