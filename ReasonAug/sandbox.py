@@ -25,8 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -136,34 +135,6 @@ def run_program(
     """
     engine, program = require_sandbox(), Program(source=source, stdin=stdin)
     return _run(engine, program, limits or Limits(), tuple(packages))
-
-
-def run_programs(
-    programs: Sequence[Program],
-    *,
-    limits: Limits | None = None,
-    packages: Sequence[str] = (),
-    concurrency: int = 1,
-) -> Iterator[Outcome]:
-    """Run many programs, `concurrency` at a time; yield their outcomes in order.
-
-    Raises:
-        UserError: as `run_program`, as soon as the first outcome is asked for.
-    """
-    require_sandbox()
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [
-            pool.submit(
-                run_program, each.source, stdin=each.stdin, limits=limits, packages=packages
-            )
-            for each in programs
-        ]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
 
 
 @functools.cache

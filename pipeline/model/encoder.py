@@ -12,21 +12,30 @@ Shapes: C rows, T packed tokens of all rows, D hidden width, P predictions, V vo
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from pipeline.config import ModelConfig, Pooling, TrainConfig
 from pipeline.errors import UserError
 from pipeline.model.adapters import add_lora, continue_adapter
 from pipeline.model.architectures import NATIVE_FORMS, Family, LayerInputs
-from pipeline.model.attention import PackedRows, check_lengths, describe_kernel
+from pipeline.model.attention import (
+    PACKED,
+    PackedRows,
+    check_lengths,
+    describe_kernel,
+    packed_attention,
+)
 from pipeline.model.backbones import load_backbone, quiet, read_config, unused_names, unused_weights
 from pipeline.model.weights import Placement, WeightFiles
 from pipeline.tokenizer import limits_of, read_limits
@@ -443,3 +452,64 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             fix="set mask_token in the objective's section to one of them, such as _",
         )
     return int(known)
+
+
+# --- compilation -----------------------------------------------------------------------------
+
+# Dropout draws from torch's generators, so that its masks are those of a run without compilation.
+_OPTIONS = {"fallback_random": True}
+# Beyond so many graphs of one function torch runs it as it is. Its default of 8 is too few for
+# models that alternate two kinds of layers.
+_MOST_GRAPHS = 32
+
+
+def require_compiler(*, on_gpu: bool) -> None:
+    """Check that this machine has what torch's compiler needs.
+
+    Raises:
+        UserError: there is no C++ compiler, or on a GPU no Triton or C compiler.
+    """
+    compilers = ("CC", "gcc", "clang", "cc") if on_gpu else ("CXX", "g++")
+    chosen = os.environ.get(compilers[0])
+    missing = None
+    if on_gpu and find_spec("triton") is None:
+        missing = "the package triton"
+    elif not any(shutil.which(name) for name in (chosen, *compilers[1:]) if name):
+        missing = "a C compiler (gcc)" if on_gpu else "a C++ compiler (g++)"
+    if missing:
+        raise UserError(
+            f"compile: true, but this machine lacks {missing}",
+            fix=f"install {missing.removeprefix('the package ')}, or set compile: false",
+        )
+
+
+def compile_layers(encoder: Any, *, backend: str = "inductor") -> str:
+    """Have the layers of an encoder compiled when they first run; return a line for the log.
+
+        norm, projections, rotary positions | attention | projection, norm, feed-forward
+        compiled                              as it is    compiled
+
+    Element-wise operations fuse. All layers of a kind share their graphs, and a graph serves any
+    number of tokens. There are a few for each kind: with and without gradients, and for a chunk of
+    one token. Names, parameters and saved files stay as they are.
+
+    Args:
+        encoder: its layers are changed in place.
+        backend: of `torch.compile`.
+    """
+    # Its number of rows differs between chunks, and its kernels are written by hand.
+    as_it_is = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(PACKED, as_it_is)
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    options = _OPTIONS if backend == "inductor" else None
+    for layer in encoder.layers:
+        layer.compile(backend=backend, dynamic=True, options=options)
+    kinds = sorted({type(layer).__name__ for layer in encoder.layers})
+    return f"compile: {len(encoder.layers)} layers of {', '.join(kinds)}, without their attention"
+
+
+def num_graphs() -> int:
+    """Return how many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

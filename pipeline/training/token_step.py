@@ -131,13 +131,7 @@ class TokenPrediction:
     def accumulate(
         self, engine: Engine, batch: GlobalBatch, agreement: Agreement | None = None
     ) -> dict[str, float]:
-        """Leave the reduced gradients of a batch in the engine; return the step's numbers.
-
-        Raises:
-            NonFiniteLossError: on all ranks; no gradient was accumulated.
-            ChunkOutOfMemoryError: on all ranks; no gradient was accumulated.
-            StepGivenUpError: on all ranks; no gradient was accumulated.
-        """
+        """See `Objective.accumulate`."""
         agreement = agreement or Agreement()
         agreement.begin_step()
         # A function of (seed, step, text): a resumed run hides the same tokens.

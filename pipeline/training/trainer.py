@@ -28,8 +28,7 @@ from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import DiffembedError, Stopped, UserError
 from pipeline.files import write_json, write_text
 from pipeline.launch import World
-from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
-from pipeline.model.encoder import build_model
+from pipeline.model.encoder import build_model, compile_layers, num_graphs, require_compiler
 from pipeline.model.weights import model_digests
 from pipeline.run_folder import OWN_CONFIG, RunDir, describe_environment
 from pipeline.training.contrastive_step import Contrastive

@@ -11,7 +11,7 @@ from pipeline import comm
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.launch import discover_world
-from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
+from pipeline.model.encoder import compile_layers, num_graphs, require_compiler
 from tests.benchmarks.bench_support import gradient_error, tiny_qwen2
 from tests.gpu import bench_gpu
 from tests.gpu.contact import GIB, Place, Report

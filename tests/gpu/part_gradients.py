@@ -12,8 +12,7 @@ import torch
 from pipeline import comm
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.launch import discover_world
-from pipeline.model.compiled import compile_layers
-from pipeline.model.encoder import build_encoder
+from pipeline.model.encoder import build_encoder, compile_layers
 from pipeline.training.contrastive_step import accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from ReasonAug import sandbox
-from ReasonAug.sandbox import Limits, Outcome, Program, run_program, run_programs
+from ReasonAug.sandbox import Limits, Outcome, run_program
 from tests.support import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,14 +362,6 @@ def test_named_packages_can_be_imported_and_no_others() -> None:
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'scipy'\n")
     with pytest.raises(UserError, match="packages: 'no_such_package'"):
         run_program("", packages=("no_such_package",))
-
-
-def test_many_programs_run_together_and_answer_in_order() -> None:
-    programs = [Program(source="print(int(input()) ** 2)", stdin=f"{n}") for n in range(6)]
-
-    outcomes = run_programs(programs, limits=SMALL, concurrency=3)
-
-    assert [int(outcome.stdout) for outcome in outcomes] == [n**2 for n in range(6)]
 
 
 def test_nothing_survives_the_death_of_this_process() -> None:

@@ -30,8 +30,7 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Chunk, GlobalBatch, Ragged
 from pipeline.launch import discover_world
-from pipeline.model.compiled import compile_layers
-from pipeline.model.encoder import build_encoder
+from pipeline.model.encoder import build_encoder, compile_layers
 from pipeline.training.contrastive_step import Projection, accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer, seed_random

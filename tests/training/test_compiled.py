@@ -19,10 +19,15 @@ from transformers import AttentionInterface
 
 from pipeline.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from pipeline.errors import UserError
-from pipeline.model import compiled
+from pipeline.model import encoder as encoder_module
 from pipeline.model.attention import PACKED, packed_attention
-from pipeline.model.compiled import compile_layers, num_graphs, require_compiler
-from pipeline.model.encoder import Encoder, build_encoder
+from pipeline.model.encoder import (
+    Encoder,
+    build_encoder,
+    compile_layers,
+    num_graphs,
+    require_compiler,
+)
 from pipeline.training.contrastive_step import accumulate_gradients
 from tests.benchmarks.bench_support import (
     Gradients,
@@ -165,7 +170,7 @@ def test_a_machine_without_a_compiler_is_refused(
     on_gpu: bool, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    monkeypatch.setattr(compiled, "find_spec", lambda _: None)
+    monkeypatch.setattr(encoder_module, "find_spec", lambda _: None)
     with pytest.raises(UserError) as refused:
         require_compiler(on_gpu=on_gpu)
     assert f"lacks {lacks}" in str(refused.value)
