@@ -389,7 +389,7 @@ def submit(
 
 def _plan_of_mining(tree: MineConfig) -> list[str]:
     """Return the work of each step, if the shards to mine exist."""
-    from pipeline.mining.estimate import describe_mining
+    from pipeline.mining import describe_mining
 
     if not (tree.data / "manifest.json").is_file():
         return [f"{tree.data} is not prepared yet; afterwards, use `diffembed mine --dry-run`"]

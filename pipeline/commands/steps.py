@@ -139,7 +139,7 @@ def mine(
     """Find hard negatives for prepared shards; alone, under mpirun or under srun."""
     tree = load(MineConfig, config, overrides)
     if dry_run:
-        from pipeline.mining.estimate import describe_mining
+        from pipeline.mining import describe_mining
 
         print(describe_mining(tree))
         return

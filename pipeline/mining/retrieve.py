@@ -41,6 +41,9 @@ from pipeline.mining.search import Corpus, VectorFile, top_of_row
 from pipeline.mining.texts import positives_of, read_texts
 from pipeline.model.load_export import is_computed, read_template
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 # Packed tokens of one forward.
 _MAX_TOKENS = 16384
 _STORED = "float16"
@@ -212,11 +215,18 @@ def _search_vectors(mining: Mining, model: ModelPlan, block: int, positives: Rag
     path = mining.vectors(model, "queries", block)
     queries_QD = map_vectors(path, fix=f"delete {path} and run `diffembed mine` again")
     found = corpus.search(queries_QD, mining.config.depth)
-    listed = np.full((len(positives), int(positives.lengths.max())), -1, dtype=np.int64)
-    is_listed = np.arange(listed.shape[1]) < positives.lengths[:, None]
-    listed[is_listed] = positives.values
-    scores = corpus.score(queries_QD, listed)[is_listed]
-    return found.documents, found.scores, scores
+    return found.documents, found.scores, score_listed(corpus, queries_QD, positives)
+
+
+def score_listed(
+    corpus: Corpus, queries_QD: NDArray[np.floating], listed: Ragged
+) -> NDArray[np.float64]:
+    """Score each query's own list of documents; return one value for each, in their order."""
+    # A row per query, padded by -1: the (Q, K) table that `Corpus.score` reads.
+    table_QK = np.full((len(listed), int(listed.lengths.max(initial=0))), -1, dtype=np.int64)
+    is_listed = np.arange(table_QK.shape[1]) < listed.lengths[:, None]
+    table_QK[is_listed] = listed.values
+    return corpus.score(queries_QD, table_QK)[is_listed]
 
 
 def open_corpus(mining: Mining, model: ModelPlan) -> Corpus:
@@ -284,13 +294,14 @@ def require_same_tokens(mining: Mining, tokenizers: dict[str, str], *, changed: 
             )
 
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+# --- models that this package does not compute -----------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ForeignEncoder:
     """A `TextEncoder` that leaves everything to sentence-transformers.
+
+    Slower than `LoadedExport`, because texts are padded; but any architecture and modules work.
 
     Attributes:
         model: in evaluation mode on its device.

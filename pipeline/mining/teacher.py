@@ -30,7 +30,7 @@ from pipeline.evaluation.models import device_here, resolve_precision, share_cor
 from pipeline.files import load_arrays, map_vectors, save_arrays
 from pipeline.mining.pick import read_picked
 from pipeline.mining.plan import Mining
-from pipeline.mining.retrieve import embed_block, open_corpus
+from pipeline.mining.retrieve import embed_block, open_corpus, score_listed
 from pipeline.mining.texts import positives_of, read_texts
 
 _FIX = "run `diffembed mine` again"
@@ -119,13 +119,7 @@ def _score_vectors(
     path = mining.vectors(model, "queries", task)
     queries_QD = map_vectors(path, fix=f"delete {path} and {_FIX}")
     corpus = open_corpus(mining, model)
-    scores = []
-    for part in lists.values():
-        table = np.full((len(part), int(part.lengths.max(initial=0))), -1, dtype=np.int64)
-        is_listed = np.arange(table.shape[1]) < part.lengths[:, None]
-        table[is_listed] = part.values
-        scores.append(corpus.score(queries_QD, table)[is_listed])
-    return scores
+    return [score_listed(corpus, queries_QD, part) for part in lists.values()]
 
 
 def _score_texts(

@@ -48,8 +48,7 @@ from pipeline.data.prepare import prepare
 from pipeline.data.prepare.clean import hash_text
 from pipeline.data.shards import Dataset
 from pipeline.files import save_vectors
-from pipeline.mining import mine
-from pipeline.mining.estimate import plan_only
+from pipeline.mining import mine, plan_only
 from pipeline.mining.search import Corpus, VectorFile
 from ReasonAug.concepts import CONCEPTS
 from ReasonAug.files import write_jsonl

@@ -38,8 +38,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.prepare.tokenise import minhash
 from pipeline.data.shards import Dataset, inspect_dataset
 from pipeline.errors import UserError, errors_end_the_process
-from pipeline.mining import mine, retrieve
-from pipeline.mining.estimate import describe_mining, plan_only
+from pipeline.mining import describe_mining, mine, plan_only, retrieve
 from pipeline.mining.plan import Mining, plan_mining
 from pipeline.model.load_export import load_export
 from pipeline.planning import arrays

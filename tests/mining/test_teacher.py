@@ -19,9 +19,8 @@ from pipeline.config import MineConfig, PrepareConfig, RetrieverConfig, SourceCo
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
 from pipeline.errors import MachineError, UserError
-from pipeline.mining import mine
+from pipeline.mining import mine, plan_only
 from pipeline.mining import teacher as teachers
-from pipeline.mining.estimate import plan_only
 from pipeline.mining.teacher import score_rows
 from pipeline.mining.texts import read_texts
 
