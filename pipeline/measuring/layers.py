@@ -92,6 +92,7 @@ class Timer:
         torch.cuda.synchronize()
         pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         stop = time.perf_counter() + self._seconds
+        # At least three: the first ones may meet cold caches.
         while len(pairs) < 3 or time.perf_counter() < stop:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
@@ -116,6 +117,7 @@ class Timer:
         work()
         times = []
         for _ in range(repeats):
+            # Without it a late rank's delay would count as time of the call.
             comm.barrier()
             times.append(self.once(work))
         return min(times)
@@ -144,6 +146,7 @@ def line_through(points: Points, times: int = 1) -> Line:
         times: calls that both sizes were divided into.
     """
     (few, short), (many, long) = points
+    # Noise can make the larger size the faster one: its mean is used then.
     each = max(0.0, (long - short) / (many - few)) or long / many
     return Line(fixed=max(0.0, short - few * each) / times, each=each)
 
@@ -213,6 +216,7 @@ def _forward_backward(
 ) -> tuple[float, float]:
     """Return the seconds of a forward without graph, and of a backward to these tensors."""
     with torch.no_grad():
+        # Alone, because autograd runs a forward with every backward; it is subtracted below.
         first = timer.kernels(forward)
     gradient = torch.ones_like(forward())
 
@@ -294,6 +298,7 @@ class _Models:
             times.append(_forward_backward(self._timer, forward, weights))
         shallow, deep = times
         few, many = _DEPTHS
+        # Two depths differ by layers only, so the difference leaves out table, norm and pooling.
         layer = ((deep[0] - shallow[0]) / (many - few), (deep[1] - shallow[1]) / (many - few))
         inside = (few * layer[0], few * layer[1])
         return ModelShape.of(encoder, config), layer, _less(shallow, inside)

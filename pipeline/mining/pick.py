@@ -108,6 +108,7 @@ def _gather_marks(
         stored = load_arrays(path, "signatures", "in_sets", fix=f"delete {path} and {_FIX}")
         rows = documents[start:stop] - block.first
         in_sets[start:stop] = stored["in_sets"][rows]
+        # Empty where the config names no near-duplicates.
         if len(stored["signatures"]):
             signatures[start:stop] = stored["signatures"][rows]
     return signatures, in_sets
@@ -174,6 +175,7 @@ def pick_block(mining: Mining, task: int) -> None:
     known = _known_of(mining, ids)
     listed = [part["documents"].ravel() for part in found]
     every = np.unique(np.concatenate([*listed, own.values, *(row for row, _ in known)]))
+    # -1 pads lists that are shorter than `depth`.
     every = every[every >= 0]
     signatures, in_sets = _gather_marks(mining, every)
     marks = _Marks(documents=every, signatures=signatures, in_sets=in_sets)
@@ -196,6 +198,7 @@ def pick_block(mining: Mining, task: int) -> None:
                 marks=marks,
             )
             margin = config.margin_of(config.retrievers[number])
+            # Margins refer to the hardest positive, the one with the lowest score.
             lowest = part["positive_scores"][own.offsets[row] : own.offsets[row + 1]].min()
             values = part["scores"][row][: len(documents)]
             limits = Limits.of(margin, float(lowest), levels[number])
@@ -205,6 +208,7 @@ def pick_block(mining: Mining, task: int) -> None:
             ranks.append(rank)
             scores.append(values)
         merged = merge(config, lists, scores, outcomes, ranks)
+        # In the order of the merged list, whatever the order of the draws.
         chosen = np.sort(choose(config, merged, config.num_kept, example))
         kept.append(merged.take(chosen))
         tally.add(row, lists, scores, outcomes, ranks)

@@ -104,6 +104,7 @@ def embed_block(
         source=f"{model.folder}: vectors stored as {_STORED}",
         fix=not_finite_fix(embedder.precision),
     )
+    # Back to a vector per query, in the order of the block.
     rows = [place[pair] for pair in pairs]
     save_vectors(mining.vectors(model, role, block), vectors_ND[rows])
 
@@ -111,6 +112,7 @@ def embed_block(
 def _record_precision(mining: Mining, model: ModelPlan, precision: str) -> None:
     """Refuse to add vectors of another precision to a folder: `auto` depends on the machine."""
     path = mining.config.store_folder / f"vectors-{model.vectors}" / "precision.json"
+    # Several processes may write it at once: on machines of one kind, the same value.
     if not path.is_file():
         write_sealed(path, {"precision": precision})
     found = read_record(path, dict[str, str], fix=f"delete {path.parent}")["precision"]
@@ -170,6 +172,7 @@ def index_words(mining: Mining, task: int) -> None:
     path = bm25_index(mining, mining.plan.retrievers[number])
     path.parent.mkdir(parents=True, exist_ok=True)
     index.save(path.parent / "index", show_progress=False)
+    # Last: an index without this file was cut short, and is built again.
     write_text(path, "")
 
 
@@ -258,10 +261,12 @@ def _search_words(mining: Mining, model: ModelPlan, block: int, positives: Ragge
     scores = np.full((len(texts), depth), np.nan)
     own = []
     for row, words in enumerate(_words(texts)):
+        # Words that no document has add nothing to a score.
         known = [word for word in words if word in index.vocab_dict]
         every = index.get_scores(known) if known else np.zeros(mining.num_documents, np.float32)
         best = top_of_row(every, depth)
         documents[row, : len(best)], scores[row, : len(best)] = best, every[best]
+        # Every document has a score already, also positives far below the best.
         own.append(every[positives[row]].astype(np.float64))
     return documents, scores, np.concatenate(own)
 

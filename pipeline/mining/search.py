@@ -136,6 +136,7 @@ class Corpus:
         owners = np.searchsorted(self._starts, documents, side="right") - 1
         for owner in np.unique(owners).tolist():
             file = self._files[owner]
+            # Ascending, so that reads of the mapped file go forward.
             rows = documents[owners == owner] - file.start
             parts.append(self._open(file)[rows].astype(np.float32))
         return np.concatenate(parts)
@@ -151,6 +152,7 @@ class Corpus:
 
     def _search(self, queries_QD: NDArray[np.float32], k: int, slack: int) -> Found:
         wanted = min(k + slack, len(self))
+        # More than k: float32 may order nearly equal documents differently from float64.
         values_QK, documents_QK, largest_norm = self._preselect(queries_QD, wanted)
         documents, scores = _best(self._rescore(queries_QD, documents_QK), documents_QK, k)
         if wanted < len(self):
@@ -160,6 +162,8 @@ class Corpus:
             doubtful_Q = scores[:, -1] <= values_QK.min(axis=1) + error_Q
             if doubtful_Q.any():
                 left_QD = queries_QD[doubtful_Q]
+                # A longer list settles most ties cheaply; a whole pass in float64 is the last
+                # resort.
                 if slack < _MOST_SLACK:
                     again = self._search(left_QD, k, _MOST_SLACK)
                 else:
@@ -220,6 +224,7 @@ class Corpus:
                 own = (tile_MD.astype(np.float64) * query_D).sum(axis=1)
                 numbers = np.concatenate([best[0], np.arange(start, start + len(own))])
                 values = np.concatenate([best[1], own])
+                # The last key of lexsort leads: by score, then by number, whatever the tiles were.
                 order = np.lexsort((numbers, -values))[:k]
                 best = numbers[order], values[order]
             documents[row], scores[row] = best
@@ -274,11 +279,14 @@ class _Best:
         self._passed = []
         if not len(rows):
             return
+        # By query: the table below needs each query's entries side by side.
         order = torch.argsort(rows, stable=True)
         rows, documents, values = rows[order], documents[order], values[order]
         counts = torch.bincount(rows, minlength=self._num_queries)
+        # An entry's place within its query: its position minus that of the query's first.
         columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         shape = (self._num_queries, int(counts.max()))
+        # Padding loses against every score.
         new = torch.full(shape, -torch.inf, device=values.device)
         numbers = torch.zeros(shape, dtype=torch.int64, device=values.device)
         new[rows, columns], numbers[rows, columns] = values, documents
@@ -314,6 +322,7 @@ def top_of_row(scores: NDArray[np.floating], k: int) -> Numbers:
     positive = np.flatnonzero(scores > 0)
     if len(positive) > k:
         border = np.partition(scores[positive], len(positive) - k)[len(positive) - k]
+        # At least k of them: equal scores at the border stay, so that their numbers decide.
         positive = positive[scores[positive] >= border]
     order = np.lexsort((positive, -scores[positive]))[:k]
     found: Numbers = positive[order]

@@ -78,6 +78,7 @@ def score_block(mining: Mining, task: int) -> None:
         scores = _score_texts(mining, teacher, task, lists)
     queries = read_texts(mining, "queries", task)["text"]
     for part, values in zip(lists.values(), scores, strict=True):
+        # NaN compares false with every margin: such a candidate would be kept silently.
         broken = ~np.isfinite(values)
         if broken.any():
             row = int(part.rows[int(np.argmax(broken))])
@@ -134,6 +135,7 @@ def _score_texts(
     model = mining.plan.teacher
     assert model is not None
     scores = score_rows(teacher, model.folder, queries, rows)
+    # Scores of a query stand one list after another; `ends` cuts them into the lists again.
     ends = np.cumsum(
         [[len(part[row]) for part in lists.values()] for row in range(len(queries))], 1
     )
@@ -169,6 +171,7 @@ def score_rows(
         model = _load_cross_encoder(
             folder, teacher.max_length, resolve_precision(teacher.precision)
         )
+        # All pairs of the block in one call, so that its batches are full.
         pairs = [(query, text) for query, row in zip(queries, rows, strict=True) for text in row]
         with blame(f"teacher: {folder} cannot score pairs", fix="give a model with one output"):
             values = np.asarray(
@@ -178,6 +181,7 @@ def score_rows(
                 raise ValueError(f"{values.shape[1:]} outputs for a pair")
         return np.split(values, np.cumsum([len(row) for row in rows])[:-1])
     _require_key(teacher)
+    # Threads, because they only wait; `map` keeps the order of the queries.
     with ThreadPoolExecutor(_REQUESTS) as pool:
         answers = pool.map(functools.partial(_rerank, teacher), queries, rows)
         return [np.array(answer, dtype=np.float64) for answer in answers]
@@ -248,6 +252,7 @@ def _ask(teacher: TeacherConfig, query: str, documents: Sequence[str]) -> list[f
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             content = answer.read()
     except urllib.error.HTTPError as error:
+        # Others will not change by waiting: a wrong key, model or address.
         if error.code in (408, 409, 429) or error.code >= 500:
             raise _Busy(f"status {error.code}") from error
         raise UserError(

@@ -130,6 +130,7 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
     picked, positives = read_picked(mining, number), positives_of(mining, ids)
     taught = read_scores(mining, number) if config.teacher is not None else None
     earlier = mining.source.examples.ragged("negatives", ids)
+    # (retrievers, queries): the score of each query's hardest positive.
     lowest = np.stack(
         [
             np.minimum.reduceat(
@@ -150,6 +151,7 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
         scores = taught["candidates"][span] if taught else np.empty(0)
         if taught:
             own = taught["positives"][positives.offsets[row] : positives.offsets[row + 1]]
+            # A candidate that the teacher scores like a positive is probably an unlabelled answer.
             is_true = _accepted(mining, scores, float(own.min()))
             rows.false.append(int((~is_true).sum()))
             candidates, scores = candidates.take(np.flatnonzero(is_true)), scores[is_true]
@@ -277,11 +279,13 @@ def complete(mining: Mining, task: int) -> None:
         document_shards=tuple(documents),
         mining=_mining_info(mining),
     )
+    # Last: a folder with a manifest is complete.
     write_manifest(folder / FILE_NAME, manifest)
 
 
 def _share(source: Path, target: Path) -> int:
     """Link a file under another name, or copy it; return 1 if it was copied."""
+    # Left by a killed attempt: a link cannot replace it.
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)
@@ -350,6 +354,7 @@ def publish(mining: Mining) -> Manifest:
     if target.is_dir():
         target.rmdir()  # empty, or an earlier check would have refused it
     (mining.building / "dataset").rename(target)
+    # After the rename: a kill in between leaves a complete dataset, which the next start tidies.
     remove_rest(mining)
     return read_manifest(target)
 

@@ -218,6 +218,7 @@ def _weights(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> I
             "P w / zero_hpz_partition_size (Wang et al., arXiv 2306.10209)",
             ("passes", "loss", "reduce"),
         )
+    # Gathered once a step: once a chunk would multiply the traffic by the number of chunks.
     held, source = whole, "P w, for both passes of all chunks"
     if schedule == "sweep":
         layers = min(2, shape.num_layers) * shape.layer_parameters
@@ -244,6 +245,7 @@ def _gradients(shape: ModelShape, workload: RankWorkload, schedule: Schedule) ->
         ("passes",),
     )
     share = workload.share_bytes * shape.trainable / workload.world_size
+    # Its shares go to the host as they are reduced.
     if workload.stage == 3 and workload.offload_optimizer:
         return
     moments = MOMENTS if workload.stage == 3 or schedule == "sweep" else ("reduce", "update")
@@ -488,6 +490,7 @@ def _what_fits(
     }
     names = list(useful)
     pairs = [(a, b) for k, a in enumerate(names) for b in names[k + 1 :]]
+    # Pairs only where no single change is enough: the shorter advice comes first.
     for candidates in ([(name,) for name in names], pairs):
         found = []
         for chosen in candidates:

@@ -174,6 +174,7 @@ def _group_batches(
     seen = 0
     for batch in file.iter_batches(batch_size=_ROWS_PER_PIECE, row_groups=[group], columns=whole):
         seen += batch.num_rows
+        # The slice keeps the part of this batch that was not yielded before the damage.
         if seen > done:
             yield batch.slice(max(0, batch.num_rows - (seen - done))), broken
 
@@ -182,6 +183,7 @@ def _broken_columns(file: Any, group: int, name: str) -> dict[str, UserError]:
     broken = {}
     for column in file.schema_arrow.names:
         try:
+            # Each column alone: an error of a group names none of them.
             file.read_row_group(group, columns=[column])
         except (pa.ArrowException, OSError) as error:
             broken[column] = UserError(
@@ -214,6 +216,7 @@ def _arrow_batches(file: str) -> Iterator[Any]:
         with open_bytes(file) as handle:
             raw = pa.memory_map(file) if "://" not in file else pa.BufferReader(handle.read())
         try:
+            # Both kinds share the suffix; only a file has the footer that opening looks for.
             opened = pa.ipc.open_file(raw)
             yield from (opened.get_batch(k) for k in range(opened.num_record_batches))
         except pa.ArrowInvalid:

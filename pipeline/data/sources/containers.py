@@ -46,6 +46,7 @@ def plan_blocks(
             f"{file}: unknown kind of file", allowed=READABLE, docs="trouble.md#file-kinds"
         )
     elif is_packed(file) or _is_json_list(file):
+        # One block: neither a compressed stream nor a JSON list can be entered in the middle.
         yield FileBlock(file=file, start=0, stop=-1, max_rows=max_rows)
     elif kind_of(file) == "csv":
         yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
@@ -242,6 +243,7 @@ class _Lines:
             text = line.decode()
         except UnicodeDecodeError as error:
             self._fault = f"byte {error.start + 1} of line {self._number} is not UTF-8"
+            # Replaced, not raised: csv must read on, so that only this record is lost.
             text = line.decode(errors="replace")
         return text.removeprefix("\ufeff") if is_first else text
 
@@ -302,6 +304,7 @@ def _delimiter_of(head: str) -> str:
 def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[FileBlock]:
     """Cut a delimited file that is not compressed into blocks that start where records start."""
     with open_bytes(file) as handle:
+        # A quoted field may hold line ends, so only a parse from the start finds records.
         table = _DelimitedFile(handle, file)
         start = end = table.lines.position
         for taken, (position, _, _) in enumerate(table.lines.records(table.delimiter)):
@@ -323,6 +326,7 @@ def read_delimited(block: FileBlock, *, on_bad: OnBadRow | None = None) -> Itera
         lines, taken = table.lines, 0
         if block.start > lines.position:
             handle.seek(block.start)
+            # The header, read above, gave the names; records start here.
             lines = _Lines(handle, block.file, block.start)
         records = lines.records(table.delimiter)
         while (block.stop < 0 or lines.position < block.stop) and taken != block.max_rows:
