@@ -171,15 +171,14 @@ def let_gpu_memory_grow(environ: MutableMapping[str, str] | None = None) -> None
         env.update(dict.fromkeys(_ALLOCATOR[:2], "expandable_segments:True"))
 
 
-def threads_are_chosen(environ: Mapping[str, str] | None = None) -> bool:
+def threads_are_chosen() -> bool:
     """Return whether the user, and not torchrun, has set OMP_NUM_THREADS.
 
     torchrun sets it to 1 where it starts several ranks and the user has set nothing: the optimizer
     of an offloaded run would then use one core a rank.
     """
-    env = os.environ if environ is None else environ
-    if env.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in env:
-        return bool(env.get("OMP_NUM_THREADS"))
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return bool(os.environ.get("OMP_NUM_THREADS"))
     try:
         # The environment torchrun was started with, without the variables it has set since.
         given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")

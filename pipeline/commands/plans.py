@@ -454,7 +454,7 @@ def _requested(key: str, sbatch: str, gpu: str | None) -> tuple[RequestedGpus, s
     from pipeline.planning.memory import gpu_named
     from pipeline.submission.jobs import parse_flags, read_site, requested_gpus, split_flags
 
-    own = parse_flags(split_flags(sbatch, "--sbatch"), "--sbatch")
+    own = parse_flags(split_flags(sbatch), "--sbatch")
     request = requested_gpus((*read_site().flags_of(key), *own))
     return request, gpu or gpu_named(request.kind)
 

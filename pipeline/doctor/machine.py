@@ -257,16 +257,16 @@ def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Fi
     yield ok(what, f"{folder}: {free:.1f} GiB free{missing}")
 
 
-def cache_folders(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
+def cache_folders() -> dict[str, Path]:
     """Return the folders that libraries write to, by the variable that moves each."""
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     found = {
         "HF_HOME": home,
-        "HF_DATASETS_CACHE": Path(environ.get("HF_DATASETS_CACHE") or home / "datasets"),
+        "HF_DATASETS_CACHE": Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets"),
         "TORCH_EXTENSIONS_DIR": extensions_folder(),
         "TMPDIR": Path(tempfile.gettempdir()),
     }
-    if scratch := environ.get("NODE_SCRATCH"):
+    if scratch := os.environ.get("NODE_SCRATCH"):
         found["NODE_SCRATCH"] = Path(scratch)
     return found
 

@@ -57,17 +57,17 @@ class Flag:
     words: tuple[str, ...]
 
 
-def split_flags(text: str, origin: str) -> tuple[str, ...]:
-    """Split a string of flags as a shell does.
+def split_flags(text: str) -> tuple[str, ...]:
+    """Split the value of `--sbatch` as a shell does.
 
     Raises:
-        UserError: it cannot be split; `origin` names it.
+        UserError: it cannot be split.
     """
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
         raise UserError(
-            f"{origin} {text!r}: {error}", fix="close the quotes: --sbatch \"--comment='a b'\""
+            f"--sbatch {text!r}: {error}", fix="close the quotes: --sbatch \"--comment='a b'\""
         ) from error
 
 

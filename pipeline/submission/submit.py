@@ -343,7 +343,7 @@ def submit_command(
     else:
         jobs = chain.whole_chain(config, overrides)
     submission = Submission(
-        flags=parse_flags(split_flags(flags, "--sbatch"), "--sbatch"),
+        flags=parse_flags(split_flags(flags), "--sbatch"),
         flags_of=_MAIN_FLAGS.get(what, ""),
         after=after,
     )

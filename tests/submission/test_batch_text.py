@@ -196,7 +196,7 @@ def test_a_percent_sign_in_a_folder_is_not_slurms_to_expand() -> None:
     ],
 )
 def test_the_log_is_found_whatever_flags_name_it(text: str, log: str) -> None:
-    own = given(*split_flags(text, "--sbatch"))
+    own = given(*split_flags(text))
 
     pattern = last_value(own, "--output", str(job().log))
     name = last_value(own, "--job-name", "diffembed-say")
@@ -219,7 +219,7 @@ def test_a_flag_and_its_value_stay_on_one_line() -> None:
 )
 def test_flags_that_would_break_a_submission_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--sbatch"):
-        parse_flags(split_flags(text, "--sbatch"), "--sbatch")
+        parse_flags(split_flags(text), "--sbatch")
 
 
 def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
@@ -250,6 +250,6 @@ def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
     ],
 )
 def test_flags_say_which_gpus_they_ask_for(text: str, nodes: int, per_node: int, kind: str) -> None:
-    flags = parse_flags(split_flags(text, "--sbatch"), "--sbatch")
+    flags = parse_flags(split_flags(text), "--sbatch")
 
     assert requested_gpus(flags) == RequestedGpus(nodes=nodes, per_node=per_node, kind=kind)
