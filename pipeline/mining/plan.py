@@ -236,10 +236,13 @@ def plan_mining(config: MineConfig) -> MinePlan:
         corpora = identify_inputs(_corpus_parts(config), None)
     texts = key_of("texts", data, tree["corpora"], corpora)
     sets = identify_inputs((), config.decontaminate)
+    # A key holds the keys of what it is computed from: a change reaches what depends on it, and
+    # nothing else.
     marks = key_of("marks", texts, tree["decontaminate"], sets, config.near_duplicates)
     retrievers = []
     for retriever in config.retrievers:
         folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
+        # Of the model, not of its name in the config: retrievers of one model share vectors.
         own = key_of("vectors", texts, fingerprint)
         found = key_of("found", own, config.depth)
         retrievers.append(

@@ -98,6 +98,7 @@ def choose_files(
         return ChosenFiles([HUB + inner])
     if filesystem.isdir(inner):
         choice = _choose_in_folder(filesystem, inner, split, default_split, label)
+    # A file whose own name has brackets is no glob.
     elif (magic := re.search(r"[*?\[]", inner)) and not filesystem.exists(inner):
         found = _matching(filesystem, [inner])
         root = inner[: magic.start()].rpartition("/")[0]
@@ -118,6 +119,7 @@ def _choose_in_folder(
     filesystem: Any, folder: str, split: str | None, default: str, label: str
 ) -> ChosenFiles:
     wanted = split or default
+    # What the publisher declares comes first: names of files only hint at splits.
     named = _choose_by_readme(filesystem, folder, wanted, label) if wanted else None
     if named is not None:
         patterns, note = named
@@ -164,6 +166,7 @@ def _configs(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
     found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
     try:
         tree = yaml.safe_load(found[1]) if found else None
+    # The header is broken: choose by the names of the files.
     except yaml.YAMLError:
         return
     configs = tree.get("configs") if isinstance(tree, dict) else None
@@ -217,6 +220,7 @@ def _choose_by_name(
         taken = [f for f in files if shown[f] == wanted or (not shown[f] and not others)]
     elif split is not None:
         taken = [file for file in files if stem_of(file) == split]
+        # Files that name no split at all are the training split, as on the hub.
         if not taken and not found and wanted == "train":
             taken = files
     else:
@@ -350,6 +354,7 @@ def _require_readable(path: Path, key: str) -> None:
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"{key}: {path}: this user may not read it", fix=f"chmod +r {path}")
+    # A pointer has about 130 bytes; larger files are not opened here.
     if 0 < status.st_size < 1024:
         with path.open("rb") as handle:
             if handle.read(len(_POINTER)) == _POINTER:
