@@ -336,6 +336,8 @@ def take_exports(take: Take) -> None:
     init = ("--checkpoint", "init", *last, "exports/init")
     take.run("diffembed", "export", "train-zero3-cache.yaml", *init)
     take.keep_files("exports", "exports/**/*")
+    # The recipe of an encoding holds times of writing.
+    take.freeze("exports", "data")
     for suffix, more in {
         "arrow": (),
         "parquet": ("--role", "query", "--instruction", "Find", "--dtype", "float16"),
