@@ -243,7 +243,7 @@ def steps_by_name(folder: Path) -> dict[str, int]:
     return {name: step for name in found if (step := checkpoint_step(name)) is not None}
 
 
-def names(folder: Path) -> list[str]:
+def checkpoint_names(folder: Path) -> list[str]:
     """Return the names of the whole checkpoints, oldest first."""
     return list(steps_by_name(folder))
 
@@ -282,7 +282,7 @@ def latest_step(folder: Path) -> int:
     return checkpoint_step(latest_name(folder) or "") or 0
 
 
-def latest(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint, None without one.
 
     Raises:
@@ -294,7 +294,7 @@ def latest(folder: Path) -> Path | None:
     if not (folder / name).is_dir():
         raise UserError(
             f"{folder}/{LATEST} names {name}, which does not exist",
-            allowed=", ".join(names(folder)) or "no checkpoint is left",
+            allowed=", ".join(checkpoint_names(folder)) or "no checkpoint is left",
             fix=f"`diffembed rewind {folder.parent} NAME`, or delete {folder}/{LATEST} to start "
             f"from step 0",
         )
@@ -307,13 +307,13 @@ def rewind(folder: Path, name: str) -> Path:
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    if name not in names(folder):
+    if name not in checkpoint_names(folder):
         raise UserError(
             f"{folder}: no checkpoint {name!r}",
-            allowed=", ".join(names(folder)) or "no checkpoint is left",
+            allowed=", ".join(checkpoint_names(folder)) or "no checkpoint is left",
         )
     # Before `latest` changes: a damaged checkpoint would stop the next start.
-    verify(folder / name)
+    verify_checkpoint(folder / name)
     _write_latest(folder / name)
     return folder / name
 
@@ -337,7 +337,7 @@ def read_state(path: Path) -> State:
     return check_kind(unseal(tree, file, fix=fix), State, where=str(file), fix=fix)
 
 
-def verify(path: Path, part: slice = slice(None)) -> State:
+def verify_checkpoint(path: Path, part: slice = slice(None)) -> State:
     """Check every file of a checkpoint by size and SHA-256; return its state.
 
     Args:
@@ -367,7 +367,7 @@ def damaged_checkpoint(path: Path, found: str) -> UserError:
 
 
 def _how_to_continue(path: Path) -> str:
-    older = [name for name in names(path.parent) if name < path.name]
+    older = [name for name in checkpoint_names(path.parent) if name < path.name]
     if older:
         return f"`diffembed rewind {path.parent.parent} {older[-1]}` to continue from an older one"
     return "train again in another output_dir"
@@ -386,7 +386,9 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def publish(path: Path, description: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def publish_checkpoint(
+    path: Path, description: Mapping[str, Any], files: Mapping[str, Any]
+) -> None:
     """Let a checkpoint appear whose files are all in its partial folder; may be called again.
 
     Args:
@@ -418,7 +420,7 @@ def _doomed(path: Path) -> Path:
     return path.with_name(f".{path.name}.deleted")
 
 
-def prune(folder: Path, config: CheckpointConfig, *, step: int) -> None:
+def prune_checkpoints(folder: Path, config: CheckpointConfig, *, step: int) -> None:
     """Delete old checkpoints.
 
     Args:
@@ -445,7 +447,7 @@ def remove_leftovers(folder: Path) -> None:
     remove_unfinished(folder / LATEST)
 
 
-def copy(path: Path, mirror: Path) -> None:
+def copy_checkpoint(path: Path, mirror: Path) -> None:
     """Copy a whole checkpoint to a mirror, where it appears by a rename too.
 
     Raises:
@@ -458,7 +460,7 @@ def copy(path: Path, mirror: Path) -> None:
     for file in partial.iterdir():
         sync_file(file)
     # The copy is read back: storage that lost bytes on the way must not replace a good checkpoint.
-    verify(partial)
+    verify_checkpoint(partial)
     shutil.rmtree(target, ignore_errors=True)  # from before the run was rewound
     partial.rename(target)
     sync_dir(mirror)
@@ -492,7 +494,7 @@ class Keeper:
         if self._config.mirror is not None:
             self._copy(path, step, self._config.mirror)
         try:
-            prune(self._folder, self._config, step=step)
+            prune_checkpoints(self._folder, self._config, step=step)
         except OSError as error:
             print(f"{self._folder}: old checkpoints could not be deleted ({error})", flush=True)
 
@@ -500,13 +502,13 @@ class Keeper:
         copied = mirror / path.name
         if is_checkpoint(copied) and checkpoint_digest(copied) == checkpoint_digest(path):
             return
-        newest = latest(self._folder)
+        newest = latest_checkpoint(self._folder)
         lasting = self._config.keep_every and step % self._config.keep_every == 0
         if newest != path and not lasting:
             return  # the mirror is slower than the run: a newer checkpoint waits
         try:
-            copy(path, mirror)
-            prune(mirror, self._config, step=step)
+            copy_checkpoint(path, mirror)
+            prune_checkpoints(mirror, self._config, step=step)
         except (OSError, shutil.Error, UserError) as error:
             # No reason to end the run: the checkpoint itself is whole.
             print(f"{path.name} could not be copied to {mirror} ({error})", flush=True)

@@ -178,7 +178,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
 def earlier_schedule(config: TrainConfig) -> Schedule | None:
     """Return the schedule of the run that this command resumes; None for a new run."""
     run = RunDir(config.output_dir)
-    if config.schedule != "auto" or not run_folder.names(run.checkpoints):
+    if config.schedule != "auto" or not run_folder.checkpoint_names(run.checkpoints):
         return None
     try:
         found = load_config(TrainConfig, run.config).schedule

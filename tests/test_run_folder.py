@@ -86,14 +86,14 @@ def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Pat
 def test_latest_that_is_a_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
     with pytest.raises(UserError, match=r"latest is not a file .*\| fix: remove it"):
-        run_folder.latest(tmp_path)
+        run_folder.latest_checkpoint(tmp_path)
 
 
 def test_latest_that_names_nothing_is_explained(tmp_path: Path) -> None:
     save(tmp_path, Memory(a=1.0), step=1, identity={})
     (tmp_path / "latest").write_text("step-000007\n")
     with pytest.raises(UserError, match=r"step-000007.*allowed: step-000001"):
-        run_folder.latest(tmp_path)
+        run_folder.latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +107,18 @@ def test_a_run_is_not_taken_back_to_what_is_not_whole(
     (tmp_path / "step-000003" / "state.json").write_text("{")
     with pytest.raises(UserError, match=reason):
         run_folder.rewind(tmp_path, name)
-    assert run_folder.latest(tmp_path) == tmp_path / "step-000004"
+    assert run_folder.latest_checkpoint(tmp_path) == tmp_path / "step-000004"
 
 
 def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12):
         save(tmp_path, Memory(a=1.0), step=step, identity={})
-    run_folder.prune(tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10)
+    run_folder.prune_checkpoints(
+        tmp_path, CheckpointConfig(every=2, keep_last=2, keep_every=4), step=10
+    )
     # Checkpoints from before a rewind are not deleted.
     kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
-    assert run_folder.names(tmp_path) == kept
+    assert run_folder.checkpoint_names(tmp_path) == kept
 
 
 def keep(run: Path, config: CheckpointConfig, steps: range) -> None:
@@ -134,7 +136,7 @@ def test_a_mirror_holds_the_same_checkpoints_and_is_pruned_by_the_same_rules(
     mirror.mkdir()
     config = CheckpointConfig(every=1, keep_last=2, keep_every=3, mirror=mirror)
     keep(run, config, range(1, 8))
-    assert run_folder.names(run) == ["step-000003", "step-000006", "step-000007"]
+    assert run_folder.checkpoint_names(run) == ["step-000003", "step-000006", "step-000007"]
     assert tree(mirror) == tree(run)
 
 
@@ -146,7 +148,7 @@ def test_a_mirror_that_is_gone_ends_no_run_and_is_caught_up_with(
     mirror.write_text("a file where a disk was mounted")
     keep(run, config, range(1, 3))
     assert "step-000002 could not be copied to" in capsys.readouterr().out
-    assert run_folder.names(run) == ["step-000002"]
+    assert run_folder.checkpoint_names(run) == ["step-000002"]
     mirror.unlink()
     mirror.mkdir()
     keep(run, config, range(3, 4))
@@ -164,7 +166,7 @@ def test_a_mirror_slower_than_the_run_leaves_out_what_is_neither_newest_nor_last
     for step, path in enumerate(paths, 1):
         keeper.keep(path, step)
     keeper.wait()
-    assert run_folder.names(mirror) == ["step-000002", "step-000004", "step-000005"]
+    assert run_folder.checkpoint_names(mirror) == ["step-000002", "step-000004", "step-000005"]
 
 
 def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
@@ -182,9 +184,9 @@ def test_a_copy_that_arrives_otherwise_than_it_was_sent_never_appears(
     mirror.mkdir()
     monkeypatch.setattr(run_folder.shutil, "copytree", lossy_copy)
     with pytest.raises(UserError, match=r"differs from its recorded size or SHA-256"):
-        run_folder.copy(path, mirror)
-    assert run_folder.names(mirror) == []
-    assert run_folder.latest(mirror) is None
+        run_folder.copy_checkpoint(path, mirror)
+    assert run_folder.checkpoint_names(mirror) == []
+    assert run_folder.latest_checkpoint(mirror) is None
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:

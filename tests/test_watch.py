@@ -20,7 +20,7 @@ from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, dump_config
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import Element, list_elements
 from pipeline.files import write_sealed
-from pipeline.run_folder import OWN_CONFIG, RunDir, partial_folder, publish
+from pipeline.run_folder import OWN_CONFIG, RunDir, partial_folder, publish_checkpoint
 from pipeline.submission.restart import History
 from pipeline.submission.slurm import JobRecord
 from pipeline.training.metrics import JsonLines
@@ -66,7 +66,7 @@ def save(root: Path, step: int) -> None:
     path = RunDir(root).checkpoints / f"step-{step:06d}"
     partial_folder(path).mkdir(parents=True)
     state = {"step": step, "optimizer_steps": step, "world_size": 1, "parameters": [], "extra": {}}
-    publish(path, {**state, "identity": {}}, {})
+    publish_checkpoint(path, {**state, "identity": {}}, {})
 
 
 def rows(view: View, title: str) -> list[dict[str, str]]:

@@ -44,9 +44,9 @@ from pipeline.run_folder import (
     damaged_checkpoint,
     describe_file,
     partial_folder,
-    publish,
+    publish_checkpoint,
     read_state,
-    verify,
+    verify_checkpoint,
 )
 from pipeline.training.run_identity import require_same_run
 
@@ -98,7 +98,7 @@ class _Pending:
     """A checkpoint on its way to disk."""
 
     target: Path
-    description: dict[str, Any]  # see `run_folder.publish`
+    description: dict[str, Any]  # see `run_folder.publish_checkpoint`
     written: Future[tuple[str, dict[str, Any]]]  # this rank's file: its name, size and hash
 
 
@@ -178,7 +178,7 @@ class Saver:
         if not faults and comm.rank() == 0:
             try:
                 patiently(
-                    lambda: publish(pending.target, pending.description, dict(outcomes)),
+                    lambda: publish_checkpoint(pending.target, pending.description, dict(outcomes)),
                     pending.target,
                     in_a_hurry=self._in_a_hurry,
                 )
@@ -296,7 +296,7 @@ def load(path: Path, engine: Stateful, identity: dict[str, Any]) -> tuple[int, d
     state = comm.on_main(check)
     # Each rank hashes a part of the files.
     with comm.together():
-        verify(path, slice(comm.rank(), None, comm.world_size()))
+        verify_checkpoint(path, slice(comm.rank(), None, comm.world_size()))
     if odd := sorted(set(state["parameters"]) ^ set(engine.parameter_names)):
         raise UserError(
             f"checkpoint {path} and the model differ in {len(odd)} parameters, first {odd[0]}",

@@ -148,7 +148,7 @@ def _data_table(dataset: Dataset) -> str:
 
 def _find(run: RunDir, name: str) -> Path:
     if name == "latest":
-        newest = run_folder.latest(run.checkpoints)
+        newest = run_folder.latest_checkpoint(run.checkpoints)
         if newest is None:
             raise UserError(
                 f"{run.checkpoints}: no checkpoint yet", fix="train first, or use --checkpoint init"
@@ -156,14 +156,14 @@ def _find(run: RunDir, name: str) -> Path:
         return newest
     path = run.checkpoints / name
     if not path.is_dir():
-        known = [*run_folder.names(run.checkpoints), "latest", "init"]
+        known = [*run_folder.checkpoint_names(run.checkpoints), "latest", "init"]
         raise UserError(f"--checkpoint {name}", allowed=", ".join(known))
     return path
 
 
 def _load_weights(encoder: Encoder, path: Path) -> int:
     """Put a checkpoint's trained weights into the encoder; return its step."""
-    state = run_folder.verify(path)
+    state = run_folder.verify_checkpoint(path)
     parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, tensors in checkpoints.iterate_tensors(path):

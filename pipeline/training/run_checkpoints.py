@@ -122,10 +122,10 @@ def newest_checkpoint(run: RunDir, mirror: Path | None) -> Path | None:
 
     Rank 0 only: a network file system may show another host an older `latest`.
     """
-    newest = run_folder.latest(run.checkpoints)
-    newest = newest or (run_folder.latest(mirror) if mirror else None)
+    newest = run_folder.latest_checkpoint(run.checkpoints)
+    newest = newest or (run_folder.latest_checkpoint(mirror) if mirror else None)
     # Silently starting over would cost the user the run.
-    if newest is None and (others := run_folder.names(run.checkpoints)):
+    if newest is None and (others := run_folder.checkpoint_names(run.checkpoints)):
         say_warning(
             f"{run.checkpoints}/{LATEST} is missing: the run starts at step 0, although there are "
             f"{', '.join(others)} (`diffembed rewind {run.root} {others[-1]}` continues from there)"

@@ -349,7 +349,7 @@ class Training:
 
     def _describe_weights(self, intact: bool) -> str:
         """Describe the weights after a step that was not finite, and the remedies."""
-        names = run_folder.names(self.run.checkpoints)
+        names = run_folder.checkpoint_names(self.run.checkpoints)
         back = f"`diffembed rewind {self.run.root} NAME` continues from an older checkpoint"
         resume = "the same command starts again from step 1"
         if names:

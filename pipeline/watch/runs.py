@@ -236,7 +236,7 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     except (UserError, OSError) as error:
         yield Fact("checkpoint", str(error), "fail")
         return
-    names = run_folder.names(run.checkpoints)
+    names = run_folder.checkpoint_names(run.checkpoints)
     if name is None and names:
         yield Fact("checkpoint", f"{', '.join(names)}, but the file `latest` is missing", "fail")
         return

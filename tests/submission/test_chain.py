@@ -35,7 +35,7 @@ from pipeline.run_folder import (
     checkpoint_digest,
     latest_name,
     partial_folder,
-    publish,
+    publish_checkpoint,
 )
 from pipeline.submission.chain import (
     Chain,
@@ -77,7 +77,7 @@ def train_to(step: int, identity: dict[str, Any] | None = None) -> None:
     path = CHECKPOINTS / f"step-{step:06d}"
     partial_folder(path).mkdir(parents=True)
     state = {"step": step, "optimizer_steps": step, "world_size": 1, "parameters": [], "extra": {}}
-    publish(path, {**state, "identity": identity}, {})
+    publish_checkpoint(path, {**state, "identity": identity}, {})
 
 
 def export(*folders: str) -> None:

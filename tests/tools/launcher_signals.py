@@ -163,12 +163,12 @@ class Trial:
             goes_on = True
         seconds = time.monotonic() - began
         lines = [line for line in self._launch.output().splitlines() if "Stopped: " in line]
-        newest = run_folder.latest(self.run / "checkpoints")
+        newest = run_folder.latest_checkpoint(self.run / "checkpoints")
         return Outcome(
             code=code,
             reason=lines[0].partition("Stopped: ")[2].partition(" after")[0] if lines else "",
             steps=self._steps(),
-            saved=run_folder.verify(newest)["step"] if newest else 0,
+            saved=run_folder.verify_checkpoint(newest)["step"] if newest else 0,
             seconds=seconds,
             goes_on=goes_on,
         )

@@ -90,7 +90,7 @@ def main() -> None:
                 engine.close()
             for new_stage in (1, 2, 3):
                 engine = start_engine(new_stage, dtype)
-                path = run_folder.latest(folder)
+                path = run_folder.latest_checkpoint(folder)
                 assert path is not None
                 assert checkpoints.load(path, engine, IDENTITY) == (3, {})
                 _report(dtype, stage, new_stage, "resumed", train(engine, range(3, 6)))

@@ -53,7 +53,7 @@ def differences(engine: ZeroEngine, path: Path) -> list[str]:
 def run_rank(folder: Path, move: int) -> None:
     """Resume at every pair of stages from the last number of ranks; save at every stage."""
     for saved, stage, zero in PAIRS if move else ():
-        path = run_folder.latest(folder / f"{move - 1}-{saved}")
+        path = run_folder.latest_checkpoint(folder / f"{move - 1}-{saved}")
         assert path is not None
         if comm.world_size() == 6 and stage == 3:
             zero = {**zero, "zero_hpz_partition_size": 3}

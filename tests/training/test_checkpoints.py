@@ -103,14 +103,14 @@ def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_
     for step in (1, 2, 3):
         save(folder, Memory(a=float(step)), step=step, identity={})
     (folder / "step-000003" / "state.json").unlink()
-    newest = run_folder.latest(folder)
+    newest = run_folder.latest_checkpoint(folder)
     assert newest is not None
     with pytest.raises(UserError, match=r"step-000003.*diffembed rewind .* step-000002"):
         checkpoints.load(newest, Memory(a=0.0), {})
     done = CliRunner().invoke(app, ["rewind", str(tmp_path), "step-000002"])
     assert done.exit_code == 0, done.output
-    older, engine = run_folder.latest(folder), Memory(a=0.0)
+    older, engine = run_folder.latest_checkpoint(folder), Memory(a=0.0)
     assert older == folder / "step-000002"
     assert checkpoints.load(older, engine, {}) == (2, {})
     assert engine.state["a"]["weight"].tolist() == [2.0, 2.0]
-    assert run_folder.names(folder) == ["step-000001", "step-000002", "step-000003"]
+    assert run_folder.checkpoint_names(folder) == ["step-000001", "step-000002", "step-000003"]

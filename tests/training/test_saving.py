@@ -35,11 +35,11 @@ def test_a_save_takes_the_state_of_its_beginning_and_appears_at_its_end(
     assert saver.is_pending
     assert saver.is_writing
     engine.state["a"]["weight"].fill_(9.0)  # the next step runs meanwhile
-    assert run_folder.latest(tmp_path) is None
+    assert run_folder.latest_checkpoint(tmp_path) is None
     disk_is_ready.set()
     path = saver.finish()
     assert not saver.is_pending
-    assert run_folder.latest(tmp_path) == path
+    assert run_folder.latest_checkpoint(tmp_path) == path
     loaded = Memory(a=0.0)
     assert checkpoints.load(path, loaded, {}) == (5, {})
     assert loaded.state["a"]["weight"].tolist() == [1.0, 1.0]
@@ -52,7 +52,7 @@ def test_an_empty_tensor_is_never_saved(tmp_path: Path) -> None:
     engine.state["b"]["weight"] = torch.empty(0)  # as of a parameter that ZeRO-3 has partitioned
     with pytest.raises(DiffembedError, match="b/weight is empty"):
         save(tmp_path, engine, step=2, identity={})
-    assert run_folder.names(tmp_path) == ["step-000001"]
+    assert run_folder.checkpoint_names(tmp_path) == ["step-000001"]
 
 
 def save_on_a_disk_that_is_full_for_rank_1(folder: str) -> str:
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     monkeypatch.setattr(checkpoints, "save_file", failing(3))
     monkeypatch.setattr(checkpoints.time, "sleep", pauses.append)
     path = save(tmp_path, Memory(a=1.0), step=1, identity={})
-    assert run_folder.latest(tmp_path) == path
+    assert run_folder.latest_checkpoint(tmp_path) == path
     assert sum(pauses) == 5 + 10 + 20
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
@@ -149,7 +149,7 @@ def test_a_request_to_stop_ends_the_wait_for_a_full_disk_in_seconds(
     monkeypatch.setattr(checkpoints, "save_file", failing(2))
     saver = checkpoints.Saver(tmp_path, in_a_hurry=lambda: True)
     saver.begin(Memory(a=1.0), step=3, identity={})
-    assert saver.finish() == run_folder.latest(tmp_path)  # free again within the seconds
+    assert saver.finish() == run_folder.latest_checkpoint(tmp_path)  # free again within the seconds
     shutil.rmtree(tmp_path / "step-000003")
     run_folder.remove_leftovers(tmp_path)
     assert tree(tmp_path) == {**before, "latest": b"step-000003\n"}
@@ -181,4 +181,4 @@ def test_what_is_read_back_is_compared_with_what_was_to_be_written(
     monkeypatch.setattr(checkpoints, "save_file", forgetful_save_file)
     with pytest.raises(DiffembedError, match="a/exp_avg was read back with other values"):
         save(tmp_path, Memory(a=1.0), step=1, identity={})
-    assert run_folder.latest(tmp_path) is None
+    assert run_folder.latest_checkpoint(tmp_path) is None

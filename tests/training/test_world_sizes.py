@@ -60,7 +60,7 @@ def test_one_two_then_three_ranks_follow_the_curve_of_one(recipe: Path, tmp_path
 
 def assert_adapters_alone_are_saved(folder: Path) -> None:
     """ZeRO-3 would write empty tensors, and a broken filter the base model."""
-    newest = run_folder.latest(folder)
+    newest = run_folder.latest_checkpoint(folder)
     assert newest is not None
     adapters = {name: state["weight"] for name, state in checkpoints.iterate_tensors(newest)}
     assert len(adapters) == 2 * 2 * 7  # A and B, layers, targets
