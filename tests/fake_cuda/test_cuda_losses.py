@@ -43,23 +43,30 @@ def test_the_loss_equals_that_of_the_cpu(recipe: str, score_bytes: int) -> None:
         "temperature": config.temperature if config.learn_temperature else None,
         "score_bytes": score_bytes,
     }
-    wanted = contrastive_loss(*(x.clone() for x in rows), targets, **given)
+    matrix = None if config.projection is None else case.projection
+    wanted = contrastive_loss(*(x.clone() for x in rows), targets, projection=matrix, **given)
     with FakeCuda() as record:
-        ours: LossOutput = contrastive_loss(*on_device_all(*rows), on_device(targets), **given)
+        ours: LossOutput = contrastive_loss(
+            *on_device_all(*rows), on_device(targets), projection=on_device(matrix), **given
+        )
 
     assert torch.equal(ours.loss, wanted.loss)
-    for mine, theirs in (
+    grads = [
         (ours.query_grad, wanted.query_grad),
         (ours.document_grad, wanted.document_grad),
-    ):
+    ]
+    if wanted.projection_grad is not None:
+        grads.append((ours.projection_grad, wanted.projection_grad))
+    for mine, theirs in grads:
         tensor: Any = mine
         torch.testing.assert_close(tensor.inner, theirs, rtol=1e-6, atol=1e-9)
     assert ours.metrics == pytest.approx(wanted.metrics)
     if score_bytes == 2**20:
         widths = 1 + len(config.matryoshka_dims)
         # Every width searches its tile; a symmetric one searches it twice, and distillation over
-        # the batch the model's scores and the teacher's.
+        # the batch the model's scores and the teacher's. A projection reads its term.
         most = MAX_SYNCS + (widths - 1) + widths * (config.symmetric + 2 * config.distils_batch)
+        most += config.projection is not None
         assert record.num_syncs <= most, dict(record.syncs)
 
 
