@@ -76,12 +76,7 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
     # The long half has its own documents and judgements, but the same questions.
     gold = examples["gold_ids_long" if long else "gold_ids"]
     for query, ids in zip(examples["id"], gold, strict=True):
-        if not isinstance(query, str) or not _are_texts(ids):
-            raise UserError(
-                f"{task.metadata.name}: query {query!r} judges the documents {str(ids)[:80]}",
-                allowed="ids that are texts",
-                fix=fix,
-            )
+        _require_ids(task.metadata.name, query, ids, fix)
     return {
         "corpus": documents.select_columns(["id", "content"]).rename_column("content", "text"),
         "queries": examples.select_columns(["id", "query"]).rename_column("query", "text"),
@@ -91,8 +86,15 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
     }
 
 
-def _are_texts(ids: object) -> bool:
-    return isinstance(ids, list) and all(isinstance(each, str) for each in ids)
+def _require_ids(where: str, query: Any, documents: Any, fix: str) -> None:
+    """Refuse a query and the documents judged for it, unless their ids are texts."""
+    listed = isinstance(documents, list)
+    if not (listed and all(isinstance(each, str) for each in [query, *documents])):
+        raise UserError(
+            f"{where}: query {query!r} judges the documents {str(documents)[:80]}",
+            allowed="ids that are texts",
+            fix=fix,
+        )
 
 
 def _load_subset(task: Any, config: str, subset: str, fix: str) -> datasets.Dataset:
@@ -279,13 +281,8 @@ def _check_split(where: str, data: Any, fix: str, *, rows: Any) -> None:
 def _check_judgements(where: str, judged: Any, fix: str) -> None:
     """Refuse judgements that pytrec_eval would refuse after everything is encoded."""
     for query, grades in judged.items():
+        _require_ids(where, query, list(grades), fix)
         for document, grade in grades.items():
-            if not isinstance(document, str):
-                raise UserError(
-                    f"{where}: query {query!r} judges a document with the id {document!r}",
-                    allowed="ids that are texts",
-                    fix=fix,
-                )
             if type(grade) is not int:
                 raise UserError(
                     f"{where}: query {query!r}: document {document!r} has the grade {grade!r}",

@@ -456,7 +456,7 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
 
 # --- compilation -----------------------------------------------------------------------------
 
-# Dropout draws from torch's generators, so that its masks are those of a run without compilation.
+# Dropout draws from torch's generators, so its masks equal the masks of an uncompiled run.
 _OPTIONS = {"fallback_random": True}
 # Beyond so many graphs of one function torch runs it as it is. Its default of 8 is too few for
 # models that alternate two kinds of layers.

@@ -100,6 +100,37 @@ class ArrayPlan:
         return max(free)
 
 
+def _reading(
+    name: str,
+    model: PlannedModel,
+    texts: Texts,
+    limit: int | None,
+    *,
+    words: str,
+    origin: str,
+    added: float = 0.0,
+) -> Work:
+    """Return the work of a model that reads texts with `added` tokens more, cut at its longest."""
+    longest = limit or model.longest
+    texts = texts.cut(longest or np.inf, added=added)
+    return Work(
+        name=name,
+        model=model.name,
+        texts=words,
+        tokens=texts.tokens,
+        seconds=model.seconds(texts),
+        origin=origin,
+        length=longest,
+    )
+
+
+def _embedding(name: str, model: PlannedModel, sizes: TaskSizes, limit: int | None) -> Work:
+    """Return the work of embedding all documents and queries."""
+    words = f"{sizes.documents.texts:,.0f} documents, {sizes.queries.texts:,.0f} queries"
+    texts = sizes.documents.plus(sizes.queries)
+    return _reading(name, model, texts, limit, words=words, origin=sizes.origin)
+
+
 # --- evaluations -----------------------------------------------------------------------------
 
 
@@ -128,7 +159,10 @@ def plan_evaluation(
     elements = list_elements(config)
     sizes = counted.sizes if counted else _estimated(config, elements, described)
     pairs = [(each, sizes[each.model.name, each.task]) for each in elements]
-    work = [_element_work(each, models[each.model.name], found) for each, found in pairs]
+    work = [
+        _embedding(each.task, models[each.model.name], found, each.max_length)
+        for each, found in pairs
+    ]
     if described is not None and all(each.origin != described.ORIGIN for each in work):
         raise UserError(
             "--documents: the sizes of all tasks are known", fix="remove it and the other sizes"
@@ -177,19 +211,6 @@ def _models_of(
     }
 
 
-def _element_work(element: Element, model: PlannedModel, sizes: TaskSizes) -> Work:
-    texts = sizes.documents.plus(sizes.queries).cut(element.max_length)
-    return Work(
-        name=element.task,
-        model=model.name,
-        texts=f"{sizes.documents.texts:,.0f} documents, {sizes.queries.texts:,.0f} queries",
-        tokens=texts.tokens,
-        seconds=model.seconds(texts),
-        origin=sizes.origin,
-        length=element.max_length,
-    )
-
-
 def _distinct(element: Element, elements: Sequence[Element], sizes: TaskSizes) -> Texts:
     """Return the texts that no shorter length of the same task has embedded already."""
     shorter = [
@@ -226,7 +247,7 @@ def plan_mining(
             continue
         key = f"retrievers.{number}.path"
         model = read(retriever.path, name=retriever.name, key=key, precision=retriever.precision)
-        work.append(_embedded(model, sizes, retriever.max_length))
+        work.append(_embedding("embed", model, sizes, retriever.max_length))
         work.append(_searched(model, sizes))
     if config.teacher is not None:
         pairs = listed + sizes.queries.texts * config.num_kept
@@ -250,7 +271,7 @@ def _taught(
         )  # fmt: skip
     model = read(teacher.path, name="teacher", key="teacher.path", precision=teacher.precision)
     if teacher.kind == "bi_encoder":
-        return _embedded(model, sizes, teacher.max_length)
+        return _embedding("embed", model, sizes, teacher.max_length)
     return _scored(model, sizes, pairs, teacher.max_length)
 
 
@@ -294,21 +315,6 @@ def _files_of(corpus: CorpusConfig) -> list[str]:
     return list_files(corpus.path, f"corpora.{corpus.name}.path")
 
 
-def _embedded(model: PlannedModel, sizes: TaskSizes, limit: int | None) -> Work:
-    longest = limit or model.longest
-    texts = sizes.documents.plus(sizes.queries)
-    texts = texts if longest is None else texts.cut(longest)
-    return Work(
-        name="embed",
-        model=model.name,
-        texts=f"{sizes.documents.texts:,.0f} documents, {sizes.queries.texts:,.0f} queries",
-        tokens=texts.tokens,
-        seconds=model.seconds(texts),
-        origin=sizes.origin,
-        length=longest,
-    )
-
-
 def _searched(model: PlannedModel, sizes: TaskSizes) -> Work:
     pairs = sizes.documents.texts * sizes.queries.texts
     flops = 2.0 * pairs * model.shape.hidden_size
@@ -327,18 +333,9 @@ def _searched(model: PlannedModel, sizes: TaskSizes) -> Work:
 def _scored(model: PlannedModel, sizes: TaskSizes, pairs: float, limit: int | None) -> Work:
     """Return the work of a cross-encoder, which reads a query and a document together."""
     query = sizes.queries.tokens / max(1.0, sizes.queries.texts)
-    longest = limit or model.longest
     texts = sizes.documents.times(pairs / max(1.0, sizes.documents.texts))
-    texts = texts.cut(longest or np.inf, added=query)
-    return Work(
-        name="score",
-        model=model.name,
-        texts=f"at most {pairs:,.0f} pairs",
-        tokens=texts.tokens,
-        seconds=model.seconds(texts),
-        origin=sizes.origin,
-        length=longest,
-    )
+    words = f"at most {pairs:,.0f} pairs"
+    return _reading("score", model, texts, limit, words=words, origin=sizes.origin, added=query)
 
 
 # --- encodings -------------------------------------------------------------------------------
@@ -348,17 +345,8 @@ def plan_encoding(
     model: PlannedModel, texts: Texts, *, limit: int | None, origin: str
 ) -> ArrayPlan:
     """Plan `diffembed encode`, whose processes share the texts."""
-    longest = limit or model.longest
-    texts = texts if longest is None else texts.cut(longest)
-    work = Work(
-        name="encode",
-        model=model.name,
-        texts=f"{texts.texts:,.0f} texts",
-        tokens=texts.tokens,
-        seconds=model.seconds(texts),
-        origin=origin,
-        length=longest,
-    )
+    words = f"{texts.texts:,.0f} texts"
+    work = _reading("encode", model, texts, limit, words=words, origin=origin)
     return ArrayPlan(title=f"{model.name}: texts to vectors", work=(work,), whole=False)
 
 
