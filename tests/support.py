@@ -91,6 +91,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
+def output_of_code(code: str) -> str:
+    """Run code in a new process, which has imported nothing yet; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=forks.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def launch_ranks(world_size: int, script: Path, *arguments: str, seconds: float = PATIENCE) -> str:
     """Run a Python script as ranks of one job, as torchrun would; what rank 0 printed.
 

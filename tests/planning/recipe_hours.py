@@ -25,7 +25,7 @@ RECIPES = ROOT / "launch/recipes/published"
 PAGE = ROOT / "docs/recipes.md"
 BEGIN, END = "<!-- hours: python -m tests.planning.recipe_hours -->", "<!-- end of hours -->"
 GPU_COUNT = 8
-# One model each; those of the paper have about the same size.
+# One model each; the paper's models have about the same size.
 NAMES = [
     *(f"{task}/dream{size}" for task in ("instruction", "long", "reason", "theorem", "simcse")
       for size in ("", "-large-batch")),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from pipeline.planning.memory import Target
 from pipeline.planning.planned_model import PlannedModel
 from pipeline.planning.text_sizes import Texts, task_sizes
 from tests.planning.plan_table import MODELS
+from tests.support import output_of_code
 
 ROOT = Path(__file__).resolve().parents[2]
 # 160 weights a layer: 20 + 10 + 10 + 16 of attention, 3 x 32 of the MLP, 2 x 4 of norms.
@@ -254,14 +253,11 @@ def test_arrays_are_planned_without_torch(
         f"for words in {calls!r}: app(words, standalone_mode=False)\n"
         "sys.exit(int(bool({'torch', 'mteb'} & set(sys.modules))))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 models x 2 tasks and lengths = 4 elements" in done.stdout
-    assert "at most 96 pairs" in done.stdout
+    printed = output_of_code(code)
+    assert "2 models x 2 tasks and lengths = 4 elements" in printed
+    assert "at most 96 pairs" in printed
     # 34 bytes are 10 tokens, `c b` is one, and each has a special token.
-    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("encode")]
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("encode")]
     assert (row[3], row[5]) == ("2", "13")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from pipeline import train
 from pipeline.cli import app
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
+from tests.support import output_of_code
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = ("--deepspeed", str(ROOT / "ds_configs" / "zero3.json"))
@@ -47,15 +46,12 @@ def test_a_plan_needs_no_torch(recipe: Path) -> None:
         f"app(['plan', 'run', {str(recipe)!r}, *{ZERO!r}, '--nodes', '2', '--gpus-per-node', '4', "
         "'--gpu', 'b200'], standalone_mode=False); sys.exit(int('torch' in sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ZeRO stage 3 on 8 ranks" in done.stdout
-    assert "0.9 of b200 (178.3 GiB)" in done.stdout
-    assert "a projection for b200, 400 Gb/s a host" in done.stdout
+    printed = output_of_code(code)
+    assert "ZeRO stage 3 on 8 ranks" in printed
+    assert "0.9 of b200 (178.3 GiB)" in printed
+    assert "a projection for b200, 400 Gb/s a host" in printed
     for line in ("compute", "largest batch", "4 steps"):
-        assert line in done.stdout
+        assert line in printed
 
 
 def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(

@@ -13,21 +13,12 @@ import yaml
 from pipeline.new_run import Answers, write_run
 from tests.slurm.cluster import Cluster
 from tests.tiny_models import tiny_starter
+from tests.tools.disturbed_chain import site_settings
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS, NUM_STEPS = 120, 4
-# The test machine has fewer cores than the virtual nodes claim, and mpirun may run as root there.
-SITE = f"""\
-source {ROOT}/slurm/cluster.env
-PREPARE_FLAGS=(--nodes=1 --ntasks-per-node=1)
-TRAIN_FLAGS=(--nodes=2 --ntasks-per-node=1)
-EVALUATE_FLAGS=(--ntasks=1)
-CPU_FLAGS=(--ntasks=1)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH={ROOT}
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-"""
 
 
 def documented_chain(folder: Path) -> dict[str, object]:
@@ -52,7 +43,7 @@ def test_own_rows_lead_to_a_report_of_before_and_after_on_the_held_out_ones(
     _, train, _ = write_run(faq, answers)
     train.write_text(re.sub(r"num_steps: .*", f"num_steps: {NUM_STEPS}", train.read_text()))
     (faq / "chain.yaml").write_text(yaml.safe_dump(documented_chain(faq)))
-    (tmp_path / "cluster.env").write_text(SITE)
+    (tmp_path / "cluster.env").write_text(site_settings(prepare_nodes=1))
     site = {"DIFFEMBED_CLUSTER_ENV": str(tmp_path / "cluster.env"), "PYTHONPATH": str(ROOT)}
 
     def submit() -> dict[str, str]:

@@ -35,10 +35,14 @@ EVERY = 5  # steps between checkpoints
 # Between two disturbances: more than a checkpoint, and no multiple of one.
 STRIDE = 8
 _DISK = "4g"
-# The test machine has fewer cores than the virtual nodes claim, and mpirun may run as root there.
-_SITE = f"""\
+
+
+def site_settings(prepare_nodes: int) -> str:
+    """Return a cluster.env for two nodes of the tests' Slurm; shards are prepared on so many."""
+    # The test machine has fewer cores than the nodes claim, and mpirun may run as root there.
+    return f"""\
 source {ROOT}/slurm/cluster.env
-PREPARE_FLAGS=(--nodes=2 --ntasks-per-node=1)
+PREPARE_FLAGS=(--nodes={prepare_nodes} --ntasks-per-node=1)
 TRAIN_FLAGS=(--nodes=2 --ntasks-per-node=1)
 EVALUATE_FLAGS=(--ntasks=1)
 CPU_FLAGS=(--ntasks=1)
@@ -63,7 +67,7 @@ def make_material(folder: Path) -> None:
         *(f"corpus=[{folder}/rows.jsonl]", "vocab_size=400", "hidden_size=32", "num_layers=1"),
         *("num_heads=2", "intermediate_size=64"),
     )
-    (folder / "cluster.env").write_text(_SITE)
+    (folder / "cluster.env").write_text(site_settings(prepare_nodes=2))
 
 
 def write_chain(material: Path, folder: Path, num_steps: int) -> None:
