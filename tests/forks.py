@@ -56,8 +56,14 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-# The environment of every process of a test, forked or not.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+# The environment of every process of a test, forked or not. A machine may have packages in folders
+# of PYTHONPATH alone.
+_PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join(dict.fromkeys(_PATHS)),
+}
 _LIBRARIES = (
     *("torch", "torch.distributed", "transformers", "deepspeed", "peft", "datasets"),
     *("sentence_transformers", "pyarrow.parquet", "pydantic", "typer", "mteb", "fsspec", "yaml"),

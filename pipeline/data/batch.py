@@ -2,7 +2,7 @@
 
     documents of the examples --find_relevance--> for each query: positives, negatives, masked
     texts 0..S-1 --assign_by_cost--> ranks --first_fit_decreasing--> chunks needed by the fullest
-                                       \--assign_by_cost--> that many chunks, on every rank
+                                       `--assign_by_cost--> that many chunks, on every rank
 
 Every rank runs the same chunks per step, so that collectives stay in step; a rank with fewer texts
 than chunks gets dummies.

@@ -1,7 +1,7 @@
 """Hold raw records and rows, read a record's fields, and collect the errors of bad records.
 
 FileBlock -> Record (raw fields, file and line) -> Row (query, documents, scores)
-               \-> BadRowError -> BadRows (obeys the source's `on_bad_row`)
+               `-> BadRowError -> BadRows (obeys the source's `on_bad_row`)
                                -> BadRecords (inputs without `on_bad_row`)
 """
 
