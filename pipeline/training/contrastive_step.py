@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -248,11 +249,14 @@ class _Step:
         assert isinstance(keep, int), "auto is resolved before training"
         # One gather serves both passes of all chunks; where that does not fit, `sweep` does.
         with engine.hold(list(engine.encoder.parameters())):
-            with agreement.out_of_memory_on_all_ranks():
-                cached = embed_chunks(chunks, self._embed, keep_graphs=keep)
+            cached = agreement.on_all_ranks(
+                partial(embed_chunks, chunks, self._embed, keep_graphs=keep)
+            )
             output, gradients = self._loss(cached.embeddings)
-            with engine.accumulation(), agreement.out_of_memory_on_all_ranks():
-                replay_chunks(chunks, cached, gradients, self._embed, self._backward)
+            with engine.accumulation():
+                agreement.on_all_ranks(
+                    partial(replay_chunks, chunks, cached, gradients, self._embed, self._backward)
+                )
         return output
 
     def layer_by_layer(self) -> LossOutput:

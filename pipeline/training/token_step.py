@@ -231,20 +231,23 @@ def _chunk_by_chunk(
 ) -> tuple[float, float]:
     """Run chunk after chunk: each graph is gone before the next forward, so nothing is cached."""
     model: LanguageModel = engine.encoder
-    sums = []
+
+    def run_chunks() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        sums = []
+        for chunk in chunks:
+            agreement.check()
+            seed(chunk.number)
+            with torch.enable_grad():
+                hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
+            found = _through_the_head(engine, hidden, chunk)
+            # Continues below the head: the gradient of this scalar by `hidden` is the loss's.
+            engine.backward((hidden * found.gradient).sum())
+            sums.append((found.loss, found.correct))
+        return sums
+
     with engine.hold(list(model.parameters())), engine.accumulation():
-        with agreement.out_of_memory_on_all_ranks():
-            for chunk in chunks:
-                agreement.check()
-                seed(chunk.number)
-                with torch.enable_grad():
-                    hidden = model.hidden_states(chunk.input_ids, chunk.lengths)[chunk.states]
-                found = _through_the_head(engine, hidden, chunk)
-                # Continues below the head: the gradient of this scalar by `hidden` is the loss's.
-                engine.backward((hidden * found.gradient).sum())
-                sums.append((found.loss, found.correct))
-        # Before the reduction, so that a batch that is left out leaves nothing behind.
-        return _agreed(sums)
+        # Agreed before the reduction, so that a batch that is left out leaves nothing behind.
+        return _agreed(agreement.on_all_ranks(run_chunks))
 
 
 def _sweep(
@@ -257,11 +260,12 @@ def _sweep(
     with engine.hold(outside_of_layers(engine.encoder)):
         states = sweep.forward(chunks)
         with engine.accumulation():
-            with agreement.out_of_memory_on_all_ranks():
-                found = [
+            found = agreement.on_all_ranks(
+                lambda: [
                     _through_the_head(engine, hidden, chunk)
                     for hidden, chunk in zip(states, chunks, strict=True)
                 ]
+            )
             numbers = _agreed([(sums.loss, sums.correct) for sums in found])
             engine.reduce(untied_head(engine.encoder))
             sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)

@@ -40,6 +40,7 @@ from pipeline.training.engine import (
     StepGivenUpError,
     build_optimizer,
     learning_rate,
+    release_memory,
     seed_random,
 )
 from pipeline.training.evaluations import Evaluations, ScoringCommands
@@ -291,7 +292,9 @@ class Training:
                 # A batch that was planned ahead may still have the size that failed before.
                 loader.max_chunk_tokens = min(loader.max_chunk_tokens, tokens // 2)
                 _say(f"{error}: {tokens} tokens; continuing with {loader.max_chunk_tokens} a chunk")
-                batch = loader.batch(batch.step)
+            # On every rank: those that did not fail hold the tensors of the step they gave up.
+            release_memory()
+            batch = loader.batch(batch.step)
 
     def step(self, batch: GlobalBatch) -> dict[str, float]:
         """Run one optimizer step; return its numbers, the same on every rank except times."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from pipeline import comm
@@ -23,12 +26,16 @@ NUM_CHECKS = 100
 def pass_checks(agreement: Agreement, before: Callable[[int], None] = lambda check: None) -> str:
     """Go through a step; where and how it ended."""
     check = 0
+
+    def run_checks() -> None:
+        nonlocal check
+        for check in range(NUM_CHECKS):
+            before(check)
+            agreement.check()
+
     agreement.begin_step()
     try:
-        with agreement.out_of_memory_on_all_ranks():
-            for check in range(NUM_CHECKS):
-                before(check)
-                agreement.check()
+        agreement.on_all_ranks(run_checks)
     except (ChunkOutOfMemoryError, StepGivenUpError) as error:
         return f"{type(error).__name__} at {check}"
     return "whole"
@@ -65,6 +72,39 @@ def test_all_ranks_end_a_step_at_the_first_agreement_after_one_rank_wants_to() -
     given_up = "StepGivenUpError at 23"
     assert first == ["whole", given_up, "ChunkOutOfMemoryError at 23", "whole", "whole"]
     assert second == ["whole", given_up, "ChunkOutOfMemoryError at 20", "whole", "whole"]
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_tensors_of_work_that_did_not_fit_are_freed_before_ranks_agree(
+    in_a_cycle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU was seen to keep the graph of a failed chunk until Python collected its garbage."""
+    graphs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def work() -> None:
+        graph = torch.ones(3, requires_grad=True) * 2
+        graphs.append(weakref.ref(graph))
+        if in_a_cycle:
+            cycle: list[object] = [graph]
+            cycle.append(cycle)
+        raise torch.OutOfMemoryError
+
+    def agree(*numbers: float) -> tuple[float, ...]:
+        alive.extend(graph() is not None for graph in graphs)
+        return numbers
+
+    monkeypatch.setattr(comm, "max_over_ranks", agree)
+    agreement = Agreement()
+    agreement.begin_step()
+    gc.disable()
+    try:
+        with pytest.raises(ChunkOutOfMemoryError):
+            agreement.on_all_ranks(work)
+    finally:
+        gc.enable()
+
+    assert alive == [False]
 
 
 def test_no_two_chunks_of_any_rank_step_or_run_draw_the_same_masks() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config import TrainConfig, load_config
 from pipeline.data.batch import GlobalBatch
@@ -81,10 +83,16 @@ class SmallDevice(Training):
     def __init__(self, config: TrainConfig, limit: int) -> None:
         self.config, self.limit = config, limit
         self.sizes: list[int] = []
+        self.graph: weakref.ref[torch.Tensor] | None = None  # of the step before
 
     def step(self, batch: GlobalBatch) -> dict[str, float]:
+        assert self.graph is None or self.graph() is None, "the step before holds memory"
         self.sizes.append(max(len(chunk.input_ids) for chunk in batch.chunks))
         if self.sizes[-1] > self.limit:
+            graph = torch.ones(3, requires_grad=True) * 2
+            self.graph = weakref.ref(graph)
+            cycle: list[object] = [graph]
+            cycle.append(cycle)  # as a GPU's graphs were seen: only collecting garbage frees it
             raise ChunkOutOfMemoryError("a chunk does not fit into memory")
         return {"texts": sum(int((chunk.texts >= 0).sum()) for chunk in batch.chunks)}
 
