@@ -89,11 +89,16 @@ class Timer:
         if self.device.type != "cuda":
             return self.calls(work)
         work()
+        first = self._enclosed(work, 1)[0]
+        # Counted beforehand: the host queues calls much faster than the device finishes them, so
+        # its clock would admit minutes of work. At least three: the first may meet cold caches.
+        return min(self._enclosed(work, max(3, int(self._seconds / max(first, 1e-6)))))
+
+    def _enclosed(self, work: Callable[[], object], count: int) -> list[float]:
+        """Return the seconds of each of several calls that follow each other on the device."""
         torch.cuda.synchronize()
         pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        stop = time.perf_counter() + self._seconds
-        # At least three: the first ones may meet cold caches.
-        while len(pairs) < 3 or time.perf_counter() < stop:
+        for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             work()
@@ -101,7 +106,7 @@ class Timer:
             pairs.append((start, end))
         # Read only now, because each reading would wait and leave the device without work.
         torch.cuda.synchronize()
-        return min(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
+        return [float(start.elapsed_time(end)) / 1e3 for start, end in pairs]
 
     def calls(self, work: Callable[[], object]) -> float:
         """Return the least seconds of a call until the device is idle."""
