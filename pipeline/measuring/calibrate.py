@@ -256,10 +256,11 @@ def _measure_here(path: Path) -> None:
     own = measure_constants(sizes, Timer(device, sizes.seconds))
     slowest = _slowest(comm.all_gather_object(dataclasses.asdict(own)))
     if comm.rank() == 0:
-        write_json(path, {**_describe(device), "constants": [slowest]})
+        write_json(path, {**describe_machine(device), "constants": [slowest]})
 
 
-def _describe(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the fields of a `Calibration` except its constants."""
     on_gpu = device.type == "cuda"
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

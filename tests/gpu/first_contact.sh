@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a first GPU has to show, in at most nine minutes on one with 80 GB:
+# All that a first GPU has to show, in at most ten minutes on one with 80 GB:
 #
 #   tests/gpu/first_contact.sh wheels         where pip works: fills .whl with the few packages that
 #                                             a machine with torch and transformers may lack
