@@ -2,7 +2,7 @@
 
 ModelShape, StepWork, Schedule, Gpu --step_seconds--> seconds by part, hidden work left out
 
-    compute     FLOPs by schedule / (peak x UTILISATION)
+    compute     FLOPs by schedule / (peak x UTILISATION or LORA_UTILISATION)
     gather      ZeRO-3's weights, once a step, or twice in a sweep, which hides all but one layer
     reduce      gradients to their ranks; a sweep hides all but one layer
     host        boundaries on the host, as far as compute does not hide them; optimizer on the host
@@ -21,9 +21,14 @@ from pipeline.loss.tiles import LossCost
 from pipeline.planning.memory import RankWorkload, Schedule
 from pipeline.planning.shape import ModelShape
 
-# Share of a GPU's peak that transformer layers reach: products and element-wise work of eager
-# transformers in bfloat16 at width 3,584. An estimate (0.48 to 0.52), not measured on a GPU.
+# Share of a GPU's peak that eager transformers reach in bfloat16 at width 3,584, all FLOPs done
+# counted: 0.47 to 0.51 on an H200, training all weights or embedding (tests/benchmarks/RESULTS.md).
 UTILISATION = 0.5
+# With LoRA on every linear layer: 0.37 to 0.41 there. Adapters hardly add FLOPs, but twice the
+# launches and four passes over each output.
+LORA_UTILISATION = 0.4
+# Of the loss's products in fp32: 0.76 there.
+LOSS_UTILISATION = 0.75
 # Gb/s of a host, all its adapters together, where nothing is said.
 DEFAULT_NETWORK = 400.0
 # Share of a link that collectives reach.
@@ -143,11 +148,12 @@ def step_seconds(
 ) -> tuple[Seconds, ...]:
     """Predict the parts of one step that follow one another."""
     workload, width = work.workload, work.workload.width
-    compute = step_flops(shape, work, schedule) / (gpu.bf16 * UTILISATION)
+    utilisation = UTILISATION if shape.adapters is None else LORA_UTILISATION
+    compute = step_flops(shape, work, schedule) / (gpu.bf16 * utilisation)
     if workload.dtype == "float32":
         compute *= gpu.bf16 / gpu.fp32
     sweep = schedule == "sweep"
-    parts = [Seconds("compute", compute, f"FLOPs / (peak x {UTILISATION:g})")]
+    parts = [Seconds("compute", compute, f"FLOPs / (peak x {utilisation:g})")]
     layer = shape.layer_parameters * width
     if workload.stage == 3:
         outer = _exchange(shape.outer_parameters * width, work, gpu)
@@ -169,7 +175,7 @@ def step_seconds(
     parts.append(Seconds("reduce", reduced, source))
     parts.append(Seconds("host", *offload_seconds(shape, work, schedule, compute, gpu.host)))
     if work.loss is not None:
-        seconds = work.loss.matmul_flops / (gpu.fp32 * UTILISATION)
+        seconds = work.loss.matmul_flops / (gpu.fp32 * LOSS_UTILISATION)
         seconds += _exchange(work.loss.received_bytes, work, gpu)
         parts.append(Seconds("loss", seconds, "fp32 products; queries from all ranks"))
     if not workload.offload_optimizer:
