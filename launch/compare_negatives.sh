@@ -9,15 +9,17 @@
 # the local cache; without it the last two parts are left out. The other arguments change all
 # trainings. Run it again to continue. Results: runs/minilm/negatives/report/report.md
 set -euo pipefail
-# shellcheck source=launch/minilm.sh
-source "$(dirname "$0")/minilm.sh"
 teacher=
 changes=()
-for word in "$@"; do
+for word in "${@:2}"; do
   if [[ $word == teacher=* ]]; then teacher=${word#teacher=}; else changes+=("$word"); fi
 done
+# Resolved here, because the next file changes to the checkout.
+if [[ -d $teacher ]]; then teacher=$(cd "$teacher" && pwd); fi
+# shellcheck source=launch/minilm.sh
+source "$(dirname "$0")/minilm.sh"
 out=runs/minilm/negatives
-trainer=(deepspeed --num_accelerators 2 pipeline/train.py --deepspeed ds_configs/zero2.json)
+trainer=("${two_ranks[@]}" pipeline/train.py --deepspeed ds_configs/zero2.json)
 make_shards
 
 # Mined shards: mine NAME [key=value ...]

@@ -16,7 +16,7 @@ source "$(dirname "$0")/minilm.sh"
 make_shards
 
 say "3. Training: every weight, two ranks"
-run deepspeed --num_accelerators 2 pipeline/train.py "$recipe/train.yaml" \
+run "${two_ranks[@]}" pipeline/train.py "$recipe/train.yaml" \
   --deepspeed ds_configs/zero2.json "$@"
 run diffembed export "$recipe/train.yaml" "$@"
 

@@ -30,7 +30,7 @@ run diffembed starter $recipe/model.yaml
 run diffembed prepare $recipe/data.yaml
 
 say "3. Training: whole documents, one layer at a time, two ranks"
-run deepspeed --num_accelerators 2 pipeline/train.py $recipe/train.yaml \
+run "${two_ranks[@]}" pipeline/train.py $recipe/train.yaml \
   --deepspeed ds_configs/zero3.json "$@"
 run diffembed export $recipe/train.yaml "$@" --checkpoint init --output $out/export-untrained
 run diffembed export $recipe/train.yaml "$@"

@@ -23,10 +23,10 @@ run diffembed starter $recipe/model.yaml
 say "3. Shards: tokenised Arrow files, built by two MPI ranks"
 run mpirun -n 2 --allow-run-as-root --oversubscribe diffembed prepare $recipe/data.yaml
 
-train=(deepspeed --num_accelerators 2 pipeline/train.py $recipe/train.yaml
-  --deepspeed ds_configs/zero3.json)
+trainer=(pipeline/train.py $recipe/train.yaml --deepspeed ds_configs/zero3.json)
+train=("${two_ranks[@]}" "${trainer[@]}")
 say "4. Training: ZeRO-3 on two ranks, 256 queries per step in cached chunks"
-run python "${train[@]:3}" --dry-run --world-size 2
+run python "${trainer[@]}" --dry-run --world-size 2
 printf '$ %s &\n' "${train[*]}"
 setsid "${train[@]}" &
 job=$!

@@ -10,6 +10,10 @@ if (($(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') < 2)); then
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 fi
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+# Any free port: DeepSpeed's default, 29500, is taken while another run trains on this machine.
+_free_port='import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+# shellcheck disable=SC2034 # for the scripts
+two_ranks=(deepspeed --num_accelerators 2 --master_port "$(python -c "$_free_port")")
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
