@@ -97,10 +97,16 @@ def _join(world: World, timeout_seconds: int) -> None:
         _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
     except RuntimeError as error:
         # May be a node that died: not the user's mistake, and the next attempt may succeed.
-        raise DiffembedError(
+        message = (
             f"rank {world.rank} of {world.world_size} did not reach the others at {address}:{port} "
             f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
-        ) from error
+        )
+        if "EADDRINUSE" in str(error):
+            message += (
+                " | fix: another program has the port; wait for it, or take another: "
+                "deepspeed --master_port N, torchrun --master-port N, MASTER_PORT=N elsewhere"
+            )
+        raise DiffembedError(message) from error
     _failures = _Failures(dist.distributed_c10d._get_default_store(), world)
 
 

@@ -121,6 +121,8 @@ def test_a_port_that_somebody_else_has_is_one_line(rank_0_of_2: World) -> None:
         comm.start(rank_0_of_2, timeout_seconds=PATIENCE)
 
     assert "\n" not in str(caught.value)
+    assert "| fix: another program has the port" in str(caught.value)
+    assert "deepspeed --master_port N" in str(caught.value)
 
 
 def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from pipeline.config.loading import PathText, UserPath, require, strict
 from pipeline.errors import UserError
@@ -172,6 +172,11 @@ def local_file(path: str, name: str, revision: str | None = None) -> Path | None
 Attention = Literal["bidirectional", "causal"]
 
 
+def _read_targets(value: Any) -> Any:
+    """Take peft's word for every layer as an item of a list too."""
+    return "all-linear" if value in (["all-linear"], ("all-linear",)) else value
+
+
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
@@ -183,7 +188,9 @@ class LoraConfig:
     """The update is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the adapters' inputs."""
-    targets: Literal["all-linear"] | tuple[str, ...] = (
+    targets: Annotated[
+        Literal["all-linear"] | tuple[str, ...], BeforeValidator(_read_targets)
+    ] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """The last components of module names, or every linear layer."""

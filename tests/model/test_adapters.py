@@ -83,8 +83,10 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_their_rank(
     assert encoder.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 
-def test_all_linear_layers_are_the_ones_that_peft_takes(base: Path) -> None:
-    lora = build_config(LoraConfig, {"rank": 2, "targets": "all-linear"}, origin="test")
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear"]])
+def test_all_linear_layers_are_the_ones_that_peft_takes(base: Path, targets: Any) -> None:
+    lora = build_config(LoraConfig, {"rank": 2, "targets": targets}, origin="test")
+    assert lora == LoraConfig(rank=2, targets="all-linear")
     encoder = build_encoder(ModelConfig(path=str(base), lora=lora), meta=True)
     theirs = peft.get_peft_model(
         hf.AutoModelForCausalLM.from_pretrained(base),
