@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -75,6 +76,31 @@ def make_engine(
     return kind(model, build_optimizer(model, config.optimizer), ds_config)
 
 
+@functools.cache  # the same for every stage and schedule
+def plain_updates(
+    path: str, clip: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Run three steps in plain torch; gradients of the third before clipping, and weights after it.
+
+    Args:
+        path: of the model.
+        clip: the norm at which gradients are clipped, 0 for none.
+    """
+    config = make_config(path, clip=clip)
+    oracle = build_encoder(config.model).train()
+    batches = [make_batch(rank, 2, [3, 5]) for rank in range(2)]
+    optimizer = build_optimizer(oracle, config.optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        _, wanted = reference_gradients(oracle, batches)
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        if clip:
+            torch.nn.utils.clip_grad_norm_(oracle.parameters(), clip)
+        optimizer.step()
+    return wanted, {name: weight.detach() for name, weight in oracle.named_parameters()}
+
+
 def updates(
     path: str, zero: dict[str, Any], schedule: str, *, padded: bool = True, clip: float = 0.0
 ) -> dict[str, float]:
@@ -87,30 +113,23 @@ def updates(
         clip: the norm at which gradients are clipped, 0 for none.
     """
     config = make_config(path, schedule=schedule, clip=clip)
-    oracle, encoder = build_encoder(config.model).train(), build_encoder(config.model).train()
-    batches = [make_batch(rank, 2, [3, 5]) for rank in range(2)]
+    encoder = build_encoder(config.model).train()
+    batch = make_batch(comm.rank(), 2, [3, 5])
     if not padded:
-        batches[0] = dataclasses.replace(batches[0], chunks=batches[0].chunks[:3])
-    optimizer = build_optimizer(oracle, config.optimizer)
+        batch = dataclasses.replace(batch, chunks=batch.chunks[: (3, 5)[comm.rank()]])
     engine = make_engine(encoder, zero, config)
     for step in range(3):
-        optimizer.zero_grad()
-        _, wanted = reference_gradients(oracle, batches)
-        accumulate_gradients(engine, batches[comm.rank()], config, device=CPU)
+        accumulate_gradients(engine, batch, config, device=CPU)
         if step == 2:
             ours = {name: engine.full_gradient(name) for name in engine.parameter_names}
-        for group in optimizer.param_groups:
-            group["lr"] = LR
-        length = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(oracle.parameters(), clip)
-        optimizer.step()
         norm = engine.step(LR)
+    wanted, wanted_weights = plain_updates(path, clip)
     # The whole gradient as one vector: single parameters may have next to none.
+    length = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
     difference = torch.cat([(ours[name] - wanted[name]).flatten() for name in wanted]).norm()
     weights = {
-        name: whole_state(engine, name)["weight"] - parameter.detach()
-        for name, parameter in oracle.named_parameters()
+        name: whole_state(engine, name)["weight"] - weight
+        for name, weight in wanted_weights.items()
     }
     engine.close()
     return {
@@ -167,6 +186,18 @@ def drift(stage: int) -> dict[str, float]:
             engine.backward(2 * _chunk_loss(engine.embed, chunk, comm.rank()))
     ours = {name: engine.full_gradient(name).double() for name in engine.parameter_names}
     engine.close()
+    wanted, plain = summed_by_torch()
+    errors: dict[str, list[float]] = {"ours": [], "autograd": []}
+    for name, exact in wanted.items():
+        for kind, gradient in (("ours", ours[name]), ("autograd", plain[name].double())):
+            error = (gradient - exact).norm() / exact.norm()
+            errors[kind].append(float(error))
+    return {kind: max(values) for kind, values in errors.items()}
+
+
+@functools.cache  # the same for every stage
+def summed_by_torch() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Sum bfloat16 gradients of all ranks' chunks, in fp64 and as autograd does."""
     plain, wanted = TwoGroups().bfloat16(), TwoGroups().double()
     for rank in range(2):
         for chunk in range(NUM_CHUNKS):
@@ -176,15 +207,12 @@ def drift(stage: int) -> dict[str, float]:
             for total, part in zip(wanted.parameters(), single.parameters(), strict=True):
                 assert part.grad is not None
                 total.grad = part.grad.double() + (0 if total.grad is None else total.grad)
-    errors: dict[str, list[float]] = {"ours": [], "autograd": []}
-    for name, parameter in wanted.named_parameters():
-        assert parameter.grad is not None
-        bf16 = plain.get_parameter(name).grad
-        assert bf16 is not None
-        for kind, gradient in (("ours", ours[name]), ("autograd", bf16.double())):
-            error = (gradient - parameter.grad).norm() / parameter.grad.norm()
-            errors[kind].append(float(error))
-    return {kind: max(values) for kind, values in errors.items()}
+    sums = []
+    for model in (wanted, plain):
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        sums.append({name: grad for name, grad in found.items() if grad is not None})
+        assert set(sums[-1]) == set(found)
+    return sums[0], sums[1]
 
 
 def _chunk_loss(embed: Any, chunk: int, rank: int) -> torch.Tensor:
