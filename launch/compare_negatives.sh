@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Which hard negatives help? all-MiniLM-L6-v2 is trained as by finetune_minilm.sh, with negatives by
+# Compare hard negatives: all-MiniLM-L6-v2 is trained as in finetune_minilm.sh, with negatives by
 # words (BM25), mined ones, mined ones below a margin, and with a teacher that masks false negatives
-# or is distilled; each model is scored on concepts that are not in the training data.
+# or is distilled. Each model is scored on concepts that are not in the training data.
 #
 #   launch/compare_negatives.sh GENERATIONS|synthesis [teacher=FOLDER] [key=value ...]
 #
 # GENERATIONS is as for finetune_minilm.sh. FOLDER is a sentence-transformers model, or its name in
-# the local cache; without it the last two parts are left out. The other arguments change all
+# the local cache; without it, the last two trainings are left out. The other arguments change all
 # trainings. Run it again to continue. Results: runs/minilm/negatives/report/report.md
 set -euo pipefail
 teacher=
@@ -37,7 +37,7 @@ margin='margin={relative: 0.95}'
 mine mined
 mine margin "$margin"
 if [[ -n $teacher ]]; then
-  # 96: the shards' texts are cut there.
+  # The shards' texts are cut at 96 tokens too.
   mine taught "$margin" \
     "teacher={kind: bi_encoder, path: $teacher, vectors: true, max_length: 96}"
 fi

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts that train all-MiniLM-L6-v2 on generated problems, whose arguments it reads:
-# GENERATIONS or `synthesis`, which becomes `generations`; the others stay in "$@".
+# Sourced by the scripts that train all-MiniLM-L6-v2 on generated problems. Takes their first argument,
+# GENERATIONS or `synthesis`, as `generations`, and leaves the others in "$@".
 generations=${1:-}
 if [[ $generations != synthesis ]]; then
   if [[ ! -f $generations/generations.jsonl || ! -f $generations/definitions.jsonl ]]; then
@@ -32,7 +32,7 @@ make_shards() {
     rm -f $out/url
     python -m tests.reasonaug.language_server --announce $out/url --behaviour '{"wrong": 0.1}' \
       >$out/server.log 2>&1 &
-    # shellcheck disable=SC2064 # the process of now
+    # shellcheck disable=SC2064 # $! is expanded now
     trap "kill $!" EXIT
     until [[ -s $out/url ]]; do sleep 0.5; done
     run python -m ReasonAug synthesize ReasonAug/synthesis/example.yaml output_dir=$out/synthesis \
