@@ -6,10 +6,14 @@ Started by test_gradients.py through a launcher; prints one JSON line per case o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import os
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +39,9 @@ from pipeline.training.contrastive_step import Projection, accumulate_gradients
 from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer, seed_random
 from pipeline.training.zero import ZeroEngine
-from tests.support import PATIENCE
+from tests import forks
+from tests.benchmarks.bench_support import PlainEngine
+from tests.support import PATIENCE, rank_environments
 from tests.training.exactness import gradient_errors, wake_adapters
 
 TEMPERATURE = 0.1
@@ -49,6 +55,7 @@ TEACHER_WIDTH = 5
 DROPOUT = 0.1
 NUM_QUERIES, NUM_DOCUMENTS = 12, 22
 SEED, STEP = 7, 3
+BACKEND = "aot_eager"  # makes no code of the graphs, which takes a minute
 
 
 def make_batch(
@@ -188,13 +195,12 @@ def run_case(
     pool_instruction: bool,
     distilled: bool,
     taught: bool,
+    only_graphs: bool = False,
 ) -> dict[str, float]:
-    """Return the worst relative error over all parameters, and both losses."""
-    lora_config = LoraConfig(rank=4, alpha=8, dropout=DROPOUT)
-    if compiled:
-        # A layer is compiled in two parts, before and after its attention: an adapter in each. To
-        # trace one of every projection takes many seconds more.
-        lora_config = dataclasses.replace(lora_config, targets=("q_proj", "down_proj"))
+    """Return the worst relative error over all parameters, and both losses.
+
+    With `only_graphs`, find the graphs of compiled layers in this process, without an engine.
+    """
     model = ModelConfig(
         path=model_path,
         dtype="float32",
@@ -203,7 +209,7 @@ def run_case(
         pool_instruction=pool_instruction,
         attention_dropout=DROPOUT if longest is None else 0.0,
         gradient_checkpointing=causal and schedule != "sweep",
-        lora=lora_config if lora else None,
+        lora=LoraConfig(rank=4, alpha=8, dropout=DROPOUT) if lora else None,
     )
     config = TrainConfig(
         output_dir=Path("unused"),
@@ -241,12 +247,20 @@ def run_case(
     loss, wanted = reference_gradients(
         encoders[0], batches, distilled=distilled, taught=taught, matrix=matrix
     )
+    if only_graphs:
+        compile_layers(encoders[1].train(), backend=BACKEND)
+        plain: Any = PlainEngine(encoders[1])
+        weight = None if projection is None else projection.weight
+        accumulate_gradients(
+            plain, batches[0], config, device=torch.device("cpu"), projection=weight
+        )
+        return {}
     # DeepSpeed keeps small parameters whole by default, which would hide ZeRO-3's faults.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = resolve_ds_config({"zero_optimization": zero}, config, world_size=world_size)
     engine = ZeroEngine(encoders[1], build_optimizer(encoders[1], config.optimizer), ds_config)
-    if compiled:  # without generating code, which takes a minute
-        compile_layers(engine.encoder, backend="aot_eager")
+    if compiled:
+        compile_layers(engine.encoder, backend=BACKEND)
     output = accumulate_gradients(
         engine,
         batches[rank],
@@ -319,28 +333,67 @@ def _name(
     return ", ".join(words + [f"{longest} tokens"] * (longest is not None))
 
 
-def main() -> None:
-    model_path = sys.argv[1]
-    torch.set_num_threads(1)
+def run_cases(model_path: str, *, compiled: bool) -> None:
+    """Be a rank: run all cases with compiled layers, or all others."""
     comm.start(discover_world(), timeout_seconds=PATIENCE)
     for name, case in list_cases(comm.world_size()).items():
-        # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
-        causal = case["lora"] and case["counts"][0] in (2, 3)
-        # Every schedule once without the instruction's tokens.
-        pooled = case["lora"] or case["counts"][0] != 3
-        result = run_case(
-            model_path,
-            causal=causal,
-            pool_instruction=pooled,
-            # A teacher joins where graphs are kept, with a projection to its vectors.
-            distilled=case["keep_graphs"] > 0,
-            # And its vectors in sweeps, which every stage and number of ranks has.
-            taught=case["schedule"] == "sweep",
-            **case,
-        )
-        if comm.rank() == 0:
-            print(json.dumps({"case": name, **result}), flush=True)
+        if case.get("compiled", False) == compiled:
+            result = run_case(model_path, **_with_model(case))
+            if comm.rank() == 0:
+                print(json.dumps({"case": name, **result}), flush=True)
     comm.leave(0, gracefully=True)
+
+
+def _with_model(case: dict[str, Any]) -> dict[str, Any]:
+    """Add what the model and the loss of a case are."""
+    return {
+        **case,
+        # Causal attention, last-token pooling and activation checkpointing ride on the LoRA cases.
+        "causal": case["lora"] and case["counts"][0] in (2, 3),
+        # Every schedule once without the instruction's tokens.
+        "pool_instruction": case["lora"] or case["counts"][0] != 3,
+        # A teacher joins where graphs are kept, with a projection to its vectors.
+        "distilled": case["keep_graphs"] > 0,
+        # And its vectors in sweeps, which every stage and number of ranks has.
+        "taught": case["schedule"] == "sweep",
+    }
+
+
+def fork_compiled_ranks(model_path: str, world_size: int) -> None:
+    """Find all graphs once, which takes most of the time, and fork ranks that have them."""
+    for case in list_cases(world_size).values():
+        if case.get("compiled", False):
+            run_case(model_path, only_graphs=True, **_with_model(case))
+
+    def be_rank(environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        run_cases(model_path, compiled=True)
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = [
+            forks.Child(
+                functools.partial(be_rank, environment),
+                folder=Path.cwd(),
+                stdout=folder / f"{rank}.out",
+                stderr=folder / f"{rank}.err",
+            )
+            for rank, environment in enumerate(rank_environments(world_size))
+        ]
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            time.sleep(0.02)
+        for rank in ranks:
+            rank.kill()
+        print(*(text for rank in ranks for text in rank.read()), sep="\n", flush=True)
+    sys.exit(any(codes))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model_path, *compiled = sys.argv[1:]
+    if compiled:
+        fork_compiled_ranks(model_path, int(compiled[0]))
+    run_cases(model_path, compiled=False)
 
 
 if __name__ == "__main__":

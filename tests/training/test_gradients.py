@@ -16,8 +16,14 @@ CASES = [(world_size, name) for world_size in (1, 2, 3) for name in list_cases(w
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, model_path: Path) -> dict[str, dict[str, float]]:
-    """Return the results of all cases on so many ranks, by name; one launch does them all."""
-    output = launch_ranks(request.param, WORKER, str(model_path))
+    """Return the results of all cases on so many ranks, by name.
+
+    One launch does them all, except for compiled layers: their ranks are forked from one process.
+    """
+    world_size = request.param
+    output = launch_ranks(world_size, WORKER, str(model_path))
+    if any(case.get("compiled") for case in list_cases(world_size).values()):
+        output += launch_ranks(1, WORKER, str(model_path), str(world_size))
     found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return {result["case"]: result for result in found}
 
