@@ -28,7 +28,7 @@ from ReasonAug.templates import write_templates
 # ReasonIR's rows (arXiv 2504.20595): each has a query, a positive and a hard negative.
 _ROWS, _QUERIES, _DOCUMENTS = 320_000, 1384, 2
 _TEMPLATE_ROWS, _TEMPLATE_QUERIES = 6816, 400
-_ROUNDS, _OF_ROUND, _ALONE = 6, 8, 300
+_ROUNDS, _OF_ROUND, _ALONE = 6, 25, 300
 
 
 def plain_ratio(left: ComparedText, right: ComparedText, limit: float) -> float | None:

@@ -22,12 +22,12 @@ import functools
 import heapq
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rapidfuzz.distance import LCSseq
+from rapidfuzz.distance import LCSseq, Postfix, Prefix
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
 from pipeline.data.order import mix
@@ -137,9 +137,12 @@ class ContaminationIndex:
         2005.14165, appendix C, use 13), or, for a query, its matching ratio with an evaluation
         query is above `max_ratio`.
         """
+        if not len(self._ngrams):  # the evaluation texts have no words
+            return None
         compared = ComparedText(text)
-        ngrams = hash_runs(compared.hashes, self._config.ngram)
-        nearest = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
+        # Sorted, because hashes in ascending order are found faster.
+        ngrams = np.sort(hash_runs(compared.hashes, self._config.ngram))
+        nearest = np.minimum(self._ngrams.searchsorted(ngrams), len(self._ngrams) - 1)
         hits = self._ngrams[nearest] == ngrams
         share = np.count_nonzero(hits) / max(1, len(hits))
         if share > self._config.max_overlap:
@@ -151,18 +154,7 @@ class ContaminationIndex:
         return self._find_query(compared) if is_query else None
 
     def _find_query(self, text: ComparedText) -> Match | None:
-        runs = hash_runs(text.hashes, _CANDIDATE_WORDS)
-        starts = np.searchsorted(self._runs, runs, side="left")
-        stops = np.searchsorted(self._runs, runs, side="right")
-        # A run that the text repeats counts once.
-        spans = set(zip(starts.tolist(), stops.tolist(), strict=True))
-        candidates = [self._run_queries[start:stop] for start, stop in spans if stop > start]
-        if not candidates:
-            return None
-        shared = np.bincount(np.concatenate(candidates))
-        for number in np.argsort(-shared, kind="stable")[:_CANDIDATES].tolist():
-            if not shared[number]:
-                break
+        for number in self._candidates(text):
             owner, query = self._queries[number]
             ratio = ratio_above(text, self._compared_query(number), self._config.max_ratio)
             if ratio is not None:
@@ -171,6 +163,30 @@ class ContaminationIndex:
                     where=f"{self._names[owner]}: {query[:120]}",
                 )
         return None
+
+    def _candidates(self, text: ComparedText) -> list[int]:
+        """Return the numbers of the queries with most runs in common, most first."""
+        runs = np.sort(hash_runs(text.hashes, _CANDIDATE_WORDS))
+        starts = self._runs.searchsorted(runs)
+        counts = self._runs.searchsorted(runs, side="right") - starts
+        counts[1:][runs[1:] == runs[:-1]] = 0  # a run that the text repeats counts once
+        ends = counts.cumsum()
+        if not len(ends) or not ends[-1]:
+            return []
+        entries = np.repeat(starts + counts - ends, counts) + np.arange(ends[-1])
+        shared = np.bincount(self._run_queries[entries])
+        limit = min(_CANDIDATES, len(shared))
+        least = max(1, np.partition(shared, -limit)[-limit])
+        numbers = np.flatnonzero(shared >= least)
+        return numbers[np.argsort(-shared[numbers], kind="stable")[:limit]].tolist()
+
+
+# Splits a text into the runs of characters at which a match may start.
+Split = Callable[[str], list[str]]
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
 
 
 class ComparedText:
@@ -199,6 +215,23 @@ class ComparedText:
         counts = collections.Counter(self.characters)
         return "".join(letter for letter, count in counts.items() if count > length // 100 + 1)
 
+    @functools.cached_property
+    def split(self) -> Split:
+        """Split any text at the characters that are frequent in this one."""
+        pattern = f"[^{re.escape(self.frequent)}]+"
+        return re.compile(pattern).findall if self.frequent else _whole
+
+    @functools.cached_property
+    def pairs(self) -> bytes:
+        """One byte per two adjacent characters: the same for equal pairs, mostly not for others."""
+        codes = np.frombuffer(self.characters.encode("latin-1", "replace"), dtype=np.uint8)
+        return (codes[:-1] * np.uint8(31) + codes[1:]).tobytes()
+
+    @functools.cached_property
+    def rare(self) -> str:
+        """All occurrences of characters that are not frequent, in order."""
+        return "".join(self.split(self.characters))
+
 
 def ratio_above(left: ComparedText, right: ComparedText, limit: float) -> float | None:
     """Return the share of two texts in matching blocks if it is above a limit, else None.
@@ -214,10 +247,10 @@ def ratio_above(left: ComparedText, right: ComparedText, limit: float) -> float 
         one, other = (
             "".join([letter_of.get(word, "\0") for word in text.words]) for text in (left, right)
         )
-        found = _match(one, other, limit, frequent="")
+        found = _match(one, other, limit, split=_whole)
     limit = limit if found is None else found
-    if _may_exceed(left.characters, right.characters, limit):
-        ratio = _match(left.characters, right.characters, limit, frequent=right.frequent)
+    if _characters_may_exceed(left, right, limit):
+        ratio = _match(left.characters, right.characters, limit, split=right.split)
         found = found if ratio is None else ratio
     return found
 
@@ -234,7 +267,29 @@ def _may_exceed(left: str | bytes, right: str | bytes, limit: float) -> bool:
     return bool(LCSseq.similarity(left, right, score_cutoff=least) >= least)
 
 
-def _match(left: str, right: str, limit: float, *, frequent: str) -> float | None:
+def _characters_may_exceed(left: ComparedText, right: ComparedText, limit: float) -> bool:
+    """Return False where the ratio over characters cannot be above a limit.
+
+    Where some characters are frequent, there are few matching blocks: each contains another
+    character, except for one at the start of both texts. A block of n characters has n - 1 adjacent
+    pairs, and unrelated texts have fewer pairs in common than characters, so that pairs give the
+    lower bound.
+    """
+    one, other = left.characters, right.characters
+    if not right.frequent:
+        return _may_exceed(one, other, limit)
+    least = int(limit * (len(one) + len(other)) / 2)
+    if least > min(len(one), len(other)):
+        return False
+    blocks = 1 + len(right.rare)
+    pairs = LCSseq.similarity(left.pairs, right.pairs, score_cutoff=max(0, least - blocks))
+    if pairs + blocks < least:
+        return False
+    blocks = 1 + sum(min(right.rare.count(letter), one.count(letter)) for letter in set(right.rare))
+    return pairs + blocks >= least
+
+
+def _match(left: str, right: str, limit: float, *, split: Split) -> float | None:
     """Return difflib's ratio if it is above a limit, else None.
 
     Difflib takes the longest match, then searches left and right of it. Here the longest common
@@ -246,7 +301,7 @@ def _match(left: str, right: str, limit: float, *, frequent: str) -> float | Non
     matched, possible = 0, -regions[0][0]
     while regions and possible >= needed:
         bound, start, stop, right_start, right_stop = heapq.heappop(regions)
-        i, j, size = _longest_match(left[start:stop], right[right_start:right_stop], frequent)
+        i, j, size = _longest_match(left[start:stop], right[right_start:right_stop], split)
         matched += size
         possible += size + bound
         if not size:
@@ -275,39 +330,27 @@ def _needed(left: str, right: str, limit: float) -> int:
     return needed
 
 
-def _longest_match(left: str, right: str, frequent: str) -> tuple[int, int, int]:
+def _longest_match(left: str, right: str, split: Split) -> tuple[int, int, int]:
     """Return (start in left, start in right, length) as `SequenceMatcher.find_longest_match` does.
 
-    The longest match of letters that are not frequent grows at both ends over any letters.
+    The longest match within one of the runs is extended at both ends over any characters.
     """
-    runs = [left]
-    if frequent:
-        divider = frequent[0]
-        runs = left.translate(dict.fromkeys(map(ord, frequent), divider)).split(divider)
     best, size = "", 0
-    for run in runs:
-        start = 0
-        while start + size < len(run):  # look for one that is longer than the best so far
+    for run in dict.fromkeys(split(left)):  # a repetition has no longer match
+        start, last = 0, len(run) - size
+        while start < last:  # look for one that is longer than the best so far
             half, end = start + (size + 1) // 2, start + size + 1
             if run[half:end] not in right:
                 start = half + 1  # no match contains all of this half
             elif (found := right.find(run[start:end])) < 0:
                 start += 1
             else:
-                size += 1 + _common_start(run[end:], right[found + size + 1 :])
-                best = run[start : start + size]
+                size += 1 + Prefix.similarity(run[end:], right[found + size + 1 :])
+                best, last = run[start : start + size], len(run) - size
     i, j = left.find(best), right.find(best)
-    while i and j and left[i - 1] == right[j - 1]:
-        i, j, size = i - 1, j - 1, size + 1
-    return i, j, size + _common_start(left[i + size :], right[j + size :])
-
-
-def _common_start(left: str, right: str) -> int:
-    """Count the letters that two texts have in common at their start."""
-    for count, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return count
-    return min(len(left), len(right))
+    before = Postfix.similarity(left[:i], right[:j])
+    after = Prefix.similarity(left[i + size :], right[j + size :])
+    return i - before, j - before, before + size + after
 
 
 # One hash per word or per run of words.
@@ -320,12 +363,19 @@ _INVERSE = pow(GOLDEN_RATIO, -1, 2**64)
 def hash_words(text: str) -> WordHashes:
     """(W,) hash of each word, without case, punctuation and spaces."""
     words = _WORD.findall(text.lower())
-    return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    return np.fromiter(map(_hash_of_word.__getitem__, words), dtype=np.uint64, count=len(words))
 
 
-@functools.lru_cache(maxsize=2**17)
-def _word_hash(word: str) -> int:
-    return stable_hash(word)
+class _HashOfWord(dict[str, int]):
+    """Cache of word hashes; a dict is twice as fast as `functools.lru_cache`."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 2**17:
+            self.clear()
+        return self.setdefault(word, stable_hash(word))
+
+
+_hash_of_word = _HashOfWord()
 
 
 def hash_ngrams(words: WordHashes, size: int) -> WordHashes:
@@ -355,7 +405,7 @@ def hash_runs(words: WordHashes, size: int) -> WordHashes:
     size = min(size, len(words))
     bits = len(words).bit_length()
     sums = np.zeros(len(words) + 1, dtype=np.uint64)
-    np.cumsum(words * _powers(GOLDEN_RATIO, bits)[: len(words)], out=sums[1:])
+    (words * _powers(GOLDEN_RATIO, bits)[: len(words)]).cumsum(out=sums[1:])
     return (sums[size:] - sums[:-size]) * _powers(_INVERSE, bits)[: len(words) - size + 1]
 
 
