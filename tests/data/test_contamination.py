@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
@@ -52,7 +52,7 @@ def pairs_of_texts(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @given(pairs_of_texts(), st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]))
-@settings(max_examples=200)
+@settings(max_examples=150)
 def test_a_bounded_matching_ratio_is_that_of_difflib(pair: tuple[str, str], limit: float) -> None:
     ratio = difflib_ratio(*pair)
     left, right = map(ComparedText, pair)
@@ -81,7 +81,9 @@ def mixtures(draw: st.DrawFn) -> str:
 
 
 @given(mixtures(), mixtures())
-@settings(max_examples=100)
+# Of the matches at "x" and at "y", difflib takes the earlier one, and so misses the larger block.
+@example("ba" * 50 + "x" + "bb" * 9 + "y" + "ab" * 60, "y" + "ab" * 60 + "ba" * 50 + "aax")
+@settings(max_examples=60)
 def test_a_ratio_of_long_texts_is_found_up_to_the_last_bit(left: str, right: str) -> None:
     ratio = difflib_ratio(left, right)
     assert len(right) < 200 or ComparedText(right).frequent
@@ -90,18 +92,21 @@ def test_a_ratio_of_long_texts_is_found_up_to_the_last_bit(left: str, right: str
     assert ratio_above(ComparedText(left), ComparedText(right), ratio) is None
 
 
-@given(st.data())
-@settings(max_examples=25, deadline=None)
+_WORDS = st.lists(st.sampled_from("aab"), max_size=14).map(" ".join)
+
+
+@given(st.lists(_WORDS, min_size=1, max_size=40), _WORDS)
+# The text has "a a a" three times, which counts once: the second query has more in common.
+@example(["a a a a b c", "p q r s t u v"], "a a a a a p q r s t u v")
+@settings(max_examples=60, deadline=None)
 def test_a_query_is_compared_with_the_queries_that_have_most_runs_in_common(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, queries: list[str], text: str
 ) -> None:
-    texts = st.lists(st.sampled_from("abc"), max_size=14).map(" ".join)
-    queries, text = data.draw(st.lists(texts, min_size=1, max_size=40)), data.draw(texts)
     folder = tmp_path_factory.mktemp("index")
     path = folder / "queries.jsonl"
     path.write_text("".join(json.dumps({"text": query}) + "\n" for query in queries))
     rule = DecontaminateConfig(
-        sets=(EvaluationSetConfig(name="queries", path=str(path)),), max_overlap=1, max_ratio=0.7
+        sets=(EvaluationSetConfig(name="queries", path=str(path)),), max_overlap=1, max_ratio=0.3
     )
     build_index(rule, folder / "index")
 
@@ -115,7 +120,7 @@ def test_a_query_is_compared_with_the_queries_that_have_most_runs_in_common(
         (
             (f"matching ratio {ratio:.2f} with an evaluation query", f"queries: {queries[number]}")
             for number in nearest
-            if shared[number] and (ratio := difflib_ratio(text, queries[number])) > 0.7
+            if shared[number] and (ratio := difflib_ratio(text, queries[number])) > 0.3
         ),
         None,
     )
