@@ -178,7 +178,9 @@ class ContaminationIndex:
         limit = min(_CANDIDATES, len(shared))
         least = max(1, np.partition(shared, -limit)[-limit])
         numbers = np.flatnonzero(shared >= least)
-        return numbers[np.argsort(-shared[numbers], kind="stable")[:limit]].tolist()
+        order = np.argsort(-shared[numbers], kind="stable")  # of equal counts, the first query
+        nearest: list[int] = numbers[order[:limit]].tolist()
+        return nearest
 
 
 # Splits a text into the runs of characters at which a match may start.
