@@ -16,5 +16,5 @@ def test_128_coalesced_bf16_chunks_drift_no_more_than_their_rounding(tmp_path: P
     output = launch_ranks(1, Path(drift_worker.__file__), str(path))
 
     result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-    # 128 roundings of up to 2**-9 each, in random directions.
-    assert result["drift"] <= 128**0.5 * 2**-9
+    # Each chunk's gradient was rounded once, to 2**-9. A sum in bf16 would drift to 0.011.
+    assert result["drift"] <= 2**-8
