@@ -303,11 +303,9 @@ def measure(setting: Setting, *, lora: bool, name: str, length: int) -> Cell:
 _EXTRA = ("activations", "boundaries", "loss")
 
 
-def planned_bytes(
-    setting: Setting, encoder: Encoder, batch: GlobalBatch, schedule: str, checkpointing: bool
-) -> float:
-    """Return what `diffembed plan run` predicts for the extra memory of a step's passes."""
-    workload = RankWorkload(
+def workload_of(setting: Setting, batch: GlobalBatch, *, checkpointing: bool) -> RankWorkload:
+    """Describe the step of one rank to the planner."""
+    return RankWorkload(
         world_size=1,
         stage=1,
         dtype=setting.dtype,  # type: ignore[arg-type]
@@ -315,6 +313,13 @@ def planned_bytes(
         chunk_tokens=max(len(chunk.input_ids) for chunk in batch.chunks),
         gradient_checkpointing=checkpointing,
     )
+
+
+def planned_bytes(
+    setting: Setting, encoder: Encoder, batch: GlobalBatch, schedule: str, checkpointing: bool
+) -> float:
+    """Return what `diffembed plan run` predicts for the extra memory of a step's passes."""
+    workload = workload_of(setting, batch, checkpointing=checkpointing)
     shape = ModelShape.of(encoder, encoder.config)
     terms = memory_terms(shape, workload, schedule)  # type: ignore[arg-type]
     return sum(term.size for term in terms if term.part in _EXTRA and "passes" in term.moments)

@@ -11,7 +11,6 @@ from pipeline.measuring.calibrate import SIZES, describe_machine, measure_consta
 from pipeline.measuring.layers import Sizes, Timer
 from pipeline.planning.calibration import Calibration
 from pipeline.planning.measured import measured_seconds
-from pipeline.planning.memory import RankWorkload
 from pipeline.planning.shape import ModelShape
 from pipeline.planning.speed import DEFAULT_NETWORK, StepWork
 from tests.gpu import bench_gpu
@@ -20,7 +19,7 @@ from tests.gpu.contact import Place, Report
 from tests.gpu.part_speed import make_setting
 
 LIMIT = 0.15  # of the observed seconds
-# For a rehearsal; `bytes` still has a table with more rows than the measurement looks up.
+# For a rehearsal, and for tests.
 TINY = Sizes(
     dtypes=("float32",),
     tokens=(16, 64),
@@ -73,14 +72,7 @@ def _step(
         lambda: bench_gpu.step(encoder, batch, schedule, setting.device), setting
     )
     work = StepWork(
-        workload=RankWorkload(
-            world_size=1,
-            stage=1,
-            dtype=setting.dtype,  # type: ignore[arg-type]
-            rank_tokens=batch.tokens,
-            chunk_tokens=max(len(chunk.input_ids) for chunk in batch.chunks),
-            gradient_checkpointing=False,
-        ),
+        workload=bench_gpu.workload_of(setting, batch, checkpointing=False),
         chunks=tuple(chunk.lengths for chunk in batch.chunks),
         causal=False,
         kept=0.0,

@@ -20,7 +20,6 @@ from pipeline.config import LoraConfig, TrainConfig, load_config
 from pipeline.errors import UserError
 from pipeline.launch import discover_world, processor_name
 from pipeline.measuring import calibrate as measure
-from pipeline.measuring.layers import Sizes
 from pipeline.planning import RunPlan, plan_run, seconds_of
 from pipeline.planning.calibration import (
     FOLDER_VARIABLE,
@@ -44,6 +43,7 @@ from pipeline.planning.memory import Target
 from pipeline.planning.shape import ModelShape
 from pipeline.planning.speed import StepWork, step_flops
 from pipeline.training.ds_config import resolve_ds_config
+from tests.gpu.part_calibrate import TINY
 from tests.support import output_of_code, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,20 +324,6 @@ def test_a_run_knows_what_a_step_should_take_where_the_machine_was_calibrated(
 
 
 # --- the measurement -------------------------------------------------------------------------
-
-TINY = Sizes(
-    dtypes=("float32",),
-    tokens=(16, 64),
-    widths=(16, 64),
-    lengths=(8, 32),
-    head_widths=(32, 64),
-    width=64,
-    chunks=(32, 64),
-    engine=((2, 16, 64), (1, 64, 512)),
-    loss=((4, 16), (16, 32)),
-    bytes=2**16,
-    seconds=1e-4,
-)
 
 
 def measure_tiny(folder: str) -> None:
