@@ -5,6 +5,7 @@ Prints one JSON line per result and rank, on rank 0.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -31,6 +32,7 @@ from pipeline.training.zero import ZeroEngine, placement_of
 from tests.support import PATIENCE
 
 CPU = torch.device("cpu")
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def anonymous() -> int:
@@ -121,6 +123,8 @@ def failure(path: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # glibc keeps freed blocks of up to 32 MiB by default, more or fewer of them in every run.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     comm.start(discover_world(), timeout_seconds=PATIENCE)
     large, tiny, broken = sys.argv[1:]
     results: list[dict[str, Any]] = [{"case": "memory", **memory(large)}]
