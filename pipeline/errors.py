@@ -184,10 +184,26 @@ def describe_error(error: DiffembedError) -> str:
     return f"{name}: {error}"
 
 
+def require_utf8() -> None:
+    """Refuse a locale in which Python cannot name every file, or write every text of a library.
+
+    Raises:
+        UserError: the encoding of file names is not UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise UserError(
+            f"Python encodes the names of files in {encoding}",
+            allowed="utf-8",
+            fix="export PYTHONUTF8=1, or LC_ALL=C.UTF-8",
+        )
+
+
 @contextlib.contextmanager
 def errors_end_the_process() -> Iterator[None]:
     """Exit with one line and a code for an error of this package or of a disk."""
     try:
+        require_utf8()
         yield
     except DiffembedError as error:
         say_error(error)

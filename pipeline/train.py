@@ -32,6 +32,7 @@ from pipeline.errors import (
     UserError,
     describe_error,
     explain_os_error,
+    require_utf8,
     say_error,
     say_warning,
 )
@@ -311,6 +312,7 @@ def main(launchers: tuple[int, ...] = ()) -> None:
     """Run, and leave with the exit code of the outcome (see DiffembedError)."""
     code = 0
     try:
+        require_utf8()
         run(sys.argv[1:], launchers)
     except DiffembedError as error:
         say_error(error)

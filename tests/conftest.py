@@ -48,6 +48,7 @@ _START_PROCESSES = {
     *("test_export.py", "test_export_check.py", "outside", "test_serving.py"),
     "test_bad_rows_are_dropped_counted_and_listed_the_same_by_any_number_of_workers",
     "test_a_hub_dataset_is_read_from_its_cache_when_offline",
+    "test_a_locale_without_utf8_is_refused",
     "test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill",
     "test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure",
     "test_a_site_file_that_lacks_something_is_refused_by_name",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,20 @@ def test_a_machine_without_memory_is_one_line_with_exit_1() -> None:
         assert explained is not None
         assert explained.exit_code == 1
         assert "memory" in str(explained)
+
+
+@pytest.mark.parametrize("command", [["-m", "pipeline.cli", "config"], ["pipeline/train.py"]])
+def test_a_locale_without_utf8_is_refused(command: list[str]) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **locale},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "UserError: Python encodes the names of files in ascii | allowed: utf-8 | "
+        "fix: export PYTHONUTF8=1, or LC_ALL=C.UTF-8\n"
+    )

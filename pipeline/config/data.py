@@ -196,8 +196,8 @@ class SourceConfig:
     """The instruction of documents, for tasks that compare like with like."""
     columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """For the format `columns`, the fields that hold query, positives, negatives, documents and
-    their labels, instruction, concept and scores; a dotted path reaches inside a field, a list or a
-    glob joins several.
+    their labels, instruction, concept and scores; a dotted path reaches inside a field, also into
+    the objects of a list or into one by its number; a list or a glob joins several.
     """
     documents: PathText | None = None
     """For `reasonir_hq`, the BRIGHT documents its positives are ids of."""

@@ -144,6 +144,45 @@ def test_chats_are_read_as_the_contents_of_their_messages(tmp_path: Path) -> Non
             rows_of(make_source(path, columns=columns))
 
 
+def test_paths_reach_into_lists_by_key_and_by_number(tmp_path: Path) -> None:
+    record = {
+        "messages": [message("Be brief.", "system"), message("q")],
+        "found": [
+            {"text": "p", "score": 2},
+            {"text": "n", "score": 0.5},
+            {"text": "m", "score": 0},
+        ],
+        "one": [{"text": "q"}],
+        "rows": [["a"], ["b"]],
+        "none": [],
+    }
+    row = row_of(record, tmp_path, query="messages.1.content", positives="found.0.text")
+    assert (row.query, row.positives) == ("q", ("p",))
+    row = row_of(
+        record,
+        tmp_path,
+        query="messages.-1.content",
+        documents="found.text",
+        labels="found.score",
+    )
+    assert (row.positives, row.negatives) == (("p", "n"), ("m",))
+    columns = {"query": "one.text", "positives": "rows.1", "negatives": "none.text"}
+    row = row_of(record, tmp_path, **columns)
+    assert (row.query, row.positives, row.negatives) == ("q", ("b",), ())
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    for query, words in (
+        ("messages.content", "'messages.content' is a list"),
+        ("messages.2.content", "field 'messages.2.content' is missing"),
+        ("messages.name", "field 'messages.name' is missing"),
+        ("rows.name", "field 'rows.name' is missing"),
+        ("rows", "'rows' is a list"),
+    ):
+        with pytest.raises(UserError, match=rf"rows\.jsonl:1: {words}"):
+            rows_of(make_source(path, columns={"query": query, "positives": "rows.0"}))
+    assert not rows_of(make_source(path, columns=columns, where={"found.text": "p"}))
+
+
 def test_where_reaches_inside_fields_and_knows_booleans_and_numbers(tmp_path: Path) -> None:
     records = [
         {"query": f"{k}", "positives": "p", "meta": {"lang": "en" if k % 2 else "de"},

@@ -275,19 +275,38 @@ _LARGEST_NUMBER = 3.4028234663852886e38
 
 
 def field_of(record: Record, key: str, *, required: bool = True) -> Any:
-    """Return the value of a field, or at a dotted path of keys."""
+    """Return the value of a field, or at a dotted path.
+
+    A step of a path is a key, or the number of a list's entry. The key of a list of objects is a
+    list of their values.
+    """
     value: Any = record.value
     # A field whose name contains a dot comes before a path.
     path = [key] if isinstance(value, Mapping) and key in value else key.split(".")
-    for part in path:
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif required:
-            found = ", ".join(map(str, record.value))
-            raise record.fail(f"field {key!r} is missing", allowed=f"fields found: {found}")
-        else:
+    try:
+        for part in path:
+            value = _step(value, part)
+    except LookupError as error:
+        if not required:
             return None
+        found = ", ".join(map(str, record.value))
+        raise record.fail(f"field {key!r} is missing", allowed=f"fields found: {found}") from error
     return value
+
+
+def _step(value: Any, part: str) -> Any:
+    """Return what one step of a path leads to.
+
+    Raises:
+        LookupError: nothing is there.
+    """
+    if isinstance(value, Mapping):
+        return value[part]
+    if not isinstance(value, list | tuple):
+        raise LookupError(part)
+    if re.fullmatch(r"-?\d+", part):
+        return value[int(part)]
+    return [_step(item, part) for item in value]
 
 
 def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -330,9 +349,15 @@ def optional_text(record: Record, key: str) -> str:
 
 
 def text_or_chat(record: Record, key: str) -> str:
-    """Return a text, or the messages of a chat as one."""
+    """Return a text, the messages of a chat as one, or the only text at a path through a list."""
     value = field_of(record, key)
-    return _chat(record, key, value) if _is_chat(value) else required_text(record, key)
+    if _is_chat(value):
+        return _chat(record, key, value)
+    if key not in record.value and isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if not isinstance(value, str):
+        raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text")
+    return value
 
 
 def texts_in(record: Record, key: str, value: Any) -> tuple[str, ...]:
