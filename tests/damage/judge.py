@@ -21,10 +21,10 @@ _CURE = re.compile(r"fix: |allowed: |lower optimizer\.lr")
 _TOLD = re.compile(
     r"no samples|no line of|left out|again|missing|damaged|does not exist|does not say|\| fix: "
 )
-# Printed without the file's name: counts of dropped rows by reason, ids that are missing, and a
-# checkpoint that its log does not reach.
+# Printed without the file's name: counts of dropped rows by reason, ids that are missing,
+# generations without a verdict, and a checkpoint that its log does not reach.
 _COUNTED = re.compile(
-    r"no positive left|query without text|no record has an id|steps ahead of metrics"
+    r"no positive left|query without text|no record has an id|no_verdict|steps ahead of metrics"
 )
 # Files that people edit, or that others wrote: a key has a default, a value may be another.
 _OPEN = ("base/", "pieces/", "adapter/", "export/", "foreign/", "hub/", "zero.json", "slurm/")
