@@ -90,7 +90,7 @@ def explain_os_error(error: BaseException) -> DiffembedError | None:
     Libraries written in Rust (safetensors, tokenizers) raise other types of errors; their text ends
     in `(os error N)`.
     """
-    if _is_out_of_device_memory(error):
+    if is_out_of_device_memory(error):
         # torch's message is a paragraph; its second sentence has the sizes.
         text = ". ".join(str(error).strip().split(". ")[:2]) or "a GPU is out of memory"
         cure = "use smaller sizes (`diffembed plan run` counts a training's), or more GPUs"
@@ -141,7 +141,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _is_out_of_device_memory(error: BaseException) -> bool:
+def is_out_of_device_memory(error: BaseException) -> bool:
     """Return True for errors of torch, cuBLAS or NCCL about a GPU without free memory."""
     texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2 'out of")
     return type(error).__name__ == "OutOfMemoryError" or (

@@ -21,7 +21,7 @@ import torch
 from pipeline import comm
 from pipeline.config import OptimizerConfig
 from pipeline.data.batch import Chunk, GlobalBatch
-from pipeline.errors import DiffembedError
+from pipeline.errors import DiffembedError, is_out_of_device_memory
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Stateful
@@ -288,7 +288,9 @@ class Agreement:
             return None
         try:
             return work()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             self.has_failed = True
         release_memory()
         return None

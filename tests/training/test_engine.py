@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +73,25 @@ def test_all_ranks_end_a_step_at_the_first_agreement_after_one_rank_wants_to() -
     given_up = "StepGivenUpError at 23"
     assert first == ["whole", given_up, "ChunkOutOfMemoryError at 23", "whole", "whole"]
     assert second == ["whole", given_up, "ChunkOutOfMemoryError at 20", "whole", "whole"]
+
+
+def test_only_a_lack_of_device_memory_ends_work_without_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(comm, "max_over_ranks", lambda *numbers: numbers)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    # cuBLAS and the driver raise plain RuntimeErrors.
+    for text in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when", "CUDA error: out of memory"):
+        agreement = Agreement()
+        with pytest.raises(ChunkOutOfMemoryError):
+            agreement.on_all_ranks(partial(fail, RuntimeError(text)))
+    agreement = Agreement()
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        agreement.on_all_ranks(partial(fail, RuntimeError("a bug")))
+    assert not agreement.has_failed
 
 
 @pytest.mark.parametrize("in_a_cycle", [False, True])
