@@ -106,7 +106,7 @@ def run_out_of_memory_once(engine: type[ZeroEngine] = ZeroEngine) -> None:
     engine.embed = embed  # type: ignore[method-assign]
 
 
-def schedules(runs: Runs, evaluate: Path) -> None:
+def schedules(runs: Runs, evaluate: Path, mined: Path) -> None:
     """Train contrastively and on tokens, with checkpoints, one of which is scored."""
     # The programs that score are no ranks: any will do.
     commands = ScoringCommands(submit=lambda *_: ["true"], local=lambda *_: [["true"]])
@@ -117,6 +117,8 @@ def schedules(runs: Runs, evaluate: Path) -> None:
     runs.train("cache, deterministic", *again)
     own = "loss={temperature: 0.1, symmetric: true, matryoshka_dims: [8], learn_temperature: true}"
     runs.train("sweep", "schedule=sweep", "num_steps=2", own)
+    taught = (f"data.path={mined}", "loss.guide={}", "loss.projection={}")
+    runs.train("projection", "schedule=cache", "num_steps=2", *taught)
     diffusion = ("objective={masked_diffusion: {}}", TOKENS)
     runs.train("masked diffusion", *diffusion, "schedule=sweep", "num_steps=2")
     if comm.world_size() > 2:  # other stages and objectives make no other calls there
@@ -188,12 +190,12 @@ def fail(runs: Runs) -> None:
 
 
 def main() -> None:
-    recipe, evaluate = Path(sys.argv[1]), Path(sys.argv[2])
+    recipe, evaluate, mined = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     comm.start(discover_world(), timeout_seconds=PATIENCE)
     mistakes = break_rules()
     runs = Runs(recipe, mistakes)
-    schedules(runs, evaluate)
+    schedules(runs, evaluate, mined)
     interruptions(runs)
     fail(runs)
 

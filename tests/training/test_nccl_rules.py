@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from pipeline.comm import CONTROL_TIMEOUT
+from pipeline.data.shards import Dataset
+from tests.mined_data import mine_by_hand
 from tests.nccl_rules import first_difference
 from tests.support import PATIENCE, launch_ranks
 
@@ -28,7 +30,9 @@ def reports(
     model = {"name": "unused", "path": "unused"}
     tasks = {"output_dir": "unused", "models": [model], "tasks": ["BrightAopsRetrieval"]}
     evaluate.write_text(yaml.safe_dump(tasks))
-    launch_ranks(request.param, WORKER, str(train), str(evaluate))
+    shards = yaml.safe_load(train.read_text())["data"]["path"]
+    mined = mine_by_hand(Dataset.open(Path(shards)), folder / "mined")
+    launch_ranks(request.param, WORKER, str(train), str(evaluate), str(mined))
     files = [folder / f"rank-{rank}-of-{request.param}.json" for rank in range(request.param)]
     return [json.loads(file.read_text()) for file in files]
 
