@@ -50,7 +50,7 @@ def make_run(root: Path, *, steps: int, num_steps: int = 20) -> Path:
     root.mkdir(parents=True)
     config = {"num_steps": num_steps, "data": {"global_batch_size": 8}}
     (root / "config.yaml").write_text(OWN_CONFIG + json.dumps(config))
-    kinds = {"a": ("news", ["Find it"]), "b": ("web", [""])}
+    kinds = {"news#1": ("news", ["Find it"]), "web": ("web", [""])}
     described = {
         kind: {"source": source, "instructions": texts, "examples": 9, "share": 0.5}
         for kind, (source, texts) in kinds.items()
@@ -58,7 +58,7 @@ def make_run(root: Path, *, steps: int, num_steps: int = 20) -> Path:
     (root / "kinds.json").write_text(json.dumps(described))
     log = JsonLines(root / "metrics.jsonl", 0)
     for step in range(steps):
-        log.log(step, values(step), "ab"[step % 2])
+        log.log(step, values(step), ("news#1", "web")[step % 2])
     return root
 
 
@@ -99,8 +99,8 @@ def test_a_run_shows_step_pace_losses_by_source_and_the_age_of_its_checkpoint(
     assert view.fact("memory") == "10.00 GiB at most, on rank 0"
     assert view.fact("checkpoint").startswith("step-000008, 2 steps behind")
     losses = {row["source"]: row for row in rows(view, "loss")}
-    assert losses["news: Find it"]["steps"] == "5"
-    assert losses["news: Find it"]["mean of last 50"] == "3.6000"  # of 4.0, 3.8, ..., 3.2
+    assert losses["news#1: Find it"]["steps"] == "5"
+    assert losses["news#1: Find it"]["mean of last 50"] == "3.6000"  # of 4.0, 3.8, ..., 3.2
     assert losses["web"]["last"] == "3.1000"
 
 
@@ -425,7 +425,7 @@ def test_a_number_that_no_float_holds_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, **values(2), "loss": 10**400}) + "\n")
-    (row,) = [row for row in rows(look(run), "loss") if row["source"] == "news: Find it"]
+    (row,) = [row for row in rows(look(run), "loss") if row["source"] == "news#1: Find it"]
     assert row["last"] == "4.0000"
 
 
@@ -517,7 +517,7 @@ def test_the_page_is_one_file_with_the_same_numbers_and_plots_and_loads_nothing(
     assert len(drawings) == 1 + len(view.plots) >= 4
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-    assert "news: Find it" in parsed.texts and f"training run {run}" in "".join(parsed.texts)
+    assert "news#1: Find it" in parsed.texts and f"training run {run}" in "".join(parsed.texts)
     assert 'http-equiv="refresh"' in page([view], refresh_seconds=5)
 
 

@@ -404,6 +404,7 @@ def plot_loss(path: Path, curve: Sequence[Mapping[str, Any]]) -> Path:
         steps = [line["step"] for line in curve]
         right.plot(steps, [line["lr"] for line in curve], color="black", linewidth=0.7, alpha=0.5)
         right.set_ylabel("learning rate")
+        right.spines[:].set_visible(False)  # the same frame as the other axis's
     return _save(figure, path)
 
 

@@ -305,14 +305,14 @@ def _losses(run: RunDir, lines: Sequence[Line]) -> Grid:
 
 
 def _name_of_kind(described: Any, kind: str) -> str:
-    """Return source and instruction of a kind of batch, as far as kinds.json describes it."""
+    """Return a kind of batch with its instruction, as far as kinds.json describes it."""
     entry = described.get(kind) if isinstance(described, dict) else None
-    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
+    if not isinstance(entry, dict):
         return kind
     instructions = [text for text in entry.get("instructions") or [] if text]
     if len(instructions) > 1:
-        return f"{entry['source']}, {len(instructions)} instructions"
-    return ": ".join([entry["source"], *map(str, instructions)])
+        return f"{kind}, {len(instructions)} instructions"
+    return ": ".join([kind, *map(str, instructions)])
 
 
 # Task, with @LENGTH -> (step, score).

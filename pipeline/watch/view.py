@@ -120,7 +120,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em;
 h1 { font-size: 1.3em; overflow-wrap: anywhere } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
 table { border-collapse: collapse } td, th { padding: .2em 1.6em .2em 0; text-align: left;
        vertical-align: top; overflow-wrap: anywhere } thead th { border-bottom: 1px solid #888 }
-tbody th { font-weight: normal; color: #777 } .number { text-align: right }
+tbody th { font-weight: normal; color: #777 } .number { text-align: right; overflow-wrap: normal }
+td.number { white-space: nowrap }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32em, 100%), 1fr));
        gap: 0 2em }
 progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: #8a5a00 }
