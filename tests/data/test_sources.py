@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import json
+import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from data_support import make_source, rows_of, write_jsonl
@@ -107,6 +113,99 @@ def test_any_fsspec_address_is_read_like_a_file(tmp_path: Path, suffix: str) -> 
         handle.write(content)
     source = SourceConfig(name="set", format="columns", path=address)
     assert rows_of(source, block_bytes=300) == rows_of(make_source(local, "columns"))
+
+
+class FileServer(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder by ranges; the first folder of an address says how it misbehaves."""
+
+    def do_GET(self) -> None:
+        _, manner, name = self.path.split("/", 2)
+        content = (Path(self.directory) / name).read_bytes()
+        if manner in ("403", "404", "500"):
+            self.send_error(int(manner))
+            return
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = 0, len(content)
+        ranges = manner not in ("whole", "no-size")
+        if wanted and ranges:
+            first = int(wanted[1])
+            last = min(int(wanted[2] or last) + 1, last)
+        part = content[first:last]
+        self.send_response(206 if len(part) < len(content) else 200)
+        if manner != "no-size":
+            self.send_header("Content-Length", str(len(part)))
+        if ranges:
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {first}-{last - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(part[: len(part) // 2] if manner == "cut" else part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """The address of `tmp_path` on a server."""
+    handler = functools.partial(FileServer, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
+def test_a_file_on_a_server_is_read_like_a_local_one(
+    tmp_path: Path, address: str, suffix: str
+) -> None:
+    table = pa.Table.from_pylist(PAIRS)
+    write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    plain = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(plain))
+    with pa.CompressedOutputStream(tmp_path / "rows.jsonl.zst", "zstd") as packed:
+        packed.write(plain)
+    lines = [f"{pair['query']},{pair['positives'][0]}\n" for pair in PAIRS]
+    (tmp_path / "rows.csv").write_text("".join(["query,positives\n", *lines]))
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=8)
+    pyarrow.feather.write_feather(table, tmp_path / "rows.arrow")
+
+    local = make_source(tmp_path / f"rows.{suffix}", "columns")
+    remote = SourceConfig(name="set", format="columns", path=f"{address}/fine/rows.{suffix}")
+    assert rows_of(remote, block_bytes=300) == rows_of(local)
+    assert len(rows_of(remote)) == len(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("manner", "words"),
+    [
+        ("404", "no such file"),
+        ("403", "Forbidden"),
+        ("500", "Internal Server Error"),
+        ("cut", "cannot be read"),
+        ("whole", "range"),
+        ("no-size", "does not tell its size"),
+    ],
+)
+def test_a_server_that_fails_is_named_with_a_cure(
+    tmp_path: Path, address: str, manner: str, words: str
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    path = f"{address}/{manner}/rows.jsonl"
+    source = SourceConfig(name="set", format="columns", path=path)
+    with pytest.raises(UserError, match=words) as caught:
+        rows_of(source, block_bytes=300)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:1/rows.jsonl", "ftp://127.0.0.1:1/rows.jsonl"])
+def test_a_server_that_is_not_there_is_named_with_a_cure(path: str) -> None:
+    with pytest.raises(
+        UserError, match=r"sources\.set\.path: .*rows.jsonl: cannot be read .*fix: "
+    ):
+        rows_of(SourceConfig(name="set", format="columns", path=path))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])

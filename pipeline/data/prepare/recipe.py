@@ -33,6 +33,7 @@ from pipeline.data.manifest import FILE_NAME, RECIPE_NAME, VERSION, read_manifes
 from pipeline.data.prepare.contamination import contamination_files
 from pipeline.data.sources import expand_sources, input_files
 from pipeline.data.sources.columnar import stored_files
+from pipeline.data.sources.paths import name_remote
 from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
 from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer
@@ -320,6 +321,11 @@ def _measure(
 
 def _measure_one(named: tuple[str, str], known: dict[str, InputFile]) -> InputFile:
     key, file = named
+    with name_remote(file, f"{key}: {file}"):
+        return _measure_file(key, file, known)
+
+
+def _measure_file(key: str, file: str, known: dict[str, InputFile]) -> InputFile:
     try:
         filesystem, inner = fsspec.core.url_to_fs(file)
         stamp = _stamp(filesystem, inner)

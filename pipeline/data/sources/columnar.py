@@ -21,6 +21,7 @@ from pipeline.data.sources.paths import (
     canonical,
     file_size,
     find_split,
+    is_remote,
     kind_of,
     open_bytes,
 )
@@ -214,7 +215,7 @@ def _arrow_batches(file: str) -> Iterator[Any]:
     """Yield the record batches of an Arrow IPC file or of a stream, which `datasets` writes."""
     try:
         with open_bytes(file) as handle:
-            raw = pa.memory_map(file) if "://" not in file else pa.BufferReader(handle.read())
+            raw = pa.memory_map(file) if not is_remote(file) else pa.BufferReader(handle.read())
         try:
             # Both kinds share the suffix; only a file has the footer that opening looks for.
             opened = pa.ipc.open_file(raw)

@@ -8,20 +8,24 @@ Names are compared as on the hub, so that a downloaded repository is read as it 
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import dataclasses
+import gzip
 import io
+import lzma
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
 import yaml
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 
 HUB = "hub:"
 # The advice for damaged files.
@@ -36,6 +40,7 @@ _KINDS = {
 }
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
+_UNPACK: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 READABLE = (
     f"files named {', '.join(_KINDS)} (also with {', '.join(_PACKED)}) or {', '.join(_TABLES)}; "
     "a folder or a glob of them; a folder of save_to_disk; hub:OWNER/NAME[:CONFIG]"
@@ -88,11 +93,16 @@ def choose_files(
     """Return the files of `list_files`, with a note on the files left out."""
     if path.startswith(HUB):
         return ChosenFiles([path])
+    with name_remote(path, f"{key}: {path}"):
+        return _choose_files(path, key, split, default_split)
+
+
+def _choose_files(path: str, key: str, split: str | None, default_split: str) -> ChosenFiles:
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise UserError(f"{key}: {path}: {error}", allowed=READABLE) from error
-    local = "://" not in path
+    local = not is_remote(path)
     label = f"{key}: {path}"
     if local and any(Path(inner, name).is_file() for name in _SAVED):
         return ChosenFiles([HUB + inner])
@@ -394,28 +404,102 @@ def counts_rows(file: str) -> bool:
     return kind_of(file) in ("parquet", "arrow", "hub")
 
 
+def is_remote(path: str) -> bool:
+    """Return whether a path is a URL."""
+    return "://" in path
+
+
+@contextlib.contextmanager
+def name_remote(path: str, label: str) -> Iterator[None]:
+    """Turn any error about a URL into one line; errors about local paths are left alone.
+
+    Libraries for networks have errors of their own, most of them no OSError.
+    """
+    if not is_remote(path):
+        yield
+        return
+    fix = "check the address, your access and the network, or give the path of a downloaded copy"
+    with blame(f"{label}: cannot be read", fix=fix):
+        yield
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file behind a URL, whose errors name it.
+
+    Buffered by `io.BufferedReader`, it has the methods of a local file: those of fsspec read lines
+    of unlimited length only.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        with name_remote(url, url):
+            self._handle: Any = fsspec.open(url, "rb").open()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._handle.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        with name_remote(self._url, self._url):
+            data = self._handle.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with name_remote(self._url, self._url):
+            return int(self._handle.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._handle.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._handle.close()
+        super().close()
+
+
+# Bytes that are asked of a URL at a time, at least.
+_REMOTE_BUFFER = 2**20
+
+
 def open_bytes(file: str) -> IO[bytes]:
     """Open a file or URL for reading, decompressed.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened; later, a URL cannot be read any further.
     """
     try:
+        raw: IO[bytes]
+        if is_remote(file):
+            raw = io.BufferedReader(_RemoteFile(file), _REMOTE_BUFFER)
+        else:
+            raw = Path(file).open("rb")  # noqa: SIM115 -- the caller closes what it is given
         if file.lower().endswith(".zst"):
             # Arrow includes the codec, reads several frames, and refuses one that is cut off.
-            packed = fsspec.open(file, "rb").open()
-            return io.BufferedReader(pa.CompressedInputStream(packed, "zstd"))
-        if "://" not in file and not is_packed(file):
-            return Path(file).open("rb")
-        handle: IO[bytes] = fsspec.open(file, "rb", compression="infer").open()
-        return handle
+            return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+        if not is_packed(file):
+            return raw
+        return cast(IO[bytes], _UNPACK[file.lower().rpartition(".")[2]](raw, "rb"))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
 
 
 def file_size(file: str) -> int:
-    """Return the stored bytes of a file; 0 for a hub dataset, which has no single file."""
+    """Return the stored bytes of a file; 0 for a hub dataset, which has no single file.
+
+    Raises:
+        UserError: the server of a URL does not answer, or does not know the size.
+    """
     if file.startswith(HUB):
         return 0
     filesystem, inner = fsspec.core.url_to_fs(file)
-    return int(filesystem.size(inner))
+    with name_remote(file, file):
+        size = filesystem.size(inner)
+    if size is None:
+        raise UserError(
+            f"{file}: its server does not tell its size",
+            fix="download it, and give the path of the copy",
+        )
+    return int(size)
