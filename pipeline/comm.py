@@ -53,8 +53,8 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
             tensors, also in groups that DeepSpeed makes (see `new_group`).
 
     Raises:
-        UserError: this rank has no GPU, torch sees none where one was requested, or the address of
-            rank 0 is unknown.
+        UserError: this rank has no GPU, torch sees none where one was requested, DeepSpeed would
+            compute on another device, or the address of rank 0 is unknown.
         DiffembedError: the ranks did not find each other.
     """
     if dist.is_initialized():
@@ -65,6 +65,7 @@ def start(world: World, *, timeout_seconds: int = 1800) -> None:
     os.environ["WORLD_SIZE"] = str(world.world_size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     launch.require_visible_gpu(visible=torch.cuda.is_available(), torch_version=torch.__version__)
+    launch.require_accelerator(visible=torch.cuda.is_available())
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if world.local_rank >= num_gpus:

@@ -156,6 +156,27 @@ def require_visible_gpu(*, visible: bool, torch_version: str) -> None:
         )
 
 
+def require_accelerator(*, visible: bool) -> None:
+    """Refuse a DS_ACCELERATOR with which DeepSpeed would not compute where torch does.
+
+    Args:
+        visible: whether torch sees a GPU.
+
+    Raises:
+        UserError: it names another device.
+    """
+    chosen, wanted = os.environ.get("DS_ACCELERATOR"), "cuda" if visible else "cpu"
+    if chosen in (None, wanted):
+        return
+    fix = "unset DS_ACCELERATOR"
+    if chosen == "cpu":
+        fix += ", or export CUDA_VISIBLE_DEVICES= too, to compute on the CPU"
+    sees = "a GPU" if visible else "no GPU"
+    raise UserError(
+        f"DS_ACCELERATOR={chosen}, but torch sees {sees}", allowed=f"{wanted}, or none", fix=fix
+    )
+
+
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 

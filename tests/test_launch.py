@@ -17,6 +17,7 @@ from pipeline.launch import (
     local_ranks,
     rendezvous,
     requested_gpu,
+    require_accelerator,
     without_rank,
 )
 from tests.support import PATIENCE, free_port
@@ -161,6 +162,28 @@ def test_a_rank_is_refused_where_torch_does_not_see_the_gpu(
     monkeypatch.setattr(launch, "requested_gpu", lambda: "there is /dev/nvidia0")
     with pytest.raises(UserError, match=r"there is /dev/nvidia0, but torch .* sees no GPU"):
         comm.start(rank_0_of_2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "visible", "fix"),
+    [
+        ("cuda", False, "unset DS_ACCELERATOR"),
+        ("xpu", False, "unset DS_ACCELERATOR"),
+        ("", True, "unset DS_ACCELERATOR"),
+        ("cpu", True, "unset DS_ACCELERATOR, or export CUDA_VISIBLE_DEVICES= too, to compute"),
+    ],
+)
+def test_deepspeed_computes_where_torch_does(
+    chosen: str, visible: bool, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (None, "cuda" if visible else "cpu"):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        if name:
+            monkeypatch.setenv("DS_ACCELERATOR", name)
+        require_accelerator(visible=visible)
+    monkeypatch.setenv("DS_ACCELERATOR", chosen)
+    with pytest.raises(UserError, match=f"DS_ACCELERATOR={chosen}, but torch sees .*fix: {fix}"):
+        require_accelerator(visible=visible)
 
 
 @pytest.mark.parametrize(
