@@ -176,7 +176,7 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     """Read config.json as it was published.
 
     Raises:
-        UserError: it is missing or damaged, or names no kind of model.
+        UserError: it is missing or damaged, names no kind of model, or describes quantized weights.
     """
     require_model_path(config.path, key="model.path")
     with blame(
@@ -192,6 +192,15 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
             f"model.path: the config.json of {config.path} names no model_type",
             fix=model_fix(config.path),
         )
+    for key in ("quantization_config", "compression_config"):
+        if found := published.get(key):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UserError(
+                f"model.path: {config.path} has {key}: quantized weights ({method or 'unknown'})",
+                allowed="weights in float32, bfloat16 or float16",
+                fix="give the model that was quantized, or save what `dequantize()` of "
+                "transformers returns",
+            )
     return dict(published)
 
 

@@ -14,7 +14,7 @@ import transformers.dynamic_module_utils as dynamic
 
 from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.backbones import load_backbone
+from pipeline.model.backbones import load_backbone, read_config
 from pipeline.model.encoder import build_encoder
 from pipeline.model.weights import Placement
 
@@ -152,3 +152,23 @@ def test_a_config_without_a_model_type_is_refused_by_its_folder(
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"model\.path: .*config\.json"):
         build_encoder(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsand"),
+        ("quantization_config", {"bits": 4}, "unknown"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_quantized_weights_are_refused_before_they_are_read(
+    tmp_path: Path, key: str, value: dict[str, Any], shown: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", key: value}))
+    with pytest.raises(
+        UserError, match=rf"{key}: quantized weights \({shown}.* fix: give the model"
+    ):
+        read_config(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", key: None}))
+    assert read_config(ModelConfig(path=str(tmp_path)))["model_type"] == "qwen2"
