@@ -81,10 +81,18 @@ class ModuleEntry(TypedDict):
     path: str
 
 
+# Of these, sentence-transformers reads the first that is there.
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+
 class SentenceBertConfig(TypedDict, total=False):
-    """`sentence_bert_config.json`."""
+    """`sentence_bert_config.json`, which had other names before version 1."""
 
     max_seq_length: Annotated[int, Field(ge=1)] | None
+    do_lower_case: bool
 
 
 class SentenceTransformersConfig(TypedDict, total=False):
@@ -98,7 +106,7 @@ class SentenceTransformersConfig(TypedDict, total=False):
 class PoolingConfig(TypedDict, total=False):
     """`config.json` of the pooling; before version 5 there was one flag for each mode."""
 
-    pooling_mode: str
+    pooling_mode: str | list[str]
     include_prompt: bool
     pooling_mode_cls_token: bool
     pooling_mode_max_tokens: bool

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import normalizers
 from torch import Tensor
 
 from pipeline.config import (
@@ -34,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.model.architectures import FAMILIES, NATIVE_FORMS
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export_folder import (
+    SENTENCE_CONFIGS,
     SETTINGS,
     BackboneConfig,
     ExportSettings,
@@ -246,11 +248,13 @@ def load_export(
     folder = Path(path)
     config: ModelConfig
     max_length: int | None
+    lowers = False
     if is_adapter_only(folder):
         config = adapted_model_config(folder)
         max_length = read_settings(folder, SETTINGS, ExportSettings, "max_length")["max_length"]
     else:
-        config, max_length = _read_modules(folder)
+        config, texts = _read_modules(folder)
+        max_length, lowers = texts.get("max_seq_length"), texts.get("do_lower_case", False)
     overrides = {"dimensions": dimensions, "rope_scaling": rope_scaling}
     changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if dimensions and config.dimensions and dimensions > config.dimensions:
@@ -260,6 +264,8 @@ def load_export(
     # weights are read to the device: a node's processes would not fit into its memory together.
     encoder = build_encoder(config, placement=Placement(device)).to(device)
     tokenizer = load_tokenizer(str(folder))
+    if lowers:
+        _lower_case(tokenizer)
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
     # Checking every text for too large ids costs time, and most tokenizers cannot give any.
     if limits.num_tokens is not None and max(tokenizer.get_vocab().values()) < limits.num_tokens:
@@ -291,14 +297,16 @@ def is_computed(folder: Path) -> bool:
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds not in ([*_MODULES[:2]], [*_MODULES[:2], "Normalize"]):
         return False
+    if not _is_at_top(modules[0]):
+        return False
     backbone = read_settings(folder, "config.json", BackboneConfig)
     pooling = read_settings(folder / modules[1]["path"], "config.json", PoolingConfig)
     is_known = backbone["model_type"] in {*NATIVE_FORMS, *FAMILIES}
     return is_known and pooling_mode(pooling) in POOLINGS
 
 
-def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
-    """Read a folder in sentence-transformers layout: the model section and the declared length."""
+def _read_modules(folder: Path) -> tuple[ModelConfig, SentenceBertConfig]:
+    """Read a folder in sentence-transformers layout: the model section, and how texts are read."""
     modules = read_settings(folder, "modules.json", list[ModuleEntry])
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = is_export(folder)
@@ -309,16 +317,18 @@ def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
             f"{folder}/modules.json: {kinds}",
             allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
         )
-    declared: SentenceTransformersConfig = {}
-    if (folder / _DECLARED).is_file():
-        declared = read_settings(folder, _DECLARED, SentenceTransformersConfig)
-    if declared.get("truncate_dim") is not None:
+    if not _is_at_top(modules[0]):
+        raise UserError(
+            f"{folder}/modules.json: the Transformer lies in {modules[0]['path']!r}",
+            allowed="the top of the folder",
+            fix="load and save the folder with a new sentence-transformers, which moves it there",
+        )
+    if _read_declared(folder).get("truncate_dim") is not None:
         raise UserError(
             f"{folder / _DECLARED}: truncate_dim, which cuts vectors without normalising them "
             "again",
             fix="remove that key, and give the number of dimensions where vectors are made",
         )
-    lengths = read_settings(folder, "sentence_bert_config.json", SentenceBertConfig)
     backbone = read_settings(folder, "config.json", BackboneConfig)
     trained: dict[str, Any] = {}
     if ours:
@@ -332,7 +342,28 @@ def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
         normalize="Normalize" in kinds,
         dimensions=trained.get("dimensions") if "Dense" in kinds else None,
     )
-    return config, lengths.get("max_seq_length")
+    name = next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), None)
+    return config, read_settings(folder, name, SentenceBertConfig) if name else {}
+
+
+def _is_at_top(module: ModuleEntry) -> bool:
+    return module["path"] in ("", ".")
+
+
+def _read_declared(folder: Path) -> SentenceTransformersConfig:
+    """Read prompts and similarity, which a folder need not declare: that of E5 does not."""
+    if not (folder / _DECLARED).is_file():
+        return {}
+    return read_settings(folder, _DECLARED, SentenceTransformersConfig)
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Let a tokenizer lower-case texts before all else, as sentence-transformers does."""
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    steps = list(own) if isinstance(own, normalizers.Sequence) else [own] if own else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _is_bidirectional(hf_config: BackboneConfig) -> bool:
@@ -356,7 +387,7 @@ def read_template(folder: Path) -> Template:
         settings = read_settings(folder, SETTINGS, ExportSettings, "template")
         return build_config(Template, settings["template"], origin=str(folder / SETTINGS))
     # There a prompt is a plain prefix, and the two roles have these names.
-    prompts = read_settings(folder, _DECLARED, SentenceTransformersConfig).get("prompts", {})
+    prompts = _read_declared(folder).get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
     )
@@ -372,10 +403,7 @@ def _read_similarity(folder: Path) -> Similarity:
         settings = read_settings(folder, SETTINGS, ExportSettings)
         if "similarity" in settings:
             return settings["similarity"]
-    found = None
-    if (folder / _DECLARED).is_file():
-        declared = read_settings(folder, _DECLARED, SentenceTransformersConfig)
-        found = declared.get("similarity_fn_name")
+    found = _read_declared(folder).get("similarity_fn_name")
     if found not in (None, "", "cosine", "dot"):
         raise UserError(
             f"{folder / _DECLARED}: similarity_fn_name {found!r}", allowed="cosine, dot"

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config import ModelConfig, Precision, local_file, model_fix
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.model.export_folder import backbone_folder
+from pipeline.model.export_folder import SENTENCE_CONFIGS, backbone_folder
 from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.describe import format_bytes
 from pipeline.planning.measured import forward_seconds
@@ -144,7 +144,8 @@ def _read_config(path: str, key: str) -> dict[str, Any]:
 
 def _longest(path: str) -> int | None:
     """Return the length at which a sentence-transformers folder cuts texts, if it names one."""
-    file = local_file(path, "sentence_bert_config.json")
+    files = (local_file(path, name) for name in SENTENCE_CONFIGS)
+    file = next((file for file in files if file is not None), None)
     tree = read_json(file, fix=model_fix(path)) if file else {}
     found = tree.get("max_seq_length") if isinstance(tree, dict) else None
     return found if isinstance(found, int) else None

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from pipeline.errors import UserError
 from pipeline.model.export import check_output
 from pipeline.model.export_check import OutsideProcess
-from pipeline.model.load_export import load_export
+from pipeline.model.load_export import is_computed, load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
 from tests.tiny_models import TokenizerSource
@@ -122,6 +122,55 @@ def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 16}))
     with pytest.raises(UserError, match="truncate_dim, which cuts vectors without normalising"):
         load_export(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("", {}),
+        ("sentence_bert_config.json", {"max_seq_length": 7, "do_lower_case": True}),
+        ("sentence_xlm-roberta_config.json", {"max_seq_length": 5, "do_lower_case": False}),
+    ],
+)
+def test_a_foreign_folder_reads_texts_as_sentence_transformers_does(
+    starter: Path, tmp_path: Path, outside: OutsideProcess, name: str, settings: dict[str, Any]
+) -> None:
+    """Some published folders, such as E5's, declare neither prompts nor lengths."""
+    folder = export(*make(starter), starter, tmp_path / "export")
+    for file in ("diffembed.json", "config_sentence_transformers.json"):
+        (folder / file).unlink()
+    (folder / "sentence_bert_config.json").unlink()
+    if name:
+        (folder / name).write_text(json.dumps(settings))
+    texts = [*CORPUS, *(text.upper() for text in CORPUS)]
+    loaded = load_export(folder)
+    np.testing.assert_allclose(
+        loaded.encode_texts(texts), sentence_transformers(outside, folder, texts), atol=1e-5
+    )
+    assert (loaded.template.query, loaded.similarity) == ("{text}", "cosine")
+    lowered = [text.lower() for text in texts]
+    same = np.allclose(loaded.encode_texts(texts), loaded.encode_texts(lowered), atol=1e-5)
+    assert same == bool(settings.get("do_lower_case"))
+
+
+def test_a_foreign_folder_of_another_form_is_named(starter: Path, tmp_path: Path) -> None:
+    folder = export(*make(starter), starter, tmp_path / "export")
+    (folder / "diffembed.json").unlink()
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"pooling_mode": ["cls", "mean"]}))
+    with pytest.raises(
+        UserError, match=r"1_Pooling/config.json: \['cls', 'mean'\] . allowed: mean"
+    ):
+        load_export(folder)
+    assert not is_computed(folder)
+    pooling.write_text(json.dumps({"pooling_mode": "mean"}))
+    assert is_computed(folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="the Transformer lies in '0_Transformer'"):
+        load_export(folder)
+    assert not is_computed(folder)
 
 
 def test_appended_eos_survives_export_and_truncation(
