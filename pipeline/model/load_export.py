@@ -360,7 +360,7 @@ def _read_declared(folder: Path) -> SentenceTransformersConfig:
 def _lower_case(tokenizer: Any) -> None:
     """Let a tokenizer lower-case texts before all else, as sentence-transformers does."""
     backend = tokenizer.backend_tokenizer
-    own = backend.normalizer
+    own: Any = backend.normalizer
     steps = list(own) if isinstance(own, normalizers.Sequence) else [own] if own else []
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
