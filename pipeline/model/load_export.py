@@ -361,7 +361,8 @@ def _lower_case(tokenizer: Any) -> None:
     """Let a tokenizer lower-case texts before all else, as sentence-transformers does."""
     backend = tokenizer.backend_tokenizer
     own: Any = backend.normalizer
-    steps = list(own) if isinstance(own, normalizers.Sequence) else [own] if own else []
+    several = isinstance(own, normalizers.Sequence)
+    steps = list(own) if several else [own] if own else []
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
