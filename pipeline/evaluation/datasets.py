@@ -275,6 +275,8 @@ def _check_split(where: str, data: Any, fix: str, *, rows: Any) -> None:
     unjudged = [query for query in data["queries"]["id"][:] if not judged.get(query)]
     _require(not unjudged, where, f"no relevance judgements for queries {unjudged[:3]}", fix)
     _check_judgements(where, judged, fix)
+    relevant = any(grade > 0 for grades in judged.values() for grade in grades.values())
+    _require(relevant, where, "no query has a relevant document (a grade above 0)", fix)
     _report_doubtful(where, rows)
 
 
@@ -295,9 +297,13 @@ def _report_doubtful(where: str, data: Any) -> None:
     """Print counts of rows that mteb scores, though they may be errors in the files."""
     documents, queries = data["corpus"], data["queries"]
     known = set(documents["id"][:])
+    judgements = [data["relevant_docs"][query] for query in set(queries["id"][:])]
     # Documents of all judgements, relevant or not.
-    judged = {d for query in queries["id"][:] for d in data["relevant_docs"][query]}
+    judged = {document for grades in judgements for document in grades}
     doubtful = {
+        "queries without a relevant document, which count as 0": sum(
+            all(grade <= 0 for grade in grades.values()) for grades in judgements
+        ),
         "judged documents that the corpus lacks, never found": len(judged - known),
         "documents with an earlier document's id and another text, of which one counts": (
             _num_ambiguous(documents, document_texts) if len(known) < len(documents) else 0

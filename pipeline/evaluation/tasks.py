@@ -339,11 +339,12 @@ def read_split(own: OwnTask) -> dict[str, Any]:
         files = tuple(judgement_files(source))
         for record, query, document, score in judgement_records(files, bad.add):
             # trec_eval takes whole grades alone.
-            if float(score).is_integer():
-                judged.setdefault(query, {})[document] = int(score)
-            else:
+            if not float(score).is_integer():
                 allowed = "a whole number; documents above 0 are relevant"
                 bad.add(record.fail(f"score {score}", allowed=allowed))
+            elif judged.setdefault(query, {}).setdefault(document, int(score)) != score:
+                found = f"query {query!r} and document {document!r} have another score before"
+                bad.add(record.fail(found, allowed="one score per pair"))
         for name, record in queries.items():
             if name in judged and not isinstance(_query_of(record)[0], str):
                 bad.add(record.fail("no text", allowed="a text in the field text or query"))

@@ -75,11 +75,17 @@ def test_doubtful_rows_of_a_snapshot_are_counted(tmp_path, capsys):
     add("corpus", lambda rows: [rows[0], {**rows[1], "text": "other"}])
     add("queries", lambda rows: [rows[0], {**rows[1], "text": "other"}])
     add("default", lambda rows: [{**rows[0], "corpus-id": "nowhere"}])
+    (path,) = (folder / "default").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["score"] *= row["query-id"] != rows[0]["query-id"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with private_cache(tmp_path):
         load_and_check(localise(get_task(FOLLOW_IR), tmp_path / "hub"))
     assert capsys.readouterr().out.splitlines() == [
         f"{FOLLOW_IR} default/test: {what}: 1"
         for what in (
+            "queries without a relevant document, which count as 0",
             "judged documents that the corpus lacks, never found",
             "documents with an earlier document's id and another text, of which one counts",
             "queries with an earlier query's id and another text, of which one counts",

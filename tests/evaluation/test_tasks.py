@@ -281,6 +281,14 @@ FAULTS = {
         lambda rows: rows["qrels"][0].update(score=0.5),
         "score 0.5 .*allowed: a whole number",
     ),
+    "two grades": (
+        lambda rows: rows["qrels"].append({**rows["qrels"][0], "score": 2}),
+        r"qrels/test.tsv:\d+: query .* have another score before .*one score per pair",
+    ),
+    "no relevant document": (
+        lambda rows: [judged.update(score=0) for judged in rows["qrels"]],
+        "mine default/test: no query has a relevant document",
+    ),
 }
 
 
