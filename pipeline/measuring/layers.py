@@ -180,6 +180,7 @@ def measure_dtype(dtype: Dtype, timer: Timer, sizes: Sizes) -> DtypeSpeed:
         rest={norm: found[0] for norm, found in rest.items()},
         outside=rest["rms"][1],
         adapters=models.adapters(rest["rms"][0]),
+        dropout=_both([_dropout(timer, dtype, size, sizes.width) for size in sizes.chunks]),
     )
 
 
@@ -214,6 +215,16 @@ def _attention(timer: Timer, dtype: Dtype, length: int, width: int) -> Attention
     return Attention(
         length=length, head_width=width, forward=forward * share, backward=backward * share
     )
+
+
+def _dropout(
+    timer: Timer, dtype: Dtype, tokens: int, width: int
+) -> tuple[float, tuple[float, float]]:
+    """Return the numbers of a dropout, and the seconds of its forward and its backward."""
+    kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": timer.device}
+    x = torch.randn(tokens, width, **kind).requires_grad_()
+    drop = functools.partial(torch.nn.functional.dropout, x, 0.1)
+    return float(x.numel()), _forward_backward(timer, drop, [x])
 
 
 def _forward_backward(
@@ -268,7 +279,8 @@ class _Models:
         """Return what is left of one linear layer's adapter, given the rest of a plain layer."""
         found = []
         for tokens in self._sizes.chunks:
-            shape, layer, _ = self._layer("rms", tokens, lora=LoraConfig(rank=_RANK))
+            lora = LoraConfig(rank=_RANK, dropout=0.0)
+            shape, layer, _ = self._layer("rms", tokens, lora=lora)
             assert shape.adapters is not None
             known = self._known(shape, tokens)
             plain = dataclasses.replace(shape, adapters=None)

@@ -18,7 +18,7 @@ from pipeline.files import read_record, write_sealed
 from pipeline.planning.memory import GIB, USABLE, Target, gpu_named
 from pipeline.planning.speed import GPUS, Gpu
 
-VERSION = 1
+VERSION = 2
 # A folder that overrides the default one.
 FOLDER_VARIABLE = "DIFFEMBED_CALIBRATIONS"
 _FIX = "measure again with `diffembed plan calibrate`"
@@ -85,7 +85,8 @@ class DtypeSpeed:
         rest: of a layer without products and attention, by `Block.norm`; sizes are bytes that it
             saves for its backward.
         outside: of a chunk outside of the layers; sizes are saved bytes.
-        adapters: of one linear layer without its products; sizes are numbers in and out.
+        adapters: of one linear layer without products and dropout; sizes are numbers in and out.
+        dropout: of one dropout; sizes are its numbers.
     """
 
     products: list[Product]
@@ -93,6 +94,7 @@ class DtypeSpeed:
     rest: dict[str, Both]
     outside: Both
     adapters: Both
+    dropout: Both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

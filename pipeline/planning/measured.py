@@ -4,7 +4,8 @@ A step is the sum of its pieces, each from the constants of as many ranks as it 
 
     products    2 tokens inputs outputs / FLOP/s of that shape: forward, and both gradients
     attention   row by row: FLOP/s at its length and head width
-    rest        of a layer, a chunk or an adapter: a fixed time, and a time for each byte or number
+    rest        of a layer, a chunk, an adapter or a dropout: a fixed time, and a time for each byte
+                or number
     sums        gradients of weights added up over chunks, and the token table's
     ranks       gather, reduction and update by DeepSpeed: a time a tensor, and a time a number
 
@@ -124,6 +125,10 @@ def forward_seconds(
     """
     speed = _speed_of(machine, machine.of(1), dtype)
     width = 4 if dtype == "float32" else 2
+    # Nothing is dropped outside of training.
+    architecture = dataclasses.replace(shape.architecture, masks=0)
+    adapters = shape.adapters and dataclasses.replace(shape.adapters, dropout=0.0)
+    shape = dataclasses.replace(shape, architecture=architecture, adapters=adapters)
     forward, _ = _layer(shape, lengths, speed, width, causal, overlaps=machine.on_gpu)
     outside = speed.outside.forward.at(saved_outside(shape, width) * float(lengths.sum()))
     return shape.num_layers * forward + outside
@@ -171,10 +176,15 @@ def _rest(
     norm = "layer" if block is not None and block.norm == "layer" else "rms"
     own = dataclasses.replace(shape, adapters=None)
     rest = [(speed.rest[norm], saved_by_layer(own, width) * tokens, 1)]
+    if masks := shape.architecture.masks:
+        rest.append((speed.dropout, masks * tokens * shape.hidden_size, masks))
     if shape.adapters is not None:
         linears = shape.adapters.linears
         numbers = tokens * sum(linear.inputs + linear.outputs for linear in linears)
         rest.append((speed.adapters, numbers, len(linears)))
+        if shape.adapters.dropout:
+            dropped = tokens * sum(linear.inputs for linear in linears)
+            rest.append((speed.dropout, dropped, len(linears)))
     return rest
 
 

@@ -38,10 +38,16 @@ from pipeline.planning.calibration import (
     save,
 )
 from pipeline.planning.describe import describe as describe_plan
-from pipeline.planning.measured import attention_seconds, interpolate, measured_seconds, num_tensors
+from pipeline.planning.measured import (
+    attention_seconds,
+    forward_seconds,
+    interpolate,
+    measured_seconds,
+    num_tensors,
+)
 from pipeline.planning.memory import Target
 from pipeline.planning.shape import ModelShape
-from pipeline.planning.speed import StepWork, step_flops
+from pipeline.planning.speed import StepWork, forwards_of, step_flops
 from pipeline.training.ds_config import resolve_ds_config
 from tests.gpu.part_calibrate import TINY
 from tests.support import output_of_code, run_ranks
@@ -88,6 +94,7 @@ def constants(ranks: int = 8) -> Constants:
         rest={"rms": FREE, "layer": FREE},
         outside=FREE,
         adapters=FREE,
+        dropout=FREE,
     )
     engine = EngineSpeed(gather=NONE, reduce=NONE, update=NONE)
     return Constants(
@@ -150,6 +157,44 @@ def test_frozen_weights_have_no_gradient_and_adapters_add_their_own() -> None:
     flops = step_flops(lora, WORK, "cache")
     expected = (flops + attention * 3.5) / SPEED
     assert seconds("cache", constants(), lora)["compute"] == pytest.approx(expected, rel=5e-3)
+
+
+def test_dropouts_of_adapters_and_of_the_model_count_by_their_numbers() -> None:
+    line = Line(fixed=0.0, each=1e-9)
+    found = constants()
+    dropping = dataclasses.replace(
+        found.dtypes["bfloat16"], dropout=Both(forward=line, backward=line)
+    )
+    dropping_too = dataclasses.replace(found, dtypes={"bfloat16": dropping})
+
+    def added(shape: ModelShape) -> float:
+        with_it, without = (
+            seconds("cache", each, shape)["compute"] for each in (dropping_too, found)
+        )
+        return with_it - without
+
+    assert added(SEVEN_B) == 0
+    lora = LoraConfig(rank=16, dropout=0.0)
+    assert added(ModelShape.planned(QWEN_7B, dataclasses.replace(BASE, lora=lora))) == 0
+    adapted = ModelShape.planned(QWEN_7B, dataclasses.replace(BASE, lora=LoraConfig(rank=16)))
+    assert adapted.adapters is not None
+    tokens = sum(float(lengths.sum()) for lengths in WORK.chunks)
+    passes = 1 + forwards_of(WORK, "cache")
+    numbers = tokens * sum(linear.inputs for linear in adapted.adapters.linears)
+    assert added(adapted) == pytest.approx(passes * adapted.num_layers * numbers * 1e-9)
+    masked = dataclasses.replace(
+        SEVEN_B, architecture=dataclasses.replace(SEVEN_B.architecture, masks=2)
+    )
+    numbers = 2 * tokens * SEVEN_B.hidden_size
+    assert added(masked) == pytest.approx(passes * SEVEN_B.num_layers * numbers * 1e-9)
+    # Nothing is dropped where texts are embedded.
+    alone = [
+        forward_seconds(shape, WORK.chunks[0], machine(each), dtype="bfloat16", causal=False)
+        for shape in (SEVEN_B, masked, adapted)
+        for each in (found, dropping_too)
+    ]
+    assert alone[:4] == pytest.approx([alone[0]] * 4)
+    assert alone[5] == pytest.approx(alone[4])
 
 
 def test_a_fixed_time_adds_up_on_a_cpu_and_hides_behind_kernels_on_a_gpu() -> None:
