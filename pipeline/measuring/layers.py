@@ -33,6 +33,7 @@ from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
 # One row's tokens in whole models: attention is subtracted, and should be small.
 ROW = 32
 _RANK = 16
+_DROPOUT = 0.1
 # Layers of the two models whose difference is a layer; a difference needs more calls than a time.
 _DEPTHS = (1, 5)
 _MORE_CALLS = 10
@@ -167,16 +168,20 @@ def measure_dtype(dtype: Dtype, timer: Timer, sizes: Sizes) -> DtypeSpeed:
         for inputs in sizes.widths
         for outputs in sizes.widths
     ]
-    attention = [
-        _attention(timer, dtype, length, width)
-        for length in sizes.lengths
-        for width in sizes.head_widths
-    ]
+    attention, dropped = (
+        [
+            _attention(timer, dtype, length, width, dropout)
+            for length in sizes.lengths
+            for width in sizes.head_widths
+        ]
+        for dropout in (0.0, _DROPOUT)
+    )
     models = _Models(timer, dtype, sizes, products, attention)
     rest = {norm: models.rest(norm) for norm in ("rms", "layer")}
     return DtypeSpeed(
         products=products,
         attention=attention,
+        dropped_attention=dropped,
         rest={norm: found[0] for norm, found in rest.items()},
         outside=rest["rms"][1],
         adapters=models.adapters(rest["rms"][0]),
@@ -198,7 +203,7 @@ def _product(timer: Timer, dtype: Dtype, tokens: int, inputs: int, outputs: int)
     )
 
 
-def _attention(timer: Timer, dtype: Dtype, length: int, width: int) -> Attention:
+def _attention(timer: Timer, dtype: Dtype, length: int, width: int, dropout: float) -> Attention:
     heads, num_rows = 4, max(1, 1024 // length)
     rows = PackedRows.of(torch.full((num_rows,), length), causal=False, device=timer.device)
     shape = (1, heads, num_rows * length, width)
@@ -208,7 +213,7 @@ def _attention(timer: Timer, dtype: Dtype, length: int, width: int) -> Attention
     )
 
     def attend() -> torch.Tensor:
-        return packed_attention(None, q, k, v, None, rows=rows)[0]
+        return packed_attention(None, q, k, v, None, rows=rows, dropout=dropout)[0]
 
     forward, backward = _forward_backward(timer, attend, [q, k, v])
     share = 1 / (heads * num_rows)
@@ -223,7 +228,7 @@ def _dropout(
     """Return the numbers of a dropout, and the seconds of its forward and its backward."""
     kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": timer.device}
     x = torch.randn(tokens, width, **kind).requires_grad_()
-    drop = functools.partial(torch.nn.functional.dropout, x, 0.1)
+    drop = functools.partial(torch.nn.functional.dropout, x, _DROPOUT)
     return float(x.numel()), _forward_backward(timer, drop, [x])
 
 

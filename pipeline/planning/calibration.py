@@ -82,6 +82,7 @@ class DtypeSpeed:
     """The speed of layers in one type of numbers.
 
     Attributes:
+        attention, dropped_attention: without and with dropout of its weights.
         rest: of a layer without products and attention, by `Block.norm`; sizes are bytes that it
             saves for its backward.
         outside: of a chunk outside of the layers; sizes are saved bytes.
@@ -91,6 +92,7 @@ class DtypeSpeed:
 
     products: list[Product]
     attention: list[Attention]
+    dropped_attention: list[Attention]
     rest: dict[str, Both]
     outside: Both
     adapters: Both

@@ -126,7 +126,7 @@ def forward_seconds(
     speed = _speed_of(machine, machine.of(1), dtype)
     width = 4 if dtype == "float32" else 2
     # Nothing is dropped outside of training.
-    architecture = dataclasses.replace(shape.architecture, masks=0)
+    architecture = dataclasses.replace(shape.architecture, masks=0, attention_dropout=False)
     adapters = shape.adapters and dataclasses.replace(shape.adapters, dropout=0.0)
     shape = dataclasses.replace(shape, architecture=architecture, adapters=adapters)
     forward, _ = _layer(shape, lengths, speed, width, causal, overlaps=machine.on_gpu)
@@ -154,7 +154,9 @@ def _layer(
 ) -> tuple[float, float]:
     """Return the seconds of one layer's forward and backward for a chunk."""
     known = layer_products(shape, int(lengths.sum()), speed.products)
-    rows = attention_seconds(speed.attention, lengths, shape.architecture.head_width)
+    dropped = shape.architecture.attention_dropout
+    measured = speed.dropped_attention if dropped else speed.attention
+    rows = attention_seconds(measured, lengths, shape.architecture.head_width)
     heads = shape.architecture.num_heads * (0.5 if causal else 1.0)
     growing = [known[0] + heads * rows[0], known[1] + heads * rows[1]]
     fixed = [0.0, 0.0]

@@ -73,6 +73,7 @@ class Block:
 
 _ATTENTION_BIAS = {"attention_bias": ("query_key_value", "out")}
 _ALL = ("query_key_value", "out", "up", "down")
+_ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _BERT = Block(
     query_key_value=("query", "key", "value"),
     out="dense",
@@ -199,6 +200,7 @@ class Architecture:
     activation: str
     table_rows: int  # of further embedding tables
     masks: int  # dropouts on the width that are used, in one layer
+    attention_dropout: bool  # attention weights are dropped in training
     biases: tuple[str, ...]
 
     @property
@@ -295,6 +297,7 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         activation=str(tree.get(block.activation, "silu")),
         table_rows=sum(size(key) for key in block.tables),
         masks=sum(count for key, count in block.dropouts.items() if tree.get(key)),
+        attention_dropout=any(tree.get(key) for key in _ATTENTION_DROPOUTS),
         biases=(*block.biases, *(part for parts in chosen for part in parts)),
     )
 
@@ -380,6 +383,9 @@ class ModelShape:
             UserError: the model has its own code, or a width is missing.
         """
         architecture = read_architecture(tree)
+        if model.attention_dropout is not None:
+            dropped = model.attention_dropout > 0
+            architecture = dataclasses.replace(architecture, attention_dropout=dropped)
         if architecture.block is None:
             raise UserError(
                 f"config.json: model_type {architecture.model_type!r}",

@@ -91,6 +91,7 @@ def constants(ranks: int = 8) -> Constants:
     speed = DtypeSpeed(
         products=products,
         attention=attention,
+        dropped_attention=attention,
         rest={"rms": FREE, "layer": FREE},
         outside=FREE,
         adapters=FREE,
@@ -195,6 +196,28 @@ def test_dropouts_of_adapters_and_of_the_model_count_by_their_numbers() -> None:
     ]
     assert alone[:4] == pytest.approx([alone[0]] * 4)
     assert alone[5] == pytest.approx(alone[4])
+
+
+def test_attention_with_dropout_has_its_own_speed_in_training() -> None:
+    found = constants().dtypes["bfloat16"]
+    slow = [
+        dataclasses.replace(row, forward=3 * row.forward, backward=3 * row.backward)
+        for row in found.attention
+    ]
+    speed = dataclasses.replace(found, dropped_attention=slow)
+    each = dataclasses.replace(constants(), dtypes={"bfloat16": speed})
+    dropped = dataclasses.replace(BASE, attention_dropout=0.1)
+    base, slower = (
+        seconds("plain", each, ModelShape.planned(QWEN_7B, model))["compute"]
+        for model in (BASE, dropped)
+    )
+    attention = 3.5 * 4.0 * 3584 * WORK.squares * SEVEN_B.num_layers / SPEED * 2
+    assert slower - base == pytest.approx(2 * attention, rel=1e-3)
+    # A published dropout counts, unless the config sets another one.
+    for published, chosen, expected in ((0.1, None, slower), (0.1, 0.0, base), (0.0, 0.1, slower)):
+        tree = {**QWEN_7B, "attention_dropout": published}
+        model = dataclasses.replace(BASE, attention_dropout=chosen)
+        assert seconds("plain", each, ModelShape.planned(tree, model))["compute"] == expected
 
 
 def test_a_fixed_time_adds_up_on_a_cpu_and_hides_behind_kernels_on_a_gpu() -> None:
