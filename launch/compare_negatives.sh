@@ -33,12 +33,11 @@ compare() {
 }
 
 say "3. Hard negatives"
-margin='margin={relative: 0.95}'
-mine mined
-mine margin "$margin"
+mine mined 'margin={}'
+mine margin
 if [[ -n $teacher ]]; then
   # The shards' texts are cut at 96 tokens too.
-  mine taught "$margin" \
+  mine taught \
     "teacher={kind: bi_encoder, path: $teacher, vectors: true, max_length: 96}"
 fi
 

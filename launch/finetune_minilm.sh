@@ -15,11 +15,14 @@ source "$(dirname "$0")/minilm.sh"
 
 make_shards
 
-say "3. Training: every weight, two ranks"
+say "3. Hard negatives: documents that the untouched model takes for nearly as good as the answer"
+run diffembed mine "$recipe/mine.yaml"
+
+say "4. Training: every weight, two ranks"
 run "${two_ranks[@]}" pipeline/train.py "$recipe/train.yaml" \
   --deepspeed ds_configs/zero2.json "$@"
 run diffembed export "$recipe/train.yaml" "$@"
 
-say "4. Before and after"
+say "5. Before and after"
 run diffembed evaluate run "$recipe/evaluate.yaml"
 run diffembed report "$recipe/evaluate.yaml"
