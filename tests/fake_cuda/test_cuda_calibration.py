@@ -74,8 +74,11 @@ def test_parts_of_layers_are_measured_on_the_device_without_a_wait() -> None:
     timer = layers.Timer(CUDA, seconds=0.0)
     with FakeCuda() as record, timed_device():
         product = layers._product(timer, "bfloat16", 8, 16, 32)
-        attention = layers._attention(timer, "bfloat16", 8, 64)
+        attention = layers._attention(timer, "bfloat16", 8, 64, 0.0)
+        dropped = layers._attention(timer, "bfloat16", 8, 64, 0.1)
+        numbers, dropout = layers._dropout(timer, "bfloat16", 8, 64)
 
     assert record.num_syncs == 0, dict(record.syncs)
     assert product.forward == product.by_input == product.by_weight == 1e-3
-    assert attention.forward == pytest.approx(1e-3 / 4 / 128)
+    assert attention.forward == dropped.forward == pytest.approx(1e-3 / 4 / 128)
+    assert (numbers, dropout[0]) == (8 * 64, 1e-3)
