@@ -66,6 +66,7 @@ SIZES = {
         loss=((16, 128), (128, 512)),
         bytes=32 * 2**20,
         seconds=0.02,
+        model_seconds=1.0,
     ),
     "cuda": Sizes(
         dtypes=("bfloat16", "float32"),
@@ -79,6 +80,7 @@ SIZES = {
         loss=((64, 1024), (4096, 4096)),
         bytes=512 * 2**20,
         seconds=0.04,
+        model_seconds=0.4,
     ),
 }
 # --- ranks together --------------------------------------------------------------------------

@@ -34,9 +34,8 @@ from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
 ROW = 32
 _RANK = 16
 _DROPOUT = 0.1
-# Layers of the two models whose difference is a layer; a difference needs more calls than a time.
+# Layers of the two models whose difference is a layer.
 _DEPTHS = (1, 5)
-_MORE_CALLS = 10
 _HEAD = 64
 
 
@@ -54,6 +53,7 @@ class Sizes:
         loss: (pairs, width) of a small and of a large batch.
         bytes: of tensors that are added up or copied.
         seconds: spent on each number, unless three calls take longer.
+        model_seconds: the same for whole models, whose differences need more calls.
     """
 
     dtypes: tuple[Dtype, ...]
@@ -67,6 +67,7 @@ class Sizes:
     loss: tuple[tuple[int, int], tuple[int, int]]
     bytes: int
     seconds: float
+    model_seconds: float
 
 
 # --- time ------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class _Models:
         products: list[Product],
         attention: list[Attention],
     ) -> None:
-        self._timer = Timer(timer.device, _MORE_CALLS * sizes.seconds)
+        self._timer = Timer(timer.device, sizes.model_seconds)
         self._dtype, self._sizes = dtype, sizes
         self._products, self._attention = products, attention
 

@@ -32,6 +32,7 @@ TINY = Sizes(
     loss=((4, 16), (16, 32)),
     bytes=2**16,
     seconds=1e-4,
+    model_seconds=1e-3,
 )
 
 
