@@ -15,7 +15,7 @@ source "$(dirname "$0")/minilm.sh"
 
 make_shards
 
-say "3. Hard negatives: documents that the untouched model takes for nearly as good as the answer"
+say "3. Hard negatives: documents that the untouched model scores nearly as high as the answer"
 run diffembed mine "$recipe/mine.yaml"
 
 say "4. Training: every weight, two ranks"
