@@ -295,9 +295,8 @@ def is_computed(folder: Path) -> bool:
         return True
     modules = read_settings(folder, "modules.json", list[ModuleEntry])
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if kinds not in ([*_MODULES[:2]], [*_MODULES[:2], "Normalize"]):
-        return False
-    if not _is_at_top(modules[0]):
+    known = ([*_MODULES[:2]], [*_MODULES[:2], "Normalize"])
+    if kinds not in known or not _is_at_top(modules[0]):
         return False
     backbone = read_settings(folder, "config.json", BackboneConfig)
     pooling = read_settings(folder / modules[1]["path"], "config.json", PoolingConfig)

@@ -39,8 +39,8 @@ _KINDS = {
     ".txt": "lines",
 }
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
-_UNPACK: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+_UNPACK: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED = (*_UNPACK, ".zst")
 READABLE = (
     f"files named {', '.join(_KINDS)} (also with {', '.join(_PACKED)}) or {', '.join(_TABLES)}; "
     "a folder or a glob of them; a folder of save_to_disk; hub:OWNER/NAME[:CONFIG]"
@@ -426,8 +426,8 @@ def name_remote(path: str, label: str) -> Iterator[None]:
 class _RemoteFile(io.RawIOBase):
     """A file behind a URL, whose errors name it.
 
-    Buffered by `io.BufferedReader`, it has the methods of a local file: those of fsspec read lines
-    of unlimited length only.
+    `io.BufferedReader` gives it the methods of a local file. fsspec's own files cannot limit the
+    length of a line.
     """
 
     def __init__(self, url: str) -> None:
@@ -460,7 +460,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-# Bytes that are asked of a URL at a time, at least.
+# The least number of bytes to request from a URL.
 _REMOTE_BUFFER = 2**20
 
 
@@ -481,7 +481,7 @@ def open_bytes(file: str) -> IO[bytes]:
             return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
         if not is_packed(file):
             return raw
-        return cast(IO[bytes], _UNPACK[file.lower().rpartition(".")[2]](raw, "rb"))
+        return cast(IO[bytes], _UNPACK[Path(file.lower()).suffix](raw, "rb"))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
 

@@ -332,7 +332,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def required_text(record: Record, key: str) -> str:
     """Return a text that every record must have."""
-    value = field_of(record, key)
+    return _text(record, key, field_of(record, key))
+
+
+def _text(record: Record, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text")
     return value
@@ -355,9 +358,7 @@ def text_or_chat(record: Record, key: str) -> str:
         return _chat(record, key, value)
     if key not in record.value and isinstance(value, list) and len(value) == 1:
         (value,) = value
-    if not isinstance(value, str):
-        raise record.fail(f"{key!r} is {kind_name(value)}", allowed="a text")
-    return value
+    return _text(record, key, value)
 
 
 def texts_in(record: Record, key: str, value: Any) -> tuple[str, ...]:
