@@ -22,6 +22,8 @@ _PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scancel", "sinfo")
 _ADDRESS = "127.0.0.1"
 _NODES = ("node1", "node2")
+# The configuration of the controller and all commands, then of each node, and its munge.
+_CONFS = {"slurm.conf": "munge"} | {f"{node}.conf": f"munge-{node}" for node in _NODES}
 _CPUS, _GPUS = 16, 8
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 _ALL_JOBS = ("squeue", "-r", "-t", "all")
@@ -36,12 +38,14 @@ SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job starts again after cred_expire + 1 seconds; Slurm's default is two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/{munge}.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 TmpFS={folder}/tmp/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
+# The nodes' copies of this file differ in the socket.
+DebugFlags=NO_CONF_HASH
 # No control groups, no accounting database: neither needs to exist on a test machine.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -81,7 +85,11 @@ def why_unavailable() -> str:
 
 
 class Cluster:
-    """Munge, one controller and a daemon for each of two nodes, all children of this process.
+    """One controller, a daemon for each of two nodes, and a munge for each of the three.
+
+    All are children of this process. A munge serves one daemon, as on a real cluster: when two
+    nodes show it the same credential, the second is told of a replay, and slurmd 22.05 may free
+    the text of that error from two threads at once and crash.
 
     Everything lives in one temporary folder. The nodes are called node1 and node2; the names need
     not resolve, because Slurm has their address. Each claims 16 processors and 8 GPUs.
@@ -166,14 +174,19 @@ class Cluster:
         """Poll a condition until it is true.
 
         Raises:
-            AssertionError: it took longer than `seconds`; shows jobs, nodes and the last log lines.
+            AssertionError: it took longer than `seconds`, or a daemon ended by itself; shows jobs,
+                nodes and the last log lines.
         """
         deadline = time.monotonic() + seconds
         while not ready():
-            if time.monotonic() > deadline:
+            fault = f"not within {seconds} s" if time.monotonic() > deadline else ""
+            for name, daemon in self._daemons.items():
+                if daemon.poll() is not None:
+                    fault = f"{name} ended with {daemon.returncode}"
+            if fault:
                 views = [self.attempt(c, *f).stdout for c, *f in (_ALL_JOBS, _ALL_NODES)]
                 logs = [f"{p.name}:\n{p.read_text()[-1000:]}" for p in self._folder.glob("*.log")]
-                raise AssertionError("\n".join([f"not within {seconds} s", *views, *logs]))
+                raise AssertionError("\n".join([fault, *views, *logs]))
             time.sleep(0.25)  # a look may be a command of Slurm, which costs CPU
 
     def cancel_all(self) -> None:
@@ -194,7 +207,7 @@ class Cluster:
 
         It would notice after SlurmdTimeout; this has the same effect.
         """
-        daemon = self._daemons[node]
+        daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
         for task in list(self._processes(f"SLURMD_NODENAME={node}\0")):
@@ -207,13 +220,13 @@ class Cluster:
 
     def restore_power(self, node: str) -> None:
         """Start a node's daemon again; it takes jobs at once."""
-        self._start(node, "slurmd", "-D", "-N", node)
+        self._start_node(node)
         self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     @contextlib.contextmanager
     def without_controller(self) -> Iterator[None]:
         """End the controller, as for an upgrade, and start it again on leaving."""
-        daemon = self._daemons["slurmctld"]
+        daemon = self._daemons.pop("slurmctld")
         daemon.terminate()
         daemon.wait(PATIENCE)
         try:
@@ -241,14 +254,16 @@ class Cluster:
                 f"NodeName={node} NodeHostname={host} NodeAddr={_ADDRESS} Port={port} "
                 f"CPUs={_CPUS} RealMemory=256000 Gres=gpu:{_GPUS} State=UNKNOWN\n"
             )
-        conf = _SLURM_CONF.format(
-            host=host,
-            address=_ADDRESS,
-            port=controller_port,
-            user=_user_name(),
-            folder=folder,
-        )
-        (folder / "slurm.conf").write_text("".join(lines) + conf)
+        for name, munge in _CONFS.items():
+            conf = _SLURM_CONF.format(
+                host=host,
+                address=_ADDRESS,
+                port=controller_port,
+                user=_user_name(),
+                folder=folder,
+                munge=munge,
+            )
+            (folder / name).write_text("".join(lines) + conf)
         # Slurm only counts GPUs that have a character device; any such device will do.
         for i in range(_GPUS):
             (folder / f"gpu{i}").symlink_to("/dev/null")
@@ -258,18 +273,19 @@ class Cluster:
 
     def _start_daemons(self) -> None:
         folder = self._folder
-        self._start(
-            "munged",
-            *("munged", "--foreground"),
-            "--force",  # it would refuse a key below a world-writable folder
-            *(f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"),
-            *(f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"),
-            f"--log-file={folder}/munge.log",
-        )
-        self.poll((folder / "munge.socket").exists)
+        for munge in _CONFS.values():
+            self._start(
+                munge,
+                *("munged", "--foreground"),
+                "--force",  # it would refuse a key below a world-writable folder
+                *(f"--socket={folder}/{munge}.socket", f"--key-file={folder}/munge.key"),
+                *(f"--pid-file={folder}/{munge}.pid", f"--seed-file={folder}/{munge}.seed"),
+                f"--log-file={folder}/{munge}.log",
+            )
+        self.poll(lambda: all((folder / f"{munge}.socket").exists() for munge in _CONFS.values()))
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in _NODES:
-            self._start(node, "slurmd", "-D", "-N", node)
+            self._start_node(node)
         count = len(_NODES)
 
         def idle() -> bool:
@@ -282,6 +298,9 @@ class Cluster:
         # Idle proves that nodes reach the controller; only a step proves the way back.
         self.command("srun", f"--nodes={count}", "--ntasks-per-node=1", "true")
         self.poll(idle)
+
+    def _start_node(self, node: str) -> None:
+        self._start(node, "slurmd", "-D", "-N", node, "-f", f"{self._folder}/{node}.conf")
 
     def _start(self, name: str, *words: str) -> None:
         with (self._folder / f"{name}.log").open("wb") as log:
