@@ -36,6 +36,7 @@ from pipeline.config.mining import (
     MAX_DEPTH,
     BandConfig,
     CorpusConfig,
+    IndexConfig,
     MarginConfig,
     MineConfig,
     RetrieverConfig,

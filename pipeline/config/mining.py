@@ -39,6 +39,21 @@ class MarginConfig:
 
 @strict
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig:
+    """An approximate index by faiss, for corpora that are too large to compare all pairs."""
+
+    factory: str
+    """Description of the index in faiss's words, such as `IVF65536,SQ8`."""
+    parameters: str = "nprobe=64"
+    """Search parameters of faiss; `efSearch=128` for HNSW, empty for an index without any."""
+    train: PositiveInt = 1_000_000
+    """Documents that the index is trained on, evenly spaced."""
+    sample: PositiveInt = 256
+    """Queries that are searched exactly as well, to measure the recall."""
+
+
+@strict
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RetrieverConfig:
     """One model, or BM25, whose best documents become candidates."""
 
@@ -54,6 +69,8 @@ class RetrieverConfig:
     """Of weights and arithmetic."""
     margin: MarginConfig | None = None
     """Replaces the margin of the whole config for this retriever's scores."""
+    index: IndexConfig | None = None
+    """Search an index by faiss; null: compare all pairs."""
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "retrievers.name", self.name, "no slash")
@@ -62,6 +79,12 @@ class RetrieverConfig:
             f"retrievers.{self.name}",
             "template or max_length",
             "neither with path: bm25, which reads whole texts",
+        )
+        require(
+            self.path != BM25 or self.index is None,
+            f"retrievers.{self.name}",
+            "index",
+            "none with path: bm25, which has an index of its own",
         )
 
 

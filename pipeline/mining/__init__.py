@@ -9,7 +9,9 @@
     marks     document blocks     signature of each document; in an evaluation set or not
     index     BM25 retrievers     words of all documents
     embed     blocks, retrievers  one vector each
+    faiss     retrievers with index   its index of all documents' vectors
     search    query blocks, retrievers   documents 17, 4, 93, ... and their scores
+    recall    retrievers with index   share of the exact documents that the index finds
     levels    1                   percentiles of all positives' scores
     pick      query blocks        17 is a positive, 4 is above the margin, 93 is kept
     teach     blocks              the teacher's vectors, if it is a bi-encoder
@@ -43,7 +45,7 @@ from pipeline.data.shards import AUDIT_NAME, Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.models import num_parameters, processes_here
 from pipeline.files import require_writable, resolve_target, write_json, write_sealed
-from pipeline.mining import pick, retrieve, teacher, texts, write
+from pipeline.mining import approximate, pick, retrieve, teacher, texts, write
 from pipeline.mining.plan import (
     CorpusReport,
     MinePlan,
@@ -116,6 +118,7 @@ STEPS = (
         ],
     ),
     Step("embed", retrieve.embed_retriever_block, _vectors),
+    Step("faiss", retrieve.index_vectors, approximate.index_records),
     Step(
         "search",
         retrieve.search_block,
@@ -125,6 +128,7 @@ STEPS = (
             for k in range(len(m.query_blocks))
         ],
     ),
+    Step("recall", retrieve.compare_searches, approximate.recall_files),
     Step("levels", pick.measure_levels, lambda m: [m.store("picked") / "levels.json"]),
     Step("pick", pick.pick_block, _of_queries("picked")),
     Step("teach", teacher.embed_teacher_block, _taught),
@@ -244,6 +248,9 @@ def _run_steps(workers: Workers, mining: Mining) -> None:
             if workers.is_main and missing:
                 seconds = time.monotonic() - started
                 _say(f"{step.name}: {missing} of {len(outputs)} parts, {seconds:.1f} s")
+        if workers.is_main:
+            for name, recall in approximate.read_recalls(mining).items():
+                _say(f"the index of {name} finds {recall}")
     except Exception:
         _say(f"finished work is kept in {mining.config.store_folder}; the same command continues")
         raise
@@ -412,9 +419,14 @@ def _work_of(step: str, mining: Mining, work: Work) -> str:
                 _forward(r.name, local_folder(r.path, key="retrievers"), work.tokens)
                 for r in embedders
             )
+        case "faiss":
+            return f"vectors of {documents:,} documents"
         case "search":
-            total = len(config.retrievers) * queries * documents
-            return f"{total:,} scores of pairs, the best {config.depth:,} of each query"
+            exact = len(config.retrievers) - len(approximate.indexed_retrievers(config))
+            words = f"{exact * queries * documents:,} scores of pairs" if exact else "by an index"
+            return f"{words}, the best {config.depth:,} of each query"
+        case "recall":
+            return "a sample of the queries, by all pairs"
         case "pick":
             return f"at most {config.num_kept:,} candidates of each of {queries:,} queries"
         case "teach" if teacher is not None and teacher.path is not None:

@@ -5,6 +5,7 @@ counts of all blocks and shards --> audit.json --> audit.md, audit.png
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.shards import AUDIT_NAME
 from pipeline.evaluation.tables import markdown_table
 from pipeline.files import atomic_path, load_arrays, write_json, write_text
+from pipeline.mining.approximate import Recall, read_recalls
 from pipeline.mining.pick import read_picked, sample_examples
 from pipeline.mining.plan import Mining
 from pipeline.mining.rules import OUTCOMES, Candidates
@@ -102,6 +104,7 @@ def _collect(mining: Mining) -> tuple[dict[str, Any], NDArray[np.int64]]:
             for s, other in enumerate(retrievers)
             if r < s
         },
+        "recall": {name: dataclasses.asdict(r) for name, r in read_recalls(mining).items()},
         "teacher": _teacher(mining, false),
         "samples": _samples(mining, retrievers, picked),
     }
@@ -233,6 +236,9 @@ def audit_page(tree: dict[str, Any]) -> str:
         lines += ["", "## Agreement: shared documents among the best 10", ""]
         rows = [[name, f"{share:.1%}"] for name, share in tree["agreement"].items()]
         lines.append(markdown_table(["retrievers", "shared"], rows))
+    if tree["recall"]:
+        lines += ["", "## Recall of approximate indexes", ""]
+        lines += [f"{name}: {Recall(**recall)}." for name, recall in tree["recall"].items()]
     if teacher := tree["teacher"]:
         lines += [
             "",

@@ -3,6 +3,7 @@
     STORE/texts-KEY/      corpora/, documents/, queries/    texts of the dataset and of corpora
     STORE/marks-KEY/      documents/                        duplicates, evaluation sets
     STORE/vectors-KEY/    documents/, queries/              one folder for each model
+    STORE/index-KEY/                                        an approximate index of the documents
     STORE/found-KEY/                                        best documents of each query, one each
     STORE/picked-KEY/                                       candidates that passed all rules
     STORE/teacher-KEY/                                      the teacher's scores of these
@@ -29,6 +30,7 @@ import numpy as np
 
 from pipeline.config import (
     BM25,
+    IndexConfig,
     MineConfig,
     RetrieverConfig,
     SourceConfig,
@@ -96,12 +98,14 @@ class ModelPlan:
         fingerprint: of its weights and settings, without the data.
         vectors: key of its vectors, or of its index for BM25.
         found: key of its search results.
+        index: key of its approximate index; empty without one.
     """
 
     folder: str
     fingerprint: str
     vectors: str
     found: str = ""
+    index: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +181,9 @@ class Mining:
         return last.first + last.stop - last.start
 
     def store(self, kind: str, retriever: int = 0) -> Path:
-        """Return the folder of one kind of files; for `vectors` and `found`, of one retriever."""
+        """Return the folder of one kind of files; some kinds have one for each retriever."""
         plan = self.plan
-        if kind in ("vectors", "found"):
+        if kind in ("vectors", "index", "found"):
             key = getattr(plan.retrievers[retriever], kind)
         elif kind == "teacher":
             assert plan.teacher is not None
@@ -244,9 +248,14 @@ def plan_mining(config: MineConfig) -> MinePlan:
         folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
         # Of the model, not of its name in the config: retrievers of one model share vectors.
         own = key_of("vectors", texts, fingerprint)
-        found = key_of("found", own, config.depth)
+        index, searched = "", [own]
+        if retriever.index is not None:
+            require_index(retriever.index, key=f"retrievers.{retriever.name}.index")
+            index = key_of("index", own, retriever.index.factory, retriever.index.train)
+            searched = [index, retriever.index.parameters]
+        found = key_of("found", *searched, config.depth)
         retrievers.append(
-            ModelPlan(folder=folder, fingerprint=fingerprint, vectors=own, found=found)
+            ModelPlan(folder=folder, fingerprint=fingerprint, vectors=own, found=found, index=index)
         )
     margins = [as_tree(config.margin_of(retriever)) for retriever in config.retrievers]
     # A teacher that removes candidates needs some to spare.
@@ -309,6 +318,40 @@ def _identify(model: RetrieverConfig | TeacherConfig, *, key: str) -> tuple[str,
     weights = export_fingerprint(Path(folder))
     settings = [as_tree(model)[name] for name in ("template", "max_length", "precision")]
     return folder, key_of(weights, *settings)
+
+
+# A multiple of the common numbers of parts that an index divides vectors into.
+_ANY_WIDTH = 6720
+
+
+def require_index(settings: IndexConfig, *, key: str) -> None:
+    """Refuse an index that faiss does not know, before anything is embedded for it.
+
+    Raises:
+        UserError: faiss is not installed, or cannot read the factory or the parameters.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            f"{key}: needs the package faiss", fix="pip install 'diffembed[faiss]'"
+        ) from error
+    allowed = "https://github.com/facebookresearch/faiss/wiki/The-index-factory"
+    with blame(f"{key}.factory: {settings.factory!r}", allowed=allowed):
+        index = faiss.index_factory(_ANY_WIDTH, settings.factory, faiss.METRIC_INNER_PRODUCT)
+    with blame(
+        f"{key}.parameters: {settings.parameters!r}",
+        allowed="a parameter of this kind of index: nprobe=64 for IVF, efSearch=128 for HNSW",
+    ):
+        set_parameters(index, settings.parameters)
+
+
+def set_parameters(index: Any, parameters: str) -> None:
+    """Set faiss's search parameters, such as `nprobe=64`."""
+    import faiss
+
+    if parameters:
+        faiss.ParameterSpace().set_index_parameters(index, parameters)
 
 
 def local_folder(path: str, *, key: str) -> str:

@@ -1,6 +1,7 @@
 """Embed texts with each retriever, and find each query's best documents.
 
 texts --load_model--> vectors-KEY/documents/000000.npy --search.Corpus--> found-KEY/000000.npz
+                                                       --approximate----> (the same)
       --bm25s-------> vectors-KEY/index                --scores---------> (the same)
 """
 
@@ -35,6 +36,13 @@ from pipeline.files import (
     save_vectors,
     write_sealed,
     write_text,
+)
+from pipeline.mining.approximate import (
+    build_index,
+    indexed_retrievers,
+    measure_recall,
+    recall_files,
+    search_index,
 )
 from pipeline.mining.plan import Mining, ModelPlan, is_bm25
 from pipeline.mining.search import Corpus, VectorFile, top_of_row
@@ -200,7 +208,7 @@ def search_block(mining: Mining, task: int) -> None:
     if is_bm25(mining.config.retrievers[number]):
         found = _search_words(mining, model, block, positives)
     else:
-        found = _search_vectors(mining, model, block, positives)
+        found = _search_vectors(mining, number, block, positives)
     documents, scores, positive_scores = found
     save_arrays(
         mining.block_file("found", block, number),
@@ -213,12 +221,29 @@ def search_block(mining: Mining, task: int) -> None:
 _Results = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 
 
-def _search_vectors(mining: Mining, model: ModelPlan, block: int, positives: Ragged) -> _Results:
+def _search_vectors(mining: Mining, number: int, block: int, positives: Ragged) -> _Results:
+    model = mining.plan.retrievers[number]
     corpus = open_corpus(mining, model)
     path = mining.vectors(model, "queries", block)
     queries_QD = map_vectors(path, fix=f"delete {path} and run `diffembed mine` again")
-    found = corpus.search(queries_QD, mining.config.depth)
+    if model.index:
+        found = search_index(mining, corpus, number, queries_QD)
+    else:
+        found = corpus.search(queries_QD, mining.config.depth)
     return found.documents, found.scores, score_listed(corpus, queries_QD, positives)
+
+
+def index_vectors(mining: Mining, task: int) -> None:
+    """Build one retriever's approximate index; in one process, which holds it in memory."""
+    number = indexed_retrievers(mining.config)[task]
+    build_index(mining, open_corpus(mining, mining.plan.retrievers[number]), number)
+
+
+def compare_searches(mining: Mining, task: int) -> None:
+    """Measure the recall of one retriever's index."""
+    number = indexed_retrievers(mining.config)[task]
+    corpus = open_corpus(mining, mining.plan.retrievers[number])
+    measure_recall(mining, corpus, number, recall_files(mining)[task])
 
 
 def score_listed(

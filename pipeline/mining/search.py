@@ -154,7 +154,7 @@ class Corpus:
         wanted = min(k + slack, len(self))
         # More than k: float32 may order nearly equal documents differently from float64.
         values_QK, documents_QK, largest_norm = self._preselect(queries_QD, wanted)
-        documents, scores = _best(self._rescore(queries_QD, documents_QK), documents_QK, k)
+        documents, scores = best_of(self._rescore(queries_QD, documents_QK), documents_QK, k)
         if wanted < len(self):
             # A document that was left out has at most the last kept value, plus its error.
             norms_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
@@ -308,7 +308,7 @@ def _places_above(scores_QM: torch.Tensor, border_Q: torch.Tensor) -> torch.Tens
     return torch.from_numpy(np.flatnonzero(above))
 
 
-def _best(scores_QN: Floats, documents_QN: Numbers, k: int) -> tuple[Numbers, Floats]:
+def best_of(scores_QN: Floats, documents_QN: Numbers, k: int) -> tuple[Numbers, Floats]:
     """Return the K best of each row, ties by number."""
     order = np.lexsort((documents_QN, -scores_QN), axis=1)[:, :k]
     return (

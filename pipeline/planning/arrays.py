@@ -248,7 +248,7 @@ def plan_mining(
         key = f"retrievers.{number}.path"
         model = read(retriever.path, name=retriever.name, key=key, precision=retriever.precision)
         work.append(_embedding("embed", model, sizes, retriever.max_length))
-        work.append(_searched(model, sizes))
+        work.append(_searched(model, sizes, by_index=retriever.index is not None))
     if config.teacher is not None:
         pairs = listed + sizes.queries.texts * config.num_kept
         work.append(_taught(config.teacher, read, sizes, pairs))
@@ -315,7 +315,13 @@ def _files_of(corpus: CorpusConfig) -> list[str]:
     return list_files(corpus.path, f"corpora.{corpus.name}.path")
 
 
-def _searched(model: PlannedModel, sizes: TaskSizes) -> Work:
+def _searched(model: PlannedModel, sizes: TaskSizes, *, by_index: bool) -> Work:
+    if by_index:
+        words = f"{sizes.queries.texts:,.0f} searches of an index"
+        return Work(
+            name="search", model=model.name, texts=words, tokens=0.0, seconds=None,
+            origin="by faiss, on CPUs",
+        )  # fmt: skip
     pairs = sizes.documents.texts * sizes.queries.texts
     flops = 2.0 * pairs * model.shape.hidden_size
     speed = model.machine.require_speed()

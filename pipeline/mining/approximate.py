@@ -1,0 +1,185 @@
+"""Search an index of faiss instead of all pairs, and measure what it misses.
+
+    documents' vectors --train, add--> index-KEY/index.faiss --search--> 2K documents of each query
+        --float64--> the best K;   sampled queries --search.Corpus--> found-KEY/recall-256.json
+
+Only the choice of documents is approximate. Their scores are the float64 products of search.py, so
+margins and percentiles mean the same with and without an index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import IndexConfig, MineConfig
+from pipeline.errors import UserError, blame
+from pipeline.files import atomic_path, hash_file, map_vectors, read_record, write_sealed
+from pipeline.mining.plan import Mining, set_parameters
+from pipeline.mining.search import Corpus, Found, best_of
+
+# An index that stores shortened vectors orders its best documents badly: take more, and score them.
+_FETCHED = 2
+# Recall is also measured among the first few, where most negatives come from.
+_NEAREST = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recall:
+    """Share of the exact search's documents that the index finds, over a sample of queries.
+
+    Attributes:
+        queries: searched both ways.
+        depth: documents of a search.
+        share: of the exact `depth` best that are among the index's.
+        nearest: of the exact ten best that are among the index's ten best.
+    """
+
+    queries: int
+    depth: int
+    share: float
+    nearest: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.1%} of the exact best {self.depth:,} and {self.nearest:.1%} of the best "
+            f"{min(self.depth, _NEAREST)}, in {self.queries:,} queries"
+        )
+
+
+def indexed_retrievers(config: MineConfig) -> list[int]:
+    """Return the numbers of the retrievers that search an index."""
+    return [n for n, retriever in enumerate(config.retrievers) if retriever.index is not None]
+
+
+def _settings(mining: Mining, number: int) -> IndexConfig:
+    settings = mining.config.retrievers[number].index
+    assert settings is not None
+    return settings
+
+
+def _record(mining: Mining, number: int) -> Path:
+    """Return the file whose existence means that the index is complete; it holds its hash."""
+    return mining.store("index", number) / "index.json"
+
+
+def index_records(mining: Mining) -> list[Path]:
+    """Return the last file of each index."""
+    return [_record(mining, number) for number in indexed_retrievers(mining.config)]
+
+
+def recall_files(mining: Mining) -> list[Path]:
+    """Return the file of each index's recall."""
+    return [
+        mining.store("found", number) / f"recall-{_settings(mining, number).sample}.json"
+        for number in indexed_retrievers(mining.config)
+    ]
+
+
+def build_index(mining: Mining, corpus: Corpus, number: int) -> None:
+    """Train the index of a retriever on evenly spaced documents, and add all documents to it.
+
+    Raises:
+        UserError: faiss cannot build this index from these vectors.
+    """
+    import faiss
+
+    settings = _settings(mining, number)
+    name = mining.config.retrievers[number].name
+    size = min(settings.train, len(corpus))
+    rows = np.unique(np.linspace(0, len(corpus) - 1, size).astype(np.int64))
+    sample_ND = corpus.gather(rows)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    with blame(
+        f"retrievers.{name}.index: {settings.factory} for {len(corpus):,} vectors of width "
+        f"{sample_ND.shape[1]}, trained on {len(rows):,}",
+        fix="give another factory; the vectors are kept",
+    ):
+        index = faiss.index_factory(
+            sample_ND.shape[1], settings.factory, faiss.METRIC_INNER_PRODUCT
+        )
+        index.train(sample_ND)
+        del sample_ND
+        for _, tile_MD in corpus.tiles():
+            index.add(tile_MD.astype(np.float32))
+    record = _record(mining, number)
+    path = record.with_name("index.faiss")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    write_sealed(record, {"content": hash_file(path)})
+
+
+@functools.lru_cache(maxsize=1)
+def _open(record: Path, parameters: str) -> Any:
+    """Open an index once per process, which then compares its hash once."""
+    import faiss
+
+    fix = f"delete {record.parent} and run `diffembed mine` again"
+    path = record.with_name("index.faiss")
+    with blame(f"{path}: damaged", fix=fix):
+        digest = hash_file(path)
+    if digest != read_record(record, dict[str, str], fix=fix)["content"]:
+        raise UserError(f"{path}: damaged (its content does not match its hash)", fix=fix)
+    # Mapped where the kind of index allows, so that the processes of a machine share its pages.
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    set_parameters(index, parameters)
+    return index
+
+
+def search_index(
+    mining: Mining, corpus: Corpus, number: int, queries_QD: NDArray[np.floating]
+) -> Found:
+    """Return the best documents that a retriever's index finds; -1 and NaN where it finds fewer."""
+    import faiss
+
+    depth = min(mining.config.depth, len(corpus))
+    index = _open(_record(mining, number), _settings(mining, number).parameters)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    _, fetched_QK = index.search(queries_QD, min(_FETCHED * depth, len(corpus)))
+    documents, scores = best_of(corpus.score(queries_QD, fetched_QK), fetched_QK, depth)
+    return Found(documents=documents, scores=scores)
+
+
+def measure_recall(mining: Mining, corpus: Corpus, number: int, path: Path) -> None:
+    """Search evenly spaced queries both ways, and write how many documents the index found."""
+    blocks = mining.query_blocks
+    total = blocks[-1].first + len(blocks[-1].numbers)
+    sample = np.unique(np.linspace(0, total - 1, _settings(mining, number).sample).astype(np.int64))
+    model, vectors = mining.plan.retrievers[number], []
+    for block, rows in enumerate(blocks):
+        own = sample[(sample >= rows.first) & (sample < rows.first + len(rows.numbers))]
+        if len(own):
+            source = mining.vectors(model, "queries", block)
+            mapped = map_vectors(source, fix=f"delete {source} and run `diffembed mine` again")
+            vectors.append(mapped[own - rows.first])
+    queries_QD = np.concatenate(vectors)
+    exact = corpus.search(queries_QD, mining.config.depth).documents
+    found = search_index(mining, corpus, number, queries_QD).documents
+    recall = Recall(
+        queries=len(sample),
+        depth=exact.shape[1],
+        share=_share(exact, found),
+        nearest=_share(exact[:, :_NEAREST], found[:, :_NEAREST]),
+    )
+    write_sealed(path, dataclasses.asdict(recall))
+
+
+def _share(exact_QK: NDArray[np.int64], found_QK: NDArray[np.int64]) -> float:
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(exact_QK, found_QK, strict=True)]
+    return float(np.mean(hits) / exact_QK.shape[1])
+
+
+def read_recalls(mining: Mining) -> dict[str, Recall]:
+    """Return the recall of each index, by the retriever's name."""
+    numbers = indexed_retrievers(mining.config)
+    return {
+        mining.config.retrievers[number].name: read_record(path, Recall, fix=f"delete {path}")
+        for number, path in zip(numbers, recall_files(mining), strict=True)
+    }
