@@ -30,7 +30,7 @@ FLOORS = (
     {"errors"},
     {"config", "files", "launch"},
     {"comm", "run_folder", "shipped_files", "tokenizer", "workers"},
-    {"data", "model", "loss"},
+    {"data", "exact_search", "loss", "model"},
     {"training", "evaluation"},
     {"mining"},
     {"planning", "submission"},

@@ -5,6 +5,7 @@
         layers.py            layers and their parts
         DeepSpeed's engine on many small and on few large weights    a tensor, a number
         the loss of a small and of a large batch                     a call, a FLOP
+        the search of a mining in a small and in a large corpus      a query, a FLOP
 
 The slowest rank counts.
 """
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import sys
 import tempfile
@@ -22,12 +24,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from pipeline.errors import DiffembedError, errors_end_the_process
-from pipeline.files import read_record, write_json
+from pipeline.exact_search import Corpus, VectorFile
+from pipeline.files import read_record, save_vectors, write_json
 from pipeline.launch import discover_world, run_ranks, share_cores
 from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.targets import RaggedIndex, Targets
@@ -53,6 +58,10 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer
 from pipeline.training.zero import ZeroEngine, placement_of
 
+# Documents of a stored block.
+_BLOCK = 8192
+# Documents of a search: the 100 of a mining's default window, and its margin of 64.
+_DEPTH = 164
 SIZES = {
     "cpu": Sizes(
         dtypes=("float32",),  # others take a CPU minutes
@@ -64,6 +73,7 @@ SIZES = {
         chunks=(32, 1024),
         engine=((8, 32, 64), (2, 512, 4096)),
         loss=((16, 128), (128, 512)),
+        search=(512, 256, (2, 10)),
         bytes=32 * 2**20,
         seconds=0.02,
         model_seconds=1.0,
@@ -78,6 +88,7 @@ SIZES = {
         chunks=(64, 8192),
         engine=((8, 64, 64), (2, 2048, 32768)),
         loss=((64, 1024), (4096, 4096)),
+        search=(2048, 1024, (4, 16)),
         bytes=512 * 2**20,
         seconds=0.04,
         model_seconds=0.4,
@@ -184,6 +195,31 @@ def _loss_of(pairs: int, width: int, device: torch.device) -> Callable[[], objec
     return lambda: contrastive_loss(rows, rows, targets, config=LossConfig())
 
 
+def measure_search(timer: Timer, sizes: Sizes) -> Line:
+    """Measure the exact search of a mining in a small and in a large corpus; a collective call."""
+    num_queries, width, counts = sizes.search
+    generator, points = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory(prefix="diffembed-") as folder:
+        files = []
+        for number in range(max(counts)):
+            vectors = _unit_vectors(generator, _BLOCK, width)
+            path = Path(folder) / f"{number}.npy"
+            save_vectors(path, vectors)
+            files.append(VectorFile(path=path, start=number * _BLOCK, rows=_BLOCK))
+        queries = _unit_vectors(generator, num_queries, width)
+        for count in counts:
+            corpus = Corpus(files[:count], device=timer.device)
+            seconds = timer.together(functools.partial(corpus.search, queries, _DEPTH), 3)
+            points.append((2.0 * num_queries * len(corpus) * width, seconds))
+    return line_through(points, num_queries)
+
+
+def _unit_vectors(generator: np.random.Generator, rows: int, width: int) -> NDArray[np.float16]:
+    vectors = generator.standard_normal((rows, width), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float16)
+
+
 def _table(timer: Timer, sizes: Sizes) -> float:
     """Return the seconds of a byte of a token table's gradient, added to an earlier one."""
     weight = torch.randn(sizes.bytes // 1024, 256, device=timer.device, requires_grad=True)
@@ -222,6 +258,7 @@ def measure_constants(sizes: Sizes, timer: Timer) -> Constants:
         engine={str(stage): measure_engine(stage, timer, sizes) for stage in (2, 3)},
         agreement=timer.together(lambda: comm.max_over_ranks(0.0, 0.0), 20),
         loss=measure_loss(timer, sizes),
+        search=measure_search(timer, sizes),
     )
 
 

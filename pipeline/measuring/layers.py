@@ -51,6 +51,7 @@ class Sizes:
         chunks: (small, large) tokens of their chunks.
         engine: (layers, width, vocabulary) of many small weights, and of few large ones.
         loss: (pairs, width) of a small and of a large batch.
+        search: queries, width, and blocks of documents in a small and in a large corpus.
         bytes: of tensors that are added up or copied.
         seconds: spent on each number, unless three calls take longer.
         model_seconds: the same for whole models, whose differences need more calls.
@@ -65,6 +66,7 @@ class Sizes:
     chunks: tuple[int, int]
     engine: tuple[tuple[int, int, int], tuple[int, int, int]]
     loss: tuple[tuple[int, int], tuple[int, int]]
+    search: tuple[int, int, tuple[int, int]]
     bytes: int
     seconds: float
     model_seconds: float

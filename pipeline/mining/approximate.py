@@ -1,10 +1,10 @@
 """Search an index of faiss instead of all pairs, and measure what it misses.
 
     documents' vectors --train, add--> index-KEY/index.faiss --search--> 2K documents of each query
-        --float64--> the best K;   sampled queries --search.Corpus--> found-KEY/recall-256.json
+        --float64--> the best K;   sampled queries --exact_search--> found-KEY/recall-256.json
 
-Only the choice of documents is approximate. Their scores are the float64 products of search.py, so
-margins and percentiles mean the same with and without an index.
+Only the choice of documents is approximate. Their scores are the float64 products of an exact
+search, so margins and percentiles mean the same with and without an index.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import IndexConfig, MineConfig
 from pipeline.errors import UserError, blame
+from pipeline.exact_search import Corpus, Found, best_of
 from pipeline.files import atomic_path, hash_file, map_vectors, read_record, write_sealed
 from pipeline.mining.plan import Mining, set_parameters
-from pipeline.mining.search import Corpus, Found, best_of
 
 # An index that stores shortened vectors orders its best documents badly: take more, and score them.
 _FETCHED = 2

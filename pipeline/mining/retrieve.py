@@ -1,6 +1,6 @@
 """Embed texts with each retriever, and find each query's best documents.
 
-texts --load_model--> vectors-KEY/documents/000000.npy --search.Corpus--> found-KEY/000000.npz
+texts --load_model--> vectors-KEY/documents/000000.npy --exact_search-> found-KEY/000000.npz
                                                        --approximate----> (the same)
       --bm25s-------> vectors-KEY/index                --scores---------> (the same)
 """
@@ -28,6 +28,7 @@ from pipeline.evaluation.models import (
     resolve_precision,
     share_cores,
 )
+from pipeline.exact_search import Corpus, VectorFile, top_of_row
 from pipeline.files import (
     load_arrays,
     map_vectors,
@@ -45,7 +46,6 @@ from pipeline.mining.approximate import (
     search_index,
 )
 from pipeline.mining.plan import Mining, ModelPlan, is_bm25
-from pipeline.mining.search import Corpus, VectorFile, top_of_row
 from pipeline.mining.texts import positives_of, read_texts
 from pipeline.model.load_export import is_computed, read_template
 

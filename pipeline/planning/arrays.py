@@ -328,7 +328,7 @@ def _searched(model: PlannedModel, sizes: TaskSizes, *, by_index: bool) -> Work:
     if isinstance(speed, Gpu):
         seconds = flops / (speed.fp32 * UTILISATION)
     else:
-        seconds = flops * speed.of(1).loss.each
+        seconds = speed.of(1).search.at(flops, sizes.queries.texts)
     words = f"{pairs:,.0f} scores of pairs"
     return Work(
         name="search", model=model.name, texts=words, tokens=0.0, seconds=seconds,

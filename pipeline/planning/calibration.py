@@ -18,7 +18,7 @@ from pipeline.files import read_record, write_sealed
 from pipeline.planning.memory import GIB, USABLE, Target, gpu_named
 from pipeline.planning.speed import GPUS, Gpu
 
-VERSION = 2
+VERSION = 3
 # A folder that overrides the default one.
 FOLDER_VARIABLE = "DIFFEMBED_CALIBRATIONS"
 _FIX = "measure again with `diffembed plan calibrate`"
@@ -120,6 +120,7 @@ class Constants:
         table: seconds of a byte of the token table's gradient.
         agreement: seconds until all ranks know a number.
         loss: `fixed` of a call, `each` of a FLOP.
+        search: of a mining; `fixed` of a query, `each` of a FLOP.
         host: bytes a second to host memory and back, one direction at a time.
     """
 
@@ -130,6 +131,7 @@ class Constants:
     table: float
     agreement: float
     loss: Line
+    search: Line
     host: float
 
     def changed(self, compute: float, link: float) -> Constants:

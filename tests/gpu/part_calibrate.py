@@ -30,6 +30,7 @@ TINY = Sizes(
     chunks=(32, 64),
     engine=((2, 16, 64), (1, 64, 512)),
     loss=((4, 16), (16, 32)),
+    search=(4, 8, (1, 2)),
     bytes=2**16,
     seconds=1e-4,
     model_seconds=1e-3,

@@ -186,6 +186,10 @@ def test_a_mining_embeds_every_text_and_its_teacher_reads_every_candidate(
     assert embed.texts == f"{documents.texts} documents, {queries.texts} queries"
     assert embed.tokens <= 4 * (documents.texts + queries.texts)
     assert search.seconds == pytest.approx(2 * 4 * queries.texts * documents.texts / (67e12 * 0.5))
+    measured = Machine(target=H100.target, name="h100", speed=calibrated())
+    _, search, _ = plan_mining(config, measured).work
+    pairs = queries.texts * documents.texts
+    assert search.seconds == pytest.approx(queries.texts * 2e-6 + 2 * 4 * pairs * 1e-13)
     # A positive and five candidates for each of 16 queries.
     pairs = 16 * (1 + 5)
     assert score.texts == f"at most {pairs} pairs"

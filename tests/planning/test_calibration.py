@@ -106,6 +106,7 @@ def constants(ranks: int = 8) -> Constants:
         table=0.0,
         agreement=0.0,
         loss=NONE,
+        search=Line(fixed=2e-6, each=1e-13),
         host=50e9,
     )
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
+from pipeline.exact_search import Corpus, VectorFile, top_of_row
 from pipeline.files import save_vectors
-from pipeline.mining.search import Corpus, VectorFile, top_of_row
 
 
 def store(folder: Path, vectors: NDArray[np.float16], rows: int) -> list[VectorFile]:
