@@ -131,6 +131,11 @@ def name_full_disk(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+def several(count: int, noun: str) -> str:
+    """Return `1 rank`, `2 ranks`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def say_warning(message: str) -> None:
     """Print one line on stderr about something left out or replaced, and carry on."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)

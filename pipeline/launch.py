@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import DiffembedError, UserError
+from pipeline.errors import DiffembedError, UserError, several
 
 # Variables that hold rank, world size and local rank, by launcher.
 _LAUNCHERS = {
@@ -222,7 +222,9 @@ def share_cores(world: World) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if world.is_main:
         print(
-            f"OMP_NUM_THREADS={threads}: {cores} cores for {ranks} ranks on this host", flush=True
+            f"OMP_NUM_THREADS={threads}: {several(cores, 'core')} for {several(ranks, 'rank')} "
+            "on this host",
+            flush=True,
         )
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
-from pipeline.errors import DiffembedError, errors_end_the_process
+from pipeline.errors import DiffembedError, errors_end_the_process, several
 from pipeline.exact_search import Corpus, VectorFile
 from pipeline.files import read_record, save_vectors, write_json
 from pipeline.launch import discover_world, run_ranks, share_cores
@@ -276,9 +276,11 @@ def calibrate(ranks: int) -> Calibration:
         for number in sorted({1, ranks}):
             path = Path(scratch) / f"{number}.json"
             command = [sys.executable, "-m", __name__, str(path)]
-            print(f"measuring with {number} rank{'s' * (number > 1)}", flush=True)
+            print(f"measuring with {several(number, 'rank')}", flush=True)
             if code := run_ranks(command, number):
-                raise DiffembedError(f"plan calibrate: {number} ranks ended with exit code {code}")
+                raise DiffembedError(
+                    f"plan calibrate: {several(number, 'rank')} ended with exit code {code}"
+                )
             parts.append(read_record(path, Calibration, fix="run it again"))
     return dataclasses.replace(
         parts[-1], constants=[constants for part in parts for constants in part.constants]

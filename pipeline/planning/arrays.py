@@ -22,7 +22,7 @@ from pipeline.data.manifest import FILE_NAME, read_manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.sources.corpus import corpus_files
 from pipeline.data.sources.paths import counts_rows, file_size, is_packed, list_files
-from pipeline.errors import UserError, say_warning
+from pipeline.errors import UserError, say_warning, several
 from pipeline.evaluation.distinct_texts import BYTES_PER_TOKEN
 from pipeline.evaluation.tasks import Element, instruction_for, list_elements, tasks_of
 from pipeline.planning.calibration import Machine
@@ -173,8 +173,8 @@ def plan_evaluation(
         once = list(counted.distinct.items())
     shared = sum(models[name].seconds(texts) for name, texts in once)
     return ArrayPlan(
-        title=f"{_several(len(config.models), 'model')} x {len(elements) // len(config.models)} "
-        f"tasks and lengths = {_several(len(elements), 'element')}",
+        title=f"{several(len(config.models), 'model')} x {len(elements) // len(config.models)} "
+        f"tasks and lengths = {several(len(elements), 'element')}",
         work=tuple(work),
         whole=True,
         shared=shared,
@@ -381,7 +381,7 @@ def describe_array(
     lines = [plan.title, "", format_columns([*rows, total]), ""]
     cost = "" if price is None else f", {format_price(plan.seconds, price)} at {price:g} an hour"
     longest = max(plan.work, key=lambda work: work.seconds or 0.0)
-    one, together = format_seconds(plan.elapsed(gpus)), _several(gpus, "GPU")
+    one, together = format_seconds(plan.elapsed(gpus)), several(gpus, "GPU")
     if plan.whole:
         name = f"{longest.name} of {longest.model}"
         one += f"; the longest element {format_seconds(longest.seconds or 0.0)} ({name})"
@@ -395,11 +395,6 @@ def describe_array(
         )
     lines.append("GPUs only: start of jobs, reading, tokenising and scoring come in addition.")
     return "\n".join(lines)
-
-
-def _several(count: int, name: str) -> str:
-    """Return `1 GPU`, `2 GPUs`."""
-    return f"{count:,} {name}{'s' * (count > 1)}"
 
 
 def _cells(work: Work) -> list[str]:

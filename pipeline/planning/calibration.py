@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, several
 from pipeline.files import read_record, write_sealed
 from pipeline.planning.memory import GIB, USABLE, Target, gpu_named
 from pipeline.planning.speed import GPUS, Gpu
@@ -184,7 +184,8 @@ class Calibration:
     def label(self) -> str:
         """The line by which a plan says what it is based on."""
         counts = " and ".join(str(constants.ranks) for constants in self.constants)
-        return f"measured on {self.device} with {counts} ranks, {self.date}"
+        noun = "rank" if counts == "1" else "ranks"
+        return f"measured on {self.device} with {counts} {noun}, {self.date}"
 
 
 def _times(measured: Any, factor: float) -> Any:
@@ -273,19 +274,22 @@ def _torch_version() -> str | None:
 
 def describe(calibration: Calibration) -> str:
     """Format what a reader may compare with a data sheet, for each number of ranks."""
-    lines = [f"{calibration.label}, {calibration.threads} threads each, torch {calibration.torch}"]
+    lines = [
+        f"{calibration.label}, {several(calibration.threads, 'thread')} each, "
+        f"torch {calibration.torch}"
+    ]
     for constants in calibration.constants:
         for name, speed in constants.dtypes.items():
             best = max(product.flops / product.forward for product in speed.products)
             rows = max(row.flops / row.forward for row in speed.attention)
             lines.append(
-                f"{constants.ranks} ranks, {name}: {best:.3g} FLOP/s in linear layers, "
+                f"{several(constants.ranks, 'rank')}, {name}: {best:.3g} FLOP/s in linear layers, "
                 f"{rows:.3g} in attention, {speed.rest['rms'].forward.fixed * 1e6:.0f} us a layer"
             )
         whole = constants.engine["3"]
         lines.append(
-            f"{constants.ranks} ranks: ZeRO-3 gathers {4e-9 / max(whole.gather.each, 1e-15):.3g} "
-            f"GB/s, reduces {4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
+            f"{several(constants.ranks, 'rank')}: ZeRO-3 gathers "
+            f"{4e-9 / max(whole.gather.each, 1e-15):.3g} GB/s, reduces {4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
             f"{1 / max(whole.update.each, 1e-15):.3g} weights/s; host {constants.host / 1e9:.3g} "
             f"GB/s; agreement {constants.agreement * 1e6:.0f} us"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import TrainConfig, as_tree
 from pipeline.data.batch import GlobalBatch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, several
 from pipeline.files import atomic_path
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, loss_cost
 from pipeline.planning import (
@@ -50,8 +50,9 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         *_objective(batch, config),
         (
             "tokens",
-            f"{batch.tokens:,} = {len(batch.chunks)} chunks x <= {workload.chunk_tokens:,} tokens "
-            f"x {workload.world_size} ranks (budget {config.chunks.max_tokens:,} a chunk)",
+            f"{batch.tokens:,} = {several(len(batch.chunks), 'chunk')} x "
+            f"<= {workload.chunk_tokens:,} tokens x {several(workload.world_size, 'rank')} "
+            f"(budget {config.chunks.max_tokens:,} a chunk)",
         ),
         ("steps", _steps(plan, config)),
         (
@@ -67,8 +68,8 @@ def describe(plan: RunPlan, config: TrainConfig) -> str:
         (
             "schedule",
             f"{plan.schedule}{_reason(plan, config)}, "
-            f"{plan.keep_graphs} graphs kept, ZeRO stage {workload.stage} "
-            f"on {workload.world_size} ranks",
+            f"{several(plan.keep_graphs, 'graph')} kept, ZeRO stage {workload.stage} "
+            f"on {several(workload.world_size, 'rank')}",
         ),
         *(("warning", warning) for warning in plan.warnings),
     ]
@@ -112,7 +113,11 @@ def describe_time(plan: RunPlan, config: TrainConfig, machine: Machine, *, netwo
     rows += [
         ["sum", f"{total:.3g}", machine.origin(network)],
         use,
-        ["tokens a second", f"{batch.tokens / total:,.0f}", f"all {ranks} ranks"],
+        [
+            "tokens a second",
+            f"{batch.tokens / total:,.0f}",
+            f"all {several(ranks, 'rank')}" if ranks > 1 else "one rank",
+        ],
         ["largest batch", f"{largest_batch(plan, config):,}", "that fits, of such texts"],
         ["run", format_seconds(run), f"{config.num_steps:,} steps, {gpu_time(run * ranks)}"],
     ]
@@ -146,7 +151,7 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     ranks = min(workload.ranks_per_host, workload.world_size)
     for name in dict.fromkeys(name for sizes in hosts for name in sizes):
         cells = [format_bytes(sizes.get(name, 0.0)) for sizes in hosts]
-        rows.append([f"host: {name}", *cells, f"{ranks} ranks on a host"])
+        rows.append([f"host: {name}", *cells, f"{several(ranks, 'rank')} on a host"])
     return format_columns(rows) + "\n(in parentheses: not in memory at the peak)"
 
 
@@ -206,7 +211,10 @@ def describe_loss(*, num_queries: int, num_documents: int, width: int, world_siz
     )
     naive = 4.0 * num_queries * num_documents
     lines = [
-        ("loss", f"{num_queries:,} queries x {num_documents:,} documents, {world_size} ranks"),
+        (
+            "loss",
+            f"{num_queries:,} queries x {num_documents:,} documents, {several(world_size, 'rank')}",
+        ),
         ("query blocks", f"{cost.num_blocks:,}, {cost.num_tiles:,} tiles scored by each rank"),
         (
             "peak memory",

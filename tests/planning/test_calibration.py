@@ -443,7 +443,7 @@ def test_calibrate_writes_one_rank_and_all_to_the_file_of_the_device(
     assert f"next: diffembed plan run CONFIG --calibration {path}" in done.output
     monkeypatch.setattr(measure, "run_ranks", lambda *_: 1)
     done = CliRunner().invoke(app, ["plan", "calibrate"])
-    assert "1 ranks ended with exit code 1" in str(done.exception)
+    assert "1 rank ended with exit code 1" in str(done.exception)
 
 
 def test_attention_of_longer_rows_takes_longer() -> None:
