@@ -289,7 +289,8 @@ def describe(calibration: Calibration) -> str:
         whole = constants.engine["3"]
         lines.append(
             f"{several(constants.ranks, 'rank')}: ZeRO-3 gathers "
-            f"{4e-9 / max(whole.gather.each, 1e-15):.3g} GB/s, reduces {4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
+            f"{4e-9 / max(whole.gather.each, 1e-15):.3g} GB/s, reduces "
+            f"{4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
             f"{1 / max(whole.update.each, 1e-15):.3g} weights/s; host {constants.host / 1e9:.3g} "
             f"GB/s; agreement {constants.agreement * 1e6:.0f} us"
         )
