@@ -55,6 +55,14 @@ def _planned_data(
 ) -> AbstractContextManager[TrainConfig]:
     """Return the config as it is, or with shards as the options describe them."""
     if rows is None and query_tokens is None and document_tokens is None:
+        from pipeline.data.manifest import FILE_NAME
+
+        if not (tree.data.path / FILE_NAME).is_file():
+            raise UserError(
+                f"data.path: {tree.data.path} is not prepared yet",
+                fix="describe the data (--rows, --query-tokens and --document-tokens), or run "
+                "`diffembed prepare`",
+            )
         return nullcontext(tree)
     if rows is None or query_tokens is None or document_tokens is None:
         raise UserError(

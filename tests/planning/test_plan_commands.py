@@ -139,3 +139,8 @@ def test_a_plan_may_be_for_data_that_does_not_exist(recipe: Path) -> None:
     assert int(tokens.replace(",", "")) == pytest.approx(1024 * (10 + 2 * 30), rel=0.05)
     done = CliRunner().invoke(app, [*words, *described[:4]])
     assert str(done.exception).startswith("plan: only some of --rows, --query-tokens and")
+    for kind in ("run", "scale"):
+        done = CliRunner().invoke(app, ["plan", kind, *words[2:]])
+        assert str(done.exception).startswith(
+            "data.path: nowhere is not prepared yet | fix: describe"
+        )
