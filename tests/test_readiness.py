@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,10 +117,12 @@ def test_sources_of_a_data_config_are_found_in_files_and_caches(
     assert found["tokenizer"] == found["output_dir"] == "ok"
 
 
-def test_models_and_shards_of_a_mining_are_looked_for(tmp_path: Path, shards: Path) -> None:
+def test_models_and_shards_of_a_mining_are_looked_for(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert set(CHECKS) == set(KINDS)
     models = {"words": "bm25", "here": str(shards / "model"), "gone": str(tmp_path / "gone")}
-    tree = {
+    tree: dict[str, Any] = {
         "data": str(shards / "shards"),
         "output": str(tmp_path / "mined"),
         "retrievers": [{"name": name, "path": path} for name, path in models.items()],
@@ -130,6 +134,14 @@ def test_models_and_shards_of_a_mining_are_looked_for(tmp_path: Path, shards: Pa
 
     assert [found[f"retrievers.{name}"] for name in models] == ["ok", "ok", "fail"]
     assert found["data"] == found["output"] == "ok"
+
+    for factory, level in (("IVF8,Flat", "ok"), ("IVF8;Flat", "fail")):
+        tree["retrievers"][1]["index"] = {"factory": factory}
+        config.write_text(json.dumps(tree))
+        assert levels(list(check_config(config)))["retrievers.here.index"] == level
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    lacking = {finding.check: finding for finding in check_config(config)}["retrievers.here.index"]
+    assert (lacking.level, lacking.fix) == ("fail", "pip install 'diffembed[faiss]'")
 
 
 def test_exports_and_own_tasks_of_an_evaluation_are_looked_for(

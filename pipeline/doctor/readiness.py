@@ -18,6 +18,7 @@ from pipeline.config import (
     ChainConfig,
     EvaluateConfig,
     EvaluatedModel,
+    IndexConfig,
     MineConfig,
     ModelConfig,
     PrepareConfig,
@@ -109,6 +110,9 @@ def _mine(config: MineConfig, made: Made) -> Iterator[Finding]:
             f"retrievers.{retriever.name}",
             partial(_retriever, retriever.path, f"retrievers.{retriever.name}"),
         )
+        if retriever.index is not None:
+            name = f"retrievers.{retriever.name}.index"
+            yield from guarded(name, partial(_index, retriever.index, name))
     for corpus in config.corpora:
         name = f"corpora.{corpus.name}"
         yield from guarded(name, partial(_data, corpus.path, name, corpus.split))
@@ -190,10 +194,19 @@ def _variable(key: str, name: str) -> Iterator[Finding]:
 
 def _retriever(path: str, key: str) -> Iterator[Finding]:
     if path == BM25:
-        yield ok(key, path)
+        from pipeline.mining.plan import require_bm25
+
+        yield ok(key, f"{path}: bm25s {require_bm25(key=key)}")
         return
     size = _weights(path, None, key=key)
     yield ok(key, f"{path}: {size / 1e9:.2f} GB")
+
+
+def _index(settings: IndexConfig, key: str) -> Iterator[Finding]:
+    from pipeline.mining.plan import require_index
+
+    require_index(settings, key=key)
+    yield ok(key, settings.factory)
 
 
 def _model(config: ModelConfig) -> Iterator[Finding]:

@@ -308,16 +308,25 @@ def _identify(model: RetrieverConfig | TeacherConfig, *, key: str) -> tuple[str,
         assert isinstance(model, TeacherConfig)
         return str(model.url), key_of(model.url, model.model)
     if model.path == BM25:
-        try:
-            return BM25, key_of(BM25, version("bm25s"))
-        except PackageNotFoundError as error:
-            raise UserError(
-                f"{key}: {BM25} needs the package bm25s", fix="pip install 'diffembed[mine]'"
-            ) from error
+        return BM25, key_of(BM25, require_bm25(key=key))
     folder = local_folder(model.path, key=key)
     weights = export_fingerprint(Path(folder))
     settings = [as_tree(model)[name] for name in ("template", "max_length", "precision")]
     return folder, key_of(weights, *settings)
+
+
+def require_bm25(*, key: str) -> str:
+    """Return the version of bm25s.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return version("bm25s")
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"{key}: {BM25} needs the package bm25s", fix="pip install 'diffembed[mine]'"
+        ) from error
 
 
 # A multiple of the common numbers of parts that an index divides vectors into.
