@@ -8,9 +8,9 @@
     Evaluation       a table of scores, replaced by each new report
     Training data, Licence, Recipe
 
-The code under Use is run when an export is checked, so a card that misleads its reader fails. Facts
-about servers were read from their sources in July 2026 (text-embeddings-inference 1.9, vLLM 0.33,
-infinity 0.0.78); none of them was run with weights on a GPU.
+The code under Use is run when an export is checked, so a card that misleads its reader fails. vLLM
+0.32 and infinity 0.0.78 were run on a CPU with small models of each family; facts about
+text-embeddings-inference were read from its source (1.9). None was run on a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,28 @@ _EVALUATION = "## Evaluation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Layers in which a token sees near tokens only.
+
+    Attributes:
+        size: as in config.json; None if no layer has a window.
+        mixed: other layers have none.
+    """
+
+    size: int | None = None
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, hf_config: Mapping[str, Any]) -> Windows:
+        """Read config.json."""
+        kinds = set(hf_config.get("layer_types") or ("sliding_attention",))
+        size = hf_config.get("sliding_window")
+        if size is None or "sliding_attention" not in kinds:
+            return cls()
+        return cls(size=int(size), mixed=len(kinds) > 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
     """The facts that a model card states.
 
@@ -44,6 +66,7 @@ class CardFacts:
         adapter_only: the folder lacks the weights of the base model.
         family: `model_type` of the model.
         decoder: whether the model has a causal mask, which another program could leave on.
+        windows: of a decoder's layers.
         plain_base: whether transformers alone loads the base model as it was trained.
         similarity: `cosine` or `dot`.
         texts: the prefixes that training saw.
@@ -60,6 +83,7 @@ class CardFacts:
     adapter_only: bool
     family: str
     decoder: bool
+    windows: Windows
     plain_base: bool
     similarity: str
     texts: TrainedTexts
@@ -81,7 +105,11 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     ]
     if not facts.adapter_only:
         table = serving_table(
-            facts.config, family=facts.family, decoder=facts.decoder, similarity=facts.similarity
+            facts.config,
+            family=facts.family,
+            decoder=facts.decoder,
+            similarity=facts.similarity,
+            windows=facts.windows,
         )
         sections.append(f"## Serve\n\n{table}")
     if facts.checks:
@@ -333,14 +361,21 @@ def _cell(text: str) -> str:
 # that are missing here are not served, or untried.
 _VLLM = {
     **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"), True),
-    **dict.fromkeys(("gemma", "gemma2", "gpt2"), False),
+    **dict.fromkeys(("gemma", "gemma2", "gpt2", "olmo2", "smollm3"), False),
 }
-_VLLM_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
+_VLLM_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "eurobert")
 _TEI = {"qwen2": True, **dict.fromkeys(("llama", "mistral", "qwen3", "gemma3_text"), False)}
 _TEI_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 
 
-def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity: str) -> str:
+def serving_table(
+    config: ModelConfig,
+    *,
+    family: str,
+    decoder: bool,
+    similarity: str,
+    windows: Windows,
+) -> str:
     """Return a Markdown table: which program serves a merged export, and with which settings.
 
     Args:
@@ -348,6 +383,7 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
         family: `model_type` of the export's config.json.
         decoder: whether that family masks the future by default.
         similarity: `cosine` or `dot`.
+        windows: of a decoder's layers.
     """
     bidirectional = decoder and config.attention == "bidirectional"
     kinds = "`eager`" if family == "gemma2" else "`sdpa` or `eager`"
@@ -355,7 +391,7 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
     rows = [
         ("sentence-transformers", "yes", attention),
         ("transformers", "yes", f"the code above{'; ' * bidirectional}{attention}"),
-        ("vLLM", *_vllm(config, family, decoder, bidirectional)),
+        ("vLLM", *_vllm(config, family, bidirectional, windows)),
         ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
         ("infinity", *_infinity(bidirectional, similarity)),
     ]
@@ -371,13 +407,15 @@ def serving_table(config: ModelConfig, *, family: str, decoder: bool, similarity
         )
     lines.append(
         "\nServers put no prompt before a text unless the request names one: send each text with "
-        "its prompt. The rows about servers were read from their sources (vLLM 0.33, "
-        "text-embeddings-inference 1.9, infinity 0.0.78); the servers were not run."
+        "its prompt. vLLM 0.32 and infinity 0.0.78 were run on a CPU with small models; the row "
+        "about text-embeddings-inference was read from its source (1.9)."
     )
     return "\n".join(lines)
 
 
-def _vllm(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) -> tuple[str, str]:
+def _vllm(
+    config: ModelConfig, family: str, bidirectional: bool, windows: Windows
+) -> tuple[str, str]:
     if family not in (*_VLLM, *_VLLM_ENCODERS):
         return "untried", "not among the embedding models it names"
     if bidirectional and not _VLLM[family]:
@@ -386,8 +424,24 @@ def _vllm(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) 
         return "**no**", "it has no weighted mean"
     if not config.pool_instruction:
         return "**no**", "it would pool the instruction"
-    how = "`--runner pooling`; reads `1_Pooling`, `modules.json` and `max_seq_length`"
-    return "yes", how + ("; honours `is_causal: false`" if bidirectional else "")
+    if windows.mixed and family in ("qwen2", "qwen3"):
+        return "**no**", "it refuses Qwen with a window in some of the layers"
+    how = ["`--runner pooling`; reads `1_Pooling`, `modules.json` and `max_seq_length`"]
+    if bidirectional and family == "gemma3_text":
+        # Its loader replaces `is_causal` by this key; transformers then halves the window.
+        size = f' and `"sliding_window": {2 * windows.size}`' if windows.size else ""
+        how.append(
+            f'**set `"use_bidirectional_attention": true`{size} in a copy of config.json**, or it '
+            "masks the future"
+        )
+    elif bidirectional:
+        how.append("honours `is_causal: false`")
+        if windows.size:
+            how.append(
+                f'for texts longer than {windows.size} tokens, set `"sliding_window": '
+                f"{windows.size + 1}` in a copy of config.json: its window ends one token earlier"
+            )
+    return "yes", "; ".join(how)
 
 
 def _tei(

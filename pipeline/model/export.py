@@ -32,7 +32,7 @@ from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError, say_warning
 from pipeline.files import write_json
 from pipeline.model.backbones import read_config
-from pipeline.model.card import CardFacts, write_card
+from pipeline.model.card import CardFacts, Windows, write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.export_check import (
     NOT_CHECKED,
@@ -131,6 +131,7 @@ def export_encoder(
         adapter_only=adapter_only,
         family=encoder.model.config.model_type,
         decoder=encoder.family.decoder,
+        windows=Windows.of(encoder.model.config.to_dict()),
         plain_base=_is_plain(encoder, config),
         similarity=model.similarity,
         texts=texts,
@@ -220,6 +221,9 @@ def finish_config(path: Path) -> None:
     """
     tree = json.loads(path.read_text())
     tree.pop("auto_map", None)
+    if tree["model_type"] == "xlm-roberta":
+        # transformers 5 no longer writes it, and vLLM 0.32 cannot start without.
+        tree.setdefault("position_embedding_type", "absolute")
     write_json(path, {**tree, **_old_rope_keys(tree)})
 
 

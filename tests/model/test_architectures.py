@@ -91,6 +91,9 @@ def test_older_readers_find_rotary_positions_and_newer_ones_read_the_same(
     assert "auto_map" not in tree and set(found.values()) == ({12_345.0} if rope else set())
     again = hf.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False).to_dict()
     assert again.get("rope_parameters") == config.to_dict().get("rope_parameters")
+    # vLLM 0.32 reads it from this family's file alone.
+    wanted = "absolute" if name == "xlm-roberta" else None
+    assert tree.get("position_embedding_type") == wanted
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DECODERS])

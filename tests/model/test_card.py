@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from pipeline.config import ModelConfig
-from pipeline.model.card import add_evaluation, licence_keys, serving_table
+from pipeline.model.card import Windows, add_evaluation, licence_keys, serving_table
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
@@ -114,10 +114,35 @@ def test_a_damaged_card_of_the_base_is_said_and_costs_no_export(
     assert "license:" not in card_of(folder)
 
 
+NO_WINDOWS = Windows()
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "windows"),
+    [
+        ({}, NO_WINDOWS),
+        ({"sliding_window": None}, NO_WINDOWS),
+        ({"sliding_window": 8}, Windows(size=8)),
+        ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, NO_WINDOWS),
+        ({"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, Windows(size=8)),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+            Windows(size=8, mixed=True),
+        ),
+    ],
+)
+def test_windows_are_those_of_the_layers(hf_config: dict[str, Any], windows: Windows) -> None:
+    assert Windows.of(hf_config) == windows
+
+
 def test_a_card_tells_which_servers_would_mask_a_bidirectional_decoder() -> None:
-    def table(family: str, decoder: bool = True, **changes: Any) -> dict[str, str]:
+    def table(
+        family: str, decoder: bool = True, windows: Windows = NO_WINDOWS, **changes: Any
+    ) -> dict[str, str]:
         config = ModelConfig(path="m", **changes)
-        text = serving_table(config, family=family, decoder=decoder, similarity="dot")
+        text = serving_table(
+            config, family=family, decoder=decoder, similarity="dot", windows=windows
+        )
         rows = [line.split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
         assert text.startswith("This decoder attends in both directions") == (
             decoder and config.attention == "bidirectional"
@@ -134,3 +159,14 @@ def test_a_card_tells_which_servers_would_mask_a_bidirectional_decoder() -> None
     encoder = table("bert", decoder=False)
     assert all(rest.startswith("yes") for name, rest in encoder.items() if name in ("vLLM",))
     assert table("qwen2", pooling="weighted_mean")["vLLM"].startswith("**no**")
+    # vLLM 0.32 gave the vectors of these exports with such config.json files, others without.
+    gemma = table("gemma3_text", windows=Windows(size=512, mixed=True))["vLLM"]
+    assert '"use_bidirectional_attention": true` and `"sliding_window": 1024`' in gemma
+    assert "is_causal" not in gemma
+    assert '"sliding_window": 4097' in table("mistral", windows=Windows(size=4096))["vLLM"]
+    assert "sliding_window" not in table("mistral")["vLLM"]
+    near = table("mistral", windows=Windows(size=4096), attention="causal")["vLLM"]
+    assert near.startswith("yes") and "sliding_window" not in near
+    for attention in ("causal", "bidirectional"):
+        mixed = table("qwen3", windows=Windows(size=64, mixed=True), attention=attention)["vLLM"]
+        assert mixed.startswith("**no** | it refuses Qwen with a window")
