@@ -142,9 +142,15 @@ def serve(python: str, export: Path, texts: list[str]) -> np.ndarray:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(
-        [python, program, export, given, found], env=environment, capture_output=True, text=True
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [python, program, export, given, found],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode >= 0:  # its CPU build sometimes aborts
+            break
     if done.returncode:
         sys.exit(f"vLLM ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return np.array(json.loads(found.read_text()))
