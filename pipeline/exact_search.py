@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError, blame
 
+# Documents of one product; files of vectors hold as many.
+TILE = 8192
 # Documents that float32 finds in addition to the K wanted ones.
 SLACK = 32
 # And where these are too few, because many documents are nearly equal.
@@ -85,7 +87,7 @@ class Corpus:
     """
 
     def __init__(
-        self, files: Sequence[VectorFile], *, device: torch.device | str = "cpu", tile: int = 8192
+        self, files: Sequence[VectorFile], *, device: torch.device | str = "cpu", tile: int = TILE
     ) -> None:
         self._files, self._device, self._tile = tuple(files), torch.device(device), tile
         self._starts = np.array([file.start for file in files], dtype=np.int64)

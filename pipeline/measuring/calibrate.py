@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pipeline import comm
 from pipeline.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from pipeline.errors import DiffembedError, errors_end_the_process, several
-from pipeline.exact_search import Corpus, VectorFile
+from pipeline.exact_search import TILE, Corpus, VectorFile
 from pipeline.files import read_record, save_vectors, write_json
 from pipeline.launch import discover_world, run_ranks, share_cores
 from pipeline.loss.contrastive import contrastive_loss
@@ -58,8 +58,6 @@ from pipeline.training.ds_config import resolve_ds_config
 from pipeline.training.engine import build_optimizer
 from pipeline.training.zero import ZeroEngine, placement_of
 
-# Documents of a stored block.
-_BLOCK = 8192
 # Documents of a search: the 100 of a mining's default window, and its margin of 64.
 _DEPTH = 164
 SIZES = {
@@ -202,10 +200,10 @@ def measure_search(timer: Timer, sizes: Sizes) -> Line:
     with tempfile.TemporaryDirectory(prefix="diffembed-") as folder:
         files = []
         for number in range(max(counts)):
-            vectors = _unit_vectors(generator, _BLOCK, width)
+            vectors = _unit_vectors(generator, TILE, width)
             path = Path(folder) / f"{number}.npy"
             save_vectors(path, vectors)
-            files.append(VectorFile(path=path, start=number * _BLOCK, rows=_BLOCK))
+            files.append(VectorFile(path=path, start=number * TILE, rows=TILE))
         queries = _unit_vectors(generator, num_queries, width)
         for count in counts:
             corpus = Corpus(files[:count], device=timer.device)

@@ -42,14 +42,15 @@ from pipeline.data.prepare.recipe import identify_inputs
 from pipeline.data.shards import DOCUMENT_SCHEMA, Dataset, Table
 from pipeline.data.sources.corpus import corpus_files
 from pipeline.errors import UserError, blame
+from pipeline.exact_search import TILE
 from pipeline.files import read_record
 from pipeline.model.export_folder import export_fingerprint
 
 T = TypeVar("T")
 # Changes whenever the same inputs would give other files.
 _VERSION = 1
-# Rows of one task. The tiles of the search are as large.
-BLOCK_ROWS = 8192
+# Rows of one task: a block of documents is one tile of the search.
+BLOCK_ROWS = TILE
 QUERY_ROWS = 2048
 
 

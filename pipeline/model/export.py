@@ -32,7 +32,7 @@ from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError, say_warning
 from pipeline.files import write_json
 from pipeline.model.backbones import read_config
-from pipeline.model.card import CardFacts, Windows, write_card
+from pipeline.model.card import CardFacts, write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.export_check import (
     NOT_CHECKED,
@@ -50,6 +50,7 @@ from pipeline.model.export_folder import (
     write_sentence_transformers_files,
 )
 from pipeline.model.load_export import LoadedExport
+from pipeline.model.servers import Windows
 from pipeline.tokenizer import limits_of, load_tokenizer
 
 
@@ -107,7 +108,8 @@ def export_encoder(
     """
     _check_form(config, adapter_only)
     texts = texts or TrainedTexts()
-    limits = limits_of(encoder.model.config.to_dict())
+    hf_config = encoder.model.config.to_dict()
+    limits = limits_of(hf_config)
     max_length = limits.cut_length(max_length, where="the export")
     model = LoadedExport(
         encoder=encoder,
@@ -131,7 +133,7 @@ def export_encoder(
         adapter_only=adapter_only,
         family=encoder.model.config.model_type,
         decoder=encoder.family.decoder,
-        windows=Windows.of(encoder.model.config.to_dict()),
+        windows=Windows.of(hf_config),
         plain_base=_is_plain(encoder, config),
         similarity=model.similarity,
         texts=texts,

@@ -22,12 +22,10 @@ from typing import Any
 # Before torch starts its threads.
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
-import numpy as np
-
 from pipeline.config import EvaluateConfig, EvaluatedModel, MineConfig, OwnTask, RetrieverConfig
 from pipeline.evaluation.encode import EncodeJob, encode_file
 from pipeline.evaluation.run import run_element
-from pipeline.exact_search import Corpus, VectorFile
+from pipeline.exact_search import Corpus
 from pipeline.measuring.calibrate import calibrate
 from pipeline.mining import mine
 from pipeline.model.encoder import Encoder
@@ -42,11 +40,17 @@ from pipeline.planning.text_sizes import (
     read_inputs,
 )
 from ReasonAug.files import write_jsonl
-from tests.benchmarks.bench_mining import MINILM, prepare_pairs, problems, random_corpus
+from tests.benchmarks.bench_mining import (
+    MINILM,
+    prepare_pairs,
+    problems,
+    random_corpus,
+    random_vectors,
+)
 
 Row = tuple[str, float, float]
 # Of the search, whose vectors are drawn.
-DOCUMENTS, QUERIES, DEPTH = 100_000, 2048, 164
+DOCUMENTS, QUERIES, DEPTH = 98_304, 2048, 164
 
 
 class Clock:
@@ -70,9 +74,9 @@ class Clock:
         return taken
 
 
-def texts(count: int, joined: int) -> list[tuple[str, str]]:
+def texts(joined: int) -> list[tuple[str, str]]:
     """Return problems and their solutions, each of several joined."""
-    found = problems(16)[: count * joined]
+    found = problems(16)
     groups = [found[start : start + joined] for start in range(0, len(found), joined)]
     return [
         ("\n".join(p.statement for p in group), "\n".join(p.solution for p in group))
@@ -113,16 +117,11 @@ def search(folder: Path, machine: Machine) -> Row:
     )
     config = mine_config(folder, folder / "none")
     _, searched = plan_mining(config, machine, described=described).work
-    files: list[VectorFile] = random_corpus(folder / "vectors", DOCUMENTS + QUERIES)
-    queries = np.concatenate([file.read() for file in files])[-QUERIES:]
-    corpus = Corpus([file for file in files if file.start + file.rows <= DOCUMENTS])
+    corpus = Corpus(random_corpus(folder / "vectors", DOCUMENTS))
     clock = Clock(Corpus, "search")
-    corpus.search(queries, DEPTH)
-    return (
-        f"mine, {QUERIES:,} queries search {len(corpus):,}",
-        (searched.seconds or 0.0) * len(corpus) / DOCUMENTS,
-        clock.take(),
-    )
+    corpus.search(random_vectors(QUERIES, seed=10**9), DEPTH)
+    name = f"mine, {QUERIES:,} queries search {DOCUMENTS:,}"
+    return name, searched.seconds or 0.0, clock.take()
 
 
 def evaluation(
@@ -151,7 +150,7 @@ def evaluation(
 def rows(folder: Path, machine: Machine) -> Iterator[Row]:
     """Yield what was measured, its predicted and its observed CPU seconds."""
     clock = Clock(Encoder, "forward")
-    short, long = texts(1500, 1), texts(250, 6)
+    short, long = texts(1), texts(6)
     for number, work in enumerate((encode, mining)):
         for name, pairs in (("short", short), ("long", long)):
             own = folder / f"{number}-{name}"

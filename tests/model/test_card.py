@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from pipeline.config import ModelConfig
-from pipeline.model.card import Windows, add_evaluation, licence_keys, serving_table
+from pipeline.model.card import add_evaluation, licence_keys
 from pipeline.model.load_export import load_export
+from pipeline.model.servers import Windows, serving_table
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
 
