@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers as hf
 
 from pipeline.config import LoraConfig, ModelConfig, build_config
 from pipeline.errors import UserError
+from pipeline.model.adapters import FusedLoraLinear, add_lora
 from pipeline.model.encoder import build_encoder
 from tests.model.model_support import save_adapter
 
@@ -125,3 +127,113 @@ def test_continuing_without_an_adapter_or_with_a_second_one_is_refused() -> None
         ModelConfig(path="x", adapter_use="continue")
     with pytest.raises(UserError, match="adapter_use"):
         ModelConfig(path="x", adapter="y", adapter_use="continue", lora=LoraConfig())
+
+
+class Stack(torch.nn.Module):
+    """Two linear layers, with and without bias, and a state between them that others may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(12, 20)
+        self.second = torch.nn.Linear(20, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def fused_and_plain(dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[Any, Any]:
+    """Layers as they are trained, and the same ones with peft's own forward."""
+    torch.manual_seed(3)
+    config = LoraConfig(**{"rank": 4, "dropout": 0.0, "targets": "all-linear", **changes})
+    fused = add_lora(Stack().to(dtype), config).to(dtype)
+    for name, parameter in fused.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    plain = copy.deepcopy(fused)
+    for module in plain.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.__class__ = peft.tuners.lora.Linear
+    return fused, plain
+
+
+def inner(model: Any) -> Any:
+    """The adapted layers; peft's wrapper takes token ids."""
+    return model.get_base_model()
+
+
+def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of a model, with the dropout masks of one seed."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(4)
+    out = inner(model)(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), "x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (1, 5, 12), (2, 3, 12), (0, 12)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_fused_sum_is_the_sum_of_peft(
+    shape: tuple[int, ...], dropout: float, rslora: bool
+) -> None:
+    fused, plain = fused_and_plain(rank=3, alpha=5, dropout=dropout, rslora=rslora)
+    assert sum(isinstance(module, FusedLoraLinear) for module in fused.modules()) == 2
+    fused.train(), plain.train()
+    x = torch.randn(shape, dtype=torch.float64)
+    found, wanted = gradients(fused, x), gradients(plain, x)
+    assert found.keys() == wanted.keys() and len(found) == 6
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-13, rtol=1e-13)
+
+
+def test_a_fused_sum_is_rounded_once_in_bfloat16() -> None:
+    fused, plain = fused_and_plain(torch.bfloat16)
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(400, 12, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = inner(exact)(x.double())
+        errors = [float((inner(model)(x).double() - wanted).norm()) for model in (fused, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_float32_adapters_of_a_bfloat16_model_compute_as_in_peft() -> None:
+    fused, plain = fused_and_plain(torch.bfloat16)
+    for model in (fused, plain):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    x = torch.randn(3, 12, dtype=torch.bfloat16)
+    found, wanted = gradients(fused, x), gradients(plain, x)
+    assert found["out"].dtype == torch.bfloat16
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_fused_layers_are_disabled_and_merged_by_peft() -> None:
+    fused, _ = fused_and_plain()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    adapted = inner(fused)(x)
+    with fused.disable_adapter():
+        assert not torch.allclose(inner(fused)(x), adapted)
+    torch.testing.assert_close(fused.merge_and_unload()(x), adapted)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_continued_adapter_of_another_kind_computes_as_in_peft(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    hf.LlamaForCausalLM(llama(attention_bias=True)).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **changes),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = ModelConfig(
+        path=str(tmp_path / "base"), dtype="float32", attention="causal", normalize=False,
+        adapter=str(tmp_path / "adapter"), adapter_use="continue",
+    )  # fmt: skip
+    encoder = build_encoder(config)
+    torch.testing.assert_close(encoder(IDS, LENGTHS), reference(adapted.eval()), atol=1e-5, rtol=0)
