@@ -28,6 +28,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("patient")
 # What somebody has measured on this machine must not change a plan.
 os.environ["DIFFEMBED_CALIBRATIONS"] = "/nonexistent"
+# Before torch is imported. Threads of several workers would wait for one another's cores: twice the
+# CPU time, and twelve times in the worst test. Processes that tests start have one thread as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Imports and the collection of tests leave nearly no garbage to look for.
 gc.disable()
 
