@@ -63,6 +63,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.config = config
         self.family = family
+        self.is_compiled = False
         # Checked in `embed`, because a lookup beyond them would crash a GPU process.
         self._positions = limits_of(self.model.config.to_dict(), config.path).positions
 
@@ -146,6 +147,10 @@ class Encoder(nn.Module):
         hidden, inputs = self.family.embed(
             self.model, input_ids.unsqueeze(0), rows.positions.unsqueeze(0)
         )
+        if self.is_compiled and torch.is_grad_enabled():
+            # With frozen embeddings, the first layer would have graphs of its own, which need no
+            # gradient of its input: as long again to compile as the backward of all other layers.
+            hidden.requires_grad_()
         return hidden, LayerContext(rows=rows, layer_inputs=inputs)
 
     def run_layer(self, index: int, hidden: Tensor, context: LayerContext) -> Tensor:
@@ -504,6 +509,7 @@ def compile_layers(encoder: Any, *, backend: str = "inductor") -> str:
     options = _OPTIONS if backend == "inductor" else None
     for layer in encoder.layers:
         layer.compile(backend=backend, dynamic=True, options=options)
+    encoder.is_compiled = True
     kinds = sorted({type(layer).__name__ for layer in encoder.layers})
     return f"compile: {len(encoder.layers)} layers of {', '.join(kinds)}, without their attention"
 

@@ -58,9 +58,7 @@ def encoder_of(path: Path, *, lora: bool = False) -> Encoder:
     for name, parameter in encoder.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    # All weights: below a frozen model's first layer nothing needs a gradient, which would double
-    # the graphs to make code of.
-    return encoder.requires_grad_(True).train()
+    return encoder.train()
 
 
 def gradients_of(encoder: Encoder) -> Gradients:
@@ -83,7 +81,6 @@ def test_generated_code_computes_the_gradients_of_layers_that_are_not_compiled(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # Vector instructions would first be tried out by programs of their own.
     # Scalar code, because vector instructions would first be tried out, and compile more slowly.
     monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 0)
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
@@ -110,6 +107,19 @@ def test_fifty_lengths_share_a_few_graphs(model_path: Path) -> None:
 
     assert 0 < counts[-1] <= MAX_GRAPHS
     assert counts[2] == counts[-1], "later lengths need no graph of their own"
+
+
+def test_the_layers_of_a_frozen_model_share_their_graphs(model_path: Path) -> None:
+    """A first layer whose input needs no gradient would have graphs of its own."""
+    counts = []
+    for lora in (False, True):
+        encoder = encoder_of(model_path, lora=lora)
+        compile_layers(encoder, backend="eager")
+        before = num_graphs()
+        encoder(torch.arange(7), torch.tensor([7])).sum().backward()
+        counts.append(num_graphs() - before)
+        torch._dynamo.reset()
+    assert counts[0] == counts[1] > 0
 
 
 # The trainer, without generated code.
