@@ -51,9 +51,7 @@ _CODE_FIX = (
 def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     """Load a tokenizer from a folder or hub name, without running code from that folder.
 
-    Args:
-        path: the folder or hub name.
-        key: the config key that gives it, for messages.
+    Messages call it by `key`, the config key that names it.
 
     Raises:
         UserError: there is no tokenizer, it is damaged, or it needs code from that folder.
@@ -175,10 +173,6 @@ class TokenizerInfo:
 def load_fast_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
     """Load the fast form of a tokenizer, the one that worker processes can share.
 
-    Args:
-        path: a folder or hub name.
-        append_eos: whether texts are to end with EOS.
-
     Returns:
         The tokenizer as JSON, for `TextTokenizer`, and its record for a manifest.
 
@@ -232,9 +226,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash a tokenizer's behaviour: its vocabulary and the ids that it gives to probe texts.
 
     Loading and saving a tokenizer may rewrite its files; the fingerprint stays the same.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
     """
     # Sorted, because the order of a vocabulary may change when its files are rewritten.
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -462,10 +453,7 @@ class ModelLimits:
 def read_limits(path: str, revision: str | None = None, *, factor: float = 1.0) -> ModelLimits:
     """Read a model's limits from its folder, or from the local cache of a hub name.
 
-    Args:
-        path: the folder or hub name.
-        revision: of the hub name.
-        factor: by which `rope_scaling` stretches rotary positions.
+    `rope_scaling` stretches rotary positions by `factor`.
     """
     config = local_file(path, "config.json", revision)
     try:

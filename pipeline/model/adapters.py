@@ -465,10 +465,7 @@ def _fuse_sums(adapted: nn.Module) -> None:
 def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module:
     """Put an adapter folder on the backbone, as the only part that stays trainable.
 
-    Args:
-        backbone: the model the adapter was trained on.
-        path: a folder or hub name with adapter_config.json.
-        meta: shapes only; load no weights.
+    With `meta` it has shapes only, and its weights need not be there.
 
     Raises:
         UserError: there is no adapter, it belongs to another model, or it changes base weights.

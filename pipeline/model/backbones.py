@@ -356,18 +356,10 @@ def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
 
 
 def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the weights that a complete model of this architecture has and ours lacks.
+    """Return the weights, by native name, that a complete `model` would have in addition.
 
     They are the pooler of BERT-like models: the base model's, or zeros where the base has none.
     Without them every load of an export would warn of missing weights.
-
-    Args:
-        model: the Hugging Face model that was trained.
-        family: of the model.
-        config: the model section it was built from.
-
-    Returns:
-        Tensors by native name.
     """
     left_out = _left_out(model, family, config)
     found = {name: torch.zeros(shape, dtype=model.dtype) for name, (shape, _) in left_out.items()}

@@ -343,9 +343,7 @@ def build_language_model(
     The head is trained together with the backbone's own weights; with an adapter it stays fixed.
 
     Args:
-        config: the model section.
-        meta: build shapes only, on the meta device, without reading weights.
-        placement: where the weights go; by default they stay whole, on the CPU.
+        config, meta, placement: as for `build_encoder`.
 
     Raises:
         UserError: the model cannot be loaded, or has no plain head that predicts tokens.
@@ -424,12 +422,7 @@ def predicts_shifted(config: ModelConfig) -> bool:
 
 
 def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> int:
-    """Return the id of the token that hides others.
-
-    Args:
-        config: the model section.
-        tokenizer: of the model.
-        name: the token; None for the one that tokenizer or model declare.
+    """Return the id of the token that hides others: `name`, or the one that the model declares.
 
     Raises:
         UserError: there is no such token, or the model has no embedding for it.

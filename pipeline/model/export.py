@@ -263,12 +263,6 @@ def tokenizer_to_write(
 ) -> Any:
     """Return the tokenizer of the training data, ready to be saved with a model.
 
-    Args:
-        path: folder or hub name.
-        appends_eos: whether texts got an end-of-sequence token.
-        max_length: tokens after which a text is cut.
-        num_embeddings: rows of the model's embedding.
-
     Raises:
         UserError: it has no EOS token although texts got one, or no token to pad with.
     """

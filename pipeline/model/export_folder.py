@@ -317,13 +317,7 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write the files that sentence-transformers reads in addition to weights and tokenizer.
 
-    Args:
-        folder: the export.
-        width: of hidden states.
-        config: pooling, dimensions and normalisation.
-        max_length: tokens after which a text is cut.
-        prompts: of queries and documents.
-        similarity: `cosine` or `dot`.
+    `width` is that of hidden states, before `config.dimensions` cuts it.
     """
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     if config.dimensions is not None:

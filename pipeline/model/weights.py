@@ -78,11 +78,7 @@ class Placement:
 
 
 class WeightFiles:
-    """The safetensors files of a model, open only while something is read from them.
-
-    Args:
-        path: a folder or hub name.
-        revision: of the hub name.
+    """The safetensors files of a folder or hub name, open only while something is read from them.
 
     Raises:
         UserError: there are no weights, or a file is missing or damaged.
