@@ -138,13 +138,6 @@ class OutsideProcess:
             )
         return [np.array(rows, dtype=np.float32) for rows in answer["vectors"]]
 
-    def missing_keys(self, folder: Path) -> list[str]:
-        """Return the names of weights that transformers would have to make up."""
-        answer = self._ask({"folder": str(folder.resolve())})
-        if "error" in answer:
-            raise UserError(f"transformers cannot load {folder} ({answer['error']})")
-        return list(answer["missing"])
-
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         _ = self.has_sentence_transformers  # reads the first line, before any answer

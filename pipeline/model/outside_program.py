@@ -4,7 +4,6 @@ It reads one JSON request a line on standard input and writes one JSON answer a 
 
     (at the start)                               true if sentence-transformers can be imported
     {"folder", "library", "dtype", "batches"}    {"vectors"}: one list per batch
-    {"folder"}                                   {"missing"}: weights that the folder lacks
     any request that fails                       {"error"}
 """
 
@@ -67,14 +66,6 @@ def _with_transformers(request: dict[str, Any]) -> list[Any]:
     return vectors
 
 
-def _missing_keys(folder: str) -> list[str]:
-    """Return the weights that transformers makes up because the folder lacks them."""
-    from transformers import AutoModel
-
-    _, info = AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
-    return sorted(info["missing_keys"])
-
-
 _LIBRARIES = {
     "sentence-transformers": _with_sentence_transformers,
     "transformers": _with_transformers,
@@ -93,10 +84,7 @@ def main() -> None:
         request = json.loads(line)
         answer: dict[str, Any]
         try:
-            if "library" in request:
-                answer = {"vectors": _LIBRARIES[request["library"]](request)}
-            else:
-                answer = {"missing": _missing_keys(request["folder"])}
+            answer = {"vectors": _LIBRARIES[request["library"]](request)}
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             answer = {"error": f"{type(error).__name__}: {reason}"}

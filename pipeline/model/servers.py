@@ -75,7 +75,7 @@ def serving_table(
         ("sentence-transformers", "yes", attention),
         ("transformers", "yes", f"the code above{'; ' * bidirectional}{attention}"),
         ("vLLM", *_vllm(config, family, bidirectional, windows)),
-        ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
+        ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional)),
         ("infinity", *_infinity(bidirectional, similarity)),
     ]
     # Both notes are about silent errors: wrong vectors without a message.
@@ -128,9 +128,7 @@ def _vllm(
     return "yes", "; ".join(how)
 
 
-def _tei(
-    config: ModelConfig, family: str, decoder: bool, bidirectional: bool, similarity: str
-) -> tuple[str, str]:
+def _tei(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) -> tuple[str, str]:
     if family not in (*_TEI, *_TEI_ENCODERS):
         return "**no**", f"it has no {family}"
     if config.pooling == "weighted_mean":
