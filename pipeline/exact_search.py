@@ -3,10 +3,10 @@
     stored vectors --tiles in float32--> the best K + SLACK --float64--> the best K, ties by number
 
 A product in float32 depends on the shape of its tile and on the device. So float32 only preselects:
-every document that its rounding error could have lifted or lowered across the border is scored
-again in float64, in one fixed order of summation. A query with more such documents than the slack
-is searched in float64 alone. The result is that of all pairs in float64, bit for bit, for any
-tile, number of processes and device.
+every document that its rounding error could have moved across the border is scored again in
+float64, in one fixed order of summation. A query with more such documents than the slack is
+searched in float64 alone. The result is that of all pairs in float64, bit for bit, for any tile,
+number of processes and device.
 
 Letters: Q queries of a block, M documents of a tile, D width of a vector, K documents to find.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from pipeline.errors import UserError, blame
 TILE = 8192
 # Documents that float32 finds in addition to the K wanted ones.
 SLACK = 32
-# And where these are too few, because many documents are nearly equal.
+# The same, where those are too few because many documents are nearly equal.
 _MOST_SLACK = 1024
-# Twice the largest relative error of one float32 operation, of which a product of D numbers has D.
+# A product q d of D numbers is off by at most D u |q| |d| / (1 - D u) in float32, in any order of
+# summation, where u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1). Twice
+# u covers the denominator.
 _ERROR = 2.0**-23
-# Values of the gathered documents of some queries: 64 MiB.
+# Numbers of the documents' vectors that are gathered at a time: 64 MiB in float32.
 _GATHERED = 2**24
 
 Floats = NDArray[np.float64]
@@ -41,7 +44,7 @@ Numbers = NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VectorFile:
-    """Some rows of a corpus: an npy file of float16 or float32 vectors, and its hash behind them.
+    """Some rows of a corpus: an npy file of float16 or float32 vectors, followed by their hash.
 
     Attributes:
         path: written by `files.save_vectors`.
@@ -54,7 +57,7 @@ class VectorFile:
     rows: int
 
     def read(self) -> NDArray[np.floating]:
-        """Map the vectors; the caller drops the array, so that its pages leave the process."""
+        """Map the vectors; once the caller drops the array, its pages leave the process."""
         with blame(f"{self.path}: damaged", fix=_fix(self.path)):
             vectors_MD: NDArray[np.floating] = np.load(self.path, mmap_mode="r")
         if vectors_MD.ndim != 2 or len(vectors_MD) != self.rows:
@@ -98,11 +101,11 @@ class Corpus:
         return self._files[-1].start + self._files[-1].rows
 
     def _open(self, file: VectorFile) -> NDArray[np.floating]:
-        """Map a file; its hash is compared at the first time, its width every time."""
+        """Map a file; its hash is checked once, although every block of queries reads it again."""
         vectors_MD = file.read()
         if file.path not in self._verified:
             with file.path.open("rb") as handle:
-                handle.seek(-32, 2)
+                handle.seek(-32, os.SEEK_END)  # the SHA-256 that `files.save_vectors` appends
                 seal = handle.read()
             if hashlib.sha256(vectors_MD.data).digest() != seal:
                 raise UserError(
@@ -112,7 +115,7 @@ class Corpus:
             self._verified.add(file.path)
         width = vectors_MD.shape[1]
         self._width = self._width or width
-        require_width(width, self._width, where=str(file.path))
+        _require_width(width, self._width, where=str(file.path))
         return vectors_MD
 
     def tiles(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
@@ -153,12 +156,13 @@ class Corpus:
         return self._search(queries_QD, min(k, len(self)), SLACK)
 
     def _search(self, queries_QD: NDArray[np.float32], k: int, slack: int) -> Found:
-        wanted = min(k + slack, len(self))
         # More than k: float32 may order nearly equal documents differently from float64.
+        wanted = min(k + slack, len(self))
         values_QK, documents_QK, largest_norm = self._preselect(queries_QD, wanted)
         documents, scores = best_of(self._rescore(queries_QD, documents_QK), documents_QK, k)
         if wanted < len(self):
-            # A document that was left out has at most the last kept value, plus its error.
+            # A document that was left out has at most the last kept value, plus its error. Equal is
+            # doubtful, too: its number may be smaller.
             norms_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
             error_Q = _ERROR * queries_QD.shape[1] * largest_norm * norms_Q
             doubtful_Q = scores[:, -1] <= values_QK.min(axis=1) + error_Q
@@ -184,7 +188,7 @@ class Corpus:
         product = tile = torch.empty(0, device=self._device)
         largest = 0.0
         for start, tile_MD in self.tiles():
-            require_width(tile_MD.shape[1], queries_QD.shape[1], where="the queries' vectors")
+            _require_width(tile_MD.shape[1], queries_QD.shape[1], where="the queries' vectors")
             # Buffers for all tiles: fresh pages for each would cost a tenth of the product.
             if tile.shape != tile_MD.shape:
                 tile = torch.empty(tile_MD.shape, device=self._device)
@@ -201,15 +205,16 @@ class Corpus:
         scores = np.full((num_queries, k), np.nan)
         step = max(1, _GATHERED // max(1, k * queries_QD.shape[1]))
         for start in range(0, num_queries, step):
-            known_QK = documents_QK[start : start + step] >= 0
-            unique, inverse = np.unique(
-                documents_QK[start : start + step][known_QK], return_inverse=True
-            )
+            listed_QK = documents_QK[start : start + step]
+            known_QK = listed_QK >= 0
+            # (N,) documents, each read once, and the place among them of each known pair, in the
+            # order of the queries.
+            unique, inverse = np.unique(listed_QK[known_QK], return_inverse=True)
             if not len(unique):
                 continue
             vectors = self.gather(unique)
             # One query at a time: what it multiplies stays in the processor's cache.
-            ends = np.cumsum(known_QK.sum(axis=1))[:-1]
+            ends = np.cumsum(known_QK.sum(axis=1))[:-1]  # of each query's pairs
             for row, places in enumerate(np.split(inverse, ends), start):
                 products = vectors[places].astype(np.float64)
                 products *= queries_QD[row]
@@ -233,7 +238,7 @@ class Corpus:
         return Found(documents=documents, scores=scores)
 
 
-def require_width(found: int, expected: int, *, where: str) -> None:
+def _require_width(found: int, expected: int, *, where: str) -> None:
     """Refuse vectors of another width than the others of a search."""
     if found != expected:
         raise UserError(
@@ -245,8 +250,8 @@ def require_width(found: int, expected: int, *, where: str) -> None:
 class _Best:
     """The K largest values of each query over the tiles seen so far, unordered among equals.
 
-    Few values pass a query's border once some tiles were seen, so tiles are compared with it and
-    never sorted whole; what passed is merged when it is as much as half of the lists.
+    Once some tiles have been seen, few values pass a query's border, its K-th value. So a tile is
+    compared with it and never sorted whole; what passed is merged when it fills half of the lists.
     """
 
     def __init__(self, num_queries: int, k: int, device: torch.device) -> None:
@@ -262,6 +267,7 @@ class _Best:
             values, places = scores_QM.topk(min(self._k, scores_QM.shape[1]), dim=1)
             self._merge(values, places + start)
             return
+        # The border of the last merge: the true one is at least as high, so nothing is lost.
         places = _places_above(scores_QM, self._values[:, -1])
         rows = places // scores_QM.shape[1]
         documents = places % scores_QM.shape[1] + start

@@ -1,13 +1,13 @@
-"""Load tokenizers, turn texts into token ids, and hold both against a model's limits; no torch.
+"""Load tokenizers, turn texts into token ids, and check both against a model's limits; no torch.
 
     load_tokenizer        path -> a Hugging Face tokenizer; code in its folder is never run
     load_fast_tokenizer   path -> its JSON form, and the TokenizerInfo that a manifest records
     TextTokenizer         texts -> at most `max_length` ids each, special tokens and EOS kept
     read_limits           path -> ModelLimits: rows of the embedding, positions, trained length
 
-A template puts text before and behind each text. A prefix is measured in characters, and only
-tokens that lie wholly inside of it are the prefix's (`tokens_within`); a text that is too long
-loses its own last tokens, never what stands behind it (`cut_before`):
+A template puts a prefix before each text and a suffix after it. The prefix is measured in
+characters, and only tokens that lie wholly within it count as the prefix's (`tokens_within`); a
+text that is too long loses its own last tokens, never what follows it (`cut_before`):
 
     tokens    Query|:| how| many| rows|?| [/|Q]|</s>
     kept      Query|:| how|             [/|Q]|</s>        max_length = 6
@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import socket
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -50,9 +51,7 @@ _CODE_FIX = (
 def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     """Load a tokenizer from a folder or hub name, without running code from that folder.
 
-    Args:
-        path: the folder or hub name.
-        key: the config key that gives it, for messages.
+    Messages call it by `key`, the config key that names it.
 
     Raises:
         UserError: there is no tokenizer, it is damaged, or it needs code from that folder.
@@ -66,6 +65,7 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     native = {"Dream": Qwen2Tokenizer}
     require_model_path(path, key=key)
     folder, model_type = Path(path), ""
+    # Passed on as `local_files_only`, with which transformers does not ask the hub.
     local = folder.is_dir() or not _can_reach_hub()
     # A folder without a model is fine; one with a damaged config.json might be Dream's.
     if not folder.is_dir() or (folder / "config.json").exists():
@@ -81,10 +81,10 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
     files = sorted(getattr(tokenizer, "vocab_files_names", {}).values())
     known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]
     if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
-        # From no file transformers would make a tokenizer with an empty vocabulary.
+        # Without any of these files transformers would make a tokenizer with an empty vocabulary.
         raise UserError(f"{key}: no vocabulary in {path!r}", allowed=", ".join(files))
     length = tokenizer.model_max_length
-    # transformers compares it with a length only when a text is tokenised.
+    # transformers takes any value that JSON has, and would fail when it tokenises the first text.
     if isinstance(length, bool) or not isinstance(length, int | float) or not length > 0:
         raise UserError(
             f"{key}: tokenizer_config.json in {path}: model_max_length is {length!r}",
@@ -128,7 +128,7 @@ def _model_type(path: str, *, local_only: bool) -> str:
 
 
 def _can_reach_hub() -> bool:
-    """Try the hub once; without a network its client would retry 15 times over minutes."""
+    """Try the hub once; without a network its client would retry 15 times over several minutes."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -173,10 +173,6 @@ class TokenizerInfo:
 def load_fast_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerInfo]:
     """Load the fast form of a tokenizer, the one that worker processes can share.
 
-    Args:
-        path: a folder or hub name.
-        append_eos: whether texts are to end with EOS.
-
     Returns:
         The tokenizer as JSON, for `TextTokenizer`, and its record for a manifest.
 
@@ -195,13 +191,14 @@ def load_fast_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerI
             fix="set append_eos to false or give the tokenizer an eos_token",
         )
     _check_eos_flag(tokenizer, path, append_eos)
-    # Of a copy: the files may set a truncation and padding, and both are decided here per text.
+    # In a copy: the files may set truncation and padding, and both are decided per text here.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     info = TokenizerInfo(
         path=path,
         fingerprint=tokenizer_fingerprint(tokenizer),
+        # Not `len(tokenizer)`: ids may have gaps, so the largest may be beyond their number.
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_id=tokenizer.eos_token_id,
         append_eos=append_eos,
@@ -212,8 +209,8 @@ def load_fast_tokenizer(path: str, *, append_eos: bool) -> tuple[str, TokenizerI
 def _check_eos_flag(tokenizer: Any, path: str, append_eos: bool) -> None:
     """Refuse a tokenizer whose EOS the libraries drop silently.
 
-    Some published embedders get their EOS by a flag in tokenizer_config.json, which transformers
-    ignores since version 5: it reads tokenizer.json alone.
+    Some published embedders get their EOS through a flag in tokenizer_config.json, which
+    transformers has ignored since version 5: it reads tokenizer.json alone.
     """
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -229,13 +226,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash a tokenizer's behaviour: its vocabulary and the ids that it gives to probe texts.
 
     Loading and saving a tokenizer may rewrite its files; the fingerprint stays the same.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
     """
     # Sorted, because the order of a vocabulary may change when its files are rewritten.
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    # `verbose=False`: no warning of probes that are longer than the model's length.
+    # `verbose=False`: no warning about probes that are longer than the model's length.
     probes = [list(tokenizer(text, verbose=False)["input_ids"]) for text in _PROBES]
     return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
 
@@ -252,9 +246,10 @@ class TextTokenizer:
     def __init__(self, tokenizer_json: str, *, eos_id: int | None, append_eos: bool) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._append = eos_id if append_eos else None
-        # Replaces a text of which the tokenizer's normaliser leaves nothing: a row needs a token.
+        # The row of a text of which the normaliser leaves nothing: pooling needs a token.
         self._nothing = [eos_id or 0]
-        # Room for the appended EOS, which truncation would otherwise drop from all long texts.
+        # 1 where EOS is appended here: truncation must leave room for it in long texts. It is 0
+        # where the tokenizer adds EOS itself, because truncation then counts it.
         ids = self._tokenizer.encode("a").ids
         self._missing = int(append_eos and (not ids or ids[-1] != eos_id))
 
@@ -284,6 +279,8 @@ class TextTokenizer:
         room = max_length - self._missing
         backend = self._tokenizer
         ends = any(suffixes)
+        # On every call, because the library keeps the setting of the last one. Its own truncation
+        # would drop the suffix first, so rows with suffixes are cut below.
         if ends:
             backend.no_truncation()
         else:
@@ -301,6 +298,7 @@ class TextTokenizer:
                 ids = [*ids, self._append]
             rows.append(np.array(ids or self._nothing, dtype=np.int32))
             if prefix:
+                # One fewer than the row has: pooling needs a token that is not the prefix's.
                 counts[number] = min(tokens_within(encoding.offsets, prefix), len(rows[-1]) - 1)
         return rows, counts
 
@@ -323,6 +321,7 @@ def tokens_within(offsets: Iterable[tuple[int, int]], num_characters: int) -> in
     """
     if not num_characters:
         return 0
+    # A BOS ends at 0, so it counts with the prefix that follows it.
     return sum(1 for _ in takewhile(lambda offset: offset[1] <= num_characters, offsets))
 
 
@@ -344,7 +343,8 @@ def cut_before(
     """
     if len(ids) <= max_length:
         return ids
-    # Special tokens have the offset (0, 0), so those at the end are kept as well.
+    # From the back to the last token that ends in the text. Special tokens have the offset (0, 0),
+    # so those at the end are kept as well.
     kept = 0
     for _, end in reversed(offsets):
         if 0 < end <= num_characters:
@@ -453,10 +453,7 @@ class ModelLimits:
 def read_limits(path: str, revision: str | None = None, *, factor: float = 1.0) -> ModelLimits:
     """Read a model's limits from its folder, or from the local cache of a hub name.
 
-    Args:
-        path: the folder or hub name.
-        revision: of the hub name.
-        factor: by which `rope_scaling` stretches rotary positions.
+    `rope_scaling` stretches rotary positions by `factor`.
     """
     config = local_file(path, "config.json", revision)
     try:
@@ -464,6 +461,7 @@ def read_limits(path: str, revision: str | None = None, *, factor: float = 1.0) 
     except (OSError, ValueError):
         tree = {}  # loading the model will report it
     limits = limits_of(tree if isinstance(tree, dict) else {}, path)
+    # The weights know better: DiffuGPT's config.json counts one token fewer than they have rows.
     rows = embedding_rows(path, revision)
     trained = limits.trained_length
     return dataclasses.replace(
@@ -475,7 +473,7 @@ def read_limits(path: str, revision: str | None = None, *, factor: float = 1.0) 
 
 def limits_of(tree: Mapping[str, Any], path: str = "the model") -> ModelLimits:
     """Derive the limits from the contents of a config.json."""
-    # A model that reads images, too, keeps the keys of its text model in `text_config`.
+    # A model that also reads images keeps the keys of its text model in `text_config`.
     inner = tree.get("text_config")
     if isinstance(inner, dict):
         tree = {**tree, **inner}
@@ -487,7 +485,7 @@ def limits_of(tree: Mapping[str, Any], path: str = "the model") -> ModelLimits:
         return ModelLimits(path=path, num_tokens=tokens, trained_length=trained)
     positions = _positive(tree.get(_ABSOLUTE[kind]))
     if positions is not None and kind in _AFTER_PADDING:
-        padding = tree.get("pad_token_id")
+        padding = tree.get("pad_token_id")  # 1 by default in both families
         positions -= (padding if isinstance(padding, int) else 1) + 1
     return ModelLimits(path=path, num_tokens=tokens, positions=positions)
 
@@ -505,11 +503,12 @@ def embedding_rows(path: str, revision: str | None = None) -> int | None:
         for name in names:
             file = local_file(path, name, revision)
             if file is None:
-                continue
+                continue  # not fetched; another file may hold the embedding
             with safe_open(file, framework="numpy") as tensors:
                 for tensor in tensors.keys():  # noqa: SIM118 -- not a dict
                     if tensor.endswith(_EMBEDDING) and not tensor.startswith("vision"):
                         return int(tensors.get_slice(tensor).get_shape()[0])
+    # The last four come from an index or a header of another shape.
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
     return None
@@ -520,7 +519,7 @@ def _positive(value: Any) -> int | None:
 
 
 def warn_if_unlike_base(model: ModelConfig, template: Template) -> None:
-    """Warn where a run pools, normalises or prompts unlike the embedder that it starts from."""
+    """Warn if a run pools, normalises or prompts unlike the embedder that it starts from."""
     declared = read_declared(model.path, model.revision)
     pooling = declared.pooling
     if pooling is not None and POOLINGS.get(pooling) != model.pooling:

@@ -162,7 +162,7 @@ def test_a_path_is_never_taken_for_a_name_on_the_hub(tmp_path: Path) -> None:
     [
         # Offsets of `Query`, `:`, ` word`: the space belongs to the word.
         (7, [(0, 5), (5, 6), (6, 11)], 2),
-        (6, [(0, 0), (0, 5), (5, 6), (6, 11), (0, 0)], 3),  # BOS stands with the instruction
+        (6, [(0, 0), (0, 5), (5, 6), (6, 11), (0, 0)], 3),  # BOS counts with the instruction
         (0, [(0, 0), (0, 4), (0, 0)], 0),  # no instruction: BOS is pooled
         (9, [(0, 5), (5, 12), (12, 13)], 1),  # a token across the border is the text's
     ],

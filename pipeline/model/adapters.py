@@ -4,7 +4,7 @@
     continue_adapter   load an adapter folder, keep it as the only trainable part
     plan_merge         load an adapter folder, return a function that merges it module by module
 
-An adapter names modules of the model that it was trained on, mostly a causal language model or a
+An adapter names modules of the model that it was trained on, usually a causal language model or a
 classifier that holds the backbone under a name (`model.layers.0...`). Here the backbone is the
 whole model (`layers.0...`). `NamedBackbone` gives it the outer name again, so that every pattern in
 the adapter's config keeps its meaning.
@@ -33,6 +33,8 @@ from pipeline.errors import UserError, say_warning
 from pipeline.model.weights import Placement
 
 Merge = Callable[[nn.Module], None]
+# The prefix of all names in peft's files.
+_STEM = "base_model.model."
 # Keys of a LoRA config with which a layer computes more than its weights plus a matrix product.
 _BEYOND_ADDING = (
     "alora_invocation_tokens",
@@ -85,19 +87,21 @@ def plan_merge(
 
 
 def _only_adds(files: AdapterFiles) -> bool:
-    """Tell whether an adapter only adds products of matrices to the weights of layers."""
+    """Return True if an adapter only adds products of matrices to the weights of layers."""
     config = files.config
     return (
         config.peft_type == peft.PeftType.LORA
         # Other starts, such as PiSSA, take a part out of the base weights.
         and config.init_lora_weights in (True, False, "gaussian")
         and not any(getattr(config, key, None) for key in _BEYOND_ADDING)
+        # Trained biases and embeddings are in the file under other names.
         and all(".lora_" in name for name in files.weights)
     )
 
 
 def _merge_by_layer(backbone: nn.Module, files: AdapterFiles, placement: Placement) -> Merge:
     tuners: dict[nn.Module, Any] = {}
+    # By identity, because `attach` renames the backbone's own parameters.
     base = {id(parameter) for parameter in backbone.parameters()}
     adapted = files.attach(backbone)
     _allocate_adapter(adapted, base, placement.device)
@@ -128,7 +132,8 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
     adapted = files.attach(base)
     files.load(adapted)
     try:
-        adapted.merge_and_unload()
+        adapted.merge_and_unload()  # `base` is plain again, with other weights
+    # peft has no error of its own for what it cannot merge.
     except (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -150,14 +155,13 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
     def merge(module: nn.Module) -> None:
         with torch.no_grad():
             for attribute, parameter in module.named_parameters(recurse=False):
+                # The name of the model itself is "".
                 name = f"{names[module]}.{attribute}".removeprefix(".")
                 parameter.copy_(merged.pop(name))  # frees the copy as the backbone fills
 
     return merge
 
 
-# The prefix of all names in peft's files.
-_STEM = "base_model.model."
 # These learn no change of weights: virtual tokens, a route for each text, added states.
 _UNMERGEABLE = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
 _MERGE_IT = "merge it into its model with peft, if it can do that, and give that as model.path"
@@ -221,6 +225,7 @@ class AdapterFiles:
         """
         try:
             loaded = peft.set_peft_model_state_dict(adapted, dict(self.weights))
+            # Without the base model's embedding, which peft adds where an adapter targets it.
             own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
@@ -312,11 +317,11 @@ def read_adapter(backbone: nn.Module, path: str, *, shapes_only: bool = False) -
         )
     saved = getattr(config, "modules_to_save", None)
     if saved:
-        # Whole copies of modules. A head's were left out above, and peft would miss the module.
+        # Whole copies of modules. A head's were left out above, and peft would not find the module.
         names = [f".{name}" for name, _ in backbone.named_modules()]
         own = [name for name in saved if any(known.endswith(f".{name}") for known in names)]
         config.modules_to_save = own or None
-    config.inference_mode = False
+    config.inference_mode = False  # True in every saved adapter: peft would freeze its weights
     config.task_type = None  # otherwise peft would expect the head of that task
     kept = {name: value for name, value in weights.items() if name not in heads}
     return AdapterFiles(path=path, config=config, weights=kept, outer=outer)
@@ -329,8 +334,8 @@ def _outer_name(
     children = {name for name, _ in backbone.named_children()}
     outer, heads = set(), []
     for name in weights:
-        if not name.startswith(_STEM):  # shared by all layers
-            continue
+        if not name.startswith(_STEM):
+            continue  # shared by all layers, so it names none
         parts = name.removeprefix(_STEM).split(".")
         # The parts before the backbone's first child are the backbone's own name.
         start = next((k for k, part in enumerate(parts) if part in children), None)
@@ -364,7 +369,7 @@ def _put_adapter(model: nn.Module, config: peft.PeftConfig, path: str | None = N
     shapes_only = next(model.parameters()).is_meta
     try:
         with warnings.catch_warnings():
-            # peft reads renamed properties, and reports where an adapter came from.
+            # peft reads properties that torch has renamed, and reports an adapter's source.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
             return peft.get_peft_model(model, config, low_cpu_mem_usage=shapes_only)
@@ -435,12 +440,13 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
         if not plain or name in self.lora_variant:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
-        # Two dimensions, because autograd copies the gradient of a view that is written to.
+        # (T, in), so that `out` is no view: autograd copies the gradient of a view that is changed.
         x_TD = x.flatten(0, -2)
         out = self.base_layer(x_TD)
         down, up = self.lora_A[name], self.lora_B[name]
         hidden = down(self.lora_dropout[name](self._cast_input_dtype(x_TD, down.weight.dtype)))
         if out.dtype == hidden.dtype == up.weight.dtype and up.bias is None:
+            # In place: the backward of a linear layer does not read its output.
             out.addmm_(hidden, up.weight.t(), alpha=self.scaling[name])
         else:  # adapters in another type than the model, as peft makes them
             out = (out + up(hidden) * self.scaling[name]).to(out.dtype)
@@ -450,7 +456,8 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
 def _fuse_sums(adapted: nn.Module) -> None:
     """Have the plain LoRA layers of a model that is trained compute as `FusedLoraLinear`."""
     for module in adapted.modules():
-        # peft has built the layer by all its rules; only `forward` changes.
+        # peft has built the layer by all its rules; only `forward` changes. Exact types, because a
+        # subclass may compute something else, and GPT-2's Conv1D has transposed weights.
         if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = FusedLoraLinear
 
@@ -458,10 +465,7 @@ def _fuse_sums(adapted: nn.Module) -> None:
 def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module:
     """Put an adapter folder on the backbone, as the only part that stays trainable.
 
-    Args:
-        backbone: the model the adapter was trained on.
-        path: a folder or hub name with adapter_config.json.
-        meta: shapes only; load no weights.
+    With `meta` it has shapes only, and its weights need not be there.
 
     Raises:
         UserError: there is no adapter, it belongs to another model, or it changes base weights.
@@ -469,22 +473,22 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
     files = read_adapter(backbone, path, shapes_only=meta)
     _check_continuable(files)
     own = _on_backbone(files, backbone)
-    adapted = own.attach(backbone)
+    adapted: nn.Module = own.attach(backbone)
     if not meta:
         own.load(adapted)
-    trained: nn.Module = adapted
-    _fuse_sums(trained)
-    return trained
+    _fuse_sums(adapted)
+    return adapted
 
 
 def _check_continuable(files: AdapterFiles) -> None:
     config = files.config
+    # With defaults, because kinds other than LoRA lack some of these keys.
+    saved = getattr(config, "modules_to_save", None)
+    bias = getattr(config, "bias", "none")
     start = getattr(config, "init_lora_weights", True)
     faults = {
-        f"modules_to_save: {getattr(config, 'modules_to_save', None)}": getattr(
-            config, "modules_to_save", None
-        ),
-        f"bias: {getattr(config, 'bias', 'none')}": getattr(config, "bias", "none") != "none",
+        f"modules_to_save: {saved}": saved,
+        f"bias: {bias}": bias != "none",
         f"init_lora_weights: {start}": start not in _PLAIN_STARTS,
     }
     for fault, holds in faults.items():
@@ -513,15 +517,17 @@ def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
         changes |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         for key, pattern in vars(config).items():
             if key.endswith("_pattern") and isinstance(pattern, dict) and pattern:
+                # peft returns the name itself where no key matches it.
                 hits = {name: get_pattern_key(pattern, outer + name) for name in found}
                 changes[key] = {
                     f"^{name}": pattern[hit] for name, hit in hits.items() if hit in pattern
                 }
     for key, value in changes.items():
-        if hasattr(config, key):
+        if hasattr(config, key):  # not every kind has them all
             setattr(config, key, value)
-    stem = "base_model.model."
-    weights = {name.replace(stem + outer, stem, 1): value for name, value in files.weights.items()}
+    weights = {
+        name.replace(_STEM + outer, _STEM, 1): value for name, value in files.weights.items()
+    }
     return dataclasses.replace(files, weights=weights, outer="")
 
 

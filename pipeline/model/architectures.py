@@ -94,7 +94,7 @@ def _embed_modernbert(model: Any, ids: Tensor, positions: Tensor) -> tuple[Tenso
 
 
 def _rotary_by_layer_type(model: Any, hidden: Tensor, positions: Tensor) -> LayerInputs:
-    """Return rotary positions for each layer: those with a window have another base."""
+    """Return rotary positions for each layer: layers with a window have another base."""
     types = model.config.layer_types
     rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in sorted(set(types))}
     return [{"position_embeddings": rotary[kind]} for kind in types]
@@ -168,6 +168,7 @@ class NativeForm:
 
 def _dream_config(published: dict[str, Any]) -> PretrainedConfig:
     """Return Dream's config as Qwen2's: same arithmetic, same weight names (arXiv 2508.15487)."""
+    # These describe Dream's own code; all other keys have Qwen2's names.
     dropped = ("architectures", "auto_map", "model_type", "transformers_version")
     return Qwen2Config(**{k: v for k, v in published.items() if k not in dropped})
 
@@ -205,6 +206,7 @@ def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
             )
     width, heads = published["d_model"], published["n_heads"]
     return LlamaConfig(
+        # Rows of the embedding, which LLaDA pads beyond its vocabulary.
         vocab_size=published.get("embedding_size") or published["vocab_size"],
         hidden_size=width,
         intermediate_size=published.get("mlp_hidden_size") or published["mlp_ratio"] * width,
@@ -216,12 +218,13 @@ def _llada_config(published: dict[str, Any]) -> PretrainedConfig:
         rms_norm_eps=published.get("rms_norm_eps", 1e-5),
         attention_dropout=published.get("attention_dropout", 0.0),
         tie_word_embeddings=published.get("weight_tying", False),
-        bos_token_id=None,
+        bos_token_id=None,  # Llama's default, 1, is some other token here
         eos_token_id=published.get("eos_token_id"),
         pad_token_id=published.get("pad_token_id"),
     )
 
 
+# `ff_proj` is the half of the gated product that goes through the activation.
 _LLADA_BLOCK = {
     "attn_norm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -245,29 +248,33 @@ _LLADA_KEYS = {
 
 
 def _gemma3_text_config(published: dict[str, Any]) -> PretrainedConfig:
-    """Return the text model inside Gemma 3 from 4B on, which has the layout of the 1B model."""
+    """Return the text model inside Gemma 3 (4B and larger); it has the layout of the 1B model."""
     text: PretrainedConfig = Gemma3Config.from_dict(published).text_config
     return text
-
-
-def _plain(kind: type[PretrainedConfig]) -> Callable[[dict[str, Any]], PretrainedConfig]:
-    return lambda published: kind.from_dict(published)
 
 
 # DiffuGPT and DiffuLLaMA (arXiv 2410.17891) keep the embedding apart from the blocks. Their configs
 # have the model_type of plain GPT-2 and Llama, whose weight names these rules leave alone.
 _DIFFUGPT_KEYS = {r"^embed_tokens\.": "wte.", r"^denoise_model\.": ""}
 _DIFFULLAMA_KEYS = {r"^denoise_model\.": ""}
-# Both the published names and the names that transformers 5 saves.
+# Both the published names (`language_model.model.`) and those that transformers 5 saves
+# (`model.language_model.`).
 _GEMMA3_KEYS = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
 # By the `model_type` of the published config.json.
 NATIVE_FORMS = {
-    "gpt2": NativeForm(config=_plain(GPT2Config), keys=_DIFFUGPT_KEYS),
-    "llama": NativeForm(config=_plain(LlamaConfig), keys=_DIFFULLAMA_KEYS),
+    "gpt2": NativeForm(config=GPT2Config.from_dict, keys=_DIFFUGPT_KEYS),
+    "llama": NativeForm(config=LlamaConfig.from_dict, keys=_DIFFULLAMA_KEYS),
     "Dream": NativeForm(config=_dream_config),
     "gemma3": NativeForm(config=_gemma3_text_config, keys=_GEMMA3_KEYS),
     "llada": NativeForm(config=_llada_config, keys=_LLADA_KEYS, shifted=False),
 }
+
+
+def known_kinds() -> list[str]:
+    """Return every `model_type` of a config.json that can be read without a model's own code."""
+    return sorted({*NATIVE_FORMS, *FAMILIES})
+
+
 # The type of layers that see the whole text. A layer with a window keeps its rotation: training has
 # seen all distances within a window.
 _FULL = "full_attention"
@@ -288,6 +295,7 @@ def scale_rope(hf_config: PretrainedConfig, scaling: RopeScaling) -> None:
             f"model.rope_scaling: a {hf_config.model_type} model has no rotary positions",
             fix="remove model.rope_scaling, and keep texts within its learned positions",
         )
+    # Gemma 3 and ModernBERT have parameters for each type of layer.
     rope = parameters.get(_FULL, parameters)
     if rope["rope_type"] != "default":
         raise UserError(
@@ -300,9 +308,12 @@ def scale_rope(hf_config: PretrainedConfig, scaling: RopeScaling) -> None:
         width = width or hf_config.hidden_size // hf_config.num_attention_heads
         # Phi-3's small models rotate only a part of each head.
         width = int(width * rope.get("partial_rotary_factor", 1.0))
+        # The base at which the slowest pair of dimensions turns `factor` times as slowly, while the
+        # fastest keeps its speed.
         rope["rope_theta"] *= scaling.factor ** (width / (width - 2))
     else:
         rope.update(rope_type=scaling.kind, factor=scaling.factor)
         if scaling.kind == "yarn":
+            # YaRN counts turns within the trained length; transformers would take the grown one.
             rope["original_max_position_embeddings"] = trained
     hf_config.max_position_embeddings = int(trained * scaling.factor)

@@ -36,6 +36,9 @@ from pipeline.errors import UserError
 
 # The name under which Hugging Face models find `packed_attention`.
 PACKED = "diffembed_packed"
+# What both GPU kernels take.
+_KERNEL_TYPES = (torch.float16, torch.bfloat16)
+_WIDEST_HEAD = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +75,8 @@ class PackedRows:
         return cls(
             sizes=sizes,
             lengths=lengths,
-            boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-            longest=max(sizes),
+            boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),  # as the kernels take it
+            longest=max(sizes),  # of the list, because kernels want a number on the host
             causal=causal,
             not_pooled=not_pooled,
         )
@@ -86,7 +89,7 @@ class PackedRows:
 
     def per_token(self, values: Tensor) -> Tensor:
         """Repeat each row's value for its tokens: (C,) -> (T,)."""
-        # Without `output_size` it would wait for the GPU to count.
+        # Without `output_size`, torch would wait for the GPU to sum the lengths.
         return values.repeat_interleave(self.lengths, output_size=sum(self.sizes))
 
 
@@ -150,7 +153,7 @@ def packed_attention(
 
 
 def _window(module: Any, sliding_window: int | None, rows: PackedRows) -> tuple[int, int] | None:
-    """Return how many tokens a token sees to its left and right; None for no window.
+    """Return the number of tokens that a token sees to its left and right; None for no window.
 
     In Hugging Face's masks a causal window includes the token itself, a two-sided one does not.
     """
@@ -177,7 +180,7 @@ def _attend(
     length = q.shape[2]
     mask = None
     if window is not None or (softcap is not None and causal):
-        left, right = window or (length, 0)
+        left, right = window or (length, 0)  # without a window, only the causal mask
         ahead = torch.arange(length, device=q.device)
         ahead = ahead[None, :] - ahead[:, None]  # (L, L) key position minus query position
         mask = (ahead >= -left) & (ahead <= right)
@@ -188,7 +191,7 @@ def _attend(
             v,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=causal and mask is None,
+            is_causal=causal and mask is None,  # torch refuses both; the mask holds the causal one
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -198,7 +201,8 @@ def _attend(
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    # The softmax in float32, as in transformers' own eager attention.
+    # The softmax in float32, as in transformers' own eager attention. Models pass a dropout of 0
+    # outside of training, so `F.dropout` need not know the mode.
     weights = F.dropout(scores.float().softmax(dim=-1).to(q.dtype), dropout)
     return weights @ v.repeat_interleave(repeats, dim=1)
 
@@ -222,8 +226,8 @@ def choose_kernel(
     softcap: float | None = None,
 ) -> Kernel | None:
     """Return this machine's fastest kernel for exactly this attention; None: row by row."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or not half or head_width > 256 or is_before_ampere(device):
+    fits = dtype in _KERNEL_TYPES and head_width <= _WIDEST_HEAD
+    if device.type != "cuda" or not fits or is_before_ampere(device):
         return None
     for kernel in (flash_attention(), torch_varlen()):
         if (
@@ -243,16 +247,17 @@ def describe_kernel(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> str:
-    """Return the line that tells how a run computes attention."""
+    """Return a line for the log: how a run computes attention."""
     kernel = choose_kernel(device, dtype, head_width, dropout=dropout, softcap=softcap)
     if kernel is not None:
         return f"attention: {kernel.name}"
     if device.type != "cuda":
         return "attention: row by row (on a CPU)"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in _KERNEL_TYPES:
         return f"attention: row by row, because kernels take no {str(dtype).removeprefix('torch.')}"
-    if head_width > 256:
-        return f"attention: row by row, because kernels take heads of 256 at most, not {head_width}"
+    if head_width > _WIDEST_HEAD:
+        most = f"heads of {_WIDEST_HEAD} at most"
+        return f"attention: row by row, because kernels take {most}, not {head_width}"
     if is_before_ampere(device):
         name = torch.cuda.get_device_name(device)
         return f"WARNING: attention: row by row, which is slow; kernels need Ampere, not {name}"
@@ -276,9 +281,10 @@ def flash_attention() -> Kernel | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
-        # Built for another torch: installed, but without this line silently unused.
+        # Built for another torch. Without this line it would silently not be used.
         print(f"WARNING: flash-attn is installed but cannot be imported ({error})", flush=True)
         return None
+    # Older versions have no such argument.
     takes_softcap = "softcap" in inspect.signature(flash_attn_varlen_func).parameters
 
     def attend(
@@ -296,14 +302,14 @@ def flash_attention() -> Kernel | None:
             q,
             k,
             v,
-            rows.boundaries,
+            rows.boundaries,  # of queries, then of keys
             rows.boundaries,
             rows.longest,
             rows.longest,
             dropout_p=dropout,
             softmax_scale=scale,
             causal=rows.causal,
-            window_size=window or (-1, -1),
+            window_size=window or (-1, -1),  # -1: no limit
             # Otherwise atomics add up the query's gradient, in any order.
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **({} if softcap is None else {"softcap": softcap}),
@@ -315,14 +321,14 @@ def flash_attention() -> Kernel | None:
 
 @cache
 def torch_varlen() -> Kernel | None:
-    """Return torch's own kernel, unless this torch is too old for the arguments we need."""
+    """Return torch's own kernel, unless this torch is too old for the arguments that we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     parameters = inspect.signature(varlen_attn).parameters
     if not {"scale", "window_size"} <= parameters.keys():
-        return None
+        return None  # before torch 2.11
     takes_groups = "enable_gqa" in parameters
 
     def attend(
@@ -352,6 +358,7 @@ def torch_varlen() -> Kernel | None:
             rows.longest,
             rows.longest,
             scale=scale,
+            # It has no flag for a causal mask: a window that ends at the token itself is one.
             window_size=window or ((-1, 0) if rows.causal else (-1, -1)),
             **more,
         )

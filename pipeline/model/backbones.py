@@ -31,6 +31,7 @@ from pipeline.model.architectures import (
     Family,
     LayerInputs,
     NativeForm,
+    known_kinds,
     scale_rope,
 )
 from pipeline.model.attention import PACKED, PackedRows
@@ -87,6 +88,7 @@ def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[
 def _plan_merges(config: ModelConfig, model: nn.Module, placement: Placement | None) -> list[Merge]:
     """Return one merge for each adapter; each expects the model with all earlier ones merged."""
 
+    # Called only for adapters that cannot be merged layer by layer: it reads the model again.
     def load_base(count: int) -> nn.Module:
         earlier = config.all_merged[:count]
         base = dataclasses.replace(
@@ -103,12 +105,12 @@ def _plan_merges(config: ModelConfig, model: nn.Module, placement: Placement | N
 def _resolve(
     config: ModelConfig, published: dict[str, Any]
 ) -> tuple[NativeForm | None, PretrainedConfig, Family]:
-    """Return native form and config, with the attention and positions of our config."""
+    """Return the native form, if any, the native config under our config's settings, the family."""
     if published["model_type"].startswith("diffusion_gemma"):
         raise UserError(
             f"model.path: {config.path} is a DiffusionGemma: a canvas that reads the key/value "
             "cache of a causal encoder, and no class of transformers loads its text stack alone",
-            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+            allowed=", ".join(known_kinds()),
             fix="take Dream or LLaDA; an export of its text stack could not be loaded by others",
         )
     native = NATIVE_FORMS.get(published["model_type"])
@@ -119,13 +121,15 @@ def _resolve(
         hf_config = native.config(published) if native else _native_config(config)
     family = FAMILIES[hf_config.model_type]
     if getattr(hf_config, "use_bidirectional_attention", None):
-        # Gemma 3 halves its window each time such a config is read: a copy is another model.
+        # Reading such a config halves Gemma 3's window, and not every version of transformers
+        # undoes that when it saves: a copy could be another model.
         raise UserError(
             f"model.path: the config.json of {config.path} has use_bidirectional_attention",
             fix="remove that key; model.attention decides how the model attends",
         )
     if family.decoder:
-        # Saved with an export, where transformers reads it.
+        # For transformers, which reads it from the config.json of an export; here
+        # `PackedRows.causal` decides.
         hf_config.is_causal = config.attention == "causal"
     elif config.attention == "causal":
         raise UserError(
@@ -148,13 +152,13 @@ def _unknown_kind(config: ModelConfig, published: dict[str, Any]) -> UserError:
         return UserError(
             f"model.path: {config.path} has model_type {kind!r}, which holds a text model of "
             f"model_type {inside!r} among others",
-            allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+            allowed=", ".join(known_kinds()),
             fix="give a checkpoint of the text model alone: load the whole with transformers, and "
             "save_pretrained its language model and its tokenizer",
         )
     return UserError(
         f"model.path: {config.path} has model_type {kind!r}",
-        allowed=", ".join(sorted({*NATIVE_FORMS, *FAMILIES})),
+        allowed=", ".join(known_kinds()),
         fix="take a model of one of these kinds; any other one is loaded only by its own code, "
         "with model.trust_remote_code and model.revision",
     )
@@ -232,7 +236,7 @@ def quiet() -> Iterator[None]:
 def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
     """Load a model by its own code, at the revision that the config pins.
 
-    Whole in every process, because only that code knows its pieces.
+    It is whole in every process, because only that code knows its pieces.
     """
     if config.rope_scaling is not None:
         raise UserError(
@@ -248,8 +252,9 @@ def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
             with torch.device("meta"):
                 inner = AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=True)
             return PaddedModel(inner)
-        arguments = {"attention_dropout": config.attention_dropout}
-        given = {key: value for key, value in arguments.items() if value is not None}
+        # Not None: that would replace the value in the model's config.json.
+        dropout = config.attention_dropout
+        given = {} if dropout is None else {"attention_dropout": dropout}
         inner = AutoModel.from_pretrained(
             config.path, dtype=dtype, **given, revision=config.revision, trust_remote_code=True
         )
@@ -261,6 +266,7 @@ def _load_remote(config: ModelConfig, placement: Placement | None) -> nn.Module:
 class PaddedModel(nn.Module):
     """A model with its own code behind the interface of a packed one: embedding and one block."""
 
+    # Read for an adapter whose weights name no layer: no larger model holds this one under a name.
     base_model_prefix = ""
 
     def __init__(self, inner: Any) -> None:
@@ -283,6 +289,7 @@ class _PaddedBlock(nn.Module):
         padded = pad_sequence(list(torch.split(hidden[0], rows.sizes)), batch_first=True)
         columns = torch.arange(rows.longest, device=hidden.device)
         mask = columns < rows.lengths[:, None]  # (C, L)
+        # (C, L, D)[mask] is (T, D), row after row, as it came.
         packed: Tensor = _last_states(self.inner, padded, mask)[mask].unsqueeze(0)
         return packed
 
@@ -323,7 +330,7 @@ def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
         UserError: its attention is not as configured, or a vector depends on padding.
     """
     inner: Any = model.layers[0].inner
-    inner.eval()
+    inner.eval()  # dropout would look like a leak
     ids = torch.arange(1, 9)[None]
     # Padding with real embeddings, not zeros, so that attention to it would show.
     real = torch.tensor([[True] * 5 + [False] * 3])
@@ -332,13 +339,14 @@ def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
         alone = _last_states(inner, embedded[:, :5], real[:, :5]).float()
         padded = _last_states(inner, embedded, real)[:, :5].float()
         longer = _last_states(inner, embedded, torch.ones_like(real))[:, :5].float()
-    # The rounding of the dtype, far below the effect of an attended token.
+    # Far above the rounding of the dtype, far below the effect of an attended token.
     noise = (1e-4 if config.dtype == "float32" else 3e-2) * alone.abs().max()
     if (alone - padded).abs().max() > noise:
         raise UserError(
             f"model.path: in the code of {config.path} padding changes the vectors of a text",
             fix="correct its attention mask; a vector would depend on the other texts of its batch",
         )
+    # Three more real tokens after the text move its states only without a causal mask.
     attends = "bidirectional" if (alone - longer).abs().max() > noise else "causal"
     if attends != config.attention:
         raise UserError(
@@ -348,18 +356,10 @@ def _check_behaviour(model: PaddedModel, config: ModelConfig) -> None:
 
 
 def unused_weights(model: Any, family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the weights that a complete model of this architecture has and ours lacks.
+    """Return the weights, by native name, that a complete `model` would have in addition.
 
-    That is the pooler of BERT-like models: the base model's, or zeros where the base has none.
-    Without it every load of an export would warn of missing weights.
-
-    Args:
-        model: the Hugging Face model that was trained.
-        family: of the model.
-        config: the model section it was built from.
-
-    Returns:
-        Tensors by native name.
+    They are the pooler of BERT-like models: the base model's, or zeros where the base has none.
+    Without them every load of an export would warn of missing weights.
     """
     left_out = _left_out(model, family, config)
     found = {name: torch.zeros(shape, dtype=model.dtype) for name, (shape, _) in left_out.items()}
@@ -382,13 +382,14 @@ def _left_out(
 ) -> dict[str, tuple[torch.Size, str | None]]:
     """Return the shape of each unused weight, and its name in the base model's files."""
     if not family.arguments:
-        return {}  # the family leaves nothing out, and its files need not be there any more
+        return {}  # the family leaves nothing out, and the base's files may be gone by now
     files = WeightFiles(config.path, config.revision)
     with torch.device("meta"):
         whole = AutoModel.from_config(model.config, trust_remote_code=False)
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
     found = {}
     for name in shapes.keys() - model.state_dict().keys():
+        # The base may be a backbone alone, or one inside a model with a head.
         published = [name, f"{whole.base_model_prefix}.{name}"]
         source = next((key for key in published if files.shapes.get(key) == shapes[name]), None)
         found[name] = shapes[name], source

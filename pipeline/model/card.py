@@ -1,10 +1,10 @@
 """Write the model card of an export, and add the scores of an evaluation to it.
 
     header           YAML for the hub: library, tags, licence, base model, results of evaluations
-    Needs, Use       the least version of each library, and code that gives the trained vectors
+    Needs, Use       the oldest version of each library, and code that gives the trained vectors
     Prompts          the instructions and prefixes of training
-    Serve            per server: whether it serves this model, with which settings: servers.py
-    Checked          the vectors of other libraries, see `export.py`
+    Serve            per server: whether it serves this model, and with which settings (servers.py)
+    Checked          the result of comparing vectors with other libraries (export_check.py)
     Evaluation       a table of scores, replaced by each new report
     Training data, Licence, Recipe
 
@@ -73,7 +73,7 @@ class CardFacts:
 
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write README.md of an export."""
-    licence = base_licence(facts.config)
+    licence = _base_licence(facts.config)
     sections = [
         _summary(facts.config, facts.max_length),
         f"## Needs\n\n{_needs(facts)}",
@@ -137,7 +137,7 @@ def add_evaluation(folder: Path, table: str, *, name: str, results: Sequence[Eva
     with blame(f"{path}: the scores are not in it", fix=f"delete it, or export {folder} again"):
         card = ModelCard.load(path, ignore_metadata_errors=True)
     before, found, after = card.text.partition(f"{_EVALUATION}\n")
-    if found:
+    if found:  # not where the reader has removed that section
         _, heading, rest = after.partition("\n## ")
         card.text = f"{before}{_EVALUATION}\n\n{table.strip()}\n{heading}{rest}"
         # The hub shows these as `model-index`.
@@ -162,7 +162,7 @@ _KERNELS = {"gemma2": "Attention `eager` (the default; there is no `sdpa`)"}
 
 
 def _needs(facts: CardFacts) -> str:
-    """Return the least software that gives these vectors."""
+    """Return what must be installed to get these vectors."""
     if facts.adapter_only and not facts.plain_base:
         return (
             "The base model and `diffembed`: transformers alone does not load that base as the "
@@ -244,7 +244,8 @@ scores = queries @ documents.T
 ```"""
 
 
-# As one line of the card's code: mask and places are (C, L, 1), hidden is (C, L, D).
+# As one line of the card's code: mask and places (1, 2, ... in each row) are (C, L, 1), hidden is
+# (C, L, D). Padding is on the right, as an exported tokenizer pads.
 _POOLING_CODE = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "weighted_mean": "(hidden * (w := mask * places)).sum(1) / w.sum(1)",
@@ -263,13 +264,15 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=con
 
 
 def _transformers_usage(facts: CardFacts) -> str:
+    # `outside_program` finds this code on the card by its words, edits some and runs it.
     config, prompt, suffix = facts.config, facts.prompts.example, facts.template.query_suffix()
     loading = _ADAPTER_LOADING if facts.adapter_only else _LOADING
     loading = loading.format(base=config.path, causal=config.attention == "causal")
     offsets, skip = "", ""
     if not config.pool_instruction:
         offsets = ", return_offsets_mapping=True"
-        # Keep every token from the first one on that ends after the prompt.
+        # Keep every token from the first one on that ends after the prompt. By a running sum,
+        # because special tokens after the text, which are pooled, have the offset (0, 0).
         skip = """
 ends = batch.pop("offset_mapping")[..., 1]
 mask = mask * ((ends > len(prompt)).cumsum(1) > 0)[..., None]"""
@@ -289,7 +292,7 @@ vectors = {_POOLING_CODE[config.pooling]}{cut}{normalise}
 ```"""
 
 
-# Instructions that a card lists.
+# Instructions that a card lists, at most.
 _MOST_INSTRUCTIONS = 20
 
 
@@ -354,7 +357,7 @@ _HUB_LICENCES = {
 }  # fmt: skip
 
 
-def base_licence(config: ModelConfig) -> dict[str, Any]:
+def _base_licence(config: ModelConfig) -> dict[str, Any]:
     """Return the licence keys for the card of a model made from this base; none if unknown.
 
     A base card that cannot be read is reported on standard error; the export is still written.

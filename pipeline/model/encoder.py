@@ -43,7 +43,7 @@ from pipeline.tokenizer import limits_of, read_limits
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LayerContext:
-    """The inputs of layers other than hidden states; computed once per chunk."""
+    """The inputs of layers in addition to hidden states; computed once per chunk."""
 
     rows: PackedRows
     layer_inputs: LayerInputs
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         return self.config.dimensions or int(self.model.config.hidden_size)
 
     def describe_attention(self, device: torch.device) -> str:
-        """Return the line that tells how a run computes attention on `device`."""
+        """Return a line for the log: how a run computes attention on `device`."""
         config = self.model.config
         if self.config.trust_remote_code:
             return "attention: the model's own code"
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         return held + unused_names(self.model, self.family, self.config)
 
     def merge_adapters(self) -> None:
-        """Add the adapters to their weights; they cannot be trained afterwards."""
+        """Add adapters to the weights that they adapt; they cannot be trained afterwards."""
         merge = getattr(self.backbone, "merge_and_unload", None)
         if merge is not None:
             self.backbone = merge()
@@ -196,6 +196,8 @@ class Encoder(nn.Module):
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter without the weights of its base model, for peft."""
         backbone: Any = self.backbone
+        # "default" is peft's name for an adapter that was given none. It would record the name of
+        # the base model, but a model that was built from its config has none.
         backbone.peft_config["default"].base_model_name_or_path = self.config.path
         backbone.save_pretrained(folder)
 
@@ -242,6 +244,8 @@ def _sum_rows(values_TD: Tensor, lengths: Tensor) -> Tensor:
 
     In order, unlike `index_add`, so that equal inputs give equal bits on GPUs.
     """
+    # `unsafe` leaves out a check of the lengths, which would wait for the GPU; `check_lengths` has
+    # made it on the host.
     return torch.segment_reduce(values_TD, "sum", lengths=lengths, unsafe=True)
 
 
@@ -344,9 +348,7 @@ def build_language_model(
     The head is trained together with the backbone's own weights; with an adapter it stays fixed.
 
     Args:
-        config: the model section.
-        meta: build shapes only, on the meta device, without reading weights.
-        placement: where the weights go; by default they stay whole, on the CPU.
+        config, meta, placement: as for `build_encoder`.
 
     Raises:
         UserError: the model cannot be loaded, or has no plain head that predicts tokens.
@@ -369,9 +371,8 @@ def build_language_model(
 def _build_head(encoder: Encoder, config: ModelConfig, placement: Placement | None) -> nn.Linear:
     """Return the token embedding as the head where the two are tied, else the published head."""
     embedding = encoder.model.get_input_embeddings().weight
-    vocabulary, width = getattr(
-        embedding, "ds_shape", embedding.shape
-    )  # the whole shape under ZeRO-3
+    # Under ZeRO-3 the weight itself is empty, and DeepSpeed keeps its whole shape here.
+    vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)
     # Without storage; the weight comes from the embedding or from the files.
     head = nn.Linear(width, vocabulary, bias=False, dtype=embedding.dtype, device="meta")
     if encoder.model.config.tie_word_embeddings:
@@ -420,18 +421,13 @@ def _native_name(name: str, keys: dict[str, str]) -> str:
 
 
 def predicts_shifted(config: ModelConfig) -> bool:
-    """Tell whether the model predicts a token from the hidden state before it."""
+    """Return True if the model predicts a token from the hidden state before it."""
     native = NATIVE_FORMS.get(read_config(config)["model_type"])
     return native is None or native.shifted
 
 
 def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> int:
-    """Return the id of the token that hides others.
-
-    Args:
-        config: the model section.
-        tokenizer: of the model.
-        name: the token; None for the one that tokenizer or model declare.
+    """Return the id of the token that hides others: `name`, or the one that the model declares.
 
     Raises:
         UserError: there is no such token, or the model has no embedding for it.
@@ -448,7 +444,7 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
             f"objective: the tokenizer of {config.path} {what}",
             fix="set mask_token in the objective's section to a token of its vocabulary, such as _",
         )
-    # Added tokens may have ids beyond the embedding.
+    # Tokens that were added to the tokenizer alone may have ids beyond the embedding.
     size = read_limits(config.path, config.revision).num_tokens
     if size is not None and known >= size:
         raise UserError(
@@ -463,8 +459,8 @@ def find_mask_token(config: ModelConfig, tokenizer: Any, name: str | None) -> in
 
 # Dropout draws from torch's generators, so its masks equal the masks of an uncompiled run.
 _OPTIONS = {"fallback_random": True}
-# Beyond so many graphs of one function torch runs it as it is. Its default of 8 is too few for
-# models that alternate two kinds of layers.
+# With more graphs of one function than this, torch runs it uncompiled. Its default of 8 is too few
+# for models that alternate two kinds of layers.
 _MOST_GRAPHS = 32
 
 
@@ -502,7 +498,7 @@ def compile_layers(encoder: Any, *, backend: str = "inductor") -> str:
         encoder: its layers are changed in place.
         backend: of `torch.compile`.
     """
-    # Its number of rows differs between chunks, and its kernels are written by hand.
+    # Not attention: its number of rows differs between chunks, and its kernels are written by hand.
     as_it_is = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
     AttentionInterface.register(PACKED, as_it_is)
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
@@ -515,7 +511,7 @@ def compile_layers(encoder: Any, *, backend: str = "inductor") -> str:
 
 
 def num_graphs() -> int:
-    """Return how many graphs this process has compiled."""
+    """Return the number of graphs that this process has compiled."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

@@ -1,6 +1,6 @@
 """Write an encoder as a folder that transformers and sentence-transformers load without us.
 
-The round trip: an export takes its place only after other programs gave its vectors.
+The round trip: an export takes its place only after other programs have reproduced its vectors.
 
     trained encoder --- write ---> .NAME.PID.tmp/ --- load ---> a process without this package
           |                              |                      (export_check, outside_program):
@@ -124,7 +124,6 @@ def export_encoder(
         max_length=max_length,
         limits=limits,
         num_dimensions=encoder.num_dimensions,
-        max_tokens=16384,
     )
     facts = CardFacts(
         config=config,
@@ -145,7 +144,7 @@ def export_encoder(
     check_output(output_dir)
     with replace_folder(output_dir) as folder:
         _write_files(folder, model, facts, run={"step": None, "checkpoint": None, **card})
-        write_card(folder, facts)  # before the check, which runs its code
+        write_card(folder, facts)  # before the check, which runs the card's code
         if outside is not None:
             checks = _check(outside, folder, model, facts)
             write_card(folder, dataclasses.replace(facts, checks=checks))
@@ -165,7 +164,7 @@ def _check_form(config: ModelConfig, adapter_only: bool) -> None:
 
 
 def _is_plain(encoder: Encoder, config: ModelConfig) -> bool:
-    """Tell whether transformers alone loads the base model as it was trained."""
+    """Return True if transformers alone loads the base model as it was trained."""
     return (
         read_config(config)["model_type"] == encoder.model.config.model_type
         and not config.trust_remote_code
@@ -207,7 +206,8 @@ def _write_files(
     )
 
 
-# The two bases of families with two kinds of layers, by their names before transformers 5.
+# The keys of the two bases, of families with two kinds of layers, before transformers 5: of layers
+# that see the whole text, then of layers with a window.
 _TWO_BASES = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert": ("global_rope_theta", "local_rope_theta"),
@@ -224,7 +224,7 @@ def finish_config(path: Path) -> None:
     tree = json.loads(path.read_text())
     tree.pop("auto_map", None)
     if tree["model_type"] == "xlm-roberta":
-        # transformers 5 no longer writes it, and vLLM 0.32 cannot start without.
+        # transformers 5 no longer writes it, and vLLM 0.32 cannot start without it.
         tree.setdefault("position_embedding_type", "absolute")
     write_json(path, {**tree, **_old_rope_keys(tree)})
 
@@ -263,12 +263,6 @@ def tokenizer_to_write(
 ) -> Any:
     """Return the tokenizer of the training data, ready to be saved with a model.
 
-    Args:
-        path: folder or hub name.
-        appends_eos: whether texts got an end-of-sequence token.
-        max_length: tokens after which a text is cut.
-        num_embeddings: rows of the model's embedding.
-
     Raises:
         UserError: it has no EOS token although texts got one, or no token to pad with.
     """
@@ -281,6 +275,7 @@ def tokenizer_to_write(
     # As the training data were made; the published tokenizer may declare another side.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = max_length
+    # A setting of the published tokenizer.json would be saved with it.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -299,7 +294,8 @@ def append_eos(tokenizer: Any) -> None:
     ids, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     if ids[-1] == tokenizer.eos_token_id:
         return
-    # One template for all special tokens: of two in a row the library applies only the first.
+    # One template for all special tokens: of two templates in a row the library applies only the
+    # first. `start` is where the text's own tokens begin.
     start = next(k for k in range(len(ids)) if ids[k : k + len(bare)] == bare)
     before, after = ids[:start], [*ids[start + len(bare) :], tokenizer.eos_token_id]
     names = {token: tokenizer.convert_ids_to_tokens(token) for token in (*before, *after)}
@@ -308,6 +304,7 @@ def append_eos(tokenizer: Any) -> None:
         special_tokens=[(name, token) for token, name in names.items()],
     )
     backend = tokenizer.backend_tokenizer
+    # The old template is in the new one; only steps that change offsets are kept.
     kept = [processors.ByteLevel(**options) for options in _byte_level_options(backend)]
     backend.post_processor = processors.Sequence([*kept, template])
 
@@ -367,9 +364,9 @@ _CHECKED_TEXTS = (
     "The river is 31 km long; two bridges cross it.",
     "Naïve café, x = a * b. " * 40,
 )
-# Longer texts are not cut in the check, which would take long on a CPU.
+# Tokens. Of exports that take longer texts, cutting is not checked: it would take long on a CPU.
 _LONGEST_CUT = 512
-# Memory of the libraries in the checking process, without the weights.
+# Memory of the process that checks, without the weights: its libraries.
 _LIBRARY_BYTES = 2**30
 
 
@@ -389,6 +386,7 @@ def _check(
     if not libraries:
         return {}
     encoder = model.encoder
+    # 4 bytes a weight in this process, and as many in the other one.
     needed = 8 * sum(parameter.numel() for parameter in encoder.parameters()) + _LIBRARY_BYTES
     if needed > (free := available_bytes()):
         why = f"{NOT_CHECKED}: {needed / 2**30:.0f} GiB of memory needed, {free / 2**30:.0f} free"
@@ -421,13 +419,14 @@ def _batches(
     query = (prompts.example, model.template.query_suffix(), prompts.example == prompts.query)
     document = (prompts.document, model.template.document_suffix(), True)
     for role, (prompt, suffix, stored) in {"query": query, "document": document}.items():
-        # Other libraries would cut the suffix off, too.
+        # With a suffix vectors would rightly differ: other libraries cut it off with the text.
         can_cut = model.max_length <= _LONGEST_CUT and not suffix
         texts = _CHECKED_TEXTS if can_cut else _CHECKED_TEXTS[:-1]
         batch = {
             "role": role,
             "texts": [prompt.space + text + suffix for text in texts],
             "prompt": prompt.prefix,
+            # By name where the folder stores this prompt, so that its storing is checked as well.
             "prompt_name": role if stored else None,
         }
         yield batch, (texts, prompt.prefix + prompt.space, suffix)

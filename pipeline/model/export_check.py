@@ -67,17 +67,17 @@ class OutsideProcess:
 
     def __init__(self, *, patience: float = _PATIENCE) -> None:
         self.patience = patience
-        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> OutsideProcess:
         self._folder = TemporaryDirectory()
         self._log = TemporaryFile("w+")
         self._process = subprocess.Popen(
+            # -P keeps the program's folder off its path: our modules could hide others.
             [sys.executable, "-P", str(_PROGRAM)],
             cwd=self._folder.name,  # not the caller's, where this package could be importable
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=self._log,  # not a pipe, which the process would fill and wait for
             text=True,
         )
         self._has_sentence_transformers: bool | None = None
@@ -89,7 +89,6 @@ class OutsideProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process is not None
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -139,15 +138,8 @@ class OutsideProcess:
             )
         return [np.array(rows, dtype=np.float32) for rows in answer["vectors"]]
 
-    def missing_keys(self, folder: Path) -> list[str]:
-        """Return the names of weights that transformers would have to make up."""
-        answer = self._ask({"folder": str(folder.resolve())})
-        if "error" in answer:
-            raise UserError(f"transformers cannot load {folder} ({answer['error']})")
-        return list(answer["missing"])
-
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process.stdin is not None
         _ = self.has_sentence_transformers  # reads the first line, before any answer
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -158,20 +150,20 @@ class OutsideProcess:
         return answer
 
     def _answer(self) -> Any:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process.stdout is not None
+        # `readline` has no timeout, but returns when the process ends.
         timer = threading.Timer(self.patience, self._process.kill)
         timer.start()
         try:
             line = self._process.stdout.readline()
         finally:
-            expired = not timer.is_alive()
+            expired = not timer.is_alive()  # it has killed the process
             timer.cancel()
         if not line:
             raise Unfinished(f"no answer in {self.patience:.0f} s") if expired else self._died()
         return json.loads(line)
 
     def _died(self) -> Unfinished:
-        assert self._process is not None
         code = self._process.wait()
         self._log.seek(0)
         last = self._log.read().strip().splitlines()[-1:] or ["it printed nothing"]

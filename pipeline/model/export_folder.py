@@ -81,7 +81,7 @@ class ModuleEntry(TypedDict):
     path: str
 
 
-# Of these, sentence-transformers reads the first that is there.
+# Of these, sentence-transformers reads the first one that exists.
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -140,7 +140,7 @@ def read_settings(folder: Path, name: str, kind: type[T], *required: str) -> T:
 
 
 def is_export(path: Path) -> bool:
-    """Tell whether `diffembed export` wrote a folder."""
+    """Return True for a folder that `diffembed export` wrote."""
     return (path / SETTINGS).is_file()
 
 
@@ -163,11 +163,13 @@ def check_replaceable(folder: Path, *, key: str, is_own: Callable[[Path], bool],
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder}: a file", fix="choose another folder")
     require_writable(folder.parent, key=key)
-    _temporary(folder).mkdir()  # a name may be too long
+    # The temporary name may be too long for the file system, even where the folder's own is not.
+    _temporary(folder).mkdir()
     _temporary(folder).rmdir()
 
 
 def _temporary(folder: Path) -> Path:
+    # Next to the folder, because a rename cannot leave the file system.
     return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
 
@@ -191,7 +193,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def is_adapter_only(export: Path) -> bool:
-    """Tell whether an export is an adapter without the weights of its base model."""
+    """Return True if an export is an adapter without the weights of its base model."""
     return (export / "adapter_config.json").is_file()
 
 
@@ -277,7 +279,7 @@ class Prompts:
     Attributes:
         query: with the one instruction of training; empty where there were several.
         document: of documents.
-        example: of the card's example query: with the most frequent instruction of training.
+        example: of the card's example query, with the most frequent instruction of training.
     """
 
     query: Prompt
@@ -315,13 +317,7 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write the files that sentence-transformers reads in addition to weights and tokenizer.
 
-    Args:
-        folder: the export.
-        width: of hidden states.
-        config: pooling, dimensions and normalisation.
-        max_length: tokens after which a text is cut.
-        prompts: of queries and documents.
-        similarity: `cosine` or `dot`.
+    `width` is that of hidden states, before `config.dimensions` cuts it.
     """
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     if config.dimensions is not None:
@@ -335,6 +331,7 @@ def write_sentence_transformers_files(
                 "idx": index,
                 "name": str(index),
                 "path": path,
+                # The old names: new versions map them to their own, old ones know no others.
                 "type": f"sentence_transformers.models.{kind}",
             }
             for index, (path, kind) in enumerate(modules)
@@ -352,7 +349,7 @@ def write_sentence_transformers_files(
         folder / "config_sentence_transformers.json",
         {
             "prompts": {"query": prompts.query.prefix, "document": prompts.document.prefix},
-            "default_prompt_name": None,
+            "default_prompt_name": None,  # it would be put before documents, too
             "similarity_fn_name": similarity,
         },
     )
@@ -391,16 +388,16 @@ def _write_truncation(folder: Path, width: int, dimensions: int) -> None:
     save_file({"linear.weight": torch.eye(dimensions, width)}, folder / "model.safetensors")
 
 
-# The files of an export that decide its vectors. The model card does not: the report of an
-# evaluation may add scores to it.
+# Suffixes of the files of an export that decide its vectors. The model card (.md) does not: the
+# report of an evaluation may add scores to it.
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
-# The keys of an evaluated model that do not. Instructions are left out because vectors are stored
-# by instruction already.
+# The keys of an evaluated model that do not decide its vectors. Instructions are among them because
+# vectors are stored by instruction already.
 _NOT_THE_MODEL = {"name", "path", "instruction_set", "instructions"}
 
 
 def export_fingerprint(path: Path) -> str:
-    """Return the fingerprint of an export; of an adapter alone with its base's local folders.
+    """Return the fingerprint of an export; an adapter's covers the local folders of its base, too.
 
     Raises:
         UserError: the folder is missing or holds no weights.
@@ -408,7 +405,7 @@ def export_fingerprint(path: Path) -> str:
     folders = [path]
     if is_adapter_only(path):
         model = adapted_model_config(path)
-        # A hub name needs no files to be known by: the settings of the adapter hold it.
+        # A hub name needs no files to identify it: the adapter's settings hold it.
         folders = [Path(part) for part in (model.path, *model.all_merged) if Path(part).is_dir()]
     files = {folder: _model_files(folder) for folder in folders}
     if not any(p.suffix == ".safetensors" for p in files[path]):
@@ -437,6 +434,7 @@ def model_fingerprint(model: EvaluatedModel) -> str:
         UserError: there is no export.
     """
     export, settings = export_fingerprint(model.path), model_settings(model)
+    # With all settings at their defaults, it is the export itself that is evaluated.
     if settings == model_settings(EvaluatedModel(name=model.name, path=model.path)):
         return export
     return short_hash(json.dumps([export, settings], sort_keys=True))

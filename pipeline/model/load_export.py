@@ -32,7 +32,7 @@ from pipeline.config import (
     pooling_mode,
 )
 from pipeline.errors import UserError
-from pipeline.model.architectures import FAMILIES, NATIVE_FORMS
+from pipeline.model.architectures import FAMILIES, known_kinds
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export_folder import (
     SENTENCE_CONFIGS,
@@ -60,8 +60,8 @@ from pipeline.tokenizer import (
 
 Similarity = Literal["cosine", "dot"]
 _DECLARED = "config_sentence_transformers.json"
-# Packed tokens of one forward on a CPU. More would not fit its caches, and tensors of that size are
-# returned to the kernel after every layer, so that each layer pays for fresh pages.
+# Packed tokens of one forward on a CPU, at most. More would not fit its caches, and tensors of that
+# size are returned to the kernel after every layer, so that each layer pays for fresh pages.
 _CPU_TOKENS = 2048
 # In this order; `Dense` keeps a vector's first numbers and is read only in our own exports.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -88,7 +88,7 @@ class LoadedExport:
     similarity: Similarity
     max_length: int
     num_dimensions: int
-    max_tokens: int
+    max_tokens: int = 16384
     limits: ModelLimits
 
     def with_max_length(self, length: int, *, key: str) -> LoadedExport:
@@ -148,15 +148,19 @@ class LoadedExport:
 
     def _forwards(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield for each forward the texts in it, their (T,) tokens on the device, (C,) lengths."""
-        on_cpu = next(self.encoder.parameters()).device.type == "cpu"
+        on_cpu = self._device.type == "cpu"
         size = min(self.max_tokens, _CPU_TOKENS) if on_cpu else self.max_tokens
         for chosen in _group_texts([len(row) for row in ids], size):
             packed = self._on_device([token for i in chosen for token in ids[i]])
+            # Lengths stay on the host, where the encoder reads them.
             yield chosen, packed, torch.tensor([len(ids[i]) for i in chosen])
 
-    def _on_device(self, values: list[int]) -> torch.Tensor:
-        device = next(self.encoder.parameters()).device
-        return torch.tensor(values).to(device, non_blocking=True)
+    def _on_device(self, values: list[int]) -> Tensor:
+        return torch.tensor(values).to(self._device, non_blocking=True)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
 
     def tokenize(
         self, texts: Sequence[str], prefix: str = "", suffix: str = ""
@@ -188,6 +192,7 @@ class LoadedExport:
             self.limits.require_token(max(map(max, rows)), where="a text to embed")
         if not count_prefix:
             return rows, [0] * len(rows)
+        # One fewer than the row has, at most: pooling needs a token that is not the prefix's.
         return rows, [
             min(tokens_within(offsets, instruction_characters(prefix)), len(row) - 1)
             for row, offsets in zip(rows, batch["offset_mapping"], strict=True)
@@ -195,6 +200,7 @@ class LoadedExport:
 
     def _tokenize_whole(self, strings: list[str], suffix: str) -> tuple[Any, list[list[int]]]:
         """Tokenise strings with their suffix, and cut only the part before it."""
+        # `verbose=False`: no warning about texts that are too long, since they are cut here.
         batch = self.tokenizer(
             [text + suffix for text in strings], return_offsets_mapping=True, verbose=False
         )
@@ -261,7 +267,8 @@ def load_export(
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
     config = dataclasses.replace(config, dtype=dtype, **changes)
     # An export is a transformers model like any other, so it is built as a base model would be. Its
-    # weights are read to the device: a node's processes would not fit into its memory together.
+    # weights are read straight to the device: in the node's memory, those of all its processes
+    # might not fit together.
     encoder = build_encoder(config, placement=Placement(device)).to(device)
     tokenizer = load_tokenizer(str(folder))
     if lowers:
@@ -300,8 +307,7 @@ def is_computed(folder: Path) -> bool:
         return False
     backbone = read_settings(folder, "config.json", BackboneConfig)
     pooling = read_settings(folder / modules[1]["path"], "config.json", PoolingConfig)
-    is_known = backbone["model_type"] in {*NATIVE_FORMS, *FAMILIES}
-    return is_known and pooling_mode(pooling) in POOLINGS
+    return backbone["model_type"] in known_kinds() and pooling_mode(pooling) in POOLINGS
 
 
 def _read_modules(folder: Path) -> tuple[ModelConfig, SentenceBertConfig]:
@@ -339,6 +345,7 @@ def _read_modules(folder: Path) -> tuple[ModelConfig, SentenceBertConfig]:
         pooling=pooling,
         pool_instruction=pool_instruction,
         normalize="Normalize" in kinds,
+        # Our own Dense only keeps the first numbers, so its weights need not be read.
         dimensions=trained.get("dimensions") if "Dense" in kinds else None,
     )
     name = next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), None)
@@ -350,14 +357,14 @@ def _is_at_top(module: ModuleEntry) -> bool:
 
 
 def _read_declared(folder: Path) -> SentenceTransformersConfig:
-    """Read prompts and similarity, which a folder need not declare: that of E5 does not."""
+    """Read prompts and similarity, which a folder need not declare: E5's does not."""
     if not (folder / _DECLARED).is_file():
         return {}
     return read_settings(folder, _DECLARED, SentenceTransformersConfig)
 
 
 def _lower_case(tokenizer: Any) -> None:
-    """Let a tokenizer lower-case texts before all else, as sentence-transformers does."""
+    """Make a tokenizer lower-case texts before anything else, as sentence-transformers does."""
     backend = tokenizer.backend_tokenizer
     own: Any = backend.normalizer
     several = isinstance(own, normalizers.Sequence)
@@ -367,7 +374,7 @@ def _lower_case(tokenizer: Any) -> None:
 
 
 def _is_bidirectional(hf_config: BackboneConfig) -> bool:
-    """Tell how transformers runs this model: a decoder is causal unless `is_causal` is false."""
+    """Return True for an encoder, or a decoder with `is_causal: false`, as transformers runs it."""
     family = FAMILIES.get(hf_config["model_type"])
     return not hf_config.get("is_causal", family is None or family.decoder)
 
@@ -382,11 +389,11 @@ def _read_pooling(folder: Path, name: str) -> tuple[Pooling, bool]:
 
 
 def read_template(folder: Path) -> Template:
-    """Read our own template, or make one of the prompts of sentence-transformers."""
+    """Read our own template, or make one from the prompts of sentence-transformers."""
     if is_export(folder):
         settings = read_settings(folder, SETTINGS, ExportSettings, "template")
         return build_config(Template, settings["template"], origin=str(folder / SETTINGS))
-    # There a prompt is a plain prefix, and the two roles have these names.
+    # There a prompt is a plain prefix, and these are the names of the two roles.
     prompts = _read_declared(folder).get("prompts", {})
     return Template(
         query=prompts.get("query", "") + "{text}", document=prompts.get("document", "") + "{text}"
@@ -394,14 +401,14 @@ def read_template(folder: Path) -> Template:
 
 
 def _read_similarity(folder: Path) -> Similarity:
-    """Read how vectors are compared; sentence-transformers' default is the cosine.
+    """Read how vectors are compared: by the cosine, if a folder does not declare it.
 
     Raises:
         UserError: it is neither cosine nor dot product.
     """
     if is_export(folder):
         settings = read_settings(folder, SETTINGS, ExportSettings)
-        if "similarity" in settings:
+        if "similarity" in settings:  # earlier versions did not write it
             return settings["similarity"]
     found = _read_declared(folder).get("similarity_fn_name")
     if found not in (None, "", "cosine", "dot"):

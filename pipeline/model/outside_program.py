@@ -1,10 +1,9 @@
-"""Embed texts with an export and without this package; `export_check.py` starts this program.
+"""Embed texts with an export, without this package; `export_check.py` starts this program.
 
 It reads one JSON request a line on standard input and writes one JSON answer a line:
 
     (at the start)                               true if sentence-transformers can be imported
     {"folder", "library", "dtype", "batches"}    {"vectors"}: one list per batch
-    {"folder"}                                   {"missing"}: weights that the folder lacks
     any request that fails                       {"error"}
 """
 
@@ -48,7 +47,7 @@ def _with_sentence_transformers(request: dict[str, Any]) -> list[Any]:
 
 
 def _with_transformers(request: dict[str, Any]) -> list[Any]:
-    """Run the code of the model card, as a reader would."""
+    """Run the code of the model card as a reader would, in float32 and with our texts."""
     import torch
 
     folder, dtype = request["folder"], request["dtype"]
@@ -61,17 +60,10 @@ def _with_transformers(request: dict[str, Any]) -> list[Any]:
         given = f"prompt, texts = {batch.get('prompt') or ''!r}, {batch['texts']!r}"
         scope: dict[str, Any] = {}
         with torch.no_grad():
+            # Doubled, because a replacement of `re` reads its backslashes as escapes.
             exec(_TEXTS_LINE.sub(given.replace("\\", r"\\"), code), scope)
         vectors.append(scope["vectors"].tolist())
     return vectors
-
-
-def _missing_keys(folder: str) -> list[str]:
-    """Return the weights that transformers makes up because the folder lacks them."""
-    from transformers import AutoModel
-
-    _, info = AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
-    return sorted(info["missing_keys"])
 
 
 _LIBRARIES = {
@@ -83,7 +75,8 @@ _LIBRARIES = {
 def main() -> None:
     """Answer requests until standard input ends."""
     sys.meta_path.insert(0, _NoPackage())
-    # Libraries print to standard output too, which is for answers only.
+    # Standard output is for answers only, and libraries print to it, too: their lines go to
+    # standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps(find_spec("sentence_transformers") is not None), file=answers, flush=True)
@@ -91,10 +84,7 @@ def main() -> None:
         request = json.loads(line)
         answer: dict[str, Any]
         try:
-            if "library" in request:
-                answer = {"vectors": _LIBRARIES[request["library"]](request)}
-            else:
-                answer = {"missing": _missing_keys(request["folder"])}
+            answer = {"vectors": _LIBRARIES[request["library"]](request)}
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             answer = {"error": f"{type(error).__name__}: {reason}"}

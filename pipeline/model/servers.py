@@ -1,4 +1,4 @@
-"""Tell which program serves a merged export, and with which settings.
+"""Describe which programs serve a merged export, and with which settings.
 
 vLLM 0.32 (tests/tools/served_by_vllm.py) and infinity 0.0.78 were run on a CPU with small models of
 each family; facts about text-embeddings-inference were read from its source (1.9). None was run on
@@ -16,7 +16,7 @@ from pipeline.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """Layers in which a token sees near tokens only.
+    """Layers in which a token sees nearby tokens only.
 
     Attributes:
         size: as in config.json; None if no layer has a window.
@@ -29,6 +29,7 @@ class Windows:
     @classmethod
     def of(cls, hf_config: Mapping[str, Any]) -> Windows:
         """Read config.json."""
+        # Families without a list of types, such as Mistral, have the window in every layer.
         kinds = set(hf_config.get("layer_types") or ("sliding_attention",))
         size = hf_config.get("sliding_window")
         if size is None or "sliding_attention" not in kinds:
@@ -36,13 +37,15 @@ class Windows:
         return cls(size=int(size), mixed=len(kinds) > 1)
 
 
-# By model_type: whether a config.json can switch the server's causal mask off. Models
-# that are missing here are not served, or untried.
+# By model_type of decoders: whether a key of config.json switches the server's causal mask off.
+# Models that are not listed are not served, or untried.
 _VLLM = {
     **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"), True),
     **dict.fromkeys(("gemma", "gemma2", "gpt2", "olmo2", "smollm3"), False),
 }
 _VLLM_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "eurobert")
+# By model_type of decoders: whether it honours `is_causal` itself. For the others another key is
+# needed.
 _TEI = {"qwen2": True, **dict.fromkeys(("llama", "mistral", "qwen3", "gemma3_text"), False)}
 _TEI_ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 
@@ -65,13 +68,14 @@ def serving_table(
         windows: of a decoder's layers.
     """
     bidirectional = decoder and config.attention == "bidirectional"
+    # torch's SDPA cannot cap scores, as Gemma 2 does.
     kinds = "`eager`" if family == "gemma2" else "`sdpa` or `eager`"
     attention = f"`transformers >= 5.17`, attention {kinds}" if bidirectional else ""
     rows = [
         ("sentence-transformers", "yes", attention),
         ("transformers", "yes", f"the code above{'; ' * bidirectional}{attention}"),
         ("vLLM", *_vllm(config, family, bidirectional, windows)),
-        ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional, similarity)),
+        ("text-embeddings-inference", *_tei(config, family, decoder, bidirectional)),
         ("infinity", *_infinity(bidirectional, similarity)),
     ]
     # Both notes are about silent errors: wrong vectors without a message.
@@ -107,7 +111,8 @@ def _vllm(
         return "**no**", "it refuses Qwen with a window in some of the layers"
     how = ["`--runner pooling`; reads `1_Pooling`, `modules.json` and `max_seq_length`"]
     if bidirectional and family == "gemma3_text":
-        # Its loader replaces `is_causal` by this key; transformers then halves the window.
+        # Its loader replaces `is_causal` by this key, with which transformers makes a window of 2 n
+        # one of n + 1; vLLM's two-sided windows end one token earlier than ours.
         size = f' and `"sliding_window": {2 * windows.size}`' if windows.size else ""
         how.append(
             f'**set `"use_bidirectional_attention": true`{size} in a copy of config.json**, or it '
@@ -123,9 +128,7 @@ def _vllm(
     return "yes", "; ".join(how)
 
 
-def _tei(
-    config: ModelConfig, family: str, decoder: bool, bidirectional: bool, similarity: str
-) -> tuple[str, str]:
+def _tei(config: ModelConfig, family: str, decoder: bool, bidirectional: bool) -> tuple[str, str]:
     if family not in (*_TEI, *_TEI_ENCODERS):
         return "**no**", f"it has no {family}"
     if config.pooling == "weighted_mean":

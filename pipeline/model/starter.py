@@ -47,10 +47,11 @@ def build_starter(config: StarterConfig) -> Path:
 
 
 def _is_starter(folder: Path, config: StarterConfig) -> bool:
-    """Return whether a folder holds a starter of the same sizes and nothing else."""
+    """Check that a folder holds a starter of the same sizes and nothing else."""
     try:
         found = json.loads((folder / "config.json").read_text())
         files = {path.name for path in folder.iterdir()}
+        # A published Dream of these sizes would name its code in auto_map.
         return found.items() >= {"architectures": ["DreamModel"], **_sizes(config)}.items() and (
             files <= _FILES and "auto_map" not in found
         )
@@ -59,11 +60,11 @@ def _is_starter(folder: Path, config: StarterConfig) -> bool:
 
 
 def _write_model(folder: Path, config: StarterConfig, tokenizer: Any) -> None:
-    """Write weights and config."""
+    """Write random weights under Dream's names, and Dream's config.json."""
     torch.manual_seed(config.seed)
     # Dream's weights are Qwen2's, names included, so transformers' class draws them.
-    native = Qwen2Config(**_sizes(config), is_causal=False)
-    weights = {k: v.contiguous() for k, v in Qwen2ForCausalLM(native).state_dict().items()}
+    native = Qwen2ForCausalLM(Qwen2Config(**_sizes(config)))
+    weights = {k: v.contiguous() for k, v in native.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     published = {
         "architectures": ["DreamModel"],
@@ -119,7 +120,8 @@ def _train_tokenizer(config: StarterConfig) -> Any:
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size - 2,  # the end and mask tokens come last
+        vocab_size=config.vocab_size - 2,  # the end and mask tokens are added last
+        # In a fixed order, which the library's is not: it numbers the tokens of single bytes.
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -50,7 +50,7 @@ _OUTSIDE = (
 
 
 class Placement:
-    """The destination of weights as they are read: here they stay whole, on one device.
+    """The destination of weights as they are read: in this class they stay whole, on one device.
 
     Args:
         device: the device they are read to.
@@ -78,11 +78,7 @@ class Placement:
 
 
 class WeightFiles:
-    """The safetensors files of a model, open only while something is read from them.
-
-    Args:
-        path: a folder or hub name.
-        revision: of the hub name.
+    """The safetensors files of a folder or hub name, open only while something is read from them.
 
     Raises:
         UserError: there are no weights, or a file is missing or damaged.
@@ -143,7 +139,7 @@ def _find_files(path: str, revision: str | None) -> list[str]:
 
 
 class WeightReader:
-    """Reads weights into a model by transformers' own rules of renaming and conversion.
+    """Read weights into a model by transformers' own rules of renaming and conversion.
 
     Args:
         model: a transformers model on the meta device.
@@ -177,6 +173,8 @@ class WeightReader:
             info = self._load(slices, self._device)
         for name in names:
             weight = self._model.get_parameter(name)
+            # What was not read is still on the meta device. (`info.missing_keys` also names the
+            # weights of all other modules.)
             if not weight.is_meta and not _is_finite(weight):
                 raise UserError(
                     f"model.path: {self._files.path}: {name} holds NaN or infinity",
@@ -203,6 +201,7 @@ class WeightReader:
         # Tensors on the meta device have shapes but no content, so this costs no memory.
         shapes = {k: torch.empty(size, device="meta") for k, size in self._files.shapes.items()}
         info = self._load(shapes, torch.device("meta"))
+        # Drops what the model's class knows to ignore, such as buffers that old checkpoints stored.
         self._model._adjust_missing_and_unexpected_keys(info)
         heads = [key for key in info.unexpected_keys if self._is_outside(key)]
         faults = {
@@ -228,7 +227,7 @@ class WeightReader:
             )
 
     def _is_outside(self, key: str) -> bool:
-        """Tell whether a tensor belongs to a head: by its name, or by a place outside the backbone.
+        """Return True for a tensor of a head, known by its name or by a place outside the backbone.
 
         An unknown tensor inside the backbone would change its vectors, so it is not a head.
         """
@@ -249,7 +248,8 @@ class WeightReader:
         sources: dict[str, list[str]] = {}
         for name in self._files.shapes:
             native, _ = rename_source_key(name, renamings, converters, prefix, shapes)
-            if native not in shapes and name in shapes:  # a rule that should not have matched
+            # A rule matched that should not have. The load makes the same exception.
+            if native not in shapes and name in shapes:
                 native = name
             sources.setdefault(native.rpartition(".")[0], []).append(name)
         return sources
@@ -259,6 +259,7 @@ def _is_finite(weight: Tensor) -> bool:
     """Check the smallest and the largest element, in one pass without a copy."""
     if not weight.numel() or not weight.is_floating_point():
         return True
+    # A NaN anywhere makes both ends NaN.
     return all(math.isfinite(float(end)) for end in weight.detach().aminmax())
 
 
@@ -284,10 +285,10 @@ def load_weights(
         UserError: weights do not fit or cannot be read.
     """
     _compute_buffers(model, placement.device)
-    # Only one piece at a time is whole in memory. A process that does not read allocates the same
-    # shapes, because `take` is collective.
     with placement.together():
         reader = open_reader() if placement.reads else None
+    # Only one piece at a time is whole in memory. A process that does not read allocates the same
+    # shapes, because `take` is collective.
     for names in _pieces(model, layers) if placement.by_piece else [_names(model)]:
         with placement.together():
             if reader is None:
@@ -326,6 +327,7 @@ def _allocate(model: nn.Module, names: list[str], device: torch.device) -> None:
 def _compute_buffers(model: Any, device: torch.device) -> None:
     """Compute buffers that no file holds, such as rotary frequencies, as `from_pretrained` does."""
     computed = dict(model.named_non_persistent_buffers())
+    # Weights are read by the names of parameters, so a stored buffer would stay uninitialised.
     assert not set(model.state_dict()) - set(_names(model)), "a buffer that is stored"
     for name, buffer in computed.items():
         module, _, attribute = name.rpartition(".")
@@ -333,7 +335,8 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
     model.initialize_weights()  # weights are on the meta device, so no random numbers are drawn
 
 
-# Ranks of a host share the hashing by blocks of this size, small enough to finish together.
+# Ranks of a host share the hashing by blocks of this size, 64 MiB: small enough to finish together.
+# A file's digest is the hash of its blocks' hashes: with another size no earlier run could resume.
 BLOCK_BYTES = 2**26
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -385,6 +388,7 @@ def model_digests_here(config: ModelConfig) -> dict[str, str]:
 
 def _hash(blocks: list[_FileBlock], *, num_sharing: int) -> dict[_FileBlock, bytes]:
     """Hash blocks on this process's share of the cores."""
+    # Threads, because hashlib releases Python's lock.
     threads = max(1, min(4, (os.cpu_count() or 1) // num_sharing))
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(blocks, pool.map(_FileBlock.hash, blocks), strict=True))
@@ -410,6 +414,7 @@ def _files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     """Yield name and path of each file of the base model, then of the adapters."""
     yield from _base_files(config)
     adapters = [*config.all_merged]
+    # One that is continued is not merged, and decides the run's result all the same.
     if config.adapter is not None and config.adapter not in adapters:
         adapters.append(config.adapter)
     for number, adapter in enumerate(adapters, 1):
@@ -429,7 +434,7 @@ def _base_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
             docs="trouble.md#no-model",
         )
     yield settings.name, settings
-    if config.trust_remote_code:  # may load any of them
+    if config.trust_remote_code:  # its code may load any of them
         patterns = ("*.py", "*.safetensors", "*.bin")
         paths = sorted({path for pattern in patterns for path in settings.parent.glob(pattern)})
     else:

@@ -1,3 +1,5 @@
+"""A model with its own code runs padded and is probed first; other configs are refused."""
+
 from __future__ import annotations
 
 import dataclasses

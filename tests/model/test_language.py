@@ -134,7 +134,7 @@ def test_llada_names_its_head_otherwise_and_predicts_in_place(tmp_path: Path) ->
     assert find_mask_token(config(folder), SimpleNamespace(mask_token_id=None), None) == 42
 
 
-def test_the_head_is_trained_with_the_backbone_and_frozen_beside_an_adapter(tmp_path: Path) -> None:
+def test_the_head_is_trained_with_the_backbone_and_frozen_with_an_adapter(tmp_path: Path) -> None:
     make(hf.Qwen2ForCausalLM, tmp_path)
     full = build_language_model(config(tmp_path))
     assert full.lm_head.weight.requires_grad

@@ -1,3 +1,5 @@
+"""A starter has Dream's layout, comes out the same from a seed, and replaces only a starter."""
+
 from __future__ import annotations
 
 import dataclasses
