@@ -182,14 +182,20 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         with name_full_disk(folder):
             yield work
-        # A folder cannot replace another one in one step, so the old one moves away first.
-        if folder.exists():
-            folder.rename(old)
-        work.rename(folder)
+        try:
+            # A folder cannot replace another one in one step, so the old one moves away first.
+            if folder.exists():
+                folder.rename(old)
+            work.rename(folder)
+        except BaseException:  # also a signal between the two
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
         sync_dir(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # already renamed if all went well
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # otherwise the old one, which could not be moved back, is all there is
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_adapter_only(export: Path) -> bool:

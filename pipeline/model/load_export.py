@@ -185,8 +185,9 @@ class LoadedExport:
                 return_offsets_mapping=count_prefix,
             )
             rows = batch["input_ids"]
-        # A tokenizer without special tokens makes no token of "", but pooling needs one.
-        filler = [self.tokenizer.pad_token_id or 0]
+        # A tokenizer without special tokens makes no token of "", but pooling needs one: the same
+        # that `TextTokenizer` puts into the shards of training.
+        filler = [self.tokenizer.eos_token_id or 0]
         rows = [row or filler for row in rows]
         if self.limits.num_tokens is not None:
             self.limits.require_token(max(map(max, rows)), where="a text to embed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.model.export import check_output
 from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import is_computed, load_export
+from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
 from tests.tiny_models import TokenizerSource
@@ -80,6 +82,25 @@ def test_an_export_gives_its_first_dimensions_on_request(starter: Path, tmp_path
         load_export(folder, dimensions=21)
     with pytest.raises(UserError, match=r"model\.dimensions: 33 \| allowed: 1 to 32"):
         make(starter, dimensions=33)
+
+
+def test_a_text_without_tokens_is_the_same_row_in_shards_and_export(
+    starter: Path, tmp_path: Path
+) -> None:
+    """A tokenizer without special tokens, whose EOS is not its padding token."""
+    folder = shutil.copytree(starter, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "a", "pad_token": "b"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    rules, info = load_fast_tokenizer(str(folder), append_eos=False)
+    assert info.eos_id
+    rows, _ = TextTokenizer(rules, eos_id=info.eos_id, append_eos=False).encode([""], max_length=8)
+
+    encoder, config = make(folder)
+    loaded = load_export(export(encoder, config, folder, tmp_path / "export"))
+
+    assert loaded.tokenizer.pad_token_id != info.eos_id
+    assert loaded.tokenize([""])[0] == [rows[0].tolist()] == [[info.eos_id]]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "first_token"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.model.export_folder import replace_folder
 from pipeline.model.load_export import load_export
 from tests.model.export_support import export, make
 
@@ -59,3 +60,31 @@ def test_vectors_are_compared_as_in_training(starter: Path, tmp_path: Path) -> N
         settings = json.loads((folder / "config_sentence_transformers.json").read_text())
         assert settings["similarity_fn_name"] == wanted
         assert ("Normalize" in (folder / "modules.json").read_text()) == normalize
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, failing: int
+) -> None:
+    """Two renames, because a folder cannot replace another one in one step."""
+    folder, rename, calls = tmp_path / "export", Path.rename, []
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+
+    def fail(path: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == failing:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)), replace_folder(folder) as work:
+        (work / "weights").write_text("new")
+
+    assert (folder / "weights").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+    with replace_folder(folder) as work:
+        (work / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
