@@ -211,6 +211,7 @@ def measure_search(timer: Timer, sizes: Sizes) -> Line:
     """Measure the exact search of a mining in a small and in a large corpus; a collective call."""
     num_queries, width, counts = sizes.search
     generator, points = np.random.default_rng(0), []
+    # From files, because reading and converting their vectors is part of a mining's search.
     with tempfile.TemporaryDirectory(prefix="diffembed-") as folder:
         files = []
         for number in range(max(counts)):
@@ -297,6 +298,7 @@ def calibrate(ranks: int) -> Calibration:
                     f"plan calibrate: {several(number, 'rank')} ended with exit code {code}"
                 )
             parts.append(read_record(path, Calibration, fix="run it again"))
+    # Of the other fields only `threads` may differ: the file has those of the most ranks.
     return dataclasses.replace(
         parts[-1], constants=[constants for part in parts for constants in part.constants]
     )

@@ -323,6 +323,7 @@ class _Models:
         """Return forward and backward of a layer, and of everything else, from two depths."""
         times = []
         for num_layers in _DEPTHS:
+            # A small vocabulary: the table's gradient has a constant of its own.
             config = ModelConfig(path="reference", dtype=self._dtype, lora=lora)
             encoder = reference(norm, num_layers, self._sizes.width, 512, config)
             encoder = encoder.to(self._timer.device).train()
@@ -333,7 +334,7 @@ class _Models:
             times.append(_forward_backward(self._timer, forward, weights))
         shallow, deep = times
         few, many = _DEPTHS
-        # Two depths differ by layers only, so the difference leaves out table, norm and pooling.
+        # Two depths differ in layers only, so the difference leaves out table, norm and pooling.
         layer = ((deep[0] - shallow[0]) / (many - few), (deep[1] - shallow[1]) / (many - few))
         inside = (few * layer[0], few * layer[1])
         return ModelShape.of(encoder, config), layer, _less(shallow, inside)
@@ -362,6 +363,7 @@ def reference(
         "vocab_size": vocabulary,
         "use_cache": False,
     }
+    # Plain layers: nothing is dropped (dropout has a constant of its own), and no heads are shared.
     hf_config: Any = Qwen2Config(**sizes, num_key_value_heads=heads, is_causal=False)
     if norm == "layer":
         hf_config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

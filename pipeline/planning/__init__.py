@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.config import TrainConfig, local_file, model_fix
 from pipeline.data.batch import GlobalBatch
+from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import UserError
@@ -123,23 +124,8 @@ def plan_run(
     tokens = loader.chunk_tokens(0)
     batch = loader.batch(0)
     shape = _built_shape(config) if build else _counted_shape(config)
-    width, loss = config.model.dimensions or shape.hidden_size, None
-    teacher = dataset.manifest.teacher
-    config.loss.require_fit(
-        width=width,
-        has_scores=dataset.manifest.has_scores,
-        has_vectors=teacher is not None,
-    )
-    if config.objective is None:
-        loss = _loss_cost(
-            config,
-            batch.num_queries,
-            batch.num_documents,
-            width=width,
-            teacher=TeacherTerms.of(config.loss, width=0 if teacher is None else teacher.width),
-            world_size=world_size,
-            on_gpu=target.on_gpu,
-        )
+    width = config.model.dimensions or shape.hidden_size
+    loss = _loss_of_data(config, dataset.manifest, batch, width, world_size, on_gpu=target.on_gpu)
     workload = _workload(
         config,
         ds_config,
@@ -162,7 +148,7 @@ def plan_run(
         loss=loss,
         target=target,
         schedule=schedule,
-        keep_graphs=0,
+        keep_graphs=0,  # chosen with the schedule below
         warnings=warnings,
     )
     if config.schedule != "auto":
@@ -198,6 +184,37 @@ def _choose_by_time(
     order = sorted(plans, key=lambda schedule: seconds[schedule])
     considered = tuple((schedule, seconds[schedule]) for schedule in order)
     return dataclasses.replace(plans[order[0]], considered=considered)
+
+
+def _loss_of_data(
+    config: TrainConfig,
+    manifest: Manifest,
+    batch: GlobalBatch,
+    width: int,
+    world_size: int,
+    *,
+    on_gpu: bool,
+) -> LossCost | None:
+    """Return the cost of a batch's loss; None where tokens are predicted.
+
+    Raises:
+        UserError: the loss needs what the model or the data lack.
+    """
+    teacher = manifest.teacher
+    config.loss.require_fit(
+        width=width, has_scores=manifest.has_scores, has_vectors=teacher is not None
+    )
+    if config.objective is not None:
+        return None
+    return _loss_cost(
+        config,
+        batch.num_queries,
+        batch.num_documents,
+        width=width,
+        teacher=TeacherTerms.of(config.loss, width=0 if teacher is None else teacher.width),
+        world_size=world_size,
+        on_gpu=on_gpu,
+    )
 
 
 def _loss_cost(

@@ -84,6 +84,7 @@ def _reason(plan: RunPlan, config: TrainConfig) -> str:
         return ""
     if not plan.considered:
         return " (auto)"
+    # Sorted by time, so that the first is the chosen one.
     (_, own), *others = plan.considered
     slower = "".join(f"; {schedule} {seconds:.3g} s" for schedule, seconds in others[:1])
     return f" (auto: {own:.3g} s a step, the least of what fits{slower})"
@@ -145,6 +146,7 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     rows.append(["peak", *(f"{format_bytes(size)} ({moment})" for moment, size in moments), ""])
     rows.append(["may use", *(format_bytes(available) for _ in columns), plan.target.name])
     loading = format_bytes(loading_peak(shape, workload))
+    # No schedule changes how weights are read.
     rows.append(["while loading", *(loading for _ in columns), "weights, before the first step"])
     hosts = [
         host_memory(shape, workload, schedule)
@@ -394,7 +396,7 @@ def describe_scale(
 
 
 def _efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Return the GPU-seconds of a step on the fewest GPUs that can run it, over this row's."""
+    """Return GPU-seconds of a step on the fewest GPUs that can run it / GPU-seconds of this row."""
     first = next(other for other in rows if other.plan)
     return first.seconds * first.gpus / (row.seconds * row.gpus)
 
@@ -405,6 +407,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     Raises:
         UserError: matplotlib knows no such format, or the file cannot be written.
     """
+    # Not pyplot, which would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -416,6 +419,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     gpus = [row.gpus for row, _ in planned]
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / s")
     axes.set_xticks(gpus, [f"{count:,}" for count in gpus], minor=False)
+    # A log axis of less than a decade would label minor ticks between those of `gpus`.
     axes.minorticks_off()
     slow, fast = ([n / getattr(row, end) for row, n in planned] for end in ("most", "fewest"))
     axes.fill_between(gpus, slow, fast, alpha=0.25, label="range")
