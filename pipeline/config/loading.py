@@ -468,7 +468,7 @@ def dump_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, stricter."""
 
-    # Empty, so that only those of `_PLAIN` are added below.
+    # Empty: without PyYAML's own, only the resolvers of `_PLAIN` are added below.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- PyYAML's own attribute
 
     def get_single_node(self) -> Any:

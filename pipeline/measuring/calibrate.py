@@ -117,8 +117,8 @@ def _by_tensor_and_number(small: tuple[int, float, float], large: tuple[int, flo
     """Solve tensors a + numbers b = seconds for two models; neither is below zero.
 
     Args:
-        small: tensors, numbers and seconds of the model of many small weights.
-        large: those of the model of few large ones.
+        small: tensors, numbers and seconds of the model with many small weights.
+        large: the same of the model with few large weights.
     """
     (n1, p1, t1), (n2, p2, t2) = small, large
     # By Cramer's rule. Where noise makes one below zero, the other takes all of the seconds.
@@ -298,7 +298,7 @@ def calibrate(ranks: int) -> Calibration:
                     f"plan calibrate: {several(number, 'rank')} ended with exit code {code}"
                 )
             parts.append(read_record(path, Calibration, fix="run it again"))
-    # Of the other fields only `threads` may differ: the file has those of the most ranks.
+    # Of the other fields only `threads` may differ; the file says how many the most ranks had.
     return dataclasses.replace(
         parts[-1], constants=[constants for part in parts for constants in part.constants]
     )

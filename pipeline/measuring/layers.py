@@ -82,7 +82,7 @@ class Sizes:
 
 
 class Timer:
-    """Times calls on this rank's device.
+    """Measure the seconds of calls on this rank's device.
 
     Args:
         device: where the calls compute.
@@ -261,7 +261,7 @@ def _forward_backward(
 
 
 class _Models:
-    """Whole models, of which the known parts are subtracted.
+    """Measure whole models, and subtract the parts that are known already.
 
     Args:
         timer: of this rank.

@@ -347,7 +347,7 @@ def seconds_of(
 def step_time(
     plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, *, network: float
 ) -> float:
-    """Predict the seconds of a whole step; arguments and errors are those of `seconds_of`."""
+    """Predict the seconds of a whole step; arguments and errors as in `seconds_of`."""
     return sum(part.seconds for part in seconds_of(plan, config, speed, network=network))
 
 

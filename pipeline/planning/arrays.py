@@ -2,7 +2,7 @@
 
 config --text_sizes.py--> texts of each task, cut at its lengths
 model  --PlannedModel--> FLOPs of a forward, or seconds by a calibration
-       --Work--> GPU time by task --describe_array--> table, total, hours on so many GPUs
+       --Work--> GPU time by task --describe_array--> table, total, hours on a number of GPUs
 
 An element of an evaluation embeds the texts of one model, task and length on one GPU. With
 `--texts`, elements share the distinct texts of all tasks; workers of a mining always share texts.
@@ -298,7 +298,7 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
         columns = ("positives", "negatives") if config.keep_negatives else ("positives",)
         ids = np.arange(len(examples))
         listed = float(sum(examples.lengths(column, ids).sum() for column in columns))
-    # Nothing of a corpus is read: its documents are taken to be as long as those of the shards.
+    # Nothing of a corpus is read: its documents are assumed to be as long as the shards'.
     mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
     for corpus in config.corpora:
         files = _files_of(corpus)

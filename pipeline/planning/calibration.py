@@ -39,7 +39,7 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Of each of the three."""
+        """FLOPs of each of the three."""
         return 2.0 * self.tokens * self.inputs * self.outputs
 
 
@@ -54,7 +54,7 @@ class Attention:
 
     @property
     def flops(self) -> float:
-        """Of scores and weighted values."""
+        """FLOPs of scores and weighted values."""
         return 4.0 * self.length**2 * self.head_width
 
 
@@ -155,7 +155,7 @@ class Constants:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The speed of a machine, and where it is from.
+    """The speed of a machine, and the circumstances of its measurement.
 
     Attributes:
         device: torch's name of the GPU, or the processor's.

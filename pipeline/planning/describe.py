@@ -91,7 +91,7 @@ def _reason(plan: RunPlan, config: TrainConfig) -> str:
 
 
 def describe_time(plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float) -> str:
-    """Format the seconds of a step by part, and what the run takes.
+    """Format the seconds of a step by part, and the time of the run.
 
     Args:
         plan: of the run.
@@ -419,7 +419,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     gpus = [row.gpus for row, _ in planned]
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / s")
     axes.set_xticks(gpus, [f"{count:,}" for count in gpus], minor=False)
-    # A log axis of less than a decade would label minor ticks between those of `gpus`.
+    # A log axis of less than a decade would label its minor ticks too, between the numbers of GPUs.
     axes.minorticks_off()
     slow, fast = ([n / getattr(row, end) for row, n in planned] for end in ("most", "fewest"))
     axes.fill_between(gpus, slow, fast, alpha=0.25, label="range")

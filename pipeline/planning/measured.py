@@ -59,7 +59,7 @@ _AGREEMENTS = {"plain": 3, "cache": 3, "sweep": 1}
 def measured_seconds(
     shape: ModelShape, work: StepWork, schedule: Schedule, machine: Calibration
 ) -> tuple[Seconds, ...]:
-    """Predict the parts of one step that follow one another.
+    """Predict the consecutive parts of one step.
 
     Raises:
         UserError: several ranks share a machine, but one alone was measured; or another type of
@@ -328,7 +328,7 @@ def num_tensors(shape: ModelShape, *, trained: bool) -> int:
         return of_adapters
     block = architecture.block
     linears = sum(1 + linear.bias for linear in architecture.linears)
-    # Weights and biases of norms, those of queries and keys included; tables, and outer norms.
+    # Weights and biases of norms, also by head; then tables, and norms outside of the layers.
     norms = block.num_norms * block.norm_biases + 2 * (block.head_norms != "none") if block else 2
     outer = 1 + len(block.tables) + block.outer_norms * block.norm_biases if block else 2
     return of_adapters + shape.num_layers * (linears + norms) + outer

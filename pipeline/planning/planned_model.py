@@ -1,4 +1,4 @@
-"""Predict the seconds in which a machine embeds texts with a model, without torch.
+"""Predict how long a machine takes to embed texts with a model, without torch.
 
 config.json --PlannedModel.read--> counts of the model, checked against a GPU's memory
 texts       --seconds--> FLOPs of forwards / (peak x UTILISATION), or a calibration's seconds
@@ -105,7 +105,7 @@ class PlannedModel:
         )
 
     def seconds(self, texts: Texts) -> float:
-        """Return the seconds in which one GPU, or one rank of a CPU, embeds texts.
+        """Return the seconds that one GPU, or one rank of a CPU, takes to embed texts.
 
         Raises:
             UserError: the speed is not known, or a calibration lacks this type of numbers.

@@ -157,7 +157,7 @@ def forwards_of(work: StepWork, schedule: Schedule) -> float:
 def step_seconds(
     shape: ModelShape, work: StepWork, schedule: Schedule, gpu: Gpu
 ) -> tuple[Seconds, ...]:
-    """Predict the parts of one step that follow one another."""
+    """Predict the consecutive parts of one step."""
     workload, width = work.workload, work.workload.width
     utilisation = UTILISATION if shape.adapters is None else LORA_UTILISATION
     compute = step_flops(shape, work, schedule) / (gpu.bf16 * utilisation)
