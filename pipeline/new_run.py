@@ -36,7 +36,8 @@ from pipeline.planning.shape import read_architecture
 from pipeline.tokenizer import limits_of
 
 Goal = Literal["search", "instructions", "long"]
-# Names of fields in public data sets, by our column; a `*` joins several fields.
+# Names of fields in public data sets, by our column; a `*` joins several fields. The first that is
+# there is taken, so that general names come last.
 _NAMES = {
     "query": ("query", "question", "anchor", "sentence1", "prompt", "input", "title"),
     "positives": (
@@ -49,18 +50,19 @@ _NAMES = {
     ),
     "instruction": ("instruction", "task_description"),
 }
-_SOURCE = "data"  # the name of the source
+_SOURCE = "data"  # in data.yaml, and before `-holdout` in the name of the task to score
 _HELD_OUT = 0.1
 _LEAST_HELD_OUT = 10  # fewer questions show no difference between two models
 _COUNTED_ROWS = 200_000  # more rows than that need not be counted to choose a batch
 _LORA_PARAMETERS = 1.5e9  # full fine-tuning of larger models needs 16 bytes each over all GPUs
 _UNKNOWN_LENGTH = 512  # of a model that does not state its longest text
+# Tokens of a query and of a document, by goal.
 _MAX_TOKENS = {"search": (128, 512), "instructions": (256, 512), "long": (512, 8192)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """The four answers, the names of fields where they cannot be guessed, and the share to score.
+    """The four answers, the names of fields that cannot be guessed, and the share to score.
 
     Attributes:
         holdout: share of the documents to keep out of training; None holds a tenth out, unless
@@ -92,6 +94,7 @@ def write_run(folder: Path, answers: Answers) -> list[Path]:
     if holdout is None:
         holdout = _HELD_OUT if _HELD_OUT * num_rows >= _LEAST_HELD_OUT else 0.0
     require_writable(folder, key="the folder of the configs")
+    # All before the first is written, so that an error leaves no half of a run behind.
     texts = {
         data: _prepare_text(folder, answers, columns, model.max_tokens, holdout),
         train: _train_text(
@@ -124,7 +127,8 @@ def _read_model(path: str) -> _Model:
     try:
         tree = json.loads(file.read_text())
         architecture = read_architecture(tree)
-        # A model with its own code may have other keys; those count as 1 there.
+        # A model with its own code may have other keys, and a missing one counts as 1: a model of
+        # one layer would be taken for small.
         if architecture.block is None and not {"num_hidden_layers", "vocab_size"} <= tree.keys():
             raise KeyError("num_hidden_layers")
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -144,7 +148,7 @@ def _read_data(answers: Answers) -> tuple[int, dict[str, str]]:
     Returns:
         Rows, and the field of each of our columns.
     """
-    source = SourceConfig(name="data", format="columns", path=answers.data)
+    source = SourceConfig(name=_SOURCE, format="columns", path=answers.data)
     records = _records(source)
     first = next(records, None)
     if not isinstance(first, Mapping):
@@ -160,6 +164,7 @@ def _read_data(answers: Answers) -> tuple[int, dict[str, str]]:
 
 def _records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
     for block in plan_source(source, block_bytes=16 * 2**20):
+        # Bad records are left to `prepare`, which reports all of them at once.
         for record in read_records(block, split=source.split, on_bad=lambda bad: None):
             yield record.value
 
@@ -183,6 +188,7 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
                 )
             found[column] = given[column]
             continue
+        # A field serves one column: `title` is no query where --positive names it.
         taken = {*found.values(), *given.values()}
         lowered = {field.lower(): field for field in fields if field not in taken}
         for name in names:
@@ -202,7 +208,7 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     return found
 
 
-# --- the two files ---------------------------------------------------------------------------
+# --- the text of each file -------------------------------------------------------------------
 
 
 def _prepare_text(
@@ -216,6 +222,7 @@ def _prepare_text(
     instructed = _is_instructed(answers, columns)
     # Without an instruction the words of the template would be noise in every query.
     template = "" if instructed else 'template: {query: "{text}"}\n'
+    # A field that has our name is found without being listed.
     named = {name: field for name, field in columns.items() if name != field}
     source: dict[str, Any] = {"name": _SOURCE, "format": "columns", "path": answers.data}
     source |= {"columns": named} if named else {}
@@ -284,7 +291,7 @@ def _train_text(
 ) -> str:
     trained = math.ceil((1 - holdout) * num_rows)
     batch = _batch_size(trained, answers.num_gpus)
-    epochs = 1 if trained >= 50_000 else 3
+    epochs = 1 if trained >= 50_000 else 3  # few rows take several epochs to fill a hundred steps
     steps = max(1, math.ceil(epochs * trained / batch))
     rows = f"{trained:,}" if num_rows < _COUNTED_ROWS else f"more than {trained:,}"
     lora = model.num_parameters > _LORA_PARAMETERS
@@ -319,10 +326,12 @@ checkpoint:
 def _batch_size(num_rows: int, num_gpus: int) -> int:
     """Return a power of two: large, but small enough for a hundred steps or so in three epochs."""
     most = 1024 if num_gpus else 64
-    # Fewer than 16 queries would be too few negatives for each other.
+    # 3 epochs x rows / (rows / 32) = 96 steps, or more where the power of two is below. Fewer than
+    # 16 queries would be too few negatives for each other.
     wanted = max(16, int(2 ** math.floor(math.log2(max(2, num_rows / 32)))))
     return max(2, min(most, wanted, num_rows))
 
 
 def _quote(path: object) -> str:
+    # A JSON string is a quoted YAML string.
     return json.dumps(str(path), ensure_ascii=False)

@@ -22,6 +22,8 @@ app = typer.Typer()
 plan = typer.Typer(help="Estimate runs and arrays before they start.", no_args_is_help=True)
 app.add_typer(plan, name="plan", rich_help_panel=CHECK)
 
+# Gb/s of a node. `DEFAULT_NETWORK` of planning/speed.py, whose import would slow down `--help`.
+_NETWORK = 400.0
 # A plan for data that does not exist yet.
 Rows = Annotated[
     int | None, typer.Option(min=1, help="plan for data of so many rows instead of the shards")
@@ -32,8 +34,6 @@ QueryTokens = Annotated[
 DocumentTokens = Annotated[
     int | None, typer.Option(min=1, help="with --rows: mean length of the documents")
 ]
-
-
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
@@ -41,8 +41,6 @@ CalibrationFile = Annotated[
         "calibrated"
     ),
 ]
-
-
 Gpu = Annotated[str | None, typer.Option(help="as for `diffembed plan run`")]
 Price = Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")]
 GpusAtATime = Annotated[
@@ -77,7 +75,7 @@ def _planned_data(
 
 
 def _choose_machine(gpu: str | None, calibration: Path | None, ranks_per_host: int) -> Machine:
-    """Return the machine to plan for; prints what is wrong with its calibration."""
+    """Return the machine to plan for, and warn of an unfit calibration."""
     from pipeline.planning.calibration import choose_machine
 
     machine = choose_machine(gpu, calibration, ranks_per_host=ranks_per_host)
@@ -87,7 +85,7 @@ def _choose_machine(gpu: str | None, calibration: Path | None, ranks_per_host: i
 
 
 def _resolver(tree: TrainConfig, deepspeed: Path) -> Callable[[int], dict[str, Any]]:
-    """Return the function from a number of ranks to the resolved DeepSpeed config."""
+    """Return a function that resolves the DeepSpeed config for a number of ranks."""
     from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 
     given = load_ds_config(deepspeed)
@@ -111,7 +109,7 @@ def plan_run(
     calibration: CalibrationFile = None,
     network: Annotated[
         float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
-    ] = 400.0,
+    ] = _NETWORK,
     rows: Rows = None,
     query_tokens: QueryTokens = None,
     document_tokens: DocumentTokens = None,
@@ -148,7 +146,7 @@ def plan_scale(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
     gpu: Gpu = None,
     calibration: CalibrationFile = None,
-    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = 400.0,
+    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = _NETWORK,
     price: Price = None,
     plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
     rows: Rows = None,
@@ -251,12 +249,14 @@ def plan_encode(
     from pipeline.planning.planned_model import PlannedModel
     from pipeline.planning.text_sizes import Texts, estimate_tokens, read_inputs
 
+    # Exactly one of --input and the pair.
     described = rows is not None and tokens is not None
     if (source is None) != described or (rows is None) != (tokens is None):
         raise UserError("plan encode: what to encode", allowed="--input, or --rows and --tokens")
     machine = _choose_machine(gpu, calibration, 1)
     read = PlannedModel.read(model, name=model, key="MODEL", precision="auto", machine=machine)
     if rows is not None and tokens is not None:
+        # The longest has four times the mean, as wherever texts are described.
         texts, origin = Texts.around(rows, tokens, 4.0 * tokens), "described"
     else:
         found, factor = read_inputs(str(source), field=field, role=role)
@@ -277,7 +277,7 @@ def _described_task(
 ) -> DescribedTask | None:
     """Return the sizes that the options describe; None if none is given."""
     given = (documents, document_tokens, queries, query_tokens)
-    if given == (None,) * 4:
+    if all(size is None for size in given):
         return None
     if documents is None or document_tokens is None or queries is None or query_tokens is None:
         own = "" if first == "--rows" else "--queries, "
@@ -372,7 +372,6 @@ def submit(
 
     if gpu is not None and not dry_run:
         raise UserError(f"--gpu {gpu}", fix="add --dry-run, or name the GPU in slurm/cluster.env")
-
     submit_command(
         what,
         config,
@@ -384,22 +383,26 @@ def submit(
         after=tuple(after or ()),
         dry_run=dry_run,
     )
-    if dry_run and what in ("train", "all"):
+    if not dry_run:
+        return
+    lines: list[str] = []
+    if what in ("train", "all"):
         lines = _plan_of_submission(what, config, overrides, deepspeed, sbatch, gpu)
-        print("\n".join(f"# plan: {line}".rstrip() for line in lines))
-    if dry_run and what in ("mine", "evaluate"):
-        if what == "mine":
-            lines = _plan_of_mining(load(MineConfig, config, overrides))
-        else:
-            lines = _plan_of_evaluation(load(EvaluateConfig, config, overrides), sbatch, gpu)
-        print("\n".join(f"# plan: {line}".rstrip() for line in lines))
+    elif what == "mine":
+        lines = _plan_of_mining(load(MineConfig, config, overrides))
+    elif what == "evaluate":
+        lines = _plan_of_evaluation(load(EvaluateConfig, config, overrides), sbatch, gpu)
+    # Comments of bash, below scripts that may be saved and run.
+    for line in lines:
+        print(f"# plan: {line}".rstrip())
 
 
 def _plan_of_mining(tree: MineConfig) -> list[str]:
     """Return the work of each step, if the shards to mine exist."""
+    from pipeline.data.manifest import FILE_NAME
     from pipeline.mining import describe_mining
 
-    if not (tree.data / "manifest.json").is_file():
+    if not (tree.data / FILE_NAME).is_file():
         return [f"{tree.data} is not prepared yet; afterwards, use `diffembed mine --dry-run`"]
     return describe_mining(tree).splitlines()
 
@@ -412,7 +415,8 @@ def _plan_of_submission(
     sbatch: str,
     gpu: str | None,
 ) -> list[str]:
-    """Return the plan of the training run in a chain, on the GPUs that Slurm's flags ask for."""
+    """Return the plan of a training run, or a chain's, on the GPUs that Slurm's flags ask for."""
+    from pipeline.data.manifest import FILE_NAME
     from pipeline.planning import plan_run as make_plan
     from pipeline.planning.describe import describe
 
@@ -420,7 +424,7 @@ def _plan_of_submission(
         chain = load(ChainConfig, config, overrides)
         config, overrides, deepspeed = chain.train, None, chain.deepspeed
     tree = load(TrainConfig, config, overrides)
-    if not (tree.data.path / "manifest.json").is_file():
+    if not (tree.data.path / FILE_NAME).is_file():
         return [f"{tree.data.path} is not prepared yet; afterwards, use `diffembed plan run`"]
     request, name = _requested("TRAIN_FLAGS", sbatch, gpu)
     if name is None or not request.per_node:

@@ -100,6 +100,7 @@ def file_schema(kind: str) -> dict[str, Any]:
     for name, section in [(KINDS[kind].__name__, schema), *schema.get("$defs", {}).items()]:
         section.pop("required", None)
         for key, node in section.get("properties", {}).items():
+            # A field's own description is the unit of its range, for messages.
             unit = node.pop("description", None)
             node["description"] = _meanings()[name][key] + (f" ({unit})" if unit else "")
             node.pop("title", None)
@@ -142,6 +143,8 @@ def compare(first: Path, second: Path) -> list[tuple[str, str, str]]:
 
 def kind_of(path: Path) -> str:
     """Return the kind of a config file, which may be incomplete: the one that knows its keys."""
+    # A part of a config has keys that several kinds share, such as output_dir: of equally many
+    # known keys, the kind with the fewest keys of its own is meant.
     given = {re.sub(r"\[\d+\]", "[]", name) for name, _ in _leaves(read_tree(path), "")}
     known = {kind: {key.name for key in list_keys(kind)} for kind in KINDS}
     return max(known, key=lambda kind: (len(given & known[kind]), -len(known[kind])))
@@ -165,6 +168,7 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, str]]:
 @functools.cache
 def _meanings() -> dict[str, dict[str, str]]:
     """Return the text below every key, by class and key."""
+    # From the source, because Python keeps no docstring of a field.
     found: dict[str, dict[str, str]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -241,13 +245,14 @@ def _value_words(schema: Mapping[str, Any], node: Mapping[str, Any]) -> str:
 
 
 def _several(schema: Mapping[str, Any], node: Mapping[str, Any]) -> str:
-    """Return the items of a list in words: `texts or sections of keys`."""
+    """Return the items of a list in words: `texts or sections`."""
+    # `a text` becomes `texts`, `an integer >= 1` becomes `integers >= 1`.
     words = re.sub(r"\ban? (\w+)", r"\1s", _value_words(schema, node))
     return words.replace("sections of keys", "sections")
 
 
 def _plain(name: str) -> str:
-    """Return `.key.sub`, so that an ending is whole words."""
+    """Return `.key.sub`, so that `key` ends no `other_key`."""
     return "." + name.replace("[]", "").strip(".")
 
 

@@ -100,7 +100,8 @@ def expand_path(value: Any) -> Any:
     """Expand `~`, `$NAME` and `${NAME}` in a path, also after `hub:`; leave URLs unchanged.
 
     Raises:
-        ValueError: there is no such user or variable, or the path is empty.
+        ValueError: there is no such user or variable, or the path is empty. pydantic reports it
+            with the key, and its text is printed as what is allowed.
     """
     # A Path comes from Python code, which means exactly this path.
     if not isinstance(value, str) or "://" in value:
@@ -130,7 +131,7 @@ def read_tree(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, An
 
     Args:
         path: a YAML config, possibly not complete.
-        extended_by: the files that led to it, for circles.
+        extended_by: the files that led to it, by which a circle is found.
 
     Raises:
         UserError: a file is missing or not a mapping, or extends itself.
@@ -178,7 +179,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not name:
         raise UserError(f"override {override!r}", allowed="key.sub=value")
     *parents, leaf = name.split(".")
-    node: Any = tree
+    node: Any = tree  # the section or list of the next word
     for parent in parents:
         key = _key_in(node, parent, override)
         below = node.get(key, {}) if isinstance(node, dict) else node[key]
@@ -228,7 +229,7 @@ _EXPECTED = {
     "path_type": "a path",
     "string_type": "a text",
 }
-# Keys that users bring from other packages, and the reason why there is no such key here.
+# Keys of other packages that users try, and the reason why there is no such key here.
 _NO_QLORA = (
     "leave it out: adapters trained on 4-bit weights give other vectors once they are merged into "
     "the 16-bit ones; ZeRO-3 shards the frozen weights over the ranks instead"
@@ -298,7 +299,7 @@ def _describe_expected(kind: type, fault: ErrorDetails) -> str:
 def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
     """Return the range of a number, or the least length of a list: `an integer >= 2 (queries)`."""
     # The JSON schema has the whole range of a field, pydantic's error only the violated limit.
-    schema = TypeAdapter(kind).json_schema()
+    schema = _adapter(kind).json_schema()
     given = _find(schema, location)
     node = _resolve(schema, given)
     unit = node.get("description", "")
@@ -312,6 +313,7 @@ def _describe_range(kind: type, location: tuple[int | str, ...]) -> str:
 def range_words(node: Mapping[str, Any]) -> str:
     """Return the numbers that a JSON schema accepts: `an integer >= 2 (queries)`."""
     is_integer = node["type"] == "integer"
+    # Of integers, `> 0` reads better as `>= 1`.
     limits = [
         f"{sign} {node[key] + step:g}" if is_integer else f"{sign} {node[key]:g}"
         for key, sign, step in (
@@ -329,12 +331,12 @@ def range_words(node: Mapping[str, Any]) -> str:
 
 def _allowed_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
     """Return the names that are allowed in the section with an unknown key."""
-    schema = TypeAdapter(kind).json_schema()
+    schema = _adapter(kind).json_schema()
     return list(_resolve(schema, _find(schema, location[:-1]))["properties"])
 
 
 def _find(schema: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
-    """Return the JSON schema of the value at a location; branches of a type are passed over."""
+    """Return the JSON schema of the value at a location; names of a type's branches are skipped."""
     node = schema
     for part in location:
         inside = _resolve(schema, node)
@@ -350,7 +352,7 @@ def _find(schema: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, 
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    """Follow references and optional branches of a JSON schema to the object they mean."""
+    """Follow references, and the first branch that is not null, to the schema itself."""
     for branch in node.get("anyOf", []):
         if branch.get("type") != "null":
             return _resolve(schema, branch)
@@ -380,7 +382,8 @@ def _booleans_as_numbers(given: Any, taken: Any, key: str) -> Iterator[str]:
 # --- strict YAML -----------------------------------------------------------------------------
 
 _MAX_BYTES = 2**20
-# Values of a file with all its aliases expanded; sensible configs have some hundreds.
+# Values of a file with all its aliases expanded; sensible configs have some hundreds. Ten lines of
+# aliases of aliases would be a billion.
 _MAX_VALUES = 50_000
 _MAX_INTEGER = 2**63 - 1
 # Plain values by the core schema of YAML 1.2. In YAML 1.1, which PyYAML reads by default, `no` is
@@ -395,6 +398,7 @@ _PLAIN = (
         "-+.0123456789",
     ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    # Of YAML 1.1: `<<: *anchor` takes over the keys of another section.
     ("merge", r"<<", "<"),
 )
 
@@ -464,6 +468,7 @@ def dump_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, stricter."""
 
+    # Empty: without PyYAML's own, only the resolvers of `_PLAIN` are added below.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- PyYAML's own attribute
 
     def get_single_node(self) -> Any:
@@ -518,6 +523,7 @@ def _num_values(node: Any, sizes: dict[int, int], above: tuple[int, ...]) -> int
         line = node.start_mark.line + 1
         raise UserError(f"line {line}: an anchor contains itself", fix="write the values out")
     if id(node) not in sizes:
+        # Counted once for each anchor: walking every alias would take as long as expanding them.
         inside = _children(node)
         sizes[id(node)] = 1 + sum(_num_values(child, sizes, (*above, id(node))) for child in inside)
     return sizes[id(node)]
@@ -549,7 +555,7 @@ def _value_faults(value: Any, key: str) -> Iterator[tuple[str, str]]:
         yield key, f"{value} is not a finite number"
     elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
         yield key, "an integer beyond 64 bits"
-    # Halves of surrogate pairs are replaced.
+    # Lone halves of surrogate pairs cannot be written as UTF-8: `replace` changes them.
     elif isinstance(value, str) and (
         "\0" in value or value.encode(errors="replace") != value.encode(errors="surrogatepass")
     ):

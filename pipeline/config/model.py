@@ -62,7 +62,7 @@ def read_declared(path: str, revision: str | None = None) -> Declared:
 
     A damaged file counts as absent: code that loads such a folder as an embedder refuses it.
     """
-    # Its presence is what makes a folder a sentence-transformers one.
+    # A folder with this file is a sentence-transformers one.
     modules = _read(path, "modules.json", revision)
     if not isinstance(modules, list):
         return Declared()

@@ -7,7 +7,8 @@
         the loss of a small and of a large batch                     a call, a FLOP
         the search of a mining in a small and in a large corpus      a query, a FLOP
 
-The slowest rank counts.
+Two sizes give the two numbers of a line. Of several ranks the slowest counts, because it is the one
+that the others wait for.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from pipeline.training.zero import ZeroEngine, placement_of
 
 # Documents of a search: the 100 of a mining's default window, and its margin of 64.
 _DEPTH = 164
+# The smallest width of a grid is the rank of an adapter.
 SIZES = {
     "cpu": Sizes(
         dtypes=("float32",),  # others take a CPU minutes
@@ -92,6 +94,8 @@ SIZES = {
         model_seconds=0.4,
     ),
 }
+
+
 # --- ranks together --------------------------------------------------------------------------
 
 
@@ -99,6 +103,7 @@ def measure_engine(stage: int, timer: Timer, sizes: Sizes) -> EngineSpeed:
     """Measure gather, reduction and update of DeepSpeed; a collective call."""
     found = [_engine_times(stage, timer, *size) for size in sizes.engine]
     lines = {}
+    # All ranks gather and reduce every number; each updates only its share.
     for part, numbers in (("gather", 1), ("reduce", 1), ("update", comm.world_size())):
         (few, small), (many, large) = ((shape, times[part]) for shape, times in found)
         lines[part] = _by_tensor_and_number(
@@ -109,8 +114,14 @@ def measure_engine(stage: int, timer: Timer, sizes: Sizes) -> EngineSpeed:
 
 
 def _by_tensor_and_number(small: tuple[int, float, float], large: tuple[int, float, float]) -> Line:
-    """Solve tensors a + numbers b = seconds for two models; neither is below zero."""
+    """Solve tensors a + numbers b = seconds for two models; neither is below zero.
+
+    Args:
+        small: tensors, numbers and seconds of the model with many small weights.
+        large: the same of the model with few large weights.
+    """
     (n1, p1, t1), (n2, p2, t2) = small, large
+    # By Cramer's rule. Where noise makes one below zero, the other takes all of the seconds.
     determinant = n1 * p2 - n2 * p1
     fixed, each = (t1 * p2 - t2 * p1) / determinant, (n1 * t2 - n2 * t1) / determinant
     if fixed < 0 or each < 0:
@@ -137,24 +148,26 @@ def _engine_times(
         with engine.hold(parameters):
             pass
 
-    times: dict[str, list[float]] = {"gather": [timer.together(gather, 5)] * 2}
-    times |= {"reduce": [], "update": []}
+    gathered, reductions, updates = timer.together(gather, 5), [], []
     ids, lengths = torch.arange(ROW, device=timer.device) % vocabulary, torch.tensor([ROW])
     for _ in range(6):
         with engine.hold(parameters):
+            # Gradients are reduced when this context ends: ended by hand, to time that alone.
             stack = contextlib.ExitStack()
             stack.enter_context(engine.accumulation())
             engine.backward(engine.embed(ids, lengths).sum())
             comm.barrier()
-            times["reduce"].append(timer.once(stack.close))
+            reductions.append(timer.once(stack.close))
         comm.barrier()
-        times["update"].append(timer.once(lambda: engine.step(1e-6)))
+        updates.append(timer.once(lambda: engine.step(1e-6)))
     engine.close()
-    # The first makes buffers and the optimizer's state.
-    return shape, {part: min(found[1:]) for part, found in times.items()}
+    # The first step makes buffers and the optimizer's state.
+    times = {"gather": gathered, "reduce": min(reductions[1:]), "update": min(updates[1:])}
+    return shape, times
 
 
 def _run_config(model: ModelConfig) -> TrainConfig:
+    """Return a config from which the engine takes the optimizer and the model's type."""
     nowhere = Path("unused")
     return TrainConfig(output_dir=nowhere, num_steps=1, model=model, data=DataConfig(path=nowhere))
 
@@ -169,13 +182,14 @@ def measure_loss(timer: Timer, sizes: Sizes) -> Line:
             num_documents=pairs * comm.world_size(),
             width=width,
             world_size=comm.world_size(),
-            score_bytes=2**24,
+            score_bytes=2**24,  # all scores of these sizes are kept, as the loss keeps them
         )
         points.append((float(cost.matmul_flops), timer.together(work, 5)))
     return line_through(points)
 
 
 def _loss_of(pairs: int, width: int, device: torch.device) -> Callable[[], object]:
+    """Return a call of the loss in which each of a rank's queries has one document, its own row."""
     number, first = pairs * comm.world_size(), pairs * comm.rank()
     rows = torch.nn.functional.normalize(torch.randn(pairs, width, device=device), dim=1)
     own = torch.arange(first, first + pairs, device=device)
@@ -197,6 +211,7 @@ def measure_search(timer: Timer, sizes: Sizes) -> Line:
     """Measure the exact search of a mining in a small and in a large corpus; a collective call."""
     num_queries, width, counts = sizes.search
     generator, points = np.random.default_rng(0), []
+    # From files, because reading and converting their vectors is part of a mining's search.
     with tempfile.TemporaryDirectory(prefix="diffembed-") as folder:
         files = []
         for number in range(max(counts)):
@@ -220,6 +235,7 @@ def _unit_vectors(generator: np.random.Generator, rows: int, width: int) -> NDAr
 
 def _table(timer: Timer, sizes: Sizes) -> float:
     """Return the seconds of a byte of a token table's gradient, added to an earlier one."""
+    # Of `bytes` bytes in fp32: (bytes / 1024) x 256 x 4.
     weight = torch.randn(sizes.bytes // 1024, 256, device=timer.device, requires_grad=True)
     weight.grad = torch.zeros_like(weight)
     ids = torch.arange(ROW, device=timer.device)
@@ -233,11 +249,13 @@ def _table(timer: Timer, sizes: Sizes) -> float:
 def _add(timer: Timer, sizes: Sizes) -> float:
     """Return the seconds of a byte that is read or written while two tensors are added up."""
     total, more = (torch.ones(sizes.bytes // 4, device=timer.device) for _ in range(2))
+    # Two are read and one is written.
     return timer.kernels(lambda: total.add_(more)) / (3 * sizes.bytes)
 
 
 def _host(timer: Timer, sizes: Sizes) -> float:
     """Return the bytes a second between device and pinned host memory."""
+    # Only from pinned memory does a GPU copy while it computes, as boundaries are copied.
     on_gpu = timer.device.type == "cuda"
     there = torch.ones(sizes.bytes, dtype=torch.uint8, device=timer.device)
     here = torch.empty(sizes.bytes, dtype=torch.uint8, pin_memory=on_gpu)
@@ -264,7 +282,7 @@ def measure_constants(sizes: Sizes, timer: Timer) -> Constants:
 
 
 def calibrate(ranks: int) -> Calibration:
-    """Measure one rank, and several where there are; each number in processes of its own.
+    """Measure with one rank, and with `ranks` if they are more; each in processes of their own.
 
     Raises:
         DiffembedError: the ranks failed.
@@ -280,6 +298,7 @@ def calibrate(ranks: int) -> Calibration:
                     f"plan calibrate: {several(number, 'rank')} ended with exit code {code}"
                 )
             parts.append(read_record(path, Calibration, fix="run it again"))
+    # Of the other fields only `threads` may differ; the file says how many the most ranks had.
     return dataclasses.replace(
         parts[-1], constants=[constants for part in parts for constants in part.constants]
     )
@@ -314,9 +333,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _slowest(values: list[Any]) -> Any:
-    """Return the largest of each number; of bandwidths, the smallest."""
+    """Return the largest of each number of equal trees; of bandwidths, the smallest."""
     first = values[0]
     if isinstance(first, dict):
+        # `host` is the only bandwidth; everything else is seconds, or equal on all ranks.
         merged = {key: _slowest([value[key] for value in values]) for key in first}
         return {**merged, "host": min(v["host"] for v in values)} if "host" in first else merged
     if isinstance(first, list):

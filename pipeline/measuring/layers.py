@@ -1,12 +1,12 @@
 """Measure layers and their parts on this rank's device, by shape and type of numbers.
 
     products, attention                  alone
-    models of one and of five layers     large and small chunks: what is left of layer and chunk
+    models of one and of five layers     in large and small chunks; known parts are subtracted
 
 Every number is the least of several calls. On a CPU with one thread a rank these are CPU seconds:
 other programs do not count, nor do waits for other ranks. On a GPU events enclose each call, so
 that the time to start kernels does not count where earlier ones still run; work on several streams
-is timed by the host, from and to the moment when the device is idle.
+is timed by the host, from one moment when the device is idle to the next.
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ from pipeline.model.adapters import add_lora
 from pipeline.model.architectures import FAMILIES
 from pipeline.model.attention import PACKED, PackedRows, packed_attention
 from pipeline.model.encoder import Encoder
-from pipeline.planning.calibration import Attention, Both, Dtype, DtypeSpeed, Line, Product
+from pipeline.planning.calibration import Attention, Both, DtypeSpeed, Line, Product
 from pipeline.planning.measured import attention_seconds, layer_products
-from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
+from pipeline.planning.shape import (
+    NUMBER_BYTES,
+    Dtype,
+    ModelShape,
+    saved_by_layer,
+    saved_outside,
+)
 
 # One row's tokens in whole models: attention is subtracted, and should be small.
 ROW = 32
-_RANK = 16
+_RANK = 16  # of adapters
 _DROPOUT = 0.1
-# Layers of the two models whose difference is a layer.
+# Layers of the two models. A layer is a quarter of their difference, with a quarter of its noise.
 _DEPTHS = (1, 5)
-_HEAD = 64
+_HEAD = 64  # width of a head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +82,7 @@ class Sizes:
 
 
 class Timer:
-    """Times calls on this rank's device.
+    """Measure the seconds of calls on this rank's device.
 
     Args:
         device: where the calls compute.
@@ -85,6 +91,7 @@ class Timer:
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self._seconds = device, seconds
+        # `process_time` adds up the seconds of all threads, so that it needs a single one.
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self._clock = time.process_time if alone else time.perf_counter
 
@@ -92,7 +99,7 @@ class Timer:
         """Return the least seconds of a call that uses the current stream alone."""
         if self.device.type != "cuda":
             return self.calls(work)
-        work()
+        work()  # the first call also allocates, and chooses algorithms
         first = self._enclosed(work, 1)[0]
         # Counted beforehand: the host queues calls much faster than the device finishes them, so
         # its clock would admit minutes of work. At least three: the first may meet cold caches.
@@ -155,7 +162,7 @@ def line_through(points: Points, times: int = 1) -> Line:
         times: calls that both sizes were divided into.
     """
     (few, short), (many, long) = points
-    # Noise can make the larger size the faster one: its mean is used then.
+    # Noise can make the larger size the faster one: then all of its seconds count by size.
     each = max(0.0, (long - short) / (many - few)) or long / many
     return Line(fixed=max(0.0, short - few * each) / times, each=each)
 
@@ -193,6 +200,7 @@ def measure_dtype(dtype: Dtype, timer: Timer, sizes: Sizes) -> DtypeSpeed:
 
 
 def _product(timer: Timer, dtype: Dtype, tokens: int, inputs: int, outputs: int) -> Product:
+    # Tensors as autograd has them: a weight is (outputs, inputs), and transposed where it says.
     kind = {"dtype": getattr(torch, dtype), "device": timer.device}
     x, w = torch.randn(tokens, inputs, **kind), torch.randn(outputs, inputs, **kind)
     y = torch.randn(tokens, outputs, **kind)
@@ -207,6 +215,7 @@ def _product(timer: Timer, dtype: Dtype, tokens: int, inputs: int, outputs: int)
 
 
 def _attention(timer: Timer, dtype: Dtype, length: int, width: int, dropout: float) -> Attention:
+    # Several rows and heads, so that short rows keep the device busy too.
     heads, num_rows = 4, max(1, 1024 // length)
     rows = PackedRows.of(torch.full((num_rows,), length), causal=False, device=timer.device)
     shape = (1, heads, num_rows * length, width)
@@ -247,11 +256,12 @@ def _forward_backward(
     def both() -> None:
         torch.autograd.grad(forward(), inputs, gradient)
 
+    # Noise may make both the faster; speeds are FLOPs over seconds, which must not be 0.
     return first, max(1e-9, timer.kernels(both) - first)
 
 
 class _Models:
-    """Whole models, of which the known parts are subtracted.
+    """Measure whole models, and subtract the parts that are known already.
 
     Args:
         timer: of this rank.
@@ -274,11 +284,10 @@ class _Models:
 
     def rest(self, norm: str) -> tuple[Both, Both]:
         """Return what is left of a layer with this norm, and of a chunk outside of layers."""
-        layers, outsides = [], []
+        layers, outsides, width = [], [], NUMBER_BYTES[self._dtype]
         for tokens in self._sizes.chunks:
             shape, layer, outside = self._layer(norm, tokens, lora=None)
             known = self._known(shape, tokens)
-            width = 4 if self._dtype == "float32" else 2
             layers.append((saved_by_layer(shape, width) * tokens, _less(layer, known)))
             outsides.append((saved_outside(shape, width) * tokens, outside))
         return _both(layers), _both(outsides)
@@ -287,13 +296,13 @@ class _Models:
         """Return what is left of one linear layer's adapter, given the rest of a plain layer."""
         found = []
         for tokens in self._sizes.chunks:
+            # Dropout has a constant of its own.
             lora = LoraConfig(rank=_RANK, dropout=0.0)
             shape, layer, _ = self._layer("rms", tokens, lora=lora)
             assert shape.adapters is not None
             known = self._known(shape, tokens)
             plain = dataclasses.replace(shape, adapters=None)
-            width = 4 if self._dtype == "float32" else 2
-            size = saved_by_layer(plain, width) * tokens
+            size = saved_by_layer(plain, NUMBER_BYTES[self._dtype]) * tokens
             known = (known[0] + rest.forward.at(size), known[1] + rest.backward.at(size))
             linears = shape.adapters.linears
             numbers = tokens * sum(linear.inputs + linear.outputs for linear in linears)
@@ -301,6 +310,7 @@ class _Models:
         return _both(found, times=len(linears))
 
     def _known(self, shape: ModelShape, tokens: int) -> tuple[float, float]:
+        """Return the seconds of a layer's products and attention: forward and backward."""
         products = layer_products(shape, tokens, self._products)
         lengths = torch.full((tokens // ROW,), ROW).numpy()
         rows = attention_seconds(self._attention, lengths, shape.architecture.head_width)
@@ -313,6 +323,7 @@ class _Models:
         """Return forward and backward of a layer, and of everything else, from two depths."""
         times = []
         for num_layers in _DEPTHS:
+            # A small vocabulary: the table's gradient has a constant of its own.
             config = ModelConfig(path="reference", dtype=self._dtype, lora=lora)
             encoder = reference(norm, num_layers, self._sizes.width, 512, config)
             encoder = encoder.to(self._timer.device).train()
@@ -323,13 +334,14 @@ class _Models:
             times.append(_forward_backward(self._timer, forward, weights))
         shallow, deep = times
         few, many = _DEPTHS
-        # Two depths differ by layers only, so the difference leaves out table, norm and pooling.
+        # Two depths differ in layers only, so the difference leaves out table, norm and pooling.
         layer = ((deep[0] - shallow[0]) / (many - few), (deep[1] - shallow[1]) / (many - few))
         inside = (few * layer[0], few * layer[1])
         return ModelShape.of(encoder, config), layer, _less(shallow, inside)
 
 
 def _less(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
+    """Subtract seconds of forward and backward; noise makes none negative."""
     return max(0.0, whole[0] - part[0]), max(0.0, whole[1] - part[1])
 
 
@@ -351,6 +363,7 @@ def reference(
         "vocab_size": vocabulary,
         "use_cache": False,
     }
+    # Plain layers: nothing is dropped (dropout has a constant of its own), and no heads are shared.
     hf_config: Any = Qwen2Config(**sizes, num_key_value_heads=heads, is_causal=False)
     if norm == "layer":
         hf_config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

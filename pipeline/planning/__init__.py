@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.config import TrainConfig, local_file, model_fix
 from pipeline.data.batch import GlobalBatch
+from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import UserError
@@ -41,6 +42,7 @@ from pipeline.planning.memory import (
     Schedule,
     Target,
     Term,
+    allowed_schedules,
     choose_schedule,
     fitting_schedules,
     graphs_that_fit,
@@ -63,7 +65,7 @@ class RunPlan:
     """A run's first global batch, as every rank would lay it out, and its schedule."""
 
     batch: GlobalBatch  # as rank 0 gets it
-    num_examples: int
+    num_examples: int  # of the data set, for the number of epochs
     shape: ModelShape
     workload: RankWorkload
     loss: LossCost | None  # None where tokens are predicted
@@ -99,13 +101,13 @@ def plan_run(
         ds_config: the resolved DeepSpeed config.
         world_size: ranks to plan for.
         target: their memory.
-        speed: of the machine; among schedules that fit, `auto` takes the fastest, or where no speed
-            is known the one with the fewest FLOPs.
+        speed: of the machine; of the schedules that fit, `auto` takes the fastest, or the one with
+            the fewest FLOPs where no speed is known.
         network: Gb/s of one host, all adapters together.
         earlier: the schedule of the run that is resumed, which `auto` keeps while it fits.
         build: build the model without weights and compare its tokenizer with the shards'; False
             counts config.json, and takes a second.
-        num_examples: of data that are only described, whose shards hold enough for a batch.
+        num_examples: of data that are only described, whose shards hold two batches at most.
 
     Raises:
         UserError: the data cannot be read, the batch is impossible, or no schedule fits.
@@ -121,29 +123,9 @@ def plan_run(
     # Of every rank's chunks, because the fullest rank decides, and it need not be rank 0.
     tokens = loader.chunk_tokens(0)
     batch = loader.batch(0)
-    if build:
-        shape = _built_shape(config)
-    else:
-        shape = ModelShape.planned(
-            _read_config(config), config.model, head=config.objective is not None
-        )
-    width, loss = config.model.dimensions or shape.hidden_size, None
-    teacher = dataset.manifest.teacher
-    config.loss.require_fit(
-        width=width,
-        has_scores=dataset.manifest.has_scores,
-        has_vectors=teacher is not None,
-    )
-    if config.objective is None:
-        loss = _loss_cost(
-            config,
-            batch.num_queries,
-            batch.num_documents,
-            width=width,
-            teacher=TeacherTerms.of(config.loss, width=0 if teacher is None else teacher.width),
-            world_size=world_size,
-            on_gpu=target.on_gpu,
-        )
+    shape = _built_shape(config) if build else _counted_shape(config)
+    width = config.model.dimensions or shape.hidden_size
+    loss = _loss_of_data(config, dataset.manifest, batch, width, world_size, on_gpu=target.on_gpu)
     workload = _workload(
         config,
         ds_config,
@@ -166,11 +148,11 @@ def plan_run(
         loss=loss,
         target=target,
         schedule=schedule,
-        keep_graphs=_keep_graphs(config, shape, workload, schedule, target, len(tokens[0])),
+        keep_graphs=0,  # chosen with the schedule below
         warnings=warnings,
     )
     if config.schedule != "auto":
-        return plan
+        return _with_schedule(plan, config, schedule)
     return _choose_by_time(plan, config, speed, network=network, earlier=earlier)
 
 
@@ -183,33 +165,56 @@ def _choose_by_time(
     earlier: Schedule | None,
 ) -> RunPlan:
     """Return the plan with the fastest schedule that fits, or with an earlier one."""
-    shape, workload, target = plan.shape, plan.workload, plan.target
-    possible = possible_schedules(config)
-    plans = {
-        schedule: dataclasses.replace(
-            plan,
-            schedule=schedule,
-            keep_graphs=_keep_graphs(
-                config, shape, workload, schedule, target, len(plan.batch.chunks)
-            ),
-        )
-        for schedule in fitting_schedules(shape, workload, target.available, possible)
-    }
+    fitting = fitting_schedules(
+        plan.shape, plan.workload, plan.target.available, possible_schedules(config)
+    )
+    plans = {schedule: _with_schedule(plan, config, schedule) for schedule in fitting}
     if earlier in plans:
         return plans[earlier]
     if speed is None:
-        return plan
+        return plans[plan.schedule]
     try:
         seconds = {
-            schedule: sum(part.seconds for part in seconds_of(each, config, speed, network=network))
+            schedule: step_time(each, config, speed, network=network)
             for schedule, each in plans.items()
         }
     except UserError:  # a calibration of other ranks, or of another type of numbers
-        return plan
+        return plans[plan.schedule]
     # Of equally fast ones, the first has the fewest FLOPs.
     order = sorted(plans, key=lambda schedule: seconds[schedule])
     considered = tuple((schedule, seconds[schedule]) for schedule in order)
     return dataclasses.replace(plans[order[0]], considered=considered)
+
+
+def _loss_of_data(
+    config: TrainConfig,
+    manifest: Manifest,
+    batch: GlobalBatch,
+    width: int,
+    world_size: int,
+    *,
+    on_gpu: bool,
+) -> LossCost | None:
+    """Return the cost of a batch's loss; None where tokens are predicted.
+
+    Raises:
+        UserError: the loss needs what the model or the data lack.
+    """
+    teacher = manifest.teacher
+    config.loss.require_fit(
+        width=width, has_scores=manifest.has_scores, has_vectors=teacher is not None
+    )
+    if config.objective is not None:
+        return None
+    return _loss_cost(
+        config,
+        batch.num_queries,
+        batch.num_documents,
+        width=width,
+        teacher=TeacherTerms.of(config.loss, width=0 if teacher is None else teacher.width),
+        world_size=world_size,
+        on_gpu=on_gpu,
+    )
 
 
 def _loss_cost(
@@ -237,7 +242,7 @@ def _loss_bytes(loss: LossCost | None, *, on_gpu: bool) -> float:
     """Return the memory of the loss, or of a tile of scores where tokens are predicted."""
     if loss is None:
         return float(TOKEN_TILE_BYTES["cuda" if on_gpu else "cpu"])
-    # The loss reads the embeddings of all chunks, joined, and gives the gradient of each.
+    # The embeddings of all chunks, joined, and their gradients are as large as its rows each.
     return float(loss.peak_bytes + 2 * loss.row_bytes)
 
 
@@ -254,6 +259,7 @@ def _workload(
     """Collect everything that decides the memory of the fullest rank."""
     zero = ds_config["zero_optimization"]
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    # Then DeepSpeed keeps a rank's share of the gradients in fp32.
     wide = config.model.dtype == "float32" or accumulated in ("fp32", "float32", "torch.float32")
     return RankWorkload(
         world_size=world_size,
@@ -263,6 +269,7 @@ def _workload(
         chunk_tokens=chunk_tokens,
         gradient_checkpointing=config.model.gradient_checkpointing,
         boundaries_on_host=config.chunks.boundaries == "host",
+        # The section may be null.
         offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
         loss_bytes=_loss_bytes(loss, on_gpu=target.on_gpu),
         predicts_tokens=config.objective is not None,
@@ -278,7 +285,7 @@ def _workload(
 
 def possible_schedules(config: TrainConfig) -> tuple[Schedule, ...]:
     """Return the schedules that `auto` may choose from."""
-    # Tokens are predicted chunk by chunk, which needs the memory of `cache`.
+    # Tokens are predicted chunk by chunk, in the memory of `cache`: `plain` would change nothing.
     return SCHEDULES if config.objective is None else SCHEDULES[1:]
 
 
@@ -287,6 +294,12 @@ def _built_shape(config: TrainConfig) -> ModelShape:
     from pipeline.model import encoder
 
     return ModelShape.of(encoder.build_model(config, meta=True), config.model)
+
+
+def _counted_shape(config: TrainConfig) -> ModelShape:
+    """Count the model from its config.json, without torch."""
+    has_head = config.objective is not None
+    return ModelShape.planned(_read_config(config), config.model, head=has_head)
 
 
 def _read_config(config: TrainConfig) -> dict[str, Any]:
@@ -305,20 +318,16 @@ def _read_config(config: TrainConfig) -> dict[str, Any]:
     return tree
 
 
-def _keep_graphs(
-    config: TrainConfig,
-    shape: ModelShape,
-    workload: RankWorkload,
-    schedule: Schedule,
-    target: Target,
-    num_chunks: int,
-) -> int:
+def _with_schedule(plan: RunPlan, config: TrainConfig, schedule: Schedule) -> RunPlan:
+    """Return the plan with a schedule and the number of graphs that it keeps."""
     kept = config.chunks.keep_graphs
+    # `plain` keeps all graphs anyway; one of token prediction serves its own chunk only.
     if schedule != "cache" or config.objective is not None:
-        return 0
-    if kept == "auto":
-        return graphs_that_fit(shape, workload, target.available, num_chunks)
-    return kept
+        kept = 0
+    elif kept == "auto":
+        num_chunks = len(plan.batch.chunks)
+        kept = graphs_that_fit(plan.shape, plan.workload, plan.target.available, num_chunks)
+    return dataclasses.replace(plan, schedule=schedule, keep_graphs=kept)
 
 
 def seconds_of(
@@ -335,22 +344,28 @@ def seconds_of(
     return step_seconds(plan.shape, work, plan.schedule, speed)
 
 
+def step_time(
+    plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, *, network: float
+) -> float:
+    """Predict the seconds of a whole step; arguments and errors as in `seconds_of`."""
+    return sum(part.seconds for part in seconds_of(plan, config, speed, network=network))
+
+
 def expected_step(
     plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float
 ) -> dict[str, float]:
-    """Return the numbers of a step that a run logs, by their key, as far as they are known.
+    """Predict the numbers of a step that a run logs, by their key, as far as they are known.
 
     Raises:
         UserError: a calibration does not cover the run.
     """
     found = {}
     if plan.workload.on_gpu:
-        # torch counts neither CUDA's memory nor NCCL's.
+        # As torch's allocator will report it, which counts neither CUDA's memory nor NCCL's.
         allocated = [term for term in plan.terms if term.part != "context"]
         found["peak_memory_gib"] = peak(allocated)[1] / GIB
     if machine.speed is not None:
-        parts = seconds_of(plan, config, machine.speed, network=network)
-        found["seconds"] = sum(part.seconds for part in parts)
+        found["seconds"] = step_time(plan, config, machine.speed, network=network)
     return found
 
 
@@ -364,19 +379,18 @@ def step_work(plan: RunPlan, config: TrainConfig, *, network: float) -> StepWork
         causal=config.model.attention == "causal",
         kept=min(1.0, plan.keep_graphs / len(batch.chunks)),
         loss=plan.loss,
-        network=network * 1e9 / 8,
+        network=network * 1e9 / 8,  # bytes a second
     )
 
 
 def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
     """Return the largest global batch of such texts that fits, with any schedule that is allowed.
 
-    A multiple of this run's batch; 0 if not even this one fits, and at most a million times it.
+    A multiple of this run's batch; 0 if not even this one fits, and at most 2**20 times it.
     """
     workload, batch = plan.workload, plan.batch
-    schedules = possible_schedules(config) if config.schedule == "auto" else (plan.schedule,)
-    if workload.gradient_checkpointing:
-        schedules = tuple(schedule for schedule in schedules if schedule != "sweep")
+    possible = possible_schedules(config) if config.schedule == "auto" else (plan.schedule,)
+    schedules = allowed_schedules(workload, possible)
 
     def fits(times: int) -> bool:
         tokens = workload.rank_tokens * times
@@ -389,6 +403,7 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
             world_size=workload.world_size,
             on_gpu=workload.on_gpu,
         )
+        # A batch that does not fill a chunk yet will.
         chunk = max(workload.chunk_tokens, min(tokens, config.chunks.max_tokens))
         larger = dataclasses.replace(
             workload,
@@ -399,6 +414,7 @@ def largest_batch(plan: RunPlan, config: TrainConfig) -> int:
         sizes = (needed(plan.shape, larger, schedule) for schedule in schedules)
         return any(size <= plan.target.available for size in sizes)
 
-    # More texts never need less, so that a bisection finds the last that fit.
+    # More texts never need less, so that a bisection finds the first number that does not fit; its
+    # index is the last one that does.
     times = bisect.bisect_left(range(1, 2**20 + 1), True, key=lambda times: not fits(times))
     return times * config.data.global_batch_size

@@ -2,10 +2,10 @@
 
 config --text_sizes.py--> texts of each task, cut at its lengths
 model  --PlannedModel--> FLOPs of a forward, or seconds by a calibration
-       --Work--> GPU time by task --describe_array--> table, total, hours on so many GPUs
+       --Work--> GPU time by task --describe_array--> table, total, hours on a number of GPUs
 
 An element of an evaluation embeds the texts of one model, task and length on one GPU. With
-`--texts`, elements share the distinct texts of all tasks, and so do the workers of a mining.
+`--texts`, elements share the distinct texts of all tasks; workers of a mining always share texts.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class Work:
         name: of the task or step.
         model: the model that does it.
         texts: in words: `100 documents, 10 queries`.
+        origin: how the sizes are known.
         tokens: that the model reads.
         seconds: of one GPU; None for work that no GPU of this array does.
-        origin: how the sizes are known.
         length: tokens after which texts are cut; None where nothing is cut.
     """
 
     name: str
     model: str
     texts: str
-    tokens: float
-    seconds: float | None
     origin: str
+    tokens: float = 0.0
+    seconds: float | None = None
     length: int | None = None
 
 
@@ -73,9 +73,9 @@ class ArrayPlan:
     Attributes:
         title: of the table.
         work: one entry for each model, task and length, in the order of the array.
-        whole: an entry is one element, which one GPU computes; else GPUs share all work evenly.
-        shared: seconds where each distinct text is embedded once; None where this is no choice.
-        shared_is_bound: tasks may share further texts.
+        whole: an entry is one element, which one GPU computes; otherwise GPUs share all work.
+        shared: seconds where each distinct text is embedded once; None if that is no option.
+        shared_is_bound: `shared` is an upper bound, because tasks may share further texts.
     """
 
     title: str
@@ -90,7 +90,7 @@ class ArrayPlan:
         return sum(work.seconds or 0.0 for work in self.work)
 
     def elapsed(self, gpus: int) -> float:
-        """Return the seconds until all work is done, on so many GPUs at a time."""
+        """Return the seconds until all work is done, on this many GPUs at a time."""
         if not self.whole:
             return self.seconds / gpus
         # As Slurm starts an array: the next element on the first GPU that is free.
@@ -112,6 +112,7 @@ def _reading(
 ) -> Work:
     """Return the work of a model that reads texts with `added` tokens more, cut at its longest."""
     longest = limit or model.longest
+    # Work shows None for no limit; numpy's minimum needs a number.
     texts = texts.cut(longest or np.inf, added=added)
     return Work(
         name=name,
@@ -212,7 +213,10 @@ def _models_of(
 
 
 def _distinct(element: Element, elements: Sequence[Element], sizes: TaskSizes) -> Texts:
-    """Return the texts that no shorter length of the same task has embedded already."""
+    """Return the texts that no shorter length of the same task has embedded already.
+
+    A text that fits a shorter length has one vector for both, which is computed there.
+    """
     shorter = [
         other.max_length
         for other in elements
@@ -250,6 +254,7 @@ def plan_mining(
         work.append(_embedding("embed", model, sizes, retriever.max_length))
         work.append(_searched(model, sizes, by_index=retriever.index is not None))
     if config.teacher is not None:
+        # It scores what examples list, and the candidates of every query, if it has enough.
         pairs = listed + sizes.queries.texts * config.num_kept
         work.append(_taught(config.teacher, read, sizes, pairs))
     title = f"{config.output}: the steps of a mining on GPUs"
@@ -265,10 +270,7 @@ def _taught(
     """Return a teacher's work: all texts once, or each pair of a query and its candidate."""
     if teacher.path is None:
         words = f"at most {pairs:,.0f} pairs"
-        return Work(
-            name="score", model=str(teacher.model), texts=words, tokens=0.0, seconds=None,
-            origin="by the endpoint",
-        )  # fmt: skip
+        return Work(name="score", model=str(teacher.model), texts=words, origin="by the endpoint")
     model = read(teacher.path, name="teacher", key="teacher.path", precision=teacher.precision)
     if teacher.kind == "bi_encoder":
         return _embedding("embed", model, sizes, teacher.max_length)
@@ -278,7 +280,7 @@ def _taught(
 def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSizes, float]:
     """Return the texts to search, and the documents that examples list already."""
     if described is not None:
-        sizes, listed = described.sizes(), float(described.queries)
+        sizes, listed = described.sizes(), float(described.queries)  # a positive each
     else:
         if not (config.data / FILE_NAME).is_file():
             raise UserError(
@@ -296,6 +298,7 @@ def _shards(config: MineConfig, described: DescribedTask | None) -> tuple[TaskSi
         columns = ("positives", "negatives") if config.keep_negatives else ("positives",)
         ids = np.arange(len(examples))
         listed = float(sum(examples.lengths(column, ids).sum() for column in columns))
+    # Nothing of a corpus is read: its documents are assumed to be as long as the shards'.
     mean = sizes.documents.tokens / max(1.0, sizes.documents.texts)
     for corpus in config.corpora:
         files = _files_of(corpus)
@@ -318,10 +321,7 @@ def _files_of(corpus: CorpusConfig) -> list[str]:
 def _searched(model: PlannedModel, sizes: TaskSizes, *, by_index: bool) -> Work:
     if by_index:
         words = f"{sizes.queries.texts:,.0f} searches of an index"
-        return Work(
-            name="search", model=model.name, texts=words, tokens=0.0, seconds=None,
-            origin="by faiss, on CPUs",
-        )  # fmt: skip
+        return Work(name="search", model=model.name, texts=words, origin="by faiss, on CPUs")
     pairs = sizes.documents.texts * sizes.queries.texts
     flops = 2.0 * pairs * model.shape.hidden_size
     speed = model.machine.require_speed()
@@ -330,15 +330,13 @@ def _searched(model: PlannedModel, sizes: TaskSizes, *, by_index: bool) -> Work:
     else:
         seconds = speed.of(1).search.at(flops, sizes.queries.texts)
     words = f"{pairs:,.0f} scores of pairs"
-    return Work(
-        name="search", model=model.name, texts=words, tokens=0.0, seconds=seconds,
-        origin=sizes.origin,
-    )  # fmt: skip
+    return Work(name="search", model=model.name, texts=words, origin=sizes.origin, seconds=seconds)
 
 
 def _scored(model: PlannedModel, sizes: TaskSizes, pairs: float, limit: int | None) -> Work:
     """Return the work of a cross-encoder, which reads a query and a document together."""
     query = sizes.queries.tokens / max(1.0, sizes.queries.texts)
+    # Candidates are as long as documents in general, and each comes with a query of mean length.
     texts = sizes.documents.times(pairs / max(1.0, sizes.documents.texts))
     words = f"at most {pairs:,.0f} pairs"
     return _reading("score", model, texts, limit, words=words, origin=sizes.origin, added=query)
@@ -362,7 +360,7 @@ def plan_encoding(
 def describe_array(
     plan: ArrayPlan, machine: Machine, *, gpus: int, price: float | None = None
 ) -> str:
-    """Format the work by task, its total, and the time on so many GPUs.
+    """Format the work by task, its total, and the time on a number of GPUs.
 
     Args:
         plan: of the array.

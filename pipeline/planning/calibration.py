@@ -11,18 +11,19 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import UserError, several
 from pipeline.files import read_record, write_sealed
 from pipeline.planning.memory import GIB, USABLE, Target, gpu_named
+from pipeline.planning.shape import Dtype
 from pipeline.planning.speed import GPUS, Gpu
 
+# Of the files; raised when a constant is added or measured otherwise, so that old ones are refused.
 VERSION = 3
-# A folder that overrides the default one.
+# The environment variable that names another folder for the files.
 FOLDER_VARIABLE = "DIFFEMBED_CALIBRATIONS"
 _FIX = "measure again with `diffembed plan calibrate`"
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Of each of the three."""
+        """FLOPs of each of the three."""
         return 2.0 * self.tokens * self.inputs * self.outputs
 
 
@@ -53,7 +54,7 @@ class Attention:
 
     @property
     def flops(self) -> float:
-        """Of scores and weighted values."""
+        """FLOPs of scores and weighted values."""
         return 4.0 * self.length**2 * self.head_width
 
 
@@ -65,7 +66,7 @@ class Line:
     each: float
 
     def at(self, size: float, times: float = 1.0) -> float:
-        """Return the seconds of so many calls with a size in all."""
+        """Return the seconds of `times` calls whose sizes add up to `size`."""
         return times * self.fixed + size * self.each
 
 
@@ -83,8 +84,8 @@ class DtypeSpeed:
 
     Attributes:
         attention, dropped_attention: without and with dropout of its weights.
-        rest: of a layer without products and attention, by `Block.norm`; sizes are bytes that it
-            saves for its backward.
+        rest: of a layer without products and attention, by the norm: `rms` or `layer`; sizes are
+            bytes that it saves for its backward.
         outside: of a chunk outside of the layers; sizes are saved bytes.
         adapters: of one linear layer without products and dropout; sizes are numbers in and out.
         dropout: of one dropout; sizes are its numbers.
@@ -110,7 +111,7 @@ class EngineSpeed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Constants:
-    """Everything measured on so many ranks of one machine, all at work together.
+    """Everything that was measured while a number of ranks of one machine worked together.
 
     Attributes:
         ranks: of this machine.
@@ -135,7 +136,13 @@ class Constants:
     host: float
 
     def changed(self, compute: float, link: float) -> Constants:
-        """Return constants of so many times the speed in layers, and between ranks."""
+        """Return the constants of a machine with other speeds, in multiples of this one's.
+
+        Args:
+            compute: in layers.
+            link: between ranks.
+        """
+        # Seconds shrink as speeds grow.
         dtypes = {name: _times(speed, 1 / compute) for name, speed in self.dtypes.items()}
         engine = {
             stage: dataclasses.replace(
@@ -148,7 +155,7 @@ class Constants:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The speed of a machine, and where it is from.
+    """The speed of a machine, and the circumstances of its measurement.
 
     Attributes:
         device: torch's name of the GPU, or the processor's.
@@ -170,26 +177,26 @@ class Calibration:
     constants: list[Constants]
 
     def of(self, ranks: int) -> Constants:
-        """Return the constants of most ranks up to `ranks` of one machine."""
+        """Return the constants of the most ranks up to `ranks`, or of the fewest measured."""
         fitting = [found for found in self.constants if found.ranks <= ranks]
         return fitting[-1] if fitting else self.constants[0]
 
     def changed(self, *, compute: float, link: float) -> Calibration:
-        """Return a machine of so many times the speed in layers, and between ranks."""
+        """Return a machine with other speeds, in multiples of this one's; see `Constants`."""
         return dataclasses.replace(
             self, constants=[each.changed(compute, link) for each in self.constants]
         )
 
     @property
     def label(self) -> str:
-        """The line by which a plan says what it is based on."""
+        """The line in which a plan names its measurement."""
         counts = " and ".join(str(constants.ranks) for constants in self.constants)
         noun = "rank" if counts == "1" else "ranks"
         return f"measured on {self.device} with {counts} {noun}, {self.date}"
 
 
 def _times(measured: Any, factor: float) -> Any:
-    """Return the same with all seconds multiplied; whole numbers are sizes."""
+    """Return the same tree with all seconds (floats) multiplied; integers are sizes."""
     if isinstance(measured, float):
         return measured * factor
     if isinstance(measured, list):
@@ -235,7 +242,7 @@ def find(gpu: str | None, device: str | None, path: Path | None) -> tuple[Calibr
 
     Args:
         gpu: the name of a planned GPU; None for this machine.
-        device: the name of this machine's device; None if only `path` names a machine.
+        device: the name of this machine's device, read where `gpu` is None.
         path: a chosen file; None for the default one of `gpu` or `device`.
 
     Raises:
@@ -246,14 +253,10 @@ def find(gpu: str | None, device: str | None, path: Path | None) -> tuple[Calibr
         if path is None:
             return None, ""
     found = load(path)
-    wanted = gpu or device
     same = found.device == device if gpu is None else gpu_named(found.device) == gpu.lower()
-    if wanted is not None and not same:
-        return None, f"{path}: measured on {found.device}, not on {wanted}; not used"
-    installed = _torch_version()
-    if installed is not None and installed.split("+")[0] != found.torch.split("+")[0]:
-        return found, f"{path}: measured with torch {found.torch}, not {installed}; {_FIX}"
-    return found, ""
+    if not same:
+        return None, f"{path}: measured on {found.device}, not on {gpu or device}; not used"
+    return found, _age_warning(found, path)
 
 
 def _default(gpu: str | None, device: str | None) -> Path | None:
@@ -265,11 +268,16 @@ def _default(gpu: str | None, device: str | None) -> Path | None:
     return next((path for path in files if gpu_named(path.stem) == gpu.lower()), None)
 
 
-def _torch_version() -> str | None:
+def _age_warning(found: Calibration, path: Path) -> str:
+    """Warn of constants of another torch; empty for the same one, and where none is installed."""
     try:
-        return metadata.version("torch")
+        installed = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        return None
+        return ""
+    # Not by what follows the plus, such as `+cpu`: it names a build.
+    if installed.split("+")[0] == found.torch.split("+")[0]:
+        return ""
+    return f"{path}: measured with torch {found.torch}, not {installed}; {_FIX}"
 
 
 def describe(calibration: Calibration) -> str:
@@ -286,18 +294,21 @@ def describe(calibration: Calibration) -> str:
                 f"{several(constants.ranks, 'rank')}, {name}: {best:.3g} FLOP/s in linear layers, "
                 f"{rows:.3g} in attention, {speed.rest['rms'].forward.fixed * 1e6:.0f} us a layer"
             )
-        whole = constants.engine["3"]
+        engine = constants.engine["3"]
+        # Numbers in fp32, of 4 bytes. Where noise hid the slope, `each` is 0.
         lines.append(
             f"{several(constants.ranks, 'rank')}: ZeRO-3 gathers "
-            f"{4e-9 / max(whole.gather.each, 1e-15):.3g} GB/s, reduces "
-            f"{4e-9 / max(whole.reduce.each, 1e-15):.3g}, updates "
-            f"{1 / max(whole.update.each, 1e-15):.3g} weights/s; host {constants.host / 1e9:.3g} "
+            f"{4e-9 / max(engine.gather.each, 1e-15):.3g} GB/s, reduces "
+            f"{4e-9 / max(engine.reduce.each, 1e-15):.3g}, updates "
+            f"{1 / max(engine.update.each, 1e-15):.3g} weights/s; host {constants.host / 1e9:.3g} "
             f"GB/s; agreement {constants.agreement * 1e6:.0f} us"
         )
     return "\n".join(lines)
 
 
-DEFAULT_GPU = "h100"
+# --- machines --------------------------------------------------------------------------------
+
+_DEFAULT_GPU = "h100"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,7 +328,7 @@ class Machine:
     warning: str = ""
 
     def origin(self, network: float | None = None) -> str:
-        """Return the words by which a plan says what its seconds are from."""
+        """Return the words in which a plan names the source of its seconds."""
         if isinstance(self.speed, Calibration):
             return self.speed.label
         link = "" if network is None else f", {network:g} Gb/s a host"
@@ -327,7 +338,7 @@ class Machine:
         """Return the speed.
 
         Raises:
-            UserError: it is not known, as of a size in GiB.
+            UserError: it is not known, as for a size in GiB.
         """
         if self.speed is None:
             raise UserError(f"--gpu {self.name}: its speed is not known", allowed=", ".join(GPUS))
@@ -347,14 +358,13 @@ def choose_machine(gpu: str | None, calibration: Path | None, *, ranks_per_host:
     """
     if gpu is None and calibration is not None:
         found = load(calibration)
-        _, warning = find(None, found.device, calibration)
         return Machine(
             target=_memory_of(found, ranks_per_host),
             name=found.device,
             speed=found,
-            warning=warning,
+            warning=_age_warning(found, calibration),
         )
-    name = gpu or DEFAULT_GPU
+    name = gpu or _DEFAULT_GPU
     target = Target.gpu(name, ranks_per_host=ranks_per_host)
     sheet = GPUS.get(name.lower())
     if sheet is None and calibration is None:  # a size in GiB
@@ -379,6 +389,7 @@ def this_machine(target: Target, device: str) -> Machine:
 
 
 def _memory_of(calibration: Calibration, ranks_per_host: int) -> Target:
+    # Each rank has a GPU of its own; ranks on a CPU share the machine's memory.
     size = calibration.memory if calibration.on_gpu else calibration.memory / ranks_per_host
     return Target(
         available=USABLE * size,

@@ -3,8 +3,8 @@
 RunPlan --describe, describe_time--> lines of `--dry-run` and `diffembed plan run`
 TrainConfig --scale--> a row per number of GPUs --describe_scale, plot_scale--> `plan scale`
 
-`plan scale` keeps the global batch, so that every row trains the same model: the time is strong
-scaling. The range of a row shows how much the projection depends on what is unknown before a run.
+`plan scale` keeps the global batch, so that every row trains the same model (strong scaling). The
+range of a row shows how much the projection depends on what is unknown before a run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.planning import (
     plan_run,
     possible_schedules,
     seconds_of,
+    step_time,
     step_work,
 )
 from pipeline.planning.calibration import Calibration, Machine
@@ -33,6 +34,7 @@ from pipeline.planning.memory import (
     PARTS,
     Schedule,
     Term,
+    allowed_schedules,
     host_memory,
     loading_peak,
     memory_terms,
@@ -82,13 +84,14 @@ def _reason(plan: RunPlan, config: TrainConfig) -> str:
         return ""
     if not plan.considered:
         return " (auto)"
+    # Sorted by time, so that the first is the chosen one.
     (_, own), *others = plan.considered
     slower = "".join(f"; {schedule} {seconds:.3g} s" for schedule, seconds in others[:1])
     return f" (auto: {own:.3g} s a step, the least of what fits{slower})"
 
 
 def describe_time(plan: RunPlan, config: TrainConfig, machine: Machine, *, network: float) -> str:
-    """Format the seconds of a step by part, and what the run takes.
+    """Format the seconds of a step by part, and the time of the run.
 
     Args:
         plan: of the run.
@@ -132,7 +135,7 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     if (other := runner_up(plan, config)) is not None:
         fits = "fits too" if needed(shape, workload, other) <= available else "does not fit"
         columns.append((f"{other}, {fits}", memory_terms(shape, workload, other)))
-    # Terms of both schedules, by part; a schedule's own come first.
+    # A row for each term of either schedule, by part; the sort keeps the chosen one's order.
     names = dict.fromkeys((term.part, term.name) for _, terms in columns for term in terms)
     rows = [["memory of a rank", *(title for title, _ in columns), "from"]]
     for part, name in sorted(names, key=lambda key: PARTS.index(key[0])):
@@ -143,15 +146,17 @@ def memory_table(plan: RunPlan, config: TrainConfig) -> str:
     rows.append(["peak", *(f"{format_bytes(size)} ({moment})" for moment, size in moments), ""])
     rows.append(["may use", *(format_bytes(available) for _ in columns), plan.target.name])
     loading = format_bytes(loading_peak(shape, workload))
+    # No schedule changes how weights are read.
     rows.append(["while loading", *(loading for _ in columns), "weights, before the first step"])
     hosts = [
         host_memory(shape, workload, schedule)
         for schedule in (plan.schedule, *([other] if other else []))
     ]
-    ranks = min(workload.ranks_per_host, workload.world_size)
     for name in dict.fromkeys(name for sizes in hosts for name in sizes):
         cells = [format_bytes(sizes.get(name, 0.0)) for sizes in hosts]
-        rows.append([f"host: {name}", *cells, f"{several(ranks, 'rank')} on a host"])
+        rows.append(
+            [f"host: {name}", *cells, f"{several(workload.ranks_on_host, 'rank')} on a host"]
+        )
     return format_columns(rows) + "\n(in parentheses: not in memory at the peak)"
 
 
@@ -159,17 +164,12 @@ def runner_up(plan: RunPlan, config: TrainConfig) -> Schedule | None:
     """Return the next fastest schedule, or the next by FLOPs where no speed is known."""
     if len(plan.considered) > 1:
         return plan.considered[1][0]
-    possible = [
-        s
-        for s in possible_schedules(config)
-        if s != "sweep" or not plan.workload.gradient_checkpointing or s == plan.schedule
-    ]
-    if plan.schedule not in possible:
-        return None
+    possible = allowed_schedules(plan.workload, possible_schedules(config))
     index = possible.index(plan.schedule)
+    # The one with fewer FLOPs, which shows why it was not chosen; the first has only a next one.
     if index > 0:
         return possible[index - 1]
-    return possible[index + 1] if len(possible) > 1 else None
+    return possible[1] if len(possible) > 1 else None
 
 
 def _find(terms: tuple[Term, ...], part: str, name: str) -> tuple[Term | None, str]:
@@ -209,7 +209,7 @@ def describe_loss(*, num_queries: int, num_documents: int, width: int, world_siz
         world_size=world_size,
         score_bytes=DEFAULT_SCORE_BYTES["cuda"],
     )
-    naive = 4.0 * num_queries * num_documents
+    naive = 4.0 * num_queries * num_documents  # fp32
     lines = [
         (
             "loss",
@@ -250,32 +250,38 @@ def format_bytes(size: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Format a time in seconds, minutes or hours: `45 s`, `12.3 min`, `3.4 h`."""
-    return _time(seconds, "")
+    value, symbol, _ = _in_unit(seconds)
+    return f"{value} {symbol}"
 
 
 def gpu_time(seconds: float) -> str:
     """Format the time of all GPUs together: `45 GPU-seconds`, `3.4 GPU-hours`."""
-    return _time(seconds, "GPU-")
+    value, _, name = _in_unit(seconds)
+    return f"{value} GPU-{name}"
 
 
 def format_price(seconds: float, price: float) -> str:
-    """Format what GPUs cost for a time; `price` is of one for an hour."""
+    """Format the cost of GPU time; `price` is that of one GPU for one hour."""
     cost = seconds / 3600 * price
     return f"{cost:,.0f}" if cost >= 100 else f"{cost:.2f}"
 
 
-def _time(seconds: float, head: str) -> str:
-    names = ("seconds", "minutes", "hours") if head else ("s", "min", "h")
-    for size, name in zip((3600, 60), names[:0:-1], strict=True):
-        if seconds >= size:
-            # Whole numbers above 1,000, where three digits would become 1.2e+03.
-            value = seconds / size
-            return f"{value:,.0f} {head}{name}" if value >= 1000 else f"{value:.3g} {head}{name}"
-    return f"{seconds:.3g} {head}{names[0]}"
+_UNITS = ((3600, "h", "hours"), (60, "min", "minutes"), (1, "s", "seconds"))
 
+
+def _in_unit(seconds: float) -> tuple[str, str, str]:
+    """Return a number of the largest unit that fits, and the unit's symbol and name."""
+    size, symbol, name = next((unit for unit in _UNITS if seconds >= unit[0]), _UNITS[-1])
+    value = seconds / size
+    # Whole numbers above 1,000, where three digits would become 1.2e+03.
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", symbol, name
+
+
+# --- runs on more nodes ----------------------------------------------------------------------
 
 _MAX_GPUS = 1024
-# Shares of the speed of layers, and of the links, that bound the range.
+# Multiples of the speed of layers (0.4 to 0.6 of a GPU's peak), and of the links' bandwidth, at the
+# ends of the range.
 _SHARES = (0.8, 1.2)
 _LINKS = (0.5, 2.0)
 
@@ -334,7 +340,7 @@ def scale(
             rows.append(Row(gpus=gpus, plan=None, problem=str(error)))
             continue
         fewest, most = _range(plan, config, speed, network)
-        seconds = _total(plan, config, speed, network)
+        seconds = step_time(plan, config, speed, network=network)
         rows.append(Row(gpus=gpus, plan=plan, seconds=seconds, fewest=fewest, most=most))
     if not any(row.plan for row in rows):
         raise UserError(rows[-1].problem)
@@ -348,15 +354,11 @@ def _sizes(gpus_per_node: int) -> Iterator[int]:
         gpus *= 2
 
 
-def _total(plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, network: float) -> float:
-    return sum(part.seconds for part in seconds_of(plan, config, speed, network=network))
-
-
 def _range(
     plan: RunPlan, config: TrainConfig, speed: Gpu | Calibration, network: float
 ) -> tuple[float, float]:
     slow, fast = (
-        _total(plan, config, speed.changed(compute=share, link=link), network * link)
+        step_time(plan, config, speed.changed(compute=share, link=link), network=network * link)
         for share, link in zip(_SHARES, _LINKS, strict=True)
     )
     return fast, slow
@@ -394,7 +396,7 @@ def describe_scale(
 
 
 def _efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Return the GPU-seconds of a step on the fewest GPUs that can run it, over this row's."""
+    """Return GPU-seconds of a step on the fewest GPUs that can run it / GPU-seconds of this row."""
     first = next(other for other in rows if other.plan)
     return first.seconds * first.gpus / (row.seconds * row.gpus)
 
@@ -405,6 +407,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     Raises:
         UserError: matplotlib knows no such format, or the file cannot be written.
     """
+    # Not pyplot, which would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -416,6 +419,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     gpus = [row.gpus for row, _ in planned]
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / s")
     axes.set_xticks(gpus, [f"{count:,}" for count in gpus], minor=False)
+    # A log axis of less than a decade would label its minor ticks too, between the numbers of GPUs.
     axes.minorticks_off()
     slow, fast = ([n / getattr(row, end) for row, n in planned] for end in ("most", "fewest"))
     axes.fill_between(gpus, slow, fast, alpha=0.25, label="range")

@@ -40,7 +40,9 @@ class Lengths:
     limit: int
 
     def draw(self, count: int) -> IntArray:
-        """(count,) lengths, the same at every call."""
+        """Draw (count,) lengths, the same at every call."""
+        # Moments of the log-normal: its logarithm has variance s = log(1 + (deviation / mean)^2),
+        # and mean log(mean) - s / 2.
         variance = np.log1p((self.deviation / self.mean) ** 2)
         drawn = np.random.default_rng(0).lognormal(
             np.log(self.mean) - variance / 2, np.sqrt(variance), count
@@ -92,26 +94,29 @@ def described(config: TrainConfig, description: Description) -> Iterator[TrainCo
 def write_shards(folder: Path, shape: Shape, *, tokenizer: str = "") -> Path:
     """Write a dataset folder whose examples have one positive and a list of negatives.
 
-    The examples of another group point to the same documents again: a batch of one group never
-    holds one twice, and the store stays small.
+    Groups share their documents: a batch of one group never holds one twice, and the files stay
+    small.
 
     Args:
+        folder: to write, which must not exist.
+        shape: sizes and groups.
         tokenizer: fingerprint of the tokenizer that the shards claim to be made with.
     """
     folder.mkdir(parents=True)
     counts = [count for _, _, count in shape.groups]
     num_examples, per_example = sum(counts), 1 + shape.num_negatives
-    num_documents = max(counts) * per_example
+    num_documents = max(counts) * per_example  # the largest group uses all of them
     queries, documents = shape.query.draw(num_examples), shape.document.draw(num_documents)
+    # Documents of example e of a group: its positive e * per_example, then its negatives.
     first = np.concatenate([np.arange(count) for count in counts]) * per_example
-    negatives = first[:, None] + np.arange(1, per_example)
+    negatives = first[:, None] + np.arange(1, per_example)  # (examples, negatives)
     columns = {
         "query": _tokens(queries),
         "positives": Ragged.from_lengths(np.ones(num_examples, np.int64), first),
         "negatives": Ragged.from_lengths(
             np.full(num_examples, shape.num_negatives), negatives.reshape(-1)
         ),
-        "concept": np.full(num_examples, -1),
+        "concept": np.full(num_examples, -1),  # none
         "query_key": np.arange(num_examples),
     }
     ends = np.cumsum(counts).tolist()
@@ -160,13 +165,14 @@ def _sources(shape: Shape) -> tuple[SourceInfo, ...]:
 
 
 def _tokens(lengths: IntArray) -> Ragged:
+    # Any token will do: a plan reads lengths only.
     return Ragged.from_lengths(lengths, np.zeros(int(lengths.sum()), dtype=np.int32))
 
 
 def _write(
     folder: Path, name: str, schema: pa.Schema, rows: int, columns: dict[str, Any]
 ) -> ShardInfo:
-    """An Arrow file with the given columns; the others of the schema are zeros and empty lists."""
+    """Write an Arrow file with these columns; others of the schema are zeros and empty lists."""
     arrays = [_column(field, columns.get(field.name), rows) for field in schema]
     write_table(folder / name, pa.table(arrays, schema=schema))
     path = folder / name
@@ -175,6 +181,7 @@ def _write(
 
 def _column(field: pa.Field, values: Any, rows: int) -> pa.Array:
     if pa.types.is_fixed_size_binary(field.type):
+        # The 16 bytes of a text's hash, from two integers: different for every row.
         raw = np.arange(2 * rows, dtype=np.int64).tobytes()
         return pa.FixedSizeBinaryArray.from_buffers(field.type, rows, [None, pa.py_buffer(raw)])
     if not pa.types.is_large_list(field.type):

@@ -1,6 +1,6 @@
 """Predict the seconds of a step from a calibration, without torch.
 
-A step is the sum of its pieces, each from the constants of as many ranks as it runs on:
+A step is the sum of its pieces, each from the constants measured with as many ranks on a host:
 
     products    2 tokens inputs outputs / FLOP/s of that shape: forward, and both gradients
     attention   row by row: FLOP/s at its length and head width
@@ -10,6 +10,7 @@ A step is the sum of its pieces, each from the constants of as many ranks as it 
     ranks       gather, reduction and update by DeepSpeed: a time a tensor, and a time a number
 
 FLOP/s between measured shapes are interpolated in logarithms; outside of them the nearest counts.
+Speeds and not seconds, which outside of the grid must grow with the work.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ from pipeline.planning.calibration import (
     Both,
     Calibration,
     Constants,
-    Dtype,
     DtypeSpeed,
     EngineSpeed,
     Line,
     Product,
 )
 from pipeline.planning.memory import Schedule
-from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside
+from pipeline.planning.shape import (
+    NUMBER_BYTES,
+    Dtype,
+    ModelShape,
+    saved_by_layer,
+    saved_outside,
+)
 from pipeline.planning.speed import (
     LINK_USE,
     Seconds,
@@ -45,23 +51,24 @@ from pipeline.planning.speed import (
     offload_seconds,
 )
 
-# Collective calls in which the ranks agree during a step.
+# Collective calls in which the ranks agree: after either pass, and at the end of a step. Of a sweep
+# only the last is counted.
 _AGREEMENTS = {"plain": 3, "cache": 3, "sweep": 1}
 
 
 def measured_seconds(
     shape: ModelShape, work: StepWork, schedule: Schedule, machine: Calibration
 ) -> tuple[Seconds, ...]:
-    """Predict the parts of one step that follow one another.
+    """Predict the consecutive parts of one step.
 
     Raises:
         UserError: several ranks share a machine, but one alone was measured; or another type of
             numbers.
     """
-    workload = work.workload
-    on_host = min(workload.ranks_per_host, workload.world_size)
+    workload, on_host = work.workload, work.workload.ranks_on_host
     constants = machine.of(on_host)
-    _speed_of(machine, constants, workload.dtype)
+    _speed_of(machine, constants, workload.dtype)  # refuses a type that was not measured
+    # One rank alone shares no memory bandwidth and exchanges nothing: its constants say too little.
     if on_host > 1 and constants.ranks == 1:
         raise UserError(
             f"calibration of 1 rank on {machine.device}, but {on_host} share a machine",
@@ -69,6 +76,7 @@ def measured_seconds(
         )
     compute = _compute(shape, work, schedule, constants, overlaps=machine.on_gpu)
     parts = [Seconds("compute", compute, "products, attention and the rest of all layers")]
+    # On a CPU the same cores compute and exchange, so that nothing is hidden.
     parts += _exchanges(shape, work, schedule, constants, compute if machine.on_gpu else 0.0)
     if machine.on_gpu:
         host = offload_seconds(shape, work, schedule, compute, constants.host)
@@ -77,6 +85,7 @@ def measured_seconds(
         seconds = constants.loss.at(work.loss.matmul_flops)
         seconds += _between_hosts(work.loss.received_bytes, work)
         parts.append(Seconds("loss", seconds, "a call, and its products"))
+    # An optimizer on the host of a GPU is in `offload_seconds`; a CPU's is on the host anyway.
     if not (workload.offload_optimizer and machine.on_gpu):
         update = _engine(constants, workload.stage).update
         share = shape.trainable / workload.world_size
@@ -104,11 +113,13 @@ def _compute(
         outside = [speed.outside.forward.at(size), speed.outside.backward.at(size)]
         total += forwards * (shape.num_layers * forward + outside[0])
         total += shape.num_layers * backward + outside[1]
-    # A sum in the type of the gradients, or in fp32 from gradients in 16 bits.
+    # Read the sum, read the gradient, write the sum: all in fp32, or from a gradient in 16 bits.
     bytes_of_sum = 3 * 4 if width == 4 else 4 + 2 + 4
     num_chunks = len(work.chunks)
+    # The first chunk's gradient becomes the sum.
     total += (num_chunks - 1) * shape.trainable * bytes_of_sum * constants.add
     if shape.outer_trained:
+        # Every backward makes a gradient of the whole table, for however few tokens.
         architecture = shape.architecture
         table = architecture.vocab_size * architecture.hidden_size * width
         total += num_chunks * table * constants.table
@@ -123,8 +134,7 @@ def forward_seconds(
     Raises:
         UserError: the calibration lacks this type of numbers.
     """
-    speed = _speed_of(machine, machine.of(1), dtype)
-    width = 4 if dtype == "float32" else 2
+    speed, width = _speed_of(machine, machine.of(1), dtype), NUMBER_BYTES[dtype]
     # Nothing is dropped outside of training.
     architecture = dataclasses.replace(shape.architecture, masks=0, attention_dropout=False)
     adapters = shape.adapters and dataclasses.replace(shape.adapters, dropout=0.0)
@@ -157,6 +167,7 @@ def _layer(
     dropped = shape.architecture.attention_dropout
     measured = speed.dropped_attention if dropped else speed.attention
     rows = attention_seconds(measured, lengths, shape.architecture.head_width)
+    # Measured without a mask: a causal one leaves out half of the scores.
     heads = shape.architecture.num_heads * (0.5 if causal else 1.0)
     growing = [known[0] + heads * rows[0], known[1] + heads * rows[1]]
     fixed = [0.0, 0.0]
@@ -165,7 +176,7 @@ def _layer(
             fixed[index] += times * line.fixed
             growing[index] += size * line.each
     if overlaps:
-        # The host starts kernels while earlier ones run: the slower of the two counts.
+        # The host starts kernels while earlier ones run: the slower of the two decides.
         return max(fixed[0], growing[0]), max(fixed[1], growing[1])
     return fixed[0] + growing[0], fixed[1] + growing[1]
 
@@ -176,6 +187,7 @@ def _rest(
     """Return what a layer does besides products and attention: speed, size, number of calls."""
     tokens, block = float(lengths.sum()), shape.architecture.block
     norm = "layer" if block is not None and block.norm == "layer" else "rms"
+    # `rest` was measured by the bytes that a layer without adapters saves.
     own = dataclasses.replace(shape, adapters=None)
     rest = [(speed.rest[norm], saved_by_layer(own, width) * tokens, 1)]
     if masks := shape.architecture.masks:
@@ -198,11 +210,12 @@ def layer_products(
     adapters = shape.adapters
     sizes = [(each.inputs, each.outputs, adapters is None) for each in shape.architecture.linears]
     if adapters is not None:
-        for each in adapters.linears:
+        for each in adapters.linears:  # A, then B
             sizes += [(each.inputs, adapters.rank, True), (adapters.rank, each.outputs, True)]
     for inputs, outputs, trained in sizes:
         seconds = _product(products, (tokens, inputs, outputs))
         forward += seconds[0]
+        # The gradient by the input always, by the weight only where it is trained.
         backward += seconds[1] + trained * seconds[2]
     return forward, backward
 
@@ -238,13 +251,17 @@ def attention_seconds(
 
 
 def interpolate(table: Mapping[tuple[int, ...], float], at: tuple[int, ...]) -> float:
-    """Interpolate between the points of a full grid, in logarithms of axes and values."""
+    """Interpolate between the points of a full grid, in logarithms of axes and values.
+
+    Multilinear: of the 2^n corners around `at`, each counts by its closeness.
+    """
     around = []
     for axis, value in enumerate(at):
         points = sorted({key[axis] for key in table})
         value = min(max(value, points[0]), points[-1])
         low = max(point for point in points if point <= value)
         high = min(point for point in points if point >= value)
+        # On a point of the grid both corners are that point, and the second has no weight.
         share = math.log(value / low) / math.log(high / low) if high > low else 0.0
         around.append(((low, 1 - share), (high, share)))
     total = 0.0
@@ -258,7 +275,7 @@ def interpolate(table: Mapping[tuple[int, ...], float], at: tuple[int, ...]) -> 
 def _exchanges(
     shape: ModelShape, work: StepWork, schedule: Schedule, constants: Constants, compute: float
 ) -> list[Seconds]:
-    """Return gather and reduction; `compute` are the seconds that may hide them."""
+    """Return the parts gather and reduction; `compute` is the time that may hide them."""
     workload, sweep = work.workload, schedule == "sweep"
     engine, layers, parts = _engine(constants, workload.stage), shape.num_layers, []
     if workload.stage == 3:
@@ -276,6 +293,7 @@ def _exchanges(
     source = "after the last backward"
     if sweep:
         inside = reduced * (1 - shape.outer_trained / shape.trainable)
+        # Only the backward sweep has reductions to hide: at least half of the compute.
         reduced = reduced - inside + exposed(inside, compute / 2, layers)
         source = "one layer while the next computes"
     parts.append(Seconds("reduce", reduced, source))
@@ -286,19 +304,19 @@ def _over_ranks(
     line: Line, numbers: float, tensors: int, work: StepWork, constants: Constants
 ) -> float:
     """Return the seconds to gather or reduce, on one machine or between several."""
-    workload = work.workload
-    on_host = min(workload.ranks_per_host, workload.world_size)
+    workload, on_host = work.workload, work.workload.ranks_on_host
+    # Rings: a rank receives all but its own share.
     received = (on_host - 1) / on_host
     measured = (constants.ranks - 1) / constants.ranks
-    # Rings: a rank receives all but its own share.
     scale = received / measured if measured else 1.0
+    # `each` is of a number in fp32, in which the engine is measured.
     inside = line.at(numbers * workload.width / 4 * scale, tensors)
+    # A ring over hosts runs at the pace of its slowest link.
     return max(inside, _between_hosts(numbers * workload.width, work))
 
 
 def _between_hosts(size: float, work: StepWork) -> float:
-    workload = work.workload
-    hosts = -(-workload.world_size // min(workload.ranks_per_host, workload.world_size))
+    hosts = work.workload.num_hosts
     return size * (hosts - 1) / hosts / work.network / LINK_USE
 
 
@@ -310,6 +328,7 @@ def num_tensors(shape: ModelShape, *, trained: bool) -> int:
         return of_adapters
     block = architecture.block
     linears = sum(1 + linear.bias for linear in architecture.linears)
+    # Weights and biases of norms, also by head; then tables, and norms outside of the layers.
     norms = block.num_norms * block.norm_biases + 2 * (block.head_norms != "none") if block else 2
     outer = 1 + len(block.tables) + block.outer_norms * block.norm_biases if block else 2
     return of_adapters + shape.num_layers * (linears + norms) + outer

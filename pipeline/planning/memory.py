@@ -2,7 +2,7 @@
 
 ModelShape, RankWorkload --memory_terms--> one `Term` for each purpose, with its source
                          --peak--> the moment of a step that needs most
-                         --choose_schedule, graphs_that_fit--> the meaning of `auto`
+                         --choose_schedule, graphs_that_fit--> what `auto` means
 
 A term is in memory during some moments of a step; the peak is the largest sum of one moment:
 
@@ -17,10 +17,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.errors import UserError
-from pipeline.planning.shape import ModelShape, saved_by_layer, saved_outside, spared_by_first_layer
+from pipeline.planning.shape import (
+    NUMBER_BYTES,
+    Dtype,
+    ModelShape,
+    saved_by_layer,
+    saved_outside,
+    spared_by_first_layer,
+)
 
 Schedule = Literal["plain", "cache", "sweep"]
 # From the fewest FLOPs and the most memory to the reverse.
@@ -36,9 +43,9 @@ Part = Literal[
     "buckets",
     "context",
 ]
-PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
+PARTS: tuple[Part, ...] = get_args(Part)
 Moment = Literal["passes", "loss", "reduce", "update"]
-MOMENTS: tuple[Moment, ...] = ("passes", "loss", "reduce", "update")
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
 GIB = 2**30
 # Memory as torch reports it (total_memory), rounded down, in GiB.
 GPU_GIB = {
@@ -49,16 +56,7 @@ GPU_GIB = {
     "l40s": 44.4,
     "b200": 178.3,
 }
-# The same GPUs in the names that Slurm sites give them, such as nvidia_a100-sxm4-80gb.
-_GPU_WORDS = {
-    "h100": ("h100",),
-    "h200": ("h200",),
-    "b200": ("b200",),
-    "l40s": ("l40s",),
-    "a100-80": ("a100", "80"),
-    "a100-40": ("a100", "40"),
-}
-# The rest is lost between blocks of torch's allocator, as `comm.least_memory` assumes.
+# The rest is lost between blocks of torch's allocator; `comm.least_memory` assumes the same.
 USABLE = 0.9
 # Driver, kernels and cuBLAS's workspace: 0.5 to 1.3 GiB by driver and GPU.
 CUDA_CONTEXT = 1.0 * GIB
@@ -69,15 +67,15 @@ HOST_PROCESS = 3.0 * GIB
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
-# Bytes that one rank sends in a gather of several small parameters (`training/collectives.py`).
+# Bytes that one rank sends in a gather of several small parameters: as in
+# `training/collectives.py`, which needs torch.
 GATHER_SHARE = 2 * 2**20
 
 
 def gpu_named(text: str) -> str | None:
     """Return the key of `GPU_GIB` for a site's name of a GPU; None for an unknown one."""
-    found = [
-        name for name, words in _GPU_WORDS.items() if all(word in text.lower() for word in words)
-    ]
+    # Of `a100-80` both words, so that nvidia_a100-sxm4-80gb has a size and a100 alone has none.
+    found = [name for name in GPU_GIB if all(word in text.lower() for word in name.split("-"))]
     return found[0] if len(found) == 1 else None
 
 
@@ -102,7 +100,7 @@ class Target:
         """Plan for a GPU, by its name or its memory in GiB.
 
         Raises:
-            UserError: neither; `key` names the option.
+            UserError: the text is neither; `key` names the option.
         """
         known = GPU_GIB.get(name.lower())
         try:
@@ -135,12 +133,12 @@ class RankWorkload:
         overlap_comm: stages 1 and 2 fill a second bucket while the first is sent.
         share_bytes: of a number in the reduced gradients (`data_types.grad_accum_dtype`).
         on_gpu: False plans for a CPU, which has no CUDA context and maps memory when it is used.
-        ranks_per_host: for host memory.
+        ranks_per_host: at most; they share its memory and its network.
     """
 
     world_size: int
     stage: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
     rank_tokens: int
     chunk_tokens: int
     gradient_checkpointing: bool
@@ -159,7 +157,17 @@ class RankWorkload:
     @property
     def width(self) -> int:
         """Bytes of a number in the model's type."""
-        return 4 if self.dtype == "float32" else 2
+        return NUMBER_BYTES[self.dtype]
+
+    @property
+    def ranks_on_host(self) -> int:
+        """Ranks that run on one host: fewer than fit where there are no more."""
+        return min(self.ranks_per_host, self.world_size)
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts that the ranks run on."""
+        return -(-self.world_size // self.ranks_on_host)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,6 +218,7 @@ def _weights(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> I
         "weights", "partition", whole / ranks, "P w / N (Rajbhandari et al., arXiv 1910.02054)"
     )
     if workload.hpz > 1:
+        # DeepSpeed takes the world size where that is smaller.
         shared = min(workload.hpz, ranks)
         yield Term(
             "weights",
@@ -224,15 +233,20 @@ def _weights(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> I
         layers = min(2, shape.num_layers) * shape.layer_parameters
         held = float((shape.outer_parameters + layers) * workload.width)
         source = "w (weights outside of layers + two layers: one computes, the next arrives)"
+    # The gradients are reduced before the context that holds the weights ends.
     held_during: tuple[Moment, ...] = ("passes", "loss", "reduce")
     yield Term("gathered", "weights", held, source, held_during)
+    # Large weights are gathered in place; a buffer of at most this size serves the small ones.
     size = min(held, float(ranks * GATHER_SHARE))
     yield Term("gathered", "gather buffer", size, "N x 2 MiB, copied out of", ("passes",))
 
 
 def _gradients(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> Iterator[Term]:
+    # The same for an fp32 model, whose sums are autograd's own `.grad`.
     summed, source = float(shape.trainable), "4 T: fp32 sums over chunks, whole on every rank"
     if schedule == "sweep":
+        # A layer is reduced as soon as its backward is complete; the token table, which may also
+        # be the head, at the end.
         layers = min(2, shape.num_layers) * shape.layer_trained
         summed = float(shape.outer_trained + layers)
         source = "4 (trained outside of layers + two layers: one sums, one is reduced)"
@@ -248,6 +262,7 @@ def _gradients(shape: ModelShape, workload: RankWorkload, schedule: Schedule) ->
     # Its shares go to the host as they are reduced.
     if workload.stage == 3 and workload.offload_optimizer:
         return
+    # Stage 3 allocates all shares at the start; a sweep reduces them during its passes.
     moments = MOMENTS if workload.stage == 3 or schedule == "sweep" else ("reduce", "update")
     yield Term("gradients", "reduced partition", share, "w T / N", moments)
 
@@ -257,7 +272,8 @@ def _optimizer(shape: ModelShape, workload: RankWorkload) -> Iterator[Term]:
         return
     share = shape.trainable / workload.world_size
     yield Term("optimizer", "fp32 weights and moments", 12 * share, "12 T / N (arXiv 1910.02054)")
-    # AdamW is fused, and has no temporaries.
+    # AdamW is fused, and has no temporaries: only the gradient is converted to fp32, at stage 3 one
+    # sub-group after another.
     group = min(share, workload.sub_group) if workload.stage == 3 else share
     yield Term("optimizer", "fp32 gradient", 4 * group, "4 min(T / N, sub_group_size)", ("update",))
 
@@ -271,6 +287,7 @@ def _activations(
     token -= spared_by_first_layer(shape, width)
     source = "layers x bytes saved by a layer (planning/shape.py)"
     if workload.gradient_checkpointing:
+        # The backward computes one layer at a time again, and only then has what that layer saves.
         token = saved_outside(shape, width) + layer + shape.num_layers * h * width
         source = "one layer, and w h for the input of each layer"
     if schedule == "plain":
@@ -280,6 +297,7 @@ def _activations(
     else:
         name, size = "one layer, one chunk", layer * chunk
         source = "bytes saved by a layer (planning/shape.py)"
+    # `cache` has no graph between its passes, `plain` all of them.
     during: tuple[Moment, ...] = ("passes", "loss") if schedule == "plain" else ("passes",)
     yield Term("activations", name, size, source, during)
     yield Term(
@@ -290,6 +308,8 @@ def _activations(
         ("passes", "loss"),
     )
     inner = shape.architecture.intermediate_size
+    # In a layer's backward: gradients of the MLP's product and of its two factors, and two fp32
+    # tensors of a norm.
     yield Term(
         "activations",
         "gradients inside a layer",
@@ -308,6 +328,7 @@ def _activations(
 
 
 def _boundaries(shape: ModelShape, workload: RankWorkload) -> float:
+    # The input of every layer, and of the final norm.
     token = shape.hidden_size * workload.width * (shape.num_layers + 1)
     return float(token * workload.rank_tokens)
 
@@ -325,6 +346,7 @@ def _buckets(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> I
     # DeepSpeed allocates the whole bucket, of which a CPU maps only what is used.
     elements = workload.reduce_bucket if workload.on_gpu else needed
     buffers = 1 + (workload.overlap_comm and workload.stage < 3)
+    # A sweep reduces between its layers.
     during: tuple[Moment, ...] = ("passes", "reduce") if schedule == "sweep" else ("reduce",)
     yield Term(
         "buckets",
@@ -356,8 +378,7 @@ def peak(terms: Iterable[Term]) -> tuple[Moment, float]:
     """Return the moment that needs most, and its bytes."""
     terms = tuple(terms)
     sizes = {moment: sum_of(terms, moment) for moment in MOMENTS}
-    moment = max(MOMENTS, key=lambda moment: sizes[moment])
-    return moment, sizes[moment]
+    return max(sizes.items(), key=lambda item: item[1])
 
 
 def loading_peak(shape: ModelShape, workload: RankWorkload) -> float:
@@ -365,7 +386,7 @@ def loading_peak(shape: ModelShape, workload: RankWorkload) -> float:
 
     At stage 3 they arrive piece by piece, and a rank keeps its partition of each; all weights
     outside of the layers count as one piece. At stages 1 and 2 every rank reads the whole model,
-    and DeepSpeed copies the trained weights into one flat tensor.
+    and then DeepSpeed copies the trained weights into one flat tensor.
     """
     held = float(shape.parameters + shape.trainable)
     if workload.stage == 3:
@@ -376,7 +397,7 @@ def loading_peak(shape: ModelShape, workload: RankWorkload) -> float:
 
 def host_memory(shape: ModelShape, workload: RankWorkload, schedule: Schedule) -> dict[str, float]:
     """Predict the memory of one host by purpose, in bytes."""
-    ranks = min(workload.ranks_per_host, workload.world_size)
+    ranks = workload.ranks_on_host
     share = shape.trainable / workload.world_size
     sizes = {"processes": ranks * HOST_PROCESS}
     if workload.offload_optimizer:
@@ -406,6 +427,7 @@ def graphs_that_fit(
     """
     terms = memory_terms(shape, workload, "cache")
     graph = next(term.size for term in terms if term.name == "one chunk")
+    # Kept graphs live through these two moments; they are gone before the reduction.
     room = available - max(sum_of(terms, "passes"), sum_of(terms, "loss"))
     return min(num_chunks, max(0, int(room // graph)))
 
@@ -431,9 +453,8 @@ def choose_schedule(
     Raises:
         UserError: none fits; names the keys that would change it, with the memory they lead to.
     """
-    needs = {
-        schedule: needed(shape, workload, schedule) for schedule in _allowed(workload, schedules)
-    }
+    allowed = allowed_schedules(workload, schedules)
+    needs = {schedule: needed(shape, workload, schedule) for schedule in allowed}
     for schedule, size in needs.items():
         if size <= available:
             return schedule
@@ -456,19 +477,25 @@ def fitting_schedules(
     schedules: tuple[Schedule, ...] = SCHEDULES,
 ) -> list[Schedule]:
     """Return the schedules whose estimate fits `available` bytes, fewest FLOPs first."""
-    allowed = _allowed(workload, schedules)
+    allowed = allowed_schedules(workload, schedules)
     return [schedule for schedule in allowed if needed(shape, workload, schedule) <= available]
 
 
-def _allowed(workload: RankWorkload, schedules: tuple[Schedule, ...]) -> list[Schedule]:
-    """Leave out a sweep with checkpointing, which the trainer refuses."""
+def allowed_schedules(
+    workload: RankWorkload, schedules: tuple[Schedule, ...] = SCHEDULES
+) -> list[Schedule]:
+    """Leave out a sweep with checkpointing, which a training config refuses."""
     return [s for s in schedules if s != "sweep" or not workload.gradient_checkpointing]
 
 
 def _what_fits(
     shape: ModelShape, workload: RankWorkload, available: float, schedules: tuple[Schedule, ...]
 ) -> list[str]:
-    """Name changes of keys that make a schedule fit: single ones if there are any, or pairs."""
+    """Name changes of keys that make a schedule fit: single ones if there are any, or pairs.
+
+    Returns:
+        At most four texts; none where no pair is enough.
+    """
     half = workload.chunk_tokens // 2
     more = 2 * workload.world_size
     changes: dict[str, dict[str, Any]] = {
@@ -483,6 +510,7 @@ def _what_fits(
         },
         f"{more} ranks": {"world_size": more, "rank_tokens": -(-workload.rank_tokens // 2)},
     }
+    # Those that the run has already would be no advice.
     useful = {
         name: change
         for name, change in changes.items()
@@ -496,7 +524,7 @@ def _what_fits(
         for chosen in candidates:
             values = {key: value for name in chosen for key, value in useful[name].items()}
             changed = dataclasses.replace(workload, **values)
-            sizes = {s: needed(shape, changed, s) for s in _allowed(changed, schedules)}
+            sizes = {s: needed(shape, changed, s) for s in allowed_schedules(changed, schedules)}
             fitting = next((s for s, size in sizes.items() if size <= available), None)
             if fitting is not None:
                 size = sizes[fitting] / GIB

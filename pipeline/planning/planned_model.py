@@ -1,4 +1,4 @@
-"""Predict the seconds in which a machine embeds texts with a model, without torch.
+"""Predict how long a machine takes to embed texts with a model, without torch.
 
 config.json --PlannedModel.read--> counts of the model, checked against a GPU's memory
 texts       --seconds--> FLOPs of forwards / (peak x UTILISATION), or a calibration's seconds
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,13 @@ from pipeline.model.export_folder import SENTENCE_CONFIGS, backbone_folder
 from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.describe import format_bytes
 from pipeline.planning.measured import forward_seconds
-from pipeline.planning.shape import BLOCKS, ModelShape, read_architecture
+from pipeline.planning.shape import (
+    BLOCKS,
+    NUMBER_BYTES,
+    Dtype,
+    ModelShape,
+    read_architecture,
+)
 from pipeline.planning.speed import UTILISATION, Gpu, forward_flops
 from pipeline.planning.text_sizes import Texts
 
@@ -35,7 +41,7 @@ class PlannedModel:
 
     Attributes:
         name: for the plan.
-        shape: its counts; trained or not makes no difference to a forward.
+        shape: its counts; a forward costs the same whatever is trained.
         causal: a token sees only earlier ones.
         dtype: of its arithmetic.
         machine: with a known speed.
@@ -46,7 +52,7 @@ class PlannedModel:
     name: str
     shape: ModelShape
     causal: bool
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
     machine: Machine
     max_tokens: int
     longest: int | None = None
@@ -65,8 +71,8 @@ class PlannedModel:
         """Read config.json of an export, or of a model in the local cache.
 
         Raises:
-            UserError: it is not on this machine, has a layout that cannot be counted, or weights
-                that do not fit a GPU.
+            UserError: it is not on this machine, its layout cannot be counted, or its weights do
+                not fit a GPU.
         """
         tree = _read_config(path, key)
         if (architecture := read_architecture(tree)).block is None:
@@ -76,10 +82,11 @@ class PlannedModel:
                 fix="plan with a model of about the same size in its place",
             )
         on_gpu = machine.target.on_gpu
-        auto: Literal["float32", "bfloat16"] = "bfloat16" if on_gpu else "float32"
+        auto: Dtype = "bfloat16" if on_gpu else "float32"
         dtype = auto if precision == "auto" else precision
+        # With a pooling, so that none is looked for in the folder; a plan does not read it.
         shape = ModelShape.planned(tree, ModelConfig(path=path, pooling="mean"))
-        weights = shape.parameters * (4 if dtype == "float32" else 2)
+        weights = shape.parameters * NUMBER_BYTES[dtype]
         if weights > machine.target.available:
             raise UserError(
                 f"{key}: {path}: {format_bytes(weights)} of weights in {dtype}",
@@ -89,6 +96,7 @@ class PlannedModel:
         return cls(
             name=name,
             shape=shape,
+            # Exports state it. A base model is planned as trainings take it by default.
             causal=bool(tree.get("is_causal", False)),
             dtype=dtype,
             machine=machine,
@@ -96,16 +104,8 @@ class PlannedModel:
             longest=_longest(path),
         )
 
-    def flops(self, texts: Texts) -> float:
-        """Return the FLOPs that embed texts."""
-        return sum(
-            forward_flops(
-                self.shape, tokens=texts.tokens, squares=texts.squares, causal=self.causal
-            )
-        )
-
     def seconds(self, texts: Texts) -> float:
-        """Return the seconds in which one GPU, or one rank of a CPU, embeds texts.
+        """Return the seconds that one GPU, or one rank of a CPU, takes to embed texts.
 
         Raises:
             UserError: the speed is not known, or a calibration lacks this type of numbers.
@@ -113,14 +113,18 @@ class PlannedModel:
         speed = self.machine.require_speed()
         if isinstance(speed, Gpu):
             peak = speed.bf16 if self.dtype == "bfloat16" else speed.fp32
-            return self.flops(texts) / (peak * UTILISATION)
+            products, attention = forward_flops(
+                self.shape, tokens=texts.tokens, squares=texts.squares, causal=self.causal
+            )
+            return (products + attention) / (peak * UTILISATION)
         pairs = zip(texts.lengths.tolist(), texts.counts.tolist(), strict=True)
         return float(sum(count * _measured(self, max(1, round(length))) for length, count in pairs))
 
 
+# Called for every length of every task, many of which are equal.
 @functools.lru_cache(maxsize=4096)
 def _measured(model: PlannedModel, length: int) -> float:
-    """Return the seconds of one text in a full forward of such texts, on a calibrated machine."""
+    """Return the seconds of one text, in a full forward of such texts, on a calibrated machine."""
     speed, rows = model.machine.speed, max(1, model.max_tokens // length)
     assert isinstance(speed, Calibration)
     lengths = np.full(rows, length)

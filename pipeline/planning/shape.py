@@ -21,10 +21,13 @@ from typing import Any, Literal
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 
-# Bytes of a number that attention and norms keep in fp32 for each token (and head).
-_FP32 = 4
-# Bytes of a token's number, which the gradient of the table is added up by.
-_TOKEN = 8
+Dtype = Literal["float32", "bfloat16"]
+# Bytes of a number (`w` in every formula of this package).
+NUMBER_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+# Bytes of what norms, attention and pooling keep in fp32, whatever the model's type.
+_FP32 = NUMBER_BYTES["float32"]
+# Bytes of a token's int64 id: the embedding's backward adds each row's gradient to the table by it.
+_TOKEN_ID = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +44,14 @@ class Block:
         copies_out: the attention's output is copied before its linear layer.
         biases: the linear layers that have one in every model, by the attribute's name here.
         bias_keys: config keys that give a bias to the same attributes.
-        dropouts: config keys of a dropout on the width, each used once or twice a layer.
+        dropouts: config keys of a dropout on the width, and how often a layer uses each.
         activation: the config key of the MLP's activation.
         tables: config keys of further embedding tables of the full width.
         norm_biases: parameters of a norm per number of its width: 2 with a bias.
         outer_norms: norms outside of the layers, `embedding_norms` of them before the first.
         norm_first: a layer normalises its input.
-        rotations: tables of rotary positions, by kind of attention; none with learned positions.
+        rotations: tables of rotary positions: 2 where layers with a window have a base of their
+            own, 0 with learned positions.
     """
 
     query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -72,7 +76,9 @@ class Block:
 
 
 _ATTENTION_BIAS = {"attention_bias": ("query_key_value", "out")}
+_BIASES = {**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}
 _ALL = ("query_key_value", "out", "up", "down")
+# The same setting in configs like Llama's, BERT's and GPT-2's.
 _ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _BERT = Block(
     query_key_value=("query", "key", "value"),
@@ -93,7 +99,7 @@ _BERT = Block(
 BLOCKS = {
     "qwen2": Block(biases=("query_key_value",)),
     "qwen3": Block(head_norms="head", bias_keys=_ATTENTION_BIAS),
-    "llama": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "llama": Block(bias_keys=_BIASES),
     "mistral": Block(),
     "gemma": Block(norm="rms_fp32", bias_keys=_ATTENTION_BIAS),
     "gemma2": Block(norm="rms_fp32", num_norms=4, bias_keys=_ATTENTION_BIAS),
@@ -106,10 +112,12 @@ BLOCKS = {
     "phi3": Block(
         query_key_value=("qkv_proj",),
         up=("gate_up_proj",),
+        # It rotates by `cat`, which lays queries out head by head. Attention's output takes that
+        # layout, and `o_proj` copies it to token by token.
         copies_out=True,
         dropouts={"resid_pdrop": 2},
     ),
-    "smollm3": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "smollm3": Block(bias_keys=_BIASES),
     "gpt2": Block(
         query_key_value=("c_attn",),
         out="c_proj",
@@ -127,21 +135,23 @@ BLOCKS = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
-    "eurobert": Block(bias_keys={**_ATTENTION_BIAS, "mlp_bias": ("up", "down")}),
+    "eurobert": Block(bias_keys=_BIASES),
     "modernbert": Block(
         query_key_value=("Wqkv",),
         out="Wo",
         up=("Wi",),
         down="Wo",
         norm="layer",
-        bias_keys={"attention_bias": ("query_key_value", "out"), "mlp_bias": ("up", "down")},
+        bias_keys=_BIASES,
         activation="hidden_activation",
         outer_norms=2,
         embedding_norms=1,
         rotations=2,
     ),
 }
-# Tensors of the inner width that an activation saves, its input included.
+# Tensors of the inner width that an activation saves; one, its input x, where it is not listed.
+# transformers writes `gelu_new` out: x, 0.5 x, tanh, 1 + tanh. `relu` needs only its output, which
+# the product or the trained linear layer behind it saves anyway.
 _ACTIVATION_SAVES = {"gelu_new": 4, "relu": 0}
 # Published layouts that are read as another model: their names of the usual keys.
 _RENAMED = {
@@ -154,6 +164,7 @@ _RENAMED = {
             "num_hidden_layers": "n_layers",
             "num_attention_heads": "n_heads",
             "num_key_value_heads": "n_kv_heads",
+            # LLaDA's table may have more rows than its vocabulary has tokens.
             "vocab_size": "embedding_size",
         },
     ),
@@ -224,6 +235,7 @@ class Architecture:
         block = self.block or Block()
         h, i, q, kv = self.hidden_size, self.intermediate_size, self.query_width, self.kv_width
         fused = len(block.query_key_value) == 1
+        # One linear layer of a gated MLP makes both halves.
         ups = [i] * len(block.up) if len(block.up) > 1 else [(1 + block.gated) * i]
         parts = (
             ("query_key_value", block.query_key_value, h, [q + 2 * kv] if fused else [q, kv, kv]),
@@ -242,6 +254,7 @@ class Architecture:
         """Weights of one layer."""
         block = self.block or Block()
         whole = self.query_width + self.kv_width
+        # A norm by head has one head's weights, which all heads share.
         heads = {"none": 0, "head": 2 * self.head_width, "whole": whole}
         norms = block.num_norms * block.norm_biases * self.hidden_size + heads[block.head_norms]
         return sum(linear.parameters for linear in self.linears) + norms
@@ -251,7 +264,8 @@ class Architecture:
         """Weights outside of the layers: tables, and norms."""
         block = self.block or Block()
         outside = self.vocab_size + self.table_rows + block.outer_norms * block.norm_biases
-        # ModernBERT's first layer normalises nothing before its attention.
+        # ModernBERT's first layer normalises nothing before its attention. Layers are counted as if
+        # they were equal, so the difference is taken off here.
         missing = self.hidden_size if self.model_type == "modernbert" else 0
         return outside * self.hidden_size - missing
 
@@ -259,7 +273,7 @@ class Architecture:
 def read_architecture(tree: Mapping[str, Any]) -> Architecture:
     """Read the widths in a config.json, published or native.
 
-    A model with its own code has its own keys: those that are missing count as 1.
+    A model with its own code has its own keys: a missing one counts as 1.
 
     Raises:
         UserError: a width is missing or wrong.
@@ -269,11 +283,11 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         tree = tree["text_config"]
         published = str(tree.get("model_type", published))
     model_type, renamed = _RENAMED.get(published, (published, {}))
-
     known = model_type in BLOCKS
 
     def size(key: str, default: int | None = None) -> int:
         default = default if known or key == "hidden_size" else default or 1
+        # `or`, because null means the default too (GPT-2's n_inner).
         value = tree.get(renamed.get(key, key)) or tree.get(key) or default
         if not isinstance(value, int) or value < 1:
             raise UserError(
@@ -351,7 +365,9 @@ class ModelShape:
     def of(cls, encoder: Any, model: ModelConfig) -> ModelShape:
         """Count an encoder, which may be on the meta device."""
         counts = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
+        # The last layer is like all others; the first may lack a norm (ModernBERT).
         layer = [(p.numel(), p.requires_grad) for p in encoder.layers[-1].parameters()]
+        # Counted, because configs of models with their own code may name it by any key.
         architecture = dataclasses.replace(
             read_architecture(encoder.model.config.to_dict()), num_layers=len(encoder.layers)
         )
@@ -401,11 +417,12 @@ class ModelShape:
             )
         layer, num_layers = architecture.layer_parameters, architecture.num_layers
         table = architecture.vocab_size * architecture.hidden_size
+        # A tied head is the table itself; another one is as large.
         untied = head and not tree.get("tie_word_embeddings", False)
         base = architecture.outer_parameters + num_layers * layer + untied * table
         added = adapters.parameters if adapters else 0
         largest = max(table, *(linear.inputs * linear.outputs for linear in architecture.linears))
-        if adapters:
+        if adapters:  # all else is frozen: A (rank, inputs) and B (outputs, rank)
             largest = max(
                 adapters.rank * max(linear.inputs, linear.outputs) for linear in adapters.linears
             )
@@ -460,9 +477,14 @@ def saved_by_layer(shape: ModelShape, width: int) -> float:
     """Return the bytes that one layer saves for its backward, for one token.
 
     Counted on torch's autograd with a variable-length attention kernel, which keeps one fp32 sum
-    per head. A linear layer keeps its input where its weight is trained; a frozen one keeps
-    nothing, and its adapter keeps the same input, or, with dropout, a dropped copy and a mask of
-    bytes.
+    per head. A linear layer keeps its input where its weight is trained. A frozen one keeps
+    nothing; its adapter keeps the same input, or, with dropout, a dropped copy and a mask of one
+    byte a number. Qwen2 with all weights trained, by tensor:
+
+        two norms            2 (4 (h + 1) + w h)    fp32 copy, one factor, normalised
+        inputs of linears    2 w h                  of query, key, value; of gate, up
+        attention            w (2 q + 2 kv) + 4 H   rotated query and key, value, output; H sums
+        MLP                  4 w i                  gate, its activation, up, their product
 
     Args:
         shape: the model.
@@ -471,23 +493,28 @@ def saved_by_layer(shape: ModelShape, width: int) -> float:
     architecture, adapters = shape.architecture, shape.adapters
     block = architecture.block
     h, i = architecture.hidden_size, architecture.intermediate_size
-    if block is None:  # a model with its own code: an upper bound for gated MLPs
+    if block is None:
+        # A model with its own code: an upper bound for gated MLPs, 24 % above what a 7B of Qwen2
+        # saves. In 16 bits the table above has at most 12 h + 4 i (kv = q = h).
         return (18 * h + 4 * i) * width + (_dropped(adapters, width) if adapters else 0)
     trained = adapters is None
-    # Parts of the block whose input is kept unchanged.
+    # Parts of the block that keep their input: for the gradient of a trained weight, or of an
+    # adapter's A, which without dropout reads the same tensor.
     kept = {
         linear.part
         for linear in (architecture.linears if adapters is None else adapters.linears)
         if adapters is None or adapters.dropout == 0
     }
     total = block.num_norms * _norm(block.norm, h, 1, width, trained)
+    # Query, key and value read one tensor, which is kept once; so do gate and up.
     total += width * h * (("query_key_value" in kept) + ("up" in kept))
     total += _attention(architecture, block, width, trained, copied="out" in kept)
     activated = _ACTIVATION_SAVES.get(architecture.activation, 1)
     # Activated and multiplied with the other half: both halves and the activated one.
     total += width * i * (activated + (2 if block.gated else 0) + ("down" in kept))
-    total += architecture.masks * h
+    total += architecture.masks * h  # one byte a number
     if adapters is not None:
+        # Each B keeps its input, the output of A.
         total += width * adapters.rank * len(adapters.linears)
         total += _dropped(adapters, width)
     return float(total)
@@ -496,26 +523,27 @@ def saved_by_layer(shape: ModelShape, width: int) -> float:
 def saved_outside(shape: ModelShape, width: int) -> float:
     """Return the bytes saved outside of the layers, for one token.
 
-    Its number, dropout and norms before and after the layers, rotary positions, pooling.
+    Its id, dropout and norms before and after the layers, rotary positions, pooling.
     """
     architecture, block = shape.architecture, shape.architecture.block
     h, trained = architecture.hidden_size, shape.adapters is None
-    pooled = _FP32 * h
+    pooled = _FP32 * h  # the fp32 copy that pooling sums
     if block is None:
         return float(pooled + 2 * h * width)
-    rotations = 2 * width * architecture.head_width * block.rotations
+    rotations = 2 * width * architecture.head_width * block.rotations  # cosines and sines
     # Before the first layer, a frozen model has nothing to save for.
     norms = block.outer_norms - (0 if trained else block.embedding_norms)
+    # Families with learned positions (BERT, GPT-2) drop out of the sum of their tables.
     dropped = h if trained and architecture.masks and not block.rotations else 0
     norm = _norm(block.norm, h, 1, width, trained)
-    return float(pooled + rotations + norms * norm + dropped + (_TOKEN if trained else 0))
+    return float(pooled + rotations + norms * norm + dropped + (_TOKEN_ID if trained else 0))
 
 
 def spared_by_first_layer(shape: ModelShape, width: int) -> float:
-    """Return the bytes that the first layer saves less than the others, for one token.
+    """Return how many bytes less the first layer saves than the others, for one token.
 
-    Below it nothing is trained if the model is frozen: it keeps neither its normalised input nor
-    the masks of what was dropped from it.
+    If the model is frozen, nothing below the first layer is trained: no gradient goes through its
+    input's norm, nor through the dropouts of adapters that read this input.
     """
     architecture, adapters = shape.architecture, shape.adapters
     block = architecture.block
@@ -524,6 +552,7 @@ def spared_by_first_layer(shape: ModelShape, width: int) -> float:
     norm = _norm(block.norm, architecture.hidden_size, 1, width, adapters is None)
     if adapters is None:  # ModernBERT's first layer normalises nothing
         return float(norm if architecture.model_type == "modernbert" else 0)
+    # The masks alone: A still needs the dropped inputs for its own gradient.
     masks = sum(linear.part == "query_key_value" for linear in adapters.linears)
     dropped = architecture.hidden_size * masks if adapters.dropout else 0
     return float(dropped + (norm if block.norm_first else 0))
@@ -533,6 +562,7 @@ def _norm(kind: str, size: int, groups: int, width: int, trained: bool) -> int:
     """Return the saved bytes of a norm over `size` numbers in `groups` parts."""
     if kind == "layer":  # its input, mean and deviation
         return width * size + 2 * _FP32 * groups
+    # The fp32 copy and one factor a group; for the gradient of its weight, what the weight scales.
     scaled = width if kind == "rms" else _FP32
     return _FP32 * (size + groups) + (scaled * size if trained else 0)
 
@@ -542,14 +572,16 @@ def _attention(
 ) -> int:
     q, kv = architecture.query_width, architecture.kv_width
     fused = len(block.query_key_value) == 1
-    # Without rotary positions, queries and keys are the linear layers' own outputs.
+    # Rotating makes new tensors of queries and keys, and saves only cosines and sines. Otherwise
+    # queries and keys are the linear layers' own outputs.
     rotated = block.rotations > 0
-    # Slices of one fused tensor keep all of it.
     inputs = q + 2 * kv
     if fused and rotated:
+        # The value is a slice of the fused output, and keeps all of it.
         inputs += q + kv
     total = width * (inputs + q) + _FP32 * architecture.num_heads
-    # In fp32 no kernel takes all rows at once, and the rows' outputs are joined to another tensor.
+    # In fp32 no kernel takes all rows at once: attention saves the rows' outputs, and the linear
+    # layer the tensor that they are joined to.
     if (block.copies_out or width == _FP32) and copied:
         total += width * q
     if block.head_norms != "none":

@@ -1,4 +1,4 @@
-"""Find how many texts of which length an array embeds, without torch and mteb unless counted.
+"""Find how many texts of each length an array embeds, without torch and mteb unless counted.
 
 evaluation   own task: its files, read      task of mteb: the statistics that mteb ships
              counted: tasks --load_texts--> texts --tokenizer of each model--> lengths, uncut
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, Role, SourceConfig
+from pipeline.config import EvaluateConfig, OwnTask, Role, SourceConfig
 from pipeline.data.manifest import LengthHistogram
 from pipeline.data.sources.containers import plan_blocks, read_records
 from pipeline.data.sources.corpus import corpus_records, folder_part
@@ -46,8 +46,9 @@ from pipeline.tokenizer import load_tokenizer
 FloatArray = NDArray[np.float64]
 # Standard deviation of a length's logarithm in the benchmarks' corpora, where only a mean is known.
 _SPREAD = 0.8
+# Lengths that stand in for a log-normal distribution, each for as many texts.
 _QUANTILES = 64
-# Of the input of an encoding.
+# Bytes of a block, and blocks to read, of the input of an encoding: 4 MiB of it.
 _BLOCK_BYTES, _SAMPLED = 2**18, 16
 
 
@@ -67,12 +68,16 @@ class Texts:
     @classmethod
     def around(cls, count: float, mean: float, longest: float) -> Texts:
         """Return texts of log-normal length with this mean, none longer than `longest`."""
+        # (K,) log-normal lengths in ascending order, the middles of K equally likely ranges.
         points = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
         normal, wanted = statistics.NormalDist(), min(mean, longest)
         drawn = np.exp(_SPREAD * np.array([normal.inv_cdf(point) for point in points]))
-        # The mean holds after the cut: with k lengths below it, factor x sum + rest x longest.
-        rest = np.arange(_QUANTILES)[::-1]
+        # Scaled so that the mean holds after the cut. If the k shortest stay below `longest`,
+        # factor x (sum of these k) + (K - k) x longest = K x mean; so for each k, a factor.
+        rest = np.arange(_QUANTILES)[::-1]  # K - k
         factors = (_QUANTILES * wanted - rest * longest) / np.cumsum(drawn)
+        # The largest k whose k-th length really stays below. Where the mean is `longest`, only the
+        # first does, and only up to rounding.
         below = np.flatnonzero(factors * drawn <= longest * (1 + 1e-12))
         lengths = np.minimum(factors[below[-1]] * drawn, longest)
         return cls(lengths=lengths, counts=np.full(_QUANTILES, count / _QUANTILES))
@@ -81,6 +86,7 @@ class Texts:
     def of_histogram(cls, found: LengthHistogram) -> Texts:
         """Return texts as in a manifest: their number and tokens exactly, lengths by power of 2."""
         counts = np.array(found.counts, np.float64)
+        # Bin i holds lengths from 2^i to 2^(i + 1).
         middles = np.minimum(1.5 * 2.0 ** np.arange(len(counts)), found.longest)
         scale = found.tokens / max(1.0, float(counts @ middles))
         return cls(lengths=middles * scale, counts=counts)
@@ -110,7 +116,7 @@ class Texts:
         return Texts(lengths=self.lengths[kept], counts=self.counts[kept])
 
     def times(self, factor: float) -> Texts:
-        """Return so many times as many texts."""
+        """Return the same lengths with every count multiplied."""
         return dataclasses.replace(self, counts=self.counts * factor)
 
     def plus(self, other: Texts) -> Texts:
@@ -128,7 +134,7 @@ class TaskSizes:
     Attributes:
         documents: of all splits that are scored.
         queries: without the instruction of a model.
-        distinct: share of the documents that differ from all others of the task.
+        distinct: number of distinct documents / number of documents.
         origin: how the sizes are known, for the plan.
     """
 
@@ -193,6 +199,7 @@ def _own_sizes(own: OwnTask) -> TaskSizes:
     documents = [text for _, text, _ in corpus_records(source, on_bad=bad.add)]
     queries = []
     for file in folder_part(source, "queries"):
+        # One block: the whole file is read anyway.
         for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
             for record in read_records(block, split=None, on_bad=bad.add):
                 value = record.value
@@ -210,6 +217,7 @@ def _own_sizes(own: OwnTask) -> TaskSizes:
 def estimate_tokens(texts: Iterable[str]) -> NDArray[np.int64]:
     """Return (N,) estimated tokens of texts, as `diffembed evaluate plan` estimates them."""
     sizes = np.array([len(text.encode()) for text in texts], np.float64)
+    # One more: most tokenizers add a special token.
     return np.asarray(np.ceil(sizes / BYTES_PER_TOKEN) + 1, np.int64)
 
 
@@ -232,11 +240,13 @@ def read_inputs(source: str, *, field: str, role: Role) -> tuple[list[str], floa
         for file in list_files(source, "--input")
         for block in plan_blocks(file, split=None, block_bytes=_BLOCK_BYTES, max_rows=None)
     ]
+    # Evenly spaced: files are often sorted, by length too.
     step = max(1.0, len(blocks) / _SAMPLED)
     chosen = [blocks[int(number * step)] for number in range(int(len(blocks) / step))]
     title = "title" if (field, role) == ("text", "document") else None
     fields, bad, texts = Fields(text=field, title=title, id=None), BadRecords("--input"), []
-    for record in (r for b in chosen for r in read_records(b, split=None, on_bad=bad.add)):
+    records = (r for block in chosen for r in read_records(block, split=None, on_bad=bad.add))
+    for record in records:
         if isinstance(record.value.get(field), str):
             texts.append(fields.text_of(record))
         else:
@@ -283,13 +293,13 @@ def _published(task: str) -> TaskSizes | None:
 
 
 def _around(found: dict[str, Any]) -> Texts:
-    """Return texts from mteb's statistics, which count characters."""
+    """Return texts from mteb's statistics, which count characters; they are taken for bytes."""
     mean, longest = (
         found[key] / BYTES_PER_TOKEN + 1 for key in ("average_text_length", "max_text_length")
     )
-    return Texts.around(
-        found["total_text_length"] / found["average_text_length"], mean, max(mean, longest)
-    )
+    # The statistics of one kind of texts do not have their number.
+    count = found["total_text_length"] / found["average_text_length"]
+    return Texts.around(count, mean, max(mean, longest))
 
 
 # Texts of one call of a tokenizer.
@@ -321,14 +331,19 @@ def count_texts(config: EvaluateConfig) -> CountedTexts:
 
     tokenizers = {model.name: load_tokenizer(str(model.path)) for model in config.models}
     templates = {model.name: model.template or read_template(model.path) for model in config.models}
+    # Texts that fit several lengths share the shortest of them, as in a plan of texts.
     every = sorted({element.max_length for element in list_elements(config)})
     sizes: dict[tuple[str, str], TaskSizes] = {}
     found: dict[str, list[tuple[NDArray[np.uint64], NDArray[np.int64]]]] = {}
     for task, own in tasks_of(config).items():
         documents, queries = load_texts(task, snapshots=config.snapshots, own=own)
         for model in config.models:
+            roles: tuple[tuple[Role, list[str], str], ...] = (
+                ("document", documents, ""),
+                ("query", queries, instruction_for(task, model, config)),
+            )
             counted = []
-            for role, texts, instruction in _roles(documents, queries, task, model, config):
+            for role, texts, instruction in roles:
                 frame = templates[model.name].frame(role, instruction)
                 lengths_N = count_tokens(tokenizers[model.name], texts, *frame)
                 counted.append(Texts.counted(lengths_N))
@@ -336,6 +351,7 @@ def count_texts(config: EvaluateConfig) -> CountedTexts:
                 bytes_N = byte_sizes(column)
                 for wanted in lengths_of(config, task):
                     limits_N = effective_lengths(instruction, bytes_N, wanted, every)
+                    # Half of a digest tells texts apart; a plan refuses a collision.
                     names_N = digests(role, instruction, column, limits_N)[:, 0]
                     found.setdefault(model.name, []).append(
                         (names_N, np.minimum(lengths_N, wanted))
@@ -345,16 +361,6 @@ def count_texts(config: EvaluateConfig) -> CountedTexts:
             )
     return CountedTexts(
         sizes=sizes, distinct={name: _distinct(parts) for name, parts in found.items()}
-    )
-
-
-def _roles(
-    documents: list[str], queries: list[str], task: str, model: EvaluatedModel,
-    config: EvaluateConfig,
-) -> tuple[tuple[Role, list[str], str], ...]:  # fmt: skip
-    return (
-        ("document", documents, ""),
-        ("query", queries, instruction_for(task, model, config)),
     )
 
 

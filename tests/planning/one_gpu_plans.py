@@ -17,7 +17,7 @@ from pipeline.planning.describe import describe
 from pipeline.planning.described_data import Lengths, Shape, write_shards
 from pipeline.planning.memory import Target
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
-from tests.planning.plan_table import tree
+from tests.planning.plan_table import replace_between, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "launch/recipes/one_gpu"
@@ -68,9 +68,7 @@ def written(page: str) -> str:
         folder = Path(scratch)
         shards = write_shards(folder / "shards", SHAPE)
         plans = [f"`{name}.yaml`\n\n```\n{plan(name, shards, folder)}\n```" for name in MODELS]
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return "\n\n".join([before.rstrip(), BEGIN, *plans, END]) + after
+    return replace_between(page, BEGIN, END, "\n\n".join(plans))
 
 
 if __name__ == "__main__":

@@ -156,13 +156,17 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def replace_between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with other text between two lines."""
+    before, _, rest = page.partition(begin)
+    after = rest.partition(end)[2]
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
 def written(page: str) -> str:
     """The page with new tables."""
     for name, rows in (("memory", memory_rows()), ("activations", activation_rows())):
-        begin, end = BEGIN.format(name), END.format(name)
-        before, _, rest = page.partition(begin)
-        after = rest.partition(end)[2]
-        page = f"{before}{begin}\n\n{markdown(rows)}\n\n{end}{after}"
+        page = replace_between(page, BEGIN.format(name), END.format(name), markdown(rows))
     return page
 
 

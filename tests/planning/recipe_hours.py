@@ -11,14 +11,14 @@ import tempfile
 from pathlib import Path
 
 from pipeline.config import TrainConfig, load_config
-from pipeline.planning import plan_run, seconds_of
+from pipeline.planning import plan_run, step_time
 from pipeline.planning.describe import format_seconds, gpu_time
 from pipeline.planning.described_data import write_shards
 from pipeline.planning.memory import Target
 from pipeline.planning.speed import DEFAULT_NETWORK, GPUS
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from tests.launch.published_figures import ARCHITECTURES, SHAPES
-from tests.planning.plan_table import markdown
+from tests.planning.plan_table import markdown, replace_between
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "launch/recipes/published"
@@ -55,8 +55,7 @@ def row(name: str, folder: Path) -> list[str]:
         build=False,
         speed=GPUS["h100"],
     )
-    parts = seconds_of(plan, config, GPUS["h100"], network=DEFAULT_NETWORK)
-    step = sum(part.seconds for part in parts)
+    step = step_time(plan, config, GPUS["h100"], network=DEFAULT_NETWORK)
     return [
         f"`{name}`",
         f"{config.data.global_batch_size:,}",
@@ -75,9 +74,7 @@ def written(page: str) -> str:
     head += ["step", "run", "of all GPUs"]
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row(name, Path(scratch)) for name in NAMES]
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n\n{markdown([head, *rows])}\n\n{END}{after}"
+    return replace_between(page, BEGIN, END, markdown([head, *rows]))
 
 
 if __name__ == "__main__":
