@@ -116,7 +116,7 @@ def results_digest(config: EvaluateConfig) -> str:
 def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> dict[str, Any]:
     """Return everything that an element's scores depend on, by name, ready for JSON.
 
-    Data that are not in a local folder are identified by their name alone: mteb pins the revision.
+    Data that are not in a local folder are identified only by their name: mteb pins the revision.
 
     Args:
         dataset: the task's data set, by its name on the hub; ignored for an own task.
