@@ -179,7 +179,7 @@ _SUM_OF_RANKS = (
 
 
 def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
-    """Yield whether shared memory is large enough for ranks of one host."""
+    """Check that shared memory is large enough for ranks of one host."""
     fix = "start the container with --ipc=host or --shm-size=16g, or remove files from it"
     if not folder.is_dir():
         yield fail("shared memory", f"{folder} does not exist", fix)
@@ -194,7 +194,7 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
 
 
 def check_open_files() -> Iterator[Finding]:
-    """Yield whether a process may open enough files: shards, sockets and logs of many ranks."""
+    """Check that a process may open enough files: shards, sockets and logs of many ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _GOOD_FILES:
         yield ok("open files", f"{soft:,} for each process")
@@ -235,7 +235,7 @@ def check_build_locks(folder: Path | None = None) -> Iterator[Finding]:
 
 
 def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Finding]:
-    """Yield whether a folder, or the nearest one above it that exists, can be written.
+    """Check that a folder, or the nearest one above it that exists, can be written.
 
     Nothing is made: the folder of an output may be one that its command wants to make itself.
 
@@ -275,14 +275,14 @@ def cache_folders() -> dict[str, Path]:
 
 
 def check_caches() -> Iterator[Finding]:
-    """Yield whether the folders that libraries write to can be written."""
+    """Check that the folders that libraries write to can be written."""
     for variable, folder in cache_folders().items():
         # A shared cache of models may be read-only.
         yield from check_folder(folder, variable, needed=not variable.startswith("HF_"))
 
 
 def check_compilers(*, has_gpu: bool) -> Iterator[Finding]:
-    """Yield whether DeepSpeed can build its operations: CPU AdamW for offload, fused AdamW."""
+    """Check that DeepSpeed can build its operations: CPU AdamW for offload, fused AdamW."""
     missing = [name for name in ("g++", "ninja") if find_program(name) is None]
     if has_gpu and find_program("nvcc") is None and "CUDA_HOME" not in os.environ:
         missing.append("nvcc")
@@ -303,7 +303,7 @@ def find_program(name: str) -> str | None:
 
 
 def check_mpi() -> Iterator[Finding]:
-    """Yield whether mpirun starts two ranks that find each other by mpi4py."""
+    """Check that mpirun starts two ranks that find each other by mpi4py."""
     program = find_program("mpirun")
     if program is None:
         yield warn(

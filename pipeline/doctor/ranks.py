@@ -136,7 +136,7 @@ def examine(world: World) -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Yield whether torch sees the GPUs that are there, and was built for them."""
+    """Check that torch sees the GPUs that are there, and was built for them."""
     import torch
 
     # Nothing is raised where no GPU is asked for.

@@ -46,7 +46,7 @@ Made = frozenset[Path]
 
 
 def check_config(path: Path, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Yield what is there and what is missing for a config of any kind."""
+    """Check that everything that a config of any kind names is there."""
     yield from guarded("config", lambda: _check(path, overrides, frozenset()))
 
 
@@ -186,7 +186,7 @@ def _file(path: Path, key: str) -> Iterator[Finding]:
 
 
 def _variable(key: str, name: str) -> Iterator[Finding]:
-    """Yield whether the variable with the key of a server is set; its value is never shown."""
+    """Check that the variable with the key of a server is set; its value is never shown."""
     if os.environ.get(name):
         yield ok(key, f"{name} is set")
     else:
@@ -317,7 +317,6 @@ def _hub_data(name: str, key: str) -> Finding:
     fetched = (caches["HF_HOME"] / "hub").glob("datasets--*")
     wanted = {repository.replace("/", "___").lower()}
     wanted |= {f"datasets--{repository.replace('/', '--')}".lower()}
-    # In lower case, as `datasets` writes names.
     if any(path.name.lower() in wanted for path in (*prepared, *fetched)):
         return ok(key, f"hub:{name}: in the local cache")
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,8 @@ def read_curves(training_run: Path | None) -> Curves:
             step, result = checkpoint_step(name), read_result_file(path)
             if step is not None and _belongs_to(evaluations / name, result):
                 found.setdefault((task, int(length)), []).append(_point(step, result))
-    # How many lengths each task has: only then its name needs one.
-    lengths: dict[str, int] = {}
-    for task, _ in found:
-        lengths[task] = lengths.get(task, 0) + 1
+    # A task's name needs a length only if it ran at several.
+    lengths = Counter(task for task, _ in found)
     return {
         task if lengths[task] == 1 else f"{task}@{length}": sorted(
             points, key=lambda point: int(point["step"])

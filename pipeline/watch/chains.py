@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,12 @@ def _describe_building(root: Path, store: Path | None) -> View:
     )
 
 
-def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> dict[str, int]:
+def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> Counter[str]:
     """Count the finished parts of each step, in the order in which the steps began."""
-    steps: dict[str, int] = {}
-    for path in oldest_first(paths):
-        name = path.parent.name
-        if store is not None:
-            name = path.relative_to(store).parts[0].rpartition("-")[0]
-        steps[name] = steps.get(name, 0) + 1
-    return steps
+    return Counter(
+        path.parent.name if store is None else path.relative_to(store).parts[0].rpartition("-")[0]
+        for path in oldest_first(paths)
+    )
 
 
 # --- several ---------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]
     from pipeline.evaluation.tasks import list_elements
 
     started = oldest_first((root / "jobs").glob("evaluate-*.yaml"))
-    # Each step of a training run has a config of its own.
+    # Each step of a training run has a config of its own; otherwise the newest submission counts.
     paths = [config] if config else sorted(root.glob("step-*/evaluate.yaml")) or started[-1:]
     # Logs name an element by its index, which says nothing where several configs count from 0.
     logs = element_logs(root / "jobs", "evaluate") if len(paths) == 1 else {}
