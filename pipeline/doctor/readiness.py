@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from pipeline.doctor.machine import cache_folders, check_folder
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
 
+# The first bytes of the text file that a clone without Git LFS has in place of weights.
 _POINTER = b"version https://git-lfs"
 _INDEX = "model.safetensors.index.json"
 # Folders that earlier stages of a chain will make.
@@ -45,7 +46,7 @@ Made = frozenset[Path]
 
 
 def check_config(path: Path, overrides: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Yield what is there and what is missing for a config of any kind."""
+    """Check that everything that a config of any kind names is there."""
     yield from guarded("config", lambda: _check(path, overrides, frozenset()))
 
 
@@ -80,6 +81,7 @@ def _outputs(path: Path, chain: ChainConfig) -> Made:
     except (UserError, KeyError):
         return frozenset()  # its own check names the fault
     exports = [step.output or RunDir(folder).export for step in chain.exports]
+    # `rows.jsonl` is a synthesis's, which a source of `prepare` names.
     return frozenset([folder, folder / "rows.jsonl", *(exports if path == chain.train else ())])
 
 
@@ -172,9 +174,9 @@ def _output(folder: Path) -> Iterator[Finding]:
     yield from guarded("output_dir", lambda: check_folder(folder, "output_dir"))
 
 
-def _owned(folder: Path) -> Iterator[Finding]:
+def _owned(folder: Path) -> Iterable[Finding]:
     RunDir(folder).require_own()
-    yield from ()
+    return ()
 
 
 def _file(path: Path, key: str) -> Iterator[Finding]:
@@ -184,12 +186,11 @@ def _file(path: Path, key: str) -> Iterator[Finding]:
 
 
 def _variable(key: str, name: str) -> Iterator[Finding]:
-    """Yield whether the variable with the key of a server is set; its value is never shown."""
+    """Check that the variable with the key of a server is set; its value is never shown."""
     if os.environ.get(name):
         yield ok(key, f"{name} is set")
     else:
-        fix = f"export {name}=..., the key of the servers"
-        yield fail(key, f"{name} is not set", fix)
+        yield fail(key, f"{name} is not set", f"export {name}=..., the key of the servers")
 
 
 def _retriever(path: str, key: str) -> Iterator[Finding]:
@@ -233,6 +234,7 @@ def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int
     if local_file(path, "config.json", revision) is None:
         raise UserError(f"{key}: no config.json in {path}", fix=model_fix(path))
     names = ["model.safetensors"]
+    # An index names every file; without one, a folder's only file may have any name.
     if index := local_file(path, _INDEX, revision):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif own := sorted(Path(path).glob("*.safetensors")):
@@ -242,7 +244,6 @@ def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int
         file = local_file(path, name, revision)
         if file is None:
             raise UserError(f"{key}: {path} lacks {name}", fix=model_fix(path))
-        # A clone without LFS has small text files in place of weights.
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise UserError(f"{key}: {file} is a Git LFS pointer", fix=model_fix(path))
@@ -266,6 +267,7 @@ def _shards(config: TrainConfig, made: Made) -> Iterator[Finding]:
 
     path = config.data.path
     if path not in made or Dataset.exists(path):
+        # Also compares the tokenizer of the shards with the model's.
         require_shards(config)
     yield from _dataset(path, "data.path", made)
 
@@ -298,8 +300,9 @@ def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
         yield _hub_data(name, key)
         return
     if "://" in path and not path.startswith("file://"):
-        found = f"{path}: not on this machine, needs a network"
-        yield warn(key, found, "download it, and give the path")
+        yield warn(
+            key, f"{path}: not on this machine, needs a network", "download it, and give the path"
+        )
         return
     files = choose_files(path, key, split=split).files
     yield ok(key, f"{path}: {len(files)} files".replace(": 1 files", ""))
@@ -307,8 +310,9 @@ def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
 
 def _hub_data(name: str, key: str) -> Finding:
     """Look for a data set of the hub in the two caches in which it may be."""
-    repository, _, _ = name.partition(":")
+    repository, _, _ = name.partition(":")  # REPOSITORY:SUBSET
     caches = cache_folders()
+    # OWNER___NAME of `datasets`, which prepared it, and datasets--OWNER--NAME of the hub's client.
     prepared = caches["HF_DATASETS_CACHE"].glob("*___*")
     fetched = (caches["HF_HOME"] / "hub").glob("datasets--*")
     wanted = {repository.replace("/", "___").lower()}
@@ -329,8 +333,7 @@ def _export(model: EvaluatedModel, made: Made) -> Iterator[Finding]:
     key = f"models.{model.name}"
     weights = any(model.path.glob("*.safetensors"))
     if model.path in made and not weights:
-        found = f"{model.path}: made by an earlier stage"
-        yield ok(key, found)
+        yield ok(key, f"{model.path}: made by an earlier stage")
     elif not weights:
         raise UserError(
             f"{model.path}: {'no weights in it' if model.path.is_dir() else 'no such folder'}",
@@ -352,6 +355,7 @@ def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
                 fix="give a folder with corpus, queries and qrels",
             )
     of_mteb = {name: None for name, own in tasks.items() if own is None}
+    # Only mteb knows the data sets of its tasks, and `prefetch` puts them below snapshots.
     if of_mteb and config.snapshots is None:
         found = f"{len(of_mteb)} tasks are read from the hub's cache, which is not checked"
         fix = "set snapshots, and run `diffembed evaluate prefetch`"

@@ -17,16 +17,16 @@ A text on its way from a task of mteb to a score, with four steps between mteb a
        report              report.md and report.json, of all results
 
 A large evaluation separates the two halves: `embedding_plan` lists every distinct text of all tasks
-once (`texts`), array elements `embed` them into a store, and scoring reads the store.
+once, array elements `embed` them into a store, and scoring reads the store.
 
-    tasks, datasets          elements, instructions, own tasks; the tasks' data
-    models                   exports, on this machine's devices
-    texts, embedding_plan    distinct texts in blocks of equal cost
-    embed                    vectors of blocks: written and looked up
-    scoring, run             one element, all elements
-    results, tables, report  result.json; intervals, tables and plots; the report
-    encode, encode_files     `diffembed encode`: a user's file to vectors
-    probe                    `diffembed probe`: tags of words
+    tasks, datasets                 elements, instructions, own tasks; the tasks' data
+    models                          exports, on this machine's devices
+    distinct_texts, embedding_plan  every distinct text once, in blocks of equal cost
+    embed                           vectors of blocks: written and looked up
+    scoring, run                    one element, all elements
+    results, tables, report         result.json; intervals, tables and plots; the report
+    encode, encode_files            `diffembed encode`: a user's file to vectors
+    probe                           `diffembed probe`: tags of words
 
 A text of a plan is hashed when it is listed and again when it is looked up, in another job: data
 that have changed in between must not get the vectors of the old ones.

@@ -21,7 +21,6 @@ from typing import Any
 
 import datasets
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from pipeline.config import EvaluateConfig, OwnTask
 from pipeline.errors import UserError, blame
@@ -33,6 +32,7 @@ def document_texts(table: Any) -> list[str]:
     """Join title and text of each document of a corpus (columns `text` and optionally `title`)."""
     texts = table["text"][:]
     titles = table["title"][:] if "title" in table.column_names else [""] * len(texts)
+    # Spaces at the ends may be tokens: they are removed where mteb removes them.
     return [
         f"{title} {text}".strip() if title else text.strip()
         for title, text in zip(titles, texts, strict=True)
@@ -67,6 +67,7 @@ def _load_bright(task: Any, *, fix: str) -> dict[str, Any]:
     Raises:
         UserError: they cannot be loaded; `fix` is the advice.
     """
+    # BrightEarthScienceLongRetrieval is the long half of the subset earth_science.
     topic = task.metadata.name.removeprefix("Bright").removesuffix("Retrieval")
     long = topic.endswith("Long")
     topic = topic.removesuffix("Long")
@@ -138,7 +139,7 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
         ) from error
     if own is not None:
         raise UserError(f"tasks: mteb has a task {name!r}", fix="give your own task another name")
-    # Other types of tasks have no corpus and queries.
+    # Other types of tasks have no corpus and queries, and so lack this method of retrieval tasks.
     if not hasattr(task, "convert_v1_dataset_format_to_v2"):
         raise UserError(f"tasks: {name!r} is of type {task.metadata.type}", allowed="retrieval")
     return task
@@ -165,8 +166,7 @@ def check_tasks(tasks: Mapping[str, OwnTask | None], snapshots: Path | None) -> 
 def localise(task: Any, snapshots: Path | None) -> Any:
     """Point one task object at its data set's folder below `snapshots`, laid out as on the hub.
 
-    Only this object changes: mteb keeps metadata on the class, so that it is copied first. An own
-    task is not changed.
+    Only this object changes; an own task does not.
 
     Raises:
         UserError: the data set is not among the snapshots, or was fetched at another revision.
@@ -188,7 +188,8 @@ def localise(task: Any, snapshots: Path | None) -> Any:
             allowed=f"{source['revision'][:12]}, which this mteb pins for {task.metadata.name}",
             fix=_PREFETCH,
         )
-    # An absolute path: a relative one might look like a name on the hub.
+    # Absolute, because a relative path might look like a name on the hub. A copy of the metadata,
+    # because mteb keeps it on the class: all such tasks of this process would change.
     update = {"dataset": {**source, "path": str(folder.resolve())}}
     task.metadata = task.metadata.model_copy(update=update)
     return task
@@ -199,6 +200,7 @@ def data_revision(task: Any, snapshots: Path | None) -> str:
 
     mteb's own result files carry the pinned revision even if the data are a replica.
     """
+    # Without snapshots the hub itself gave the pinned revision.
     if snapshots is not None:
         marker = Path(task.metadata.dataset["path"]) / REVISION_FILE
         if not marker.is_file():
@@ -216,6 +218,7 @@ def load_and_check(task: Any) -> None:
     fix = _fix_of(task)
     with blame(_cannot_load(task), fix=fix):
         task.load_data()
+        # As mteb does before it scores: older tasks load dicts in attributes of their own.
         task.convert_v1_dataset_format_to_v2(num_proc=None)
     for subset, split, data in evaluated_splits(task):
         where = f"{task.metadata.name} {subset}/{split}"
@@ -424,10 +427,8 @@ def private_cache(folder: Path) -> Iterator[None]:
 
 
 # BRIGHT's repositories also hold queries rewritten by other models, which no task reads.
-_PATTERNS = {
-    "mteb/BRIGHT": ["README.md", "documents/*", "long_documents/*", "examples/*"],
-    "xlangai/BRIGHT": ["README.md", "documents/*", "long_documents/*", "examples/*"],
-}
+_BRIGHT_FILES = ["README.md", "documents/*", "long_documents/*", "examples/*"]
+_PATTERNS = {"mteb/BRIGHT": _BRIGHT_FILES, "xlangai/BRIGHT": _BRIGHT_FILES}
 
 
 def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
@@ -449,17 +450,17 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
     if config.snapshots is None:
         raise UserError("snapshots: not set", fix="name the folder for the data sets")
     require_writable(config.snapshots, key="snapshots")
-    tasks = {name: get_task(name, own) for name, own in tasks_of(config).items()}
-    # Tasks share data sets: all of BRIGHT is one.
+    tasks = [get_task(name, own) for name, own in tasks_of(config).items()]
+    # A set, because tasks share data sets: all of BRIGHT is one.
     sources = {
-        (tasks[name].metadata.dataset["path"], tasks[name].metadata.dataset["revision"])
-        for name, own in tasks_of(config).items()
-        if own is None
+        (source["path"], source["revision"])
+        for source in (task.metadata.dataset for task in tasks)
+        if source["revision"] != _LOCAL
     }
     for number, (repository, revision) in enumerate(sorted(sources), start=1):
         print(f"data set {number}/{len(sources)}: {repository} at {revision[:12]}", flush=True)
         _fetch(config.snapshots / repository, repository, revision, endpoint)
-    for task in tasks.values():
+    for task in tasks:
         with tempfile.TemporaryDirectory() as scratch, private_cache(Path(scratch)):
             load_and_check(localise(task, config.snapshots))
         print(f"{task.metadata.name}: complete", flush=True)
@@ -481,7 +482,7 @@ def _fetch(folder: Path, repository: str, revision: str, endpoint: str | None) -
             allow_patterns=_PATTERNS.get(repository),
             endpoint=endpoint,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+    except OSError as error:  # HfHubHTTPError and LocalEntryNotFoundError are, too
         raise UserError(
             f"{repository} at {revision[:12]}: {str(error).splitlines()[0]}",
             fix="run this on a machine that reaches the hub",

@@ -187,7 +187,7 @@ class DistinctTexts:
         """
         # Of all tasks, with repetitions.
         digests_N2 = np.concatenate([task.digests for task in tasks])
-        # Lookups search the first 8 bytes alone; the rest only confirms a hit.
+        # Lookups search only the first 8 bytes; the rest confirms a hit.
         _, first, inverse = np.unique(digests_N2[:, 0], return_index=True, return_inverse=True)
         if (digests_N2[first, 1][inverse] != digests_N2[:, 1]).any():
             raise RuntimeError("two texts share the first 8 bytes of their digest")

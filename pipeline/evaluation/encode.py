@@ -126,6 +126,8 @@ def recipe_of(job: EncodeJob) -> str:
         **dataclasses.asdict(job),
         "version": _VERSION,
         "model": export_fingerprint(job.model),
+        # The time as well: a file may be written again with other texts of the same size. Of a URL
+        # only the size is known.
         "input": [
             [file, file_size(file), Path(file).stat().st_mtime_ns if Path(file).is_file() else 0]
             for file in list_files(job.input, "--input")
@@ -142,7 +144,7 @@ def start_or_continue(job: EncodeJob, recipe: str) -> None:
     Raises:
         UserError: a record cannot be embedded.
     """
-    # Claims of a killed run would keep their blocks from being embedded.
+    # A claim of a killed run would keep every process from its block.
     shutil.rmtree(job.folder / "claims", ignore_errors=True)
     if _recipe_of_parts(job.folder) == recipe:
         return
@@ -155,6 +157,7 @@ def start_or_continue(job: EncodeJob, recipe: str) -> None:
         for file in files
         for block in plan_blocks(file, split=_SPLIT, block_bytes=size, max_rows=None)
     ]
+    # A pass over the whole input: hours of embedding must not end at a record without a text.
     bad = BadRecords("--input")
     fields = survey(
         (record for block in blocks for record in _read(block, on_bad=bad.add)),
@@ -231,7 +234,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
 
     Returns:
         The output: `id` (string) and `vector` (fixed-size list) in the input's order, as Arrow or
-        Parquet; for NumPy the vectors alone, with their ids in a JSON file.
+        Parquet; for NumPy only the vectors, with their ids in a JSON file.
 
     Raises:
         UserError: input, model or output are not usable.
@@ -257,6 +260,7 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
         if workers.is_main:
             _assemble(job)
             print(job.output)
+        # Until then no other process may return, and find no output.
         workers.barrier()
     return job.output
 
@@ -272,6 +276,7 @@ def _check_finished(job: EncodeJob, recipe: str) -> None:
 
 def _encode_block(job: EncodeJob, number: int) -> None:
     """Embed a block and write its part."""
+    # Both are cached in each process: a child is given nothing but the job.
     plan = read_plan(job.folder)
     model = _load(job)
     schema = schema_of(job.dtype, model.num_dimensions, plan.recipe)

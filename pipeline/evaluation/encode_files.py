@@ -91,8 +91,6 @@ def survey(
 ) -> Fields:
     """Read all records once, choose the fields, and print warnings.
 
-    Hours of embedding must not end at a record without a text.
-
     Args:
         records: with blank lines, whose value is None between JSON lines.
         bad: collects records that cannot be read or embedded.
@@ -104,9 +102,10 @@ def survey(
     Raises:
         UserError: no record has a text, or some records lack a text or an id.
     """
-    # A given field that no record has is a typo; a missing default is normal.
+    # A given field that no record has is a typo; a missing default one is normal.
     explicit_title = bool(title_field)
     if title_field is None:
+        # Documents of a corpus in BEIR's layout have titles; queries and other fields have none.
         title_field = _TITLE if field == _TEXT and role == "document" else ""
     id_fields = _ID_FIELDS if id_field is None else (id_field,) if id_field else ()
     found = _Survey(field=field, title=title_field, id_fields=id_fields)
@@ -181,6 +180,7 @@ class _Survey:
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
             raise record.fail(f"{name}: {type(value).__name__}", allowed="a text or a number")
         else:
+            # `replace`, because JSON may hold half a surrogate pair, which has no UTF-8.
             digest = hashlib.blake2b(str(value).encode("utf-8", "replace"), digest_size=8)
             self._ids[name].append(int.from_bytes(digest.digest(), "little"))
 

@@ -75,6 +75,7 @@ def write_report(config: EvaluateConfig) -> Path:
     # Checkpoints of a run are scored in parallel: the last writer must also be the last reader.
     with one_at_a_time(folder / ".lock"):
         _write(config, folder)
+        # Only exports that training itself made for its checkpoints, never a user's.
         run = config.training_run
         if run and config.output_dir.resolve() == RunDir(run).evaluations.resolve():
             delete_scored_exports(config.output_dir)
@@ -83,8 +84,8 @@ def write_report(config: EvaluateConfig) -> Path:
 
 
 def _write(config: EvaluateConfig, folder: Path) -> None:
-    # Before they are read: scores that change meanwhile make this report outdated.
-    # Identifies the results in report.json: submission skips reports that are current.
+    # Submission skips a report whose digest is that of the present results. Taken before they are
+    # read: scores that change meanwhile make this report outdated.
     digest = results_digest(config)
     findings = collect_findings(config)
     models, tasks = findings.models, findings.tasks
@@ -249,6 +250,7 @@ def summarise(name: str, models: list[str], by_model: dict[str, Result]) -> dict
             split: _difference(_within(split, last), _within(split, first))
             for split in first["by_split"]
         }
+    # Of two models, `difference` is the only pair.
     if len(models) > 2:
         entry["pairs"] = [
             {
@@ -314,6 +316,7 @@ def read_curve(training_run: Path | None) -> list[dict[str, float]]:
     lines = [line for _, line in read_json_lines(path, _Line, fix=fix)]
     if not lines:
         raise UserError(f"{path}: no step in it", fix=fix)
+    # The loss of a step that was skipped is null.
     return [line for line in lines if line.get("loss") is not None]
 
 
@@ -342,6 +345,7 @@ def _examples_of(name: str, model: str, examples: Sequence[Mapping[str, Any]]) -
 
 
 def _line(row: Mapping[str, Any]) -> str:
+    # In one line: headings and lists inside a text would become the page's.
     return " ".join(str(row["text"]).split())
 
 

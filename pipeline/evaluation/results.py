@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def results_digest(config: EvaluateConfig) -> str:
 def inputs_of(config: EvaluateConfig, element: Element, dataset: str | None) -> dict[str, Any]:
     """Return everything that an element's scores depend on, by name, ready for JSON.
 
-    Data that are not in a local folder are identified by their name alone: mteb pins the revision.
+    Data that are not in a local folder are identified only by their name: mteb pins the revision.
 
     Args:
         dataset: the task's data set, by its name on the hub; ignored for an own task.
@@ -240,10 +241,8 @@ def read_curves(training_run: Path | None) -> Curves:
             step, result = checkpoint_step(name), read_result_file(path)
             if step is not None and _belongs_to(evaluations / name, result):
                 found.setdefault((task, int(length)), []).append(_point(step, result))
-    # How many lengths each task has: only then its name needs one.
-    lengths: dict[str, int] = {}
-    for task, _ in found:
-        lengths[task] = lengths.get(task, 0) + 1
+    # A task's name needs a length only if it ran at several.
+    lengths = Counter(task for task, _ in found)
     return {
         task if lengths[task] == 1 else f"{task}@{length}": sorted(
             points, key=lambda point: int(point["step"])

@@ -223,7 +223,7 @@ def score_all(config: EvaluateConfig) -> list[Result]:
     # In the order of the elements, whatever finishes first.
     results = {element.index: _valid_result(config, element) for element in elements}
     unfinished = [index for index, result in results.items() if result is None]
-    # A process takes as long to start as a small task to be scored.
+    # A process takes as long to start as a small task to be scored: two tasks for each.
     num_workers = min(num_cores(), _MAX_WORKERS, len(unfinished) // 2)
     with contextlib.closing(LocalWorkers(num_workers, imports=("mteb",))) as workers:
         # All before the first: a folder that cannot be written must not cost an hour of scoring.
@@ -251,7 +251,7 @@ def _export_loader() -> LoadEncoder:
 def _replace_tree(source: Path, target: Path) -> None:
     """Copy a folder and rename the copy, so that `target` is never half a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the target's folder: a rename works within one disk alone.
+    # In the target's folder: a rename works only within one disk.
     incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=target.parent))
     # Not moved: scratch is often on another disk.
     shutil.copytree(source, incoming, dirs_exist_ok=True)

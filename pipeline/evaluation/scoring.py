@@ -226,7 +226,7 @@ class ExactSearch:
                 without the excluded ones); None for all documents.
         """
         query_ids = list(queries["id"])
-        # Ids alone: texts are read block by block.
+        # Only ids: texts are read block by block.
         document_ids = list(self._corpus["id"])
         candidates = _candidate_rows(query_ids, document_ids, top_ranked)
         # All queries stay in memory: they are few, and every block needs them.
@@ -330,7 +330,7 @@ def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) ->
     name, _, cut = metric.partition("_at_")
     if name not in _TREC or not cut.isdigit():
         raise ValueError(f"{metric} is not a mean over queries")
-    # pytrec_eval reads plain dicts alone.
+    # pytrec_eval reads only plain dicts.
     evaluator = pytrec_eval.RelevanceEvaluator(
         {query: dict(documents) for query, documents in judgements.items()},
         {f"{_TREC[name]}.{cut}"},

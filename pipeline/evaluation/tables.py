@@ -27,6 +27,7 @@ from pipeline.evaluation.tasks import BENCHMARKS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Another seed then moves the ends of an interval by less than 1 % of its width.
 _RESAMPLES = 10_000
 _SEED = 20240817
 # Query scores by `subset/split`; a task's score is the mean of its splits' means.
@@ -37,6 +38,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def interval(scores: Strata) -> tuple[float, float]:
     """Return the 95 % percentile interval of a task's score; queries are resampled per split."""
+    # Sorted, because counts are drawn by position: another order would give another interval.
     return _confidence_interval([np.array([s[q] for q in sorted(s)]) for s in scores.values()])
 
 
@@ -171,7 +173,7 @@ class PublishedColumn:
     Attributes:
         task: an mteb task.
         metric: a metric other than the task's main one.
-        splits: mean over these splits alone; all splits where empty.
+        splits: mean over only these splits; over all splits if empty.
         part: label of the splits.
     """
 
@@ -249,7 +251,7 @@ def published_scores(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def published_table(models: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Our numbers and published ones in percent, one row per model; None without published ones.
+    """Return our numbers and published ones in percent, a row per model; None without published.
 
     Args:
         models: our models.
@@ -268,7 +270,7 @@ def published_table(models: Sequence[str], tasks: Sequence[Mapping[str, Any]]) -
         scores = [column.ours(entry, model) for column, entry in columns]
         scores += [100 * sum(e[model] for e in own) / len(own) for own in means.values()]
         rows.append([model, *(f"{score:.1f}" for score in scores)])
-    # Models with scores first, then models with means alone.
+    # Models with scores first, then models with only means.
     for name in dict.fromkeys((*published.scores, *published.means)):
         # Models without a number in any of these columns get no row.
         row = [published.scores.get(name, {}).get(column) for column, _ in columns]

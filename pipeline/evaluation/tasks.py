@@ -8,7 +8,7 @@
         2       weak    LEMBPasskeyRetrieval     4096
         3       strong  BrightAopsRetrieval      4096
 
-Instructions come from here alone: mteb falls back to one default instruction, and applies it to
+Instructions come only from here: mteb falls back to one default instruction, and applies it to
 documents as well, so that scores drop without any message.
 """
 
@@ -47,7 +47,7 @@ def load_mteb() -> Any:
     if _CACHE not in os.environ:
         try:
             Path.home().joinpath(".cache", "mteb").mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError):  # RuntimeError: no home folder is known
             folder = tempfile.mkdtemp(prefix="diffembed-mteb-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             os.environ[_CACHE] = folder
@@ -304,7 +304,7 @@ def make_task(own: OwnTask) -> Any:
         metadata = mteb.TaskMetadata(
             name=own.name,
             description=f"Retrieval of the documents in {own.path}.",
-            dataset={"path": str(own.path), "revision": "local"},
+            dataset={"path": str(own.path), "revision": "local"},  # see `datasets.localise`
             type="Retrieval",
             category="t2t",
             eval_splits=[own.split],
@@ -338,13 +338,14 @@ def read_split(own: OwnTask) -> dict[str, Any]:
         judged: dict[str, dict[str, int]] = {}
         files = tuple(judgement_files(source))
         for record, query, document, score in judgement_records(files, bad.add):
-            # trec_eval takes whole grades alone.
+            # trec_eval takes only whole grades.
             if not float(score).is_integer():
                 allowed = "a whole number; documents above 0 are relevant"
                 bad.add(record.fail(f"score {score}", allowed=allowed))
             elif judged.setdefault(query, {}).setdefault(document, int(score)) != score:
                 found = f"query {query!r} and document {document!r} have another score before"
                 bad.add(record.fail(found, allowed="one score per pair"))
+        # Queries without judgements are left out, whatever they hold.
         for name, record in queries.items():
             if name in judged and not isinstance(_query_of(record)[0], str):
                 bad.add(record.fail("no text", allowed="a text in the field text or query"))
@@ -413,6 +414,7 @@ def _query_columns(queries: dict[str, Record]) -> dict[str, list[Any]]:
     """Return ids and texts, and the queries' own instructions if there are any."""
     texts, instructions = zip(*map(_query_of, queries.values()), strict=True)
     columns = {"id": list(queries), "text": list(texts)}
+    # With empty instructions, `query_texts` would put a space behind each text.
     if any(instructions):
         columns["instruction"] = list(instructions)
     return columns

@@ -8,6 +8,7 @@ processes write to it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from rich.text import Text
 from pipeline.config import read_tree
 from pipeline.config.explain import kind_of
 from pipeline.errors import UserError
+from pipeline.files import write_text
 from pipeline.run_folder import OWN_CONFIG
 from pipeline.watch.chains import (
     building,
@@ -35,10 +37,10 @@ from pipeline.watch.chains import (
 )
 from pipeline.watch.elements import describe_evaluation
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import Fact, Grid, Tone, View, write_page
+from pipeline.watch.view import Fact, Grid, Tone, View, page
 
 Look = Callable[[], View]
-# Folders below a folder of several; more would fill no screen.
+# Runs, evaluations and so on that a folder of several shows: each look reads the files of all.
 _MAX_PARTS = 200
 _STYLES: dict[Tone, str] = {"": "", "ok": "green", "warn": "yellow", "fail": "red"}
 # In a pipe, no line is cut or wrapped: programs search them.
@@ -64,16 +66,16 @@ def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
     if not live:
         console.print(render(views, console))
     else:
-        try:
-            with Live(render(views, console), console=console, auto_refresh=False) as screen:
-                while not all(view.state == "finished" or view.done == 1.0 for view in views):
-                    time.sleep(every)
-                    views = _look(looks, html, every)
-                    screen.update(render(views, console), refresh=True)
-        except KeyboardInterrupt:
-            pass
+        # Nothing changes between two looks: rich's thread, which draws four times a second, is off.
+        screen = Live(render(views, console), console=console, auto_refresh=False)
+        with contextlib.suppress(KeyboardInterrupt), screen:
+            # The state of a chain counts its stages, and is never `finished`.
+            while not all(view.state == "finished" or view.done == 1.0 for view in views):
+                time.sleep(every)
+                views = _look(looks, html, every)
+                screen.update(render(views, console), refresh=True)
     if html is not None:
-        if live:  # it is not written again
+        if live:  # the page that stays must not reload itself
             _look(looks, html, None)
         console.print(f"written: {html}")
 
@@ -81,7 +83,7 @@ def watch(path: Path, *, once: bool, html: Path | None, every: float) -> None:
 def _look(looks: Sequence[Look], html: Path | None, every: float | None) -> list[View]:
     views = [look() for look in looks]
     if html is not None:
-        write_page(html, views, refresh_seconds=every)
+        write_text(html, page(views, refresh_seconds=every))
     return views
 
 
@@ -95,6 +97,7 @@ def recognise(path: Path) -> list[Look]:
     if path.is_file():
         return [_of_config(path)]
     looks = _of_folder(path) if path.is_dir() else []
+    # The folder of shards need not exist yet.
     if not looks and building(path).is_dir():
         looks = [functools.partial(describe_shards, path)]
     if not looks and path.is_dir():
@@ -120,11 +123,13 @@ def _of_folder(path: Path) -> list[Look]:
     if chains:
         return [functools.partial(describe_chain, chain, _metrics_of(chain)) for chain in chains]
     looks: list[Look] = []
+    # A job that still waits in the queue has left only its frozen config, in jobs/.
     jobs = path / "jobs"
     if (path / "ledger").is_dir() or any(jobs.glob("synthesize-*.yaml")):
         looks.append(functools.partial(describe_synthesis, path))
     elif _is_run(path):
         looks.append(functools.partial(describe_run, path, Metrics(path / "metrics.jsonl")))
+    # A folder may be several things: an evaluation may have the `output_dir` of a run.
     if (path / "manifest.json").is_file():
         looks.append(functools.partial(describe_shards, path))
     scored = any(path.glob("results/*/*/*/result.json")) or any(path.glob("plan/*/plan.json"))
@@ -139,6 +144,7 @@ def _is_run(path: Path) -> bool:
         return True
     if (path / "lock").is_file() or any((path / "jobs").glob("train-*.yaml")):
         return True
+    # A user's folder may have a file of this name.
     config = path / "config.yaml"
     return config.is_file() and config.read_text(errors="replace").startswith(OWN_CONFIG)
 
@@ -177,10 +183,8 @@ def _of_config(path: Path) -> Look:
 
 def make_console() -> Console:
     """Return a console for standard output, without colours and line breaks in a pipe."""
-    console = Console(highlight=False, soft_wrap=False)
-    if console.is_terminal:
-        return console
-    return Console(highlight=False, width=_PIPE_WIDTH, color_system=None, legacy_windows=False)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def render(views: Sequence[View], console: Console) -> RenderableType:
@@ -191,7 +195,7 @@ def render(views: Sequence[View], console: Console) -> RenderableType:
 def _view(view: View, console: Console) -> Iterator[RenderableType]:
     yield Text.assemble((view.title, "bold"), "  ", (view.state, _STYLES[view.tone] or "bold"))
     if view.done is not None and console.is_terminal:
-        table = Table.grid()  # because a bar does not end its line
+        table = Table.grid()  # a bar alone does not end its line
         table.add_row(ProgressBar(total=1.0, completed=view.done, width=min(60, console.width)))
         yield table
     if view.facts:
@@ -204,8 +208,10 @@ def _view(view: View, console: Console) -> Iterator[RenderableType]:
 def _facts(facts: Sequence[Fact]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
+    # Folded, not cut: the end of a path or of an error is often what matters.
     table.add_column(overflow="fold")
     for fact in facts:
+        # As `Text`, because errors hold brackets, which rich would take for styles.
         table.add_row(Text(fact.name), Text(fact.value, style=_STYLES[fact.tone]))
     return table
 

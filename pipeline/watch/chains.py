@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from pipeline.errors import UserError
 from pipeline.files import read_record
 from pipeline.run_folder import RunDir
 from pipeline.watch.elements import describe_evaluation
-from pipeline.watch.logs import jobs_grid, logs_of, read_json_or_none, read_log
+from pipeline.watch.logs import jobs_grid, newest_log, read_json_or_none
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
+from pipeline.watch.view import Fact, Grid, Tone, View, age, duration, oldest_first
 
 # Stage, state, detail, folder; and the tone of the row.
 _Row = tuple[tuple[str, str, str, str], Tone]
@@ -63,20 +64,19 @@ def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:
     for name, config in (("prepare", chain.prepare), ("mine", chain.mine)):
         if config:
             folder = output_dir(config)
+            # Next to the folder, which appears by a rename and holds nothing but shards.
             jobs = folder.with_name(f"{folder.name}-jobs")
             yield _stage(name, describe_shards(folder, mining_store(config)), folder, jobs)
     run = output_dir(chain.train)
-    view = describe_run(run, metrics)
-    yield _stage("train", view, run, run / "jobs")
+    yield _stage("train", describe_run(run, metrics), run, run / "jobs")
     for step in chain.exports:
         yield _export(step, run)
     if chain.evaluate:
         folder = output_dir(chain.evaluate)
-        view = describe_evaluation(folder, chain.evaluate)
-        yield _stage("evaluate", view, folder, folder / "jobs")
+        jobs = folder / "jobs"
+        yield _stage("evaluate", describe_evaluation(folder, chain.evaluate), folder, jobs)
         report = folder / "report"
         written = age(report / "report.json")
-        jobs = folder / "jobs"
         if fault := _fault(jobs, "report"):
             yield ("report", "failed", fault, str(report)), "fail"
         elif written is not None:
@@ -87,14 +87,17 @@ def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:
 
 
 def _stage(name: str, view: View, folder: Path, jobs: Path) -> _Row:
+    # Each kind of view has one of these: a run, an evaluation, shards, unfinished shards.
     detail = view.fact("step") or view.fact("elements") or view.fact("rows") or view.fact("tasks")
     if view.state == "finished":
         return (name, "finished", detail, str(folder)), "ok"
     fault = _fault(jobs, name) or view.fact("last error")
+    # The newest log may be of an earlier start: what runs now may run without Slurm.
     if view.tone == "fail" or (fault and not view.state.startswith("running")):
         return (name, "failed", fault or detail, str(folder)), "fail"
     left = view.fact("time left")
     detail = ", ".join(part for part in (detail, left and f"{left} left") if part)
+    # The folder of shards does not exist while they are made.
     started = folder.exists() or view.state.startswith("running")
     return (name, view.state if started else "waiting", detail, str(folder)), ""
 
@@ -106,6 +109,7 @@ def _export(step: ExportStep, run: Path) -> _Row:
         return (name, "failed", fault, str(folder)), "fail"
     if not any(folder.glob("*.safetensors")):
         return (name, "waiting", "", str(folder)), ""
+    # Seconds ago, both: the older file has the larger age.
     saved = age(RunDir(run).checkpoints / run_folder.LATEST)
     written = age(folder / "config.json") or 0.0
     if step.checkpoint == "latest" and saved is not None and saved < written:
@@ -115,17 +119,15 @@ def _export(step: ExportStep, run: Path) -> _Row:
 
 def _fault(jobs: Path, name: str) -> str:
     """Return the error with which the newest job of a name ended; empty if it did not fail."""
-    for path in logs_of(jobs, name)[-1:]:
-        end = read_log(path)
-        if end and end.failed:
-            return f"{end.error} ({path.name})"
-    return ""
+    end = newest_log(jobs, name)
+    return end.cited_error if end and end.failed else ""
 
 
 # --- synthesis -------------------------------------------------------------------------------
 
 # In order; `ReasonAug` defines them, and is not imported here because it is built on this package.
 STAGES = ("concepts", "definitions", "problems", "checked", "solved", "rewritten", "clean")
+# Bytes of a ledger that are read at a time; ledgers have gigabytes.
 _BLOCK = 2**22
 # Work that writes no file for so long has ended, or hangs.
 _PATIENCE_SECONDS = 300.0
@@ -141,16 +143,14 @@ def describe_synthesis(root: Path) -> View:
         ledger, items = root / "ledger" / f"{name}.jsonl", root / "stages" / f"{name}.jsonl"
         if not ledger.exists() and not items.exists():
             continue
+        # In the text of an answer, JSON would escape the mark's quotes.
         answers, failed = _count_lines(ledger, b'"status": "failed"')
         stages.append((name, f"{answers:,}", f"{failed:,}", f"{_count_lines(items)[0]:,}"))
     facts = [Fact("rows", f"{rows:,}" if isinstance(rows, int) else "not written yet")]
     if newest is not None:
         facts.append(Fact("last answer", f"{duration(newest)} ago"))
-    for path in logs_of(root / "jobs", "synthesize")[-1:]:
-        end = read_log(path)
-        if end and end.error:
-            fault = f"{end.error} ({path.name})"
-            facts.append(Fact("last error", fault, "fail" if end.failed else "warn"))
+    if (end := newest_log(root / "jobs", "synthesize")) and end.error:
+        facts.append(Fact("last error", end.cited_error, "fail" if end.failed else "warn"))
     header = ("stage", "answers", "failed for good", "items")
     done: tuple[str, Tone] = ("finished", "ok")
     state, tone = done if isinstance(rows, int) else _activity(newest, "answer")
@@ -179,7 +179,9 @@ def _count_lines(path: Path, mark: bytes = b"") -> tuple[int, int]:
     try:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
+                # `rest` is half a line; at the end of the file, a line that is being written.
                 whole, end, rest = (rest + block).rpartition(b"\n")
+                # `whole` lacks its last line's end, which is in `end`.
                 lines += whole.count(b"\n") + bool(end)
                 marked += whole.count(mark) if mark else 0
     except OSError:
@@ -218,6 +220,7 @@ def describe_shards(root: Path, store: Path | None = None) -> View:
     try:
         if not path.exists() and not any(root.glob("*.arrow")):
             return _describe_building(root, store)
+        # Shards get their name by a rename, with the manifest: without it, a file was lost.
         if not path.exists():
             raise UserError(f"{path} is missing", fix=fix)
         manifest = read_record(path, dict[str, Any], fix=fix)
@@ -246,10 +249,11 @@ def describe_shards(root: Path, store: Path | None = None) -> View:
 
 
 def _describe_building(root: Path, store: Path | None) -> View:
+    # Of `prepare`: the last file of a task is its summary, STEP/TASK.json.
     done = _parts_by_step(building(root).glob("*/*.json"))
     files = list(building(root).glob("*/*"))
     if store is not None:
-        # STORE/STEP-KEY/...: steps of other settings may be there too.
+        # Of `mine`: every file, STORE/STEP-KEY/...; steps of other settings may be there too.
         found = [path for path in store.glob("*-*/**/*") if path.is_file()]
         done, files = _parts_by_step(found, store), [*files, *found]
     quiet = min((age(path) or 0.0 for path in files), default=None)
@@ -265,15 +269,12 @@ def _describe_building(root: Path, store: Path | None) -> View:
     )
 
 
-def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> dict[str, int]:
+def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> Counter[str]:
     """Count the finished parts of each step, in the order in which the steps began."""
-    steps: dict[str, int] = {}
-    for path in sorted(paths, key=lambda path: -(age(path) or 0.0)):
-        name = path.parent.name
-        if store is not None:
-            name = path.relative_to(store).parts[0].rpartition("-")[0]
-        steps[name] = steps.get(name, 0) + 1
-    return steps
+    return Counter(
+        path.parent.name if store is None else path.relative_to(store).parts[0].rpartition("-")[0]
+        for path in oldest_first(paths)
+    )
 
 
 # --- several ---------------------------------------------------------------------------------
@@ -284,6 +285,7 @@ def describe_several(root: Path, parts: Sequence[tuple[str, Callable[[], View]]]
     rows, tones = [], []
     for name, look in parts:
         view = look()
+        # A title is a kind and a path, here one below `root`.
         kind = view.title.partition(f" {root}")[0]
         facts = map(view.fact, ("step", "elements", "rows", "tasks", "time left"))
         rows.append((name, kind, view.state, ", ".join(filter(None, facts))))

@@ -17,8 +17,8 @@ from typing import Literal
 
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import UserError
-from pipeline.watch.logs import element_logs, jobs_grid, logs_of, read_json_or_none, read_log
-from pipeline.watch.view import Fact, Grid, Tone, View, age, duration
+from pipeline.watch.logs import element_logs, jobs_grid, newest_log, read_json_or_none, read_log
+from pipeline.watch.view import Fact, Grid, Tone, View, age, duration, oldest_first
 
 State = Literal["scored", "failed", "running", "silent", "waiting"]
 _STATES: tuple[State, ...] = ("scored", "running", "silent", "failed", "waiting")
@@ -85,6 +85,7 @@ def _state(elements: Sequence[Scored], counts: Counter[State], *, logged: bool) 
         return "no log has changed for a while", "warn"
     if not counts["scored"]:
         return "waiting", ""
+    # Without Slurm's logs, a process may well be running.
     return ("not running", "warn") if logged else ("not finished", "")
 
 
@@ -93,9 +94,10 @@ def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]
     # Inside, because it reads the formats of own tasks too: a third of a second.
     from pipeline.evaluation.tasks import list_elements
 
-    started = sorted((root / "jobs").glob("evaluate-*.yaml"), key=lambda path: -(age(path) or 0))
-    # Each step of a training run has a config of its own.
+    started = oldest_first((root / "jobs").glob("evaluate-*.yaml"))
+    # Each step of a training run has a config of its own; otherwise the newest submission counts.
     paths = [config] if config else sorted(root.glob("step-*/evaluate.yaml")) or started[-1:]
+    # Logs name an element by its index, which says nothing where several configs count from 0.
     logs = element_logs(root / "jobs", "evaluate") if len(paths) == 1 else {}
     found: dict[Path, Scored] = {}
     faults = []
@@ -109,6 +111,7 @@ def _elements(root: Path, config: Path | None) -> tuple[list[Scored], list[str]]
             # Frozen configs hold paths of the machine that submitted; the folder may be a copy.
             folder = root / "results" / each.model.name / each.task / str(each.max_length)
             found[folder] = _read(folder, each.index, logs.get(each.index))
+    # Models and tasks that none of these configs has any more.
     for result in sorted(root.glob("results/*/*/*/result.json")):
         found.setdefault(result.parent, _read(result.parent, None, None))
     if not paths:
@@ -169,10 +172,9 @@ def _unfinished(elements: Sequence[Scored]) -> Grid:
 
 def _scores(elements: Sequence[Scored]) -> Grid:
     """Return the table of scores: a row per task and length, a column per model."""
-    scored = [element for element in elements if element.score is not None]
-    models = list(dict.fromkeys(element.model for element in scored))
+    models = list(dict.fromkeys(e.model for e in elements if e.score is not None))
     by_row: dict[tuple[str, str, str], dict[str, float]] = {}
-    for element in scored:
+    for element in elements:
         if element.score is not None:
             key = (element.task, element.length, element.metric)
             by_row.setdefault(key, {})[element.model] = element.score
@@ -186,7 +188,7 @@ def _scores(elements: Sequence[Scored]) -> Grid:
 
 def _blocks(root: Path) -> Iterator[Fact]:
     """Count the embedded blocks of texts, where the evaluation distributes texts."""
-    plans = sorted(root.glob("plan/*/plan.json"), key=lambda path: -(age(path) or 0))
+    plans = oldest_first(root.glob("plan/*/plan.json"))
     if not plans:
         return
     plan = read_json_or_none(plans[-1])
@@ -198,24 +200,20 @@ def _blocks(root: Path) -> Iterator[Fact]:
 
 
 def _report(root: Path) -> Iterator[Fact]:
-    when = age(root / "report" / "report.md")
-    if when is not None:
-        value = f"{root / 'report' / 'report.md'}, {duration(when)} old"
-        yield Fact("report", value)
+    path = root / "report" / "report.md"
+    if (when := age(path)) is not None:
+        yield Fact("report", f"{path}, {duration(when)} old")
 
 
 def _failed_jobs(folder: Path) -> Iterator[Fact]:
     """Name the errors of jobs outside the array of tasks."""
     for name in ("evaluate-plan", "evaluate-score", "report"):
-        for path in logs_of(folder, name)[-1:]:
-            end = read_log(path)
-            if end and end.failed:
-                yield Fact(name, f"{end.error} ({path.name})", "fail")
+        if (end := newest_log(folder, name)) and end.failed:
+            yield Fact(name, end.cited_error, "fail")
     failed = [
         end
         for path in element_logs(folder, "evaluate-embed").values()
         if (end := read_log(path)) and end.failed
     ]
     if failed:
-        value = f"{len(failed)} elements failed: {failed[-1].error}"
-        yield Fact("evaluate-embed", value, "fail")
+        yield Fact("evaluate-embed", f"{len(failed)} elements failed: {failed[-1].error}", "fail")

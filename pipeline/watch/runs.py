@@ -19,7 +19,7 @@ from pipeline import run_folder
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
 from pipeline.run_folder import RunDir
-from pipeline.watch.logs import LogEnd, jobs_grid, logs_of, read_json_or_none, read_log, starts_grid
+from pipeline.watch.logs import jobs_grid, newest_log, read_json_or_none, starts_grid
 from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
 
 Line = dict[str, Any]
@@ -53,7 +53,7 @@ class Metrics:
             with self._path.open("rb") as file:
                 status = self._path.stat()
                 identity = (status.st_dev, status.st_ino)
-                # A resumed run replaces the file.
+                # A resumed run replaces the file, without the lines of steps that it repeats.
                 if identity != self._identity or status.st_size < self._offset:
                     self._forget()
                     self._identity = identity
@@ -72,6 +72,7 @@ class Metrics:
         line: Any = None
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
+        # By `type`: to `isinstance`, `true` is an int too.
         if not isinstance(line, dict) or type(line.get("step")) is not int:
             self.num_damaged += 1
             return
@@ -88,7 +89,7 @@ def numbers(lines: Sequence[Line], key: str) -> list[float]:
     return [
         float(value)
         for value in found
-        # Also without whole numbers that no float holds.
+        # The last test drops NaN, infinity, and whole numbers that no float holds.
         if isinstance(value, int | float)
         and not isinstance(value, bool)
         and abs(value) <= sys.float_info.max
@@ -102,10 +103,11 @@ def describe_run(root: Path, metrics: Metrics) -> View:
     lines = metrics.lines
     tree = _config(run)
     num_steps = _number(tree, "num_steps")
-    step = lines[-1]["step"] + 1 if lines else 0
+    step = lines[-1]["step"] + 1 if lines else 0  # metrics count from 0, the screen from 1
     recent = lines[-_RECENT:]
+    # Of a step: the median, because the first one also builds what later ones reuse.
     seconds = median(numbers(recent, "seconds") or [0.0])
-    # Not every step need be logged.
+    # Steps from one line to the next: with `log_every: 10` a new line takes ten steps.
     gap = lines[-1]["step"] - lines[-2]["step"] if len(lines) > 1 else 1
     state, tone = _state(run, step=step, num_steps=num_steps, seconds=gap * seconds)
     facts = [
@@ -115,7 +117,7 @@ def describe_run(root: Path, metrics: Metrics) -> View:
         *_checkpoints(run, step),
         *_warnings(run, metrics),
     ]
-    scores, jobs = _scores(run), root / "jobs"
+    scores, jobs = _scores(run), run.jobs
     return View(
         title=f"training run {root}",
         state=state,
@@ -145,27 +147,24 @@ def _number(tree: Any, *keys: str) -> int | None:
 
 def _state(run: RunDir, *, step: int, num_steps: int | None, seconds: float) -> tuple[str, Tone]:
     """Return what the run does, and its tone; `seconds` are usual between two lines of metrics."""
-    if num_steps is not None and step >= num_steps and not _is_locked(run):
+    locked = _is_locked(run)
+    # After its last step, a run that holds its lock still saves a checkpoint.
+    if num_steps is not None and step >= num_steps and not locked:
         return "finished", "ok"
     quiet = age(run.metrics)
-    if _is_locked(run):
-        if quiet is not None and quiet > max(_PATIENCE_SECONDS, _PATIENCE_STEPS * seconds):
+    late = quiet is not None and quiet > max(_PATIENCE_SECONDS, _PATIENCE_STEPS * seconds)
+    if locked:
+        if quiet is not None and late:
             return f"running, no step for {duration(quiet)}", "warn"
         return ("running" if step else "starting"), "ok"
-    if (end := _last_log(run)) and end[1].failed:
+    if (end := newest_log(run.jobs, "train")) and end.failed:
         return "ended with an error", "fail"
     if quiet is None or not step:
         return "no step yet", "warn"
-    if quiet <= max(_PATIENCE_SECONDS, _PATIENCE_STEPS * seconds):
+    if not late:
+        # Locks of other machines are not seen on every disk.
         return "running, or ended just now", ""
     return f"not running: last step {duration(quiet)} ago", "warn"
-
-
-def _last_log(run: RunDir) -> tuple[Path, LogEnd] | None:
-    """Return the log of the newest training job, and its end."""
-    logs = logs_of(run.root / "jobs", "train")
-    end = read_log(logs[-1]) if logs else None
-    return (logs[-1], end) if end else None
 
 
 def _is_locked(run: RunDir) -> bool:
@@ -177,7 +176,7 @@ def _is_locked(run: RunDir) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except OSError:  # no lock file, or a disk without locks
         return False
     return False
 
@@ -195,6 +194,7 @@ def _progress(
 
 
 def _pace(recent: Sequence[Line], batch: int | None) -> Iterator[Fact]:
+    # Only lines with a time: tokens of others would count as if they had taken none.
     timed = [line for line in recent if numbers([line], "seconds") and line["seconds"] > 0]
     total = sum(numbers(timed, "seconds"))
     if not total:
@@ -237,6 +237,7 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
         yield Fact("checkpoint", str(error), "fail")
         return
     names = run_folder.checkpoint_names(run.checkpoints)
+    # Without it the next start is from step 0, whatever was saved.
     if name is None and names:
         yield Fact("checkpoint", f"{', '.join(names)}, but the file `latest` is missing", "fail")
         return
@@ -247,8 +248,7 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     behind = step - saved
     when = age(run.checkpoints / name)
     if when is None:
-        found = f"latest names {name}, which does not exist"
-        yield Fact("checkpoint", found, "fail")
+        yield Fact("checkpoint", f"latest names {name}, which does not exist", "fail")
         return
     distance = f"{behind:,} steps behind" if behind >= 0 else f"{-behind:,} steps ahead of metrics"
     yield Fact("checkpoint", f"{name}, {distance}, {duration(when)} old; {len(names)} kept")
@@ -256,8 +256,7 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
 
 def _warnings(run: RunDir, metrics: Metrics) -> Iterator[Fact]:
     if run.stop_request.exists():
-        value = "the run saves a checkpoint and stops"
-        yield Fact("stop requested", value, "warn")
+        yield Fact("stop requested", "the run saves a checkpoint and stops", "warn")
     if skipped := len(numbers(metrics.lines, "skipped")):
         yield Fact("skipped steps", f"{skipped:,}, not finite", "warn")
     for dump in sorted(run.root.glob("non-finite-step-*-rank-*.json")):
@@ -270,12 +269,9 @@ def _warnings(run: RunDir, metrics: Metrics) -> Iterator[Fact]:
     if metrics.num_damaged:
         value = f"{metrics.num_damaged:,} lines of metrics.jsonl cannot be read"
         yield Fact("damaged", value, "warn")
-    if (found := _last_log(run)) and found[1].error:
-        path, end = found
+    if (end := newest_log(run.jobs, "train")) and end.error:
         earlier = "" if end.failed else "before the present start: "
-        yield Fact(
-            "last error", f"{earlier}{end.error} ({path.name})", "fail" if end.failed else "warn"
-        )
+        yield Fact("last error", earlier + end.cited_error, "fail" if end.failed else "warn")
 
 
 def _losses(run: RunDir, lines: Sequence[Line]) -> Grid:
@@ -347,9 +343,8 @@ def _plots(lines: Sequence[Line], scores: Scores) -> Iterator[Plot]:
         ("peak_memory_gib", "peak memory in GiB"),
         ("mfu", "MFU"),
     ):
-        points = [(float(line["step"]), *numbers([line], key)) for line in lines]
-        known = [(point[0], point[1]) for point in points if len(point) == 2]
-        if known:
-            yield Plot(title=title, x="step", y=title, lines={"": known})
+        points = [(float(line["step"]), y) for line in lines for y in numbers([line], key)]
+        if points:
+            yield Plot(title=title, x="step", y=title, lines={"": points})
     if scores:
         yield Plot(title="scores of checkpoints", x="step", y="score", lines=scores)

@@ -1,4 +1,4 @@
-"""Hold the numbers that `watch` shows, for terminal and page, and write the page.
+"""Hold the numbers that `watch` shows, for terminal and page, and draw the page.
 
 View ──> title, facts, tables          the same strings as in the terminal
      ──> plots by matplotlib, as SVG   thinned, so that a long run stays a small file
@@ -16,14 +16,13 @@ import itertools
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.files import write_text
-
+# Cells that are set right: numbers as tables write them (1,234, -0.5), and dates.
 _NUMBER = re.compile(r"[,.-]*\d[\d,.-]*")
-# Decides the colour: good, worth a look, failed.
+# Decides the colour: none, good, worth a look, failed.
 Tone = Literal["", "ok", "warn", "fail"]
 
 
@@ -112,7 +111,12 @@ def age(path: Path) -> float | None:
         return None
 
 
-# Points of one line in a plot.
+def oldest_first(paths: Iterable[Path]) -> list[Path]:
+    """Sort files by the time of their last change; files that vanish meanwhile come last."""
+    return sorted(paths, key=lambda path: -(age(path) or 0.0))
+
+
+# Points of one line in a plot: more than the pixels of its width would only make the page larger.
 _MAX_POINTS = 1000
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
@@ -129,13 +133,8 @@ progress { width: 30em; max-width: 100% } .ok { color: #0a7a2f } .warn { color: 
 """
 
 
-def write_page(path: Path, views: Sequence[View], *, refresh_seconds: float | None) -> None:
-    """Write the page; a browser reloads it after some seconds where it will be written again."""
-    write_text(path, page(views, refresh_seconds=refresh_seconds))
-
-
 def page(views: Sequence[View], *, refresh_seconds: float | None) -> str:
-    """Return the whole page."""
+    """Return the whole page; a browser reloads it after these seconds, None for never."""
     refresh = (
         f'<meta http-equiv="refresh" content="{refresh_seconds:.0f}">' if refresh_seconds else ""
     )
@@ -199,9 +198,11 @@ def _loss_svg(curve: Sequence[dict[str, float]]) -> str:
     """Draw the loss as the report of an evaluation does."""
     from pipeline.evaluation.tables import by_kind, plot_loss
 
-    # Thinned by kind: a rare kind must not disappear.
+    # Thinned by kind: a rare kind must not disappear. Then by step again, as the curve was: the
+    # plot draws the learning rate through all lines in their order.
     kept = itertools.chain.from_iterable(thin(lines) for lines in by_kind(curve).values())
     lines = sorted(kept, key=lambda line: line["step"])
+    # In a file, because a report's plots are files.
     with tempfile.TemporaryDirectory() as folder, _svg_settings("loss"):
         return _inline(plot_loss(Path(folder) / "loss.svg", lines).read_text())
 
@@ -213,12 +214,13 @@ def _plot_svg(plot: Plot) -> str:
     axes = figure.subplots()
     for name, points in plot.lines.items():
         thinned = thin(points)
+        # A single point draws no line; many marks would hide it.
         mark = "." if len(thinned) < 50 else ""
         xs, ys = [point[0] for point in thinned], [point[1] for point in thinned]
         axes.plot(xs, ys, marker=mark, linewidth=1.2, label=name or None)
     axes.set_xlabel(plot.x)
     axes.set_ylabel(plot.y)
-    if any(plot.lines):
+    if any(plot.lines):  # a line without a name needs no legend
         axes.legend(fontsize=7)
     text = io.StringIO()
     with _svg_settings(plot.title):
@@ -229,7 +231,9 @@ def _plot_svg(plot: Plot) -> str:
 def _svg_settings(name: str) -> Any:
     from matplotlib import rc_context
 
-    # Text stays text; names inside a drawing differ from other drawings' on the page.
+    # Text stays text, so that a browser can search it. Ids inside a drawing are hashes of the salt:
+    # with one salt for all, a plot of the page would be clipped like another; without one they are
+    # random, and the same numbers would give another page.
     return rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
 
 
