@@ -93,7 +93,8 @@ def check_packages(*, has_gpu: bool) -> Iterator[Finding]:
     """Yield a finding for each version that is missing, out of range or known to be bad."""
     python, requirements = declared()
     if platform.python_version() not in SpecifierSet(python, prereleases=True):
-        yield _finding("python", "fail", platform.python_version(), f"needs {python}", "")
+        fix = "make an environment with another Python: uv venv --python 3.12, or conda"
+        yield _finding("python", "fail", platform.python_version(), f"needs {python}", fix)
     installed = {name: _version(name) for name in requirements}
     faults = list(_range_faults(requirements, installed))
     # Out of range, with the reason from the table: one line is enough.

@@ -151,7 +151,8 @@ def check_torch() -> Iterator[Finding]:
     major, minor = torch.cuda.get_device_capability()
     # Such as sm_90, sm_90a and compute_90.
     kinds = torch.cuda.get_arch_list()
-    if kinds and not _is_built_for(kinds, major, minor):
+    # ROCm names its architectures otherwise (gfx942), and installs a build for all of them.
+    if kinds and torch.version.hip is None and not _is_built_for(kinds, major, minor):
         found = f"{common}: built for {', '.join(kinds)}, this GPU is sm_{major}{minor}"
         yield fail("torch", found, "install a torch built for this GPU")
     elif major < 8:

@@ -77,8 +77,8 @@ def _outputs(path: Path, chain: ChainConfig) -> Made:
     """Return the folders and files that the command of a config makes."""
     try:
         tree = read_tree(path)
-        folder = Path(str(tree["output" if "retrievers" in tree else "output_dir"])).expanduser()
-    except (UserError, KeyError):
+        folder = Path(expand_path(tree["output" if "retrievers" in tree else "output_dir"]))
+    except (UserError, KeyError, ValueError, TypeError):
         return frozenset()  # its own check names the fault
     exports = [step.output or RunDir(folder).export for step in chain.exports]
     # `rows.jsonl` is a synthesis's, which a source of `prepare` names.
@@ -312,12 +312,13 @@ def _hub_data(name: str, key: str) -> Finding:
     """Look for a data set of the hub in the two caches in which it may be."""
     repository, _, _ = name.partition(":")  # REPOSITORY:SUBSET
     caches = cache_folders()
-    # OWNER___NAME of `datasets`, which prepared it, and datasets--OWNER--NAME of the hub's client.
-    prepared = caches["HF_DATASETS_CACHE"].glob("*___*")
-    fetched = (caches["HF_HOME"] / "hub").glob("datasets--*")
-    wanted = {repository.replace("/", "___").lower()}
-    wanted |= {f"datasets--{repository.replace('/', '--')}".lower()}
-    if any(path.name.lower() in wanted for path in (*prepared, *fetched)):
+    # `datasets`, which prepared it, keeps it as OWNER___NAME with the name in snake case; the hub's
+    # client as datasets--OWNER--NAME.
+    owner, _, base = repository.rpartition("/")
+    prepared = "___".join([*filter(None, [owner]), camelcase_to_snakecase(base)])
+    fetched = repo_folder_name(repo_id=repository, repo_type="dataset")
+    places = (caches["HF_DATASETS_CACHE"] / prepared, caches["HF_HUB_CACHE"] / fetched)
+    if any(place.is_dir() for place in places):
         return ok(key, f"hub:{name}: in the local cache")
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     return Finding(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 from typing import Any
 
 from pipeline.config import TrainConfig, local_file, model_fix
@@ -24,6 +23,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.loss.tiles import (
     DEFAULT_SCORE_BYTES,
     TOKEN_TILE_BYTES,
@@ -234,6 +234,7 @@ def _loss_cost(
         world_size=world_size,
         score_bytes=DEFAULT_SCORE_BYTES["cuda" if on_gpu else "cpu"],
         symmetric=config.loss.symmetric,
+        device="cuda" if on_gpu else "cpu",
         teacher=teacher,
     )
 
@@ -309,10 +310,7 @@ def _read_config(config: TrainConfig) -> dict[str, Any]:
             f"model.path: {config.model.path}: no config.json on this machine",
             fix=model_fix(config.model.path),
         )
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}", fix=model_fix(config.model.path)) from error
+    tree = read_json(path, fix=model_fix(config.model.path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {type(tree).__name__} at the top", allowed="a JSON object")
     return tree

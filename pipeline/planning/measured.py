@@ -51,9 +51,8 @@ from pipeline.planning.speed import (
     offload_seconds,
 )
 
-# Collective calls in which the ranks agree: after either pass, and at the end of a step. Of a sweep
-# only the last is counted.
-_AGREEMENTS = {"plain": 3, "cache": 3, "sweep": 1}
+# Collective calls in which the ranks agree: after either pass, and at the end of a step.
+_AGREEMENTS = 3
 
 
 def measured_seconds(
@@ -91,7 +90,7 @@ def measured_seconds(
         share = shape.trainable / workload.world_size
         seconds = update.at(share, num_tensors(shape, trained=True))
         parts.append(Seconds("update", seconds, "clip and AdamW: a tensor, and T / N numbers"))
-    agreements = _AGREEMENTS[schedule] * constants.agreement
+    agreements = _AGREEMENTS * constants.agreement
     parts.append(Seconds("agreement", agreements, "ranks agree to continue"))
     return tuple(part for part in parts if part.seconds)
 

@@ -463,8 +463,13 @@ def _found_adapters(architecture: Architecture, layer: Any) -> Adapters | None:
     for name, module in layer.named_modules():
         if not hasattr(module, "lora_A"):
             continue
-        known = [linear for linear in architecture.linears if linear.name == name.split(".")[-1]]
-        found += known[:1]
+        # With their sizes: three layers of a BERT block are called `dense`.
+        key = (name.split(".")[-1], module.in_features, module.out_features)
+        found += [
+            linear
+            for linear in architecture.linears
+            if (linear.name, linear.inputs, linear.outputs) == key
+        ][:1]
         for inner in module.lora_A.values():
             rank = max(rank, int(inner.out_features))
         dropout = max(

@@ -54,7 +54,14 @@ def output_dir(config: Path) -> Path:
     found = tree.get("output_dir", tree.get("output"))
     if not isinstance(found, str):
         raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
-    return Path(expand_path(found))
+    return _expanded(found, config, "output_dir")
+
+
+def _expanded(path: str, config: Path, key: str) -> Path:
+    try:
+        return Path(expand_path(path))
+    except ValueError as error:
+        raise UserError(f"{config}: {key}: {path!r}", allowed=str(error)) from error
 
 
 def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:

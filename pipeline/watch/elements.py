@@ -61,22 +61,24 @@ def describe_evaluation(root: Path, config: Path | None = None) -> View:
     ]
     jobs = jobs_grid(root / "jobs")
     logged = any((root / "jobs").glob("*.out"))
-    state, tone = _state(elements, counts, logged=logged)
+    # Without all configs there may be more to come.
+    all_known = not faults
+    state, tone = _state(elements, counts, logged=logged, all_known=all_known)
     return View(
         title=f"evaluation {root}",
         state=state,
         tone=tone,
-        done=counts["scored"] / len(elements) if elements else None,
+        done=counts["scored"] / len(elements) if elements and all_known else None,
         facts=tuple(facts),
         grids=(_by_task(elements), _unfinished(elements), _scores(elements), jobs),
     )
 
 
-def _state(elements: Sequence[Scored], counts: Counter[State], *, logged: bool) -> tuple[str, Tone]:
+def _state(
+    elements: Sequence[Scored], counts: Counter[State], *, logged: bool, all_known: bool
+) -> tuple[str, Tone]:
     if elements and counts["scored"] == len(elements):
-        # Without a config there may be more to come.
-        known = all(element.index is not None for element in elements)
-        return ("finished", "ok") if known else ("every element found is scored", "")
+        return ("finished", "ok") if all_known else ("every element found is scored", "")
     if counts["running"]:
         return "running", "fail" if counts["failed"] else "ok"
     if counts["failed"]:

@@ -51,7 +51,7 @@ class Metrics:
         """Take in the lines written since the last call; half a last line waits for the next."""
         try:
             with self._path.open("rb") as file:
-                status = self._path.stat()
+                status = os.fstat(file.fileno())  # of the file that is read, not of its successor
                 identity = (status.st_dev, status.st_ino)
                 # A resumed run replaces the file, without the lines of steps that it repeats.
                 if identity != self._identity or status.st_size < self._offset:

@@ -113,7 +113,14 @@ def age(path: Path) -> float | None:
 
 def oldest_first(paths: Iterable[Path]) -> list[Path]:
     """Sort files by the time of their last change; files that vanish meanwhile come last."""
-    return sorted(paths, key=lambda path: -(age(path) or 0.0))
+
+    def changed(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            return math.inf
+
+    return sorted(paths, key=changed)
 
 
 # Points of one line in a plot: more than the pixels of its width would only make the page larger.
