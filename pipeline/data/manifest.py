@@ -32,7 +32,7 @@ RECIPE_NAME = "recipe.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """One Arrow file: its name within the folder, rows, size in bytes, and hash."""
+    """One Arrow or npy file: its name within the folder, rows, size in bytes, and hash."""
 
     file: str
     rows: int

@@ -376,7 +376,7 @@ class Stream:
 
 
 def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
-    """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
+    """Choose up to `count` values of each row: the first `num_first`, then others at random.
 
     Args:
         lists: (R rows) the candidates.
@@ -396,7 +396,7 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
     if num_first is not None:
         # The position within the row, compared with the number that comes first in that row.
         late = positions - lists.offsets[:-1][rows] >= num_first[rows]
-    # By row, then preferred values before others, then by chance.
+    # By row, then preferred values before others, then at random.
     order = np.lexsort((rank, late, rows))
     # In `order` each row occupies the same places as in `lists`; the first `count` are taken.
     taken = positions < lists.offsets[:-1][rows] + count
@@ -406,7 +406,7 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
 def choose_by_band(
     lists: Ragged, bands: IntArray, quotas: IntArray, *, draw: tuple[IntArray, IntArray], key: int
 ) -> IntArray:
-    """Choose up to `quotas[b]` values of band b of each row by chance.
+    """Choose up to `quotas[b]` values of band b of each row at random.
 
     Args:
         lists: (R rows) the candidates.
@@ -422,7 +422,7 @@ def choose_by_band(
     within = np.arange(len(rows)) - lists.offsets[:-1][rows]
     rank = uniform(key, draw[0][rows], draw[1][rows], within)
     group = rows * len(quotas) + bands
-    # By row and band, then by chance: the first values of each group are taken.
+    # By row and band, then at random: the first values of each group are taken.
     order = np.lexsort((rank, group))
     ordered = group[order]
     # The place of each value within its group: its distance from the group's first.
@@ -457,7 +457,7 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
-    """Return numbers from 0 up to 1, each a function of the key and of its integers in `parts`.
+    """Return numbers in [0, 1), each a function of the key and of its integers in `parts`.
 
     Args:
         key: from `make_key`.

@@ -254,7 +254,7 @@ class Dataset:
         return dataset
 
     def verify(self) -> int:
-        """Hash every shard against the manifest; returns the number of bytes read."""
+        """Hash every shard against the manifest; return the number of bytes read."""
         total = 0
         for path, info in self._files():
             if hash_file(path) != info.sha256:
@@ -295,7 +295,7 @@ class Dataset:
         return self._vectors["queries"].rows(queries), self._vectors["documents"].rows(documents)
 
     def damaged(self, what: str) -> UserError:
-        """Return the error for a reader that found a value which no intact shard holds."""
+        """Return the error for a reader that found a value that no intact shard holds."""
         return UserError(
             f"{self.folder}: {what}",
             fix="run `diffembed data verify` on the folder to find the damaged shard",

@@ -9,7 +9,7 @@ A model that predicts tokens sees some of them hidden:
     mntp               `mask_rate` of the tokens    the hidden tokens
     masked_diffusion   a random share of each row   the hidden tokens, weighted by 1 / share
 
-The draw for a token is a hash of (seed, step, id of its text, its position), so that chance depends
+The draw for a token is a hash of (seed, step, id of its text, its position), so that it depends
 neither on ranks nor on chunks nor on the order of work.
 
 Letters: T tokens of a chunk, C its rows, P predictions, N texts of the global batch.
@@ -406,7 +406,7 @@ def data_warnings(
     Args:
         loader: of the run.
         config: its config.
-        num_examples: of data that are only described; None counts the loader's.
+        num_examples: of data that is only described; None counts the loader's.
 
     Raises:
         UserError: no query has a negative, so that there is nothing to learn; or scores are

@@ -1,6 +1,6 @@
 """Plan a dataset build: its tasks, the files they hand each other, and its progress.
 
-All files lie in `.NAME.building` next to the dataset. A task writes its summary, STEP/TASK.json,
+All files are in `.NAME.building` next to the dataset. A task writes its summary, STEP/TASK.json,
 last: where that exists, the task is done and its other files are complete.
 
     file                    written for each   read by                    content
@@ -121,11 +121,10 @@ class CollectSummary(BadRowCounts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DedupSummary:
-    """Documents of a slice, with repetitions and without."""
+    """Documents of a slice, with repetitions."""
 
     step: ClassVar[str] = "dedup"
     found: int
-    kept: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,12 +154,11 @@ class CatalogueSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokeniseSummary:
-    """Documents of a slice: kept, merged into others, tokenised now instead of reused."""
+    """Documents of a slice that are kept, and merged into others; tokens of those kept."""
 
     step: ClassVar[str] = "tokenise"
     kept: int
     near_duplicates: int
-    tokenised: int
     tokens: int
 
 
@@ -297,7 +295,7 @@ class Build:
 
     @property
     def plan_path(self) -> Path:
-        """The plan; without it nothing else in the folder is of use."""
+        """The plan; without it, nothing else in the folder is of use."""
         return self.summary_path("plan", 0)
 
     @property
@@ -487,7 +485,7 @@ def count_dropped(entries: list[dict[str, str]]) -> dict[str, int]:
 
 
 def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, str]]) -> None:
-    """Write one JSON line for each dropped text, which is shortened."""
+    """Write one JSON line for each dropped text, with the start of the text."""
     shown = ({**entry, "text": entry["text"][:EXCERPT]} for entry in entries)
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown]
     write_text(build.dropped(step, task), "".join(lines))

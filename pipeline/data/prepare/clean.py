@@ -96,7 +96,7 @@ def store_corpus(build: Build, task: int) -> None:
 def _write_corpus(
     build: Build, task: int, records: Iterator[tuple[str, str, Record]]
 ) -> NDArray[np.int64]:
-    """Write table and index; returns the hashes of the ids."""
+    """Write table and index; return the hashes of the ids."""
     parts: list[NDArray[np.int64]] = []
     pairs = ((name, text) for name, text, _ in records)
     with table_writer(build.corpus(task), CORPUS_SCHEMA) as writer:
@@ -449,7 +449,7 @@ def dedup_slice(build: Build, task: int) -> None:
     unique, first = np.unique(hashes, return_index=True)
     columns = [hashes_to_arrow(unique), blocks[first], rows[first]]
     write_table(build.distinct(task), pa.table(columns, schema=DISTINCT_SCHEMA))
-    build.write_summary(task, DedupSummary(found=len(hashes), kept=len(unique)))
+    build.write_summary(task, DedupSummary(found=len(hashes)))
 
 
 def _read_block_slice(build: Build, block: int, number: int) -> pa.RecordBatch:

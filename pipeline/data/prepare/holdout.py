@@ -8,7 +8,7 @@
     holdout/evaluate.yaml          the tasks and their instructions, for `extends`
             TASK/queries.jsonl     {"_id", "text"}
                  corpus.jsonl      {"_id", "text"}: all documents of these rows, and documents of
-                                   the shards, lest the search be among right answers alone
+                                   the shards, because a search among right answers is easy
                  qrels/test.tsv    query-id, corpus-id, score
 
 A hash of a document's words decides, so it depends on neither the order nor the number of rows, and

@@ -230,14 +230,13 @@ def tokenise_slice(build: Build, task: int) -> None:
         TokeniseSummary(
             kept=len(hashes),
             near_duplicates=int((~kept).sum()),
-            tokenised=len(wanted),
             tokens=sum(len(row) for row in tokens),
         ),
     )
 
 
 def _report_near_duplicates(build: Build, task: int, merged: IntArray, first: IntArray) -> None:
-    """List the documents at the positions `merged` of a slice, which `first` are kept for."""
+    """List the documents at the positions `merged` of a slice, for which `first` are kept."""
     numbers = _map_catalogue(build, "numbers")
     documents = read_distinct_texts(build, task, merged)
     entries = [

@@ -183,8 +183,7 @@ def complete_dataset(build: Build, task: int) -> None:
     write_text(folder / REPORT_NAME, report)
     # Last, because a folder with a manifest is a whole dataset to every reader.
     write_manifest(folder / FILE_NAME, manifest)
-    summary = {"fingerprint": manifest.fingerprint, "held_out": held_out}
-    write_json(build.summary_path("manifest", task), summary)
+    write_json(build.summary_path("manifest", task), {"held_out": held_out})
 
 
 def _make_manifest(build: Build) -> Manifest:

@@ -103,7 +103,7 @@ def next_line(handle: IO[bytes], file: str, most: int = -1) -> bytes:
 
 
 def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[FileBlock]:
-    """Cut a file that is not compressed into blocks of bytes, up to `max_rows` lines."""
+    """Cut a file that is not compressed into blocks of bytes, up to `max_rows` records."""
     stop = file_size(file) if max_rows is None else _end_of_rows(file, max_rows)
     for start in range(0, stop, block_bytes):
         yield FileBlock(file=file, start=start, stop=min(start + block_bytes, stop))

@@ -272,7 +272,7 @@ def _split_of(name: str) -> str:
 
 
 def stem_of(file: str) -> str:
-    """Return a file's name before `-00000-of-00001`, or without its endings."""
+    """Return a file's name before `-00000-of-00001`, or without its extensions."""
     stem = file.rsplit("/", 1)[-1].split(".")[0]
     numbered = _NUMBERED.match(stem)
     return numbered[1] if numbered else stem

@@ -67,8 +67,8 @@ class FileBlock:
     """A stretch of one file that one task reads.
 
     start and stop count bytes of line files and delimited files, and rows of Parquet files, Arrow
-    files and hub datasets; stop is -1 for a compressed file, which is read from start to end. At
-    most max_rows records are taken.
+    files and hub datasets; stop is -1 for a file that can only be read from start to end. At most
+    max_rows records are taken.
     """
 
     file: str
