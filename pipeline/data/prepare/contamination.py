@@ -107,7 +107,7 @@ def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterato
                     continue
                 fault = record.fail(
                     f"field {field!r} is missing or no text",
-                    allowed=f"fields found: {', '.join(map(str, record.value))}",
+                    allowed=record.fields_found,
                     fix=f"set decontaminate.{evaluation.name}.fields",
                 )
                 bad.add(fault)

@@ -90,24 +90,16 @@ def _split_by_field(record: Record, names: _ColumnNames) -> _Split:
     # Nulls are fine where another field has a text; if all are null, the row is bad.
     if len(found) > 1 and any(value not in absent for _, value in found):
         found = [(key, value) for key, value in found if value not in absent]
-    positives = [item for key, value in found for item in texts_in(record, key, value)]
+    positives = _texts(record, found)
     wanted = names.get("negatives", ("negatives",) if "negatives" in record.value else ())
-    negatives = [
-        item
-        for key, value in fields_of(record, wanted)
-        if value not in absent
-        for item in texts_in(record, key, value)
-    ]
-    return tuple(positives), tuple(negatives), list(range(len(positives) + len(negatives)))
+    listed = ((key, value) for key, value in fields_of(record, wanted) if value not in absent)
+    negatives = _texts(record, listed)
+    return positives, negatives, list(range(len(positives) + len(negatives)))
 
 
 def _split_labelled(record: Record, names: _ColumnNames) -> _Split:
     """Take documents with one label each: positives where it is above 0."""
-    documents = [
-        item
-        for key, value in fields_of(record, names["documents"])
-        for item in texts_in(record, key, value)
-    ]
+    documents = _texts(record, fields_of(record, names["documents"]))
     labels = [
         label
         for key, value in fields_of(record, names["labels"])
@@ -120,6 +112,10 @@ def _split_labelled(record: Record, names: _ColumnNames) -> _Split:
     count = sum(label > 0 for label in labels)
     ordered = tuple(documents[index] for index in order)
     return ordered[:count], ordered[count:], order
+
+
+def _texts(record: Record, fields: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    return tuple(text for key, value in fields for text in texts_in(record, key, value))
 
 
 def _scores(

@@ -140,17 +140,15 @@ def identifier(record: Record) -> str:
     for key in ("_id", "id"):
         if isinstance(record.value.get(key), str | int):
             return str(record.value[key])
-    found = ", ".join(map(str, record.value))
-    raise record.fail("no id", allowed="a field _id or id", fix=f"fields found: {found}")
+    raise record.fail("no id", allowed="a field _id or id", fix=record.fields_found)
 
 
 def _document_text(record: Record) -> str:
     text = record.value.get("text", record.value.get("content"))
     title = record.value.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
-        found = ", ".join(map(str, record.value))
         raise record.fail(
-            "no text", allowed="a text in the field text or content", fix=f"fields found: {found}"
+            "no text", allowed="a text in the field text or content", fix=record.fields_found
         )
     return f"{title} {text}".strip()
 

@@ -108,6 +108,11 @@ class Record:
         """`file:line`; counts lines, so only messages should read it."""
         return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
 
+    @property
+    def fields_found(self) -> str:
+        """The names of the fields, for messages."""
+        return f"fields found: {', '.join(map(str, self.value))}"
+
     def fail(self, found: str, allowed: str = "", fix: str = "") -> BadRowError:
         """Return an error that names this record's file and line."""
         return BadRowError(self.where, found, allowed=allowed, fix=fix)
@@ -293,8 +298,7 @@ def field_of(record: Record, key: str, *, required: bool = True) -> Any:
     except LookupError as error:
         if not required:
             return None
-        found = ", ".join(map(str, record.value))
-        raise record.fail(f"field {key!r} is missing", allowed=f"fields found: {found}") from error
+        raise record.fail(f"field {key!r} is missing", allowed=record.fields_found) from error
     return value
 
 
@@ -324,8 +328,7 @@ def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]
             continue
         matching = [str(key) for key in record.value if fnmatch.fnmatchcase(str(key), name)]
         if not matching:
-            found = ", ".join(map(str, record.value))
-            raise record.fail(f"no field matches {name!r}", allowed=f"fields found: {found}")
+            raise record.fail(f"no field matches {name!r}", allowed=record.fields_found)
         for key in sorted(matching, key=_natural):
             yield key, record.value[key]
 
