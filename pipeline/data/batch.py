@@ -171,12 +171,11 @@ def find_relevance(
     # of the other.
     for label in (concept, query_key):
         pairs.append(_shared(label, chosen, len(ids)))
-    # Set arithmetic on (query, document) pairs: known answers that the batch does not list.
     known = np.unique(np.concatenate(pairs))
     own = [_pairs(lists.rows, lists.values, len(ids)) for lists in (chosen, against)]
     # Without the listed ones: a positive is scored as such, and a negative that the data name stays
     # one, whatever its concept.
-    masked = np.setdiff1d(known, np.concatenate(own), assume_unique=False)
+    masked = np.setdiff1d(known, np.concatenate(own))
     return Relevance(
         document_ids=ids.astype(np.int64),
         positives=chosen,
@@ -194,8 +193,7 @@ def _pairs(rows: IntArray, documents: IntArray, num_documents: int) -> IntArray:
 def _shared(label: IntArray, chosen: Ragged, num_documents: int) -> IntArray:
     """Pair each query with the positives of all queries that have its label, which is not -1."""
     labels, groups, counts = np.unique(label, return_inverse=True, return_counts=True)
-    # Labels of a single query are left out: their positives are known already, and most labels are
-    # such.
+    # Labels of a single query, which most labels are, would only pair it with its own positives.
     rows = np.flatnonzero((label[chosen.rows] >= 0) & (counts[groups[chosen.rows]] > 1))
     # Each document once per label, though several queries of the label may share it.
     owned = np.unique(groups[chosen.rows[rows]] * num_documents + chosen.values[rows])
@@ -249,7 +247,7 @@ def plan_chunks(
     """
     cost = text_cost(lengths, attention_length)
     budget = _cost_budget(max_tokens, max_cost, attention_length)
-    # By FLOPs, because ranks wait for the slowest; memory is the business of the chunks.
+    # By FLOPs, because ranks wait for the slowest; memory is bounded by the chunks' budgets.
     ranks = assign_by_cost(cost, world_size)
     # The texts of rank 0, of rank 1, ..., each in ascending order.
     by_rank = np.argsort(ranks, kind="stable")
@@ -267,11 +265,10 @@ def plan_chunks(
     for share, (tight, _) in zip(shares, packed, strict=True):
         spread = _spread(lengths[share], cost[share], num_chunks, max_tokens, budget)
         chunk_of = tight if spread is None else spread
-        # Heaviest first on every rank: chunks that run at the same time weigh about the same.
-        weight = np.bincount(chunk_of, weights=cost[share], minlength=num_chunks)
-        plans.append(
-            [share[chunk_of == number] for number in np.argsort(-weight, kind="stable").tolist()]
-        )
+        # Most expensive first on every rank: chunks that run at the same time take about as long.
+        chunk_cost = np.bincount(chunk_of, weights=cost[share], minlength=num_chunks)
+        by_cost = np.argsort(-chunk_cost, kind="stable")
+        plans.append([share[chunk_of == number] for number in by_cost.tolist()])
     return plans
 
 
@@ -394,7 +391,7 @@ class _Room:
     cost: float
 
     def take(self, length: int, cost: float, count: int) -> int:
-        """Put in as many of `count` equal rows as fit; returns how many."""
+        """Put in as many of `count` equal rows as fit; return how many."""
         # Whichever budget ends first.
         taken = min(self.tokens // length, int(self.cost / cost), count)
         self.tokens -= taken * length
@@ -402,6 +399,6 @@ class _Room:
         return taken
 
     def fill(self) -> int:
-        """Put in one row that exceeds a budget."""
+        """Put in one row that exceeds a budget; return 1."""
         self.tokens, self.cost = 0, 0.0
         return 1

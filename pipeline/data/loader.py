@@ -95,8 +95,10 @@ class Loader:
         groups = manifest.groups if groups is None else groups
         self.dataset, self.config = dataset, config
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._max_tokens, self._max_cost = max_chunk_tokens, max_chunk_cost
-        self._min_chunks = min_chunks
+        # May be lowered later, for batches planned from then on: on all ranks by the same number,
+        # or their chunk counts differ.
+        self.max_chunk_tokens = max_chunk_tokens
+        self._max_cost, self._min_chunks = max_chunk_cost, min_chunks
         self._attention_length = attention_length
         self.order = Order(
             groups,
@@ -105,25 +107,27 @@ class Loader:
             seed=seed,
             shares=source_shares(
                 groups,
-                # The run's own weights win over what the data set was prepared with.
+                # The run's own weights override those that the dataset was prepared with.
                 weights={**manifest.weights, **config.weights},
                 temperature=config.mixture_temperature,
                 cap=config.mixture_cap,
             ),
         )
         self._quotas = _band_quotas(dataset, config)
-        teacher = manifest.teacher
         # Where the data hold none, the loss is refused by `LossConfig.require_fit`.
-        self._reads_teacher = teacher_vectors and teacher is not None
+        teacher = manifest.teacher if teacher_vectors else None
+        self._reads_teacher = teacher is not None
         self._dummy = DUMMY
-        if teacher_vectors and teacher is not None:
+        if teacher is not None:
+            # The loss finds a vector by the row of its embedding, and dummies have a row, too.
             zeros = np.zeros((1, teacher.width), dtype=np.float32)
             self._dummy = dataclasses.replace(DUMMY, teacher=zeros)
         self._step = 0
 
     def batch(self, step: int) -> GlobalBatch:
         """Return the batch of a step; depends on nothing that happened before."""
-        # On every rank the same: relevance is needed whole, and numbers alone are read for it.
+        # Every rank draws the whole batch: it needs the relevance of all queries, for which only
+        # ids and lengths are read. Tokens are read for its own chunks.
         drawn = self._draw(step)
         ids, relevance = drawn.ids, drawn.relevance
         scores = self._scores(ids, drawn.listed, drawn.chosen)
@@ -209,14 +213,14 @@ class Loader:
         return plan_chunks(
             lengths,
             world_size=self._world_size,
-            max_tokens=self._max_tokens,
+            max_tokens=self.max_chunk_tokens,
             max_cost=self._max_cost,
             min_chunks=self._min_chunks,
             attention_length=self._attention_length,
         )
 
     def _check(self, listed: dict[str, Ragged]) -> None:
-        """Refuse contradictions of a damaged shard, which would cause an obscure failure later."""
+        """Refuse an example without positives, and document ids outside the store."""
         found = np.concatenate([lists.values for lists in listed.values()])
         num_documents = len(self.dataset.documents)
         if listed["positives"].lengths.min() < 1 or found.min() < 0 or found.max() >= num_documents:
@@ -226,11 +230,12 @@ class Loader:
 
     def _choose(self, step: int, ids: IntArray, listed: dict[str, Ragged]) -> dict[str, IntArray]:
         """Return positions of the documents taken this step; another epoch takes others."""
-        # The step is part of the key: in another epoch the same example shows other documents.
-        # With one key, lists of equal length would always give their k-th documents together.
-        key, other = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
+        # The step is part of the keys: in another epoch the same example shows other documents.
+        # Positives have a key of their own: with one key for both, lists of equal length would
+        # always give their k-th documents together.
+        key, positive_key = make_key(self._seed, 3, step), make_key(self._seed, 3, step, 1)
         positives = choose(
-            listed["positives"], self.config.num_positives, num_first=None, key=other
+            listed["positives"], self.config.num_positives, num_first=None, key=positive_key
         )
         if self._quotas is not None:
             negatives = self._draw_candidates(step, ids, listed["negatives"], self._quotas)
@@ -256,6 +261,7 @@ class Loader:
             candidates,
             bands,
             quotas,
+            # By epoch, not by step: an example's draw does not depend on the size of its batch.
             draw=(self.order.epochs(step), ids),
             key=make_key(self._seed, 4),
         )
@@ -267,6 +273,7 @@ class Loader:
         if not self.dataset.manifest.has_scores:
             return None, None
         examples = self.dataset.examples
+        # Scores are stored for all listed documents; a step takes some of these.
         num_positives = examples.lengths("positives", ids)
         num_negatives = examples.lengths("negatives", ids)
         by_list: dict[str, list[Any]] = {"positives": [], "negatives": []}
@@ -285,7 +292,7 @@ class Loader:
                     strict=True,
                 )
             ]
-        picked = (
+        positives, negatives = (
             _select(
                 Ragged(
                     offsets=listed[name].offsets,
@@ -295,7 +302,7 @@ class Loader:
             )
             for name in ("positives", "negatives")
         )
-        return next(picked), next(picked)
+        return positives, negatives
 
     def _full_scores(self, view: Any, total: int, *, example: int) -> Any:
         """Return an example's scores of `total` texts; NaN where it has no teacher."""
@@ -318,8 +325,7 @@ class Loader:
     ) -> Chunk:
         if not len(texts):
             return self._dummy
-        # Text indices are ascending within a chunk.
-        # Queries come first: each side is one read.
+        # Text indices ascend within a chunk and queries come first, so each side is one read.
         num_queries = int(np.searchsorted(texts, len(ids)))
         queries, documents = ids[texts[:num_queries]], document_ids[texts[num_queries:] - len(ids)]
         views = self.dataset.examples.views("query", queries)
@@ -349,7 +355,7 @@ class Loader:
     def _join(self, views: list[IntArray]) -> IntArray:
         """Join the tokens of some texts to (T,)."""
         input_ids: IntArray = np.concatenate(views).astype(np.int64)
-        # On a GPU such an id would be an illegal memory access without a name.
+        # On a GPU such an id would end in an illegal memory access that names no shard.
         vocab_size = self.dataset.tokenizer.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
             raise self.dataset.damaged(f"a token id outside the vocabulary of {vocab_size}")
@@ -364,19 +370,10 @@ class Loader:
                 yield batch
         batches = map(self.batch, itertools.count(self._step))
         for batch in read_ahead(batches, thread_name="loader"):
-            # Counted when it is handed out, not when it is prepared: a batch that waits is not
-            # done.
+            # Counted when it is handed out, not when it is prepared: a resumed run must not skip
+            # the batch that the thread holds ready.
             self._step = batch.step + 1
             yield batch
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        """Token budget of a chunk; set the same on all ranks, for batches planned from then on."""
-        return self._max_tokens
-
-    @max_chunk_tokens.setter
-    def max_chunk_tokens(self, tokens: int) -> None:
-        self._max_tokens = tokens
 
     def state_dict(self) -> dict[str, int]:
         """Return the next step, and numbers that must not have changed when it resumes."""
@@ -386,6 +383,7 @@ class Loader:
             "seed": self._seed,
             "global_batch_size": self.config.global_batch_size,
             "num_examples": self.dataset.num_examples,
+            # 60 bits of the fingerprint, because the state holds only numbers.
             "dataset": int(self.dataset.fingerprint[:15], 16),
         }
 

@@ -32,7 +32,7 @@ RECIPE_NAME = "recipe.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """One Arrow file: its name within the folder, rows, size in bytes, and hash."""
+    """One Arrow or npy file: its name within the folder, rows, size in bytes, and hash."""
 
     file: str
     rows: int
@@ -157,7 +157,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the manifest; as that holds the shards' hashes, it covers every token."""
+        """Hash of the manifest, which holds the shards' hashes, so that it covers every token."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
@@ -168,7 +168,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal text."""
         tree = TypeAdapter(Manifest).dump_python(self, mode="json")
-        if self.mining is None:  # the bytes, and so the fingerprint, of a dataset that is not mined
+        # Manifests from before there was mining have no such key, and must keep their fingerprint.
+        if self.mining is None:
             del tree["mining"]
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
@@ -208,7 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
         # A rule of the template, whose message does not name the file.
         raise UserError(f"{path}: damaged ({error})", fix=fix) from error
     for reason in _contradictions(manifest):
-        raise UserError(f"{path}: damaged ({reason})", fix="prepare the dataset again")
+        raise UserError(f"{path}: damaged ({reason})", fix=fix)
     return manifest
 
 
@@ -257,7 +258,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
 
 
 def _teacher_contradictions(manifest: Manifest, teacher: TeacherInfo) -> Iterator[str]:
-    """Yield what does not belong to the shards, whose rows the vectors are found by."""
+    """Yield files of vectors that do not match their shards, by whose rows they are found."""
     if teacher.width < 1:
         yield f"teacher vectors of width {teacher.width}"
     sides = (
@@ -288,6 +289,7 @@ def find_rows(
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield the number of each file that holds some of the ids, their positions, and their rows."""
     ends = np.cumsum([info.rows for info in infos], dtype=np.int64)
+    # On the right side, because an id that equals a file's end is the first of the next file.
     files = np.searchsorted(ends, ids, side="right")
     for number in np.unique(files).tolist():
         positions = np.flatnonzero(files == number)

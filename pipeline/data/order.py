@@ -58,8 +58,8 @@ class Order:
             groups, shares=shares, homogeneous=homogeneous, batch=global_batch_size
         )
         share = np.array([unit.share for unit in self.units])
-        # `_counts`: for mixed batches the examples of each unit in a cycle of `_QUOTA_STEPS` steps,
-        # for homogeneous ones the batches of each unit in a cycle.
+        # `_counts`: each unit's examples in a cycle of `_QUOTA_STEPS` mixed batches, or each unit's
+        # batches in a cycle of homogeneous ones.
         if homogeneous == "none":
             self._counts = _apportion(share, global_batch_size * _QUOTA_STEPS)
             # A quota of 2.3 examples a batch is met over the cycle: whole numbers in each batch,
@@ -114,7 +114,7 @@ class Order:
     def epochs(self, step: int) -> IntArray:
         """(global_batch_size,) how often each example of a step was drawn before.
 
-        Except in a small unit, whose epochs leave a few examples out.
+        In a small unit, whose epochs leave a few examples out, the number of the epoch instead.
         """
         return np.concatenate(
             [self._streams[unit].epochs(**window) for unit, window in self._windows(step)]
@@ -311,7 +311,7 @@ class Stream:
 
     With size >= 3 * window every epoch is a permutation of all elements. Elements seen in the last
     window of an epoch wait until after the first window of the next one. A smaller stream's epoch
-    has as many whole windows as fit, and leaves a different remainder out each time.
+    has as many whole windows as fit, and leaves out a different remainder each time.
     """
 
     size: int
@@ -321,6 +321,8 @@ class Stream:
     @property
     def is_small(self) -> bool:
         """True where epochs are cut to whole windows."""
+        # Three windows: `_epoch` reorders the first two of an epoch, and the next epoch takes the
+        # last one from the plain permutation, so that one must not be reordered.
         return self.size < 3 * self.window
 
     def take(self, *, ordinal: int, start: int, count: int) -> IntArray:
@@ -357,15 +359,15 @@ class Stream:
         head = 2 * self.window
         if epoch == 0 or self.is_small or not len(positions) or positions[0] >= head:
             return elements
-        # Near the start of an epoch: move elements of the last window before it back by a window.
-        # Every position below `head` needs this; computed from two permutations, without a state.
+        # Elements of the last window before this epoch move behind its first window. Two
+        # permutations tell which these are, so that no state is needed.
         first = permute(np.arange(head), self.size, key)
         last = permute(
             np.arange(self.size - self.window, self.size),
             self.size,
             make_key(self.key, epoch - 1),
         )
-        # Unseen ones first: at most `window` of the 2 * window elements have been seen.
+        # At most `window` of these 2 * window elements were seen, so the unseen fill a window.
         seen = np.isin(first, last)
         adjusted = np.concatenate([first[~seen], first[seen]])
         early = positions < head
@@ -374,12 +376,12 @@ class Stream:
 
 
 def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -> IntArray:
-    """Choose up to `count` values of each row: the first `num_first` ones, then others by chance.
+    """Choose up to `count` values of each row: the first `num_first`, then others at random.
 
     Args:
         lists: (R rows) the candidates.
         count: how many to take of a row that has as many.
-        num_first: (R,) values at the front of each row that are preferred; None for none.
+        num_first: (R,) preferred values at the front of each row; None for none.
         key: decides the choice.
 
     Returns:
@@ -394,9 +396,9 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
     if num_first is not None:
         # The position within the row, compared with the number that comes first in that row.
         late = positions - lists.offsets[:-1][rows] >= num_first[rows]
-    # By row, then preferred values before others, then by chance.
+    # By row, then preferred values before others, then at random.
     order = np.lexsort((rank, late, rows))
-    # Each row is now shuffled, preferred values first; its first `count` values are taken.
+    # In `order` each row occupies the same places as in `lists`; the first `count` are taken.
     taken = positions < lists.offsets[:-1][rows] + count
     return np.sort(order[taken])
 
@@ -404,7 +406,7 @@ def choose(lists: Ragged, count: int, *, num_first: IntArray | None, key: int) -
 def choose_by_band(
     lists: Ragged, bands: IntArray, quotas: IntArray, *, draw: tuple[IntArray, IntArray], key: int
 ) -> IntArray:
-    """Choose up to `quotas[b]` values of band b of each row by chance.
+    """Choose up to `quotas[b]` values of band b of each row at random.
 
     Args:
         lists: (R rows) the candidates.
@@ -420,21 +422,29 @@ def choose_by_band(
     within = np.arange(len(rows)) - lists.offsets[:-1][rows]
     rank = uniform(key, draw[0][rows], draw[1][rows], within)
     group = rows * len(quotas) + bands
-    # By row and band, then by chance: the first values of each group are taken.
+    # By row and band, then at random: the first values of each group are taken.
     order = np.lexsort((rank, group))
     ordered = group[order]
+    # The place of each value within its group: its distance from the group's first.
     place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
     return np.sort(order[place < quotas[bands[order]]]).astype(np.int64)
 
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+# 2**64 divided by the golden ratio: SplitMix64's step from state to state.
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
+_STEP = np.uint64(GOLDEN_RATIO)
 
 
 def make_key(*parts: int) -> int:
-    """Make one 64-bit key from several integers; each of them and their order matter."""
+    """Make one 64-bit key from several integers; each of them and their order matter.
+
+    In the keys of a run the seed is followed by a purpose: 1 for streams and 2 for cycles (here), 3
+    for documents and 4 for candidates (loader.py), 4 to 7 with a step for tokens (text_loader.py).
+    """
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         # Multiplied before each part: (1, 2) and (2, 1) must give different keys.
+        # The mask cuts longer seeds. Without the 1, a part of 0 would leave the key 0 as it is.
         key = mix(key * _STEP + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + 1)
     return int(key[0])
 
@@ -447,7 +457,7 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(key: int, *parts: IntArray) -> NDArray[np.float64]:
-    """Return numbers from 0 up to 1, each a function of the key and of its integers in `parts`.
+    """Return numbers in [0, 1), each a function of the key and of its integers in `parts`.
 
     Args:
         key: from `make_key`.
@@ -482,12 +492,12 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
     # Copied: the walk below overwrites it, and callers pass ranges and views.
     flat = np.asarray(index, dtype=np.uint64).ravel().copy()
     outside = np.arange(len(flat))
-    # At least a quarter of the words are inside, so that few rounds are enough.
     while len(outside):
         left, right = flat[outside] >> half, flat[outside] & low
         for round_key in keys:
             left, right = right, left ^ (mix(right + round_key) & low)
         flat[outside] = (left << half) | right
-        # Walking on from an index outside stays a bijection, and takes at most 4 rounds on average.
+        # Each round is a bijection, so two walks never meet. At least a quarter of all words are
+        # inside, so a walk takes at most 4 rounds on average.
         outside = outside[flat[outside] >= size]
     return flat.astype(np.int64).reshape(np.shape(index))

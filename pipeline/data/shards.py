@@ -87,6 +87,7 @@ def ragged_array(rows: Sequence[NDArray[np.int32]] | Ragged, kind: pa.DataType) 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow IPC file atomically, as one record batch."""
+    # One batch, so that one array of offsets finds the rows of a whole shard.
     table = table.combine_chunks()
     # An empty table has no batches, but readers expect one.
     batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
@@ -123,7 +124,7 @@ class _Shard:
         self.offsets: dict[str, IntArray] = {}
         for name in schema.names:
             column = batch.column(name)
-            # Arrow does not check mapped files; a wrong offset would be read outside the file.
+            # Arrow trusts mapped files: a wrong offset would make it read outside of the file.
             try:
                 column.validate()
                 if column.null_count:
@@ -134,6 +135,7 @@ class _Shard:
 
     def _add(self, path: Path, name: str, column: pa.Array) -> None:
         if pa.types.is_large_list(column.type):
+            # `values` is the whole buffer, to which the offsets of a batch that is no slice refer.
             offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
             if offsets[0] != 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any():
                 raise _damaged(path, f"offsets of {name}")
@@ -154,7 +156,7 @@ class Table:
 
     def __init__(self, folder: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> None:
         self._folder, self._infos, self._schema = folder, tuple(infos), schema
-        # Mapped on first use: opening a dataset of thousands of shards stays cheap.
+        # Mapped on first use, so that opening a dataset of thousands of shards stays cheap.
         self._open: dict[int, _Shard] = {}
         require_files(folder, infos, fix="prepare the dataset again")
 
@@ -252,7 +254,7 @@ class Dataset:
         return dataset
 
     def verify(self) -> int:
-        """Hash every shard against the manifest; returns the number of bytes read."""
+        """Hash every shard against the manifest; return the number of bytes read."""
         total = 0
         for path, info in self._files():
             if hash_file(path) != info.sha256:
@@ -293,7 +295,7 @@ class Dataset:
         return self._vectors["queries"].rows(queries), self._vectors["documents"].rows(documents)
 
     def damaged(self, what: str) -> UserError:
-        """Return the error for a reader that found a value which no intact shard holds."""
+        """Return the error for a reader that found a value that no intact shard holds."""
         return UserError(
             f"{self.folder}: {what}",
             fix="run `diffembed data verify` on the folder to find the damaged shard",
@@ -327,8 +329,8 @@ class Dataset:
             lengths, fix="prepare with shorter max_query_length and max_document_length"
         )
         limits.warn_of_length(lengths)
-        # A tokenizer may have more tokens than the model if no text contains them: read the shards
-        # only then.
+        # A tokenizer may have more tokens than the model if no text contains them; only then are
+        # the shards read.
         if limits.num_tokens is not None and self.tokenizer.vocab_size > limits.num_tokens:
             limits.require_token(self.largest_token(), where=str(self.folder))
 
@@ -481,6 +483,7 @@ def _samples(dataset: Dataset, count: int) -> Iterator[str]:
     if tokenizer_fingerprint(tokenizer) != dataset.tokenizer.fingerprint:
         yield f"no samples: the tokenizer {dataset.tokenizer.path} has changed since"
         return
+    # Spread over the dataset, because its first examples are all of one group.
     wanted = np.arange(min(count, dataset.num_examples))
     for example in permute(wanted, dataset.num_examples, 0).tolist():
         ids = np.array([example])
@@ -497,6 +500,7 @@ def plot_lengths(manifest: Manifest, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Not by pyplot, which keeps figures alive and may look for a display.
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     sides = (("queries", manifest.query_lengths), ("documents", manifest.document_lengths))

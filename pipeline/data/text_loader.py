@@ -9,7 +9,7 @@ A model that predicts tokens sees some of them hidden:
     mntp               `mask_rate` of the tokens    the hidden tokens
     masked_diffusion   a random share of each row   the hidden tokens, weighted by 1 / share
 
-The draw for a token is a hash of (seed, step, id of its text, its position), so that chance depends
+The draw for a token is a hash of (seed, step, id of its text, its position), so that it depends
 neither on ranks nor on chunks nor on the order of work.
 
 Letters: T tokens of a chunk, C its rows, P predictions, N texts of the global batch.
@@ -153,7 +153,7 @@ class TokenBlocks:
         number = int(np.searchsorted(self._starts, block, side="right")) - 1
         texts = self._joined[number]
         start = (block - int(self._starts[number])) * self.length
-        # The documents from the one that holds the block's first token to the one with its last.
+        # From the document with the block's first token to the one with its last.
         first = int(np.searchsorted(texts.ends, start, side="right"))
         last = int(np.searchsorted(texts.ends, start + self.length, side="left"))
         views = self._dataset.documents.views("tokens", texts.documents[first : last + 1])
@@ -235,26 +235,26 @@ def predict(
         row=row,
     )
 
-    def draw(purpose: int) -> Callable[..., FloatArray]:
-        key = make_key(seed, purpose, step)
-        return lambda *parts: uniform(key, *parts)
+    def draw(purpose: int, *parts: IntArray) -> FloatArray:
+        return uniform(make_key(seed, purpose, step), *parts)
 
     predictable = tokens.position > 0 if shift else np.ones(len(row), dtype=np.bool_)
     if objective.next_token is not None:
         return _predict_marked(tokens, tokens.ids, predictable, shift)
     if objective.mntp is not None:
         predictable &= ~np.isin(tokens.ids, list(vocabulary.special))
-        chance = draw(_HIDE)(tokens.text, tokens.position)
+        chance = draw(_HIDE, tokens.text, tokens.position)
         hidden = predictable & (chance < objective.mntp.mask_rate)
         ids = _replace(tokens, hidden, objective.mntp, vocabulary, draw)
         return _predict_marked(tokens, ids, hidden, shift)
     # Masked diffusion: the mean over rows of the mean over their tokens, weighted by 1 / share.
-    share = _MIN_SHARE + (1 - _MIN_SHARE) * draw(_SHARE)(tokens.text)
-    hidden = predictable & (draw(_HIDE)(tokens.text, tokens.position) < share)
+    share = _MIN_SHARE + (1 - _MIN_SHARE) * draw(_SHARE, tokens.text)
+    hidden = predictable & (draw(_HIDE, tokens.text, tokens.position) < share)
     # Divided by the row's tokens and its share: an unbiased mean over the row.
     tokens_of_row = np.bincount(row[predictable], minlength=len(chunk.lengths))
     weights = 1 / (share[hidden] * tokens_of_row[row[hidden]])
     ids = np.where(hidden, vocabulary.mask, tokens.ids)
+    # Rows in which nothing was hidden count: without them the mean would be too large.
     total = float((tokens_of_row > 0).sum())
     return _predict_marked(tokens, ids, hidden, shift, weights=weights, total=total)
 
@@ -264,14 +264,14 @@ def _replace(
     hidden: _Bools,
     config: MntpConfig,
     vocabulary: Vocabulary,
-    draw: Callable[[int], Callable[..., FloatArray]],
+    draw: Callable[..., FloatArray],
 ) -> IntArray:
     """(T,) tokens with the hidden ones replaced, by BERT's shares or all by the mask token."""
     if config.replace == "all":
         return np.where(hidden, vocabulary.mask, tokens.ids)
-    how = draw(_REPLACE)(tokens.text, tokens.position)
+    how = draw(_REPLACE, tokens.text, tokens.position)
     # A random token may be any id, special ones and the right one among them, as in BERT.
-    other = (draw(_TOKEN)(tokens.text, tokens.position) * vocabulary.size).astype(np.int64)
+    other = (draw(_TOKEN, tokens.text, tokens.position) * vocabulary.size).astype(np.int64)
     replaced = np.where(how < _BERT_MASK, vocabulary.mask, other)
     return np.where(hidden & (how < _BERT_RANDOM), replaced, tokens.ids)
 
@@ -291,6 +291,8 @@ def _predict_marked(
         return _pad(ids, total or 0.0)
     return Prediction(
         input_ids=ids,
+        # Never a state of the row before: where predictions are shifted, no row's first token is
+        # among the positions.
         states=positions - int(shift),
         labels=tokens.ids[positions],
         weights=np.ones(len(positions)) if weights is None else weights,
@@ -354,8 +356,8 @@ def require_negatives(loader: Loader, config: TrainConfig) -> str:
     Raises:
         UserError: no query has any, so that there is nothing to learn.
     """
-    distilled = config.loss.distillation is not None
-    if config.objective is not None or distilled:
+    # Tokens need no negatives, and a teacher's scores teach without any.
+    if config.objective is not None or config.loss.distillation is not None:
         return ""
     steps = min(config.num_steps, _CHECKED_STEPS)
     own = config.loss.negatives == "own"
@@ -404,7 +406,7 @@ def data_warnings(
     Args:
         loader: of the run.
         config: its config.
-        num_examples: of data that are only described; None counts the loader's.
+        num_examples: of data that is only described; None counts the loader's.
 
     Raises:
         UserError: no query has a negative, so that there is nothing to learn; or scores are

@@ -24,9 +24,9 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_path, hash_file
 
 VECTORS_FOLDER = "vectors"
-_DTYPE = np.dtype("<f2")
+_DTYPE = np.dtype("<f2")  # little-endian fp16, whatever the machine
 _FIX = "mine the dataset again"
-# fp16 keeps a length within 0.1 %: vectors of another length were not written by this package.
+# fp16 keeps a length within 0.1 %: vectors further off were not written by this package.
 _LENGTH_ERROR = 0.01
 
 
@@ -53,6 +53,7 @@ def write_teacher_vectors(
     path = folder / VECTORS_FOLDER / name
     written = 0
     with atomic_path(path) as temporary, temporary.open("wb") as file:
+        # Not by `np.save`, which would need all rows in memory.
         header = {"descr": _DTYPE.str, "fortran_order": False, "shape": (rows, width)}
         npy.write_array_header_1_0(file, header)
         for block in blocks:
@@ -71,7 +72,7 @@ def write_teacher_vectors(
 def _to_unit(vectors_RW: NDArray[Any], *, first: int, path: Path) -> NDArray[np.float32]:
     """Divide vectors by their lengths; refuse vectors without a direction."""
     wide = vectors_RW.astype(np.float32)
-    # float64: squares of large float32 numbers overflow.
+    # In float64, because squares of large float32 numbers overflow.
     length_R = np.sqrt(np.einsum("rw,rw->r", wide, wide, dtype=np.float64))
     bad = np.flatnonzero(~(np.isfinite(length_R) & (length_R > 0)))
     if len(bad):

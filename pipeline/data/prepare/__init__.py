@@ -38,9 +38,9 @@ from pipeline.data.prepare.clean import check_rows, collect_block, dedup_slice, 
 from pipeline.data.prepare.recipe import find_change, read_recipe
 from pipeline.data.prepare.tokenise import (
     NUM_BANDS,
-    link_block,
     make_catalogue,
     pair_band,
+    relate_block,
     sign_slice,
     tokenise_slice,
 )
@@ -86,7 +86,7 @@ STEPS = (
     Step("pair", pair_band, lambda build: NUM_BANDS if build.finds_near_duplicates else 0),
     Step("catalogue", make_catalogue, _one),
     Step("tokenise", tokenise_slice, _slices),
-    Step("relate", link_block, _blocks),
+    Step("relate", relate_block, _blocks),
     Step("layout", lay_out, _one),
     Step("pack", pack_shard, lambda build: len(read_layout(build))),
     Step("manifest", complete_dataset, _one),
@@ -157,13 +157,13 @@ def _is_done(config: PrepareConfig, target: Path) -> bool:
 def _start_or_continue(build: Build, target: Path) -> None:
     """Continue a build of the same config and inputs, or start over.
 
-    Do neither if another process has finished the dataset in the meantime.
+    If another process has finished the dataset in the meantime, do neither.
     """
     if _is_done(build.config, target):
-        # Left by a process that was killed between its last two steps.
+        # Left by a process that was killed after the rename of the dataset.
         shutil.rmtree(build.folder, ignore_errors=True)
         return
-    # Claims of killed ranks would keep their tasks from ever being done.
+    # A claim that a killed rank left would keep its task from ever being done.
     shutil.rmtree(build.folder / "claims", ignore_errors=True)
     if build.plan_path.exists():
         change = _change_since_start(build)
@@ -174,7 +174,7 @@ def _start_or_continue(build: Build, target: Path) -> None:
         build.__dict__.pop("plan", None)  # the cached plan of the removed folder
     try:
         make_plan(build)
-    except BaseException:
+    except BaseException:  # an interruption by the user, too
         # Without a plan, a later call can use nothing in the folder.
         shutil.rmtree(build.folder, ignore_errors=True)
         raise
@@ -216,9 +216,11 @@ def _finish(build: Build, target: Path) -> None:
     Raises:
         UserError: an input was changed while it was read.
     """
+    # Read before the rename, after which the summaries are removed.
     unwanted = count_unwanted(build)
     held_out = json.loads(build.summary_path("manifest", 0).read_text()).get("held_out", [])
-    # The last look before the rename: tasks read the inputs for hours, and these may have changed.
+    # Tasks read the inputs for hours. If one changed meanwhile, its hash in the recipe would not be
+    # that of the rows in the shards.
     if change := _change_since_start(build):
         raise UserError(f"{change}, while it was prepared", fix="run the same command again")
     if target.is_dir():

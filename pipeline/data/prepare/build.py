@@ -1,6 +1,6 @@
 """Plan a dataset build: its tasks, the files they hand each other, and its progress.
 
-All files lie in `.NAME.building` next to the dataset. A task writes its summary, STEP/TASK.json,
+All files are in `.NAME.building` next to the dataset. A task writes its summary, STEP/TASK.json,
 last: where that exists, the task is done and its other files are complete.
 
     file                    written for each   read by                    content
@@ -65,7 +65,7 @@ from pipeline.data.sources.records import EXCERPT, BadRowCounts, FileBlock
 from pipeline.files import write_json, write_text
 from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer, read_limits
 
-# (R,) 16-byte hashes of texts; numpy compares them as bytes, which is their order everywhere.
+# (R,) 16-byte hashes of texts; numpy compares them as bytes, an order that all steps share.
 TextHashes = NDArray[np.bytes_]
 
 CORPUS_SCHEMA = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
@@ -121,11 +121,10 @@ class CollectSummary(BadRowCounts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DedupSummary:
-    """Documents of a slice, with repetitions and without."""
+    """Documents of a slice, with repetitions."""
 
     step: ClassVar[str] = "dedup"
     found: int
-    kept: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,12 +154,11 @@ class CatalogueSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokeniseSummary:
-    """Documents of a slice: kept, merged into others, tokenised now instead of reused."""
+    """Documents of a slice that are kept, and merged into others; tokens of those kept."""
 
     step: ClassVar[str] = "tokenise"
     kept: int
     near_duplicates: int
-    tokenised: int
     tokens: int
 
 
@@ -297,7 +295,7 @@ class Build:
 
     @property
     def plan_path(self) -> Path:
-        """The plan; without it nothing else in the folder is of use."""
+        """The plan; without it, nothing else in the folder is of use."""
         return self.summary_path("plan", 0)
 
     @property
@@ -339,7 +337,8 @@ class Build:
 
     def slice_of(self, hashes: TextHashes) -> NDArray[np.int64]:
         """(R,) slice of each hash; slices are in the order of the hashes."""
-        # By the first two bytes, as a number from 0 to 65535.
+        # By the first two bytes, read as a big-endian number, whose order is that of the bytes.
+        # (R,) x 16 bytes -> (R, 8) -> (R,) from 0 to 65535; the shift divides by 65536.
         head = np.frombuffer(hashes.tobytes(), dtype=">u2").reshape(-1, 8)[:, 0]
         return head.astype(np.int64) * self.plan.num_slices >> 16
 
@@ -351,11 +350,13 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 # Text per slice of the document store; a task holds one slice in memory.
 _SLICE_BYTES = 4 * 2**20
+# Each block's file has a record batch for every slice. Beyond this many, slices grow instead.
 _MAX_SLICES = 4096
 
 
 def make_plan(build: Build) -> None:
     """Record the inputs, list the blocks, count the slices, and store the tokenizer."""
+    # Before anything is hashed: only files older than this can be trusted by their times.
     config, started_ns = build.config, time.time_ns()
     # The tokenizer comes after every check of the config: finding it may need a network.
     sources = expand_sources(config.sources)
@@ -391,6 +392,7 @@ def make_plan(build: Build) -> None:
         build_index(config.decontaminate, build.contamination)
     write_text(build.tokenizer_json, tokenizer_json)
     write_recipe(build.folder, recipe, started_ns=started_ns)
+    # Last: where there is a plan, the tasks find everything else.
     write_text(build.plan_path, _adapter(BuildPlan).dump_json(plan).decode())
 
 
@@ -420,6 +422,7 @@ class Progress:
         self._build, self._step, self._num_tasks = build, step, num_tasks
         self._left = set(range(num_tasks))
         self._done = 0
+        # Work of an earlier, interrupted call is not part of the rate.
         self._count()
         self._was_done, self._had_work = self._done, bool(self._left)
         self._started = self._last = time.monotonic()
@@ -462,6 +465,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
     reasons: collections.Counter[str] = collections.Counter()
     for source in manifest.sources:
         for name, count in source.dropped.items():
+            # Without the kind of text: "positive: empty" and "negative: empty" are one reason here.
             reasons[name.rpartition(": ")[2]] += count
     dropped = f"{reasons.total():,} dropped"
     if reasons:
@@ -481,7 +485,7 @@ def count_dropped(entries: list[dict[str, str]]) -> dict[str, int]:
 
 
 def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, str]]) -> None:
-    """Write one JSON line for each dropped text, which is shortened."""
+    """Write one JSON line for each dropped text, with the start of the text."""
     shown = ({**entry, "text": entry["text"][:EXCERPT]} for entry in entries)
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown]
     write_text(build.dropped(step, task), "".join(lines))

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,13 +96,13 @@ def store_corpus(build: Build, task: int) -> None:
 def _write_corpus(
     build: Build, task: int, records: Iterator[tuple[str, str, Record]]
 ) -> NDArray[np.int64]:
-    """Write table and index; returns the hashes of the ids."""
+    """Write table and index; return the hashes of the ids."""
     parts: list[NDArray[np.int64]] = []
     pairs = ((name, text) for name, text, _ in records)
     with table_writer(build.corpus(task), CORPUS_SCHEMA) as writer:
         while rows := list(itertools.islice(pairs, _CORPUS_BATCH)):
-            # Eight bytes for each id: the ids of a large corpus would not fit in the memory of a
-            # worker.
+            # Eight bytes for each id, because the ids of a large corpus would not fit in a worker's
+            # memory.
             parts.append(np.array([stable_hash(name) for name, _ in rows], dtype=np.int64))
             columns = [list(part) for part in zip(*rows, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=CORPUS_SCHEMA))
@@ -128,7 +128,7 @@ class _Corpus:
 
     def __init__(self, path: Path, index: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        # Judgements of one query often lie close together; a batch is decoded once for them.
+        # Documents that a query is judged on are often neighbours: their batch is decoded once.
         self._batch = functools.lru_cache(maxsize=64)(self._reader.get_batch)
         self._keys, self._rows = np.load(index, mmap_mode="r")
 
@@ -148,6 +148,7 @@ class _Corpus:
         return None
 
 
+# Kept open, because a worker's tasks are mostly blocks of one source.
 @functools.lru_cache(maxsize=4)
 def _open_corpus(path: Path, index: Path) -> _Corpus:
     return _Corpus(path, index)
@@ -165,9 +166,9 @@ def _open_references(build: Build, number: int) -> References | None:
     )
 
 
-# Beyond this many, instructions belong to queries and cannot name groups.
+# A source with more instructions than this has one for each query: they cannot name groups.
 MAX_INSTRUCTIONS = 1024
-# If this many rows at the start of a block are all bad, the rest is not read: the config is wrong.
+# If so many rows at the start of a block are all bad, the config is wrong: the rest is not read.
 _HOPELESS = 100
 
 
@@ -250,6 +251,7 @@ class _Collector:
         positives = self._clean(record, "positive", row, row.positives, ())
         negatives = self._clean(record, "negative", row, row.negatives, positives)
         num_held_out = sum(self._is_held_out(row.positives[k]) for k in positives.values())
+        # Those of a held-out row stay: they join the corpus that its task searches.
         if positives and not num_held_out:
             negatives = self._without_held_out(record, row, negatives)
         # After cleaning, so that dropped negatives are replaced by later ones.
@@ -289,7 +291,7 @@ class _Collector:
         kind: str,
         row: Row,
         texts: tuple[str, ...],
-        taken: dict[bytes, int] | tuple[()],
+        taken: Container[bytes],
     ) -> dict[bytes, int]:
         """Return hash and index of each text worth keeping; a repeated text is kept once."""
         kept: dict[bytes, int] = {}
@@ -311,6 +313,7 @@ class _Collector:
     def _is_held_out(self, text: str) -> bool:
         if self.config.holdout is None:
             return False
+        # Without case and spacing: copies of a document go the same way. Hashes have 63 bits.
         words = " ".join(text.casefold().split())
         return stable_hash("holdout", words) < self.config.holdout * 2**63
 
@@ -327,18 +330,21 @@ class _Collector:
         return kept
 
     def _hold_out(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
-        documents = [
-            [
-                self.config.template.format_document(texts[index], row.document_instruction)
-                for index in keys.values()
-            ]
-            for keys, texts in ((positives, row.positives), (negatives, row.negatives))
-        ]
-        found = {"query": row.query, "instruction": row.instruction}
-        self.held_out.append({**found, "positives": documents[0], "negatives": documents[1]})
+        def documents(texts: tuple[str, ...], kept: dict[bytes, int]) -> list[str]:
+            template, instruction = self.config.template, row.document_instruction
+            return [template.format_document(texts[index], instruction) for index in kept.values()]
+
+        self.held_out.append(
+            {
+                "query": row.query,
+                "instruction": row.instruction,
+                "positives": documents(row.positives, positives),
+                "negatives": documents(row.negatives, negatives),
+            }
+        )
 
     def _match(self, key: bytes, text: str, *, is_query: bool) -> Match | None:
-        """Search for a text of this key in the evaluation sets, once for each block."""
+        """Search for a text of this key in the evaluation sets, once in a block."""
         if self.contamination is None:
             return None
         # Popular documents recur in many rows; comparing one with the index takes long.
@@ -362,7 +368,7 @@ class _Collector:
 
     def _keep(self, row: Row, positives: dict[bytes, int], negatives: dict[bytes, int]) -> None:
         template, instruction = self.config.template, row.document_instruction
-        # Counted in characters here, in tokens later: only the tokenizer knows where they end.
+        # In characters, because only the tokenizer knows in which token they end.
         prefix = instruction_characters(template.document_prefix(instruction))
         suffix = len(template.document_suffix(instruction))
         for keys, texts in ((positives, row.positives), (negatives, row.negatives)):
@@ -396,8 +402,7 @@ def hash_text(text: str) -> bytes:
 
 def _write_block_texts(build: Build, task: int, documents: dict[bytes, TemplatedText]) -> None:
     """Write one record batch per slice, so that a slice's task reads only its own part."""
-    # numpy compares these as bytes, but drops zero bytes at their end; `hashes_to_arrow` restores
-    # them.
+    # numpy drops the zero bytes at the ends of these; `hashes_to_arrow` restores them.
     hashes = np.array(list(documents), dtype="S16")
     texts = list(documents.values())
     order = np.argsort(hashes, kind="stable")
@@ -423,7 +428,7 @@ def check_rows(build: Build, task: int) -> None:
     Raises:
         UserError: a source has bad rows and its `on_bad_row` is `stop`.
     """
-    # After all blocks were read: the user sees the faults of every file in one message.
+    # A step of its own, after all blocks were read: the user sees the faults of all files at once.
     for number, source in enumerate(build.plan.sources):
         found = [build.read_summary(CollectSummary, block) for block in build.blocks_of(number)]
         refuse_bad_rows(source.name, found, sum(summary.read for summary in found))
@@ -436,18 +441,20 @@ def dedup_slice(build: Build, task: int) -> None:
         hashes_from_arrow(_read_block_slice(build, block, task).column("hash"))
         for block in range(len(build.plan.blocks))
     ]
-    hashes = np.concatenate(parts) if parts else np.empty(0, dtype="S16")
+    hashes = np.concatenate(parts)
     blocks = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts])
-    # The first occurrence in the order of the blocks, whichever worker runs this.
+    # `return_index` gives the first occurrence, in the order of the blocks: which text is kept
+    # depends on no worker.
     unique, first = np.unique(hashes, return_index=True)
     columns = [hashes_to_arrow(unique), blocks[first], rows[first]]
     write_table(build.distinct(task), pa.table(columns, schema=DISTINCT_SCHEMA))
-    build.write_summary(task, DedupSummary(found=len(hashes), kept=len(unique)))
+    build.write_summary(task, DedupSummary(found=len(hashes)))
 
 
 def _read_block_slice(build: Build, block: int, number: int) -> pa.RecordBatch:
     """Return the documents of slice `number` that one block holds."""
+    # The batch keeps its mapped pages after the file is closed.
     with pa.memory_map(str(build.block_texts(block))) as source:
         return pa.ipc.open_file(source).get_batch(number)
 
@@ -484,5 +491,6 @@ def hashes_to_arrow(hashes: TextHashes) -> pa.Array:
 
 def hashes_from_arrow(array: pa.Array) -> TextHashes:
     """Return an Arrow binary(16) array as numpy strings of 16 bytes."""
+    # The buffer is that of the whole column, of which the array may be a slice.
     raw = np.frombuffer(array.buffers()[1] or b"", dtype="S16")
     return raw[array.offset : array.offset + len(array)]

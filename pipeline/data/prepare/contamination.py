@@ -11,7 +11,7 @@
     runs.npy, run_queries.npy    (U,) hashes of runs, ascending, and the query of each
     index.json                   names of the sets; queries as [number of the set, text]
 
-Letters: W words of a text. The n-gram hashes at the end serve near_duplicates.py, too.
+Letters: W words of a text. `hash_words` and `hash_ngrams` at the end serve near-duplicates, too.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Postfix, Prefix
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig
-from pipeline.data.order import mix
-from pipeline.data.sources.containers import plan_blocks, read_records, split_to_read
+from pipeline.data.order import GOLDEN_RATIO, mix
+from pipeline.data.sources.containers import read_file, split_to_read
 from pipeline.data.sources.paths import list_files
 from pipeline.data.sources.records import BadRecords, stable_hash
 from pipeline.errors import UserError
 from pipeline.files import save_array, write_text
 
-# WordHashes of the runs by which evaluation queries are found that may be similar to a query ...
+# Words of a run: evaluation queries with most runs in common may be similar to a query ...
 _CANDIDATE_WORDS = 3
-# ... and how many of them, with most runs in common, are compared character by character.
+# ... and this many of them are compared character by character.
 _CANDIDATES = 16
 
 
@@ -82,6 +82,7 @@ def build_index(config: DecontaminateConfig, folder: Path) -> None:
             )
         names.append(evaluation.name)
     bad.refuse()
+    # Of an n-gram in several sets, the first set is named.
     keys, first = np.unique(np.concatenate(ngrams), return_index=True)
     save_array(folder / "ngrams.npy", keys)
     save_array(folder / "owners.npy", np.concatenate(owners)[first])
@@ -98,20 +99,19 @@ def _texts(config: DecontaminateConfig, number: int, bad: BadRecords) -> Iterato
     """Yield the texts of one evaluation set; records without text go to `bad`."""
     evaluation = config.sets[number]
     for file, split in contamination_files(evaluation):
-        for block in plan_blocks(file, split=split, block_bytes=2**62, max_rows=None):
-            for record in read_records(block, split=split, on_bad=bad.add):
-                for field in evaluation.fields:
-                    text = record.value.get(field)
-                    if isinstance(text, str):
-                        yield text
-                        continue
-                    fault = record.fail(
-                        f"field {field!r} is missing or no text",
-                        allowed=f"fields found: {', '.join(map(str, record.value))}",
-                        fix=f"set decontaminate.{evaluation.name}.fields",
-                    )
-                    bad.add(fault)
-                    break
+        for record in read_file(file, split=split, on_bad=bad.add):
+            for field in evaluation.fields:
+                text = record.value.get(field)
+                if isinstance(text, str):
+                    yield text
+                    continue
+                fault = record.fail(
+                    f"field {field!r} is missing or no text",
+                    allowed=record.fields_found,
+                    fix=f"set decontaminate.{evaluation.name}.fields",
+                )
+                bad.add(fault)
+                break
 
 
 class ContaminationIndex:
@@ -140,13 +140,14 @@ class ContaminationIndex:
         if not len(self._ngrams):  # the evaluation texts have no words
             return None
         compared = ComparedText(text)
-        # Sorted, because hashes in ascending order are found faster.
+        # Sorted, because numpy narrows the search for a hash by the one before it if they ascend.
         ngrams = np.sort(hash_runs(compared.hashes, self._config.ngram))
+        # Clipped, because beyond the largest hash of the index there is no entry to compare with.
         nearest = np.minimum(self._ngrams.searchsorted(ngrams), len(self._ngrams) - 1)
         hits = self._ngrams[nearest] == ngrams
         share = np.count_nonzero(hits) / max(1, len(hits))
         if share > self._config.max_overlap:
-            owner = np.bincount(self._owners[nearest[hits]]).argmax()
+            owner = np.bincount(self._owners[nearest[hits]]).argmax()  # the set with most of them
             return Match(
                 reason=f"shares {share:.0%} of its {self._config.ngram}-grams",
                 where=self._names[owner],
@@ -173,9 +174,11 @@ class ContaminationIndex:
         ends = counts.cumsum()
         if not len(ends) or not ends[-1]:
             return []
+        # Positions starts[r] .. starts[r] + counts[r] - 1 of each run r, one after another.
         entries = np.repeat(starts + counts - ends, counts) + np.arange(ends[-1])
         shared = np.bincount(self._run_queries[entries])
         limit = min(_CANDIDATES, len(shared))
+        # Only queries that reach the last candidate's count are sorted.
         least = max(1, np.partition(shared, -limit)[-limit])
         numbers = np.flatnonzero(shared >= least)
         order = np.argsort(-shared[numbers], kind="stable")  # of equal counts, the first query
@@ -210,7 +213,7 @@ class ComparedText:
 
     @functools.cached_property
     def frequent(self) -> str:
-        """Characters at which difflib starts no match; none in a short text."""
+        """Characters at which difflib starts no match (its `autojunk`); none in a short text."""
         length = len(self.characters)
         if length < 200:
             return ""
@@ -226,6 +229,8 @@ class ComparedText:
     @functools.cached_property
     def pairs(self) -> bytes:
         """One byte per two adjacent characters: the same for equal pairs, mostly not for others."""
+        # Characters beyond Latin-1 become "?", and sums overflow: unequal pairs that look equal
+        # only loosen the bound.
         codes = np.frombuffer(self.characters.encode("latin-1", "replace"), dtype=np.uint8)
         return (codes[:-1] * np.uint8(31) + codes[1:]).tobytes()
 
@@ -244,12 +249,14 @@ def ratio_above(left: ComparedText, right: ComparedText, limit: float) -> float 
     """
     found = None
     if _may_exceed(left.letters, right.letters, limit):
-        # Strings are searched faster than lists, so each word becomes a letter, a different one.
+        # Strings are searched faster than lists, so each word becomes a letter of its own; words
+        # that only `left` has become one that `right` lacks.
         letter_of = {word: chr(number) for number, word in enumerate(dict.fromkeys(right.words), 1)}
         one, other = (
             "".join([letter_of.get(word, "\0") for word in text.words]) for text in (left, right)
         )
         found = _match(one, other, limit, split=_whole)
+    # Of two ratios above the limit the larger counts.
     limit = limit if found is None else found
     if _characters_may_exceed(left, right, limit):
         ratio = _match(left.characters, right.characters, limit, split=right.split)
@@ -263,6 +270,8 @@ def _may_exceed(left: str | bytes, right: str | bytes, limit: float) -> bool:
     Matching blocks form a common subsequence. The longest common subsequence bounds their size, and
     is found a hundred times faster.
     """
+    # A ratio is twice the matched characters over both lengths. Rounded down, because a bound may
+    # be too low but not too high.
     least = int(limit * (len(left) + len(right)) / 2)
     if least > min(len(left), len(right)):
         return False
@@ -275,7 +284,7 @@ def _characters_may_exceed(left: ComparedText, right: ComparedText, limit: float
     Where some characters are frequent, there are few matching blocks: each contains another
     character, except for one at the start of both texts. A block of n characters has n - 1 adjacent
     pairs, and unrelated texts have fewer pairs in common than characters, so that pairs give the
-    lower bound.
+    tighter bound.
     """
     one, other = left.characters, right.characters
     if not right.frequent:
@@ -283,6 +292,7 @@ def _characters_may_exceed(left: ComparedText, right: ComparedText, limit: float
     least = int(limit * (len(one) + len(other)) / 2)
     if least > min(len(one), len(other)):
         return False
+    # First with all rare characters of one side; counting those of both sides takes longer.
     blocks = 1 + len(right.rare)
     pairs = LCSseq.similarity(left.pairs, right.pairs, score_cutoff=max(0, least - blocks))
     if pairs + blocks < least:
@@ -299,13 +309,15 @@ def _match(left: str, right: str, limit: float, *, split: Split) -> float | None
     soon as all bounds together cannot reach the limit.
     """
     needed = _needed(left, right, limit)
+    # (minus its bound, span in `left`, span in `right`): the heap yields the largest bound first.
     regions = [(-min(len(left), len(right)), 0, len(left), 0, len(right))]
+    # `possible`: what is matched, and the bounds of all open regions.
     matched, possible = 0, -regions[0][0]
     while regions and possible >= needed:
         bound, start, stop, right_start, right_stop = heapq.heappop(regions)
         i, j, size = _longest_match(left[start:stop], right[right_start:right_stop], split)
         matched += size
-        possible += size + bound
+        possible += size + bound  # `bound` is negative: the region is closed
         if not size:
             continue
         i, j = start + i, right_start + j
@@ -325,8 +337,8 @@ def _needed(left: str, right: str, limit: float) -> int:
     total = len(left) + len(right)
     if not total:
         return 0 if limit < 1 else 1  # two empty texts are equal
+    # Start below, then count up by difflib's own formula, so that rounding makes no difference.
     needed = max(0, int(limit * total / 2) - 1)
-    # By difflib's formula, so that rounding makes no difference.
     while 2.0 * needed / total <= limit:
         needed += 1
     return needed
@@ -358,7 +370,6 @@ def _longest_match(left: str, right: str, split: Split) -> tuple[int, int, int]:
 # One hash per word or per run of words.
 WordHashes = NDArray[np.uint64]
 _WORD = re.compile(r"\w+")
-GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _INVERSE = pow(GOLDEN_RATIO, -1, 2**64)
 
 
@@ -405,8 +416,11 @@ def hash_runs(words: WordHashes, size: int) -> WordHashes:
     if not len(words):
         return np.empty(0, dtype=np.uint64)
     size = min(size, len(words))
+    # A table of powers for each length in bits: a few of them serve all texts.
     bits = len(words).bit_length()
     sums = np.zeros(len(words) + 1, dtype=np.uint64)
+    # All modulo 2^64, where the odd factor has an inverse. Divided by the power of its first word,
+    # a run has the same hash wherever it is in a text.
     (words * _powers(GOLDEN_RATIO, bits)[: len(words)]).cumsum(out=sums[1:])
     return (sums[size:] - sums[:-size]) * _powers(_INVERSE, bits)[: len(words) - size + 1]
 

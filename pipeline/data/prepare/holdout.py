@@ -8,7 +8,7 @@
     holdout/evaluate.yaml          the tasks and their instructions, for `extends`
             TASK/queries.jsonl     {"_id", "text"}
                  corpus.jsonl      {"_id", "text"}: all documents of these rows, and documents of
-                                   the shards, lest the search be among right answers alone
+                                   the shards, because a search among right answers is easy
                  qrels/test.tsv    query-id, corpus-id, score
 
 A hash of a document's words decides, so it depends on neither the order nor the number of rows, and
@@ -33,7 +33,7 @@ from pipeline.data.sources.records import stable_hash
 from pipeline.files import write_text
 
 FOLDER = "holdout"
-_CORPUS = 10_000  # documents that a corpus is filled up to
+_CORPUS = 10_000  # documents to which a corpus is filled up
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,7 +41,7 @@ class _Task:
     """The held-out rows of one source."""
 
     instruction: str = ""
-    # By the text of the query. Rows with the same query are one.
+    # By the text of the query: rows with the same query are one. The dicts are ordered sets.
     positives: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
     documents: dict[str, None] = dataclasses.field(default_factory=dict)
     num_trained: int = 0  # rows left out, because their query is also trained on
@@ -94,7 +94,8 @@ def _read_task(build: Build, source: int, trained: frozenset[int]) -> _Task:
         (task.instruction,) = instructions
     for row in kept:
         query = row["query"]
-        # An evaluation has one instruction for a task; several become part of the queries.
+        # An evaluation has one instruction for a task. Several become part of the queries, without
+        # what the template will put around these again.
         if len(instructions) > 1:
             query = _inner(template.format_query(query, row["instruction"]), template, "query")
         positives = [_inner(text, template, "document") for text in row["positives"]]
@@ -140,8 +141,8 @@ def _name_of(source: SourceConfig, taken: dict[str, _Task]) -> str:
 def _write_task(build: Build, name: str, task: _Task) -> None:
     folder = build.dataset / FOLDER / name
     ids = {text: hash_text(text).hex() for text in (*task.documents, *task.positives)}
-    for file, texts in (("corpus", sorted(task.documents, key=ids.__getitem__)),
-                        ("queries", list(task.positives))):  # fmt: skip
+    corpus = sorted(task.documents, key=ids.__getitem__)
+    for file, texts in (("corpus", corpus), ("queries", task.positives)):
         entries = ({"_id": ids[text], "text": text} for text in texts)
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         write_text(folder / f"{file}.jsonl", "".join(lines))
@@ -156,11 +157,12 @@ def _write_task(build: Build, name: str, task: _Task) -> None:
 def _evaluation(config: PrepareConfig, tasks: dict[str, _Task]) -> str:
     """Return the keys of an evaluation that follow from the shards."""
     longest = max(config.max_query_length, config.max_document_length)
+    # The final folder, not the build's, in which these files are written.
     folder = config.output_dir / FOLDER
     tree = {
         "tasks": [{"name": name, "path": str(folder / name)} for name in tasks],
         "instructions": {name: task.instruction for name, task in tasks.items()},
         "max_length": longest,
-        "max_tokens": max(16384, longest),
+        "max_tokens": max(16384, longest),  # its default, unless one text needs more
     }
     return "# For `extends` in a config of `diffembed evaluate`.\n" + dump_yaml(tree)

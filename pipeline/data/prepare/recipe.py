@@ -43,6 +43,7 @@ _REMOTE_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "versionI
 # Coarsest clock of a file system. A file that was younger than this when it was hashed may have
 # changed since with the same time.
 _TICK_NS = 2_000_000_000
+# With config.json, by which transformers finds the class of a tokenizer that names none.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -107,7 +108,7 @@ def make_recipe(config: PrepareConfig, tokenizer: str) -> Recipe:
     return Recipe(
         version=VERSION,
         config=_settings(config),
-        inputs=_measure(_list_inputs(config), {}),
+        inputs=_measure(_list_inputs(config.sources, config.decontaminate), {}),
         tokenizer=tokenizer,
         tokenizer_files=_measure(_list_tokenizer(config), {}),
     )
@@ -119,8 +120,8 @@ def require_inputs(config: PrepareConfig) -> None:
     Raises:
         UserError: a format is unknown, or a file is missing.
     """
-    for _ in _list_inputs(config):
-        pass
+    for _ in _list_inputs(config.sources, config.decontaminate):
+        pass  # listing a file is what refuses it
 
 
 def write_recipe(folder: Path, recipe: Recipe, *, started_ns: int) -> None:
@@ -159,6 +160,8 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def _trusted(entry: InputFile, recorded_ns: int) -> InputFile:
+    """Return an input without its stamp if the file may have changed after it was hashed."""
+    # Entries 1 and 2 of a local file's stamp are times; a remote store's tags are texts.
     young = any(
         isinstance(value, int) and value > recorded_ns - _TICK_NS for value in entry.stamp[1:3]
     )
@@ -179,9 +182,10 @@ def find_change(config: PrepareConfig, recipe: Recipe, *, load: bool = True) -> 
     Raises:
         UserError: an input of the config is missing or cannot be read.
     """
+    # The cheapest comparison first: no file is listed, and none hashed, if a setting differs.
     for change in _changed_settings(recipe, _settings(config)):
         return change
-    listed = list(_list_inputs(config))
+    listed = list(_list_inputs(config.sources, config.decontaminate))
     # Several files may have one name, in train/ and test/ for example.
     now = collections.Counter((key, PurePath(file).name) for key, file in listed)
     then = collections.Counter((entry.key, PurePath(entry.file).name) for entry in recipe.inputs)
@@ -230,10 +234,11 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _changed_settings(recipe: Recipe, now: dict[str, Any]) -> Iterator[str]:
-    """Yield config keys whose values differ; keys newer than the recipe had their defaults."""
+    """Yield config keys whose values differ; keys newer than the recipe count as their defaults."""
     if recipe.version != VERSION:
         yield f"version {recipe.version} of the shards, this package writes version {VERSION}"
     try:
+        # `output_dir` is required, but not part of a recipe.
         filled = build_config(
             PrepareConfig, {**recipe.config, "output_dir": "."}, origin=RECIPE_NAME
         )
@@ -263,17 +268,13 @@ def identify_inputs(
     Raises:
         UserError: a file is missing or cannot be read.
     """
-    return [entry.identity for entry in _measure(_files_of(sources, rule), {})]
+    return [entry.identity for entry in _measure(_list_inputs(sources, rule), {})]
 
 
-def _list_inputs(config: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """Yield (key, file) of everything that rows, documents or evaluation texts are read from."""
-    yield from _files_of(config.sources, config.decontaminate)
-
-
-def _files_of(
+def _list_inputs(
     sources: Iterable[SourceConfig], rule: DecontaminateConfig | None
 ) -> Iterator[tuple[str, str]]:
+    """Yield (key, file) of everything that rows, documents or evaluation texts are read from."""
     for source in expand_sources(sources):
         for file in input_files(source):
             for stored in stored_files(file, source.split):
@@ -348,7 +349,7 @@ def _measure_file(key: str, file: str, known: dict[str, InputFile]) -> InputFile
 def _stamp(filesystem: Any, inner: str) -> tuple[int | str, ...]:
     if isinstance(filesystem, LocalFileSystem):
         # Of the file behind a link. A program can set the modification time back, but not the
-        # change time.
+        # change time; a file renamed into place has another inode.
         state = Path(inner).stat()
         return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
     info = filesystem.info(inner)

@@ -1,10 +1,10 @@
-"""Find near-duplicates, number the documents, tokenise them, and link each example to its own.
+"""Find near-duplicates, number the documents, tokenise them, and relate each example to its own.
 
     sign        text -> word 5-grams -> 128 smallest hashes, in 16 bands of 8 -> one key per band
     pair        documents with one key in a band -> compare 128 hashes -> (document, earlier)
     catalogue   connected documents -> the first of them is kept and gets a number
     tokenise    the kept documents of a slice, in the order of their hashes
-    link        positives and negatives of a block's examples -> numbers of documents
+    relate      positives and negatives of a block's examples -> numbers of documents
 
 MinHash is written by hand, because libraries choose other hash functions: other signatures would
 merge other documents, so that shards made before could not be made again.
@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
-from pipeline.data.order import mix
+from pipeline.data.order import GOLDEN_RATIO, mix
 from pipeline.data.prepare.build import (
     Build,
     CatalogueSummary,
@@ -42,7 +42,7 @@ from pipeline.data.prepare.clean import (
     hashes_to_arrow,
     read_distinct_texts,
 )
-from pipeline.data.prepare.contamination import GOLDEN_RATIO, hash_ngrams, hash_words
+from pipeline.data.prepare.contamination import hash_ngrams, hash_words
 from pipeline.data.shards import (
     DOCUMENT_SCHEMA,
     EXAMPLE_SCHEMA,
@@ -84,6 +84,7 @@ def minhash(text: str) -> NDArray[np.uint32]:
         return np.zeros(NUM_HASHES, dtype=np.uint32)
     hashed = mix(shingles[None, :] ^ _SALTS[:, None])  # (NUM_HASHES, S)
     smallest: NDArray[np.uint64] = hashed.min(axis=1)
+    # Half of the bits are enough: unequal ones agree by chance once in 2**32.
     return (smallest >> np.uint64(32)).astype(np.uint32)
 
 
@@ -110,6 +111,7 @@ def pair_band(build: Build, task: int) -> None:
     # The slice matters where there are no documents, and so no first one.
     is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
     starts = np.flatnonzero(is_first)
+    # The stable sort puts the smallest number first in its run: it is the one to keep.
     heads = np.repeat(order[starts], np.diff(np.append(starts, len(ordered))))
     different = order != heads
     later, earlier = order[different], heads[different]
@@ -120,6 +122,7 @@ def pair_band(build: Build, task: int) -> None:
 
 def _similarity(build: Build, left: IntArray, right: IntArray) -> NDArray[np.float64]:
     """(P,) estimated Jaccard similarity of pairs of documents, numbered over all slices."""
+    # Only the signatures that occur in pairs are loaded, slice by slice.
     sizes = [map_batch(build.distinct(k)).num_rows for k in range(build.plan.num_slices)]
     ends = np.cumsum(sizes)
     wanted, inverse = np.unique(np.concatenate([left, right]), return_inverse=True)
@@ -150,6 +153,7 @@ def join_pairs(first: IntArray, pairs: IntArray) -> IntArray:
         first: (D,) numbers 0..D-1; changed in place.
         pairs: (2, P) connected numbers.
     """
+    # Numbers only decrease, so the loop ends.
     while True:
         left, right = first[pairs[0]], first[pairs[1]]
         if np.array_equal(left, right):
@@ -176,7 +180,8 @@ def make_catalogue(build: Build, task: int) -> None:
     sizes = [len(part) for part in slices]
     first = find_representatives(build, sum(sizes))
     kept = first == np.arange(len(first))
-    # Kept documents are numbered in their order; a merged one takes the number of its first.
+    # Kept documents are numbered in their order; a merged one takes the number of its first, by
+    # which examples find the shared document without knowing of the merge.
     numbers = np.cumsum(kept) - 1
     save_array(build.catalogue("hashes"), np.concatenate(slices))
     save_array(build.catalogue("numbers"), numbers[first])
@@ -210,6 +215,7 @@ def tokenise_slice(build: Build, task: int) -> None:
     _report_near_duplicates(build, task, np.flatnonzero(~kept), first[~kept])
     hashes = np.asarray(_map_catalogue(build, "hashes")[start : start + sizes[task]])[kept]
     known = _reuse_tokens(build, hashes)
+    # `known` has an entry for each kept document; what it lacks is tokenised in the same order.
     missing = np.array([tokens is None for tokens in known], dtype=bool)
     wanted = np.flatnonzero(kept)[missing]
     limit = build.config.max_document_length
@@ -224,14 +230,13 @@ def tokenise_slice(build: Build, task: int) -> None:
         TokeniseSummary(
             kept=len(hashes),
             near_duplicates=int((~kept).sum()),
-            tokenised=len(wanted),
             tokens=sum(len(row) for row in tokens),
         ),
     )
 
 
 def _report_near_duplicates(build: Build, task: int, merged: IntArray, first: IntArray) -> None:
-    """List the documents at the positions `merged` of a slice, which `first` are kept for."""
+    """List the documents at the positions `merged` of a slice, for which `first` are kept."""
     numbers = _map_catalogue(build, "numbers")
     documents = read_distinct_texts(build, task, merged)
     entries = [
@@ -257,11 +262,13 @@ def _reuse_tokens(build: Build, hashes: TextHashes) -> list[tuple[NDArray[np.int
     if build.config.reuse is None:
         return found
     dataset, stored = _open_earlier(build, build.config.reuse)
+    # Clipped, because beyond the largest stored hash there is no entry to compare with.
     nearest = np.minimum(np.searchsorted(stored, hashes), len(stored) - 1)
     rows = np.flatnonzero(stored[nearest] == hashes)
     lengths = dataset.documents.lengths("tokens", nearest[rows])
     # A text that reaches the earlier limit may have been cut there.
     is_whole = lengths < dataset.max_document_length
+    # One that is longer than the new limit has to be cut, with its suffix kept.
     is_whole &= lengths <= build.config.max_document_length
     rows = rows[is_whole]
     views = dataset.documents.views("tokens", nearest[rows])
@@ -301,6 +308,7 @@ def _map_earlier(path: Path) -> tuple[Dataset, TextHashes]:
     return dataset, hashes
 
 
+# The library's encodings, which hold more than ids, exist for this many texts at a time.
 _TEXTS_PER_CALL = 512
 
 
@@ -323,8 +331,8 @@ def _encode(
     return tokens, num_instruction
 
 
-def link_block(build: Build, task: int) -> None:
-    """Tokenise the queries of one block, link them to documents, and sort them by group."""
+def relate_block(build: Build, task: int) -> None:
+    """Tokenise the queries of one block, relate them to documents, and sort them by group."""
     rows = map_batch(build.rows(task))
     groups = build.read_summary(CatalogueSummary, 0).groups
     source = build.plan.blocks[task].source
@@ -371,6 +379,7 @@ def _document_numbers(build: Build, column: pa.ChunkedArray) -> Ragged:
     lists = column.combine_chunks()
     wanted = hashes_from_arrow(lists.values)
     offsets: IntArray = lists.offsets.to_numpy()
+    # Every hash is there: the catalogue was made from all blocks.
     found = np.searchsorted(_map_catalogue(build, "hashes"), wanted)
     numbers: IntArray = _map_catalogue(build, "numbers")[found]
     return Ragged(offsets=offsets, values=np.asarray(numbers, dtype=np.int64))
@@ -395,6 +404,7 @@ def _merge_numbers(
                 first_bad.setdefault(number, index)
         new_positives.append(np.array(list(first_good), dtype=np.int64))
         new_negatives.append(np.array(list(first_bad), dtype=np.int64))
+        # Scores list the positives, then the negatives, as they were before.
         chosen = [*first_good.values(), *(len(good) + index for index in first_bad.values())]
         new_scores.append([score[index] for index in chosen] if score else [])
         new_num_first.append(sum(index < count for index in first_bad.values()))

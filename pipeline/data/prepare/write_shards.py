@@ -54,7 +54,7 @@ from pipeline.files import atomic_path, hash_file, write_json, write_text
 # For each shard its kind, and the rows of the steps' tables that it holds.
 Layout = list[tuple[Literal["documents", "examples"], list[RowRange]]]
 _LAYOUT = TypeAdapter(Layout)
-# Bytes of a row apart from its lists: hash and integers, and an offset for each list.
+# Bytes of a row apart from the values of its lists: hash, integers, and an 8-byte offset per list.
 _DOCUMENT_BYTES, _EXAMPLE_BYTES = 28, 56
 
 
@@ -75,13 +75,14 @@ def lay_out(build: Build, task: int) -> None:
     counts = count_groups(build)
     # Each block's examples are sorted by group: its rows of a group start here.
     firsts = np.cumsum(counts, axis=1) - counts
-    # Group by group, over all blocks: a run of the shards then holds one instruction, and an
-    # example's group follows from its number.
+    # Group by group, over all blocks: examples of one group are neighbours, so that a group is
+    # described by its first example and their number.
     for group in range(counts.shape[1]):
         for block in np.flatnonzero(counts[:, group]).tolist():
             batch = map_batch(build.examples(block))
             first, count = int(firsts[block, group]), int(counts[block, group])
             ends = np.arange(count + 1) * _EXAMPLE_BYTES
+            # Bytes of a value: int32, int64, int64, float32.
             for name, width in (("query", 4), ("positives", 8), ("negatives", 8), ("scores", 4)):
                 offsets = batch.column(name).offsets.to_numpy()[first : first + count + 1]
                 ends = ends + (offsets - offsets[0]) * width
@@ -182,8 +183,7 @@ def complete_dataset(build: Build, task: int) -> None:
     write_text(folder / REPORT_NAME, report)
     # Last, because a folder with a manifest is a whole dataset to every reader.
     write_manifest(folder / FILE_NAME, manifest)
-    summary = {"fingerprint": manifest.fingerprint, "held_out": held_out}
-    write_json(build.summary_path("manifest", task), summary)
+    write_json(build.summary_path("manifest", task), {"held_out": held_out})
 
 
 def _make_manifest(build: Build) -> Manifest:
@@ -285,8 +285,7 @@ def _groups(build: Build, counts: NDArray[np.int64]) -> tuple[Group, ...]:
     listed = build.read_summary(CatalogueSummary, 0).groups
     groups, start = [], 0
     for (source, instruction), count in zip(listed, counts.tolist(), strict=True):
-        # A group that lost all of its examples would be a population that no batch can be drawn
-        # from.
+        # No batch could be drawn from a group that has lost all of its examples.
         if count:
             groups.append(
                 Group(source=names[source], instruction=instruction, start=start, count=count)
@@ -341,7 +340,6 @@ def _report(build: Build, manifest: Manifest, held_out: list[str], dropped: Path
     shown: dict[str, list[str]] = {}
     with dropped.open() as handle:
         for entry in map(json.loads, handle):
-            # The first ones: the file lists them in the order of the input.
             texts = shown.setdefault(f"{entry['dropped']}: {entry['reason']}", [])
             if len(texts) < _SHOWN_PER_REASON:
                 detail = "; ".join(entry[key] for key in ("detail", "found in") if key in entry)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline.config import SourceConfig
-from pipeline.data.sources.containers import plan_blocks, read_records
+from pipeline.data.sources.containers import plan_blocks, read_file, read_records
 from pipeline.data.sources.corpus import (
     References,
     corpus_files,
@@ -90,24 +90,16 @@ def _split_by_field(record: Record, names: _ColumnNames) -> _Split:
     # Nulls are fine where another field has a text; if all are null, the row is bad.
     if len(found) > 1 and any(value not in absent for _, value in found):
         found = [(key, value) for key, value in found if value not in absent]
-    positives = [item for key, value in found for item in texts_in(record, key, value)]
+    positives = _texts(record, found)
     wanted = names.get("negatives", ("negatives",) if "negatives" in record.value else ())
-    negatives = [
-        item
-        for key, value in fields_of(record, wanted)
-        if value not in absent
-        for item in texts_in(record, key, value)
-    ]
-    return tuple(positives), tuple(negatives), list(range(len(positives) + len(negatives)))
+    listed = ((key, value) for key, value in fields_of(record, wanted) if value not in absent)
+    negatives = _texts(record, listed)
+    return positives, negatives, list(range(len(positives) + len(negatives)))
 
 
 def _split_labelled(record: Record, names: _ColumnNames) -> _Split:
     """Take documents with one label each: positives where it is above 0."""
-    documents = [
-        item
-        for key, value in fields_of(record, names["documents"])
-        for item in texts_in(record, key, value)
-    ]
+    documents = _texts(record, fields_of(record, names["documents"]))
     labels = [
         label
         for key, value in fields_of(record, names["labels"])
@@ -115,10 +107,15 @@ def _split_labelled(record: Record, names: _ColumnNames) -> _Split:
     ]
     if len(labels) != len(documents):
         raise record.fail(f"{len(labels)} labels", allowed=f"{len(documents)}, one per document")
+    # Positives first; the sort is stable, so that both sides keep the order of the record.
     order = sorted(range(len(labels)), key=lambda index: labels[index] <= 0)
     count = sum(label > 0 for label in labels)
     ordered = tuple(documents[index] for index in order)
     return ordered[:count], ordered[count:], order
+
+
+def _texts(record: Record, fields: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    return tuple(text for key, value in fields for text in texts_in(record, key, value))
 
 
 def _scores(
@@ -147,6 +144,7 @@ def _scores(
 
 
 _MSMARCO_INSTRUCTION = "Retrieve text based on user query"
+# As published: this many negatives of a query, of which at most so many are of the instruction.
 _MSMARCO_NEGATIVES = 15
 _MSMARCO_INSTRUCTION_NEGATIVES = 3
 _SIMILAR = "Retrieve semantically similar text"
@@ -205,6 +203,7 @@ def parse_reasonaug(
 def parse_e5(record: Record, source: SourceConfig, references: References | None) -> Iterable[Row]:
     """Parse public E5 sets: `query, positive, negative`; the file's name tells the set."""
     stem = record.file.rsplit("/", 1)[-1].split(".")[0]
+    # By its start: files are named SET, SET_split1 and the like.
     name = next((known for known in _E5_INSTRUCTIONS if stem.startswith(known)), "")
     query = required_text(record, "query")
     instruction = source.instruction
@@ -274,6 +273,7 @@ def parse_reasonir(
         query=query,
         positives=tuple(texts),
         negatives=tuple(text for _, text in negatives),
+        # Without spaces and full stop, as published.
         instruction=instruction.strip().removesuffix(".") or source.instruction,
         document_instruction=source.document_instruction,
     )
@@ -319,7 +319,7 @@ def parse_mteb(
     assert references is not None
     name = identifier(record)
     judgements = references.judgements.get(name, [])
-    if not judgements:
+    if not judgements:  # of another split, or never judged: `check_queries` counts these
         return
     query = required_text(record, "text")
     if query != references.first_texts.get(name, query):
@@ -417,7 +417,7 @@ def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[FileBlock
         for block in plan_blocks(file, split=source.split, block_bytes=block_bytes, max_rows=left):
             is_empty = False
             yield block
-        # `max_rows` counts over all files of a source, in their order.
+        # `max_rows` counts over all files of a source: the next one may use what this one left.
         if left is not None:
             left = max(0, left - _count_rows(source, file, left))
             if left == 0:
@@ -432,10 +432,8 @@ def plan_source(source: SourceConfig, *, block_bytes: int) -> Iterator[FileBlock
 def _count_rows(source: SourceConfig, file: str, most: int) -> int:
     """Count records of a file up to `most`, to find how much of a cap it uses up."""
     bad: list[BadRowError] = []
-    count = 0
-    for block in plan_blocks(file, split=source.split, block_bytes=2**62, max_rows=most):
-        count += sum(1 for _ in read_records(block, split=source.split, on_bad=bad.append))
-    return count + len(bad)
+    records = read_file(file, split=source.split, max_rows=most, on_bad=bad.append)
+    return sum(1 for _ in records) + len(bad)
 
 
 def read_rows(
@@ -461,10 +459,11 @@ def read_rows(
         try:
             found = {key: field_of(record, key, required=False) for key in source.where}
             if all(equals(found[key], wanted) for key, wanted in source.where.items()):
+                # All at once: of a record with a fault no row is used.
                 rows = list(parse(record, source, references))
             else:
                 on_unwanted()
-            # Here, because JSON can write half a surrogate pair that no tokenizer accepts.
+            # JSON can hold half a surrogate pair, which neither a file nor a tokenizer accepts.
             for row in rows:
                 _require_whole_characters(record, row)
         except BadRowError as bad:

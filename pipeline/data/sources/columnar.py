@@ -28,8 +28,8 @@ from pipeline.data.sources.paths import (
 from pipeline.data.sources.records import BadRowError, FileBlock, Record
 from pipeline.errors import UserError
 
-_ROWS_PER_PIECE = 1024
-_ROWS_PER_BLOCK = 10_000
+_ROWS_PER_PIECE = 1024  # converted to Python values together
+_ROWS_PER_BLOCK = 10_000  # of a hub dataset, whose bytes are unknown
 
 
 class _Columns:
@@ -50,12 +50,14 @@ class _Columns:
         if name in self._broken:
             raise self._broken[name]
         if name not in self._converted:
+            # By position, because Arrow refuses a name that two columns have.
             column = self._table.column(self.names.index(name))
             try:
                 self._converted[name] = column.to_pylist()
             except Exception:  # perhaps because of one cell: convert each when it is read
                 self._converted[name] = column
         value = self._converted[name][row]
+        # A column that was not converted as a whole yields Arrow's scalars.
         return value.as_py() if isinstance(value, pa.Scalar) else value
 
 
@@ -72,7 +74,7 @@ class _TableRow(Mapping[str, Any]):
             raise KeyError(name)
         try:
             return self._columns.cell(name, self._row)
-        except UserError:
+        except UserError:  # a fault of the file, not of this record
             raise
         except UnicodeDecodeError as error:
             raise self._fail(name, f"byte {error.start + 1} of it is not UTF-8") from error
@@ -86,6 +88,7 @@ class _TableRow(Mapping[str, Any]):
         return BadRowError(f"{self._file}:{self._number}", f"{name!r} cannot be read ({reason})")
 
     def __contains__(self, name: object) -> bool:
+        # `Mapping` would read the cell, and so fail where it cannot be converted.
         return name in self._columns.names
 
     def __iter__(self) -> Iterator[str]:
@@ -126,6 +129,7 @@ def read_table(block: FileBlock, *, split: str | None) -> Iterator[Record]:
         pieces, name = _file_pieces(block), file
     for first, piece, broken in pieces:
         columns = _Columns(piece, broken)
+        # Only rows of the block: its first and last pieces may reach beyond it.
         for row in range(max(block.start - first, 0), min(piece.num_rows, block.stop - first)):
             number = first + row + 1
             value = _TableRow(columns, row, file=name, number=number)
@@ -214,6 +218,7 @@ def _parquet(file: str, handle: IO[bytes]) -> Any:
 def _arrow_batches(file: str) -> Iterator[Any]:
     """Yield the record batches of an Arrow IPC file or of a stream, which `datasets` writes."""
     try:
+        # A local file is opened only for the error of one that cannot be, then mapped.
         with open_bytes(file) as handle:
             raw = pa.memory_map(file) if not is_remote(file) else pa.BufferReader(handle.read())
         try:
@@ -230,6 +235,7 @@ def _arrow_batches(file: str) -> Iterator[Any]:
 
 
 def _hub_pieces(block: FileBlock, split: str | None) -> Iterator[_Piece]:
+    # As Arrow tables: the library would convert every column to Python values.
     dataset = hub_dataset(block.file, split).with_format("arrow")
     for start in range(block.start, block.stop, _ROWS_PER_PIECE):
         yield start, dataset[start : min(start + _ROWS_PER_PIECE, block.stop)], {}
@@ -240,6 +246,7 @@ def is_single_dataset(file: str) -> bool:
     return Path(file.removeprefix(HUB), "state.json").expanduser().is_file()
 
 
+# Loading takes seconds, and each block of a dataset asks for it.
 @functools.lru_cache(maxsize=4)
 def hub_dataset(file: str, split: str | None) -> Any:
     """Load a dataset `hub:OWNER/NAME[:CONFIG]`, from its cache when offline, or `hub:FOLDER`.
@@ -252,11 +259,12 @@ def hub_dataset(file: str, split: str | None) -> Any:
     name, config = _name_of(file)
     folder = Path(name).expanduser()
     try:
-        if is_single_dataset(file):
+        is_single = is_single_dataset(file)
+        if is_single:
             state = json.loads((folder / "state.json").read_text())
             if not state.get("_data_files", True):
                 return []  # the library cannot load a dataset without rows
-        if is_single_dataset(file) or (folder / "dataset_dict.json").is_file():
+        if is_single or (folder / "dataset_dict.json").is_file():
             return _saved_split(file, datasets.load_from_disk(str(folder)), split)
         name = str(folder) if folder.exists() else name
         return datasets.load_dataset(name, config or None, split=split or "train")
@@ -293,15 +301,16 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
 
 
 def stored_files(file: str, split: str | None) -> list[str]:
-    """Return the files with the bytes of `file`: itself, or the files of a hub dataset.
+    """Return the files with the bytes of `file`: itself, or those of a hub dataset.
 
-    The latter are in the dataset's folder, or in the library's cache.
+    A hub dataset's are in its folder, or in the library's cache.
     """
     if not file.startswith(HUB):
         return [file]
     folder = Path(_name_of(file)[0]).expanduser()
     if folder.is_dir():
         inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        # Hidden ones are never data.
         return [
             str(path)
             for path in inside

@@ -2,6 +2,7 @@
 
     plan_blocks    file  -> blocks, which any process may read in any order
     read_records   block -> records, in file order
+    read_file      file  -> records, in file order
 
 A block of lines or of a delimited file is a range of bytes, so that no reader must count lines. A
 JSON list has no such ranges: one task reads it whole.
@@ -34,6 +35,8 @@ from pipeline.data.sources.paths import (
 from pipeline.data.sources.records import BadRowError, FileBlock, OnBadRow, Record, give_up
 from pipeline.errors import UserError
 
+_WHOLE_FILE = 2**62  # bytes of a block that no file fills
+
 
 def plan_blocks(
     file: str, *, split: str | None, block_bytes: int, max_rows: int | None
@@ -46,7 +49,7 @@ def plan_blocks(
             f"{file}: unknown kind of file", allowed=READABLE, docs="trouble.md#file-kinds"
         )
     elif is_packed(file) or _is_json_list(file):
-        # One block: neither a compressed stream nor a JSON list can be entered in the middle.
+        # One block: neither a compressed stream nor a JSON list can be read from the middle.
         yield FileBlock(file=file, start=0, stop=-1, max_rows=max_rows)
     elif kind_of(file) == "csv":
         yield from plan_delimited(file, block_bytes=block_bytes, max_rows=max_rows)
@@ -79,6 +82,14 @@ def read_records(
     return read_lines(block, on_bad=on_bad, blank_lines=blank_lines)
 
 
+def read_file(
+    file: str, *, split: str | None, max_rows: int | None = None, on_bad: OnBadRow | None = None
+) -> Iterator[Record]:
+    """Yield the records of a whole file; for its arguments see `plan_blocks` and `read_records`."""
+    for block in plan_blocks(file, split=split, block_bytes=_WHOLE_FILE, max_rows=max_rows):
+        yield from read_records(block, split=split, on_bad=on_bad)
+
+
 def next_line(handle: IO[bytes], file: str, most: int = -1) -> bytes:
     """Return the next line with its end, or its first `most` bytes; b"" at the end of the file.
 
@@ -92,14 +103,14 @@ def next_line(handle: IO[bytes], file: str, most: int = -1) -> bytes:
 
 
 def plan_lines(file: str, *, block_bytes: int, max_rows: int | None) -> Iterator[FileBlock]:
-    """Cut a file that is not compressed into blocks of bytes, up to `max_rows` lines."""
+    """Cut a file that is not compressed into blocks of bytes, up to `max_rows` records."""
     stop = file_size(file) if max_rows is None else _end_of_rows(file, max_rows)
     for start in range(0, stop, block_bytes):
         yield FileBlock(file=file, start=start, stop=min(start + block_bytes, stop))
 
 
 def _end_of_rows(file: str, max_rows: int) -> int:
-    """Byte at which the first `max_rows` lines that are not blank end."""
+    """Return the byte at which the first `max_rows` lines that are not blank end."""
     position = found = 0
     with open_bytes(file) as handle:
         for line in handle:
@@ -133,6 +144,7 @@ def read_lines(
             # Step back one byte: a line that starts exactly at `start` must not be skipped.
             handle.seek(block.start - 1)
             position = block.start - 1 + len(handle.readline())
+        # `number` counts from here; `Record.where` adds the lines above `base` when it is asked.
         base, number, taken = position, 0, 0
         while (block.stop < 0 or position < block.stop) and taken != block.max_rows:
             line = next_line(handle, block.file)
@@ -160,7 +172,7 @@ def _decode(raw: Record) -> str:
         raise raw.fail(
             f"byte {error.start + 1} of the line is not UTF-8", fix="save the file as UTF-8"
         ) from error
-    return text.removeprefix("\ufeff")
+    return text.removeprefix("\ufeff")  # the mark that some editors write before the first line
 
 
 def _value_of(text: str, raw: Record, *, is_json: bool) -> dict[str, Any] | None:
@@ -182,11 +194,13 @@ def _parse_json(text: str, raw: Record) -> dict[str, Any]:
 
 def _is_json_list(file: str) -> bool:
     """Return whether a .json file holds one list of objects instead of an object per line."""
+    # Not .jsonl or .ndjson, whose names promise an object per line.
     if kind_of(file) != "json" or ".json" not in Path(file.lower()).suffixes:
         return False
     with open_bytes(file) as handle:
         # Such a list is often one line of gigabytes.
         while line := next_line(handle, file, most=2**10):
+            # Blank lines may precede it.
             if start := line.removeprefix(b"\xef\xbb\xbf").strip():
                 return start.startswith(b"[")
     return False
@@ -223,6 +237,7 @@ class _Lines:
 
     def __init__(self, handle: IO[bytes], file: str, position: int) -> None:
         self._handle, self._file = handle, file
+        # Where the lines start, and the byte after the last line that was read.
         self._base = self.position = position
         self._number = 0
         self._fault = ""
@@ -254,7 +269,7 @@ class _Lines:
 
     def records(self, delimiter: str) -> Iterator[tuple[int, Record, str]]:
         """Yield position, record (a list of fields) and fault of each following record."""
-        csv.field_size_limit(_LONGEST_FIELD)
+        csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
         reader = csv.reader(self, delimiter=delimiter, strict=True)
         while True:
             position, number = self.position, self._number + 1
@@ -282,6 +297,7 @@ class _DelimitedFile:
     def __init__(self, handle: IO[bytes], file: str) -> None:
         self.lines = _Lines(handle, file, 0)
         self.names: list[str] = []
+        # A TSV is cut at tabs alone, even if its header has more commas.
         is_tsv = ".tsv" in Path(file.lower()).suffixes
         self.delimiter = "\t" if is_tsv else _delimiter_of(self.lines.peek())
         for _, record, fault in self.lines.records(self.delimiter):
@@ -296,7 +312,7 @@ class _DelimitedFile:
 
 def _delimiter_of(head: str) -> str:
     """Return the character that cuts a header line into most fields."""
-    # Split as CSV would: a delimiter inside quotes does not count.
+    # Parsed, not counted: a delimiter inside quotes does not count.
     counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in _DELIMITERS}
     return max(counts, key=lambda mark: counts[mark])
 
@@ -310,7 +326,7 @@ def plan_delimited(file: str, *, block_bytes: int, max_rows: int | None) -> Iter
         for taken, (position, _, _) in enumerate(table.lines.records(table.delimiter)):
             if taken == max_rows:
                 break
-            # `position` is where this record starts, even if the last one spans several lines.
+            # `position` is where this record starts, so that no block cuts a quoted field.
             if position - start >= block_bytes:
                 yield FileBlock(file=file, start=start, stop=position)
                 start = position
@@ -352,5 +368,6 @@ def split_to_read(file: str, split: str | None, *, default: str) -> str | None:
 def block_bytes_of(block: FileBlock) -> int:
     """Estimate the bytes of text in a block: a kilobyte for a row of a table."""
     if block.stop < 0:
+        # Compressed text is taken to be four times as long as its file.
         return file_size(block.file) * (4 if is_packed(block.file) else 1)
     return (block.stop - block.start) * (1024 if counts_rows(block.file) else 1)

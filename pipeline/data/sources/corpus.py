@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.config import SourceConfig
-from pipeline.data.sources.containers import plan_blocks, read_lines, read_records
+from pipeline.data.sources.containers import read_file, read_lines
 from pipeline.data.sources.paths import kind_of, list_files, stem_of
 from pipeline.data.sources.records import BadRowError, BadRows, FileBlock, OnBadRow, Record, give_up
 from pipeline.errors import UserError
@@ -104,7 +104,8 @@ def _files_of_part(folder: Path, part: str) -> list[Path]:
         for path in sorted(folder.iterdir())
         if stem_of(path.name) == part and kind_of(path.name) and not path.is_dir()
     ]
-    # The same content in two forms, such as corpus.jsonl and corpus.jsonl.gz, is read once.
+    # PART itself comes before PART-00000-of-00003, and one of its forms is enough: corpus.jsonl and
+    # corpus.jsonl.gz have the same content.
     single = [path for path in named if path.name.split(".")[0] == part]
     if single or named:
         return single[:1] or named
@@ -120,7 +121,7 @@ def corpus_records(
     source: SourceConfig, on_bad: OnBadRow | None = None
 ) -> Iterator[tuple[str, str, Record]]:
     """Yield id, text and record of every document of the corpus; a title precedes its text."""
-    for record in _records(corpus_files(source), on_bad):
+    for record in _read_files(corpus_files(source), on_bad):
         try:
             name, text = identifier(record), _document_text(record)
         except BadRowError as bad:
@@ -129,10 +130,9 @@ def corpus_records(
             yield name, text, record
 
 
-def _records(files: list[str], on_bad: OnBadRow | None) -> Iterator[Record]:
+def _read_files(files: list[str], on_bad: OnBadRow | None) -> Iterator[Record]:
     for file in files:
-        for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
-            yield from read_records(block, split=None, on_bad=on_bad)
+        yield from read_file(file, split=None, on_bad=on_bad)
 
 
 def identifier(record: Record) -> str:
@@ -140,17 +140,15 @@ def identifier(record: Record) -> str:
     for key in ("_id", "id"):
         if isinstance(record.value.get(key), str | int):
             return str(record.value[key])
-    found = ", ".join(map(str, record.value))
-    raise record.fail("no id", allowed="a field _id or id", fix=f"fields found: {found}")
+    raise record.fail("no id", allowed="a field _id or id", fix=record.fields_found)
 
 
 def _document_text(record: Record) -> str:
     text = record.value.get("text", record.value.get("content"))
     title = record.value.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
-        found = ", ".join(map(str, record.value))
         raise record.fail(
-            "no text", allowed="a text in the field text or content", fix=f"fields found: {found}"
+            "no text", allowed="a text in the field text or content", fix=record.fields_found
         )
     return f"{title} {text}".strip()
 
@@ -163,6 +161,7 @@ def read_judgements(source: SourceConfig) -> JudgedDocuments:
 @functools.lru_cache(maxsize=2)
 def _judgements_of(files: tuple[str, ...]) -> JudgedDocuments:
     judgements: JudgedDocuments = {}
+    # Bad ones are reported by `check_queries`.
     for _, query, document, score in judgement_records(files, lambda bad: None):
         judgements.setdefault(query, []).append((document, score))
     return judgements
@@ -175,10 +174,11 @@ def judgement_records(
     for file in files:
         # Judgements in TSV may lack a header, so their first line cannot name the columns.
         is_text = kind_of(file) in ("csv", "lines")
-        whole = FileBlock(file=file, start=0, stop=-1)
-        records = (
-            read_lines(whole, on_bad=on_bad, as_text=True) if is_text else _records([file], on_bad)
-        )
+        if is_text:
+            whole = FileBlock(file=file, start=0, stop=-1)
+            records = read_lines(whole, on_bad=on_bad, as_text=True)
+        else:
+            records = read_file(file, split=None, on_bad=on_bad)
         for record in records:
             try:
                 judged = _judgement(record, is_text=is_text)
@@ -198,6 +198,7 @@ def _judgement(record: Record, *, is_text: bool) -> tuple[str, str, float] | Non
     else:
         fields = [record.value.get(key) for key in ("query-id", "corpus-id", "score")]
     try:
+        # Raises ValueError for any other number of fields.
         query, document, score = fields
         if query is None or document is None or not math.isfinite(float(score)):
             raise ValueError
@@ -229,8 +230,8 @@ def check_queries(
     first: dict[str, str] = {}
     repeated: dict[str, str] = {}
     num_unjudged = 0
-    # Other faults of a query are reported when its row is read.
-    for record in _records(folder_part(source, "queries"), lambda bad: None):
+    # Other faults of a query are reported when it is read as a row.
+    for record in _read_files(folder_part(source, "queries"), lambda bad: None):
         try:
             name, text = identifier(record), record.value.get("text")
         except BadRowError:
@@ -241,7 +242,7 @@ def check_queries(
             repeated[name] = first[name]
             rows.drop(record.where, "query", "another text of the same id precedes it", text)
     for record, query, document, _ in judgement_records(tuple(judgement_files(source)), rows.add):
-        # Published sets contain such judgements, and their users cannot correct them.
+        # Not bad rows: published sets contain such judgements, and their users cannot correct them.
         if query not in seen:
             rows.drop(record.where, "judgement", "query without text", query)
         elif find(document) is None:

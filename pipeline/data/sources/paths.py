@@ -47,6 +47,7 @@ READABLE = (
 )
 # Metadata that `datasets` writes next to its data; never data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# By these `save_to_disk` marks the folder of a dataset, and of a dict of datasets.
 _SAVED = ("state.json", "dataset_dict.json")
 _POINTER = b"version https://git-lfs"
 # Words that name splits, the same as on the hub.
@@ -56,6 +57,7 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# Between separators, digits and ends only: "test" is in my-test2.jsonl, not in contest.jsonl.
 _WORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(_SPLIT_OF_WORD)})(?![^-._ 0-9])")
 # `NAME-00000-of-00003` is a file of the split NAME, whatever its name.
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}$")
@@ -105,6 +107,7 @@ def _choose_files(path: str, key: str, split: str | None, default_split: str) ->
     local = not is_remote(path)
     label = f"{key}: {path}"
     if local and any(Path(inner, name).is_file() for name in _SAVED):
+        # Read by `datasets`: state.json says which Arrow files of the folder belong to the dataset.
         return ChosenFiles([HUB + inner])
     if filesystem.isdir(inner):
         choice = _choose_in_folder(filesystem, inner, split, default_split, label)
@@ -133,9 +136,9 @@ def _choose_in_folder(
     named = _choose_by_readme(filesystem, folder, wanted, label) if wanted else None
     if named is not None:
         patterns, note = named
+        # A split that the user names needs no note on the others.
         return ChosenFiles(_matching(filesystem, patterns), "" if split else note)
-    found = list(_files_below(filesystem, folder))
-    return _choose_by_name(found, folder, split, default, label)
+    return _choose_by_name(_files_below(filesystem, folder), folder, split, default, label)
 
 
 def _choose_by_readme(
@@ -167,7 +170,7 @@ def _choose_by_readme(
 
 
 def _configs(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Return the entries of `configs` in the metadata at the top of a README.md."""
+    """Yield the entries of `configs` in the metadata at the top of a README.md."""
     path = f"{folder.rstrip('/')}/README.md"
     if not filesystem.isfile(path):
         return
@@ -176,8 +179,7 @@ def _configs(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
     found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
     try:
         tree = yaml.safe_load(found[1]) if found else None
-    # The header is broken: choose by the names of the files.
-    except yaml.YAMLError:
+    except yaml.YAMLError:  # a broken header: the names of the files decide
         return
     configs = tree.get("configs") if isinstance(tree, dict) else None
     for config in configs if isinstance(configs, list) else ():
@@ -246,7 +248,7 @@ def _choose_by_name(
 
 
 def _note(files: list[str], taken: list[str], shown: dict[str, str], wanted: str) -> str:
-    left = [file for file in files if file not in set(taken)]
+    left = sorted(set(files) - set(taken))
     if not left:
         return ""
     splits = ", ".join(sorted({shown[file] or "no split" for file in left}))
@@ -262,6 +264,7 @@ def canonical(split: str) -> str:
 
 def _split_of(name: str) -> str:
     """Return the split that the words of a file's path name; empty if they name none."""
+    # The file's own name decides before its folders.
     for part in reversed(name.lower().split("/")):
         if word := _WORD.search(part):
             return _SPLIT_OF_WORD[word[1]]
@@ -269,7 +272,7 @@ def _split_of(name: str) -> str:
 
 
 def stem_of(file: str) -> str:
-    """Return a file's name before `-00000-of-00001`, or without its endings."""
+    """Return a file's name before `-00000-of-00001`, or without its extensions."""
     stem = file.rsplit("/", 1)[-1].split(".")[0]
     numbered = _NUMBERED.match(stem)
     return numbered[1] if numbered else stem
@@ -293,16 +296,15 @@ def _matching(filesystem: Any, patterns: list[str]) -> list[str]:
     return sorted(file for file in found if kind_of(file) and not filesystem.isdir(file))
 
 
-def _files_below(filesystem: Any, folder: str) -> Iterator[str]:
-    """Find data files in a folder and its subfolders named after splits; else in `data`."""
+def _files_below(filesystem: Any, folder: str) -> list[str]:
+    """Return data files in a folder and its subfolders named after splits; else those in `data`."""
     found = _files_of(filesystem, folder)
     below = _subfolders(filesystem, folder)
     for subfolder in sorted(below):
         if _split_of(subfolder.rsplit("/", 1)[-1]):
             found += [name for name in sorted(filesystem.find(subfolder)) if kind_of(name)]
-    if not found and f"{folder.rstrip('/')}/data" in below:
-        return _files_below(filesystem, f"{folder.rstrip('/')}/data")
-    return iter(found)
+    data = f"{folder.rstrip('/')}/data"
+    return _files_below(filesystem, data) if not found and data in below else found
 
 
 def _subfolders(filesystem: Any, folder: str) -> list[str]:
@@ -333,6 +335,7 @@ def _nothing_found(filesystem: Any, inner: str, label: str) -> UserError:
 
 def _require_file(filesystem: Any, inner: str, label: str, *, local: bool) -> None:
     """Refuse a path that is neither a folder, nor a glob, nor a readable file."""
+    # A broken link or a pipe exists as a name: its fault is told better than "no such file".
     if local and (Path(inner).is_symlink() or Path(inner).exists()):
         if not Path(inner).is_file():
             _require_readable(Path(inner), label)
@@ -395,7 +398,7 @@ def _unpacked(name: str) -> str:
 
 
 def is_packed(file: str) -> bool:
-    """Return whether a file is compressed, so that it can only be read from its start."""
+    """Return whether a file is compressed, so that it can be read only from its start."""
     return not file.startswith(HUB) and file.lower().endswith(_PACKED)
 
 
@@ -426,8 +429,8 @@ def name_remote(path: str, label: str) -> Iterator[None]:
 class _RemoteFile(io.RawIOBase):
     """A file behind a URL, whose errors name it.
 
-    `io.BufferedReader` gives it the methods of a local file. fsspec's own files cannot limit the
-    length of a line.
+    `io.BufferedReader` gives it the methods of a local file: fsspec's own `readline` takes no
+    limit.
     """
 
     def __init__(self, url: str) -> None:

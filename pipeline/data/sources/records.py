@@ -45,9 +45,11 @@ def stable_hash(*parts: str) -> int:
     """Hash texts to 63 bits that depend on nothing else: not on process, platform or work order."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        # With its length, because ("ab", "c") and ("a", "bc") must differ.
+        # With its length, because ("ab", "c") and ("a", "bc") must differ. Half a surrogate pair is
+        # refused by `read_rows`, after parsers have hashed it.
         encoded = part.encode(errors="surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    # Not negative as int64, so that -1 can mean "no concept" in the shards.
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
 
 
@@ -65,8 +67,8 @@ class FileBlock:
     """A stretch of one file that one task reads.
 
     start and stop count bytes of line files and delimited files, and rows of Parquet files, Arrow
-    files and hub datasets; stop is -1 for a compressed file, which is read from start to end. At
-    most max_rows records are taken.
+    files and hub datasets; stop is -1 for a file that can only be read from start to end. At most
+    max_rows records are taken.
     """
 
     file: str
@@ -106,6 +108,11 @@ class Record:
         """`file:line`; counts lines, so only messages should read it."""
         return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
 
+    @property
+    def fields_found(self) -> str:
+        """The names of the fields, for messages."""
+        return f"fields found: {', '.join(map(str, self.value))}"
+
     def fail(self, found: str, allowed: str = "", fix: str = "") -> BadRowError:
         """Return an error that names this record's file and line."""
         return BadRowError(self.where, found, allowed=allowed, fix=fix)
@@ -118,6 +125,7 @@ def give_up(bad: BadRowError, on_bad: OnBadRow | None) -> None:
     on_bad(bad)
 
 
+# A block's records have one base: its bad and dropped ones count the lines above only once.
 @functools.lru_cache(maxsize=16)
 def _lines_above(file: str, base: int) -> int:
     if not base:
@@ -169,6 +177,7 @@ class BadRows:
 
     def add(self, bad: BadRowError) -> None:
         """Take a bad row."""
+        # Of dropped rows, too: if all are dropped, the build stops with their faults.
         if len(self.first) < _NUM_SHOWN:
             self.first.append((f"{bad.where}: {bad.reason}", bad.fix))
         if self.source.on_bad_row == "drop":
@@ -281,7 +290,7 @@ def field_of(record: Record, key: str, *, required: bool = True) -> Any:
     list of their values.
     """
     value: Any = record.value
-    # A field whose name contains a dot comes before a path.
+    # A field whose own name has dots is not a path.
     path = [key] if isinstance(value, Mapping) and key in value else key.split(".")
     try:
         for part in path:
@@ -289,8 +298,7 @@ def field_of(record: Record, key: str, *, required: bool = True) -> Any:
     except LookupError as error:
         if not required:
             return None
-        found = ", ".join(map(str, record.value))
-        raise record.fail(f"field {key!r} is missing", allowed=f"fields found: {found}") from error
+        raise record.fail(f"field {key!r} is missing", allowed=record.fields_found) from error
     return value
 
 
@@ -320,13 +328,13 @@ def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]
             continue
         matching = [str(key) for key in record.value if fnmatch.fnmatchcase(str(key), name)]
         if not matching:
-            found = ", ".join(map(str, record.value))
-            raise record.fail(f"no field matches {name!r}", allowed=f"fields found: {found}")
+            raise record.fail(f"no field matches {name!r}", allowed=record.fields_found)
         for key in sorted(matching, key=_natural):
             yield key, record.value[key]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
+    # Pairs, because numbers and texts cannot be compared: at one place, texts precede numbers.
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -433,7 +441,6 @@ def numbers(
 
 
 def _number(record: Record, name: str, value: Any, allow_bools: bool) -> float:
-    allowed = "a number" if isinstance(value, str | None | Mapping | list) else "a finite float32"
     # The cells of a delimited file are texts, numbers among them.
     if isinstance(value, str) and kind_of(record.file) == "csv":
         try:
@@ -442,13 +449,13 @@ def _number(record: Record, name: str, value: Any, allow_bools: bool) -> float:
             raise record.fail(
                 f"{name} is {_shown(value) or 'empty'}", allowed="a number"
             ) from error
-    if isinstance(value, bool) and not allow_bools:
+    refused_bool = isinstance(value, bool) and not allow_bools
+    # Decimals come from Parquet.
+    if refused_bool or not isinstance(value, int | float | Decimal):
         raise record.fail(f"{name} is {kind_name(value)}", allowed="a number")
-    if not isinstance(value, int | float | Decimal):
-        raise record.fail(f"{name} is {kind_name(value)}", allowed=allowed)
     try:
         number = float(value)
-    except OverflowError:
+    except OverflowError:  # a JSON integer of more than 308 digits
         number = math.inf
     if not math.isfinite(number) or abs(number) > _LARGEST_NUMBER:
         raise record.fail(f"{name} is {_shown(str(value))}", allowed="a finite float32")
@@ -470,6 +477,7 @@ def equals(value: Any, wanted: bool | int | float | str) -> bool:
     """Compare a field with the value in a config, whichever way either is spelt."""
     if value is None:
         return False
+    # Python writes True where JSON, YAML and CSV files write true.
     if isinstance(value, bool) or isinstance(wanted, bool):
         return str(value).lower() == str(wanted).lower()
     return str(value) == str(wanted)
