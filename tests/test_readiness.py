@@ -93,12 +93,17 @@ def test_sources_of_a_data_config_are_found_in_files_and_caches(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "cache" / "datasets" / "owner___known").mkdir(parents=True)
+    for name in ("datasets/owner___known", "datasets/Owner___my_data", "datasets/squad"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    (tmp_path / "cache" / "hub" / "datasets--Owner--Fetched").mkdir(parents=True)
     paths = {
         "file": str(shards / "rows.jsonl"),
         "gone": str(tmp_path / "gone.jsonl"),
         "known": "hub:Owner/known",
         "unknown": "hub:owner/unknown",
+        "snake case": "hub:Owner/MyData",
+        "no owner": "hub:squad",
+        "fetched": "hub:owner/Fetched",
         "far": "https://example.org/rows.jsonl",
     }
     tree = {
@@ -111,7 +116,9 @@ def test_sources_of_a_data_config_are_found_in_files_and_caches(
 
     found = levels(list(check_config(config)))
 
-    assert [found[f"sources.{name}"] for name in paths] == ["ok", "fail", "ok", "fail", "warn"]
+    assert [found[f"sources.{name}"] for name in paths] == [
+        *("ok", "fail", "ok", "fail", "ok", "ok", "ok", "warn")
+    ]
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert levels(list(check_config(config)))["sources.unknown"] == "warn"
     assert found["tokenizer"] == found["output_dir"] == "ok"

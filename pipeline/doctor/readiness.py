@@ -26,6 +26,7 @@ from pipeline.config import (
     SourceConfig,
     StarterConfig,
     TrainConfig,
+    expand_path,
     load_config,
     local_file,
     model_fix,
@@ -310,15 +311,20 @@ def _data(path: str, key: str, split: str | None) -> Iterator[Finding]:
 
 def _hub_data(name: str, key: str) -> Finding:
     """Look for a data set of the hub in the two caches in which it may be."""
+    from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub.file_download import repo_folder_name
+
     repository, _, _ = name.partition(":")  # REPOSITORY:SUBSET
     caches = cache_folders()
     # `datasets`, which prepared it, keeps it as OWNER___NAME with the name in snake case; the hub's
     # client as datasets--OWNER--NAME.
-    owner, _, base = repository.rpartition("/")
-    prepared = "___".join([*filter(None, [owner]), camelcase_to_snakecase(base)])
+    *owner, base = repository.split("/")
+    prepared = "___".join([*owner, camelcase_to_snakecase(base)])
     fetched = repo_folder_name(repo_id=repository, repo_type="dataset")
-    places = (caches["HF_DATASETS_CACHE"] / prepared, caches["HF_HUB_CACHE"] / fetched)
-    if any(place.is_dir() for place in places):
+    hub = Path(os.environ.get("HF_HUB_CACHE") or caches["HF_HOME"] / "hub")
+    # The hub takes OWNER/NAME in any case.
+    places = {caches["HF_DATASETS_CACHE"]: prepared.lower(), hub: fetched.lower()}
+    if any(path.name.lower() == name for place, name in places.items() for path in place.glob("*")):
         return ok(key, f"hub:{name}: in the local cache")
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     return Finding(

@@ -210,9 +210,9 @@ def mining_store(config: Path) -> Path | None:
     if "retrievers" not in tree:
         return None
     given = tree.get("store")
-    return (
-        Path(expand_path(given)) if isinstance(given, str) else output_dir(config).parent / "mining"
-    )
+    if isinstance(given, str):
+        return _expanded(given, config, "store")
+    return output_dir(config).parent / "mining"
 
 
 def describe_shards(root: Path, store: Path | None = None) -> View:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ class Metrics:
         """Take in the lines written since the last call; half a last line waits for the next."""
         try:
             with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())  # of the file that is read, not of its successor
+                # Of the file that is read: its path may name the next one already.
+                status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
                 # A resumed run replaces the file, without the lines of steps that it repeats.
                 if identity != self._identity or status.st_size < self._offset:

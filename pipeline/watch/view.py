@@ -13,6 +13,7 @@ import datetime
 import html
 import io
 import itertools
+import math
 import re
 import tempfile
 import time
