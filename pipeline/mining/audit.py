@@ -1,4 +1,4 @@
-"""Say what a mining did: counts by rule, score ratios, agreement, and rows to look at.
+"""Report a mining: counts by rule, score ratios, agreement of retrievers, and sample rows.
 
 counts of all blocks and shards --> audit.json --> audit.md, audit.png
 """
@@ -27,7 +27,7 @@ from pipeline.mining.texts import count_states, lowest_scores, positives_of, tex
 RATIO_STEP = 0.05
 RATIO_BINS = 30
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Characters of a text in a row to look at.
+# Characters of a text in a sample row.
 _SHOWN = 160
 
 

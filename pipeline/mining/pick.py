@@ -84,10 +84,8 @@ def _text_keys(mining: Mining) -> NDArray[np.bytes_]:
     """(M,) hash of the bare text of every document: 16 bytes each in every process."""
 
     def read() -> NDArray[np.bytes_]:
-        columns = [
-            read_texts(mining, "documents", block)["key"]
-            for block in range(len(mining.document_blocks))
-        ]
+        blocks = range(len(mining.document_blocks))
+        columns = [read_texts(mining, "documents", block)["key"] for block in blocks]
         return np.concatenate([hashes_from_arrow(column) for column in columns])
 
     return once(mining.store("texts"), "keys", read)
@@ -119,11 +117,11 @@ def _gather_marks(mining: Mining, documents: IntArray) -> _Marks:
     in_sets = np.zeros(len(documents), dtype=bool)
     for number, block in enumerate(mining.document_blocks):
         own = block.slice_of(documents)
-        if own.start == own.stop:
+        rows = documents[own] - block.first
+        if not len(rows):
             continue
         path = mining.marks(number)
         stored = load_arrays(path, "signatures", "in_sets", fix=delete_and_mine(path))
-        rows = documents[own] - block.first
         in_sets[own] = stored["in_sets"][rows]
         # Empty where the config names no near-duplicates.
         if len(stored["signatures"]):

@@ -60,17 +60,11 @@ QUERY_ROWS = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """Rows start..stop-1 of a shard, whose first has the number `first` in the dataset."""
+    """Some rows of one shard: numbers first..first+rows-1 of the dataset."""
 
     shard: int
-    start: int
-    stop: int
     first: int
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self.stop - self.start
+    rows: int
 
     @property
     def numbers(self) -> IntArray:
@@ -88,8 +82,8 @@ def cut_into_blocks(shards: list[ShardInfo], rows: int) -> list[Block]:
     blocks, first = [], 0
     for number, shard in enumerate(shards):
         for start in range(0, shard.rows, rows):
-            stop = min(start + rows, shard.rows)
-            blocks.append(Block(shard=number, start=start, stop=stop, first=first + start))
+            size = min(rows, shard.rows - start)
+            blocks.append(Block(shard=number, first=first + start, rows=size))
         first += shard.rows
     return blocks
 
@@ -113,7 +107,7 @@ class ModelPlan:
         folder: of the model; `bm25` or an endpoint's address for what has none.
         fingerprint: of its weights and settings, without the data.
         vectors: key of its vectors, or of its index for BM25.
-        found: key of its search results.
+        found: key of its search results, or of a teacher's scores.
         index: key of its approximate index; empty without one.
     """
 
@@ -225,11 +219,11 @@ class Mining:
         return self.config.store_folder / f"{kind}-{key}"
 
     def texts(self, role: str, block: int) -> Path:
-        """Texts of a block: `text`, `instruction`, `key` (hash of the text)."""
+        """Return the file of a block's texts: `text`, `instruction`, `key` (hash of the text)."""
         return self.store("texts") / role / f"{block:06d}.arrow"
 
     def marks(self, block: int) -> Path:
-        """Signatures of a block of documents, and which are in an evaluation set."""
+        """Return the file of a block's signatures, and which documents are in an evaluation set."""
         return self.store("marks") / f"{block:06d}.npz"
 
     def vectors_folder(self, model: ModelPlan) -> Path:
@@ -237,11 +231,11 @@ class Mining:
         return self.config.store_folder / f"vectors-{model.vectors}"
 
     def vectors(self, model: ModelPlan, role: str, block: int) -> Path:
-        """Vectors of a block of documents or queries."""
+        """Return the file of a model's vectors of a block of documents or queries."""
         return self.vectors_folder(model) / role / f"{block:06d}.npy"
 
     def block_file(self, kind: str, block: int, retriever: int = 0) -> Path:
-        """Return a block's arrays of the steps `found`, `picked` and `teacher`."""
+        """Return the file of a block of queries in the folder `found`, `picked` or `teacher`."""
         return self.store(kind, retriever) / f"{block:06d}.npz"
 
 
@@ -285,21 +279,7 @@ def plan_mining(config: MineConfig) -> MinePlan:
     # A key holds the keys of what it is computed from: a change reaches what depends on it, and
     # nothing else.
     marks = key_of("marks", texts, tree["decontaminate"], sets, config.near_duplicates)
-    retrievers = []
-    for retriever in config.retrievers:
-        folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
-        # Of the model, not of its name in the config: retrievers of one model share vectors.
-        own = key_of("vectors", texts, fingerprint)
-        index, searched = "", [own]
-        if retriever.index is not None:
-            require_index(retriever.index, key=f"retrievers.{retriever.name}.index")
-            # Without `sample`, which changes no result: the file of a recall is named by it.
-            index = key_of("index", own, retriever.index.factory, retriever.index.train)
-            searched = [index, retriever.index.parameters]
-        found = key_of("found", *searched, config.depth)
-        retrievers.append(
-            ModelPlan(folder=folder, fingerprint=fingerprint, vectors=own, found=found, index=index)
-        )
+    retrievers = tuple(_plan_retriever(each, texts, config.depth) for each in config.retrievers)
     # Margins only from here on: with another margin, vectors and search results are used again.
     margins = [as_tree(config.margin_of(retriever)) for retriever in config.retrievers]
     # A teacher that removes candidates needs some to spare.
@@ -322,10 +302,27 @@ def plan_mining(config: MineConfig) -> MinePlan:
         data=data,
         texts=texts,
         marks=marks,
-        retrievers=tuple(retrievers),
+        retrievers=retrievers,
         picked=picked,
         teacher=teacher,
         result=key_of("result", *result),
+    )
+
+
+def _plan_retriever(retriever: RetrieverConfig, texts: str, depth: int) -> ModelPlan:
+    """Identify a retriever, and name its vectors of these texts and its results of this depth."""
+    folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
+    # Of the model, not of its name in the config: retrievers of one model share vectors.
+    vectors = key_of("vectors", texts, fingerprint)
+    index, searched = "", [vectors]
+    if retriever.index is not None:
+        require_index(retriever.index, key=f"retrievers.{retriever.name}.index")
+        # Without `sample`, which changes no result: the file of a recall is named by it.
+        index = key_of("index", vectors, retriever.index.factory, retriever.index.train)
+        searched = [index, retriever.index.parameters]
+    found = key_of("found", *searched, depth)
+    return ModelPlan(
+        folder=folder, fingerprint=fingerprint, vectors=vectors, found=found, index=index
     )
 
 

@@ -1,8 +1,8 @@
 """Embed texts with each retriever, and find each query's best documents.
 
-texts --load_model--> vectors-KEY/documents/000000.npy --exact_search-> found-KEY/000000.npz
-                                                       --approximate----> (the same)
-      --bm25s-------> vectors-KEY/index                --scores---------> (the same)
+texts --embed_block--> vectors-KEY/documents/000000.npy --exact_search-> found-KEY/000000.npz
+                                                        --approximate----> (the same)
+      --index_words--> vectors-KEY/index                --bm25s----------> (the same)
 """
 
 from __future__ import annotations

@@ -176,13 +176,10 @@ def merge(config: MineConfig, lists: Sequence[Judged]) -> Candidates:
     rank = np.concatenate([part.ranks for part in lists])
     owner = np.repeat(np.arange(len(lists)), [len(part.documents) for part in lists])
     unique, inverse = np.unique(found, return_inverse=True)
-    usable = np.isin(outcome, (CANDIDATE, BEHIND))
     refused = np.zeros(len(unique), dtype=bool)
-    refused[inverse[~usable]] = True
+    refused[inverse[~np.isin(outcome, (CANDIDATE, BEHIND))]] = True
     inside = np.zeros(len(unique), dtype=bool)
     inside[inverse[outcome == CANDIDATE]] = True
-    behind = np.zeros(len(unique), dtype=bool)
-    behind[inverse[outcome == BEHIND]] = True
     # (U, R) scores and ranks of each document by each retriever; an infinite rank adds 0 below.
     table = np.full((len(unique), len(lists)), np.nan)
     table[inverse, owner] = scores
@@ -193,7 +190,8 @@ def merge(config: MineConfig, lists: Sequence[Judged]) -> Candidates:
     else:
         # In turns: rank 1 of each retriever, in the order of the config, then rank 2 of each.
         order_key = (ranked * len(lists) + np.arange(len(lists))).min(axis=1)
-    kept = np.flatnonzero((inside | behind) & ~refused)
+    # What no list refuses is inside the window of a list, or behind the windows of all.
+    kept = np.flatnonzero(~refused)
     # The last key of lexsort leads: first what is inside a window, and numbers break ties.
     order = kept[np.lexsort((unique[kept], order_key[kept], ~inside[kept]))]
     places = np.arange(1, len(order) + 1)

@@ -1,4 +1,4 @@
-"""Restore the texts of shards, add further corpora, and mark what can be no negative.
+"""Restore the texts of shards, add further corpora, and mark documents that cannot be negatives.
 
     corpora   rows of the sources -> documents that the dataset lacks -> shards like its own
     texts     tokens -> text and instruction; compared with the hash of the text that was prepared
@@ -82,17 +82,13 @@ def open_tokenizer(mining: Mining) -> tuple[Any, TextTokenizer]:
 # --- further corpora -------------------------------------------------------------------------
 
 
+@corpora_named()
 def read_corpora(mining: Mining, task: int) -> None:
     """Write the documents of the corpora that the dataset lacks as shards.
 
     Raises:
         UserError: a document cannot be used.
     """
-    with corpora_named():
-        _write_corpora(mining)
-
-
-def _write_corpora(mining: Mining) -> None:
     folder = mining.store("texts")
     # In one process, because each document must be compared with all before it.
     seen = set(mining.source.documents.hashes().tolist()) if mining.config.corpora else set()
@@ -183,6 +179,7 @@ def corpus_texts(source: SourceConfig, bad: BadRows) -> Iterator[tuple[str, str]
             if text.strip():
                 yield text, source.document_instruction
         return
+    # 16 MiB of a file in memory at a time.
     for block in plan_source(source, block_bytes=2**24):
         for _, row in read_rows(source, block, None, on_bad=bad.add):
             # A line is a query and its own positive.

@@ -164,7 +164,7 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
             rows.scores.append(np.concatenate(parts).astype(np.float32))
         else:
             rows.scores.append(np.empty(0, np.float32))
-        # For other draws in each epoch; `picked` has more of them than a query needs now.
+        # Stored for other draws in each epoch of a training.
         best = slice(0, config.candidates)
         rows.candidates.append(candidates.documents[best])
         rows.candidate_scores.append(scores[best].astype(np.float32))
@@ -221,7 +221,7 @@ def write_vectors(mining: Mining, task: int) -> None:
     _, model = mining.teacher
     numbers = blocks_of(mining, kind, shard)
     paths = [mining.vectors(model, kind, k) for k in numbers]
-    # Another block of another width would be refused: the first stands for all.
+    # `write_teacher_vectors` refuses a block of another width than the first.
     width = map_vectors(paths[0], fix=delete_and_mine(paths[0])).shape[1]
     info = write_teacher_vectors(
         mining.building / "dataset",

@@ -1,4 +1,4 @@
-"""Know the current Slurm job from inside: nodes and their faults, time left, requeue, successor.
+"""Ask about the current Slurm job from inside it, check its nodes, requeue it or continue it.
 
     python -m pipeline.submission.allocation
 
@@ -187,7 +187,7 @@ def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
 
 
 def check_nodes(run_folder: Path) -> Faults:
-    """Check all nodes of this job; fit nodes are left out.
+    """Check all nodes of this job; return the faults of the unfit ones.
 
     Raises:
         NoCheckError: the check could not be started at all.

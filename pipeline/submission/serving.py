@@ -178,7 +178,7 @@ class Server:
             self._process.terminate()
 
     def kill(self, deadline: float) -> None:
-        """End it at a deadline at the latest."""
+        """Wait for its end until a deadline, then kill it."""
         if self._process:
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))
