@@ -140,12 +140,12 @@ STEPS = (
     Step(
         "write",
         write.write_shard,
-        lambda m: [write.shard_summary(m, k) for k in range(len(m.source.manifest.example_shards))],
+        lambda m: [m.summary("examples", k) for k in range(len(m.source.manifest.example_shards))],
     ),
     Step(
         "vectors",
         write.write_vectors,
-        lambda m: [write.vector_summary(m, k) for k in range(len(write.vector_tasks(m)))],
+        lambda m: [m.summary("vectors", k) for k in range(len(write.vector_tasks(m)))],
     ),
     Step("complete", write.complete, lambda m: [m.building / "dataset" / FILE_NAME]),
 )

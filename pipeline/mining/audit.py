@@ -118,7 +118,7 @@ def _read_summaries(
     """Return negatives of each example, candidates that the teacher took, and all ratios."""
     parts = []
     for shard in range(len(mining.source.manifest.example_shards)):
-        path = mining.building / "summaries" / f"examples-{shard:05d}.npz"
+        path = mining.summary("examples", shard).with_suffix(".npz")
         parts.append(load_arrays(path, "mined", "false", "ratios", fix=f"delete {path}"))
     mined = np.concatenate([part["mined"] for part in parts])
     false = np.concatenate([part["false"] for part in parts])

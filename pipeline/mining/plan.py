@@ -238,6 +238,10 @@ class Mining:
         """Return the file of a block of queries in the folder `found`, `picked` or `teacher`."""
         return self.store(kind, retriever) / f"{block:06d}.npz"
 
+    def summary(self, kind: str, task: int) -> Path:
+        """Return the file whose existence means that a task of `examples` or `vectors` is done."""
+        return self.building / "summaries" / f"{kind}-{task:05d}.json"
+
 
 def delete_and_mine(path: Path) -> str:
     """Return the fix for a damaged file: every file of a store can be computed again."""

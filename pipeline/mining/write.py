@@ -48,11 +48,6 @@ from pipeline.mining.teacher import read_scores
 from pipeline.mining.texts import lowest_scores, positives_of
 
 
-def shard_summary(mining: Mining, shard: int) -> Path:
-    """Return the file whose existence means that a shard of examples is written."""
-    return mining.building / "summaries" / f"examples-{shard:05d}.json"
-
-
 def blocks_of(mining: Mining, role: str, shard: int) -> list[int]:
     """Return the numbers of a shard's blocks of documents or queries."""
     return [k for k, block in enumerate(mining.blocks(role)) if block.shard == shard]
@@ -112,7 +107,7 @@ def _summarise(
         bytes=path.stat().st_size,
         sha256=hash_file(path),
     )
-    summary = shard_summary(mining, task)
+    summary = mining.summary("examples", task)
     # Before the summary, whose existence means that the shard and these counts are written.
     save_arrays(
         summary.with_suffix(".npz"),
@@ -210,11 +205,6 @@ def vector_tasks(mining: Mining) -> list[tuple[str, int]]:
     ]
 
 
-def vector_summary(mining: Mining, task: int) -> Path:
-    """Return the file whose existence means that a file of vectors is written."""
-    return mining.building / "summaries" / f"vectors-{task:05d}.json"
-
-
 def write_vectors(mining: Mining, task: int) -> None:
     """Write the teacher's vectors of one shard."""
     kind, shard = vector_tasks(mining)[task]
@@ -231,7 +221,8 @@ def write_vectors(mining: Mining, task: int) -> None:
         rows=sum(mining.blocks(kind)[k].rows for k in numbers),
         width=width,
     )
-    write_sealed(vector_summary(mining, task), {"width": width, "shard": dataclasses.asdict(info)})
+    summary = mining.summary("vectors", task)
+    write_sealed(summary, {"width": width, "shard": dataclasses.asdict(info)})
 
 
 # --- the whole folder ------------------------------------------------------------------------
@@ -257,8 +248,7 @@ def complete(mining: Mining, task: int) -> None:
             "its disk cannot share them with the original"
         )
     examples = tuple(
-        _read_summary(mining, shard_summary(mining, k))[0]
-        for k in range(len(source.example_shards))
+        _read_summary(mining, "examples", k)[0] for k in range(len(source.example_shards))
     )
     write_audit(mining, folder)
     manifest = dataclasses.replace(
@@ -316,7 +306,7 @@ def _teacher_info(mining: Mining) -> TeacherInfo | None:
     files: dict[str, list[ShardInfo]] = {"documents": [], "queries": []}
     widths = set()
     for task, (kind, _) in enumerate(tasks):
-        info, tree = _read_summary(mining, vector_summary(mining, task))
+        info, tree = _read_summary(mining, "vectors", task)
         files[kind].append(info)
         widths.add(tree["width"])
     if len(widths) > 1:
@@ -335,7 +325,8 @@ def _teacher_info(mining: Mining) -> TeacherInfo | None:
     )
 
 
-def _read_summary(mining: Mining, path: Path) -> tuple[ShardInfo, dict[str, Any]]:
+def _read_summary(mining: Mining, kind: str, task: int) -> tuple[ShardInfo, dict[str, Any]]:
+    path = mining.summary(kind, task)
     tree = read_record(path, dict[str, Any], fix=f"delete {mining.building}")
     return ShardInfo(**tree["shard"]), tree
 
