@@ -6,13 +6,14 @@
     texts     blocks              [31, 4, 8] -> "how to reset?", "Find the answer"
     check     1                   refuse texts that a retriever would read differently
     known     1                   all positives of this query, in any example
+    sets      1                   n-grams of the evaluation sets
     marks     document blocks     signature of each document; in an evaluation set or not
     index     BM25 retrievers     words of all documents
     embed     blocks, retrievers  one vector each
     faiss     retrievers with index   its index of all documents' vectors
     search    query blocks, retrievers   documents 17, 4, 93, ... and their scores
     recall    retrievers with index   share of the exact documents that the index finds
-    levels    1                   percentiles of all positives' scores
+    levels    1                   percentiles of all positives' scores, for margins
     pick      query blocks        17 is a positive, 4 is above the margin, 93 is kept
     teach     blocks              the teacher's vectors, if it is a bi-encoder
     score     query blocks        the teacher gives 93 a score of 0.2
@@ -61,7 +62,10 @@ from pipeline.workers import Workers, build_alone
 
 
 class Step(NamedTuple):
-    """A step: its name, its work on one task, and the output of each task."""
+    """A step: its name, its work on one task, and the output of each task.
+
+    A step that the config does not need has no outputs, and so no tasks.
+    """
 
     name: str
     work: Callable[[Mining, int], None]
@@ -69,12 +73,8 @@ class Step(NamedTuple):
 
 
 def _texts(mining: Mining) -> list[Path]:
-    sides = (("documents", mining.document_blocks), ("queries", mining.query_blocks))
-    return [
-        mining.texts(role, k).with_suffix(".npz")
-        for role, blocks in sides
-        for k in range(len(blocks))
-    ]
+    # The file that a task writes last.
+    return [mining.texts(role, k).with_suffix(".npz") for role, k in mining.text_blocks]
 
 
 def _sets(mining: Mining) -> list[Path]:
@@ -99,6 +99,7 @@ def _of_queries(kind: str) -> Callable[[Mining], list[Path]]:
     return lambda mining: [mining.block_file(kind, k) for k in range(len(mining.query_blocks))]
 
 
+# In an order in which each finds the files that it reads.
 STEPS = (
     Step("corpora", texts.read_corpora, lambda m: [m.store("texts") / "corpora.json"]),
     Step("texts", texts.restore_texts, _texts),
@@ -113,15 +114,14 @@ STEPS = (
     Step(
         "index",
         retrieve.index_words,
-        lambda m: [
-            retrieve.bm25_index(m, m.plan.retrievers[k]) for k in retrieve.bm25_retrievers(m)
-        ],
+        lambda m: [retrieve.bm25_index(m, k) for k in retrieve.bm25_retrievers(m)],
     ),
     Step("embed", retrieve.embed_retriever_block, _vectors),
     Step("faiss", retrieve.index_vectors, approximate.index_records),
     Step(
         "search",
         retrieve.search_block,
+        # As `search_block` divides its task: all blocks of the first retriever, then of the next.
         lambda m: [
             m.block_file("found", k, number)
             for number in range(len(m.config.retrievers))
@@ -140,12 +140,12 @@ STEPS = (
     Step(
         "write",
         write.write_shard,
-        lambda m: [write.shard_summary(m, k) for k in range(len(m.source.manifest.example_shards))],
+        lambda m: [m.summary("examples", k) for k in range(len(m.source.manifest.example_shards))],
     ),
     Step(
         "vectors",
         write.write_vectors,
-        lambda m: [write.vector_summary(m, k) for k in range(len(write.vector_tasks(m)))],
+        lambda m: [m.summary("vectors", k) for k in range(len(write.vector_tasks(m)))],
     ),
     Step("complete", write.complete, lambda m: [m.building / "dataset" / FILE_NAME]),
 )
@@ -170,6 +170,7 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
     """
     mining = Mining(config)
     target = resolve_target(config.output, key="output")
+    # The memory of these models limits the number of processes; without any, all cores are used.
     exports = [Path(r.path) for r in config.retrievers if Path(r.path).is_dir()]
     # By the main worker alone, and once: it reads the inputs.
     plan = functools.cache(functools.partial(plan_mining, config))
@@ -202,6 +203,7 @@ def _is_done(mining: Mining, plan: MinePlan, target: Path) -> bool:
     config = mining.config
     if not holds_dataset(target, key="output"):
         return False
+    # Every byte: "complete" must not be said of a folder that is damaged.
     manifest = Dataset.open(target, verify=True).manifest
     if manifest.recipe == plan.result:
         # Left by a process that was killed between its last steps.
@@ -221,14 +223,17 @@ def _start_or_continue(mining: Mining, plan: MinePlan, target: Path) -> None:
     """
     if _is_done(mining, plan, target):
         return
+    # Hashed here, once: later steps map the shards in every process without hashing them.
     Dataset.open(mining.config.data, verify=True)
     require_writable(mining.config.store_folder, key="store")
     # Claims of killed ranks would keep their tasks from ever being done.
     shutil.rmtree(mining.building / "claims", ignore_errors=True)
     if mining.plan_path.exists():
+        # A plan that is damaged, or from an earlier version, is replaced like another one.
         with contextlib.suppress(UserError):
             if mining.plan == plan:
                 return
+        # Cached by the comparison: the steps would work by the plan that is replaced.
         mining.__dict__.pop("plan", None)
     shutil.rmtree(mining.building, ignore_errors=True)
     write_sealed(mining.plan_path, dataclasses.asdict(plan))
@@ -237,6 +242,7 @@ def _start_or_continue(mining: Mining, plan: MinePlan, target: Path) -> None:
 def _run_steps(workers: Workers, mining: Mining) -> None:
     try:
         for step in STEPS:
+            # Listed only now: there is no number of blocks before the corpora are read.
             outputs = step.outputs(mining)
             missing = sum(not path.exists() for path in outputs)
             started = time.monotonic()
@@ -257,15 +263,12 @@ def _run_steps(workers: Workers, mining: Mining) -> None:
 
 
 def _do(name: str, mining: Mining, task: int) -> None:
-    """Do one task; by the name of its step, which other processes know."""
+    """Do one task; by the name of its step, whose lambdas no child process could unpickle."""
     next(step for step in STEPS if step.name == name).work(mining, task)
 
 
 def _check_inputs(mining: Mining) -> None:
-    """Refuse texts that a model would read differently from the ones that were prepared.
-
-    And a window behind all documents, which would leave no query a negative.
-    """
+    """Refuse a window behind all documents, and texts that are not as they were prepared."""
     first = mining.config.window.first
     if first > mining.num_documents:
         raise UserError(
@@ -282,21 +285,38 @@ def _check_inputs(mining: Mining) -> None:
                 f"{mining.config.data}: decoding loses characters",
                 fix="set texts: decoded to search with the decoded texts",
             )
-        retrieve.require_same_tokens(mining, dict(_tokenizers(mining)), changed=inexact)
+        _require_same_tokenizer(mining, inexact)
+    # With the shards and not in the store: another config of the same texts has other models.
     write_json(mining.building / "checked.json", dataclasses.asdict(counts))
 
 
-def _tokenizers(mining: Mining) -> Iterator[tuple[str, str]]:
-    """Yield name and fingerprint of the tokenizer of every model that reads texts."""
+def _require_same_tokenizer(mining: Mining, inexact: int) -> None:
+    """Refuse models that would read more than the dataset's tokenizer has kept of its texts.
+
+    Args:
+        mining: the mining.
+        inexact: number of texts that have the tokens of the prepared ones, but other characters.
+
+    Raises:
+        UserError: names the first model with another tokenizer.
+    """
+    own = mining.source.tokenizer
     names = [retriever.name for retriever in mining.config.retrievers]
     folders = [model.folder for model in mining.plan.retrievers]
-    scoring = mining.config.teacher
-    if scoring is not None and scoring.path is not None and mining.plan.teacher is not None:
+    teacher = mining.config.teacher
+    # An endpoint's tokenizer is not on this machine.
+    if teacher is not None and teacher.path is not None and mining.plan.teacher is not None:
         names.append("teacher")
         folders.append(mining.plan.teacher.folder)
     for name, folder in zip(names, folders, strict=True):
-        if folder != BM25:
-            yield name, tokenizer_fingerprint(load_tokenizer(folder))
+        # BM25 drops case and spaces itself.
+        if folder != BM25 and tokenizer_fingerprint(load_tokenizer(folder)) != own.fingerprint:
+            raise UserError(
+                f"texts: the tokenizer {own.path} of the dataset drops case or spaces ({inexact:,} "
+                f"texts), which the tokenizer of {name!r} would see",
+                fix="set texts: decoded to search with the decoded texts, or take a model with "
+                "the dataset's tokenizer",
+            )
 
 
 def _finish(mining: Mining) -> None:
@@ -310,10 +330,9 @@ def _finish(mining: Mining) -> None:
 
 
 def _describe(manifest: Manifest) -> str:
-    mined = sum(1 for _ in manifest.example_shards)
     return (
-        f"{manifest.num_examples:,} examples in {mined} shards, {manifest.num_documents:,} "
-        f"documents -> {AUDIT_NAME}"
+        f"{manifest.num_examples:,} examples in {len(manifest.example_shards)} shards, "
+        f"{manifest.num_documents:,} documents -> {AUDIT_NAME}"
     )
 
 
@@ -364,6 +383,7 @@ def describe_mining(config: MineConfig) -> str:
 def plan_only(config: MineConfig) -> Mining:
     """Return a mining whose plan is in memory alone."""
     mining = Mining(config)
+    # In place of the cached properties, which would read files that do not exist yet.
     vars(mining)["plan"] = plan_mining(config)
     if not (mining.store("texts") / "corpora.json").is_file():
         nothing = LengthHistogram.of(np.empty(0, np.int64), 1)
@@ -398,6 +418,7 @@ def _row(step: str, parts: str, done: str, work: str) -> str:
 
 def _is_current(mining: Mining) -> bool:
     try:
+        # Read from disk by a new `Mining`: this one has its plan in memory.
         return bool(Mining(mining.config).plan == mining.plan)
     except UserError:
         return False

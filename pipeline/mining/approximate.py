@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import IndexConfig, MineConfig
+from pipeline.data.batch import IntArray
 from pipeline.errors import UserError, blame
 from pipeline.exact_search import Corpus, Found, best_of
 from pipeline.files import atomic_path, hash_file, map_vectors, read_record, write_sealed
-from pipeline.mining.plan import Mining, set_parameters
+from pipeline.mining.plan import Mining, delete_and_mine
 
-# An index that stores shortened vectors orders its best documents badly: take more, and score them.
+# Documents to fetch for each wanted one: an index that stores shortened vectors orders its best
+# documents badly, and the float64 scores put them in order.
 _FETCHED = 2
 # Recall is also measured among the first few, where most negatives come from.
 _NEAREST = 10
@@ -92,9 +94,9 @@ def build_index(mining: Mining, corpus: Corpus, number: int) -> None:
 
     settings = _settings(mining, number)
     name = mining.config.retrievers[number].name
-    size = min(settings.train, len(corpus))
-    rows = np.unique(np.linspace(0, len(corpus) - 1, size).astype(np.int64))
+    rows = _evenly_spaced(len(corpus), settings.train)
     sample_ND = corpus.gather(rows)
+    # Left alone, faiss starts a thread for each core in every process of the machine.
     faiss.omp_set_num_threads(torch.get_num_threads())
     with blame(
         f"retrievers.{name}.index: {settings.factory} for {len(corpus):,} vectors of width "
@@ -105,14 +107,26 @@ def build_index(mining: Mining, corpus: Corpus, number: int) -> None:
             sample_ND.shape[1], settings.factory, faiss.METRIC_INNER_PRODUCT
         )
         index.train(sample_ND)
+        # A million rows of width 1024 are 4 GB, next to the index that grows below.
         del sample_ND
         for _, tile_MD in corpus.tiles():
             index.add(tile_MD.astype(np.float32))
     record = _record(mining, number)
     path = record.with_name("index.faiss")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
+        # Through Python's file, whose errors name a full disk; faiss's own have a text only.
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    # Last: a record means that the index is whole.
     write_sealed(record, {"content": hash_file(path)})
+
+
+def _evenly_spaced(total: int, count: int) -> IntArray:
+    """Return at most `count` of the numbers 0..total-1, ascending.
+
+    From everywhere, because the documents of a corpus stand together, and so do a source's queries.
+    """
+    found: IntArray = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,15 +134,16 @@ def _open(record: Path, parameters: str) -> Any:
     """Open an index once per process, which then compares its hash once."""
     import faiss
 
-    fix = f"delete {record.parent} and run `diffembed mine` again"
+    fix = delete_and_mine(record.parent)
     path = record.with_name("index.faiss")
+    # faiss does not check what it reads: damaged bytes would be other neighbours, or a crash.
     with blame(f"{path}: damaged", fix=fix):
         digest = hash_file(path)
     if digest != read_record(record, dict[str, str], fix=fix)["content"]:
         raise UserError(f"{path}: damaged (its content does not match its hash)", fix=fix)
     # Mapped where the kind of index allows, so that the processes of a machine share its pages.
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    set_parameters(index, parameters)
+    faiss.ParameterSpace().set_index_parameters(index, parameters)
     return index
 
 
@@ -142,6 +157,8 @@ def search_index(
     index = _open(_record(mining, number), _settings(mining, number).parameters)
     faiss.omp_set_num_threads(torch.get_num_threads())
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    # (Q, 2K) numbers; an index with too few documents in the parts it looked at pads with -1, whose
+    # score is NaN, so that they are sorted last.
     _, fetched_QK = index.search(queries_QD, min(_FETCHED * depth, len(corpus)))
     documents, scores = best_of(corpus.score(queries_QD, fetched_QK), fetched_QK, depth)
     return Found(documents=documents, scores=scores)
@@ -149,16 +166,15 @@ def search_index(
 
 def measure_recall(mining: Mining, corpus: Corpus, number: int, path: Path) -> None:
     """Search evenly spaced queries both ways, and write how many documents the index found."""
-    blocks = mining.query_blocks
-    total = blocks[-1].first + len(blocks[-1].numbers)
-    sample = np.unique(np.linspace(0, total - 1, _settings(mining, number).sample).astype(np.int64))
+    sample = _evenly_spaced(len(mining.source.examples), _settings(mining, number).sample)
     model, vectors = mining.plan.retrievers[number], []
-    for block, rows in enumerate(blocks):
-        own = sample[(sample >= rows.first) & (sample < rows.first + len(rows.numbers))]
+    for place, block in enumerate(mining.query_blocks):
+        own = sample[block.slice_of(sample)]
+        # Most blocks have none, and mapping a file hashes it.
         if len(own):
-            source = mining.vectors(model, "queries", block)
-            mapped = map_vectors(source, fix=f"delete {source} and run `diffembed mine` again")
-            vectors.append(mapped[own - rows.first])
+            source = mining.vectors(model, "queries", place)
+            mapped = map_vectors(source, fix=delete_and_mine(source))
+            vectors.append(mapped[own - block.first])
     queries_QD = np.concatenate(vectors)
     exact = corpus.search(queries_QD, mining.config.depth).documents
     found = search_index(mining, corpus, number, queries_QD).documents
@@ -172,6 +188,7 @@ def measure_recall(mining: Mining, corpus: Corpus, number: int, path: Path) -> N
 
 
 def _share(exact_QK: NDArray[np.int64], found_QK: NDArray[np.int64]) -> float:
+    # The exact search has no -1, so padding of the index is never a hit.
     hits = [len(np.intersect1d(a, b)) for a, b in zip(exact_QK, found_QK, strict=True)]
     return float(np.mean(hits) / exact_QK.shape[1])
 

@@ -1,4 +1,4 @@
-"""Say what a mining did: counts by rule, score ratios, agreement, and rows to look at.
+"""Report a mining: counts by rule, score ratios, agreement of retrievers, and sample rows.
 
 counts of all blocks and shards --> audit.json --> audit.md, audit.png
 """
@@ -19,14 +19,15 @@ from pipeline.mining.approximate import Recall, read_recalls
 from pipeline.mining.pick import read_picked, sample_examples
 from pipeline.mining.plan import Mining
 from pipeline.mining.rules import OUTCOMES, Candidates
-from pipeline.mining.teacher import document_texts, read_scores
-from pipeline.mining.texts import TextCounts, count_states, positives_of, read_texts
+from pipeline.mining.teacher import read_scores
+from pipeline.mining.texts import count_states, lowest_scores, positives_of, texts_by_number
 
-# Ratios of a negative's score to the lowest positive's: from 0 to 1.5, and all others at the ends.
+# Ratios of a negative's score to the lowest positive's: 30 bins of 0.05 from 0 to 1.5, of which the
+# first and last also hold everything beyond.
 RATIO_STEP = 0.05
 RATIO_BINS = 30
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Characters of a text in a row to look at.
+# Characters of a text in a sample row.
 _SHOWN = 160
 
 
@@ -47,6 +48,7 @@ def count_ratios(
         if not lowest[retriever] > 0 or not known.any():
             continue
         bins = np.floor(scores[known] / lowest[retriever] / RATIO_STEP).astype(np.int64)
+        # Several negatives may share a bin, of which `+=` at indices would count one.
         np.add.at(ratios[retriever], (candidates.bands[known], np.clip(bins, 0, RATIO_BINS - 1)), 1)
 
 
@@ -67,13 +69,12 @@ def _collect(mining: Mining) -> tuple[dict[str, Any], NDArray[np.int64]]:
     counts = np.sum([part["counts"] for part in picked], axis=0)
     shared = np.sum([part["shared"] for part in picked], axis=0) / manifest.num_examples
     mined, false, ratios = _read_summaries(mining)
-    texts = count_states(mining)
     tree: dict[str, Any] = {
         "examples": manifest.num_examples,
         "documents": mining.num_documents,
         "negatives": config.negatives,
         "retrievers": retrievers,
-        "texts": {name: getattr(texts, name) for name in TextCounts.__slots__},
+        "texts": dataclasses.asdict(count_states(mining)),
         "corpora": {
             name: {"documents": count, "repeated": mining.corpora.repeated[name]}
             for name, count in mining.corpora.read.items()
@@ -117,7 +118,7 @@ def _read_summaries(
     """Return negatives of each example, candidates that the teacher took, and all ratios."""
     parts = []
     for shard in range(len(mining.source.manifest.example_shards)):
-        path = mining.building / "summaries" / f"examples-{shard:05d}.npz"
+        path = mining.summary("examples", shard).with_suffix(".npz")
         parts.append(load_arrays(path, "mined", "false", "ratios", fix=f"delete {path}"))
     mined = np.concatenate([part["mined"] for part in parts])
     false = np.concatenate([part["false"] for part in parts])
@@ -141,7 +142,7 @@ def _teacher(mining: Mining, false: NDArray[np.int64]) -> dict[str, Any] | None:
     for block in range(len(mining.query_blocks)):
         scores, picked = read_scores(mining, block), read_picked(mining, block)
         positives = positives_of(mining, mining.query_blocks[block].numbers)
-        lowest = np.minimum.reduceat(scores["positives"], positives.offsets[:-1])
+        lowest = lowest_scores(positives, scores["positives"])
         rows = np.repeat(np.arange(len(lowest)), np.diff(picked["offsets"]))
         above += int((scores["candidates"] >= lowest[rows]).sum())
         total += len(rows)
@@ -160,10 +161,12 @@ def _samples(
     scores = np.concatenate([part["verdict_scores"] for part in picked])
     examples = sample_examples(len(mining.source.examples))
     positives = positives_of(mining, examples)
-    texts = document_texts(mining, np.concatenate([verdicts[:, 2], positives.values]))
-    queries = _query_texts(mining, examples.tolist())
+    shown = np.concatenate([verdicts[:, 2], positives.values])
+    texts = texts_by_number(mining, "documents", shown)
+    queries = texts_by_number(mining, "queries", examples)
     rows = []
     for row, example in enumerate(examples.tolist()):
+        # Rows of `verdicts`, the best documents of each retriever.
         own = np.flatnonzero(verdicts[:, 0] == example)
         rows.append(
             {
@@ -183,16 +186,6 @@ def _samples(
             }
         )
     return rows
-
-
-def _query_texts(mining: Mining, examples: list[int]) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for number, block in enumerate(mining.query_blocks):
-        own = [example for example in examples if 0 <= example - block.first < len(block.numbers)]
-        if own:
-            column = read_texts(mining, "queries", number)["text"]
-            found |= {example: column[example - block.first].as_py() for example in own}
-    return found
 
 
 def audit_page(tree: dict[str, Any]) -> str:
@@ -216,6 +209,7 @@ def audit_page(tree: dict[str, Any]) -> str:
             f"{corpus['repeated']:,} were there already."
         )
     lines += ["", "## Found documents by rule", ""]
+    # Columns of zeros only would not fit on the page.
     used = [
         outcome
         for outcome in OUTCOMES
@@ -271,6 +265,7 @@ def _plain(text: str) -> str:
 
 def plot_ratios(ratios: NDArray[np.int64], retrievers: list[str], path: Path) -> Path:
     """Draw the distribution of score ratios of each retriever's negatives."""
+    # Inside, because it takes long; not pyplot, which keeps every figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -279,12 +274,13 @@ def plot_ratios(ratios: NDArray[np.int64], retrievers: list[str], path: Path) ->
     axes = figure.subplots()
     edges = np.arange(RATIO_BINS) * RATIO_STEP
     for number, name in enumerate(retrievers):
-        counts = ratios[number].sum(axis=(0, 1))
+        counts = ratios[number].sum(axis=(0, 1))  # over sources and bands
         if counts.any():
             axes.step(edges, counts / counts.sum(), where="post", label=name)
     axes.axvline(1.0, color="black", linestyle="dashed", linewidth=1)
     axes.set_xlabel("negative's score / lowest positive's")
     axes.set_ylabel("share of negatives")
+    # matplotlib warns of a legend without entries: no negative, or no positive above 0.
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:

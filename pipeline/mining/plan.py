@@ -1,13 +1,14 @@
 """Name every file of a mining by what it was computed from.
 
-    STORE/texts-KEY/      corpora/, documents/, queries/    texts of the dataset and of corpora
-    STORE/marks-KEY/      documents/                        duplicates, evaluation sets
-    STORE/vectors-KEY/    documents/, queries/              one folder for each model
-    STORE/index-KEY/                                        an approximate index of the documents
-    STORE/found-KEY/                                        best documents of each query, one each
-    STORE/picked-KEY/                                       candidates that passed all rules
-    STORE/teacher-KEY/                                      the teacher's scores of these
-    .OUTPUT.building/                                       the shards, until they are complete
+    STORE/texts-KEY/      corpora/, documents/, queries/, known.npz   texts, known positives
+    STORE/marks-KEY/      a file for each block, contamination/       duplicates, evaluation sets
+    STORE/vectors-KEY/    documents/, queries/; index/ of BM25        one folder for each model
+    STORE/index-KEY/      index.faiss                                 of an approximate retriever
+    STORE/found-KEY/      a file for each block, recall-N.json        one folder for each retriever
+    STORE/picked-KEY/     a file for each block, levels.json          candidates within all rules
+    STORE/teacher-KEY/    a file for each block                       the teacher's scores of these
+    .OUTPUT.building/     dataset/, summaries/, claims/               the shards until all are there
+    .OUTPUT.plan.json                                                 the keys, until then
 
 A KEY is a hash of everything that decides the files: content of the data, weights, settings and the
 keys of earlier steps. So nothing stale is ever found, and a changed setting repeats only the steps
@@ -37,6 +38,7 @@ from pipeline.config import (
     TeacherConfig,
     as_tree,
 )
+from pipeline.data.batch import IntArray
 from pipeline.data.manifest import FILE_NAME, LengthHistogram, Manifest, ShardInfo, read_manifest
 from pipeline.data.prepare.recipe import identify_inputs
 from pipeline.data.shards import DOCUMENT_SCHEMA, Dataset, Table
@@ -47,26 +49,32 @@ from pipeline.files import read_record
 from pipeline.model.export_folder import export_fingerprint
 
 T = TypeVar("T")
-# Changes whenever the same inputs would give other files.
+# Part of every key. Raise it when the same inputs would give other files: what older versions left
+# in a store is then computed again instead of being mixed with new files.
 _VERSION = 1
-# Rows of one task: a block of documents is one tile of the search.
+# Rows of one task: a block of documents is one tile of the search, whose scores against a block of
+# queries are 8192 x 2048 in float32, 64 MiB.
 BLOCK_ROWS = TILE
 QUERY_ROWS = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """Rows start..stop-1 of a shard, whose first has the number `first` in the dataset."""
+    """Some rows of one shard: numbers first..first+rows-1 of the dataset."""
 
     shard: int
-    start: int
-    stop: int
     first: int
+    rows: int
 
     @property
-    def numbers(self) -> np.ndarray:
+    def numbers(self) -> IntArray:
         """Numbers of the rows in the dataset."""
-        return np.arange(self.first, self.first + self.stop - self.start, dtype=np.int64)
+        return np.arange(self.first, self.first + self.rows, dtype=np.int64)
+
+    def slice_of(self, numbers: IntArray) -> slice:
+        """Return the slice of some ascending numbers of rows that lies in this block."""
+        start, stop = np.searchsorted(numbers, [self.first, self.first + self.rows])
+        return slice(int(start), int(stop))
 
 
 def cut_into_blocks(shards: list[ShardInfo], rows: int) -> list[Block]:
@@ -74,8 +82,8 @@ def cut_into_blocks(shards: list[ShardInfo], rows: int) -> list[Block]:
     blocks, first = [], 0
     for number, shard in enumerate(shards):
         for start in range(0, shard.rows, rows):
-            stop = min(start + rows, shard.rows)
-            blocks.append(Block(shard=number, start=start, stop=stop, first=first + start))
+            size = min(rows, shard.rows - start)
+            blocks.append(Block(shard=number, first=first + start, rows=size))
         first += shard.rows
     return blocks
 
@@ -84,6 +92,7 @@ def cut_into_blocks(shards: list[ShardInfo], rows: int) -> list[Block]:
 class CorpusReport:
     """The documents of the further corpora, as shards."""
 
+    # File names are numbered from 0; `write.complete` numbers them on from the dataset's.
     shards: tuple[ShardInfo, ...]
     lengths: LengthHistogram
     read: dict[str, int]  # documents of each corpus
@@ -98,7 +107,7 @@ class ModelPlan:
         folder: of the model; `bm25` or an endpoint's address for what has none.
         fingerprint: of its weights and settings, without the data.
         vectors: key of its vectors, or of its index for BM25.
-        found: key of its search results.
+        found: key of its search results, or of a teacher's scores.
         index: key of its approximate index; empty without one.
     """
 
@@ -140,13 +149,20 @@ class Mining:
 
     @property
     def plan_path(self) -> Path:
-        """The plan, in the folder of the shards to be."""
+        """The plan, next to the folder of the shards to be, which a start may delete."""
         return self.building.with_name(f".{self.config.output.name}.plan.json")
 
     @functools.cached_property
     def plan(self) -> MinePlan:
         """The plan on disk."""
         return read_record(self.plan_path, MinePlan, fix="run `diffembed mine` again")
+
+    @property
+    def teacher(self) -> tuple[TeacherConfig, ModelPlan]:
+        """Config and plan of the teacher, for steps that no mining without a teacher has."""
+        config, model = self.config.teacher, self.plan.teacher
+        assert config is not None and model is not None
+        return config, model
 
     @functools.cached_property
     def source(self) -> Dataset:
@@ -166,7 +182,7 @@ class Mining:
 
     @functools.cached_property
     def document_blocks(self) -> list[Block]:
-        """Blocks of all documents: the dataset's, then the corpora's."""
+        """Blocks of all documents: the dataset's, then the corpora's, once these were read."""
         shards = [*self.source.manifest.document_shards, *self.corpora.shards]
         return cut_into_blocks(shards, BLOCK_ROWS)
 
@@ -175,46 +191,69 @@ class Mining:
         """Blocks of all examples."""
         return cut_into_blocks(list(self.source.manifest.example_shards), QUERY_ROWS)
 
+    def blocks(self, role: str) -> list[Block]:
+        """Return the blocks of `documents` or `queries`."""
+        return self.document_blocks if role == "documents" else self.query_blocks
+
+    @property
+    def text_blocks(self) -> list[tuple[str, int]]:
+        """Role and number of each block of texts: of documents, then of queries."""
+        roles = ("documents", "queries")
+        return [(role, number) for role in roles for number in range(len(self.blocks(role)))]
+
     @property
     def num_documents(self) -> int:
         """Documents of the dataset and of the corpora."""
         last = self.document_blocks[-1]
-        return last.first + last.stop - last.start
+        return last.first + last.rows
 
     def store(self, kind: str, retriever: int = 0) -> Path:
         """Return the folder of one kind of files; some kinds have one for each retriever."""
         plan = self.plan
-        if kind in ("vectors", "index", "found"):
+        if kind in ("index", "found"):
             key = getattr(plan.retrievers[retriever], kind)
         elif kind == "teacher":
-            assert plan.teacher is not None
-            key = plan.teacher.found
+            key = self.teacher[1].found
         else:
             key = getattr(plan, kind)
         return self.config.store_folder / f"{kind}-{key}"
 
     def texts(self, role: str, block: int) -> Path:
-        """Texts of a block: `text`, `instruction`, `key` (hash of the text)."""
+        """Return the file of a block's texts: `text`, `instruction`, `key` (hash of the text)."""
         return self.store("texts") / role / f"{block:06d}.arrow"
 
     def marks(self, block: int) -> Path:
-        """Signatures of a block of documents, and which are in an evaluation set."""
+        """Return the file of a block's signatures, and which documents are in an evaluation set."""
         return self.store("marks") / f"{block:06d}.npz"
 
+    def vectors_folder(self, model: ModelPlan) -> Path:
+        """Return the folder of a model's vectors, or of the index of BM25."""
+        return self.config.store_folder / f"vectors-{model.vectors}"
+
     def vectors(self, model: ModelPlan, role: str, block: int) -> Path:
-        """Vectors of a block of documents or queries."""
-        return self.config.store_folder / f"vectors-{model.vectors}" / role / f"{block:06d}.npy"
+        """Return the file of a model's vectors of a block of documents or queries."""
+        return self.vectors_folder(model) / role / f"{block:06d}.npy"
 
     def block_file(self, kind: str, block: int, retriever: int = 0) -> Path:
-        """Return a block's arrays of the steps `found`, `picked` and `teacher`."""
+        """Return the file of a block of queries in the folder `found`, `picked` or `teacher`."""
         return self.store(kind, retriever) / f"{block:06d}.npz"
 
+    def summary(self, kind: str, task: int) -> Path:
+        """Return the file whose existence means that a task of `examples` or `vectors` is done."""
+        return self.building / "summaries" / f"{kind}-{task:05d}.json"
 
+
+def delete_and_mine(path: Path) -> str:
+    """Return the fix for a damaged file: every file of a store can be computed again."""
+    return f"delete {path} and run `diffembed mine` again"
+
+
+# By folder and name. Not in `Mining`: a child process gets a new copy of that with every task.
 _opened: dict[tuple[Path, str], Any] = {}
 
 
 def once(folder: Path, name: str, make: Callable[[], T]) -> T:
-    """Return what `make` returned in this process for a folder of the store; call it at first."""
+    """Return what `make` returned for a folder of the store when it was first called here."""
     if (folder, name) not in _opened:
         # One of a kind at a time: a process that mines again must not keep the earlier arrays.
         for key in [key for key in _opened if key[1] == name]:
@@ -244,20 +283,8 @@ def plan_mining(config: MineConfig) -> MinePlan:
     # A key holds the keys of what it is computed from: a change reaches what depends on it, and
     # nothing else.
     marks = key_of("marks", texts, tree["decontaminate"], sets, config.near_duplicates)
-    retrievers = []
-    for retriever in config.retrievers:
-        folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
-        # Of the model, not of its name in the config: retrievers of one model share vectors.
-        own = key_of("vectors", texts, fingerprint)
-        index, searched = "", [own]
-        if retriever.index is not None:
-            require_index(retriever.index, key=f"retrievers.{retriever.name}.index")
-            index = key_of("index", own, retriever.index.factory, retriever.index.train)
-            searched = [index, retriever.index.parameters]
-        found = key_of("found", *searched, config.depth)
-        retrievers.append(
-            ModelPlan(folder=folder, fingerprint=fingerprint, vectors=own, found=found, index=index)
-        )
+    retrievers = tuple(_plan_retriever(each, texts, config.depth) for each in config.retrievers)
+    # Margins only from here on: with another margin, vectors and search results are used again.
     margins = [as_tree(config.margin_of(retriever)) for retriever in config.retrievers]
     # A teacher that removes candidates needs some to spare.
     spare = config.teacher is not None and config.teacher.margin is not None
@@ -272,16 +299,34 @@ def plan_mining(config: MineConfig) -> MinePlan:
             vectors=key_of("vectors", texts, fingerprint),
             found=key_of("teacher", picked, fingerprint, config.keep_negatives),
         )
+    # Only the manifest and the audit have the names of retrievers.
     names = [retriever.name for retriever in config.retrievers]
     result = [picked, teacher and teacher.found, tree["teacher"], names, config.keep_negatives]
     return MinePlan(
         data=data,
         texts=texts,
         marks=marks,
-        retrievers=tuple(retrievers),
+        retrievers=retrievers,
         picked=picked,
         teacher=teacher,
         result=key_of("result", *result),
+    )
+
+
+def _plan_retriever(retriever: RetrieverConfig, texts: str, depth: int) -> ModelPlan:
+    """Identify a retriever, and name its vectors of these texts and its results of this depth."""
+    folder, fingerprint = _identify(retriever, key=f"retrievers.{retriever.name}.path")
+    # Of the model, not of its name in the config: retrievers of one model share vectors.
+    vectors = key_of("vectors", texts, fingerprint)
+    index, searched = "", [vectors]
+    if retriever.index is not None:
+        require_index(retriever.index, key=f"retrievers.{retriever.name}.index")
+        # Without `sample`, which changes no result: the file of a recall is named by it.
+        index = key_of("index", vectors, retriever.index.factory, retriever.index.train)
+        searched = [index, retriever.index.parameters]
+    found = key_of("found", *searched, depth)
+    return ModelPlan(
+        folder=folder, fingerprint=fingerprint, vectors=vectors, found=found, index=index
     )
 
 
@@ -292,11 +337,13 @@ def _corpus_parts(config: MineConfig) -> Iterator[SourceConfig]:
         if corpus.format == "lines":
             yield source
         else:
+            # A source in mteb's layout also has queries and judgements, which no mining reads.
             for file in corpus_files(source):
                 yield SourceConfig(name=corpus.name, format="lines", path=file)
 
 
-# Keys that decide which candidates are kept.
+# Keys that decide which candidates are kept. Were one missing here, a mining with another value of
+# it would find the candidates of the earlier one.
 _RULES = (
     *("window", "merge", "negatives", "candidates", "choose", "bands", "short", "seed"),
     "near_duplicates",
@@ -307,8 +354,10 @@ def _identify(model: RetrieverConfig | TeacherConfig, *, key: str) -> tuple[str,
     """Return the folder of a model, and a hash of its weights and settings."""
     if model.path is None:
         assert isinstance(model, TeacherConfig)
+        # A server's weights cannot be hashed: another model needs another name, or another store.
         return str(model.url), key_of(model.url, model.model)
     if model.path == BM25:
+        # Its version in place of weights: tokens and formula are the package's own.
         return BM25, key_of(BM25, require_bm25(key=key))
     folder = local_folder(model.path, key=key)
     weights = export_fingerprint(Path(folder))
@@ -330,7 +379,8 @@ def require_bm25(*, key: str) -> str:
         ) from error
 
 
-# A multiple of the common numbers of parts that an index divides vectors into.
+# Width of a trial index; the real one is not known before the model is loaded. A multiple of the
+# common numbers of parts that an index divides vectors into, which faiss requires.
 _ANY_WIDTH = 6720
 
 
@@ -353,15 +403,7 @@ def require_index(settings: IndexConfig, *, key: str) -> None:
         f"{key}.parameters: {settings.parameters!r}",
         allowed="a parameter of this kind of index: nprobe=64 for IVF, efSearch=128 for HNSW",
     ):
-        set_parameters(index, settings.parameters)
-
-
-def set_parameters(index: Any, parameters: str) -> None:
-    """Set faiss's search parameters, such as `nprobe=64`."""
-    import faiss
-
-    if parameters:
-        faiss.ParameterSpace().set_index_parameters(index, parameters)
+        faiss.ParameterSpace().set_index_parameters(index, settings.parameters)
 
 
 def local_folder(path: str, *, key: str) -> str:
@@ -414,6 +456,7 @@ def find_change(config: MineConfig, plan: MinePlan, manifest: Manifest) -> str:
     changed = [key for key, value in info.settings.items() if now.get(key) != value]
     if changed:
         return f"negatives mined with other settings ({', '.join(changed)})"
+    # Everything that is recorded is equal, so bytes of an input differ; of these there is one hash.
     paths = [str(corpus.path) for corpus in config.corpora]
     if config.decontaminate is not None:
         paths += [str(each.path) for each in config.decontaminate.sets]

@@ -1,8 +1,8 @@
 """Embed texts with each retriever, and find each query's best documents.
 
-texts --load_model--> vectors-KEY/documents/000000.npy --exact_search-> found-KEY/000000.npz
-                                                       --approximate----> (the same)
-      --bm25s-------> vectors-KEY/index                --scores---------> (the same)
+texts --embed_block--> vectors-KEY/documents/000000.npy --exact_search-> found-KEY/000000.npz
+                                                        --approximate----> (the same)
+      --index_words--> vectors-KEY/index                --bm25s----------> (the same)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Precision, Role, Template
+from pipeline.config import Precision, RetrieverConfig, Role, TeacherConfig, Template
 from pipeline.data.batch import Ragged
 from pipeline.errors import UserError, blame
 from pipeline.evaluation.models import (
@@ -45,7 +45,7 @@ from pipeline.mining.approximate import (
     recall_files,
     search_index,
 )
-from pipeline.mining.plan import Mining, ModelPlan, is_bm25
+from pipeline.mining.plan import Mining, ModelPlan, delete_and_mine, is_bm25
 from pipeline.mining.texts import positives_of, read_texts
 from pipeline.model.load_export import is_computed, read_template
 
@@ -54,9 +54,11 @@ if TYPE_CHECKING:
 
 # Packed tokens of one forward.
 _MAX_TOKENS = 16384
+# Half the disk of float32. Every score is of these rounded values, by an index as by all pairs.
 _STORED = "float16"
 
 
+# One at a time: tasks come model by model, and two models may not fit on a GPU.
 @functools.lru_cache(maxsize=1)
 def _load(
     folder: str,
@@ -85,20 +87,22 @@ def _load(
 def embed_block(
     mining: Mining,
     model: ModelPlan,
-    settings: tuple[Template | None, int | None, Precision],
+    config: RetrieverConfig | TeacherConfig,
     role: str,
     block: int,
 ) -> None:
     """Write the vectors of a block of documents or queries by one model."""
+    settings = config.template, config.max_length, config.precision
     embedder = _load(model.folder, model.fingerprint, *settings)
     _record_precision(mining, model, embedder.precision)
     texts = read_texts(mining, role, block)
     pairs = list(zip(texts["instruction"].to_pylist(), texts["text"].to_pylist(), strict=True))
-    # Queries recur, with other positives; each text is embedded once. Sorted by instruction,
-    # because each has its own prefix.
+    # Queries recur, with other positives; each text is embedded once. Sorted, because a set has
+    # another order in every process, and other batches could change the last bits of a vector.
     distinct = sorted(set(pairs))
     place = {pair: number for number, pair in enumerate(distinct)}
     parts = []
+    # By instruction, because each has its own prefix; in the order of `distinct`.
     for instruction in dict.fromkeys(name for name, _ in distinct):
         chosen = [text for name, text in distinct if name == instruction]
         as_role: Role = "document" if role == "documents" else "query"
@@ -119,7 +123,7 @@ def embed_block(
 
 def _record_precision(mining: Mining, model: ModelPlan, precision: str) -> None:
     """Refuse to add vectors of another precision to a folder: `auto` depends on the machine."""
-    path = mining.config.store_folder / f"vectors-{model.vectors}" / "precision.json"
+    path = mining.vectors_folder(model) / "precision.json"
     # Several processes may write it at once: on machines of one kind, the same value.
     if not path.is_file():
         write_sealed(path, {"precision": precision})
@@ -134,9 +138,8 @@ def _record_precision(mining: Mining, model: ModelPlan, precision: str) -> None:
 def embed_retriever_block(mining: Mining, task: int) -> None:
     """Embed one block by one retriever: task counts blocks of all of them."""
     number, role, block = embedding_tasks(mining)[task]
-    retriever = mining.config.retrievers[number]
-    settings = (retriever.template, retriever.max_length, retriever.precision)
-    embed_block(mining, mining.plan.retrievers[number], settings, role, block)
+    model, retriever = mining.plan.retrievers[number], mining.config.retrievers[number]
+    embed_block(mining, model, retriever, role, block)
 
 
 def embedding_tasks(mining: Mining) -> list[tuple[int, str, int]]:
@@ -145,11 +148,7 @@ def embedding_tasks(mining: Mining) -> list[tuple[int, str, int]]:
         (number, role, block)
         for number, retriever in enumerate(mining.config.retrievers)
         if not is_bm25(retriever)
-        for role, blocks in (
-            ("documents", mining.document_blocks),
-            ("queries", mining.query_blocks),
-        )
-        for block in range(len(blocks))
+        for role, block in mining.text_blocks
     ]
 
 
@@ -157,14 +156,16 @@ def embedding_tasks(mining: Mining) -> list[tuple[int, str, int]]:
 
 
 def _words(texts: list[str]) -> Any:
+    """Return the words of each text, the same of documents and queries."""
     import bm25s
 
+    # By default English stop words are dropped, but texts may be in any language.
     return bm25s.tokenize(texts, stopwords=[], return_ids=False, show_progress=False)
 
 
-def bm25_index(mining: Mining, model: ModelPlan) -> Path:
-    """Return the file whose existence means that the index is complete."""
-    return mining.config.store_folder / f"vectors-{model.vectors}" / "complete"
+def bm25_index(mining: Mining, number: int) -> Path:
+    """Return the file whose existence means that a retriever's index of words is complete."""
+    return mining.vectors_folder(mining.plan.retrievers[number]) / "complete"
 
 
 def index_words(mining: Mining, task: int) -> None:
@@ -177,7 +178,7 @@ def index_words(mining: Mining, task: int) -> None:
         texts += read_texts(mining, "documents", block)["text"].to_pylist()
     index = bm25s.BM25()
     index.index(_words(texts), show_progress=False)
-    path = bm25_index(mining, mining.plan.retrievers[number])
+    path = bm25_index(mining, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     index.save(path.parent / "index", show_progress=False)
     # Last: an index without this file was cut short, and is built again.
@@ -202,14 +203,11 @@ def _open_index(folder: Path) -> Any:
 
 def search_block(mining: Mining, task: int) -> None:
     """Find the best documents of one block of queries by one retriever."""
+    # Retriever by retriever, so that a process opens the vectors or the index of each only once.
     number, block = divmod(task, len(mining.query_blocks))
-    model = mining.plan.retrievers[number]
     positives = positives_of(mining, mining.query_blocks[block].numbers)
-    if is_bm25(mining.config.retrievers[number]):
-        found = _search_words(mining, model, block, positives)
-    else:
-        found = _search_vectors(mining, number, block, positives)
-    documents, scores, positive_scores = found
+    search = _search_words if is_bm25(mining.config.retrievers[number]) else _search_vectors
+    documents, scores, positive_scores = search(mining, number, block, positives)
     save_arrays(
         mining.block_file("found", block, number),
         documents=documents,
@@ -218,6 +216,8 @@ def search_block(mining: Mining, task: int) -> None:
     )
 
 
+# (Q, K) documents, best first and padded with -1; (Q, K) their scores; scores of all positives, in
+# the order of the ragged positives: margins need them, however far behind the K best they are.
 _Results = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -225,7 +225,7 @@ def _search_vectors(mining: Mining, number: int, block: int, positives: Ragged) 
     model = mining.plan.retrievers[number]
     corpus = open_corpus(mining, model)
     path = mining.vectors(model, "queries", block)
-    queries_QD = map_vectors(path, fix=f"delete {path} and run `diffembed mine` again")
+    queries_QD = map_vectors(path, fix=delete_and_mine(path))
     if model.index:
         found = search_index(mining, corpus, number, queries_QD)
     else:
@@ -260,14 +260,11 @@ def score_listed(
 def open_corpus(mining: Mining, model: ModelPlan) -> Corpus:
     """Return the documents' vectors by one model."""
     share_cores()
-    blocks = mining.document_blocks
     files = tuple(
         VectorFile(
-            path=mining.vectors(model, "documents", number),
-            start=block.first,
-            rows=block.stop - block.start,
+            path=mining.vectors(model, "documents", number), start=block.first, rows=block.rows
         )
-        for number, block in enumerate(blocks)
+        for number, block in enumerate(mining.document_blocks)
     )
     return _corpus(files)
 
@@ -278,15 +275,15 @@ def _corpus(files: tuple[VectorFile, ...]) -> Corpus:
     return Corpus(files, device=device_here())
 
 
-def _search_words(mining: Mining, model: ModelPlan, block: int, positives: Ragged) -> _Results:
-    index = _open_index(bm25_index(mining, model).parent / "index")
+def _search_words(mining: Mining, number: int, block: int, positives: Ragged) -> _Results:
+    index = _open_index(bm25_index(mining, number).parent / "index")
     texts = read_texts(mining, "queries", block)["text"].to_pylist()
     depth = min(mining.config.depth, mining.num_documents)
     documents = np.full((len(texts), depth), -1, dtype=np.int64)
     scores = np.full((len(texts), depth), np.nan)
     own = []
     for row, words in enumerate(_words(texts)):
-        # Words that no document has add nothing to a score.
+        # Words that no document has add nothing to a score, and bm25s takes no empty list.
         known = [word for word in words if word in index.vocab_dict]
         every = index.get_scores(known) if known else np.zeros(mining.num_documents, np.float32)
         best = top_of_row(every, depth)
@@ -300,28 +297,6 @@ def read_found(mining: Mining, retriever: int, block: int) -> dict[str, NDArray[
     """Return what `search_block` found: `documents`, `scores`, `positive_scores`."""
     path = mining.block_file("found", block, retriever)
     return load_arrays(path, "documents", "scores", "positive_scores", fix=f"delete {path}")
-
-
-def require_same_tokens(mining: Mining, tokenizers: dict[str, str], *, changed: int) -> None:
-    """Refuse retrievers that would read texts of a tokenizer that drops case or spaces.
-
-    Args:
-        mining: the mining.
-        tokenizers: fingerprint of each retriever's tokenizer, by name; without BM25.
-        changed: texts that are known not to be exact.
-
-    Raises:
-        UserError: names the first retriever with another tokenizer.
-    """
-    own = mining.source.tokenizer
-    for name, fingerprint in tokenizers.items():
-        if changed and fingerprint != own.fingerprint:
-            raise UserError(
-                f"texts: the tokenizer {own.path} of the dataset drops case or spaces ({changed:,} "
-                f"texts), which the tokenizer of {name!r} would see",
-                fix="set texts: decoded to search with the decoded texts, or take a model with "
-                "the dataset's tokenizer",
-            )
 
 
 # --- models that this package does not compute -----------------------------------------------
@@ -396,5 +371,7 @@ def load_foreign(
         template=template or read_template(folder),
         name=str(folder),
         precision=dtype,
+        # Cosine where the folder names no similarity, and in place of a distance: the search knows
+        # dot products only.
         normalize=model.similarity_fn_name != "dot",
     )

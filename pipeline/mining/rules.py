@@ -24,7 +24,8 @@ from pipeline.config import MarginConfig, MineConfig
 from pipeline.data.batch import IntArray
 from pipeline.data.order import make_key, uniform
 
-# Outcomes of a found document, in the order in which they are tested.
+# Outcomes of a found document, in the order in which they are tested: if several rules hold, the
+# first is counted. Files hold positions in this list, so another order needs another `_VERSION`.
 OUTCOMES = (
     "candidate",
     "positive of the query",
@@ -43,7 +44,7 @@ OUTCOMES = (
     CANDIDATE, POSITIVE, CONCEPT, DUPLICATE, NEAR, QUERY, IN_SET, BEFORE, ABSOLUTE, RELATIVE,
     PERCENTILE, BEHIND,
 ) = range(len(OUTCOMES))  # fmt: skip
-# Of reciprocal rank fusion (Cormack et al., SIGIR 2009).
+# Of reciprocal rank fusion, 1 / (60 + rank): the constant of Cormack et al. (SIGIR 2009).
 _FUSION = 60
 
 Outcomes = NDArray[np.int8]
@@ -68,7 +69,7 @@ class Limits:
         """
         relative = np.inf
         if margin.relative is not None:
-            # Below a negative score, too, a smaller share means a lower limit.
+            # 0.95 of a negative score would lie above it, and let through what scores higher.
             relative = positive - (1 - margin.relative) * abs(positive)
         return cls(
             absolute=np.inf if margin.absolute is None else positive - margin.absolute,
@@ -79,6 +80,7 @@ class Limits:
     def exceeded(self, scores: NDArray[np.float64]) -> Outcomes:
         """(K,) the first rule that each score breaks; CANDIDATE if none."""
         outcomes = np.full(len(scores), CANDIDATE, dtype=np.int8)
+        # From the last rule to the first, which overwrites the others.
         for outcome, limit in (
             (PERCENTILE, self.percentile),
             (RELATIVE, self.relative),
@@ -88,30 +90,51 @@ class Limits:
         return outcomes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """The documents that one retriever found for a query, and the verdict on each.
+
+    Attributes:
+        documents: (K,) numbers, best first.
+        scores: (K,) of this retriever.
+        outcomes: (K,) positions in `OUTCOMES`.
+        ranks: (K,) from 1 among the documents that may be negatives; 0 for the others.
+    """
+
+    documents: IntArray
+    scores: NDArray[np.float64]
+    outcomes: Outcomes
+    ranks: IntArray
+
+
 def judge(
     config: MineConfig,
+    documents_K: IntArray,
     scores_K: NDArray[np.float64],
     forbidden_K: Outcomes,
     limits: Limits,
-) -> tuple[Outcomes, IntArray]:
-    """Return the outcome of each document that one retriever found, and its rank.
+) -> Judged:
+    """Rank the documents that one retriever found, and apply window and limits to them.
 
     Args:
-        config: window and margins.
-        scores_K: best first.
+        config: has the window.
+        documents_K: numbers, best first.
+        scores_K: of this retriever.
         forbidden_K: why a document may never be a negative; CANDIDATE where it may.
         limits: of the scores.
     """
     outcomes = forbidden_K.copy()
     allowed = outcomes == CANDIDATE
+    # Forbidden documents have no rank: a query with many positives has as wide a window as others.
     ranks = np.cumsum(allowed)
     ranks[~allowed] = 0
     # Margins first: a false negative behind the window must not be taken to fill either.
     outcomes[allowed] = limits.exceeded(scores_K[allowed])
     left = outcomes == CANDIDATE
     outcomes[left & (ranks > config.window.last)] = BEHIND
+    # Before the window no margin counts: these documents are skipped whatever they score.
     outcomes[allowed & (ranks < config.window.first)] = BEFORE
-    return outcomes, ranks
+    return Judged(documents=documents_K, scores=scores_K, outcomes=outcomes, ranks=ranks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,41 +163,39 @@ class Candidates:
         )
 
 
-def merge(
-    config: MineConfig,
-    documents: Sequence[IntArray],
-    scores: Sequence[NDArray[np.float64]],
-    outcomes: Sequence[Outcomes],
-    ranks: Sequence[IntArray],
-) -> Candidates:
-    """Join the lists of all retrievers, each (K,), into one.
+def merge(config: MineConfig, lists: Sequence[Judged]) -> Candidates:
+    """Join the lists of all retrievers into one.
 
     A document that one retriever's list refuses is left out, although another one accepts it. It is
     inside the window if it is in that of any retriever.
     """
-    found = np.concatenate(documents)
-    outcome, rank = np.concatenate(outcomes), np.concatenate(ranks)
-    owner = np.repeat(np.arange(len(documents)), [len(part) for part in documents])
+    # The entries of all lists, one list after another, and the U distinct documents among them.
+    found = np.concatenate([part.documents for part in lists])
+    scores = np.concatenate([part.scores for part in lists])
+    outcome = np.concatenate([part.outcomes for part in lists])
+    rank = np.concatenate([part.ranks for part in lists])
+    owner = np.repeat(np.arange(len(lists)), [len(part.documents) for part in lists])
     unique, inverse = np.unique(found, return_inverse=True)
-    usable = np.isin(outcome, (CANDIDATE, BEHIND))
     refused = np.zeros(len(unique), dtype=bool)
-    refused[inverse[~usable]] = True
+    refused[inverse[~np.isin(outcome, (CANDIDATE, BEHIND))]] = True
     inside = np.zeros(len(unique), dtype=bool)
     inside[inverse[outcome == CANDIDATE]] = True
-    behind = np.zeros(len(unique), dtype=bool)
-    behind[inverse[outcome == BEHIND]] = True
-    table = np.full((len(unique), len(documents)), np.nan)
-    table[inverse, owner] = np.concatenate(scores)
-    ranked = np.full((len(unique), len(documents)), np.inf)
+    # (U, R) scores and ranks of each document by each retriever; an infinite rank adds 0 below.
+    table = np.full((len(unique), len(lists)), np.nan)
+    table[inverse, owner] = scores
+    ranked = np.full((len(unique), len(lists)), np.inf)
     ranked[inverse, owner] = np.where(rank > 0, rank, np.inf)
     if config.merge == "reciprocal":
-        # Numbers of documents break ties, in `lexsort` below.
         order_key = -(1 / (_FUSION + ranked)).sum(axis=1)
     else:
-        order_key = (ranked * len(documents) + np.arange(len(documents))).min(axis=1)
-    kept = np.flatnonzero((inside | behind) & ~refused)
+        # In turns: rank 1 of each retriever, in the order of the config, then rank 2 of each.
+        order_key = (ranked * len(lists) + np.arange(len(lists))).min(axis=1)
+    # What no list refuses is inside the window of a list, or behind the windows of all.
+    kept = np.flatnonzero(~refused)
+    # The last key of lexsort leads: first what is inside a window, and numbers break ties.
     order = kept[np.lexsort((unique[kept], order_key[kept], ~inside[kept]))]
     places = np.arange(1, len(order) + 1)
+    # Without bands, one that holds all. A place behind the last band gets its number, but outside.
     lasts = [band.last for band in config.bands] or [len(order)]
     bands = np.searchsorted(lasts, places)
     return Candidates(
@@ -217,6 +238,7 @@ def choose(config: MineConfig, candidates: Candidates, count: int, example: int)
 def apportion(shares: NDArray[np.float64], total: int) -> IntArray:
     """Divide `total` by shares: the largest remainders, then the first bands, get one more."""
     exact = shares * total
+    # A product just below a whole number, as 0.29 * 100, counts as that number.
     quotas = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(-(exact - quotas), kind="stable")
     quotas[order[: total - quotas.sum()]] += 1

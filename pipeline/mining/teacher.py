@@ -24,43 +24,36 @@ import tenacity
 from numpy.typing import NDArray
 
 from pipeline.config import TeacherConfig
-from pipeline.data.batch import IntArray, Ragged
+from pipeline.data.batch import Ragged
 from pipeline.errors import MachineError, UserError, blame
 from pipeline.evaluation.models import device_here, resolve_precision, share_cores
 from pipeline.files import load_arrays, map_vectors, save_arrays
 from pipeline.mining.pick import read_picked
-from pipeline.mining.plan import Mining
+from pipeline.mining.plan import Mining, delete_and_mine
 from pipeline.mining.retrieve import embed_block, open_corpus, score_listed
-from pipeline.mining.texts import positives_of, read_texts
+from pipeline.mining.texts import positives_of, read_texts, texts_by_number
 
-_FIX = "run `diffembed mine` again"
 # Requests to an endpoint at a time, and documents of one request.
 _REQUESTS = 8
 _DOCUMENTS = 256
+# For the answer to one request, of which a busy server may have a queue.
 _SECONDS = 300
+# With pauses of about 0.5 to 8 seconds, 16 together; a longer silence ends the mining, which keeps
+# all finished blocks.
 _ATTEMPTS = 6
-
-
-def settings_of(teacher: TeacherConfig) -> tuple[Any, int | None, Any]:
-    """Return the settings of a bi-encoder that decide its vectors."""
-    return teacher.template, teacher.max_length, teacher.precision
 
 
 def embedding_tasks(mining: Mining) -> list[tuple[str, int]]:
     """Return role and block of each task of a bi-encoder; none for other teachers."""
     teacher = mining.config.teacher
-    if teacher is None or teacher.kind != "bi_encoder":
-        return []
-    sides = (("documents", mining.document_blocks), ("queries", mining.query_blocks))
-    return [(role, block) for role, blocks in sides for block in range(len(blocks))]
+    return mining.text_blocks if teacher is not None and teacher.kind == "bi_encoder" else []
 
 
 def embed_teacher_block(mining: Mining, task: int) -> None:
     """Write the teacher's vectors of one block of documents or queries."""
     role, block = embedding_tasks(mining)[task]
-    teacher, model = mining.config.teacher, mining.plan.teacher
-    assert teacher is not None and model is not None
-    embed_block(mining, model, settings_of(teacher), role, block)
+    teacher, model = mining.teacher
+    embed_block(mining, model, teacher, role, block)
 
 
 def score_block(mining: Mining, task: int) -> None:
@@ -69,30 +62,27 @@ def score_block(mining: Mining, task: int) -> None:
     Raises:
         UserError: a score is not finite.
     """
-    lists = scored_lists(mining, task)
-    teacher = mining.config.teacher
-    assert teacher is not None
-    if teacher.kind == "bi_encoder":
-        scores = _score_vectors(mining, task, lists)
-    else:
-        scores = _score_texts(mining, teacher, task, lists)
+    lists = _scored_lists(mining, task)
+    teacher, model = mining.teacher
+    score = _score_vectors if teacher.kind == "bi_encoder" else _score_texts
+    scores = score(mining, task, lists)
     queries = read_texts(mining, "queries", task)["text"]
+    # Before anything is written: a file's existence means that the block is scored.
     for part, values in zip(lists.values(), scores, strict=True):
         # NaN compares false with every margin: such a candidate would be kept silently.
         broken = ~np.isfinite(values)
         if broken.any():
             row = int(part.rows[int(np.argmax(broken))])
             raise UserError(
-                f"teacher {mining.plan.teacher.folder if mining.plan.teacher else ''}: "
+                f"teacher {model.folder}: "
                 f"{broken.sum()} of {len(values)} scores are not finite, the first for the query "
                 f"{queries[row].as_py()[:60]!r}",
                 fix="compute in precision float32, or take another teacher",
             )
-    named = dict(zip(lists, scores, strict=True))
-    save_arrays(mining.block_file("teacher", task), **named)
+    save_arrays(mining.block_file("teacher", task), **dict(zip(lists, scores, strict=True)))
 
 
-def scored_lists(mining: Mining, task: int) -> dict[str, Ragged]:
+def _scored_lists(mining: Mining, task: int) -> dict[str, Ragged]:
     """Return the documents that the teacher scores: a row for each query of a block."""
     ids = mining.query_blocks[task].numbers
     picked = read_picked(mining, task)
@@ -106,61 +96,36 @@ def scored_lists(mining: Mining, task: int) -> dict[str, Ragged]:
 
 
 def read_scores(mining: Mining, block: int) -> dict[str, NDArray[np.float64]]:
-    """Return the scores of a block, value for value of `scored_lists`."""
+    """Return the scores of a block, value for value of `_scored_lists`."""
     path = mining.block_file("teacher", block)
     names = ["positives", "candidates"] + ["negatives"] * mining.config.keep_negatives
-    return load_arrays(path, *names, fix=f"delete {path} and {_FIX}")
+    return load_arrays(path, *names, fix=delete_and_mine(path))
 
 
 def _score_vectors(
     mining: Mining, task: int, lists: dict[str, Ragged]
 ) -> list[NDArray[np.float64]]:
-    model = mining.plan.teacher
-    assert model is not None
+    _, model = mining.teacher
     path = mining.vectors(model, "queries", task)
-    queries_QD = map_vectors(path, fix=f"delete {path} and {_FIX}")
+    queries_QD = map_vectors(path, fix=delete_and_mine(path))
     corpus = open_corpus(mining, model)
     return [score_listed(corpus, queries_QD, part) for part in lists.values()]
 
 
-def _score_texts(
-    mining: Mining, teacher: TeacherConfig, task: int, lists: dict[str, Ragged]
-) -> list[NDArray[np.float64]]:
+def _score_texts(mining: Mining, task: int, lists: dict[str, Ragged]) -> list[NDArray[np.float64]]:
+    teacher, model = mining.teacher
     queries = read_texts(mining, "queries", task)["text"].to_pylist()
-    texts = document_texts(mining, np.concatenate([part.values for part in lists.values()]))
+    every = np.concatenate([part.values for part in lists.values()])
+    texts = texts_by_number(mining, "documents", every)
     rows = [
         [texts[number] for part in lists.values() for number in part[row].tolist()]
         for row in range(len(queries))
     ]
-    model = mining.plan.teacher
-    assert model is not None
     scores = score_rows(teacher, model.folder, queries, rows)
-    # Scores of a query stand one list after another; `ends` cuts them into the lists again.
-    ends = np.cumsum(
-        [[len(part[row]) for part in lists.values()] for row in range(len(queries))], 1
-    )
-    return [
-        np.concatenate(
-            [
-                values[(end[number - 1] if number else 0) : end[number]]
-                for values, end in zip(scores, ends, strict=True)
-            ]
-        )
-        for number in range(len(lists))
-    ]
-
-
-def document_texts(mining: Mining, documents: IntArray) -> dict[int, str]:
-    """Return the bare texts of documents by their numbers."""
-    wanted = np.unique(documents)
-    found: dict[int, str] = {}
-    for number, block in enumerate(mining.document_blocks):
-        start, stop = np.searchsorted(wanted, [block.first, block.numbers[-1] + 1])
-        if start < stop:
-            numbers = wanted[start:stop]
-            column = read_texts(mining, "documents", number)["text"].take(numbers - block.first)
-            found |= zip(numbers.tolist(), column.to_pylist(), strict=True)
-    return found
+    # (Q, lists) where each list ends in a query's scores, which stand one list after another.
+    ends = np.cumsum([part.lengths for part in lists.values()], axis=0).T
+    cut = [np.split(values, end[:-1]) for values, end in zip(scores, ends, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*cut, strict=True)]
 
 
 def score_rows(
@@ -173,6 +138,7 @@ def score_rows(
         )
         # All pairs of the block in one call, so that its batches are full.
         pairs = [(query, text) for query, row in zip(queries, rows, strict=True) for text in row]
+        # (P,) scores of P pairs; a classifier of several labels gives (P, labels), none a score.
         with blame(f"teacher: {folder} cannot score pairs", fix="give a model with one output"):
             values = np.asarray(
                 model.predict(pairs, show_progress_bar=False, convert_to_numpy=True)
@@ -180,7 +146,8 @@ def score_rows(
             if values.shape != (len(pairs),):
                 raise ValueError(f"{values.shape[1:]} outputs for a pair")
         return np.split(values, np.cumsum([len(row) for row in rows])[:-1])
-    _require_key(teacher)
+    # Refused here once, instead of in each thread.
+    _read_key(teacher)
     # Threads, because they only wait; `map` keeps the order of the queries.
     with ThreadPoolExecutor(_REQUESTS) as pool:
         answers = pool.map(functools.partial(_rerank, teacher), queries, rows)
@@ -205,7 +172,12 @@ def _load_cross_encoder(folder: str, max_length: int | None, precision: str) -> 
         )
 
 
-def _require_key(teacher: TeacherConfig) -> str | None:
+def _read_key(teacher: TeacherConfig) -> str | None:
+    """Return the endpoint's key; None where it needs none.
+
+    Raises:
+        UserError: its variable is not set.
+    """
     if teacher.key_variable is None:
         return None
     key = os.environ.get(teacher.key_variable)
@@ -229,11 +201,20 @@ class _Busy(Exception):  # noqa: N818 -- an outcome that is tried again
     """The server did not answer, or asked for patience."""
 
 
+def _give_up(state: tenacity.RetryCallState) -> list[float]:
+    assert state.outcome is not None
+    reason = state.outcome.exception()
+    url = state.args[0].url
+    raise MachineError(
+        f"teacher.url: {url} gives no answer ({reason}) | fix: run `diffembed mine` again later"
+    )
+
+
 @tenacity.retry(
     retry=tenacity.retry_if_exception_type(_Busy),
     stop=tenacity.stop_after_attempt(_ATTEMPTS),
     wait=tenacity.wait_exponential_jitter(0.5, 60),
-    retry_error_callback=lambda state: _give_up(state),
+    retry_error_callback=_give_up,
 )
 def _ask(teacher: TeacherConfig, query: str, documents: Sequence[str]) -> list[float]:
     body = {
@@ -244,7 +225,7 @@ def _ask(teacher: TeacherConfig, query: str, documents: Sequence[str]) -> list[f
         "return_documents": False,
     }
     headers = {"Content-Type": "application/json"}
-    if key := _require_key(teacher):
+    if key := _read_key(teacher):
         headers["Authorization"] = f"Bearer {key}"
     url = str(teacher.url)
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -259,16 +240,10 @@ def _ask(teacher: TeacherConfig, query: str, documents: Sequence[str]) -> list[f
             f"teacher.url: {url} answered with status {error.code}",
             fix="check url, model and the key",
         ) from error
+    # No connection, a timeout, or an answer that was cut short.
     except (OSError, http.client.HTTPException) as error:
         raise _Busy(str(error)) from error
     return _scores_of(content, len(documents), url)
-
-
-def _give_up(state: tenacity.RetryCallState) -> list[float]:
-    assert state.outcome is not None
-    reason = state.outcome.exception()
-    url = state.args[0].url
-    raise MachineError(f"teacher.url: {url} gives no answer ({reason}) | fix: {_FIX} later")
 
 
 def _scores_of(content: bytes, num_documents: int, url: str) -> list[float]:
@@ -281,6 +256,8 @@ def _scores_of(content: bytes, num_documents: int, url: str) -> list[float]:
         f"teacher.url: {url} gives no rerank answer",
         allowed="results with index and relevance_score for every document",
     ):
+        # vLLM answers as Cohere does, {"results": [{"relevance_score": ...}]}; SGLang by a list of
+        # {"score": ...}.
         tree = json.loads(content)
         results = tree["results"] if isinstance(tree, dict) else tree
         by_index = {

@@ -1,4 +1,4 @@
-"""Restore the texts of shards, add further corpora, and mark what can be no negative.
+"""Restore the texts of shards, add further corpora, and mark documents that cannot be negatives.
 
     corpora   rows of the sources -> documents that the dataset lacks -> shards like its own
     texts     tokens -> text and instruction; compared with the hash of the text that was prepared
@@ -50,8 +50,9 @@ TEXT_SCHEMA = pa.schema(
 )
 # How a decoded text compares with the one that was prepared: see `_compare`.
 SAME_TEXT, CUT, SAME_TOKENS, CHANGED = range(4)
-# Tokens of a shard of a corpus.
+# Tokens of a shard of a corpus: 256 MiB.
 _SHARD_TOKENS = 2**26
+# Documents that are tokenised in one call.
 _TEXTS_PER_CALL = 512
 
 
@@ -81,18 +82,15 @@ def open_tokenizer(mining: Mining) -> tuple[Any, TextTokenizer]:
 # --- further corpora -------------------------------------------------------------------------
 
 
+@corpora_named()
 def read_corpora(mining: Mining, task: int) -> None:
     """Write the documents of the corpora that the dataset lacks as shards.
 
     Raises:
         UserError: a document cannot be used.
     """
-    with corpora_named():
-        _write_corpora(mining)
-
-
-def _write_corpora(mining: Mining) -> None:
     folder = mining.store("texts")
+    # In one process, because each document must be compared with all before it.
     seen = set(mining.source.documents.hashes().tolist()) if mining.config.corpora else set()
     read: dict[str, int] = {}
     repeated: dict[str, int] = {}
@@ -118,6 +116,7 @@ def _write_corpora(mining: Mining) -> None:
         )
         sizes = np.array([len(tokens) for _, tokens, _ in rows])
         lengths = lengths.plus(LengthHistogram.of(sizes, manifest.max_document_length))
+    # Last: it means that the step is done, also where the config names no corpora.
     report = CorpusReport(shards=tuple(shards), lengths=lengths, read=read, repeated=repeated)
     write_sealed(folder / "corpora.json", dataclasses.asdict(report))
 
@@ -143,7 +142,7 @@ def _new_documents(
 ) -> Iterator[_Document]:
     """Yield the tokenised documents of all corpora that are not in `seen`; count the others."""
     if not mining.config.corpora:
-        return
+        return  # without loading a tokenizer
     _, encoder = open_tokenizer(mining)
     template, limit = mining.source.template, mining.source.max_document_length
     for corpus in mining.config.corpora:
@@ -157,7 +156,7 @@ def _new_documents(
             for text, instruction in part:
                 string = template.format_document(text, instruction)
                 key = hash_text(string)
-                # As numpy keeps hashes: without zero bytes at their end.
+                # As numpy keeps the hashes in `seen`: without zero bytes at their end.
                 if (short := key.rstrip(b"\0")) not in seen:
                     seen.add(short)
                     prefix = len(template.document_prefix(instruction).rstrip())
@@ -180,6 +179,7 @@ def corpus_texts(source: SourceConfig, bad: BadRows) -> Iterator[tuple[str, str]
             if text.strip():
                 yield text, source.document_instruction
         return
+    # 16 MiB of a file in memory at a time.
     for block in plan_source(source, block_bytes=2**24):
         for _, row in read_rows(source, block, None, on_bad=bad.add):
             # A line is a query and its own positive.
@@ -191,39 +191,36 @@ def corpus_texts(source: SourceConfig, bad: BadRows) -> Iterator[tuple[str, str]
 
 
 def restore_texts(mining: Mining, task: int) -> None:
-    """Decode a block of documents or, after these, of queries."""
-    number = task - len(mining.document_blocks)
-    if number < 0:
-        block, role = mining.document_blocks[task], "documents"
-        size = len(mining.source.documents)
-        is_added = block.first >= size
-        table = mining.added if is_added else mining.source.documents
-        ids = block.numbers - (size if is_added else 0)
-        tokens, counts = table.views("tokens", ids), table.scalars("instruction_tokens", ids)
-        number = task
-        instructions = [""] * len(ids)
-    else:
-        block, role = mining.query_blocks[number], "queries"
-        table = mining.source.examples
-        ids = block.numbers
-        tokens, counts = table.views("query", ids), table.scalars("instruction_tokens", ids)
-        instructions = _instructions_of(mining, ids)
-    restored = _restore(mining, role, tokens, counts, instructions)
-    limit = mining.source.max_document_length
+    """Decode a block of documents or queries, and record how each text compares with its hash."""
+    role, number = mining.text_blocks[task]
+    source = mining.source
+    ids = mining.blocks(role)[number].numbers
     if role == "documents":
-        stored = _hashes(table, ids)
-        equal = np.array([hash_text(full) for full, _, _ in restored], dtype="S16") == stored
+        table, limit = source.documents, source.max_document_length
+        # No block has documents of both: those of the corpora have a table of their own.
+        if ids[0] >= len(table):
+            table, ids = mining.added, ids - len(table)
+        tokens, instructions = table.views("tokens", ids), [""] * len(ids)
     else:
-        limit = mining.source.max_query_length
+        table, limit = source.examples, source.max_query_length
+        tokens, instructions = table.views("query", ids), _instructions_of(mining, ids)
+    counts = table.scalars("instruction_tokens", ids)
+    restored = _restore(mining, role, tokens, counts, instructions)
+    # Shards store the hash of a document's whole string, and of a query's bare text.
+    if role == "documents":
+        hashes = np.array([hash_text(whole) for whole, _, _ in restored], dtype="S16")
+        equal = hashes == table.hashes()[ids]
+    else:
         keys = np.array([stable_hash(text) for _, text, _ in restored], dtype=np.int64)
         equal = keys == table.scalars("query_key", ids)
-    states = _compare(mining, [full for full, _, _ in restored], tokens, equal, limit)
+    states = _compare(mining, [whole for whole, _, _ in restored], tokens, equal, limit)
     path = mining.texts(role, number)
     with batch_writer(path, TEXT_SCHEMA) as write:
         texts = [text for _, text, _ in restored]
         columns = [
             pa.array(texts, pa.large_string()),
             pa.array([instruction for _, _, instruction in restored], pa.large_string()),
+            # Of the bare text, by which `pick` finds duplicates whatever their instructions are.
             pa.array([hash_text(text) for text in texts], pa.binary(16)),
         ]
         write(pa.record_batch(columns, schema=TEXT_SCHEMA))
@@ -231,13 +228,9 @@ def restore_texts(mining: Mining, task: int) -> None:
     save_arrays(path.with_suffix(".npz"), states=states)
 
 
-def _hashes(table: Any, ids: IntArray) -> NDArray[np.bytes_]:
-    found: NDArray[np.bytes_] = table.hashes()[ids]
-    return found
-
-
 def _instructions_of(mining: Mining, ids: IntArray) -> list[str]:
     """Return each example's instruction; empty where its group has several."""
+    # Groups are in the order of the examples.
     groups = mining.source.manifest.groups
     starts = np.array([group.start for group in groups])
     owners = np.searchsorted(starts, ids, side="right") - 1
@@ -257,6 +250,8 @@ def _restore(
         tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     rows = [row.tolist() for row in tokens]
+    # The parts separately, too: a decoder may change the prefix, and then only tokens say where it
+    # ends.
     wholes: list[str] = decode(rows)
     behind: list[str] = decode([row[n:] for row, n in zip(rows, counts.tolist(), strict=True)])
     before: list[str] = decode([row[:n] for row, n in zip(rows, counts.tolist(), strict=True)])
@@ -271,6 +266,7 @@ def _split(
     template: Template, role: str, whole: str, head: str, tail: str, instruction: str
 ) -> tuple[str, str]:
     """Return the text without its template, and its instruction."""
+    # Documents, and queries of a group with several: the instruction is in the text alone.
     if head and not instruction:
         instruction = _read_instruction(template, head)
     if role == "queries":
@@ -286,6 +282,7 @@ def _split(
 
 def _read_instruction(template: Template, head: str) -> str:
     """Return the instruction in the decoded prefix of a text; empty without one."""
+    # The template of queries: a document that has an instruction is written as a query.
     before, found, after = template.query.partition("{text}")[0].partition("{instruction}")
     if not found:
         return ""
@@ -306,7 +303,8 @@ def _compare(
     states = np.full(len(wholes), SAME_TEXT, dtype=np.int8)
     _, encoder = open_tokenizer(mining)
     others = np.flatnonzero(~equal)
-    # One more than the limit: a cut text that grows must show it.
+    # One more than the limit: a text of `limit` tokens whose decoded form has more would be cut to
+    # the same tokens, and look equal.
     again, _ = encoder.encode([wholes[row] for row in others.tolist()], limit + 1)
     for row, ids in zip(others.tolist(), again, strict=True):
         if not np.array_equal(ids, tokens[row]):
@@ -322,6 +320,18 @@ def read_texts(mining: Mining, role: str, block: int) -> pa.RecordBatch:
     return read_batch(path, 0, fix=f"delete {path.parent.parent} and run `diffembed mine` again")
 
 
+def texts_by_number(mining: Mining, role: str, numbers: IntArray) -> dict[int, str]:
+    """Return the bare texts of some documents or queries by their numbers."""
+    wanted = np.unique(numbers)
+    found: dict[int, str] = {}
+    for place, block in enumerate(mining.blocks(role)):
+        own = wanted[block.slice_of(wanted)]
+        if len(own):
+            column = read_texts(mining, role, place)["text"].take(own - block.first)
+            found |= zip(own.tolist(), column.to_pylist(), strict=True)
+    return found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TextCounts:
     """Count texts that were restored exactly, only up to a cut, only by their tokens, or not."""
@@ -335,11 +345,10 @@ class TextCounts:
 def count_states(mining: Mining) -> TextCounts:
     """Count the outcomes of `restore_texts` over all documents and queries."""
     counts = np.zeros(4, dtype=np.int64)
-    for role, blocks in (("documents", mining.document_blocks), ("queries", mining.query_blocks)):
-        for number in range(len(blocks)):
-            path = mining.texts(role, number).with_suffix(".npz")
-            states = load_arrays(path, "states", fix=f"delete {path}")["states"]
-            counts += np.bincount(states, minlength=4)
+    for role, number in mining.text_blocks:
+        path = mining.texts(role, number).with_suffix(".npz")
+        states = load_arrays(path, "states", fix=f"delete {path}")["states"]
+        counts += np.bincount(states, minlength=4)
     exact, cut, same, changed = counts.tolist()
     return TextCounts(exact=exact, cut=cut, same_tokens=same, changed=changed)
 
@@ -415,5 +424,16 @@ class KnownPositives:
 
 
 def positives_of(mining: Mining, ids: IntArray) -> Ragged:
-    """Return the positives of examples."""
+    """Return the positives of examples, of which each has at least one."""
     return mining.source.examples.ragged("positives", ids)
+
+
+def lowest_scores(positives: Ragged, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) score of each example's hardest positive, the one with the lowest: margins refer to it.
+
+    Args:
+        positives: from `positives_of`.
+        scores: of the positives, value for value.
+    """
+    lowest: NDArray[np.float64] = np.minimum.reduceat(scores, positives.offsets[:-1])
+    return lowest

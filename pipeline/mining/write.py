@@ -41,23 +41,16 @@ from pipeline.errors import UserError, say_warning
 from pipeline.files import hash_file, map_vectors, read_record, save_arrays, write_sealed
 from pipeline.mining.audit import RATIO_BINS, count_ratios, write_audit
 from pipeline.mining.pick import read_picked, source_of_examples
-from pipeline.mining.plan import Block, Mining, once
+from pipeline.mining.plan import Mining, delete_and_mine, once
 from pipeline.mining.retrieve import read_found
 from pipeline.mining.rules import CANDIDATE, Candidates, Limits, choose
 from pipeline.mining.teacher import read_scores
-from pipeline.mining.texts import positives_of
-
-_FIX = "run `diffembed mine` again"
+from pipeline.mining.texts import lowest_scores, positives_of
 
 
-def shard_summary(mining: Mining, shard: int) -> Path:
-    """Return the file whose existence means that a shard of examples is written."""
-    return mining.building / "summaries" / f"examples-{shard:05d}.json"
-
-
-def blocks_of(mining: Mining, shard: int) -> list[int]:
-    """Return the numbers of a shard's blocks of queries."""
-    return [k for k, block in enumerate(mining.query_blocks) if block.shard == shard]
+def blocks_of(mining: Mining, role: str, shard: int) -> list[int]:
+    """Return the numbers of a shard's blocks of documents or queries."""
+    return [k for k, block in enumerate(mining.blocks(role)) if block.shard == shard]
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,13 +74,14 @@ def write_shard(mining: Mining, task: int) -> None:
     num_sources, num_bands = len(mining.source.manifest.sources), max(1, len(mining.config.bands))
     shape = (len(mining.config.retrievers), num_sources, num_bands, RATIO_BINS)
     ratios = np.zeros(shape, dtype=np.int64)
-    for number in blocks_of(mining, task):
+    for number in blocks_of(mining, "queries", task):
         _add_block(mining, number, rows, ratios)
     batch = map_batch(mining.source.folder / info.file)
     columns = {name: batch.column(name) for name in EXAMPLE_SCHEMA.names}
     columns["negatives"] = ragged_array(Ragged.from_rows(rows.negatives), pa.int64())
     columns["scores"] = ragged_array(Ragged.from_rows(rows.scores), pa.float32())
     if not mining.config.keep_negatives:
+        # They were counted among the negatives that are replaced.
         columns["num_first_negatives"] = pa.array(np.zeros(info.rows, np.int32))
     schema = EXAMPLE_SCHEMA
     if mining.config.candidates:
@@ -113,7 +107,8 @@ def _summarise(
         bytes=path.stat().st_size,
         sha256=hash_file(path),
     )
-    summary = shard_summary(mining, task)
+    summary = mining.summary("examples", task)
+    # Before the summary, whose existence means that the shard and these counts are written.
     save_arrays(
         summary.with_suffix(".npz"),
         mined=np.array(rows.mined, dtype=np.int64),
@@ -130,15 +125,9 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
     picked, positives = read_picked(mining, number), positives_of(mining, ids)
     taught = read_scores(mining, number) if config.teacher is not None else None
     earlier = mining.source.examples.ragged("negatives", ids)
-    # (retrievers, queries): the score of each query's hardest positive.
-    lowest = np.stack(
-        [
-            np.minimum.reduceat(
-                read_found(mining, retriever, number)["positive_scores"], positives.offsets[:-1]
-            )
-            for retriever in range(len(config.retrievers))
-        ]
-    )
+    found = [read_found(mining, retriever, number) for retriever in range(len(config.retrievers))]
+    # (retrievers, queries)
+    lowest = np.stack([lowest_scores(positives, part["positive_scores"]) for part in found])
     sources = source_of_examples(mining, ids)
     for row, example in enumerate(ids.tolist()):
         span = slice(picked["offsets"][row], picked["offsets"][row + 1])
@@ -155,19 +144,22 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
             is_true = _accepted(mining, scores, float(own.min()))
             rows.false.append(int((~is_true).sum()))
             candidates, scores = candidates.take(np.flatnonzero(is_true)), scores[is_true]
+        # Chosen here and not in `pick`, from what the teacher has left.
         chosen = choose(config, candidates, config.negatives, example)
         kept = earlier[row] if config.keep_negatives else np.empty(0, np.int64)
+        # A kept negative may have been found again: the query must not list it twice.
         new = chosen[~np.isin(candidates.documents[chosen], kept)]
         rows.negatives.append(np.concatenate([kept, candidates.documents[new]]).astype(np.int64))
         rows.mined.append(len(new))
         if taught:
-            parts = [own, scores[new]]
-            if config.keep_negatives:
-                known = slice(earlier.offsets[row], earlier.offsets[row + 1])
-                parts.insert(1, taught["negatives"][known])
+            known = slice(earlier.offsets[row], earlier.offsets[row + 1])
+            before = taught["negatives"][known] if config.keep_negatives else np.empty(0)
+            # Value for value of the columns `positives` and `negatives`.
+            parts = [own, before, scores[new]]
             rows.scores.append(np.concatenate(parts).astype(np.float32))
         else:
             rows.scores.append(np.empty(0, np.float32))
+        # Stored for other draws in each epoch of a training.
         best = slice(0, config.candidates)
         rows.candidates.append(candidates.documents[best])
         rows.candidate_scores.append(scores[best].astype(np.float32))
@@ -177,18 +169,16 @@ def _add_block(mining: Mining, number: int, rows: _Rows, ratios: NDArray[np.int6
 
 def _accepted(mining: Mining, scores: NDArray[np.float64], lowest: float) -> NDArray[np.bool_]:
     """(C,) False where the teacher takes a candidate for an answer."""
-    teacher = mining.config.teacher
-    if teacher is None or teacher.margin is None:
+    margin = mining.teacher[0].margin
+    if margin is None:
         return np.ones(len(scores), dtype=bool)
-    limits = Limits.of(teacher.margin, lowest, teacher_level(mining))
+    limits = Limits.of(margin, lowest, _teacher_level(mining, margin.percentile))
     accepted: NDArray[np.bool_] = limits.exceeded(scores) == CANDIDATE
     return accepted
 
 
-def teacher_level(mining: Mining) -> float:
-    """Return the percentile of the positives' scores that the teacher's margin names."""
-    teacher = mining.config.teacher
-    percentile = teacher.margin.percentile if teacher and teacher.margin else None
+def _teacher_level(mining: Mining, percentile: float | None) -> float:
+    """Return this percentile of the teacher's scores of all positives; NaN for None."""
     if percentile is None:
         return float("nan")
 
@@ -215,32 +205,24 @@ def vector_tasks(mining: Mining) -> list[tuple[str, int]]:
     ]
 
 
-def vector_summary(mining: Mining, task: int) -> Path:
-    """Return the file whose existence means that a file of vectors is written."""
-    return mining.building / "summaries" / f"vectors-{task:05d}.json"
-
-
 def write_vectors(mining: Mining, task: int) -> None:
     """Write the teacher's vectors of one shard."""
     kind, shard = vector_tasks(mining)[task]
-    blocks = mining.document_blocks if kind == "documents" else mining.query_blocks
-    model = mining.plan.teacher
-    assert model is not None
-    own = [(k, block) for k, block in enumerate(blocks) if block.shard == shard]
-    paths = [mining.vectors(model, kind, k) for k, _ in own]
-    width = map_vectors(paths[0], fix=f"delete {paths[0]} and {_FIX}").shape[1]
+    _, model = mining.teacher
+    numbers = blocks_of(mining, kind, shard)
+    paths = [mining.vectors(model, kind, k) for k in numbers]
+    # `write_teacher_vectors` refuses a block of another width than the first.
+    width = map_vectors(paths[0], fix=delete_and_mine(paths[0])).shape[1]
     info = write_teacher_vectors(
         mining.building / "dataset",
         vector_file(kind, shard),
-        (map_vectors(path, fix=f"delete {path} and {_FIX}") for path in paths),
-        rows=_num_rows([block for _, block in own]),
+        # One block in memory at a time.
+        (map_vectors(path, fix=delete_and_mine(path)) for path in paths),
+        rows=sum(mining.blocks(kind)[k].rows for k in numbers),
         width=width,
     )
-    write_sealed(vector_summary(mining, task), {"width": width, "shard": dataclasses.asdict(info)})
-
-
-def _num_rows(blocks: list[Block]) -> int:
-    return sum(block.stop - block.start for block in blocks)
+    summary = mining.summary("vectors", task)
+    write_sealed(summary, {"width": width, "shard": dataclasses.asdict(info)})
 
 
 # --- the whole folder ------------------------------------------------------------------------
@@ -255,6 +237,7 @@ def complete(mining: Mining, task: int) -> None:
     documents = list(source.document_shards)
     for info in source.document_shards:
         copied += _share(mining.source.folder / info.file, folder / info.file)
+    # Behind the dataset's, so that its documents keep their numbers.
     for number, info in enumerate(corpora.shards, start=len(documents)):
         named = dataclasses.replace(info, file=f"documents-{number:05d}.arrow")
         copied += _share(mining.store("texts") / "corpora" / info.file, folder / named.file)
@@ -265,8 +248,7 @@ def complete(mining: Mining, task: int) -> None:
             "its disk cannot share them with the original"
         )
     examples = tuple(
-        _read_summary(mining, shard_summary(mining, k))[0]
-        for k in range(len(source.example_shards))
+        _read_summary(mining, "examples", k)[0] for k in range(len(source.example_shards))
     )
     write_audit(mining, folder)
     manifest = dataclasses.replace(
@@ -288,6 +270,7 @@ def _share(source: Path, target: Path) -> int:
     # Left by a killed attempt: a link cannot replace it.
     target.unlink(missing_ok=True)
     try:
+        # Resolved: of a symbolic link, Linux would link the link itself.
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
@@ -323,7 +306,7 @@ def _teacher_info(mining: Mining) -> TeacherInfo | None:
     files: dict[str, list[ShardInfo]] = {"documents": [], "queries": []}
     widths = set()
     for task, (kind, _) in enumerate(tasks):
-        info, tree = _read_summary(mining, vector_summary(mining, task))
+        info, tree = _read_summary(mining, "vectors", task)
         files[kind].append(info)
         widths.add(tree["width"])
     if len(widths) > 1:
@@ -331,8 +314,7 @@ def _teacher_info(mining: Mining) -> TeacherInfo | None:
             f"{mining.config.store_folder}: teacher vectors of widths {sorted(widths)}",
             fix="delete the store and run `diffembed mine` again",
         )
-    teacher, model = mining.config.teacher, mining.plan.teacher
-    assert teacher is not None and model is not None
+    teacher, model = mining.teacher
     return TeacherInfo(
         name=str(teacher.path),
         fingerprint=model.fingerprint,
@@ -343,7 +325,8 @@ def _teacher_info(mining: Mining) -> TeacherInfo | None:
     )
 
 
-def _read_summary(mining: Mining, path: Path) -> tuple[ShardInfo, dict[str, Any]]:
+def _read_summary(mining: Mining, kind: str, task: int) -> tuple[ShardInfo, dict[str, Any]]:
+    path = mining.summary(kind, task)
     tree = read_record(path, dict[str, Any], fix=f"delete {mining.building}")
     return ShardInfo(**tree["shard"]), tree
 
@@ -352,7 +335,7 @@ def publish(mining: Mining) -> Manifest:
     """Give the dataset its final name and remove the rest."""
     target = mining.config.output.resolve()
     if target.is_dir():
-        target.rmdir()  # empty, or an earlier check would have refused it
+        target.rmdir()  # empty, or `_is_done` would have refused it
     (mining.building / "dataset").rename(target)
     # After the rename: a kill in between leaves a complete dataset, which the next start tidies.
     remove_rest(mining)

@@ -1,4 +1,4 @@
-"""Know the current Slurm job from inside: nodes and their faults, time left, requeue, successor.
+"""Ask about the current Slurm job from inside it, check its nodes, requeue it or continue it.
 
     python -m pipeline.submission.allocation
 
@@ -53,6 +53,7 @@ def submit_successor(job: str, *, without: tuple[str, ...] = ()) -> str:
         with contextlib.suppress(OSError):
             records[script.parent].add(script.stem, successor)
     for dependent, dependency in _dependents(job).items():
+        # A whole id: 12 must not be found in 123.
         moved = re.sub(rf":{job}\b", f":{successor}", dependency)
         order = ("update", f"JobId={dependent}", f"Dependency={moved}")
         slurm.check_output("scontrol", *order, patience=slurm.IN_A_JOB)
@@ -161,6 +162,7 @@ def are_enough_left(job: str, without: tuple[str, ...]) -> bool:
         found = re.search(r"TotalNodes=(\d+)", shown)
         total += int(found[1]) if found else 0
     lost = len(_expand(",".join(without)))
+    # A size that Slurm does not show is no reason to give up.
     return not total or total - lost >= int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
 
 
@@ -185,7 +187,7 @@ def requeue(job: str, *, without: tuple[str, ...] = ()) -> str:
 
 
 def check_nodes(run_folder: Path) -> Faults:
-    """Check all nodes of this job; fit nodes are left out.
+    """Check all nodes of this job; return the faults of the unfit ones.
 
     Raises:
         NoCheckError: the check could not be started at all.
@@ -234,10 +236,12 @@ def _run_checks(nodes: list[str], run_folder: Path) -> dict[str, Health]:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_HEALTH_SECONDS)
         output, complaint = done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
+        # Nodes that have answered by now are kept; the others hang. Bytes, in spite of `text`.
         late, output, complaint = True, (error.stdout or b"").decode(), ""
     # Other lines come from the site's login scripts.
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:
+        # srun itself failed, which says nothing about the nodes.
         if slurm.is_silence(complaint):
             raise slurm.no_answer(next(filter(slurm.is_silence, complaint.splitlines())))
         raise NoCheckError(f"the nodes could not be checked: {complaint.strip()}")

@@ -79,6 +79,7 @@ def require_resumable(config: TrainConfig) -> None:
     from pipeline.training.run_identity import require_same_run, run_identity
 
     checkpoints = RunDir(config.output_dir).checkpoints
+    # Without a name this is the folder of checkpoints, which is none itself.
     newest = checkpoints / (latest_name(checkpoints) or "")
     if not is_checkpoint(newest):
         return
@@ -151,6 +152,7 @@ def unscored_elements(config: EvaluateConfig) -> tuple[int, ...]:
         UserError: an export is missing.
     """
     results = ((element, read_result(element)) for element in list_elements(config))
+    # Of an element without a result every input counts as changed.
     return tuple(
         element.index
         for element, result in results
@@ -163,6 +165,7 @@ def is_reported(config: EvaluateConfig) -> bool:
     report = RunDir(config.output_dir).report / "report.json"
     if not report.is_file():
         return False
+    # Damaged, or JSON without keys: written again.
     with contextlib.suppress(ValueError, AttributeError):
         digest: object = json.loads(report.read_text()).get("results_digest")
         return digest == results_digest(config)
@@ -198,18 +201,18 @@ def synthesize_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
         return Chain(finished=(line,))
     folder = RunDir(synthesis.output_dir).jobs
     path = folder / f"synthesize-{short_hash(synthesis.config)}.yaml"
-    job = _exclusive_job("synthesize", folder, path, {path: synthesis.config})
+    job = _exclusive_job("synthesize", folder, {path: synthesis.config}, str(path))
     return Chain(jobs=(job,))
 
 
-def _exclusive_job(name: str, folder: Path, config: Path, files: dict[Path, str]) -> Job:
-    """Return the one job of a stage that reads a frozen config; no other may write its folder."""
+def _exclusive_job(name: str, folder: Path, files: dict[Path, str], *arguments: str) -> Job:
+    """Return the one job of a stage that reads frozen files; no other may write its folder."""
     return Job(
         name=name,
         script=f"{name}.sbatch",
         flags=f"{name.upper()}_FLAGS",
         folder=folder,
-        arguments=(str(config),),
+        arguments=arguments,
         files=files,
         exclusive=True,
     )
@@ -229,7 +232,7 @@ def prepare_chain(
     # Next to the shards: `prepare` refuses a folder that holds anything else.
     folder = tree.output_dir.with_name(f"{tree.output_dir.name}-jobs")
     path, files = frozen_config(folder, "prepare", tree)
-    job = _exclusive_job("prepare", folder, path, files)
+    job = _exclusive_job("prepare", folder, files, str(path))
     # `prepare` would refuse other shards too, but only after waiting in the queue.
     if is_prepared(tree) and not rows_follow:
         return Chain(finished=(f"prepare: {tree.output_dir} is whole",))
@@ -256,7 +259,7 @@ def mine_chain(
 
         if is_mined(tree):
             return Chain(finished=(f"mine: {tree.output} is whole",))
-    job = _exclusive_job("mine", folder, path, files)
+    job = _exclusive_job("mine", folder, files, str(path))
     return Chain(jobs=(job,))
 
 
@@ -286,15 +289,8 @@ def train_chain(
     path, files = frozen_config(folder, "train", tree)
     engine = _read_deepspeed(deepspeed)
     engine_path = folder / f"deepspeed-{short_hash(engine)}.json"
-    job = Job(
-        name="train",
-        script="train.sbatch",
-        flags="TRAIN_FLAGS",
-        folder=folder,
-        arguments=(str(path), "--deepspeed", str(engine_path)),
-        files={**files, engine_path: engine},
-        exclusive=True,
-    )
+    files[engine_path] = engine
+    job = _exclusive_job("train", folder, files, str(path), "--deepspeed", str(engine_path))
     return Chain(jobs=(job,))
 
 
@@ -315,6 +311,7 @@ def export_chain(
     for step in steps:
         name, run = f"export-{step.checkpoint}", RunDir(tree.output_dir)
         output = step.output or run.export
+        # No training changes the export of the untrained model.
         if (ready or step.checkpoint == "init") and is_exported(tree, step.checkpoint, output):
             finished.append(f"{name}: {output} exists")
             continue
@@ -354,6 +351,7 @@ def evaluate_chain(
     folder = RunDir(tree.output_dir).jobs
     path, files = frozen_config(folder, "evaluate", tree)
     left = unscored_elements(tree) if ready else tuple(range(len(list_elements(tree))))
+    # Waits for nothing yet: it is the whole chain where only the report is stale.
     report = _report(tree)
     if not left:
         line = f"evaluate: all {len(list_elements(tree))} elements of {tree.output_dir} are scored"
@@ -391,12 +389,14 @@ def report_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
 def whole_chain(config: Path, overrides: tuple[str, ...] = ()) -> Chain:
     """Return all jobs of an experiment."""
     tree = load_config(ChainConfig, config, overrides)
+    # Whether shards exist is then a question for the job that makes them.
     made = bool(tree.prepare or tree.mine)
     training = train_chain(tree.train, (), tree.deepspeed, shards_follow=made)
     chain = Chain()
     # A finished run does not need its shards any more.
     if tree.prepare and training.jobs:
         chain = synthesize_chain(tree.synthesize) if tree.synthesize else chain
+        # A stage without jobs is finished, so the next one checks its files now.
         chain = chain.then(prepare_chain(tree.prepare, rows_follow=bool(chain.jobs)))
     if tree.mine and training.jobs:
         chain = chain.then(mine_chain(tree.mine, shards_follow=bool(chain.jobs)))

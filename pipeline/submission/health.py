@@ -150,6 +150,7 @@ def main() -> None:
         return
     run_folder, scratch, num_gpus = sys.argv[1:]
     health = check_node(Path(run_folder), Path(scratch), int(num_gpus))
+    # Slurm's name of the node, by which `attribute_faults` knows it; the host's may differ.
     node = os.environ.get("SLURMD_NODENAME", "this node")
     print(f"{MARK} {node}: {json.dumps(dataclasses.asdict(health))}", flush=True)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import short_hash
 
+# The file that a site edits, if it is not slurm/cluster.env.
+SITE_VARIABLE = "DIFFEMBED_CLUSTER_ENV"
 # Flags on which a submission depends, by their short names.
 _SHORT = {
     **{"-J": "--job-name", "-o": "--output", "-e": "--error", "-d": "--dependency"},
@@ -124,6 +126,7 @@ def requested_gpus(flags: Sequence[Flag]) -> RequestedGpus:
     for resource in re.sub(r"\(.*?\)", "", last_value(flags, "--gres", "")).split(","):
         if not per_node and re.match(r"gpu(:|$)", resource):
             per_node = resource.removeprefix("gpu").removeprefix(":") or "1"
+    # `--gpus` counts those of the whole job, the other flags those of a node.
     total = last_value(flags, "--gpus", "") or last_value(flags, "-G", "")
     # [KIND:]NUMBER, and for --gres also KIND alone
     kind, _, number = (per_node or total).rpartition(":")
@@ -131,7 +134,7 @@ def requested_gpus(flags: Sequence[Flag]) -> RequestedGpus:
         kind, number = number, "1"
     count = _first_number(number)
     if not per_node and total:
-        count = -(-count // nodes)
+        count = -(-count // nodes)  # rounded up: Slurm may give some nodes fewer
     return RequestedGpus(nodes=nodes, per_node=count, kind=kind)
 
 
@@ -144,7 +147,8 @@ def _first_number(text: str) -> int:
 def expand_log(pattern: str, *, job: str, name: str) -> str:
     """Expand the path of a log in Slurm's notation to a pattern for a shell."""
     values = {"%": "%", "x": name, "j": job, "J": job, "A": job}
-    # Others, such as the element of an array or the node, are not known yet.
+    # Digits are a width, as in %4a. Other letters, such as the element's or the node's, are not
+    # known yet.
     return re.sub(r"%\d*([a-zA-Z%])", lambda found: values.get(found[1], "*"), pattern)
 
 
@@ -247,6 +251,7 @@ def batch_text(
         wanted = last_value((*site_flags, *own_flags), _DEPENDENCY, "")
         all_of = [f"{end}:{':'.join(after)}", *([wanted] if wanted else [])]
         submission += [f"{_DEPENDENCY}={','.join(all_of)}", "--kill-on-invalid-dep=yes"]
+        # It stands below, and would replace the joined one.
         own_flags = [flag for flag in own_flags if flag.name != _DEPENDENCY]
     # Below all directives: Slurm stops reading them at the first command.
     exports = [f"export {key}={shlex.quote(value)}" for key, value in (environment or {}).items()]
@@ -337,14 +342,14 @@ def read_site() -> Site:
     Raises:
         UserError: there is no such file, bash rejects it, or an array is missing.
     """
-    path = Path(os.environ.get("DIFFEMBED_CLUSTER_ENV", "slurm/cluster.env"))
+    path = Path(os.environ.get(SITE_VARIABLE, "slurm/cluster.env"))
     if not path.is_file():
         raise UserError(
             f"{path}: no such file",
             fix="go to the folder that holds slurm/, let `diffembed files` copy it here, or set "
             "DIFFEMBED_CLUSTER_ENV to the file",
         )
-    # Zero bytes separate the values, because flags may contain any other character.
+    # Zero bytes end the values, because flags may contain any other character; the last ends none.
     limit, *values = _run_site_file(path).split("\0")[:-1]
     if limit and not limit.isdecimal():
         raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or empty")
@@ -363,7 +368,9 @@ def _run_site_file(path: Path) -> str:
                 fix=f"run `sed -i 's/\\r$//' {path}`",
             )
         done = subprocess.run(
+            # Absolute: bash looks for a sourced name without a slash on PATH.
             ["bash", "-c", _SCRIPT, "bash", path.absolute(), *FLAG_ARRAYS],
+            # A file that asks a question fails at once, instead of waiting for an answer.
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -395,4 +402,5 @@ def _group(values: list[str]) -> dict[str, tuple[str, ...]]:
             found[-1].append(value)
         else:
             found.append([])
+    # Not strict: the list that the last empty value has begun stays empty.
     return {name: tuple(flags) for name, flags in zip(FLAG_ARRAYS, found, strict=False)}

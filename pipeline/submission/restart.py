@@ -40,6 +40,7 @@ from pipeline.submission.slurm import retry
 
 # The end of a start that recorded none.
 _UNKNOWN = "unknown: a node failed, or the job was killed"
+# Also for what the file of an earlier version lacks: the code may change between two starts.
 _START = {"time": "", "step": 0, "nodes": "", "end": _UNKNOWN, "unfit": False}
 
 
@@ -65,7 +66,7 @@ class History:
 
     def end(self, how: str, *, unfit: bool = False) -> None:
         """Record the end of the newest start; `unfit` if it never trained."""
-        for entry in self._starts[-1:]:
+        for entry in self._starts[-1:]:  # none if the file was damaged
             entry |= {"end": how, "unfit": unfit}
         write_json(self._path, self._starts)
 
@@ -193,6 +194,7 @@ def late(config: TrainConfig, job: str) -> None:
     The checkpoint that is being written is lost, earlier ones stay whole.
     """
     time.sleep(max(0, allocation.seconds_left(job) - _LAST_SECONDS))
+    # 75, as if the ranks had saved and stopped in time.
     end(config, job, 75, out_of_time=True, how="the save took longer than the time limit")
 
 

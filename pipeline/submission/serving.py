@@ -117,7 +117,8 @@ class Server:
         self, number: int, nodes: Sequence[str], model: str, folder: Path, flags: Sequence[str]
     ) -> None:
         job = int(os.environ["SLURM_JOB_ID"])
-        # Two jobs on one node must not meet; a server may use the next port, too.
+        # Two jobs on one node must not meet: each has 64 ports, two for each server, because a
+        # server of several nodes also uses the next one.
         self._port = _PORTS[(job * 64 + number * 2) % len(_PORTS)]
         self._number, self._nodes, self._model, self._flags = number, nodes, model, flags
         self.host = allocation.address(nodes[0])
@@ -131,7 +132,9 @@ class Server:
         self.starts += 1
         count = str(len(self._nodes))
         words = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
+        # The other nodes of a server serve nothing without the one that has ended.
         words += [f"--nodelist={','.join(self._nodes)}", "--kill-on-bad-exit=1", "--overlap"]
+        # By default a task gets one CPU. A server that is started again keeps its earlier log.
         words += [f"--cpus-per-task={os.environ['SLURM_CPUS_ON_NODE']}", "--open-mode=append"]
         # Slurm must not expand a % in the folder's name.
         words += [f"--output={str(self.log).replace('%', '%%')}", *self._flags]
@@ -140,7 +143,7 @@ class Server:
             [*words, "bash", "-c", _SERVER, "start_server", self._model],
             env={**os.environ, **own},
             stdin=subprocess.DEVNULL,
-            # Ctrl-C and the signals of a job reach this process first.
+            # In its own session: Ctrl-C and the signals of a job reach this process first.
             start_new_session=True,
         )
         log(f"server {self._number} starts on {','.join(self._nodes)}: {self.url}, log {self.log}")
@@ -157,6 +160,7 @@ class Server:
             with opener.open(f"{self.url}/models", timeout=5):
                 return True
         except urllib.error.HTTPError as error:
+            # 401 comes from a server that wants a key: this request has none.
             return error.code < 500
         except (OSError, ValueError):
             return False
@@ -174,7 +178,7 @@ class Server:
             self._process.terminate()
 
     def kill(self, deadline: float) -> None:
-        """End it at a deadline at the latest."""
+        """Wait for its end until a deadline, then kill it."""
         if self._process:
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -269,6 +273,7 @@ def run_stages(words: Sequence[str], synthesis: Synthesis, servers: Sequence[Ser
         entries = [{"url": server.url, "api_key_env": key} for server in servers]
         command.append(f"model.servers={json.dumps(entries)}")
     hosts = [server.host for server in servers]
+    # As for servers: signals reach this process first, which stops the synthesis before them.
     stages = subprocess.Popen(command, env=without_proxy(os.environ, hosts), start_new_session=True)
     try:
         while (code := stages.poll()) is None:

@@ -225,6 +225,7 @@ def list_jobs(ids: Iterable[str] = (), *, patience: float = AT_SUBMISSION) -> li
     Raises:
         UserError: Slurm does not answer.
     """
+    # All states: a job that was submitted a moment ago may have ended already.
     show = ("--noheader", "--states=all", f"--format={_FIELDS}")
     shown = check_output("squeue", "--me", *show, patience=patience)
     jobs = _parse_queue(shown)
@@ -261,6 +262,7 @@ def _parse_queue(shown: str) -> dict[str, QueuedJob]:
 
 def cancel(job: str) -> None:
     """Cancel a job that waits."""
+    # It may have ended since the queue was read.
     check_output("scancel", job, accepted="Invalid job id|already completing or completed")
 
 

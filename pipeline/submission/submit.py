@@ -22,6 +22,7 @@ from pipeline.files import write_text
 from pipeline.submission import chain, slurm
 from pipeline.submission.chain import Chain, evaluate_chain, export_chain
 from pipeline.submission.jobs import (
+    SITE_VARIABLE,
     Flag,
     Job,
     Site,
@@ -40,7 +41,6 @@ from pipeline.submission.slurm import (
     locked_records,
 )
 
-_SITE_FILE = "DIFFEMBED_CLUSTER_ENV"
 # Jobs whose folder `diffembed watch` describes, one of each folder.
 _WATCHED = ("synthesize", "train", "evaluate", "evaluate-embed")
 # In a path, Slurm takes the first as a request to expand nothing; the others end the line.
@@ -117,8 +117,10 @@ def submit(chain: Chain, submission: Submission) -> None:
         print(f"finished, not submitted: {line}")
     if not chain.jobs:
         return
+    # Before anything is written: a login node without Slurm ends here.
     settings = slurm.read_settings()
     folders = {job.folder for job in chain.jobs}
+    # Locked over comparison and submission: two people must not both find that a job is missing.
     with locked_records(folders, settings.get("ClusterName", "")) as records:
         queue = slurm.list_jobs(i for record in records.values() for i in record.ids())
         active = {folder: record.find(queue) for folder, record in records.items()}
@@ -156,6 +158,7 @@ def _compare(chain: Chain, active: Mapping[Path, Mapping[str, QueuedJob]]) -> _C
     new, replaced = [], []
     for job in chain.jobs:
         queued = active[job.folder].get(job.key)
+        # In the order of the chain, so that `kept` already has the jobs that this one waits for.
         if queued and _is_still_right(job, queued, kept):
             kept[job.name] = queued
             continue
@@ -208,7 +211,8 @@ def _require_acceptable(
 ) -> None:
     """Refuse the whole chain before any part of it is in the queue."""
     longest = max((len(job.array) and job.array[-1] for job in new), default=0)
-    limit = int(settings.get("MaxArraySize", "1001"))  # Slurm's default
+    # One more than the largest number of an element; 1001 by default.
+    limit = int(settings.get("MaxArraySize", "1001"))
     if longest and longest >= limit:
         raise UserError(
             f"an array with element {longest}",
@@ -217,6 +221,7 @@ def _require_acceptable(
             docs="trouble.md#array-size",
         )
     for job in new:
+        # The same stage with other arguments: both would write into one folder.
         others = [
             other
             for key, other in active[job.folder].items()
@@ -228,6 +233,7 @@ def _require_acceptable(
                 f"another config",
                 fix=f"wait, scancel {others[0].id}, or choose another output_dir",
             )
+        # Without the jobs that it waits for, which have no ids yet.
         slurm.check_text(job.name, _text(job, site, submission, ()))
 
 
@@ -247,9 +253,10 @@ def _text(job: Job, site: Site, submission: Submission, after: Sequence[str]) ->
             f"{str(job.folder)!r}: Slurm cannot write a log there",
             fix="choose an output_dir without backslashes and line breaks",
         )
+    # In the script, because `sbatch --export=NONE` would not pass them on.
     environment = {SCRIPT_VARIABLE: str(job.text_path.absolute())}
-    if _SITE_FILE in os.environ:
-        environment[_SITE_FILE] = str(site.path.absolute())
+    if SITE_VARIABLE in os.environ:
+        environment[SITE_VARIABLE] = str(site.path.absolute())
     return batch_text(
         job,
         script.read_text(),
@@ -356,13 +363,13 @@ def submit_command(
 def main(words: list[str]) -> None:
     """Submit the export and evaluation of a checkpoint, without finished or submitted jobs."""
     train, checkpoint, evaluate, *texts = words
-    chain = export_chain(Path(train), (), (ExportStep(checkpoint=checkpoint),))
+    exports = export_chain(Path(train), (), (ExportStep(checkpoint=checkpoint),))
     scores = evaluate_chain(
         Path(evaluate),
         text_elements=int(texts[0]) if texts else None,
-        ready=not chain.jobs,  # no export is left to make
+        ready=not exports.jobs,  # no export is left to make
     )
-    submit(chain.then(scores), Submission())
+    submit(exports.then(scores), Submission())
 
 
 if __name__ == "__main__":

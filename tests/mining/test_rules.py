@@ -15,6 +15,7 @@ from pipeline.mining.rules import (
     OUTCOMES,
     POSITIVE,
     Candidates,
+    Judged,
     Limits,
     apportion,
     choose,
@@ -51,6 +52,17 @@ def listed(documents: list[int], inside: list[bool] | None = None, bands: int = 
     )
 
 
+def judged(documents: list[int], scores: list[float], outcome: int = CANDIDATE) -> Judged:
+    """A list of documents with one outcome; candidates have the ranks 1, 2, ..."""
+    count = len(documents)
+    return Judged(
+        documents=np.array(documents),
+        scores=np.array(scores),
+        outcomes=np.full(count, outcome, np.int8),
+        ranks=np.arange(1, count + 1) * (outcome == CANDIDATE),
+    )
+
+
 def names(outcomes: Any) -> list[str]:
     return [OUTCOMES[outcome] for outcome in outcomes]
 
@@ -59,12 +71,12 @@ def test_ranks_count_only_documents_that_may_be_negatives() -> None:
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
     forbidden = np.array([CANDIDATE, POSITIVE, CANDIDATE, CANDIDATE, CANDIDATE], dtype=np.int8)
 
-    outcomes, ranks = judge(
-        config(window=WindowConfig(first=2, last=3)), scores, forbidden, Limits()
+    found = judge(
+        config(window=WindowConfig(first=2, last=3)), np.arange(5), scores, forbidden, Limits()
     )
 
-    assert ranks.tolist() == [1, 0, 2, 3, 4]
-    assert names(outcomes) == [
+    assert found.ranks.tolist() == [1, 0, 2, 3, 4]
+    assert names(found.outcomes) == [
         "before the window",
         "positive of the query",
         "candidate",
@@ -92,18 +104,15 @@ def test_a_relative_margin_of_a_negative_score_lies_below_it() -> None:
 
 
 def test_two_lists_are_merged_by_reciprocal_ranks_and_by_turns() -> None:
-    lists = [np.array([5, 6, 7]), np.array([8, 7])]
-    scores = [np.array([3.0, 2.0, 1.0]), np.array([9.0, 8.0])]
-    outcomes = [np.full(3, CANDIDATE, np.int8), np.full(2, CANDIDATE, np.int8)]
-    ranks = [np.array([1, 2, 3]), np.array([1, 2])]
+    lists = [judged([5, 6, 7], [3.0, 2.0, 1.0]), judged([8, 7], [9.0, 8.0])]
     fused: dict[int, float] = {}
     for part in lists:
-        for place, number in enumerate(part.tolist(), start=1):
+        for place, number in enumerate(part.documents.tolist(), start=1):
             fused[number] = fused.get(number, 0) + 1 / (60 + place)
     by_fusion = sorted(fused, key=lambda number: (-fused[number], number))
 
-    merged = merge(config(), lists, scores, outcomes, ranks)
-    turns = merge(config(merge="round_robin"), lists, scores, outcomes, ranks)
+    merged = merge(config(), lists)
+    turns = merge(config(merge="round_robin"), lists)
 
     assert merged.documents.tolist() == by_fusion == [7, 5, 8, 6]
     assert turns.documents.tolist() == [5, 8, 6, 7]
@@ -112,12 +121,9 @@ def test_two_lists_are_merged_by_reciprocal_ranks_and_by_turns() -> None:
 
 
 def test_a_document_that_one_list_refuses_is_no_candidate() -> None:
-    lists = [np.array([5, 6]), np.array([6])]
-    outcomes = [np.full(2, CANDIDATE, np.int8), np.array([POSITIVE], np.int8)]
+    lists = [judged([5, 6], [1.0, 1.0]), judged([6], [1.0], POSITIVE)]
 
-    merged = merge(
-        config(), lists, [np.ones(2), np.ones(1)], outcomes, [np.array([1, 2]), np.array([0])]
-    )
+    merged = merge(config(), lists)
 
     assert merged.documents.tolist() == [5]
 
