@@ -28,7 +28,7 @@ from pipeline.watch import recognise, render
 from pipeline.watch.chains import STAGES
 from pipeline.watch.logs import read_log
 from pipeline.watch.runs import Metrics, describe_run
-from pipeline.watch.view import View, duration, page, thin
+from pipeline.watch.view import View, duration, oldest_first, page, thin
 from ReasonAug.synthesis.stages import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,6 +325,30 @@ def test_scores_without_any_config_are_not_taken_for_all_of_an_evaluation(
     assert look(config).state == "not finished"
     finish(elements[7], 0.1)
     assert look(config).state == "finished"
+
+
+@pytest.mark.parametrize("key", ["output_dir", "output", "store"])
+def test_a_path_with_an_unset_variable_is_one_line(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    config = tmp_path / "mine.yaml"
+    tree = {"data": "a", "retrievers": [{"name": "a", "path": "bm25"}], "output": "b"}
+    if key == "output_dir":
+        tree = {"num_steps": 1, "model": {"path": "a"}, "data": {"path": "b"}}
+    config.write_text(json.dumps({**tree, key: "$NOT_SET/run"}))
+
+    with pytest.raises(UserError, match=rf"{key}: '\$NOT_SET/run' .*a path without \$NOT_SET"):
+        recognise(config)
+
+
+def test_files_of_one_time_keep_their_order(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("first", "second", "third", "gone")]
+    for number, path in enumerate(paths[:3]):
+        path.touch()
+        os.utime(path, (0, 1_000 if number < 2 else 500))
+
+    assert [path.name for path in oldest_first(paths)] == ["third", "first", "second", "gone"]
 
 
 def test_scores_made_during_training_are_in_the_runs_own_view(tmp_path: Path) -> None:

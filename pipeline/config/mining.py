@@ -281,6 +281,9 @@ class MineConfig:
         ):
             names = [entry.name for entry in entries]
             require(len(set(names)) == len(names), key, names, "names that differ")
+        # The name of the teacher in the manifest's list of models.
+        taken = self.teacher is not None and any(r.name == "teacher" for r in self.retrievers)
+        require(not taken, "retrievers.name", "teacher", "another name: `teacher` has this one")
         require(
             (self.choose == "bands") == bool(self.bands),
             "bands",

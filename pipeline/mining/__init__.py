@@ -170,14 +170,12 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
     """
     mining = Mining(config)
     target = resolve_target(config.output, key="output")
-    # The memory of these models limits the number of processes; without any, all cores are used.
-    exports = [Path(r.path) for r in config.retrievers if Path(r.path).is_dir()]
     # By the main worker alone, and once: it reads the inputs.
     plan = functools.cache(functools.partial(plan_mining, config))
     with build_alone(
         target,
         key="output",
-        num_workers=num_workers or (processes_here(exports) if exports else None),
+        num_workers=num_workers or _num_processes(config),
         is_done=lambda: _is_done(mining, plan(), target),
         start=lambda: _start_or_continue(mining, plan(), target),
         say=_say,
@@ -188,6 +186,16 @@ def mine(config: MineConfig, *, num_workers: int | None = None) -> Path:
             if workers.is_main:
                 _finish(mining)
     return config.output
+
+
+def _num_processes(config: MineConfig) -> int | None:
+    """Return how many processes the memory of the models allows; None without any: all cores."""
+    folders = [
+        Path(local_folder(r.path, key="retrievers")) for r in config.retrievers if not is_bm25(r)
+    ]
+    if config.teacher is not None and config.teacher.path is not None:
+        folders.append(Path(local_folder(config.teacher.path, key="teacher.path")))
+    return processes_here(folders) if folders else None
 
 
 def _say(text: str) -> None:

@@ -150,7 +150,8 @@ class Mining:
     @property
     def plan_path(self) -> Path:
         """The plan, next to the folder of the shards to be, which a start may delete."""
-        return self.building.with_name(f".{self.config.output.name}.plan.json")
+        target = self.config.output.resolve()
+        return target.with_name(f".{target.name}.plan.json")
 
     @functools.cached_property
     def plan(self) -> MinePlan:

@@ -257,17 +257,19 @@ def _restore(
     before: list[str] = decode([row[:n] for row, n in zip(rows, counts.tolist(), strict=True)])
     template = mining.source.template
     return [
-        (whole, *_split(template, role, whole, head, tail, instruction))
+        (whole, *divide_text(template, role, whole, head, tail, instruction))
         for whole, head, tail, instruction in zip(wholes, before, behind, instructions, strict=True)
     ]
 
 
-def _split(
+def divide_text(
     template: Template, role: str, whole: str, head: str, tail: str, instruction: str
 ) -> tuple[str, str]:
     """Return the text without its template, and its instruction."""
-    # Documents, and queries of a group with several: the instruction is in the text alone.
-    if head and not instruction:
+    # Documents, and queries of a group with several: the instruction is in the text alone. A query
+    # template that starts with it would match the plain prefix of a document, too.
+    own = role == "documents" and _same_letters(head, template.document_prefix())
+    if head and not instruction and not own:
         instruction = _read_instruction(template, head)
     if role == "queries":
         prefix, suffix = template.query_prefix(instruction), template.query_suffix()
@@ -278,6 +280,12 @@ def _split(
     is_whole = whole.startswith(prefix)
     text = whole.removeprefix(prefix) if is_whole else tail.removeprefix(" ")
     return text.removesuffix(suffix), instruction
+
+
+def _same_letters(one: str, other: str) -> bool:
+    """Compare texts without spaces and case, which a tokenizer may change."""
+    first, second = ("".join(text.split()).casefold() for text in (one, other))
+    return first == second
 
 
 def _read_instruction(template: Template, head: str) -> str:

@@ -51,10 +51,10 @@ def output_dir(config: Path) -> Path:
         UserError: the file cannot be read, or sets none.
     """
     tree = read_tree(config)
-    found = tree.get("output_dir", tree.get("output"))
-    if not isinstance(found, str):
+    key = "output_dir" if "output_dir" in tree else "output"
+    if not isinstance(found := tree.get(key), str):
         raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
-    return _expanded(found, config, "output_dir")
+    return _expanded(found, config, key)
 
 
 def _expanded(path: str, config: Path, key: str) -> Path:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.config import BandConfig, MarginConfig, MineConfig, RetrieverConfig, WindowConfig
+from pipeline.config import (
+    BandConfig,
+    MarginConfig,
+    MineConfig,
+    RetrieverConfig,
+    Template,
+    WindowConfig,
+)
 from pipeline.errors import UserError
+from pipeline.mining.plan import Mining
 from pipeline.mining.rules import (
     CANDIDATE,
     OUTCOMES,
@@ -22,6 +31,7 @@ from pipeline.mining.rules import (
     judge,
     merge,
 )
+from pipeline.mining.texts import divide_text
 
 BANDS = (
     BandConfig(name="hard", last=4, share=0.5),
@@ -180,6 +190,10 @@ def test_shares_are_apportioned_without_remainder(total: int) -> None:
         ({"negatives": 9, "candidates": 3}, "at least 9"),
         ({"teacher": {"kind": "endpoint", "path": "a"}}, "url for an endpoint"),
         ({"teacher": {"path": "a", "vectors": True}}, "for a bi_encoder only"),
+        (
+            {"teacher": {"path": "a"}, "retrievers": [{"name": "teacher", "path": "bm25"}]},
+            "`teacher` has this one",
+        ),
     ],
 )
 def test_contradictions_of_a_config_are_refused(changes: dict[str, Any], found: str) -> None:
@@ -188,3 +202,33 @@ def test_contradictions_of_a_config_are_refused(changes: dict[str, Any], found: 
     tree = {"data": "a", "output": "b", "retrievers": [{"name": "one", "path": "bm25"}], **changes}
     with pytest.raises(UserError, match=found):
         build_config(MineConfig, tree, origin="config")
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "head", "given", "wanted"),
+    [
+        # The prefix of every document is no instruction, whatever the queries' template matches.
+        ("{instruction} {text}", "documents", "passage:", "", ("a lake", "")),
+        ("{instruction} {text}", "documents", "Passage :", "", ("a lake", "")),
+        ("{instruction} {text}", "documents", "Find it", "", ("a lake", "Find it")),
+        ("{instruction} {text}", "queries", "Find it", "", ("a lake", "Find it")),
+        ("Do: {instruction} {text}", "documents", "Do: find it", "", ("a lake", "find it")),
+        ("Do: {instruction} {text}", "documents", "passage:", "", ("a lake", "")),
+        ("Do: {instruction} {text}", "queries", "Do: find it", "find it", ("a lake", "find it")),
+    ],
+)
+def test_a_decoded_text_is_divided_from_its_template(
+    template: str, role: str, head: str, given: str, wanted: tuple[str, str]
+) -> None:
+    both = Template(query=template, document="passage: {text}")
+
+    assert divide_text(both, role, f"{head} a lake", head, " a lake", given) == wanted
+
+
+def test_the_plan_of_a_linked_output_lies_where_the_shards_are_built(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    mining = Mining(dataclasses.replace(config(), output=tmp_path / "link"))
+
+    assert mining.plan_path.name == ".real.plan.json"
+    assert mining.building.name == ".real.building"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ from pipeline.planning.memory import (
 from pipeline.planning.shape import ModelShape, read_architecture, saved_by_layer
 from pipeline.training.collectives import buffer_bytes
 from pipeline.training.ds_config import resolve_ds_config
+from tests.model.model_support import CASES, save_model
 from tests.tiny_models import tiny_starter
 
 QWEN_7B = {
@@ -94,6 +96,26 @@ def test_known_sizes_of_a_7b_model_come_out() -> None:
     assert sweep["gathered: gather buffer"] == buffer_bytes(128)
     # 500 million elements of DeepSpeed's bucket.
     assert memory["buckets: reduce bucket"] == 1e9
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2", "llama"])
+def test_a_continued_adapter_counts_as_a_fresh_one(kind: str, tmp_path: Path) -> None:
+    """Layers of one name differ in size: three of a BERT block are called `dense`."""
+    folder = save_model(CASES[kind][0], tmp_path / "model")
+    fresh = ModelConfig(path=str(folder), lora=LoraConfig(rank=3, targets="all-linear"))
+    encoder = build_encoder(fresh, meta=False)
+    encoder.save_adapter(tmp_path / "adapter")
+    continued = ModelConfig(
+        path=str(folder), adapter=str(tmp_path / "adapter"), adapter_use="continue"
+    )
+
+    found = ModelShape.of(build_encoder(continued, meta=True), continued).adapters
+    wanted = ModelShape.of(encoder, fresh).adapters
+
+    assert found is not None and wanted is not None
+    key = operator.attrgetter("name", "inputs", "outputs")
+    assert sorted(found.linears, key=key) == sorted(wanted.linears, key=key)
+    assert (found.rank, found.dropout) == (wanted.rank, wanted.dropout)
 
 
 def test_a_layer_of_7b_saves_what_was_measured_on_its_proportions() -> None:
