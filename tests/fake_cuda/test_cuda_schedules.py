@@ -131,7 +131,7 @@ def test_gradients_equal_the_plain_ones_of_the_cpu_and_nothing_waits_within_a_pa
     else:  # rounding of a tiny random model turns its gradient, but does not reverse it
         flat = [torch.cat([g[name].flatten() for name in wanted]) for g in (ours, wanted)]
         assert torch.cosine_similarity(*flat, dim=0) >= 0.8
-    assert float(found.loss) == pytest.approx(float(output.loss), rel=1e-5 if exact else 0.1)
+    assert float(found.loss) == pytest.approx(float(output.loss), rel=1e-5 if exact else 0.15)
     if not case["tiles"]:
         more = len(loss.matryoshka_dims) + loss.symmetric  # tiles that are searched
         assert record.num_syncs <= MAX_SYNCS[schedule] + more, dict(record.syncs)
