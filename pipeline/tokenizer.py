@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from pipeline.config import (
+    MODEL_PATHS,
     POOLINGS,
     ModelConfig,
     Template,
@@ -106,7 +107,7 @@ def load_model_tokenizer(path: str) -> Any:
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
             f"model.path: no config.json in {path}",
-            allowed="a folder in Hugging Face layout, or a model name in the local cache",
+            allowed=MODEL_PATHS,
             fix="it holds an adapter: name its base here, and this folder as model.adapter"
             if adapter
             else "name the folder that holds the whole model",

@@ -44,6 +44,7 @@ from pipeline.config.mining import (
     WindowConfig,
 )
 from pipeline.config.model import (
+    MODEL_PATHS,
     POOLING_FLAGS,
     POOLINGS,
     Attention,

@@ -109,6 +109,10 @@ def _read(path: str, name: str, revision: str | None) -> Any:
         return None
 
 
+# What `model.path` may be.
+MODEL_PATHS = "a folder in Hugging Face layout, or a model name in the local cache"
+
+
 def require_model_path(path: str, *, key: str) -> None:
     """Refuse a path without a folder; a possible name on the hub is left to the hub's client.
 
@@ -124,15 +128,14 @@ def require_model_path(path: str, *, key: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    allowed = "a folder in Hugging Face layout, or a model name in the local cache"
     if Path(path).exists():
-        raise UserError(f"{key}: {path} is a file", allowed=allowed, fix="name its folder")
+        raise UserError(f"{key}: {path} is a file", allowed=MODEL_PATHS, fix="name its folder")
     try:
         validate_repo_id(path)
     except HFValidationError:
         found = f"{key}: {path}: no such folder"
         fix = f"correct {key}, or put the folder back"
-        raise UserError(found, allowed=allowed, fix=fix) from None
+        raise UserError(found, allowed=MODEL_PATHS, fix=fix) from None
 
 
 def model_fix(path: str) -> str:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from pipeline.config import Template
 from pipeline.data.order import Group
 from pipeline.errors import UserError
-from pipeline.files import check_kind, read_json, unseal, write_sealed
+from pipeline.files import check_kind, hash_file, read_json, unseal, write_sealed
 from pipeline.tokenizer import TokenizerInfo
 
 VERSION = 2
@@ -38,6 +38,11 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path, rows: int) -> ShardInfo:
+        """Describe a file that is written."""
+        return cls(file=path.name, rows=rows, bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

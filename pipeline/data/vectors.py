@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.manifest import ShardInfo, find_rows, require_files
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, hash_file
+from pipeline.files import atomic_path
 
 VECTORS_FOLDER = "vectors"
 _DTYPE = np.dtype("<f2")  # little-endian fp16, whatever the machine
@@ -66,7 +66,7 @@ def write_teacher_vectors(
             file.write(_to_unit(block, first=written, path=path).astype(_DTYPE).tobytes())
             written += len(block)
         assert written == rows, (path, written, rows)
-    return ShardInfo(file=name, rows=rows, bytes=path.stat().st_size, sha256=hash_file(path))
+    return ShardInfo.of(path, rows)
 
 
 def _to_unit(vectors_RW: NDArray[Any], *, first: int, path: Path) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, SourceConfig
-from pipeline.data.sources.containers import plan_blocks, read_records
+from pipeline.data.sources.containers import read_file
 from pipeline.data.sources.corpus import (
     corpus_records,
     folder_part,
@@ -405,9 +405,7 @@ def _query_of(record: Record) -> tuple[object, object]:
 
 def _records(source: SourceConfig, part: str, bad: BadRecords) -> Iterator[Record]:
     for file in folder_part(source, part):
-        # One block per file: all of it is read anyway.
-        for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
-            yield from read_records(block, split=None, on_bad=bad.add)
+        yield from read_file(file, split=None, on_bad=bad.add)
 
 
 def _query_columns(queries: dict[str, Record]) -> dict[str, list[Any]]:

@@ -36,7 +36,6 @@ from pipeline.data.sources.records import BadRows, refuse_bad_rows, stable_hash
 from pipeline.errors import UserError
 from pipeline.files import (
     batch_writer,
-    hash_file,
     load_arrays,
     read_batch,
     save_arrays,
@@ -106,14 +105,7 @@ def read_corpora(mining: Mining, task: int) -> None:
             pa.array([count for _, _, count in rows], pa.int32()),
         ]
         write_table(path, pa.table(columns, schema=DOCUMENT_SCHEMA))
-        shards.append(
-            ShardInfo(
-                file=path.name,
-                rows=len(rows),
-                bytes=path.stat().st_size,
-                sha256=hash_file(path),
-            )
-        )
+        shards.append(ShardInfo.of(path, len(rows)))
         sizes = np.array([len(tokens) for _, tokens, _ in rows])
         lengths = lengths.plus(LengthHistogram.of(sizes, manifest.max_document_length))
     # Last: it means that the step is done, also where the config names no corpora.

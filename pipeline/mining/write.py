@@ -38,7 +38,7 @@ from pipeline.data.shards import (
 )
 from pipeline.data.vectors import vector_file, write_teacher_vectors
 from pipeline.errors import UserError, say_warning
-from pipeline.files import hash_file, map_vectors, read_record, save_arrays, write_sealed
+from pipeline.files import map_vectors, read_record, save_arrays, write_sealed
 from pipeline.mining.audit import RATIO_BINS, count_ratios, write_audit
 from pipeline.mining.pick import read_picked, source_of_examples
 from pipeline.mining.plan import Mining, delete_and_mine, once
@@ -101,12 +101,7 @@ def write_shard(mining: Mining, task: int) -> None:
 def _summarise(
     mining: Mining, task: int, rows: _Rows, ratios: NDArray[np.int64], path: Path
 ) -> None:
-    shard = ShardInfo(
-        file=path.name,
-        rows=len(rows.negatives),
-        bytes=path.stat().st_size,
-        sha256=hash_file(path),
-    )
+    shard = ShardInfo.of(path, len(rows.negatives))
     summary = mining.summary("examples", task)
     # Before the summary, whose existence means that the shard and these counts are written.
     save_arrays(

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging
 
-from pipeline.config import ModelConfig, model_fix, require_model_path
+from pipeline.config import MODEL_PATHS, ModelConfig, model_fix, require_model_path
 from pipeline.errors import UserError, blame
 from pipeline.model.adapters import Merge, plan_merge
 from pipeline.model.architectures import (
@@ -185,7 +185,7 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
     require_model_path(config.path, key="model.path")
     with blame(
         f"model.path: cannot read a config.json from {config.path!r}",
-        allowed="a folder in Hugging Face layout, or a model name in the local cache",
+        allowed=MODEL_PATHS,
         fix=model_fix(config.path),
     ):
         # Not AutoConfig: for an unknown model_type it would look for code in the folder.

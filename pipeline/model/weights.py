@@ -36,7 +36,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from pipeline import comm
-from pipeline.config import ModelConfig, model_fix, require_model_path
+from pipeline.config import MODEL_PATHS, ModelConfig, model_fix, require_model_path
 from pipeline.errors import UserError, blame, say_warning
 from pipeline.model.export_folder import is_export
 
@@ -429,7 +429,7 @@ def _base_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     if settings is None:
         raise UserError(
             f"model.path: cannot read a config.json from {config.path!r}",
-            allowed="a folder in Hugging Face layout, or a model name in the local cache",
+            allowed=MODEL_PATHS,
             fix=model_fix(config.path),
             docs="trouble.md#no-model",
         )

@@ -27,7 +27,6 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.order import Group
 from pipeline.data.shards import DOCUMENT_SCHEMA, EXAMPLE_SCHEMA, write_table
-from pipeline.files import hash_file
 from pipeline.tokenizer import TokenizerInfo
 
 
@@ -174,9 +173,9 @@ def _write(
 ) -> ShardInfo:
     """Write an Arrow file with these columns; others of the schema are zeros and empty lists."""
     arrays = [_column(field, columns.get(field.name), rows) for field in schema]
-    write_table(folder / name, pa.table(arrays, schema=schema))
     path = folder / name
-    return ShardInfo(file=name, rows=rows, bytes=path.stat().st_size, sha256=hash_file(path))
+    write_table(path, pa.table(arrays, schema=schema))
+    return ShardInfo.of(path, rows)
 
 
 def _column(field: pa.Field, values: Any, rows: int) -> pa.Array:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import EvaluateConfig, OwnTask, Role, SourceConfig
 from pipeline.data.manifest import LengthHistogram
-from pipeline.data.sources.containers import plan_blocks, read_records
+from pipeline.data.sources.containers import plan_blocks, read_file, read_records
 from pipeline.data.sources.corpus import corpus_records, folder_part
 from pipeline.data.sources.paths import list_files
 from pipeline.data.sources.records import BadRecords
@@ -199,12 +199,10 @@ def _own_sizes(own: OwnTask) -> TaskSizes:
     documents = [text for _, text, _ in corpus_records(source, on_bad=bad.add)]
     queries = []
     for file in folder_part(source, "queries"):
-        # One block: the whole file is read anyway.
-        for block in plan_blocks(file, split=None, block_bytes=2**62, max_rows=None):
-            for record in read_records(block, split=None, on_bad=bad.add):
-                value = record.value
-                words = [value.get("text") or value.get("query"), value.get("instruction")]
-                queries.append(" ".join(str(word) for word in words if word))
+        for record in read_file(file, split=None, on_bad=bad.add):
+            value = record.value
+            words = [value.get("text") or value.get("query"), value.get("instruction")]
+            queries.append(" ".join(str(word) for word in words if word))
     bad.refuse()
     return TaskSizes(
         documents=Texts.counted(estimate_tokens(documents)),

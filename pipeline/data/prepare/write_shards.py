@@ -49,7 +49,7 @@ from pipeline.data.prepare.holdout import write_holdout
 from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import source_note
 from pipeline.errors import UserError
-from pipeline.files import atomic_path, hash_file, write_json, write_text
+from pipeline.files import atomic_path, write_json, write_text
 
 # For each shard its kind, and the rows of the steps' tables that it holds.
 Layout = list[tuple[Literal["documents", "examples"], list[RowRange]]]
@@ -153,12 +153,7 @@ def pack_shard(build: Build, task: int) -> None:
     list_name, limit = "tokens", build.config.max_document_length
     if kind == "examples":
         list_name, limit = "query", build.config.max_query_length
-    info = ShardInfo(
-        file=path.name,
-        rows=packed.num_rows,
-        bytes=path.stat().st_size,
-        sha256=hash_file(path),
-    )
+    info = ShardInfo.of(path, packed.num_rows)
     lengths = LengthHistogram.of(np.diff(packed.column(list_name).offsets.to_numpy()), limit)
     build.write_summary(task, PackSummary(shard=info, lengths=lengths))
 
