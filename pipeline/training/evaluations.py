@@ -229,7 +229,8 @@ def _submit(folder: Path, command: list[str]) -> None:
 def _script(commands: list[list[str]], *, lock: Path) -> str:
     """Join commands to a script that waits for the lock and stops at the first failure."""
     steps = " && ".join(map(shlex.join, commands))
-    # One checkpoint at a time, behind training: a slow evaluation must not pile up.
+    # One checkpoint at a time, behind training: a slow evaluation must not pile up. File 9 holds
+    # the lock until the script and all its commands have ended.
     return f"exec 9>{shlex.quote(str(lock))}; flock 9; renice -n 15 $$ >/dev/null; {steps}"
 
 
