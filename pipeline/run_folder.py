@@ -21,7 +21,6 @@ layout of checkpoints/.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -35,6 +34,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+# pydantic takes the TypedDict of `typing` from Python 3.12 on only.
 from typing_extensions import TypedDict
 
 from pipeline.config import CheckpointConfig, dump_config
@@ -162,6 +162,7 @@ def _is_own_config(path: Path) -> bool:
     if not path.is_file():
         return False
     text = path.read_text(errors="replace")
+    # What a run writes has no comments: those would be a user's.
     in_run = path.with_name("environment.json").is_file() and path.with_name("lock").is_file()
     return text.startswith(OWN_CONFIG) or (in_run and "#" not in text)
 
@@ -194,7 +195,7 @@ def _git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package may lie in the repository of another project.
+        # An installed package may be inside the repository of another project.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
         commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
@@ -378,7 +379,7 @@ def checkpoint_digest(path: Path) -> str:
 
     The name is not enough: a run that was rewound writes other checkpoints of the same names.
     """
-    return hashlib.sha256((path / _STATE).read_bytes()).hexdigest()[:16]
+    return hash_file(path / _STATE)[:16]
 
 
 def partial_folder(path: Path) -> Path:

@@ -58,7 +58,7 @@ _GPU_WORDS = {
     "a100-80": ("a100", "80"),
     "a100-40": ("a100", "40"),
 }
-# The rest is lost between blocks of torch's allocator, as `comm.least_memory` assumes.
+# The rest is lost between blocks of torch's allocator.
 USABLE = 0.9
 # Driver, kernels and cuBLAS's workspace: 0.5 to 1.3 GiB by driver and GPU.
 CUDA_CONTEXT = 1.0 * GIB
