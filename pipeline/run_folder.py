@@ -132,6 +132,7 @@ class RunDir:
             UserError: the other training still runs.
         """
         self.root.mkdir(parents=True, exist_ok=True)
+        # For appending: truncating it would erase the holder's name, which the error below gives.
         lock = (self.root / "lock").open("a+")
         deadline = time.monotonic() + patience_seconds
         while not try_lock(lock):

@@ -157,7 +157,8 @@ class Reduction:
             return
         if self._stage == 3:
             for dtype in zero.ipg_buckets:
-                # Python's name of a private method: no public one sends a bucket that is not full.
+                # Python's name of a private method: the public one that sends a bucket before it is
+                # full also ends the step.
                 zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
             return
         zero.reduce_ipg_grads()

@@ -49,8 +49,8 @@ from pipeline.training.schedules import (
     untied_head,
 )
 
-# Scores and their gradient in the model's type, and in float32 the scores, their logarithm, and
-# the gradient.
+# Scores and their gradient in bfloat16, and in float32 the scores, their logarithm, and the
+# gradient: 2 + 2 + 4 + 4 + 4.
 _BYTES_PER_SCORE = 16
 
 

@@ -73,6 +73,7 @@ class Partitions(Placement):
         """Keep this rank's partitions of rank 0's weights; a collective call."""
         from deepspeed.utils import groups
 
+        # `Init` gives its parameters the methods by which the later pieces are cut up too.
         if self._partitioned is None:
             self._deepspeed.zero.Init(
                 module=torch.nn.ParameterList(parameters),
