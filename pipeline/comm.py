@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import launch
-from pipeline.errors import DiffembedError, UserError, explain_os_error
+from pipeline.errors import DiffembedError, UserError, explain_os_error, say_line
 from pipeline.launch import World
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def device_name() -> str:
 
 
 def least_memory(world: World) -> float:
-    """Return the bytes every rank may plan with: 9/10 of the smallest GPU, or of a rank's RAM.
+    """Return the bytes of the smallest GPU, or of a rank's share of RAM where there is none.
 
     A collective call once the group is joined: ranks that planned with different numbers would
     choose different schedules and wait for each other.
@@ -146,13 +146,14 @@ def least_memory(world: World) -> float:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         # Ranks of one host share its memory.
         total = ram / int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    return _reduce_numbers((0.9 * total,), "min")[0]
+    return _reduce_numbers((total,), "min")[0]
 
 
 def peak_memory() -> float:
     """Return the most bytes this rank has held: on its GPU, or on the host where it has none."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
+    # Linux counts KiB.
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -224,8 +225,8 @@ def together() -> Iterator[None]:
         results = all_gather_object(found)
         if error is not None:
             raise error
-        rank, (by_user, text) = next((r, result) for r, result in enumerate(results) if result)
-        raise UserError(text) if by_user else DiffembedError(f"rank {rank}: {text}")
+        first, (by_user, text) = next((r, result) for r, result in enumerate(results) if result)
+        raise UserError(text) if by_user else DiffembedError(f"rank {first}: {text}")
 
 
 def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -349,6 +350,7 @@ class _Failures:
         self._ending.acquire()  # never released: where the watcher has it, it ends this process
         line = f"rank {self._world.rank}: {line}"
         try:
+            # Sets the line only where there is none; answers with the line that is there then.
             first: str = self._store.compare_set(self._KEY, "", line).decode()
             if first == line:
                 self._outlast(self._store, self._world.world_size - 1)
@@ -362,7 +364,7 @@ class _Failures:
 
     def _outlast(self, store: Any, num_others: int) -> None:
         """Keep the process that may hold the store until the others have read the line."""
-        for _ in range(100):
+        for _ in range(100):  # 10 s at most: a rank that has ended already reads nothing
             if self._world.rank != 0 or store.add(self._SEEN, 0) >= num_others:
                 return
             time.sleep(0.1)
@@ -376,7 +378,7 @@ class _Failures:
                     continue
                 line = store.get(self._KEY).decode()
                 if self._ending.acquire(blocking=False):
-                    print(line, file=sys.stderr, flush=True)
+                    say_line(line, file=sys.stderr)
                     store.add(self._SEEN, 1)
                     self._outlast(store, self._world.world_size - 1)
                     sys.stdout.flush()

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 
 class DiffembedError(Exception):
@@ -136,9 +137,15 @@ def several(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def say_line(text: str, *, file: TextIO | None = None) -> None:
+    """Print one line of a run's log, by default on stdout; a log on a full disk ends no run."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
 def say_warning(message: str) -> None:
     """Print one line on stderr about something left out or replaced, and carry on."""
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+    say_line(f"WARNING: {message}", file=sys.stderr)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -148,6 +155,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def is_out_of_device_memory(error: BaseException) -> bool:
     """Return True for errors of torch, cuBLAS or NCCL about a GPU without free memory."""
+    # By name and text, because nothing here may import torch, which takes seconds.
     texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 2 'out of")
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -171,6 +179,7 @@ def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
     except (DiffembedError, MemoryError):
         raise
     except BaseException as error:
+        # The panics of libraries in Rust are no `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         lines = str(error).strip().splitlines()
@@ -180,11 +189,12 @@ def blame(found: str, *, allowed: str = "", fix: str = "") -> Iterator[None]:
 
 def say_error(error: DiffembedError) -> None:
     """Print an error of this package as one line on stderr."""
-    print(describe_error(error), file=sys.stderr, flush=True)
+    say_line(describe_error(error), file=sys.stderr)
 
 
 def describe_error(error: DiffembedError) -> str:
     """Return an error of this package as one line."""
+    # Kinds of UserError differ for the code that catches them, not for the user.
     name = "UserError" if isinstance(error, UserError) else type(error).__name__
     return f"{name}: {error}"
 

@@ -109,7 +109,7 @@ def resolve_target(folder: Path, *, key: str) -> Path:
         raise UserError(
             f"{key}: {folder} is where a file system is mounted", fix="name a folder inside it"
         )
-    # The names of the helper folders are longer by this much.
+    # Of the 255 bytes that file systems allow, less what the names of helper folders add.
     longest = 255 - len(".building-00000000-0000-000")
     if len(os.fsencode(target.name)) > longest:
         raise UserError(f"{key}: {folder}", allowed=f"a name of at most {longest} bytes")
@@ -153,11 +153,8 @@ def require_writable(folder: str | Path, *, key: str) -> None:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def short_hash(*parts: str) -> str:
@@ -366,7 +363,7 @@ def _hash_arrays(arrays: dict[str, NDArray[Any]]) -> bytes:
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write one array as a npy file atomically."""
+    """Write one array as an npy file atomically."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
@@ -390,7 +387,7 @@ def map_vectors(path: Path, *, fix: str) -> NDArray[Any]:
         end = vectors_ND.offset + vectors_ND.nbytes
         with path.open("rb") as file:
             file.seek(end)
-            seal = file.read(64)
+            seal = file.read(64)  # more than a digest has, to notice what was appended
         whole = hashlib.sha256(vectors_ND.tobytes()).digest() == seal
         if not whole or vectors_ND.ndim != 2:
             raise UserError(f"{path}: damaged (its content does not match its hash)", fix=fix)
@@ -461,6 +458,7 @@ def try_lock(file: TextIO) -> bool:
 
 def sign_lock(lock: TextIO) -> None:
     """Write into a held lock file which process holds it."""
+    # Opened for appending, so the next write begins at the new end.
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()

@@ -24,9 +24,10 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import DiffembedError, UserError, several
+from pipeline.errors import DiffembedError, UserError, say_line, several
 
-# Variables that hold rank, world size and local rank, by launcher.
+# Variables that hold rank, world size and local rank, by launcher. Where srun or mpirun starts one
+# torchrun per host, a rank has the variables of both: torchrun's come first.
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": (
@@ -36,6 +37,7 @@ _LAUNCHERS = {
     ),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
+# Of NVIDIA's driver, and of AMD's.
 _GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
 
 
@@ -92,12 +94,14 @@ def local_ranks(environ: Mapping[str, str] | None = None) -> int:
     env = os.environ if environ is None else environ
     if "SLURM_CPUS_PER_TASK" in env and "SLURM_STEP_NUM_TASKS" in env:
         return 1  # Slurm has given each rank its own cores
+    # Of torchrun, deepspeed and Open MPI.
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if name in env:
             return max(1, _number(env, name))
     return 1
 
 
+# Variables that make a process a rank of a launcher, an MPI job or a Slurm step.
 _RANK_VARIABLES = re.compile(
     r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
     r"|MASTER_(ADDR|PORT)"
@@ -128,11 +132,13 @@ def requested_gpu(
         devices: files of which a machine with a GPU has one.
     """
     env = os.environ if environ is None else environ
+    # NoDevFiles is what Slurm sets in a job without GPUs.
     hidden = env.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
     if hidden or env.get("DS_ACCELERATOR") == "cpu":
         return ""
     found = [device for device in devices if Path(device).exists()]
     granted = [name for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS") if env.get(name)]
+    # A job without GPUs may run on a host that has some.
     if not found or ("SLURM_JOB_ID" in env and not granted):
         return ""
     return f"{granted[0]}={env[granted[0]]}" if granted else f"there is {found[0]}"
@@ -221,10 +227,9 @@ def share_cores(world: World) -> None:
     threads = max(1, cores // ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if world.is_main:
-        print(
+        say_line(
             f"OMP_NUM_THREADS={threads}: {several(cores, 'core')} for {several(ranks, 'rank')} "
-            "on this host",
-            flush=True,
+            "on this host"
         )
 
 
@@ -259,20 +264,21 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _port_of_job(env: Mapping[str, str]) -> int:
-    """Return a port that the ranks of a job agree on and two jobs on one node hardly share."""
+    """Return a port that all ranks of a job choose, and that two jobs on a node rarely share."""
     job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE") or ""
+    # Below 32768, where Linux begins to give connections ports of its own choice.
     return 20000 + zlib.crc32(job.encode()) % 10000
 
 
 def _first_host(env: Mapping[str, str]) -> str:
     """Return rank 0's address: the first host of a Slurm job, or this one if alone."""
     if "OMPI_COMM_WORLD_SIZE" in env:
-        several = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") != env["OMPI_COMM_WORLD_SIZE"]
+        on_several_hosts = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") != env["OMPI_COMM_WORLD_SIZE"]
         nodes = env.get("SLURM_JOB_NODELIST")
     else:
-        several = env.get("SLURM_STEP_NUM_NODES", "1") != "1"
+        on_several_hosts = env.get("SLURM_STEP_NUM_NODES", "1") != "1"
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    if not several:
+    if not on_several_hosts:
         return "127.0.0.1"
     fix = "set MASTER_ADDR to the host of rank 0 (mpirun -x MASTER_ADDR=HOST)"
     if not nodes:
@@ -284,6 +290,7 @@ def _first_host(env: Mapping[str, str]) -> str:
     return hosts.split()[0]
 
 
+# Of one connection to the launcher, and of refusals until it counts as ended.
 _TIMEOUT_SECONDS = 5.0
 # Programs other than process 1 that adopt processes whose parent has ended.
 _ADOPTERS = ("systemd", "slurmstepd")
@@ -387,7 +394,7 @@ def end_with_launcher(launchers: tuple[int, ...]) -> Iterator[None]:
         while launcher_processes() == launchers:
             if joined.wait(1.0):
                 return
-        print("the launcher ended before all ranks had joined", file=sys.stderr, flush=True)
+        say_line("the launcher ended before all ranks had joined", file=sys.stderr)
         os._exit(1)
 
     if launchers:
@@ -448,6 +455,7 @@ def local_environments(num_ranks: int) -> Iterator[dict[str, str]]:
     if num_ranks == 1:
         yield base
         return
+    # Free now; where another program takes it before rank 0 does, that rank names the cure.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -463,6 +471,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: list[int], grace_seco
     """Wait for all ranks, or until the grace after the first failure is over."""
     code, deadline = 0, float("inf")
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        # Taken out one by one: a signal may come meanwhile, and is not to be lost.
         for _ in range(len(asked)):
             del asked[0]
             for rank in ranks:

@@ -21,7 +21,6 @@ layout of checkpoints/.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -35,10 +34,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+# pydantic takes the TypedDict of `typing` from Python 3.12 on only.
 from typing_extensions import TypedDict
 
 from pipeline.config import CheckpointConfig, dump_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_line
 from pipeline.files import (
     check_kind,
     hash_file,
@@ -132,6 +132,7 @@ class RunDir:
             UserError: the other training still runs.
         """
         self.root.mkdir(parents=True, exist_ok=True)
+        # For appending: truncating it would erase the holder's name, which the error below gives.
         lock = (self.root / "lock").open("a+")
         deadline = time.monotonic() + patience_seconds
         while not try_lock(lock):
@@ -162,6 +163,7 @@ def _is_own_config(path: Path) -> bool:
     if not path.is_file():
         return False
     text = path.read_text(errors="replace")
+    # What a run writes has no comments: those would be a user's.
     in_run = path.with_name("environment.json").is_file() and path.with_name("lock").is_file()
     return text.startswith(OWN_CONFIG) or (in_run and "#" not in text)
 
@@ -194,7 +196,7 @@ def _git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package may lie in the repository of another project.
+        # An installed package may be inside the repository of another project.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
         commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
@@ -378,7 +380,7 @@ def checkpoint_digest(path: Path) -> str:
 
     The name is not enough: a run that was rewound writes other checkpoints of the same names.
     """
-    return hashlib.sha256((path / _STATE).read_bytes()).hexdigest()[:16]
+    return hash_file(path / _STATE)[:16]
 
 
 def partial_folder(path: Path) -> Path:
@@ -496,7 +498,7 @@ class Keeper:
         try:
             prune_checkpoints(self._folder, self._config, step=step)
         except OSError as error:
-            print(f"{self._folder}: old checkpoints could not be deleted ({error})", flush=True)
+            say_line(f"{self._folder}: old checkpoints could not be deleted ({error})")
 
     def _copy(self, path: Path, step: int, mirror: Path) -> None:
         copied = mirror / path.name
@@ -511,4 +513,4 @@ class Keeper:
             prune_checkpoints(mirror, self._config, step=step)
         except (OSError, shutil.Error, UserError) as error:
             # No reason to end the run: the checkpoint itself is whole.
-            print(f"{path.name} could not be copied to {mirror} ({error})", flush=True)
+            say_line(f"{path.name} could not be copied to {mirror} ({error})")

@@ -34,6 +34,7 @@ from pipeline.errors import (
     explain_os_error,
     require_utf8,
     say_error,
+    say_line,
     say_warning,
 )
 from pipeline.files import require_writable
@@ -103,6 +104,21 @@ def check_folders(config: TrainConfig, *, writes: bool) -> None:
             require_writable(config.checkpoint.mirror, key="checkpoint.mirror")
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Check the options that only a dry run takes.
+
+    Raises:
+        UserError: one is given without `--dry-run`, or is no number of ranks.
+    """
+    ranks, per_node = options.world_size, options.gpus_per_node
+    if ranks is not None and (ranks < 1 or not options.dry_run):
+        raise UserError(f"--world-size {ranks}", allowed="a number of ranks, with --dry-run")
+    if options.gpu is not None and not options.dry_run:
+        raise UserError(f"--gpu {options.gpu}", fix="add --dry-run; a run sees its GPUs itself")
+    if per_node is not None and (per_node < 1 or not options.dry_run):
+        raise UserError(f"--gpus-per-node {per_node}", allowed="a number, with --dry-run")
+
+
 def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """Train, or plan with `--dry-run`.
 
@@ -115,65 +131,75 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     """
     options = parse_arguments(arguments)
     config = load_config(TrainConfig, options.config, tuple(options.overrides))
-    if options.world_size is not None and (options.world_size < 1 or not options.dry_run):
-        raise UserError(
-            f"--world-size {options.world_size}", allowed="a number of ranks, with --dry-run"
-        )
-    if options.gpu is not None and not options.dry_run:
-        raise UserError(f"--gpu {options.gpu}", fix="add --dry-run; a run sees its GPUs itself")
-    per_node = options.gpus_per_node
-    if per_node is not None and (per_node < 1 or not options.dry_run):
-        raise UserError(f"--gpus-per-node {per_node}", allowed="a number, with --dry-run")
+    check_options(options)
     world = discover_world()
-    if world.launched:
-        world = dataclasses.replace(world, launchers=launchers)
-    world_size = options.world_size or world.world_size
-    ds_config = resolve_ds_config(load_ds_config(options.deepspeed), config, world_size=world_size)
+    world = dataclasses.replace(
+        world,
+        world_size=options.world_size or world.world_size,  # a dry run may plan for other ranks
+        launchers=launchers if world.launched else (),
+    )
+    ds_config = resolve_ds_config(
+        load_ds_config(options.deepspeed), config, world_size=world.world_size
+    )
     check_folders(config, writes=world.is_main and not options.dry_run)
     share_cores(world)
     let_gpu_memory_grow()
     if config.deterministic:
         # torch refuses deterministic products without it; read when cuBLAS is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Here, because its imports take longer than all the checks above.
-    from pipeline import comm
-
     plan: RunPlan | None = None
     if options.dry_run or "auto" in (config.schedule, config.chunks.keep_graphs):
-        from pipeline.planning import plan_run
-        from pipeline.planning.describe import describe, describe_time
-        from pipeline.planning.speed import DEFAULT_NETWORK
-
-        if not options.dry_run:
-            comm.start(world)  # to agree on the memory that every rank has
-        target = target_of(options, dataclasses.replace(world, world_size=world_size))
-        # Read once: ranks with other constants would choose other schedules.
-        machine, earlier = comm.on_main(
-            lambda: (machine_of(options, target), earlier_schedule(config))
-        )
-        plan = plan_run(
-            config,
-            ds_config,
-            world_size=world_size,
-            target=target,
-            speed=machine.speed,
-            earlier=earlier,
-        )
+        plan, machine = make_plan(options, config, ds_config, world)
         if options.dry_run:
-            print(dump_config(config))
-            print(describe(plan, config))
-            if machine.warning:
-                say_warning(machine.warning)
-            if machine.speed is not None:
-                print("\n" + describe_time(plan, config, machine, network=DEFAULT_NETWORK))
+            print_plan(plan, config, machine)
             return
         chunks = dataclasses.replace(config.chunks, keep_graphs=plan.keep_graphs)
         config = dataclasses.replace(config, schedule=plan.schedule, chunks=chunks)
     predicted = predict(config, ds_config, world, plan=plan) if world.is_main else {}
+    # Here, because its imports take longer than all the checks above.
     from pipeline.training.trainer import train
 
     scoring = scoring_commands(config.evaluate) if config.evaluate else None
     train(config, ds_config, world, scoring=scoring, predicted=predicted)
+
+
+def make_plan(
+    options: argparse.Namespace, config: TrainConfig, ds_config: dict[str, Any], world: World
+) -> tuple[RunPlan, Machine]:
+    """Choose what the config leaves to `auto`; return the plan and the machine it is for.
+
+    A collective call, in which the ranks join, except in a dry run.
+    """
+    from pipeline import comm
+    from pipeline.planning import plan_run
+
+    if not options.dry_run:
+        comm.start(world)  # to agree on the memory that every rank has
+    target = target_of(options, world)
+    # Read once: ranks with other constants would choose other schedules.
+    machine, earlier = comm.on_main(lambda: (machine_of(options, target), earlier_schedule(config)))
+    plan = plan_run(
+        config,
+        ds_config,
+        world_size=world.world_size,
+        target=target,
+        speed=machine.speed,
+        earlier=earlier,
+    )
+    return plan, machine
+
+
+def print_plan(plan: RunPlan, config: TrainConfig, machine: Machine) -> None:
+    """Print the config, the plan, and, where the machine's speed is known, its time."""
+    from pipeline.planning.describe import describe, describe_time
+    from pipeline.planning.speed import DEFAULT_NETWORK
+
+    print(dump_config(config))
+    print(describe(plan, config))
+    if machine.warning:
+        say_warning(machine.warning)
+    if machine.speed is not None:
+        print("\n" + describe_time(plan, config, machine, network=DEFAULT_NETWORK))
 
 
 def earlier_schedule(config: TrainConfig) -> Schedule | None:
@@ -225,7 +251,7 @@ def predict(
         plan = plan or plan_run(config, ds_config, world_size=ranks, target=target, build=False)
         return expected_step(plan, config, machine, network=DEFAULT_NETWORK)
     except Exception as error:  # a plan may fail on what a run can do, and no run needs it
-        print(f"no prediction of a step: {error or type(error).__name__}", flush=True)
+        say_line(f"no prediction of a step: {error or type(error).__name__}")
         return {}
 
 
@@ -237,7 +263,7 @@ def target_of(options: argparse.Namespace, world: World) -> Target:
         world: the ranks to plan for.
     """
     from pipeline import comm
-    from pipeline.planning.memory import Target
+    from pipeline.planning.memory import USABLE, Target
 
     per_host = options.gpus_per_node or (local_ranks() if world.launched else 8)
     if options.gpu is not None:
@@ -246,7 +272,7 @@ def target_of(options: argparse.Namespace, world: World) -> Target:
     ranks = local_ranks() if world.launched else world.world_size
     hint = "; --gpu NAME plans for GPUs" if options.dry_run else ""
     return Target(
-        available=comm.least_memory(world),
+        available=USABLE * comm.least_memory(world),
         name="this machine's GPUs" if on_gpu else f"this machine's RAM, shared by {ranks}{hint}",
         on_gpu=on_gpu,
         ranks_per_host=per_host,
@@ -301,11 +327,11 @@ def _say_on_all_ranks(error: Exception, explained: DiffembedError | None) -> Non
         from pipeline import comm
 
         own, line = line, comm.end_together(line)
-        if not line.endswith(own):  # a rank that failed before
+        if not line.endswith(own):  # a rank failed before, which made this one fail: no bug here
             explained = explained or MachineError(own)
     if explained is None:
         traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
+    say_line(line, file=sys.stderr)
 
 
 def main(launchers: tuple[int, ...] = ()) -> None:
@@ -328,6 +354,7 @@ def main(launchers: tuple[int, ...] = ()) -> None:
         os._exit(code)
     from pipeline import comm
 
+    # 75: stopped on request, by all ranks together.
     comm.leave(code, gracefully=code in (0, 75))
 
 

@@ -77,6 +77,7 @@ def open_workers(num_workers: int | None, *, rendezvous: Path) -> Iterator[Worke
     """
     # The work is spread over processes; each tokenizer must not take all cores again.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Before Slurm's variables, which the ranks of `mpirun` and of `srun --mpi` have too.
     if any(name in os.environ for name in _MPI_VARIABLES):
         with _open_mpi() as ranks:
             yield ranks
@@ -94,6 +95,7 @@ def open_workers(num_workers: int | None, *, rendezvous: Path) -> Iterator[Worke
         except BaseException:
             tasks.fail()
             raise
+        # Not after an error: the others must still find the file that says so.
         tasks.close()
     else:
         with contextlib.closing(LocalWorkers(num_workers or num_cores())) as local:
@@ -131,7 +133,7 @@ def build_alone(
         open_workers(num_workers, rendezvous=rendezvous) as workers,
         contextlib.ExitStack() as stack,
     ):
-        # Asked first: a finished folder may lie on a read-only disk, where no lock can be held.
+        # Asked first: a finished folder may be on a read-only disk, where no lock can be held.
         if workers.is_main and not is_done():
             require_writable(target.parent, key=key)
             lock = target.with_name(f".{target.name}.lock")
@@ -226,7 +228,7 @@ def _context(imports: list[str]) -> BaseContext:
     fork of a process that has done so can use one.
     """
     torch = sys.modules.get("torch")
-    # The server's socket lies in the folder of temporary files, and its path has about 100 bytes.
+    # The server's socket is in the folder of temporary files; its path may have about 100 bytes.
     if (torch is not None and torch.cuda.is_available()) or len(tempfile.gettempdir()) > 60:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -356,6 +358,7 @@ class SrunWorkers(_ClaimingWorkers):
         arrived = self._folder / f"{self._num_barriers:06d}"
         self._num_barriers += 1
         write_text(arrived / str(self._rank), "")
+        # By digits, because a file that is still being written has another name.
         while sum(path.name.isdigit() for path in arrived.glob("*")) < self._world_size:
             if (self._folder / "failed").exists():
                 raise DiffembedError("another task of this step failed; see its message")
@@ -379,7 +382,10 @@ def num_cores() -> int:
 
 
 def read_ahead(items: Iterable[Item], *, thread_name: str) -> Iterator[Item]:
-    """Yield the items; a thread makes the next one while the caller uses the last one."""
+    """Yield the items; a thread makes the next one while the caller uses the last one.
+
+    None ends them.
+    """
     remaining = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix=thread_name) as thread:
         upcoming: Future[Item | None] = thread.submit(next, remaining, None)

@@ -41,7 +41,7 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Libraries that only these paths below pipeline/ may import.
 DOORS = {
-    "deepspeed": ("training/zero.py", "training/checkpoints.py"),
+    "deepspeed": ("training/zero.py",),
     "torch.distributed": ("comm.py",),
     "mteb": tuple(f"evaluation/{file}.py" for file in ("tasks", "datasets", "models", "scoring")),
     "wandb": ("training/metrics.py",),

@@ -62,10 +62,9 @@ from pipeline.config import LossConfig
 from pipeline.loss.scores import (
     DOCUMENT_LENGTH,
     BlockTiles,
-    Guide,
     LogMass,
     ScoreRows,
-    accumulate_pair_gradients,
+    accumulate_pair_gradients_,
     pair_scores,
     segment_log_sum_exp,
     segment_max,
@@ -84,6 +83,7 @@ from pipeline.loss.teacher_terms import (
     DistillationTiles,
     Teacher,
     add_projection_term,
+    distillation_loss,
 )
 from pipeline.loss.tiles import DEFAULT_SCORE_BYTES, TeacherTerms, plan_tiles
 
@@ -106,7 +106,7 @@ def contrastive_loss(
         document_KE: embeddings of this rank's documents.
         targets: global indices of these rows, and the positive pairs.
         config: similarity, temperature, and the rest of the recipe.
-        temperature: the present value of a learned temperature; given exactly where
+        temperature: the current value of a learned temperature; given exactly where
             `config.learn_temperature` is set.
         projection: (E, W) from the embeddings to a teacher's vectors; given exactly where
             `config.projection` is set.
@@ -141,7 +141,7 @@ def contrastive_loss(
     # Read together: on a GPU each reading waits for all earlier work.
     numbers = torch.stack([result.numbers for result in results]).tolist()
     outputs = [
-        result.output(row, num_queries=targets.num_queries, temperature=value)
+        result.output(row, config, temperature=value, num_queries=targets.num_queries)
         for result, row in zip(results, numbers, strict=True)
     ]
     output = outputs[0] if len(outputs) == 1 else _mean_over_widths(outputs)
@@ -149,9 +149,7 @@ def contrastive_loss(
         output = add_projection_term(
             output, query_BE, document_KE, targets, projection_EW=projection, config=config
         )
-    return (
-        output if config.learn_temperature else dataclasses.replace(output, temperature_grad=None)
-    )
+    return output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,31 +180,36 @@ class _ScoredBlock:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Result:
-    """Loss and gradients at one width, before the host has read any number."""
+    """Loss and gradients at one width, before the host has read any number.
+
+    Apart from `_LossAtWidth`, whose buffers are gone before the next width needs its own.
+    """
 
     # (5,) float64: the loss, the number of queries whose best positive wins, the sum of these best
     # scores, the sum of d(loss) / d(query row) . query row, for the temperature, and the number of
     # pairs that the guide left out
     numbers: Tensor
-    guided: bool
     query_grad: Tensor
     document_grad: Tensor
 
-    def output(self, numbers: list[float], *, num_queries: int, temperature: float) -> LossOutput:
-        """Return the result with its numbers on the host; the temperature counts as learned."""
+    def output(
+        self, numbers: list[float], config: LossConfig, *, temperature: float, num_queries: int
+    ) -> LossOutput:
+        """Return the result with its numbers on the host."""
         loss, num_correct, best_score, dot, num_guided = numbers
-        guided = {"guided_per_query": num_guided / num_queries} if self.guided else {}
+        metrics = {
+            "accuracy@1": num_correct / num_queries,
+            "positive_similarity": best_score * temperature / num_queries,
+        }
+        if config.guide is not None:
+            metrics["guided_per_query"] = num_guided / num_queries
         return LossOutput(
             loss=torch.tensor(loss, dtype=torch.float32),
             # d(loss) / d(temperature): scores depend on it only through the rows, q / t.
-            temperature_grad=-dot / temperature,
+            temperature_grad=-dot / temperature if config.learn_temperature else None,
             query_grad=self.query_grad,
             document_grad=self.document_grad,
-            metrics={
-                "accuracy@1": num_correct / num_queries,
-                "positive_similarity": best_score * temperature / num_queries,
-                **guided,
-            },
+            metrics=metrics,
         )
 
 
@@ -229,6 +232,7 @@ class _LossAtWidth:
         self._num_queries = targets.num_queries
         cosine = config.similarity == "cosine"
         length = DOCUMENT_LENGTH if cosine else 1.0
+        # Temperature and the documents' length go into the queries' rows: a product is a score.
         scale = 1 / (temperature * length)
         if config.similarity == "scaled_dot":
             scale /= query_BE.shape[1]
@@ -287,13 +291,12 @@ class _LossAtWidth:
         dot = self._query_grad_dot_query
         if self._config.learn_temperature:
             dot = comm.all_reduce_(dot)
-        guided, num_guided = self._config.guide is not None, self._num_guided
-        if guided and self._config.negatives == "batch":
+        num_guided = self._num_guided
+        if self._config.guide is not None and self._config.negatives == "batch":
             # A copy: without documents here it is still the zero that other sums started from.
             num_guided = comm.all_reduce_(num_guided.clone())
         return _Result(
             numbers=torch.stack([self._loss, self._num_correct, self._best_score, dot, num_guided]),
-            guided=guided,
             query_grad=self._query_grad_BE,
             document_grad=self._document_grad_KE,
         )
@@ -302,24 +305,16 @@ class _LossAtWidth:
         """Add a block to the loss; keep what its gradients need."""
         config, num_rows = self._config, block.index_R.shape[0]
         query_RE = broadcast_rows(self._query.rows_BE, block)
-        own = config.negatives == "own"
-        listed = self._targets.pairs(block, with_negatives=own or config.distils_own)
-        # Each pair is scored by the rank that holds its document, and is zero on the others.
-        score_P = comm.all_reduce_(
-            pair_scores(query_RE, listed.row_P, self._document.rows_BE, listed.local_P, listed.here)
-        )
+        with_negatives = config.negatives == "own" or config.distils_own
+        listed = self._targets.pairs(block, with_negatives=with_negatives)
+        score_P = pair_scores(query_RE, self._document.rows_BE, listed)
         row_P = listed.positives(listed.row_P)
         best_R = segment_max(listed.positives(score_P), row_P, num_rows)
-        ceiling_R = None
-        if config.false_negative_margin is not None:
-            ceiling_R = best_R + config.false_negative_margin / self._temperature
         teacher = None if self._teacher is None else self._teacher.of_block(block)
-        if own:
-            counted_P = self._guided_pairs(listed, teacher)
-            negatives = _own_negatives(listed, score_P, counted_P, ceiling_R, num_rows)
+        if config.negatives == "own":
+            negatives = self._own_negatives(listed, score_P, best_R, teacher)
         else:
-            guide = self._guide(listed, teacher)
-            negatives = self._batch_negatives(block, query_RE, ceiling_R, guide)
+            negatives = self._batch_negatives(block, query_RE, listed, best_R, teacher)
         # A new tensor, not `+=`: all counters started as one shared zero.
         self._num_correct = self._num_correct + (best_R > negatives.best_R).sum()
         self._best_score = self._best_score + best_R.sum()
@@ -340,24 +335,6 @@ class _LossAtWidth:
             distillation=distillation,
         )
 
-    def _guide(self, listed: ListedPairs, teacher: BlockTeacher | None) -> Guide | None:
-        """Return what leaves out documents that the teacher holds closer than the positive."""
-        if self._config.guide is None or teacher is None:
-            return None
-        ceiling_R = teacher.ceiling(listed, teacher.score_pairs(listed), self._config.guide)
-        return teacher.guide(ceiling_R, self._teacher_scratch[0])
-
-    def _guided_pairs(self, listed: ListedPairs, teacher: BlockTeacher | None) -> Tensor:
-        """Return the listed pairs that count as negatives: the guide leaves out the others."""
-        contrasted_P = listed.contrasted_P
-        if self._config.guide is None or teacher is None:
-            return contrasted_P
-        score_P = teacher.score_pairs(listed)
-        ceiling_R = teacher.ceiling(listed, score_P, self._config.guide)
-        kept_P = contrasted_P & (score_P <= ceiling_R[listed.row_P])
-        self._num_guided = self._num_guided + (contrasted_P.sum() - kept_P.sum())
-        return kept_P
-
     def _add_distillation(self, query_RE: Tensor, teacher: BlockTeacher) -> DistillationTiles:
         """Add the block's divergence from the teacher over all documents to the loss."""
         assert self._config.distillation is not None
@@ -372,10 +349,46 @@ class _LossAtWidth:
         self._loss = self._loss + share * tiles.loss().sum()
         return tiles
 
+    def _ceiling(self, best_R: Tensor) -> Tensor | None:
+        """Return the score above which a negative counts as a false one, given the positives'."""
+        margin = self._config.false_negative_margin
+        return None if margin is None else best_R + margin / self._temperature
+
+    def _own_negatives(
+        self, listed: ListedPairs, score_P: Tensor, best_R: Tensor, teacher: BlockTeacher | None
+    ) -> _NegativeSums:
+        """Sum over the listed hard negatives alone; every rank knows all their scores."""
+        counted_P, num_rows = listed.contrasted_P, best_R.shape[0]
+        if teacher is not None and self._config.guide is not None:
+            counted_P = teacher.guided_pairs(listed, self._config.guide)
+            self._num_guided = self._num_guided + (listed.contrasted_P.sum() - counted_P.sum())
+        ceiling_R = self._ceiling(best_R)
+        if ceiling_R is not None:
+            counted_P = counted_P & (score_P <= ceiling_R[listed.row_P])
+        # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
+        counted = torch.nonzero(counted_P)[:, 0]
+        row_P, counted_score_P = listed.row_P[counted], score_P[counted]
+        log_mass_R = segment_log_sum_exp(counted_score_P, row_P, num_rows)
+        share_P = torch.zeros_like(score_P)
+        share_P[counted] = (counted_score_P - log_mass_R[row_P]).exp()
+        return _NegativeSums(
+            log_mass_R=log_mass_R,
+            best_R=segment_max(counted_score_P, row_P, num_rows),
+            share_P=share_P,
+        )
+
     def _batch_negatives(
-        self, block: QueryBlock, query_RE: Tensor, ceiling_R: Tensor | None, guide: Guide | None
+        self,
+        block: QueryBlock,
+        query_RE: Tensor,
+        listed: ListedPairs,
+        best_R: Tensor,
+        teacher: BlockTeacher | None,
     ) -> _NegativeSums:
         """Sum over every document of the global batch that is not positive, masked or too near."""
+        guide, ceiling_R = None, self._ceiling(best_R)
+        if teacher is not None and self._config.guide is not None:
+            guide = teacher.guide(listed, self._config.guide, self._teacher_scratch[0])
         tiles = BlockTiles(
             query_RE,
             self._document.rows_BE,
@@ -430,6 +443,7 @@ class _LossAtWidth:
         log_mass_grad_K = torch.zeros_like(log_mass_K)
         loss = torch.zeros_like(self._loss)
         for scored in waiting:
+            # Positives are listed first, so their numbers come first too.
             here = scored.listed.here[: scored.listed.num_positives_here]
             local = scored.listed.local_P[here]
             term, slope = info_nce(
@@ -453,17 +467,15 @@ class _LossAtWidth:
         if scored.negatives.tiles is None:
             query_grad_RE = torch.zeros_like(scored.query_RE)
         else:
-            query_grad_RE = scored.negatives.tiles.accumulate_gradients(
+            query_grad_RE = scored.negatives.tiles.accumulate_gradients_(
                 scored.negatives.log_mass_R,
                 scored.log_mass_grad_R,
                 self._document_grad_KE,
                 documents,
             )
-        accumulate_pair_gradients(
+        accumulate_pair_gradients_(
             scored.score_grad_P,
-            scored.listed.row_P,
-            scored.listed.local_P,
-            scored.listed.here,
+            scored.listed,
             query_RE=scored.query_RE,
             document_KE=self._document.rows_BE,
             query_grad_RE=query_grad_RE,
@@ -484,29 +496,6 @@ class _LossAtWidth:
             # From here on these rows of the shared buffer are a gradient.
             rows = scored.block.rows
             self._query.write_embedding_grad_(self._query_grad_BE[rows], query_grad_RE, rows=rows)
-
-
-def _own_negatives(
-    listed: ListedPairs,
-    score_P: Tensor,
-    counted_P: Tensor,
-    ceiling_R: Tensor | None,
-    num_rows: int,
-) -> _NegativeSums:
-    """Sum over the listed hard negatives alone; every rank knows all their scores."""
-    if ceiling_R is not None:
-        counted_P = counted_P & (score_P <= ceiling_R[listed.row_P])
-    # Once: on a GPU `nonzero` waits for the count, as selecting by a mask would each time.
-    counted = torch.nonzero(counted_P)[:, 0]
-    row_P, counted_score_P = listed.row_P[counted], score_P[counted]
-    log_mass_R = segment_log_sum_exp(counted_score_P, row_P, num_rows)
-    share_P = torch.zeros_like(score_P)
-    share_P[counted] = (counted_score_P - log_mass_R[row_P]).exp()
-    return _NegativeSums(
-        log_mass_R=log_mass_R,
-        best_R=segment_max(counted_score_P, row_P, num_rows),
-        share_P=share_P,
-    )
 
 
 def _mean_weights(row_P: Tensor, num_rows: int, num_queries: int) -> Tensor:
@@ -532,28 +521,6 @@ def info_nce(score_P: Tensor, log_mass_P: Tensor, weight_P: Tensor) -> tuple[Ten
     """
     gap_P = log_mass_P - score_P
     return (weight_P * softplus(gap_P)).sum(), weight_P * gap_P.sigmoid()
-
-
-def distillation_loss(
-    score_P: Tensor, teacher_P: Tensor, row_P: Tensor, *, num_rows: int, num_queries: int
-) -> tuple[Tensor, Tensor]:
-    """Compute KL(teacher || model) over each query's list, averaged over queries.
-
-    Args:
-        score_P: the model's scores, over its temperature.
-        teacher_P: the teacher's, over its own.
-        row_P: query of each pair.
-        num_rows: queries of the block.
-        num_queries: queries of the global batch.
-
-    Returns:
-        The loss, and d(loss) / d(score_P).
-    """
-    log_model_P = score_P - segment_log_sum_exp(score_P, row_P, num_rows)[row_P]
-    log_teacher_P = teacher_P - segment_log_sum_exp(teacher_P, row_P, num_rows)[row_P]
-    share_P = log_teacher_P.exp()
-    loss = (share_P * (log_teacher_P - log_model_P)).sum() / num_queries
-    return loss, (log_model_P.exp() - share_P) / num_queries
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ scores span too many orders of magnitude. A document that must not count has sco
 Listed pairs (positives, own negatives) are few, and are scored one by one in float64.
 
 Shapes: R queries of the block, K documents of this rank, T of them in a tile, E embedding width,
-P listed pairs: `row_P` is the query's row in the block (ascending), `local_P` the document's row on
-this rank, -1 where another rank holds it, `here` the numbers of the pairs where this rank does.
+P listed pairs (`targets.ListedPairs`). A function whose name ends in `_` writes into an argument.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ import torch
 from torch import Tensor
 
 from pipeline import comm
+from pipeline.loss.targets import ListedPairs
 from pipeline.loss.tiles import SLICE_BYTES, SLICE_ROWS, TilePlan
 
 # As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
-_SMALLEST_NORM = 1e-12
+SMALLEST_NORM = 1e-12
 # Length of a document row under cosine. Any length that is not a power of two would do: rounding
 # must change every number, or a document that is already of unit length within float32 keeps its
 # last-bit error of length, which moves all its scores together (1e-5 of a probability at 0.01).
@@ -56,7 +56,7 @@ class ScoreRows:
             here = slice(start, start + SLICE_ROWS)
             wide = x_BE[here].double()
             if cosine:
-                factor_B[here] /= wide.norm(dim=1).clamp_min(_SMALLEST_NORM)
+                factor_B[here] /= wide.norm(dim=1).clamp_min(SMALLEST_NORM)
             rows_BE[here] = wide * factor_B[here, None]
         return cls(rows_BE=rows_BE, factor_B=factor_B, scale=scale, cosine=cosine)
 
@@ -127,11 +127,13 @@ class BlockTiles:
         self._query_RE, self._document_KE = query_RE, document_KE
         self._ceiling_R, self._plan, self._scratch = ceiling_R, plan, scratch
         self._guide = guide
-        self.num_guided: dict[int, Tensor] = {}  # pairs of each tile that the guide left out
+        # Pairs that the guide left out, by tile: one that is scored again must not count twice.
+        self.num_guided: dict[int, Tensor] = {}
         starts = range(0, document_KE.shape[0], plan.columns)
         # Excluded pairs by column, so that each tile's pairs are one slice.
         column, order = excluded[1].sort()
         self._excluded = (excluded[0][order], column)
+        # One tile has all pairs; without documents there is no tile, and the last bound goes.
         bounds = [0, column.shape[0]][: len(starts) + 1]
         if len(starts) > 1:  # otherwise the host need not wait for a GPU to search
             edges = torch.tensor([*starts, document_KE.shape[0]])
@@ -157,6 +159,7 @@ class BlockTiles:
             score_RT = self._scores(number, slot=number if self._plan.keep_scores else 0)
             refined: list[RefinedScores] = []
             if document_sums is not None:
+                # Before the queries' sums, which turn the tile into weights in place.
                 part = document_sums.part(here)
                 refined.append(self._add_to_documents_(part, score_RT, number))
             total, refined_rows = add_tile_(
@@ -173,6 +176,7 @@ class BlockTiles:
         self, document_sums: LogMass, score_RT: Tensor, number: int
     ) -> RefinedScores:
         """Add a tile to the sums of its documents, in place, through a transposed copy."""
+        # A symmetric plan keeps no scores: slot 1 is free for the copy.
         new, refined = add_tile_(
             document_sums,
             self._slot(number, 1).view(score_RT.T.shape).copy_(score_RT.T),  # (T, R)
@@ -183,7 +187,7 @@ class BlockTiles:
         document_sums.mass.copy_(new.mass)
         return RefinedScores(row=refined.column, column=refined.row, score=refined.score)
 
-    def accumulate_gradients(
+    def accumulate_gradients_(
         self,
         log_mass_R: Tensor,
         log_mass_grad_R: Tensor,
@@ -209,7 +213,8 @@ class BlockTiles:
             here = self._columns(start)
             document_TE, document_grad_TE = self._document_KE[here], document_grad_KE[here]
             weight_RT, peak_R = self._weights(number)
-            # d(loss) / d(score_ij) = log_mass_grad_i * exp(score_ij - log_mass_i)
+            # d(loss) / d(score_ij) = log_mass_grad_i * exp(score_ij - log_mass_i); the tile holds
+            # exp(score_ij - peak_i).
             factor_R1 = (log_mass_grad_R * (peak_R.double() - log_mass_R).exp()).float()[:, None]
             if documents is None:
                 query_grad_RE.addcmul_(weight_RT @ document_TE, factor_R1)
@@ -290,6 +295,7 @@ class LogMass:
 
     def log(self) -> Tensor:
         """Return the logarithm, float64; about the lowest float32 where nothing was summed."""
+        # With -inf, `exp(peak - log)` would be inf, and a gradient of zero times it a nan.
         return (self.peak.double() + self.mass.log()).clamp_min(LOWEST)
 
     def over_ranks(self) -> LogMass:
@@ -336,12 +342,15 @@ def add_tile_(
     peak_RG = score_RT.view(num_rows, width // group, group).amax(2)  # (R, T) -> (R, G, group)
     peak_R = torch.maximum(total.peak, peak_RG.amax(1))
     weight_RT = score_RT.sub_(peak_R[:, None]).exp_()
-    # The old mass counted from the old peak.
+    # The old mass is relative to the old peak.
     faded_R = total.mass * (total.peak - peak_R).double().exp()
     mass_R = faded_R + weight_RT.sum(1).double()
+    # A probability is weight / mass. Later tiles only add to the mass: with the mass so far, too
+    # many scores are computed again, never too few.
     threshold_R = (_SIGNIFICANT / peak_R.abs().clamp_min(1) * mass_R).float()
     row, column = _above(weight_RT, threshold_R, (peak_RG - peak_R[:, None]).exp())
     refined = RefinedScores(row=row, column=column, score=dot_pairs(left_RE, row, right_TE, column))
+    # The sum must agree with the weights in the tile, which the gradients read.
     before = weight_RT[row, column].double()
     refined.write_weights_(weight_RT, peak_R[row])
     mass_R.index_add_(0, row, weight_RT[row, column].double() - before)
@@ -361,20 +370,18 @@ def _above(weight_RT: Tensor, threshold_R: Tensor, top_RG: Tensor) -> tuple[Tens
     return row_H[hit], group_H[hit] * group + within
 
 
-def pair_scores(
-    query_RE: Tensor, row_P: Tensor, document_KE: Tensor, local_P: Tensor, here: Tensor
-) -> Tensor:
-    """Score each pair whose document is on this rank: (P,) float64, zero for the others."""
+def pair_scores(query_RE: Tensor, document_KE: Tensor, listed: ListedPairs) -> Tensor:
+    """Return (P,) float64 scores of the listed pairs, on all ranks; a collective call."""
+    here, row_P = listed.here, listed.row_P
+    # Each pair is scored by the rank that holds its document, and is zero on the others.
     score_P = torch.zeros(row_P.shape[0], dtype=torch.float64, device=row_P.device)
-    score_P[here] = dot_pairs(query_RE, row_P[here], document_KE, local_P[here])
-    return score_P
+    score_P[here] = dot_pairs(query_RE, row_P[here], document_KE, listed.local_P[here])
+    return comm.all_reduce_(score_P)
 
 
-def accumulate_pair_gradients(
+def accumulate_pair_gradients_(
     grad_P: Tensor,
-    row_P: Tensor,
-    local_P: Tensor,
-    here: Tensor,
+    listed: ListedPairs,
     *,
     query_RE: Tensor,
     document_KE: Tensor,
@@ -382,9 +389,10 @@ def accumulate_pair_gradients(
     document_grad_KE: Tensor,
 ) -> None:
     """Add d(loss) / d(score) of the pairs on this rank to the gradients of both sides."""
-    for part in _slices(here.shape[0], query_RE.shape[1], query_RE.device):
-        row, local = row_P[here[part]], local_P[here[part]]
-        grad_P1 = grad_P[here[part]].float()[:, None]
+    for part in _slices(listed.here.shape[0], query_RE.shape[1], query_RE.device):
+        here = listed.here[part]
+        row, local = listed.row_P[here], listed.local_P[here]
+        grad_P1 = grad_P[here].float()[:, None]
         query_grad_RE.index_add_(0, row, grad_P1 * document_KE[local])
         document_grad_KE.index_add_(0, local, grad_P1 * query_RE[row])
 

@@ -272,6 +272,8 @@ def _numbers_of(chosen_P: Tensor, count: int) -> Tensor:
 
 def _is_among(value_P: Tensor, among: Tensor) -> Tensor:
     """Return which values occur in `among`: `isin`, which waits for a GPU where there are many."""
+    # Never empty: every query has a positive, which is among them.
     ordered = among.sort().values
+    # A value above all others would be found behind the end.
     place_P = torch.searchsorted(ordered, value_P).clamp_max(len(ordered) - 1)
     return ordered[place_P] == value_P

@@ -1,9 +1,10 @@
-"""Terms of the loss that read a teacher's stored vectors, block by block and tile by tile.
+"""Terms of the loss that read a teacher's scores or stored vectors.
 
     t_RT = teacher_query_RW @ teacher_document_TW.T        cosines, over the teacher's temperature
     guide          a document with t above that of the query's best positive, less a margin,
                    is not a negative (GISTEmbed, Solatorio, arXiv 2402.16829)
-    distillation   KL(teacher || model) of each query over all documents of the global batch:
+    distillation   KL(teacher || model) of each query, over its listed documents (their t are
+                   stored) or, tile by tile, over all documents of the global batch:
                    sum_j p_j (t_j - s_j) - log Z_t + log Z_s,    p_j = exp(t_j) / Z_t
                    d / d(s_j) = exp(s_j) / Z_s - p_j
     projection     z_W = x_E @ projection_EW against the teacher's vector v of the same text, where
@@ -32,6 +33,7 @@ from pipeline import comm
 from pipeline.config import GuideConfig, LossConfig
 from pipeline.loss.scores import (
     DOCUMENT_LENGTH,
+    SMALLEST_NORM,
     Guide,
     LogMass,
     RefinedScores,
@@ -39,6 +41,7 @@ from pipeline.loss.scores import (
     add_tile_,
     dot_pairs,
     pair_scores,
+    segment_log_sum_exp,
     segment_max,
 )
 from pipeline.loss.targets import ListedPairs, LossOutput, QueryBlock, Targets, broadcast_rows
@@ -91,14 +94,29 @@ class BlockTeacher:
     document_KW: Tensor
     temperature: float
 
-    def score_pairs(self, listed: ListedPairs) -> Tensor:
-        """Return (P,) float64, the teacher's scores of the listed pairs; a collective call."""
-        here = pair_scores(
-            self.query_RW, listed.row_P, self.document_KW, listed.local_P, listed.here
-        )
-        return comm.all_reduce_(here)
+    def guide(self, listed: ListedPairs, config: GuideConfig, scratch: Tensor) -> Guide:
+        """Return what masks the block's tiles; a collective call.
 
-    def ceiling(self, listed: ListedPairs, score_P: Tensor, config: GuideConfig) -> Tensor:
+        Args:
+            listed: positives of the block's queries.
+            config: the margin.
+            scratch: of at least a tile's size.
+        """
+        score_P = pair_scores(self.query_RW, self.document_KW, listed)
+        return Guide(
+            query_RW=self.query_RW,
+            document_KW=self.document_KW,
+            ceiling_R=self._ceiling(listed, score_P, config).float(),
+            scratch=scratch,
+        )
+
+    def guided_pairs(self, listed: ListedPairs, config: GuideConfig) -> Tensor:
+        """Return (P,) whether a pair counts as a negative, also by the guide; a collective call."""
+        score_P = pair_scores(self.query_RW, self.document_KW, listed)
+        ceiling_R = self._ceiling(listed, score_P, config)
+        return listed.contrasted_P & (score_P <= ceiling_R[listed.row_P])
+
+    def _ceiling(self, listed: ListedPairs, score_P: Tensor, config: GuideConfig) -> Tensor:
         """Return (R,) float64, the highest score of a negative, given the scores of the pairs."""
         best_R = segment_max(
             listed.positives(score_P), listed.positives(listed.row_P), len(self.query_RW)
@@ -109,14 +127,27 @@ class BlockTeacher:
             below_R = config.margin * best_R.abs()
         return best_R - below_R + _TIE / self.temperature
 
-    def guide(self, ceiling_R: Tensor, scratch: Tensor) -> Guide:
-        """Return what masks the block's tiles."""
-        return Guide(
-            query_RW=self.query_RW,
-            document_KW=self.document_KW,
-            ceiling_R=ceiling_R.float(),
-            scratch=scratch,
-        )
+
+def distillation_loss(
+    score_P: Tensor, teacher_P: Tensor, row_P: Tensor, *, num_rows: int, num_queries: int
+) -> tuple[Tensor, Tensor]:
+    """Compute KL(teacher || model) over each query's listed documents, averaged over queries.
+
+    Args:
+        score_P: the model's scores, over its temperature.
+        teacher_P: the teacher's, over its own.
+        row_P: query of each pair.
+        num_rows: queries of the block.
+        num_queries: queries of the global batch.
+
+    Returns:
+        The loss, and d(loss) / d(score_P).
+    """
+    log_model_P = score_P - segment_log_sum_exp(score_P, row_P, num_rows)[row_P]
+    log_teacher_P = teacher_P - segment_log_sum_exp(teacher_P, row_P, num_rows)[row_P]
+    share_P = log_teacher_P.exp()
+    loss = (share_P * (log_teacher_P - log_model_P)).sum() / num_queries
+    return loss, (log_model_P.exp() - share_P) / num_queries
 
 
 class DistillationTiles:
@@ -166,7 +197,7 @@ class DistillationTiles:
             before = teacher.peak
             teacher, sharp = self._add_(teacher, teacher_RT, self._teacher, here)
             # Where float32 scores are not good enough for the weight, nor are they for the gap.
-            model_score = self._pairs(self._model, here, sharp)
+            model_score = dot_pairs(query_RE, sharp.row, self._model[1][here], sharp.column)
             gap_RT[sharp.row, sharp.column] = (sharp.score - model_score).float()
             # The sum so far is relative to the peak so far: a new peak shrinks it.
             faded_R = gap_R * (before - teacher.peak).double().exp()
@@ -224,17 +255,10 @@ class DistillationTiles:
     ) -> tuple[LogMass, RefinedScores]:
         return add_tile_(total, score_RT, left_RE=rows[0], right_TE=rows[1][here])
 
-    def _pairs(self, rows: tuple[Tensor, Tensor], here: slice, at: RefinedScores) -> Tensor:
-        return dot_pairs(rows[0], at.row, rows[1][here], at.column)
-
     def _slot(self, here: slice, slot: int) -> Tensor:
         """Return the memory of a tile: (R, T), contiguous also at the last tile."""
         num_rows, width = self._model[0].shape[0], here.stop - here.start
         return self._scratch[slot, : num_rows * width].view(num_rows, width)
-
-
-# As torch.nn.functional.normalize: a zero row stays zero instead of becoming nan.
-_SMALLEST_NORM = 1e-12
 
 
 @torch.no_grad()
@@ -292,7 +316,7 @@ def add_projection_term(
 
 def _unit(x_RE: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of length 1, and (R, 1) their lengths before."""
-    norm_R1 = x_RE.norm(dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    norm_R1 = x_RE.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
     return x_RE / norm_R1, norm_R1
 
 

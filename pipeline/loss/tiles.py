@@ -33,6 +33,7 @@ TOKEN_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 2 * 2**30}
 # cache holds; on a GPU enough that starting the kernels costs less than running them.
 SLICE_ROWS = 512
 SLICE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+# float64 tensors of a slice that exist at one time: rows, their gradient, and a product of the two.
 _SLICE_COPIES = 3
 # Of an element of a projection: weight, moments and gradient in float32, two copies in float64.
 PROJECTION_BYTES = 4 * _FLOAT_BYTES + 2 * 8
@@ -80,6 +81,7 @@ def plan_tiles(
     keep_scores = not symmetric and rows >= min(_MIN_KEPT_ROWS, num_queries)
     if not keep_scores:
         num_slots = (2 if symmetric else 1) + teacher_slots
+        # Square where the budget is small: the fewest rows are read for that many scores.
         columns = min(columns, max(math.isqrt(budget // num_slots), 1))
         rows = max(min(budget // (num_slots * columns), num_queries, _MAX_ROWS), 1)
     return TilePlan(

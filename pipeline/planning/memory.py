@@ -56,7 +56,7 @@ GPU_GIB = {
     "l40s": 44.4,
     "b200": 178.3,
 }
-# The rest is lost between blocks of torch's allocator; `comm.least_memory` assumes the same.
+# The rest is lost between blocks of torch's allocator.
 USABLE = 0.9
 # Driver, kernels and cuBLAS's workspace: 0.5 to 1.3 GiB by driver and GPU.
 CUDA_CONTEXT = 1.0 * GIB

@@ -20,7 +20,6 @@ A rank whose write fails makes all ranks fail at that later boundary; the checkp
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -36,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline import comm
-from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error
+from pipeline.errors import DiffembedError, MachineError, UserError, explain_os_error, say_line
 from pipeline.files import sync_file
 from pipeline.run_folder import (
     State,
@@ -50,13 +49,13 @@ from pipeline.run_folder import (
 )
 from pipeline.training.run_identity import require_same_run
 
+T = TypeVar("T")
+# AdamW's moments, by torch's names.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # Tensors stored for each parameter.
-KEYS = ("weight", "exp_avg", "exp_avg_sq")
+KEYS = ("weight", *MOMENTS)
 # Name of the matrix of `loss.projection`, which is no parameter of the model.
 PROJECTION = "loss.projection"
-
-
-T = TypeVar("T")
 # A checkpoint waits this long for a disk; less than ranks wait for each other.
 PATIENCE_SECONDS = 900.0
 # And this long after a request to stop: a scheduler kills the process seconds later.
@@ -247,11 +246,7 @@ def patiently(
             again = f"{pause:.0f} s, for {(patience - waited) / 60:.0f} more minutes"
             if hurried:
                 again = f"a second, for {patience - waited:.0f} s: a stop is requested"
-            with contextlib.suppress(OSError):  # standard output may be on the same disk
-                print(
-                    f"{target.name} is not written yet ({explained}); trying again in {again}",
-                    flush=True,
-                )
+            say_line(f"{target.name} is not written yet ({explained}); trying again in {again}")
         # In steps of a second, because a request to stop may come meanwhile.
         for _ in range(round(pause)):
             time.sleep(1.0)
@@ -383,6 +378,15 @@ def read_share(tensor: Any, elements: range) -> torch.Tensor:
     read: torch.Tensor = tensor[rows.start : rows.stop].reshape(-1)
     before = rows.start * math.prod(shape[1:])  # elements of earlier rows
     return read[elements.start - before : elements.stop - before]
+
+
+def equal_share(num_elements: int, *, rank: int, share: int) -> range:
+    """Return the flat elements of one rank where every rank has room for `share` of them.
+
+    Ranks beyond the last element get an empty range.
+    """
+    start = min(rank * share, num_elements)
+    return range(start, min(start + share, num_elements))
 
 
 def covering_rows(shape: Sequence[int], elements: range) -> range:

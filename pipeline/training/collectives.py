@@ -22,7 +22,7 @@ import torch
 
 from pipeline import comm
 
-# A call in which every rank sends less takes as long as one in which it sends this much.
+# Estimated: a call in which every rank sends less takes as long as one in which it sends this much.
 _SHARE_BYTES = 2 * 2**20
 
 
@@ -47,13 +47,15 @@ class Gathering:
         # One that is whole already belongs to an outer context.
         gathered = [p for p in _partitioned(parameters) if p.ds_status.name != "AVAILABLE"]
         # hpZ's second copy outlives a step for frozen parameters only. Copies and partitions belong
-        # to different groups of ranks, which must not be at work at the same time.
+        # to different groups of ranks, which must not be at work at the same time, nor in one call:
+        # DeepSpeed gathers all of a call as it does the first.
         for copied in (False, True):
             for piece in _pieces(p for p in gathered if _has_copy(p) == copied):
                 self._under_way.append(piece[0].all_gather_coalesced(piece))
                 # The next gather runs while this piece is copied out of its buffer.
                 while len(self._under_way) > 1:
                     self._under_way.popleft().wait()
+            # Also for what `prefetch` started: it is in no piece, but this context releases it.
             self._wait()
         try:
             yield
@@ -107,7 +109,7 @@ def _pieces(parameters: Iterable[Any]) -> Iterator[list[Any]]:
         if size >= bound:
             yield [parameter]
             continue
-        if size_of_small + size > bound:
+        if size_of_small + size > bound:  # so `small` is not empty
             yield small
             small, size_of_small = [], 0
         small.append(parameter)
@@ -116,7 +118,8 @@ def _pieces(parameters: Iterable[Any]) -> Iterator[list[Any]]:
         yield small
 
 
-# DeepSpeed's number of a step's first reduction is one more; later ones add to it.
+# DeepSpeed's number of the micro-step before a step's first, which is 0 and overwrites offloaded
+# gradients; later ones would add to them.
 _BEFORE_FIRST_REDUCTION = -1
 
 
@@ -154,6 +157,8 @@ class Reduction:
             return
         if self._stage == 3:
             for dtype in zero.ipg_buckets:
+                # Python's name of a private method: the public one that sends a bucket before it is
+                # full also ends the step.
                 zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
             return
         zero.reduce_ipg_grads()
@@ -179,8 +184,10 @@ class Reduction:
     def finish(self) -> None:
         """Reduce what is left, and hand everything to the optimizer; a collective call."""
         if self._stage < 3:
+            # The epilogue reads buckets even where no parameter has a gradient.
             self._zero.setup_buckets()
         else:
+            # Not at the other stages, where a reduced gradient stays in `grad`.
             late = [p for p in self._reduced if p.grad is not None]
             assert not late, "a gradient came after its reduction, and would be lost"
         self._fill_bucket(self._group_of)

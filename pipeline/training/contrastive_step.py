@@ -35,7 +35,7 @@ from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
 from pipeline.data.batch import GlobalBatch, Ragged, num_negatives
 from pipeline.loss.contrastive import contrastive_loss
 from pipeline.loss.targets import LossOutput, RaggedIndex, Targets
-from pipeline.training.checkpoints import KEYS, PROJECTION, Stateful
+from pipeline.training.checkpoints import MOMENTS, PROJECTION, Stateful, equal_share
 from pipeline.training.engine import (
     Agreement,
     ChunkOutOfMemoryError,
@@ -43,6 +43,7 @@ from pipeline.training.engine import (
     NonFiniteLossError,
     StepGivenUpError,
     TensorChunk,
+    on_device,
     seed_of_chunks,
     to_tensors,
 )
@@ -203,8 +204,8 @@ def accumulate_gradients(
         batch: this rank's part of the global batch; all ranks have the same number of chunks.
         config: schedule, loss and seed.
         device: where the chunks go.
-        temperature: the present value of a learned temperature.
-        projection: the present matrix of `loss.projection`.
+        temperature: the current value of a learned temperature.
+        projection: the current matrix of `loss.projection`.
         agreement: decides whether the step is given up; by default it never is.
 
     Raises:
@@ -292,12 +293,11 @@ class _Step:
         rows = torch.cat(list(embeddings))  # n x (C, E) -> (R, E), dummy rows included
         # On the host: selecting rows by a mask on a GPU would wait for it to count them.
         texts = np.concatenate([chunk.texts for chunk in batch.chunks])  # (R,)
+        # A text's number: first queries, then documents; -1 for a dummy row.
         is_document = texts >= batch.num_queries
         sides = [np.flatnonzero(chosen) for chosen in ((texts >= 0) & ~is_document, is_document)]
-        queries, documents = (
-            torch.from_numpy(side).to(rows.device, non_blocking=True) for side in sides
-        )
-        texts_R = torch.from_numpy(texts).to(rows.device, non_blocking=True)
+        queries, documents = (on_device(side, rows.device) for side in sides)
+        texts_R = on_device(texts, rows.device)
         output = contrastive_loss(
             rows[queries],  # (R, E) -> (B, E)
             rows[documents],  # (R, E) -> (K, E)
@@ -336,7 +336,7 @@ def _teacher_rows(
     if not rows:
         return [None, None]
     teacher_RW = np.concatenate(rows)
-    return [torch.from_numpy(teacher_RW[side]).to(device, non_blocking=True) for side in sides]
+    return [on_device(teacher_RW[side], device) for side in sides]
 
 
 def _targets(
@@ -363,18 +363,15 @@ def _targets(
 
 def _ragged(ragged: Ragged, device: torch.device) -> RaggedIndex:
     return RaggedIndex(
-        offsets=torch.from_numpy(ragged.offsets).to(device, non_blocking=True),
-        values=torch.from_numpy(ragged.values).to(device, non_blocking=True),
+        offsets=on_device(ragged.offsets, device), values=on_device(ragged.values, device)
     )
 
 
 def _scores(ragged: Ragged | None, device: torch.device) -> torch.Tensor | None:
-    if ragged is None:
-        return None
-    return torch.from_numpy(ragged.values).to(device, non_blocking=True)
+    return None if ragged is None else on_device(ragged.values, device)
 
 
-# Keeps its draw apart from others of the run's seed.
+# Any number that no other draw from the run's seed uses: those must not give the same values.
 _PURPOSE = 0x9E3779B9
 
 
@@ -428,7 +425,7 @@ class Projection:
             "weight": weight.clone(),
             **{
                 key: moments[key].clone() if key in moments else torch.zeros_like(weight)
-                for key in KEYS[1:]
+                for key in MOMENTS
             },
         }
 
@@ -436,7 +433,8 @@ class Projection:
         """Continue with weight and moments, as after `optimizer_steps` updates."""
         with torch.no_grad():
             self.weight.copy_(state["weight"])
-        moments = {key: state[key] for key in KEYS[1:]}
+        moments = {key: state[key] for key in MOMENTS}
+        # In host memory, where an AdamW that is not fused keeps its count.
         self._adam.state[self.weight] = {"step": torch.tensor(float(optimizer_steps)), **moments}
 
 
@@ -487,9 +485,7 @@ class WithProjection:
         if name != PROJECTION:
             return self._engine.share_of(name)
         size = self._projection.weight.numel()
-        share = -(-size // comm.world_size())
-        start = min(comm.rank() * share, size)
-        return range(start, min(start + share, size))
+        return equal_share(size, rank=comm.rank(), share=-(-size // comm.world_size()))
 
     def restore_state(self, name: str, share: dict[str, torch.Tensor]) -> None:
         """Restore this rank's elements of a parameter's state."""

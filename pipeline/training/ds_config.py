@@ -111,7 +111,7 @@ def resolve_ds_config(
         # Python, which takes most of the host's time of a layer. It saves memory only where
         # parameters are released between forward and backward; ours are held.
         tree["zero_optimization"]["memory_efficient_linear"] = False
-    tree.setdefault("steps_per_print", 2**31 - 1)
+    tree.setdefault("steps_per_print", 2**31 - 1)  # never: a step has its own line
     if "offload_optimizer" in tree["zero_optimization"]:
         # torch's AdamW steps on the CPU as well, and needs no compiler.
         _fill(tree, "zero_force_ds_cpu_optimizer", False)
@@ -143,6 +143,7 @@ def _check_kinds(tree: dict[str, Any], prefix: str = "") -> None:
         else:
             fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
             allowed = "a number >= 0"
+        # Other keys are left to `_check_keys`, which names the known ones.
         if not fits and value != "auto" and key in _KNOWN | _KNOWN_ZERO | _KNOWN_OFFLOAD | _NESTED:
             raise UserError(f"DeepSpeed config sets {prefix}{key} to {value!r}", allowed=allowed)
         if isinstance(value, dict):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import comm
 from pipeline.config import OptimizerConfig
@@ -155,17 +156,20 @@ class TensorChunk:
     packed: Any = None  # inputs of the encoder's layers other than hidden states (sweep only)
 
 
+def on_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Move an array to the device, without waiting for what the device has still to do."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def to_tensors(number: int, chunk: Chunk, device: torch.device) -> TensorChunk:
     """Move one chunk to the device."""
     skipped = chunk.instruction_tokens
     return TensorChunk(
         number=number,
-        input_ids=torch.from_numpy(chunk.input_ids).to(device, non_blocking=True),
+        input_ids=on_device(chunk.input_ids, device),
         # On the host, because code that splits rows must not wait for the device.
         lengths=torch.from_numpy(chunk.lengths),
-        instruction_tokens=None
-        if skipped is None
-        else torch.from_numpy(skipped).to(device, non_blocking=True),
+        instruction_tokens=None if skipped is None else on_device(skipped, device),
     )
 
 
@@ -249,6 +253,7 @@ class Agreement:
         Args:
             seconds: of this step, the same number on all ranks.
         """
+        # From numbers that all ranks share: ranks that agreed at different checks would hang.
         per_check = seconds / max(self._checks, 1)
         long = seconds > _LONG_STEP_SECONDS
         self._spacing = max(1, round(_SPACING_SECONDS / per_check)) if long else None

@@ -28,7 +28,7 @@ from pipeline.config import (
     dump_config,
     load_config,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_line
 from pipeline.files import write_text
 from pipeline.launch import without_rank
 from pipeline.run_folder import RunDir, checkpoint_digest, checkpoint_step
@@ -97,7 +97,7 @@ class Evaluations:
                 if self._every.where == "local":
                     self._start_locally(folder)
         except OSError as error:
-            print(f"{checkpoint.name} is not scored: {error}", flush=True)
+            say_line(f"{checkpoint.name} is not scored: {error}")
         # Not while another submission runs: a scheduler that hangs must not gather a queue.
         if self._every.where == "slurm" and (self._last is None or self._last.done()):
             self._last = self._thread.submit(self._submit_waiting)
@@ -113,7 +113,7 @@ class Evaluations:
         self._submit_waiting()
         for folder in self._waiting():
             command = shlex.join(self._submit_command(folder))
-            print(f"{folder.name} is not scored; to submit it: {command}", flush=True)
+            say_line(f"{folder.name} is not scored; to submit it: {command}")
 
     def _waiting(self) -> list[Path]:
         """List folders of steps that are not submitted yet, oldest first."""
@@ -126,9 +126,9 @@ class Evaluations:
             try:
                 _submit(folder, self._submit_command(folder))
             except OSError as error:
-                print(f"{folder.name} could not be submitted for scoring: {error}", flush=True)
+                say_line(f"{folder.name} could not be submitted for scoring: {error}")
                 return
-            print(f"scoring {folder.name}: {folder / _LOG}", flush=True)
+            say_line(f"scoring {folder.name}: {folder / _LOG}")
 
     def _submit_command(self, folder: Path) -> list[str]:
         return self._commands.submit(folder / _TRAIN, folder.name, folder / _READY)
@@ -148,7 +148,7 @@ class Evaluations:
                 # The launcher ends its own session's processes when training ends.
                 start_new_session=True,
             )
-        print(f"scoring {folder.name}: {log}", flush=True)
+        say_line(f"scoring {folder.name}: {log}")
 
     def _discard_from_before_rewind(self, checkpoint: Path, step: int) -> None:
         """Delete results of this step and later ones that a rewind has made obsolete."""
@@ -157,9 +157,8 @@ class Evaluations:
             later = (checkpoint_step(folder.root.name) or 0) - step
             if later < 0 or (later == 0 and _is_of(folder, checkpoint)):
                 continue
-            print(
-                f"{folder.root.name} was scored before the run was rewound: its scores are ignored",
-                flush=True,
+            say_line(
+                f"{folder.root.name} was scored before the run was rewound: its scores are ignored"
             )
             # The digest goes first: results without it are ignored. The ready file goes last: after
             # a kill in between, the next call finds it and deletes the rest.
@@ -229,7 +228,8 @@ def _submit(folder: Path, command: list[str]) -> None:
 def _script(commands: list[list[str]], *, lock: Path) -> str:
     """Join commands to a script that waits for the lock and stops at the first failure."""
     steps = " && ".join(map(shlex.join, commands))
-    # One checkpoint at a time, behind training: a slow evaluation must not pile up.
+    # One checkpoint at a time, behind training: a slow evaluation must not pile up. File 9 holds
+    # the lock until the script and all its commands have ended.
     return f"exec 9>{shlex.quote(str(lock))}; flock 9; renice -n 15 $$ >/dev/null; {steps}"
 
 

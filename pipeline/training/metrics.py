@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import errno
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_line
 from pipeline.files import read_json_lines, write_text
 
 # Logged steps of a start that are not compared with a prediction.
@@ -89,8 +88,7 @@ class JsonLines:
         try:
             self._write()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                print(f"{self._path}: {error.strerror}; {otherwise}", flush=True)
+            say_line(f"{self._path}: {error.strerror}; {otherwise}")
 
     def close(self) -> None:
         """Write what still waits."""
@@ -104,7 +102,7 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
     # The resumed run computes the other steps again, and logs them.
     kept = [text for text, line in lines if line["step"] < first_step]
     if first_step and not kept:
-        print(f"{path}: no line of the steps before {first_step}", file=sys.stderr, flush=True)
+        say_line(f"{path}: no line of the steps before {first_step}", file=sys.stderr)
     return [f"{text}\n" for text in kept]
 
 
@@ -130,9 +128,7 @@ class Progress:
         # A log file wants a line every few seconds, not thousands.
         elif now - self._last_print > 5 or step + 1 == self._num_steps:
             self._last_print = now
-            line = f"step {step + 1}/{self._num_steps}  {text}{self._left(step, now)}"
-            with contextlib.suppress(OSError):  # a log on a full disk
-                print(line, flush=True)
+            say_line(f"step {step + 1}/{self._num_steps}  {text}{self._left(step, now)}")
         # Not from the start: the first step also builds everything that later steps reuse.
         self._first = self._first or (step, now)
 
@@ -183,8 +179,7 @@ class Comparison:
             predicted = self._predicted["peak_memory_gib"]
             parts.append(f"{predicted:.1f} GiB predicted, {self._peak:.1f} GiB observed at most")
         if parts:
-            with contextlib.suppress(OSError):  # a log on a full disk
-                print(f"a step: {'; '.join(parts)}", flush=True)
+            say_line(f"a step: {'; '.join(parts)}")
 
 
 def describe_step(values: dict[str, float], kind: str) -> str:
@@ -267,9 +262,7 @@ def open_trackers(
         config: the run's config, to show next to its curves.
         first_step: the step that the run starts or resumes with.
     """
-    trackers: list[Tracker] = []
-    for name in names:
-        trackers.append(
-            _Wandb(run_dir, config) if name == "wandb" else _Tensorboard(run_dir, first_step)
-        )
-    return trackers
+    return [
+        _Wandb(run_dir, config) if name == "wandb" else _Tensorboard(run_dir, first_step)
+        for name in names
+    ]

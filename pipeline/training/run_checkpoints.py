@@ -52,7 +52,7 @@ class StopRequest:
         # Python runs a handler only once the main thread has returned from C++: from a collective
         # call that waits for a rank which hangs, never. A pipe receives the signal at once.
         receiving, sending = os.pipe()
-        os.set_blocking(sending, False)
+        os.set_blocking(sending, False)  # as Python requires: a handler must never wait
         signal.set_wakeup_fd(sending)
         threading.Thread(
             target=_end_at_second_signal, args=(receiving, echo_seconds), daemon=True

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import comm
@@ -39,6 +38,7 @@ from pipeline.training.engine import (
     NonFiniteLossError,
     StepGivenUpError,
     TensorChunk,
+    on_device,
     seed_of_chunks,
 )
 from pipeline.training.schedules import (
@@ -49,8 +49,8 @@ from pipeline.training.schedules import (
     untied_head,
 )
 
-# Scores and their gradient in the model's type, and in float32 the scores, their logarithm, and
-# the gradient.
+# Scores and their gradient in bfloat16, and in float32 the scores, their logarithm, and the
+# gradient: 2 + 2 + 4 + 4 + 4.
 _BYTES_PER_SCORE = 16
 
 
@@ -95,8 +95,8 @@ def cross_entropy_in_tiles(
     """
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    # One tensor for all tiles: small tensors that outlive a tile would lie between the tiles' large
-    # ones and fragment the memory.
+    # One tensor for all tiles: small tensors that outlive a tile would fragment the memory between
+    # the tiles' large ones.
     gradient = torch.empty_like(hidden)
     tiles = [torch.split(x, rows) for x in (hidden.detach(), labels, weights, gradient)]
     for part, label, weight, out in zip(*tiles, strict=True):  # (R, D), (R,), (R,), (R, D)
@@ -151,7 +151,8 @@ class TokenPrediction:
             sum(prediction.total for prediction in predictions),
             sum(float((prediction.weights > 0).sum()) for prediction in predictions),
         )
-        # The engine averages over ranks, each of which holds only its own share of the sum.
+        # The engine averages over ranks, each of which holds only its own share of the sum. No
+        # token at all may be hidden: the loss is then 0, not a nan.
         scale = comm.world_size() / max(total, 1.0)
         try:
             loss, correct = self._run(engine, batch, predictions, scale, agreement)
@@ -211,18 +212,14 @@ class _TokenChunk(TensorChunk):
 
 def _to_tensors(number: int, chunk: Chunk, prediction: Prediction, scale: float) -> _TokenChunk:
     device = comm.device()
-
-    def tensor(array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
     return _TokenChunk(
         number=number,
-        input_ids=tensor(prediction.input_ids),
+        input_ids=on_device(prediction.input_ids, device),
         lengths=torch.from_numpy(chunk.lengths),
         instruction_tokens=None,
-        states=tensor(prediction.states),
-        labels=tensor(prediction.labels),
-        weights=tensor(prediction.weights * scale).float(),
+        states=on_device(prediction.states, device),
+        labels=on_device(prediction.labels, device),
+        weights=on_device(prediction.weights * scale, device).float(),
     )
 
 
@@ -267,6 +264,7 @@ def _sweep(
                 ]
             )
             numbers = _agreed([(sums.loss, sums.correct) for sums in found])
+            # Complete already, unless it is the token table, whose gradient the embedding adds to.
             engine.reduce(untied_head(engine.encoder))
             sweep.backward(chunks, [sums.gradient for sums in found], engine.backward)
     return numbers

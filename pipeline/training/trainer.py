@@ -10,7 +10,6 @@ on before any rank acts on it.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from pipeline.config import TrainConfig, as_tree, dump_config, load_config
 from pipeline.data.batch import GlobalBatch
 from pipeline.data.loader import Loader
 from pipeline.data.text_loader import data_warnings, make_loader, open_dataset
-from pipeline.errors import DiffembedError, Stopped, UserError
+from pipeline.errors import DiffembedError, Stopped, UserError, say_line
 from pipeline.files import write_json, write_text
 from pipeline.launch import World
 from pipeline.model.encoder import build_model, compile_layers, num_graphs, require_compiler
@@ -135,7 +134,7 @@ def train(
     if newest:
         _say(f"resuming {run.root} at step {step} of {config.num_steps}, from {newest}")
     # After the checks of resuming: a refused run leaves the folder as it was.
-    training.describe(ds_config, loader)
+    comm.on_main(lambda: training.describe(ds_config, loader))
     # The order of data is a function of seed and step: the step is all of its state.
     loader.load_state_dict({**loader.state_dict(), "step": step})
     training.loop(loader, first_step=step)
@@ -181,8 +180,8 @@ class Training:
         identity: dict[str, Any],
         predicted: Mapping[str, float],
     ) -> None:
-        self._predicted = predicted
         self.config, self.run, self.objective = config, run, objective
+        self._predicted = predicted
         self._num_skipped = 0  # steps in a row
         self._stop_request, self._agreement = stop, Agreement(lambda: bool(stop.reason()))
         # Before the model is built: a new adapter or head must be the same on every rank.
@@ -200,10 +199,10 @@ class Training:
         )
 
     def describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
-        """Write config, DeepSpeed config, environment and kinds of batches into the folder."""
-        comm.on_main(lambda: self._describe(ds_config, loader))
+        """Write config, DeepSpeed config, environment and kinds of batches into the folder.
 
-    def _describe(self, ds_config: dict[str, Any], loader: Loader) -> None:
+        Rank 0 only.
+        """
         if not _holds(self.run.config, self.config):  # a user may have added comments
             write_text(self.run.config, OWN_CONFIG + dump_config(self.config))
         write_json(self.run.ds_config, ds_config)
@@ -279,6 +278,7 @@ class Training:
                 # All ranks must choose the same new size, or their numbers of chunks would differ.
                 sizes = comm.all_gather_object((len(largest.input_ids), len(largest.lengths)))
                 tokens, rows = max(sizes)
+                # Schedule plain keeps the graphs of all chunks, which smaller chunks do not shrink.
                 if rows == 1 or self.config.schedule == "plain":
                     other = "schedule to cache or sweep, "
                     if self.config.schedule == "sweep":
@@ -396,8 +396,7 @@ def _holds(path: Path, config: TrainConfig) -> bool:
 
 def _say(text: str) -> None:
     if comm.rank() == 0:
-        with contextlib.suppress(OSError):  # a log on a full disk ends no run
-            print(text, flush=True)
+        say_line(text)
 
 
 def set_determinism(wanted: bool) -> None:

@@ -21,16 +21,15 @@ import torch
 
 from pipeline import comm
 from pipeline.model.weights import Placement
+from pipeline.training.checkpoints import KEYS, MOMENTS, equal_share
 from pipeline.training.collectives import Gathering, Reduction
-
-# AdamW's moments, by torch's names.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed without compilation and log lines."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls functions that newer torch versions deprecate: every rank would print it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
@@ -74,6 +73,7 @@ class Partitions(Placement):
         """Keep this rank's partitions of rank 0's weights; a collective call."""
         from deepspeed.utils import groups
 
+        # `Init` gives its parameters the methods by which the later pieces are cut up too.
         if self._partitioned is None:
             self._deepspeed.zero.Init(
                 module=torch.nn.ParameterList(parameters),
@@ -193,6 +193,7 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        # The optimizer makes its moments in its first update.
         self._link_moments()
         return float(self._engine.get_global_grad_norm())
 
@@ -238,7 +239,7 @@ class ZeroEngine:
     def _has_moments(self) -> bool:
         """True once the optimizer has made its state, at its first update."""
         state = self._engine.optimizer.optimizer.state
-        return _MOMENTS[0] in state.get(self._flat_partitions()[0], {})
+        return MOMENTS[0] in state.get(self._flat_partitions()[0], {})
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         """Return this rank's fp32 master partitions, the keys of the optimizer's state."""
@@ -257,7 +258,7 @@ class ZeroEngine:
         """
         parameter, count = self._parameters[name], len(self.share_of(name))
         state = {"weight": self._share(parameter, "weight")[:count]}
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             state[moment] = (
                 self._share(parameter, moment)[:count]
                 if self._has_moments
@@ -287,7 +288,7 @@ class ZeroEngine:
             state = zero.optimizer.state[partition]
             # Where fused AdamW keeps it.
             state["step"] = torch.tensor(float(optimizer_steps), device=partition.device)
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 state[moment] = torch.zeros_like(partition)
         self._link_moments()
 
@@ -315,7 +316,7 @@ class ZeroEngine:
             share: `weight` and moments, each the flat elements of `share_of`.
         """
         parameter: Any = self._parameters[name]
-        for key in ("weight", *_MOMENTS):
+        for key in KEYS:
             self._set_share(parameter, key, share[key].to(comm.device()))
         if self.stage == 3:
             # The working copy is rounded from the master, which rounding must not touch.
@@ -327,7 +328,8 @@ class ZeroEngine:
         if self.stage < 3:
             zero.update_lp_params()
             return
-        # Parameters that stay whole on every rank; hpZ's second copies are made at the next gather.
+        # Parameters that stay whole on every rank still have the values from before: the epilogue
+        # gathers them again, and drops hpZ's second copies, which the next gather makes.
         for parameter in zero.persistent_parameters:
             parameter.partition()
         zero.checkpoint_event_epilogue()
@@ -367,15 +369,6 @@ def _remove_module_hooks(engine: Any) -> None:
     engine.optimizer.parameter_offload._remove_module_hooks()
     for module in engine.module.modules():
         module._parameters = dict(module._parameters)
-
-
-def equal_share(num_elements: int, *, rank: int, share: int) -> range:
-    """Return the flat elements of one rank where every rank has room for `share` of them.
-
-    Ranks beyond the last element get an empty range.
-    """
-    start = min(rank * share, num_elements)
-    return range(start, min(start + share, num_elements))
 
 
 def padded(values: torch.Tensor, size: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ def wait_for_each_other(self: RunCheckpoints, step: int) -> Path:
     rank = comm.rank()
     (self._folder.parent / f"saving-{rank}").touch()
     dist.recv(torch.empty(1), src=1 - rank)
-    raise AssertionError("nobody sends")
+    raise AssertionError("no rank sends")
 
 
 def ask_to_stop_within_a_step() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import comm
-from pipeline.training.checkpoints import Saver, Stateful
-from pipeline.training.zero import equal_share
+from pipeline.training.checkpoints import Saver, Stateful, equal_share
 
 
 class Memory:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.training.checkpoints import covering_rows, read_share
-from pipeline.training.zero import equal_share, padded
+from pipeline.training.checkpoints import covering_rows, equal_share, read_share
+from pipeline.training.zero import padded
 from tests.support import launch_ranks
 
 WORKER = Path(__file__).with_name("resize_worker.py")
