@@ -18,6 +18,8 @@ from pipeline.errors import (
     blame,
     errors_end_the_process,
     explain_os_error,
+    say_line,
+    say_warning,
 )
 from pipeline.files import atomic_path, require_writable
 
@@ -80,6 +82,20 @@ def test_a_command_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         f"MachineError: /out/x: {os.strerror(errno.ENOSPC)} | "
         "fix: free some space and run the same command again\n"
     )
+
+
+def test_a_log_that_takes_no_line_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        say_line("a line that the disk does not take")
+        say_warning("nor this one")
+        with pytest.raises(SystemExit) as ended, errors_end_the_process():
+            raise UserError("wrong")
+        assert ended.value.code == 2
+        monkeypatch.undo()
+        # What the failed lines left in its buffer must not fail once more, when it is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 def test_an_output_folder_is_made_and_left_empty(tmp_path: Path) -> None:
