@@ -32,7 +32,7 @@ from pipeline.data.sources import FORMATS, plan_source
 from pipeline.data.sources.containers import read_records
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, require_writable
-from pipeline.planning.shape import read_architecture
+from pipeline.planning.architecture import read_architecture
 from pipeline.tokenizer import limits_of
 
 Goal = Literal["search", "instructions", "long"]

@@ -17,16 +17,11 @@ from pipeline.config import ModelConfig, Precision, local_file, model_fix
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.model.export_folder import SENTENCE_CONFIGS, backbone_folder
+from pipeline.planning.architecture import BLOCKS, read_architecture
 from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.describe import format_bytes
 from pipeline.planning.measured import forward_seconds
-from pipeline.planning.shape import (
-    BLOCKS,
-    NUMBER_BYTES,
-    Dtype,
-    ModelShape,
-    read_architecture,
-)
+from pipeline.planning.shape import NUMBER_BYTES, Dtype, ModelShape
 from pipeline.planning.speed import UTILISATION, Gpu, forward_flops
 from pipeline.planning.text_sizes import Texts
 

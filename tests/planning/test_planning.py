@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.loss.tiles import TOKEN_TILE_BYTES
 from pipeline.model.encoder import build_encoder
 from pipeline.planning import largest_batch, plan_run
+from pipeline.planning.architecture import read_architecture
 from pipeline.planning.describe import describe
 from pipeline.planning.memory import (
     CUDA_CONTEXT,
@@ -41,7 +42,7 @@ from pipeline.planning.memory import (
     peak,
     sum_of,
 )
-from pipeline.planning.shape import ModelShape, read_architecture, saved_by_layer
+from pipeline.planning.shape import ModelShape, saved_by_layer
 from pipeline.training.collectives import buffer_bytes
 from pipeline.training.ds_config import resolve_ds_config
 from tests.model.model_support import CASES, save_model
