@@ -111,7 +111,7 @@ encode_file(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), num_processes=
 """
 
 
-def test_a_killed_run_goes_on_with_the_blocks_that_are_missing(
+def test_a_killed_run_continues_with_the_blocks_that_are_missing(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = read(

@@ -153,7 +153,7 @@ def test_training_without_a_processor_per_gpu_says_what_to_change(
     assert job.find("1 CPUs for 2 GPUs .* fix: --exclusive")
 
 
-def test_training_out_of_time_is_requeued_and_goes_on(
+def test_training_out_of_time_is_requeued_and_continues(
     jobs: dict[str, TrainJob], session_cluster: Cluster
 ) -> None:
     job = jobs["out of time"]
@@ -222,7 +222,7 @@ def test_training_that_is_asked_to_stop_stays_down(jobs: dict[str, TrainJob]) ->
     assert job.find("not requeued: stopped on request; submit again to continue")
 
 
-def test_training_goes_on_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -> None:
+def test_training_continues_after_the_crash_of_a_rank(jobs: dict[str, TrainJob]) -> None:
     job = jobs["crash"]
 
     # Its peer would sleep for minutes.
@@ -244,7 +244,7 @@ def test_training_without_progress_across_three_requeues_stops_and_says_why(
     )
 
 
-def test_an_unfit_node_is_named_and_the_job_goes_on_without_it(jobs: dict[str, TrainJob]) -> None:
+def test_an_unfit_node_is_named_and_the_job_continues_without_it(jobs: dict[str, TrainJob]) -> None:
     job = jobs["unfit"]
 
     assert job.end() == "COMPLETED"

@@ -40,7 +40,7 @@ def ids_of(folder: Path, name: str) -> list[str]:
     return [entry["id"] for entry in entries if entry["name"] == name]
 
 
-def test_training_goes_on_while_its_checkpoints_are_scored_to_the_last(
+def test_training_continues_while_its_checkpoints_are_scored_to_the_last(
     cluster: Cluster, checkout: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(tmp_path)

@@ -268,7 +268,7 @@ def test_behind_an_element_that_fails_the_report_says_what_is_missing(
     assert re.search(r"4 of 4 evaluation elements .* submit .* again, .* 0,1,2,3", log.read_text())
 
 
-def test_where_requeueing_is_forbidden_a_job_goes_on_as_another_one(
+def test_where_requeueing_is_forbidden_a_job_continues_as_another_one(
     submit: Submit,
     cluster: Cluster,
     checkout: Path,

@@ -35,7 +35,7 @@ ON_SLURM = ("srun", "deepspeed slurm")
 ALL_LAUNCHERS = (COMMAND, *LAUNCHERS, SCRIPT, "deepspeed openmpi", *ON_SLURM)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Whatever has not ended by then continues: the runs do not end by themselves.
-_GOES_ON_AFTER_SECONDS = 300
+_STILL_LIVE_AFTER_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Outcome:
     steps: int  # lines of metrics.jsonl
     saved: int  # step of the newest checkpoint, 0 for none; it is whole
     seconds: float  # from the last signal until nothing was left of the run
-    goes_on: bool = False  # the launcher has ended, the ranks have not
+    ranks_live: bool = False  # the launcher has ended, the ranks have not
 
     @property
     def nothing_lost(self) -> bool:
@@ -55,7 +55,7 @@ class Outcome:
         return self.saved == self.steps > 0
 
     def __str__(self) -> str:
-        if self.goes_on:
+        if self.ranks_live:
             return f"exit {self.code}, but the ranks continue"
         kept = f"saved step {self.saved}" if self.nothing_lost else f"saved {self.saved}"
         return (
@@ -156,11 +156,11 @@ class Trial:
     def _end(self) -> Outcome:
         began = time.monotonic()
         code = self._launch.wait()
-        goes_on = False
+        ranks_live = False
         try:
-            self._launch.require_nothing_left(_GOES_ON_AFTER_SECONDS)
+            self._launch.require_nothing_left(_STILL_LIVE_AFTER_SECONDS)
         except AssertionError:
-            goes_on = True
+            ranks_live = True
         seconds = time.monotonic() - began
         lines = [line for line in self._launch.output().splitlines() if "Stopped: " in line]
         newest = run_folder.latest_checkpoint(self.run / "checkpoints")
@@ -170,7 +170,7 @@ class Trial:
             steps=self._steps(),
             saved=run_folder.verify_checkpoint(newest)["step"] if newest else 0,
             seconds=seconds,
-            goes_on=goes_on,
+            ranks_live=ranks_live,
         )
 
     def _steps(self) -> int:

@@ -98,7 +98,9 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         checkpoints.load(path, Memory(a=0.0), {})
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_only_where_the_user_says_so(tmp_path: Path) -> None:
+def test_a_run_continues_from_an_older_checkpoint_only_where_the_user_says_so(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         save(folder, Memory(a=float(step)), step=step, identity={})

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.tools.kill_tally import VICTIMS, Tally
 
 
-def test_a_run_killed_at_random_moments_goes_on_bit_equal(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_continues_bit_equal(recipe: Path, tmp_path: Path) -> None:
     # With this seed: one rank, the launcher and all ranks, each while a checkpoint is made. Moments
     # of a millisecond are left to the tool: a start that misses its moment is repeated.
     tally = Tally(recipe, tmp_path, seed=312, launchers=("torchrun", "mpirun"), num_steps=30)

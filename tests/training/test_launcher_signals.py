@@ -32,7 +32,7 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(
 
     assert end.nothing_lost, end
     assert end.code == code
-    assert not end.goes_on
+    assert not end.ranks_live
 
 
 def test_a_run_that_is_asked_again_ends_without_a_checkpoint_of_that_moment(
@@ -42,7 +42,7 @@ def test_a_run_that_is_asked_again_ends_without_a_checkpoint_of_that_moment(
         trial = Trial("mpirun", recipe, tmp_path, environment, saves=False)
         end = trial.outcome_of_second(signal.SIGUSR1)
 
-    assert not end.goes_on
+    assert not end.ranks_live
     assert not end.reason
     assert end.code == 128 + signal.SIGUSR1
     # The checkpoint before is whole and `latest` names it: every file has been read.

@@ -53,7 +53,7 @@ def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 0, "loss": None, "lr": 0.5}
 
 
-def test_a_curve_in_tensorboard_goes_on_where_a_run_resumes(tmp_path: Path) -> None:
+def test_a_curve_in_tensorboard_continues_where_a_run_resumes(tmp_path: Path) -> None:
     needs("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -64,7 +64,7 @@ def reach_both(folder: Path, hosts: tuple[str, str]) -> dict[str, str]:
     }
 
 
-def test_a_run_over_two_hosts_stops_and_goes_on_as_on_one(
+def test_a_run_over_two_hosts_stops_and_continues_as_on_one(
     recipe: Path, tmp_path: Path, hosts: tuple[str, str]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
