@@ -491,7 +491,8 @@ def _serve(listener: socket.socket, read_at_start: Mapping[str, str]) -> None:
             for key, _ in selector.select():
                 if key.fileobj is listener:
                     client, _ = listener.accept()
-                    client.send(greeting)
+                    with contextlib.suppress(ConnectionError):  # killed; read as one that left
+                        client.send(greeting)
                     clients.add(client)
                     selector.register(client, selectors.EVENT_READ)
                 elif key.fd in children:
@@ -513,8 +514,14 @@ def _serve(listener: socket.socket, read_at_start: Mapping[str, str]) -> None:
 
 
 def _answer(client: socket.socket, leave: Callable[[], None]) -> _Forked | None:
-    """Fork what a client asks for; None if it has left."""
-    message, descriptors, *_ = socket.recv_fds(client, 2**20, 3)
+    """Fork what a client asks for; None if it has left.
+
+    A client may be killed at any moment, and this server serves many others.
+    """
+    try:
+        message, descriptors, *_ = socket.recv_fds(client, 2**20, 3)
+    except ConnectionError:  # it was killed before it had read the greeting
+        return None
     if not message:
         return None
     request = json.loads(message)
@@ -528,7 +535,9 @@ def _answer(client: socket.socket, leave: Callable[[], None]) -> _Forked | None:
     pid = fork(work, folder=Path(request["folder"]), stdout=stdout, stderr=stderr)
     os.close(stdout)
     os.close(stderr)
-    os.write(status, b"%d\n" % pid)
+    # Without a reader the child is killed, when the client's end of the socket is read.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(status, b"%d\n" % pid)
     return _Forked(pid, status, client)
 
 

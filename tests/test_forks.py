@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,6 +56,27 @@ def test_forked_ranks_print_and_compute_what_started_ranks_do(
     monkeypatch.setenv("DIFFEMBED_TEST_FORKS", "0")
     assert launch_ranks(1, script, "word") == forked
     assert forked.splitlines()[0] == f"__main__ ['word'] {tmp_path} {Path.cwd()} 0"
+
+
+def test_clients_that_are_killed_at_any_moment_end_no_other_process(tmp_path: Path) -> None:
+    """As elements of a job array are, between their request and its answer."""
+    server = forks._server_for({**os.environ, **forks.ENVIRONMENT})
+    if server is None:
+        pytest.skip("processes are not forked here")
+    request = {"words": ["-c", "import time; time.sleep(600)"], "folder": str(tmp_path)}
+    for asks in [False, True] * 5:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(f"\0diffembed-forks-{server.run}")
+            if asks:
+                client.recv(2**20)
+                read, write = os.pipe()
+                os.close(read)
+                words = json.dumps({**request, "environment": dict(os.environ)}).encode()
+                socket.send_fds(client, [words], [write, write, write])
+                os.close(write)
+
+    done = forks.run(["-c", "print('served')"], folder=tmp_path, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, "served\n")
 
 
 @pytest.mark.parametrize("forked", [True, False])
