@@ -246,7 +246,7 @@ def _report_near_duplicates(build: Build, task: int, merged: IntArray, first: In
             "dropped": "document",
             "reason": "near-duplicate",
             "text": document.text,
-            "detail": f"document {numbers[other]} is kept for it",
+            "detail": f"document {numbers[other]} is kept in its place",
         }
         for document, other in zip(documents, first.tolist(), strict=True)
     ]
