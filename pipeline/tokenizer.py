@@ -247,8 +247,8 @@ class TextTokenizer:
     def __init__(self, tokenizer_json: str, *, eos_id: int | None, append_eos: bool) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._append = eos_id if append_eos else None
-        # The row of a text of which the normaliser leaves nothing: pooling needs a token.
-        self._nothing = [eos_id or 0]
+        # Also of a text of which the normaliser leaves nothing.
+        self._nothing = row_without_text(eos_id)
         # 1 where EOS is appended here: truncation must leave room for it in long texts. It is 0
         # where the tokenizer adds EOS itself, because truncation then counts it.
         ids = self._tokenizer.encode("a").ids
@@ -302,6 +302,14 @@ class TextTokenizer:
                 # One fewer than the row has: pooling needs a token that is not the prefix's.
                 counts[number] = min(tokens_within(encoding.offsets, prefix), len(rows[-1]) - 1)
         return rows, counts
+
+
+def row_without_text(eos_id: int | None) -> list[int]:
+    """Return the row of a text that a tokenizer makes no token of, because pooling needs one.
+
+    One rule for the shards of training and for what an export embeds.
+    """
+    return [eos_id or 0]
 
 
 def instruction_characters(prefix: str) -> int:

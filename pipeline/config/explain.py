@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.data import PrepareConfig
 from pipeline.config.evaluation import ChainConfig, EvaluateConfig, ProbeConfig
-from pipeline.config.loading import as_tree, load_config, range_words, read_tree
+from pipeline.config.loading import as_tree, expand_path, load_config, range_words, read_tree
 from pipeline.config.mining import MineConfig
 from pipeline.config.model import StarterConfig
 from pipeline.config.training import TrainConfig
@@ -148,6 +148,31 @@ def kind_of(path: Path) -> str:
     given = {re.sub(r"\[\d+\]", "[]", name) for name, _ in _leaves(read_tree(path), "")}
     known = {kind: {key.name for key in list_keys(kind)} for kind in KINDS}
     return max(known, key=lambda kind: (len(given & known[kind]), -len(known[kind])))
+
+
+def output_dir(config: Path) -> Path:
+    """Return the folder that the command of a config writes: its `output_dir` or `output`.
+
+    Raises:
+        UserError: the file cannot be read, or sets none.
+    """
+    tree = read_tree(config)
+    key = "output_dir" if "output_dir" in tree else "output"
+    if not isinstance(found := tree.get(key), str):
+        raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
+    return expand_key(config, key, found)
+
+
+def expand_key(config: Path, key: str, value: str) -> Path:
+    """Expand the path under a key of a config that is read without being checked.
+
+    Raises:
+        UserError: it names a user or variable that does not exist, or is empty.
+    """
+    try:
+        return Path(expand_path(value))
+    except ValueError as error:
+        raise UserError(f"{config}: {key}: {value!r}", allowed=str(error)) from error
 
 
 def _leaves(tree: Any, name: str) -> Iterator[tuple[str, str]]:

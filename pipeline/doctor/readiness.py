@@ -26,14 +26,13 @@ from pipeline.config import (
     SourceConfig,
     StarterConfig,
     TrainConfig,
-    expand_path,
     load_config,
     local_file,
     model_fix,
     read_tree,
     require_model_path,
 )
-from pipeline.config.explain import KINDS, kind_of
+from pipeline.config.explain import KINDS, kind_of, output_dir
 from pipeline.doctor import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
 from pipeline.errors import UserError
@@ -77,9 +76,8 @@ def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
 def _outputs(path: Path, chain: ChainConfig) -> Made:
     """Return the folders and files that the command of a config makes."""
     try:
-        tree = read_tree(path)
-        folder = Path(expand_path(tree["output" if "retrievers" in tree else "output_dir"]))
-    except (UserError, KeyError, ValueError, TypeError):
+        folder = output_dir(path)
+    except UserError:
         return frozenset()  # its own check names the fault
     exports = [step.output or RunDir(folder).export for step in chain.exports]
     # `rows.jsonl` is a synthesis's, which a source of `prepare` names.

@@ -189,7 +189,7 @@ def restore_texts(mining: Mining, task: int) -> None:
     ids = mining.blocks(role)[number].numbers
     if role == "documents":
         table, limit = source.documents, source.max_document_length
-        # No block has documents of both: those of the corpora have a table of their own.
+        # The corpora have their own table, and no block has documents of both.
         if ids[0] >= len(table):
             table, ids = mining.added, ids - len(table)
         tokens, instructions = table.views("tokens", ids), [""] * len(ids)

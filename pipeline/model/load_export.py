@@ -55,6 +55,7 @@ from pipeline.tokenizer import (
     instruction_characters,
     limits_of,
     load_tokenizer,
+    row_without_text,
     tokens_within,
 )
 
@@ -185,10 +186,8 @@ class LoadedExport:
                 return_offsets_mapping=count_prefix,
             )
             rows = batch["input_ids"]
-        # A tokenizer without special tokens makes no token of "", but pooling needs one: the same
-        # that `TextTokenizer` puts into the shards of training.
-        filler = [self.tokenizer.eos_token_id or 0]
-        rows = [row or filler for row in rows]
+        # A tokenizer without special tokens makes no token of "".
+        rows = [row or row_without_text(self.tokenizer.eos_token_id) for row in rows]
         if self.limits.num_tokens is not None:
             self.limits.require_token(max(map(max, rows)), where="a text to embed")
         if not count_prefix:
@@ -268,8 +267,8 @@ def load_export(
         raise UserError(f"{dimensions} dimensions of {folder}", allowed=f"1 to {config.dimensions}")
     config = dataclasses.replace(config, dtype=dtype, **changes)
     # An export is a transformers model like any other, so it is built as a base model would be. Its
-    # weights are read straight to the device: in the node's memory, those of all its processes
-    # might not fit together.
+    # weights are read straight to the device: a node's memory might not hold one copy for each of
+    # its processes.
     encoder = build_encoder(config, placement=Placement(device)).to(device)
     tokenizer = load_tokenizer(str(folder))
     if lowers:

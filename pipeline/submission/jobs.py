@@ -126,7 +126,7 @@ def requested_gpus(flags: Sequence[Flag]) -> RequestedGpus:
     for resource in re.sub(r"\(.*?\)", "", last_value(flags, "--gres", "")).split(","):
         if not per_node and re.match(r"gpu(:|$)", resource):
             per_node = resource.removeprefix("gpu").removeprefix(":") or "1"
-    # `--gpus` counts those of the whole job, the other flags those of a node.
+    # `--gpus` counts GPUs of the whole job, the other flags GPUs of a node.
     total = last_value(flags, "--gpus", "") or last_value(flags, "-G", "")
     # [KIND:]NUMBER, and for --gres also KIND alone
     kind, _, number = (per_node or total).rpartition(":")

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import read_tree
-from pipeline.config.explain import kind_of
+from pipeline.config.explain import kind_of, output_dir
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.run_folder import OWN_CONFIG
@@ -33,7 +33,6 @@ from pipeline.watch.chains import (
     describe_shards,
     describe_synthesis,
     mining_store,
-    output_dir,
 )
 from pipeline.watch.elements import describe_evaluation
 from pipeline.watch.runs import Metrics, describe_run

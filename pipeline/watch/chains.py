@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import run_folder
-from pipeline.config import ChainConfig, ExportStep, expand_path, load_config, read_tree
+from pipeline.config import ChainConfig, ExportStep, load_config, read_tree
+from pipeline.config.explain import expand_key, output_dir
 from pipeline.errors import UserError
 from pipeline.files import read_record
 from pipeline.run_folder import RunDir
@@ -42,26 +43,6 @@ def describe_chain(path: Path, metrics: Metrics) -> View:
             ),
         ),
     )
-
-
-def output_dir(config: Path) -> Path:
-    """Return the folder that the command of a config writes: its `output_dir` or `output`.
-
-    Raises:
-        UserError: the file cannot be read, or sets none.
-    """
-    tree = read_tree(config)
-    key = "output_dir" if "output_dir" in tree else "output"
-    if not isinstance(found := tree.get(key), str):
-        raise UserError(f"{config}: key 'output_dir' is missing", fix="add output_dir to the file")
-    return _expanded(found, config, key)
-
-
-def _expanded(path: str, config: Path, key: str) -> Path:
-    try:
-        return Path(expand_path(path))
-    except ValueError as error:
-        raise UserError(f"{config}: {key}: {path!r}", allowed=str(error)) from error
 
 
 def _stages(chain: ChainConfig, metrics: Metrics) -> Iterator[_Row]:
@@ -211,7 +192,7 @@ def mining_store(config: Path) -> Path | None:
         return None
     given = tree.get("store")
     if isinstance(given, str):
-        return _expanded(given, config, "store")
+        return expand_key(config, "store", given)
     return output_dir(config).parent / "mining"
 
 

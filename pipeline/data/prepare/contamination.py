@@ -292,7 +292,7 @@ def _characters_may_exceed(left: ComparedText, right: ComparedText, limit: float
     least = int(limit * (len(one) + len(other)) / 2)
     if least > min(len(one), len(other)):
         return False
-    # First with all rare characters of one side; counting those of both sides takes longer.
+    # First with all rare characters of one side; counting both sides takes longer.
     blocks = 1 + len(right.rare)
     pairs = LCSseq.similarity(left.pairs, right.pairs, score_cutoff=max(0, least - blocks))
     if pairs + blocks < least:

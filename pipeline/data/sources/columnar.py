@@ -301,9 +301,9 @@ def _saved_split(file: str, saved: Any, split: str | None) -> Any:
 
 
 def stored_files(file: str, split: str | None) -> list[str]:
-    """Return the files with the bytes of `file`: itself, or those of a hub dataset.
+    """Return the files that hold the bytes of `file`: itself, or the files of a hub dataset.
 
-    A hub dataset's are in its folder, or in the library's cache.
+    They are in its folder, or in the library's cache.
     """
     if not file.startswith(HUB):
         return [file]
