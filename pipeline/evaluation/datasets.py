@@ -24,7 +24,14 @@ from huggingface_hub import snapshot_download
 
 from pipeline.config import EvaluateConfig, OwnTask
 from pipeline.errors import UserError, blame
-from pipeline.evaluation.tasks import BENCHMARKS, check_names, load_mteb, make_task, tasks_of
+from pipeline.evaluation.tasks import (
+    BENCHMARKS,
+    LOCAL_REVISION,
+    check_names,
+    load_mteb,
+    make_task,
+    tasks_of,
+)
 from pipeline.files import require_writable, write_text
 
 
@@ -111,7 +118,6 @@ def _load_subset(task: Any, config: str, subset: str, fix: str) -> datasets.Data
 
 # Written into the folder of a fetched data set when it is whole; holds its revision.
 REVISION_FILE = ".revision"
-_LOCAL = "local"
 _PREFETCH = "run `diffembed evaluate prefetch` on a machine with network"
 
 
@@ -172,7 +178,7 @@ def localise(task: Any, snapshots: Path | None) -> Any:
         UserError: the data set is not among the snapshots, or was fetched at another revision.
     """
     source = task.metadata.dataset
-    if snapshots is None or source["revision"] == _LOCAL:
+    if snapshots is None or source["revision"] == LOCAL_REVISION:
         return task
     folder = snapshots / source["path"]
     if not folder.is_dir():
@@ -204,7 +210,7 @@ def data_revision(task: Any, snapshots: Path | None) -> str:
     if snapshots is not None:
         marker = Path(task.metadata.dataset["path"]) / REVISION_FILE
         if not marker.is_file():
-            return _LOCAL
+            return LOCAL_REVISION
     return str(task.metadata.dataset["revision"])
 
 
@@ -242,7 +248,7 @@ def _fix_of(task: Any) -> str:
         return f"set snapshots to a folder, and {_PREFETCH}"
     if (folder / REVISION_FILE).is_file():
         return f"remove {folder} and {_PREFETCH}"
-    if source["revision"] == _LOCAL:
+    if source["revision"] == LOCAL_REVISION:
         return f"repair the files in {folder}"
     return f"repair the files in {folder}, or name another snapshots folder and {_PREFETCH}"
 
@@ -455,7 +461,7 @@ def prefetch(config: EvaluateConfig, *, endpoint: str | None = None) -> Path:
     sources = {
         (source["path"], source["revision"])
         for source in (task.metadata.dataset for task in tasks)
-        if source["revision"] != _LOCAL
+        if source["revision"] != LOCAL_REVISION
     }
     for number, (repository, revision) in enumerate(sorted(sources), start=1):
         print(f"data set {number}/{len(sources)}: {repository} at {revision[:12]}", flush=True)

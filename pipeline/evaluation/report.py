@@ -51,7 +51,7 @@ from pipeline.evaluation.tables import (
     step_rows,
     with_splits,
 )
-from pipeline.evaluation.tasks import Element, lengths_of, list_elements
+from pipeline.evaluation.tasks import LOCAL_REVISION, Element, lengths_of, list_elements
 from pipeline.files import one_at_a_time, read_json_lines, require_writable, write_json, write_text
 from pipeline.model.card import add_evaluation
 from pipeline.model.export_folder import is_export
@@ -228,7 +228,7 @@ def summarise(name: str, models: list[str], by_model: dict[str, Result]) -> dict
     first, last = by_model[models[0]], by_model[models[-1]]
     task = first["task"]
     # The score of a replica must not be compared with a published one.
-    local = any(result["dataset_revision"] == "local" for result in by_model.values())
+    local = any(result["dataset_revision"] == LOCAL_REVISION for result in by_model.values())
     entry: dict[str, Any] = {
         "name": name,
         "task": task,

@@ -39,6 +39,8 @@ from pipeline.errors import UserError
 
 # The folder that mteb creates when it is imported; this package keeps nothing there.
 _CACHE = "MTEB_CACHE"
+# The revision of data in a local folder, in metadata and results; data of the hub have a commit.
+LOCAL_REVISION = "local"
 
 
 @functools.lru_cache(maxsize=1)
@@ -304,7 +306,7 @@ def make_task(own: OwnTask) -> Any:
         metadata = mteb.TaskMetadata(
             name=own.name,
             description=f"Retrieval of the documents in {own.path}.",
-            dataset={"path": str(own.path), "revision": "local"},  # see `datasets.localise`
+            dataset={"path": str(own.path), "revision": LOCAL_REVISION},
             type="Retrieval",
             category="t2t",
             eval_splits=[own.split],
