@@ -108,6 +108,10 @@ def test_gradients_equal_the_plain_ones_of_the_cpu_and_nothing_waits_within_a_pa
             contrastive, "DEFAULT_SCORE_BYTES", dict.fromkeys(("cpu", "cuda"), 4 * 20)
         )
     loss = LOSSES[case["loss"]]
+    exact = case["dtype"] == torch.float32
+    if not exact:
+        # A score near the margin is masked or not by its rounding, which differs between CPUs.
+        loss = dataclasses.replace(loss, false_negative_margin=None)
     batch = full_batch()
     reference = encoder_of(case, root, checkpointing=False)
     for parameter in reference.parameters():
@@ -125,7 +129,6 @@ def test_gradients_equal_the_plain_ones_of_the_cpu_and_nothing_waits_within_a_pa
     encoder = to_cuda(encoder_of(case, root, checkpointing=checkpointing), case["dtype"])
     ours, found, record = step_on_device(encoder, batch, config_of(schedule, loss=loss, **kept))
 
-    exact = case["dtype"] == torch.float32
     if exact:
         assert gradient_error(ours, wanted) <= 1e-4
     else:  # rounding of a tiny random model turns its gradient, but does not reverse it
