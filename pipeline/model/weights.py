@@ -332,7 +332,9 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
     for name, buffer in computed.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
-    model.initialize_weights()  # weights are on the meta device, so no random numbers are drawn
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # a file holds it: drawing it takes half the time here
+    model.initialize_weights()
 
 
 # Ranks of a host share the hashing by blocks of this size, 64 MiB: small enough to finish together.
