@@ -128,6 +128,12 @@ def _find_files(path: str, revision: str | None) -> list[str]:
         with blame(f"model.path: {index}", fix=model_fix(path)):
             shards, _ = get_checkpoint_shard_files(path, index, revision=revision)
     except OSError as error:
+        if others := sorted(file.name for file in Path(path).glob("*.safetensors")):
+            raise UserError(
+                f"model.path: {path} holds {others[0]}, but no index that names it",
+                allowed="model.safetensors, or model.safetensors.index.json and the files it names",
+                fix=model_fix(path),
+            ) from error
         raise UserError(
             f"model.path: no safetensors weights in {path!r}",
             allowed="model.safetensors, or model.safetensors.index.json and the files it names "

@@ -150,6 +150,12 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         build_encoder(ModelConfig(path=str(tmp_path)))
 
 
+def test_parts_of_weights_without_their_index_are_named(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"holds model-00001-of-.*, but no index.*fix: fetch"):
+        build_encoder(ModelConfig(path=str(sharded)))
+
+
 @pytest.mark.parametrize(
     ("heads", "said"),
     [
