@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from pipeline.model.weights import Placement
 Merge = Callable[[nn.Module], None]
 # The prefix of all names in peft's files.
 _STEM = "base_model.model."
+# The part of a name by which a layer of peft holds the layer that it adapts.
+_BASE = ".base_layer."
 # Keys of a LoRA config with which a layer computes more than its weights plus a matrix product.
 _BEYOND_ADDING = (
     "alora_invocation_tokens",
@@ -164,6 +167,9 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
 
 # These learn no change of weights: virtual tokens, a route for each text, added states.
 _UNMERGEABLE = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
+# Keys of a LoRA config by which it is on for some tokens or texts only. Without them, peft would
+# silently leave such an adapter off.
+_ON_FOR_SOME = ("alora_invocation_tokens", "arrow_config")
 _MERGE_IT = "merge it into its model with peft, if it can do that, and give that as model.path"
 
 
@@ -215,7 +221,21 @@ class AdapterFiles:
             UserError: the adapter's layers do not exist, or are of another kind.
         """
         model = NamedBackbone(backbone, self.outer) if self.outer else backbone
-        return _put_adapter(model, self.config, self.path)
+        adapted = _put_adapter(model, self.config, self.path)
+        if getattr(self.config, "lora_bias", False):
+            self._require_biases(adapted)
+        return adapted
+
+    def _require_biases(self, adapted: nn.Module) -> None:
+        """Refuse an adapter with biases of its own for layers without one."""
+        for name, module in adapted.named_modules():
+            if isinstance(module, lora.Linear) and module.get_base_layer().bias is None:
+                raise UserError(
+                    f"model.adapter: {self.path} has a bias (lora_bias) for "
+                    f"{name.removeprefix(_STEM)}, a layer without bias, so it cannot be merged",
+                    allowed="lora_bias: true where every adapted layer has a bias",
+                    fix="train the adapter with lora_bias: false",
+                )
 
     def load(self, adapted: Any) -> None:
         """Load all weights or refuse them: peft would leave a missing one at its fresh value.
@@ -258,10 +278,12 @@ def read_adapter_config(path: str) -> peft.PeftConfig:
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
             fix=_inner_adapters(path),
         ) from error
-    for warning in caught:  # keys that this version of peft does not know
+    for warning in caught if comm.rank() == 0 else ():  # keys that this version of peft lacks
         say_warning(f"model.adapter: {path}: {str(warning.message).splitlines()[0]}")
     kind = str(config.peft_type).removeprefix("PeftType.")
-    mergeable = kind not in _UNMERGEABLE and not config.is_prompt_learning
+    if chosen := [key for key in _ON_FOR_SOME if getattr(config, key, None)]:
+        kind += f" with {chosen[0]}"
+    mergeable = kind not in _UNMERGEABLE and not (config.is_prompt_learning or chosen)
     if not mergeable or config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise UserError(
             f"model.adapter: {path} is {kind}, which cannot be merged into the weights of a model",
@@ -368,7 +390,7 @@ def _put_adapter(model: nn.Module, config: peft.PeftConfig, path: str | None = N
     # Otherwise peft would allocate real adapter weights for a model of shapes.
     shapes_only = next(model.parameters()).is_meta
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _shaped(model):
             # peft reads properties that torch has renamed, and reports an adapter's source.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
@@ -381,6 +403,24 @@ def _put_adapter(model: nn.Module, config: peft.PeftConfig, path: str | None = N
             + _last_line(error),
             fix=f"give the adapter of this backbone, or {_MERGE_IT}",
         ) from error
+
+
+@contextmanager
+def _shaped(model: nn.Module) -> Iterator[None]:
+    """Give weights that ZeRO-3 has partitioned their shapes, as zeros that take no memory.
+
+    Some kinds of adapters, such as DoRA, derive their fresh values from the weights they adapt. The
+    values do not matter, because loading the adapter replaces them.
+    """
+    partitioned: Any = [p for p in model.parameters() if hasattr(p, "ds_shape")]
+    kept = [parameter.data for parameter in partitioned]
+    for parameter in partitioned:
+        parameter.data = parameter.new_zeros(1).expand(parameter.ds_shape)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(partitioned, kept, strict=True):
+            parameter.data = data
 
 
 def _last_line(error: Exception) -> str:
@@ -435,11 +475,13 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer: (..., in) to (..., out)."""
-        name, *others = self.active_adapters
-        plain = not (others or args or kwargs or self.disable_adapters or self.merged)
-        if not plain or name in self.lora_variant:
+        # One adapter that is on, and that has this layer, which others may lack.
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = len(names) == 1 and not (args or kwargs or self.disable_adapters or self.merged)
+        if not plain or names[0] in self.lora_variant:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
+        name = names[0]
         # (T, in), so that `out` is no view: autograd copies the gradient of a view that is changed.
         x_TD = x.flatten(0, -2)
         out = self.base_layer(x_TD)
@@ -471,7 +513,10 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
         UserError: there is no adapter, it belongs to another model, or it changes base weights.
     """
     files = read_adapter(backbone, path, shapes_only=meta)
-    _check_continuable(files)
+    # Copies of base weights, which peft stores where an adapter targets an embedding.
+    weights = {name: value for name, value in files.weights.items() if _BASE not in name}
+    files = dataclasses.replace(files, weights=weights)
+    _check_continuable(files, {name for name, _ in backbone.named_parameters()})
     own = _on_backbone(files, backbone)
     adapted: nn.Module = own.attach(backbone)
     if not meta:
@@ -480,8 +525,10 @@ def continue_adapter(backbone: nn.Module, path: str, *, meta: bool) -> nn.Module
     return adapted
 
 
-def _check_continuable(files: AdapterFiles) -> None:
+def _check_continuable(files: AdapterFiles, base_names: set[str]) -> None:
     config = files.config
+    stem = f"{_STEM}{files.outer}." if files.outer else _STEM
+    replaced = sorted({name.removeprefix(stem) for name in files.weights} & base_names)
     # With defaults, because kinds other than LoRA lack some of these keys.
     saved = getattr(config, "modules_to_save", None)
     bias = getattr(config, "bias", "none")
@@ -489,13 +536,18 @@ def _check_continuable(files: AdapterFiles) -> None:
     faults = {
         f"modules_to_save: {saved}": saved,
         f"bias: {bias}": bias != "none",
+        f"a saved {' and '.join(replaced[:1])}": replaced,
         f"init_lora_weights: {start}": start not in _PLAIN_STARTS,
+        # It cuts a part off the base weights.
+        "kasa_config": getattr(config, "kasa_config", None),
+        # It needs a loss of its own.
+        "monteclora_config": getattr(config, "monteclora_config", None),
     }
     for fault, holds in faults.items():
         if holds:
             raise UserError(
-                f"model.adapter_use: continue, but {files.path} changes weights of its model "
-                f"({fault})",
+                f"model.adapter_use: continue, but {files.path} does more than add to the weights "
+                f"of its model ({fault})",
                 allowed="an adapter that only adds to them",
                 fix="set adapter_use: merge, with a fresh model.lora on top",
             )
@@ -515,6 +567,10 @@ def _on_backbone(files: AdapterFiles, backbone: nn.Module) -> AdapterFiles:
         found = [name for name in modules if check_target_module_exists(config, outer + name)]
         changes |= {"target_modules": found}
         changes |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        if inner := getattr(config, "feedforward_modules", None):  # IA3: a part of the targets
+            match = dataclasses.replace(config, target_modules=inner, feedforward_modules=None)
+            part = [name for name in found if check_target_module_exists(match, outer + name)]
+            changes |= {"feedforward_modules": part}
         for key, pattern in vars(config).items():
             if key.endswith("_pattern") and isinstance(pattern, dict) and pattern:
                 # peft returns the name itself where no key matches it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -206,6 +207,18 @@ def read_config(config: ModelConfig) -> dict[str, Any]:
                 "transformers returns",
             )
     return dict(published)
+
+
+def has_other_names(config: ModelConfig) -> bool:
+    """Return True for published weights under names that the class of their kind does not know.
+
+    DiffuLLaMA's and DiffuGPT's are; transformers would load such a model with random weights.
+    """
+    native = NATIVE_FORMS.get(read_config(config)["model_type"])
+    if native is None or not native.keys:
+        return False
+    names = WeightFiles(config.path, config.revision).shapes
+    return any(re.search(pattern, name) for pattern in native.keys for name in names)
 
 
 def _native_config(config: ModelConfig) -> PretrainedConfig:

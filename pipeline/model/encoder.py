@@ -199,7 +199,10 @@ class Encoder(nn.Module):
         # "default" is peft's name for an adapter that was given none. It would record the name of
         # the base model, but a model that was built from its config has none.
         backbone.peft_config["default"].base_model_name_or_path = self.config.path
-        backbone.save_pretrained(folder)
+        backbone.peft_config["default"].revision = self.config.revision
+        # peft would look the base up on the hub, and save the whole embedding where its config.json
+        # counts other tokens than it has rows (DiffuGPT).
+        backbone.save_pretrained(folder, save_embedding_layers=False)
 
 
 def pool(hidden_TD: Tensor, rows: PackedRows, how: Pooling) -> Tensor:

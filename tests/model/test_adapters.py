@@ -218,6 +218,20 @@ def test_fused_layers_are_disabled_and_merged_by_peft() -> None:
     torch.testing.assert_close(fused.merge_and_unload()(x), adapted)
 
 
+def test_of_several_adapters_those_that_are_on_are_added_where_they_exist() -> None:
+    fused, plain = fused_and_plain()
+    for model in (fused, plain):
+        torch.manual_seed(7)
+        other = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+        model.add_adapter("other", other)
+        model.double()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    for chosen in ("default", "other", ["default", "other"], []):
+        for model in (fused, plain):
+            model.base_model.set_adapter(chosen)
+        torch.testing.assert_close(inner(fused)(x), inner(plain)(x))
+
+
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_a_continued_adapter_of_another_kind_computes_as_in_peft(
     tmp_path: Path, changes: dict[str, Any]

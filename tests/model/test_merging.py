@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from peft.utils.peft_types import PeftType
 
 from pipeline.config import ModelConfig
@@ -195,7 +196,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_kind(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"alora_invocation_tokens": [3, 4]}, "LORA.*aLoRA does not support merging"),
+        ({"alora_invocation_tokens": [3, 4]}, "is LORA with alora_invocation_tokens, which cannot"),
         ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication"),
         ({"target_modules": ["lm_head"]}, "adapts none of its layers"),
     ],
@@ -204,8 +205,18 @@ def test_lora_that_is_no_change_of_the_backbones_weights_is_refused(
     base: Path, tmp_path: Path, changes: Any, words: str
 ) -> None:
     write_adapter(base, tmp_path, "CAUSAL_LM", lora(**changes))
-    with pytest.raises(UserError, match=words):
-        build_encoder(config_of(base, tmp_path))
+    for use in ("merge", "continue"):
+        with pytest.raises(UserError, match=words):
+            build_encoder(config_of(base, tmp_path, adapter_use=use))
+
+
+@pytest.mark.parametrize("use", ["merge", "continue"])
+def test_a_bias_for_a_layer_without_one_is_refused_by_name(
+    base: Path, tmp_path: Path, use: str
+) -> None:
+    write_adapter(base, tmp_path, "CAUSAL_LM", lora(lora_bias=True, target_modules=["down_proj"]))
+    with pytest.raises(UserError, match=r"lora_bias\) for .*layers\.0\.mlp\.down_proj, a layer"):
+        build_encoder(config_of(base, tmp_path, adapter_use=use))
 
 
 def test_a_folder_of_adapters_is_refused_with_the_names_of_the_adapters_in_it(
@@ -261,7 +272,17 @@ def test_merging_leaves_the_runs_random_numbers_alone(base: Path, tmp_path: Path
     assert drawn == torch.rand(1)
 
 
+def test_an_adapter_with_an_embedding_of_its_own_is_not_continued(
+    base: Path, tmp_path: Path
+) -> None:
+    adapted = peft.get_peft_model(load_base(base, "CAUSAL_LM"), lora(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"continue, but .*\(a saved embed_tokens"):
+        build_encoder(config_of(base, tmp_path, adapter_use="continue"))
+
+
 CONTINUED = [
+    "embedding",
     *("alpha by full name", "alpha by expression", "rank by full name", "excluded by full name"),
     *("targets by expression", "one layer", "dora", "all linear layers"),
 ]
@@ -285,6 +306,29 @@ def test_an_adapter_of_a_causal_model_is_continued_with_its_own_scales(
     for found in (again, encoder.backbone.state_dict()):
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "OFT"])
+def test_an_adapter_of_another_kind_is_continued_and_saved_as_itself(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    write_adapter(base, tmp_path / "a", "CAUSAL_LM", other(PeftType[kind]))
+    encoder = build_encoder(config_of(base, tmp_path / "a", adapter_use="continue"))
+    encoder.save_adapter(tmp_path / "b")
+    wanted = merged_by_peft(base, tmp_path / "a", "CAUSAL_LM")
+    for key, value in merged_by_peft(base, tmp_path / "b", "FEATURE_EXTRACTION").items():
+        torch.testing.assert_close(value, wanted[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("key", ["kasa_config", "monteclora_config"])
+def test_lora_that_trains_by_rules_of_its_own_is_not_continued(
+    base: Path, tmp_path: Path, key: str
+) -> None:
+    kind = {"kasa_config": KasaConfig, "monteclora_config": MontecloraConfig}[key]
+    write_adapter(base, tmp_path, "CAUSAL_LM", lora(**{key: kind()}))
+    with pytest.raises(UserError, match=f"adapter_use: continue.*{key}"):
+        build_encoder(config_of(base, tmp_path, adapter_use="continue"))
 
 
 @pytest.mark.parametrize("name", ["all biases", "saved norms", "pissa"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import ModelConfig
+from pipeline.config import LoraConfig, ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.backbones import has_other_names
 from pipeline.model.encoder import build_encoder
 from tests.model.model_support import HEADS, LAYERS, MLP, VOCAB, WIDTH, llada_folder
+
+ADAPTER = "adapter_model.safetensors"
 
 
 def llada_states(w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -118,6 +122,11 @@ def test_adapted_diffusion_checkpoints_give_the_vectors_of_their_plain_layout(
         for name in ("plain", "adapted")
     ]
     torch.testing.assert_close(*vectors, atol=0, rtol=0)
+    # So that the card of an adapter alone does not send its reader to transformers.
+    named = [
+        has_other_names(ModelConfig(path=str(tmp_path / name))) for name in ("plain", "adapted")
+    ]
+    assert named == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["llada", "gpt2"])
@@ -139,6 +148,10 @@ def test_a_config_that_counts_fewer_tokens_than_there_are_rows_is_corrected(
     for encoder in (build_encoder(given), build_encoder(given, meta=True)):
         assert encoder.model.get_input_embeddings().num_embeddings == VOCAB
         assert encoder.model.config.vocab_size == VOCAB
+    # peft would take the difference for added tokens, and save the embedding with an adapter.
+    lora = LoraConfig(rank=2, targets="all-linear")
+    build_encoder(dataclasses.replace(given, lora=lora)).save_adapter(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
 
 
 @pytest.mark.parametrize("old_names", [False, True])

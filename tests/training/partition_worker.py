@@ -6,6 +6,7 @@ Prints one JSON line per result and rank, on rank 0.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import json
 import sys
@@ -126,13 +127,17 @@ def main() -> None:
     # glibc keeps freed blocks of up to 32 MiB by default, more or fewer of them in every run.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     comm.start(discover_world(), timeout_seconds=PATIENCE)
-    large, tiny, broken = sys.argv[1:]
+    large, tiny, broken, *adapters = sys.argv[1:]
     results: list[dict[str, Any]] = [{"case": "memory", **memory(large)}]
     full = ModelConfig(path=tiny, dtype="float32")
     adapter = ModelConfig(path=tiny, dtype="bfloat16", lora=LoraConfig(rank=4))
     for name, model in (("3", full), ("3 hpz", adapter)):
         pieces, whole = (two_steps(tiny, ZEROS[name], model, pieces=p) for p in (True, False))
         results.append({"case": name, "pieces": pieces, "whole": whole})
+    for number, path in enumerate(adapters):
+        model = dataclasses.replace(full, adapter=path, adapter_use="continue")
+        pieces, whole = (two_steps(tiny, ZEROS["3"], model, pieces=p) for p in (True, False))
+        results.append({"case": f"continued {number}", "pieces": pieces, "whole": whole})
     # Missing weights are seen by rank 0, which reads; a missing folder by rank 1 alone.
     results.append({"case": "misfit", "error": failure(broken)})
     results.append({"case": "rank 1", "error": failure(tiny if comm.rank() == 0 else "/nowhere")})

@@ -6,15 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from pipeline.config import ModelConfig
+from pipeline.model.encoder import build_encoder
 from tests.support import launch_ranks
 
 WORKER = Path(__file__).with_name("partition_worker.py")
 MIB = 2**20
+
+
+# Adapters whose layers start from the weights that they adapt.
+CONTINUED: tuple[dict[str, Any], ...] = (
+    {"use_dora": True},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+)
+
+
+def write_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> str:
+    """Write an adapter with weights that matter."""
+    backbone = build_encoder(ModelConfig(path=str(base), dtype="float32")).backbone
+    config = peft.LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
+    )
+    peft.get_peft_model(backbone, config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +60,11 @@ def results(
     weights.pop("layers.1.mlp.up_proj.weight")
     save_file(weights, broken / "model.safetensors")
     (broken / "config.json").write_text((model_path / "config.json").read_text())
-    output = launch_ranks(2, WORKER, str(large), str(model_path), str(broken))
+    adapters = [
+        write_adapter(model_path, tmp_path_factory.mktemp("adapter"), settings)
+        for settings in CONTINUED
+    ]
+    output = launch_ranks(2, WORKER, str(large), str(model_path), str(broken), *adapters)
     by_case: dict[str, list[dict[str, Any]]] = {}
     for line in output.splitlines():
         if line.startswith("{"):
@@ -64,7 +89,8 @@ def test_no_rank_holds_more_than_its_partitions_and_one_piece(
 def test_steps_after_loading_in_pieces_are_bit_equal(
     results: dict[str, list[dict[str, Any]]],
 ) -> None:
-    for case in ("3", "3 hpz"):  # all weights; an adapter in bfloat16
+    continued = [f"continued {number}" for number in range(len(CONTINUED))]
+    for case in ("3", "3 hpz", *continued):  # all weights; an adapter in bfloat16; adapters
         for result in results[case]:
             assert result["pieces"] == result["whole"], case
 
