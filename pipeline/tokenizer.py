@@ -1,6 +1,7 @@
 """Load tokenizers, turn texts into token ids, and check both against a model's limits; no torch.
 
-    load_tokenizer        path -> a Hugging Face tokenizer; code in its folder is never run
+    load_tokenizer        path -> a Hugging Face tokenizer, which also does what a folder of
+                          sentence-transformers does to texts; code in its folder is never run
     load_fast_tokenizer   path -> its JSON form, and the TokenizerInfo that a manifest records
     TextTokenizer         texts -> at most `max_length` ids each, special tokens and EOS kept
     read_limits           path -> ModelLimits: rows of the embedding, positions, trained length
@@ -29,11 +30,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from pipeline.config import (
     MODEL_PATHS,
     POOLINGS,
+    SENTENCE_CONFIGS,
     ModelConfig,
     Template,
     local_file,
@@ -79,6 +81,8 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
         has_code = "auto_map" in get_tokenizer_config(path, local_files_only=local)
     with blame(found, allowed=allowed, fix=_CODE_FIX if has_code else fix):
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+        if not local:
+            _fetch_text_settings(path)
     files = sorted(getattr(tokenizer, "vocab_files_names", {}).values())
     known = [*files, "*.model", "*.tiktoken", "tekken.json", "vocab.*"]
     if folder.is_dir() and not any(p.is_file() for name in known for p in folder.glob(name)):
@@ -92,7 +96,49 @@ def load_tokenizer(path: str, *, key: str = "tokenizer") -> Any:
             allowed="a number above 0",
             fix=fix,
         )
+    if lower_casing_file(path, key=key) is not None and tokenizer.is_fast:
+        _lower_case(tokenizer)
     return tokenizer
+
+
+def lower_casing_file(path: str, *, key: str = "tokenizer") -> Path | None:
+    """Find the file that has a sentence-transformers folder, or an export, lower-case its texts.
+
+    None where texts keep their capitals, as far as the tokenizer's own files leave them. Reads a
+    folder, or the local cache of a hub name.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    # Without modules.json sentence-transformers reads no settings.
+    names = SENTENCE_CONFIGS if local_file(path, "modules.json") else ("diffembed.json",)
+    file = next((found for name in names if (found := local_file(path, name))), None)
+    if file is None:
+        return None
+    with blame(f"{key}: {file} cannot be read", fix=model_fix(path)):
+        tree = json.loads(file.read_text())
+    return file if isinstance(tree, dict) and tree.get("do_lower_case") else None
+
+
+def _fetch_text_settings(path: str) -> None:
+    """Have the hub's cache hold what `lower_casing_file` reads."""
+    from transformers.utils import cached_file
+
+    for name in ("modules.json", *SENTENCE_CONFIGS):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if (name == "modules.json") != bool(found):  # no such folder, or the settings are here
+            return
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Make a tokenizer lower-case texts before anything else, as sentence-transformers does."""
+    backend = tokenizer.backend_tokenizer
+    own: Any = backend.normalizer
+    # Unchanged where its own rules do it, so that shards made by them stay what they are.
+    if own is None or "A" in own.normalize_str("A"):
+        several = isinstance(own, normalizers.Sequence)
+        steps = list(own) if several else [own] if own else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def load_model_tokenizer(path: str) -> Any:
@@ -537,6 +583,22 @@ def warn_if_unlike_base(model: ModelConfig, template: Template) -> None:
         made = "with" if declared.normalize else "without"
         say_warning(
             f"model.normalize: {model.normalize}, but {model.path} was made {made} normalisation"
+        )
+    if declared.others:
+        say_warning(
+            f"{model.path} was made with {', '.join(declared.others)} after its pooling, which "
+            "this run neither uses nor exports"
+        )
+    if declared.dimensions is not None and declared.dimensions != model.dimensions:
+        kept = "all numbers" if model.dimensions is None else model.dimensions
+        say_warning(
+            f"model.dimensions: {kept}, but {model.path} was made to keep the first "
+            f"{declared.dimensions} of a vector"
+        )
+    if model.pool_instruction and not declared.pool_prompt:
+        say_warning(
+            f"model.pool_instruction: true, but {model.path} was made without the prompt's tokens "
+            "in its pooling"
         )
     written = f"{template.query}\n{template.document}"
     for name, prompt in declared.prompts.items():

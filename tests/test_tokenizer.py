@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -19,7 +20,9 @@ from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
 from pipeline.tokenizer import (
     ModelLimits,
+    TextTokenizer,
     limits_of,
+    load_fast_tokenizer,
     load_model_tokenizer,
     load_tokenizer,
     read_limits,
@@ -258,9 +261,53 @@ def test_rows_are_counted_in_the_weights_where_they_are_here(tmp_path: Path) -> 
     assert read_limits(str(tmp_path / "none")) == ModelLimits(path=str(tmp_path / "none"))
 
 
-def declare(folder: Path, pooling: dict[str, Any], *, normalize: bool = True) -> str:
+@pytest.mark.parametrize(
+    ("name", "tree", "lowers"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, True),
+        ("sentence_xlm-roberta_config.json", {"do_lower_case": True}, True),
+        ("sentence_bert_config.json", {"do_lower_case": False}, False),
+        ("sentence_bert_config.json", {}, False),
+    ],
+)
+def test_texts_are_lower_cased_where_sentence_transformers_would(
+    starter: Path, tmp_path: Path, name: str, tree: dict[str, Any], lowers: bool
+) -> None:
+    folder = shutil.copytree(starter, tmp_path / "m")
+    plain = load_tokenizer(str(folder))
+    (folder / name).write_text(json.dumps(tree))
+    # Without modules.json it is no folder of sentence-transformers.
+    assert load_tokenizer(str(folder))(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
+    (folder / "modules.json").write_text("[]")
+    found = load_tokenizer(str(folder))
+    wanted = plain(TEXT.lower() if lowers else TEXT)["input_ids"]
+    assert found(TEXT)["input_ids"] == wanted
+    assert (plain(TEXT)["input_ids"] != wanted) == lowers
+    # Other shards, so they are told apart.
+    assert (tokenizer_fingerprint(found) != tokenizer_fingerprint(plain)) == lowers
+    rules, info = load_fast_tokenizer(str(folder), append_eos=False)
+    shards = TextTokenizer(rules, eos_id=info.eos_id, append_eos=False)
+    assert shards.encode([TEXT], max_length=64)[0][0].tolist() == wanted
+
+
+def test_a_tokenizer_that_lower_cases_by_its_own_rules_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]))
+    own = hf.BertTokenizer.from_pretrained(tmp_path, do_lower_case=True)
+    own.save_pretrained(tmp_path)
+    before, _ = load_fast_tokenizer(str(tmp_path), append_eos=False)
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    assert load_fast_tokenizer(str(tmp_path), append_eos=False)[0] == before
+    (tmp_path / "sentence_bert_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer: .*sentence_bert_config\.json cannot be read"):
+        load_tokenizer(str(tmp_path))
+
+
+def declare(
+    folder: Path, pooling: dict[str, Any], *, normalize: bool = True, others: tuple[str, ...] = ()
+) -> str:
     """Write the files of a sentence-transformers folder that declare its pooling and prompts."""
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    kinds = ["Transformer", "Pooling", *others, *(["Normalize"] if normalize else [])]
     modules = [
         {"path": f"{number}_{kind}", "type": f"sentence_transformers.models.{kind}"}
         for number, kind in enumerate(kinds)
@@ -312,3 +359,48 @@ def test_a_run_is_warned_of_what_it_does_unlike_its_model(
     fitting = Template(query="query: {text}", document="passage: {text}")
     warn_if_unlike_base(ModelConfig(path=path, normalize=False), fitting)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("others", "own", "stated", "words"),
+    [
+        (("Dense",), False, {}, "was made with Dense after its pooling"),
+        (("LayerNorm", "Dense"), False, {}, "was made with LayerNorm, Dense after its pooling"),
+        (("Dense",), True, {}, "model.dimensions: all numbers, but .* the first 8 of a vector"),
+        ((), False, {"truncate_dim": 8}, "model.dimensions: all numbers, but .* the first 8"),
+    ],
+)
+def test_a_run_is_warned_of_what_it_leaves_out_of_its_model(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    others: tuple[str, ...],
+    own: bool,
+    stated: dict[str, Any],
+    words: str,
+) -> None:
+    path = declare(tmp_path, {"pooling_mode": "mean"}, others=others)
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(stated))
+    if own:
+        (tmp_path / "diffembed.json").write_text('{"model": {"dimensions": 8}}')
+    warn_if_unlike_base(ModelConfig(path=path), Template())
+    warned = capsys.readouterr().err
+    assert re.search(words, warned) and warned.count("WARNING") == 1
+    warn_if_unlike_base(ModelConfig(path=path, dimensions=8), Template())
+    assert ("WARNING" in capsys.readouterr().err) == (bool(others) and not own)
+
+
+def test_a_run_is_warned_of_a_prompt_that_its_model_does_not_pool(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = declare(tmp_path, {"pooling_mode": "mean", "include_prompt": False})
+    fitting = Template(query="query: {text}", document="{text}")
+    warn_if_unlike_base(ModelConfig(path=path), fitting)
+    assert "model.pool_instruction: true, but" in capsys.readouterr().err
+    warn_if_unlike_base(ModelConfig(path=path, pool_instruction=False), fitting)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_without_pooling_module_declares_none(tmp_path: Path) -> None:
+    path = declare(tmp_path, {"pooling_mode": "cls"})
+    (tmp_path / "modules.json").write_text('[{"path": "", "type": "a.Router"}]')
+    assert ModelConfig(path=path).pooling == "mean"

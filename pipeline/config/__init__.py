@@ -47,6 +47,7 @@ from pipeline.config.model import (
     MODEL_PATHS,
     POOLING_FLAGS,
     POOLINGS,
+    SENTENCE_CONFIGS,
     Attention,
     Declared,
     LoraConfig,

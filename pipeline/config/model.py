@@ -38,8 +38,19 @@ def pooling_mode(settings: Mapping[str, Any]) -> str:
     """Return sentence-transformers' name of a pooling, from its config.json, new or old."""
     mode = settings.get("pooling_mode")
     if mode is None:
-        mode = "+".join(kind for key, kind in POOLING_FLAGS.items() if settings.get(key))
-    return str(mode)
+        # With no flag at all it is the mean there.
+        return "+".join(kind for key, kind in POOLING_FLAGS.items() if settings.get(key)) or "mean"
+    several = not isinstance(mode, list) or len(mode) != 1
+    return str(mode if several else mode[0])
+
+
+# Of these, sentence-transformers reads the first one that exists.
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# The modules of sentence-transformers that a model section describes.
+_DESCRIBED = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +61,17 @@ class Declared:
         pooling: sentence-transformers' name.
         normalize: its vectors are normalised.
         prompts: the characters put before texts, by name.
+        pool_prompt: the tokens of a prompt are part of the pooling.
+        others: modules that a model section cannot describe, such as a projection.
+        dimensions: how many of a vector's first numbers are kept; None: all.
     """
 
     pooling: str | None = None
     normalize: bool | None = None
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    pool_prompt: bool = True
+    others: tuple[str, ...] = ()
+    dimensions: int | None = None
 
 
 def read_declared(path: str, revision: str | None = None) -> Declared:
@@ -71,15 +88,26 @@ def read_declared(path: str, revision: str | None = None) -> Declared:
         for module in modules
         if isinstance(module, dict)
     }
-    settings = _read(path, f"{kinds.get('Pooling', '')}/config.json", revision)
+    settings = None
+    if "Pooling" in kinds:
+        settings = _read(path, str(Path(kinds["Pooling"], "config.json")), revision)
     stated = _read(path, "config_sentence_transformers.json", revision)
-    prompts = stated.get("prompts") if isinstance(stated, dict) else None
+    stated = stated if isinstance(stated, dict) else {}
+    prompts, width = stated.get("prompts"), stated.get("truncate_dim")
+    described: tuple[str, ...] = _DESCRIBED
+    own = _read(path, "diffembed.json", revision)
+    if isinstance(own, dict) and isinstance(own.get("model"), dict):
+        # The Dense of our own exports only keeps the first numbers.
+        described, width = (*_DESCRIBED, "Dense"), own["model"].get("dimensions")
     return Declared(
-        pooling=pooling_mode(settings) or None if isinstance(settings, dict) else None,
+        pooling=pooling_mode(settings) if isinstance(settings, dict) else None,
         normalize="Normalize" in kinds,
         prompts={str(k): str(v) for k, v in prompts.items() if v}
         if isinstance(prompts, dict)
         else {},
+        pool_prompt=not (isinstance(settings, dict) and settings.get("include_prompt") is False),
+        others=tuple(kind for kind in kinds if kind not in described),
+        dimensions=width if isinstance(width, int) else None,
     )
 
 

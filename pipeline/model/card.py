@@ -65,6 +65,7 @@ class CardFacts:
     similarity: str
     texts: TrainedTexts
     prompts: Prompts
+    lower_case: bool = False
     recipe: str | None = None
     step: int = 0
     data: str | None = None
@@ -258,16 +259,21 @@ model = AutoModel.from_pretrained("PATH")"""
 _ADAPTER_LOADING = """from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-config = AutoConfig.from_pretrained("{base}")
+config = AutoConfig.from_pretrained("{base}"{revision})
 config.is_causal = {causal}
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=config), "PATH")"""
+base = AutoModel.from_pretrained("{base}", config=config{revision})
+model = PeftModel.from_pretrained(base, "PATH")"""
 
 
 def _transformers_usage(facts: CardFacts) -> str:
     # `outside_program` finds this code on the card by its words, edits some and runs it.
     config, prompt, suffix = facts.config, facts.prompts.example, facts.template.query_suffix()
     loading = _ADAPTER_LOADING if facts.adapter_only else _LOADING
-    loading = loading.format(base=config.path, causal=config.attention == "causal")
+    loading = loading.format(
+        base=config.path,
+        causal=config.attention == "causal",
+        revision=f", revision={config.revision!r}" if config.revision else "",
+    )
     offsets, skip = "", ""
     if not config.pool_instruction:
         offsets = ", return_offsets_mapping=True"
@@ -284,7 +290,7 @@ import torch
 {loading}
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 prompt, texts = {prompt.prefix!r}, [{prompt.space + "..." + suffix!r}]
-strings = [prompt + text for text in texts]
+strings = [{"(prompt + text).lower()" if facts.lower_case else "prompt + text"} for text in texts]
 batch = tokenizer(strings, padding=True, truncation=True, return_tensors="pt"{offsets})
 mask = batch.attention_mask[..., None]{places if config.pooling == "weighted_mean" else ""}{skip}
 hidden = model.eval()(**batch).last_hidden_state.float()

@@ -31,7 +31,7 @@ from tokenizers import processors
 from pipeline.config import ModelConfig, Template, as_tree
 from pipeline.errors import UserError, say_warning
 from pipeline.files import write_json
-from pipeline.model.backbones import read_config
+from pipeline.model.backbones import has_other_names, read_config
 from pipeline.model.card import CardFacts, write_card
 from pipeline.model.encoder import Encoder
 from pipeline.model.export_check import (
@@ -51,7 +51,7 @@ from pipeline.model.export_folder import (
 )
 from pipeline.model.load_export import LoadedExport
 from pipeline.model.servers import Windows
-from pipeline.tokenizer import limits_of, load_tokenizer
+from pipeline.tokenizer import limits_of, load_tokenizer, lower_casing_file
 
 
 class TokenizerSource(Protocol):
@@ -137,6 +137,7 @@ def export_encoder(
         similarity=model.similarity,
         texts=texts,
         prompts=Prompts.of(template, texts, pooled=config.pool_instruction),
+        lower_case=lower_casing_file(tokenizer.path) is not None,
         recipe=card.get("recipe"),
         step=card.get("step", 0),
         data=card.get("data"),
@@ -167,6 +168,7 @@ def _is_plain(encoder: Encoder, config: ModelConfig) -> bool:
     """Return True if transformers alone loads the base model as it was trained."""
     return (
         read_config(config)["model_type"] == encoder.model.config.model_type
+        and not has_other_names(config)
         and not config.trust_remote_code
         and config.rope_scaling is None
         and not config.all_merged
@@ -190,6 +192,7 @@ def _write_files(
             max_length=model.max_length,
             prompts=facts.prompts,
             similarity=model.similarity,
+            lower_case=facts.lower_case,
         )
     model.tokenizer.save_pretrained(folder)
     write_json(
@@ -202,6 +205,8 @@ def _write_files(
             "checkpoint": run["checkpoint"],
             "similarity": model.similarity,
             "model": as_tree(facts.config),
+            # transformers loads most tokenizers without the rule for it in tokenizer.json.
+            **({"do_lower_case": True} if facts.lower_case else {}),
         },
     )
 

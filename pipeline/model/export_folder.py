@@ -65,6 +65,7 @@ class ExportSettings(TypedDict, total=False):
     checkpoint: str | None
     similarity: Literal["cosine", "dot"]
     model: dict[str, Any]
+    do_lower_case: bool
 
 
 class BackboneConfig(TypedDict, total=False):
@@ -81,18 +82,21 @@ class ModuleEntry(TypedDict):
     path: str
 
 
-# Of these, sentence-transformers reads the first one that exists.
-SENTENCE_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-
-
 class SentenceBertConfig(TypedDict, total=False):
     """`sentence_bert_config.json`, which had other names before version 1."""
 
     max_seq_length: Annotated[int, Field(ge=1)] | None
     do_lower_case: bool
+    transformer_task: str
+    modality_config: dict[str, Any]
+    processing_kwargs: dict[str, Any] | None
+    query_length: int | None
+    document_length: int | None
+    query_expansion: dict[str, Any] | None
+    tokenizer_args: dict[str, Any]
+    processor_kwargs: dict[str, Any]
+    config_args: dict[str, Any]
+    config_kwargs: dict[str, Any]
 
 
 class SentenceTransformersConfig(TypedDict, total=False):
@@ -101,6 +105,12 @@ class SentenceTransformersConfig(TypedDict, total=False):
     prompts: dict[str, str]
     truncate_dim: int | None
     similarity_fn_name: str | None
+
+
+class NormalizeConfig(TypedDict, total=False):
+    """`config.json` of the normalisation, which it need not have."""
+
+    module_input_name: str
 
 
 class PoolingConfig(TypedDict, total=False):
@@ -200,7 +210,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 def is_adapter_only(export: Path) -> bool:
     """Return True if an export is an adapter without the weights of its base model."""
-    return (export / "adapter_config.json").is_file()
+    return is_export(export) and holds_adapter(export)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Return True for a folder with an adapter, written by whatever program."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def adapted_model_config(export: Path) -> ModelConfig:
@@ -320,6 +335,7 @@ def write_sentence_transformers_files(
     max_length: int,
     prompts: Prompts,
     similarity: str,
+    lower_case: bool,
 ) -> None:
     """Write the files that sentence-transformers reads in addition to weights and tokenizer.
 
@@ -349,7 +365,8 @@ def write_sentence_transformers_files(
         _write_truncation(folder / _TRUNCATION, width, config.dimensions)
     write_json(folder / "1_Pooling" / "config.json", _pooling_settings(width, config))
     write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": max_length, "do_lower_case": lower_case},
     )
     write_json(
         folder / "config_sentence_transformers.json",

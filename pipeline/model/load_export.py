@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import normalizers
 from torch import Tensor
 
 from pipeline.config import (
     POOLINGS,
+    SENTENCE_CONFIGS,
     ModelConfig,
     Pooling,
     RopeScaling,
@@ -35,15 +35,16 @@ from pipeline.errors import UserError
 from pipeline.model.architectures import FAMILIES, known_kinds
 from pipeline.model.encoder import Encoder, build_encoder
 from pipeline.model.export_folder import (
-    SENTENCE_CONFIGS,
     SETTINGS,
     BackboneConfig,
     ExportSettings,
     ModuleEntry,
+    NormalizeConfig,
     PoolingConfig,
     SentenceBertConfig,
     SentenceTransformersConfig,
     adapted_model_config,
+    holds_adapter,
     is_adapter_only,
     is_export,
     read_settings,
@@ -64,6 +65,9 @@ _DECLARED = "config_sentence_transformers.json"
 # Packed tokens of one forward on a CPU, at most. More would not fit its caches, and tensors of that
 # size are returned to the kernel after every layer, so that each layer pays for fresh pages.
 _CPU_TOKENS = 2048
+# Arguments in sentence-transformers' settings that change no vector.
+_HARMLESS = {"padding_side", "use_fast", "trust_remote_code", "use_cache", "attn_implementation"}
+_TASK = "feature-extraction"
 # In this order; `Dense` keeps a vector's first numbers and is read only in our own exports.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
@@ -254,13 +258,11 @@ def load_export(
     folder = Path(path)
     config: ModelConfig
     max_length: int | None
-    lowers = False
     if is_adapter_only(folder):
         config = adapted_model_config(folder)
         max_length = read_settings(folder, SETTINGS, ExportSettings, "max_length")["max_length"]
     else:
-        config, texts = _read_modules(folder)
-        max_length, lowers = texts.get("max_seq_length"), texts.get("do_lower_case", False)
+        config, max_length = _read_modules(folder)
     overrides = {"dimensions": dimensions, "rope_scaling": rope_scaling}
     changes: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if dimensions and config.dimensions and dimensions > config.dimensions:
@@ -271,8 +273,6 @@ def load_export(
     # its processes.
     encoder = build_encoder(config, placement=Placement(device)).to(device)
     tokenizer = load_tokenizer(str(folder))
-    if lowers:
-        _lower_case(tokenizer)
     limits = limits_of(encoder.model.config.to_dict(), str(folder))
     # Checking every text for too large ids costs time, and most tokenizers cannot give any.
     if limits.num_tokens is not None and max(tokenizer.get_vocab().values()) < limits.num_tokens:
@@ -292,48 +292,37 @@ def load_export(
     )
 
 
+class NotComputedError(UserError):
+    """A sentence-transformers folder whose vectors only that package computes."""
+
+
 def is_computed(folder: Path) -> bool:
     """Return False for a sentence-transformers folder that only that package computes.
 
-    That is a folder of another kind of backbone, or with other modules or another pooling than
-    `load_export` accepts.
+    That is a folder of another kind of backbone, or of a form that `load_export` refuses.
     """
-    if is_export(folder) or is_adapter_only(folder):
+    if is_export(folder):
         return True
-    modules = read_settings(folder, "modules.json", list[ModuleEntry])
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    known = ([*_MODULES[:2]], [*_MODULES[:2], "Normalize"])
-    if kinds not in known or not _is_at_top(modules[0]):
+    try:
+        _read_modules(folder)
+    except NotComputedError:
         return False
-    backbone = read_settings(folder, "config.json", BackboneConfig)
-    pooling = read_settings(folder / modules[1]["path"], "config.json", PoolingConfig)
-    return backbone["model_type"] in known_kinds() and pooling_mode(pooling) in POOLINGS
+    return read_settings(folder, "config.json", BackboneConfig)["model_type"] in known_kinds()
 
 
-def _read_modules(folder: Path) -> tuple[ModelConfig, SentenceBertConfig]:
-    """Read a folder in sentence-transformers layout: the model section, and how texts are read."""
+def _read_modules(folder: Path) -> tuple[ModelConfig, int | None]:
+    """Read a folder in sentence-transformers layout: the model section, and the largest length."""
+    if holds_adapter(folder):
+        raise NotComputedError(
+            f"{folder}: an adapter that `diffembed export` did not write",
+            allowed="whole models, and exports of ours",
+            fix="merge it into its base model with peft and save both as one folder; or name it as "
+            "model.adapter in a training config, and export that",
+        )
     modules = read_settings(folder, "modules.json", list[ModuleEntry])
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     ours = is_export(folder)
-    optional = [kind for kind in _MODULES[2:] if kind in kinds]
-    # Exactly these modules in this order: any other one would change the vectors.
-    if kinds != [*_MODULES[:2], *optional] or ("Dense" in kinds and not ours):
-        raise UserError(
-            f"{folder}/modules.json: {kinds}",
-            allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
-        )
-    if not _is_at_top(modules[0]):
-        raise UserError(
-            f"{folder}/modules.json: the Transformer lies in {modules[0]['path']!r}",
-            allowed="the top of the folder",
-            fix="load and save the folder with a new sentence-transformers, which moves it there",
-        )
-    if _read_declared(folder).get("truncate_dim") is not None:
-        raise UserError(
-            f"{folder / _DECLARED}: truncate_dim, which cuts vectors without normalising them "
-            "again",
-            fix="remove that key, and give the number of dimensions where vectors are made",
-        )
+    _require_known_modules(folder, modules, kinds, ours=ours)
     backbone = read_settings(folder, "config.json", BackboneConfig)
     trained: dict[str, Any] = {}
     if ours:
@@ -349,11 +338,60 @@ def _read_modules(folder: Path) -> tuple[ModelConfig, SentenceBertConfig]:
         dimensions=trained.get("dimensions") if "Dense" in kinds else None,
     )
     name = next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), None)
-    return config, read_settings(folder, name, SentenceBertConfig) if name else {}
+    texts = read_settings(folder, name, SentenceBertConfig) if name else {}
+    if beyond := _beyond_reading(texts):
+        raise NotComputedError(
+            f"{folder / str(name)}: {', '.join(beyond)}",
+            allowed="max_seq_length, do_lower_case",
+            fix="remove them if vectors without them are wanted",
+        )
+    return config, texts.get("max_seq_length")
 
 
-def _is_at_top(module: ModuleEntry) -> bool:
-    return module["path"] in ("", ".")
+def _require_known_modules(
+    folder: Path, modules: list[ModuleEntry], kinds: list[str], *, ours: bool
+) -> None:
+    """Refuse modules that would change the vectors in another way than a model section can say."""
+    optional = [kind for kind in _MODULES[2:] if kind in kinds]
+    # Exactly these modules in this order: any other one would change the vectors.
+    if kinds != [*_MODULES[:2], *optional] or ("Dense" in kinds and not ours):
+        raise NotComputedError(
+            f"{folder}/modules.json: {kinds}",
+            allowed=f"{', '.join(_MODULES)}; the last two optional, Dense only in our exports",
+        )
+    if modules[0]["path"] not in ("", "."):
+        raise NotComputedError(
+            f"{folder}/modules.json: the Transformer lies in {modules[0]['path']!r}",
+            allowed="the top of the folder",
+            fix="load and save the folder with a new sentence-transformers, which moves it there",
+        )
+    last = folder / modules[-1]["path"]
+    if "Normalize" in kinds and (last / "config.json").is_file():
+        over = read_settings(last, "config.json", NormalizeConfig).get("module_input_name")
+        if over not in (None, "sentence_embedding"):
+            raise NotComputedError(
+                f"{last / 'config.json'}: module_input_name {over!r}", allowed="sentence_embedding"
+            )
+    if _read_declared(folder).get("truncate_dim") is not None:
+        raise NotComputedError(
+            f"{folder / _DECLARED}: truncate_dim, which cuts vectors without normalising them "
+            "again",
+            fix="remove that key, and give the number of dimensions where vectors are made",
+        )
+
+
+def _beyond_reading(texts: Mapping[str, Any]) -> list[str]:
+    """Return the settings with which sentence-transformers reads texts as this package does not."""
+    cuts = ("query_length", "document_length", "query_expansion", "processing_kwargs")
+    found = [key for key in cuts if texts.get(key)]
+    given = ("tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
+    found += [f"{key}.{name}" for key in given for name in texts.get(key, {}).keys() - _HARMLESS]
+    if texts.get("transformer_task", _TASK) != _TASK:
+        found.append("transformer_task")
+    # Otherwise texts would go through a chat template.
+    if "text" not in texts.get("modality_config", {"text": None}):
+        found.append("modality_config")
+    return sorted(found)
 
 
 def _read_declared(folder: Path) -> SentenceTransformersConfig:
@@ -361,16 +399,6 @@ def _read_declared(folder: Path) -> SentenceTransformersConfig:
     if not (folder / _DECLARED).is_file():
         return {}
     return read_settings(folder, _DECLARED, SentenceTransformersConfig)
-
-
-def _lower_case(tokenizer: Any) -> None:
-    """Make a tokenizer lower-case texts before anything else, as sentence-transformers does."""
-    backend = tokenizer.backend_tokenizer
-    own: Any = backend.normalizer
-    several = isinstance(own, normalizers.Sequence)
-    steps = list(own) if several else [own] if own else []
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _is_bidirectional(hf_config: BackboneConfig) -> bool:
@@ -384,7 +412,7 @@ def _read_pooling(folder: Path, name: str) -> tuple[Pooling, bool]:
     settings = read_settings(folder / name, "config.json", PoolingConfig)
     mode = pooling_mode(settings)
     if mode not in POOLINGS:
-        raise UserError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(POOLINGS))
+        raise NotComputedError(f"{folder}/{name}/config.json: {mode}", allowed=", ".join(POOLINGS))
     return POOLINGS[mode], bool(settings.get("include_prompt", True))
 
 

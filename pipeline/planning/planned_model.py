@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import ModelConfig, Precision, local_file, model_fix
+from pipeline.config import SENTENCE_CONFIGS, ModelConfig, Precision, local_file, model_fix
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.model.export_folder import SENTENCE_CONFIGS, backbone_folder
+from pipeline.model.export_folder import backbone_folder
 from pipeline.planning.architecture import BLOCKS, read_architecture
 from pipeline.planning.calibration import Calibration, Machine
 from pipeline.planning.describe import format_bytes

@@ -116,6 +116,20 @@ def test_another_tokenizer_in_the_same_folder_is_refused_and_a_rewritten_one_is_
         prepare(config, num_workers=1)
 
 
+def test_a_folder_that_comes_to_lower_case_its_texts_has_another_tokenizer(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    settings = tmp_path / "tokenizer" / "sentence_bert_config.json"
+    settings.write_text('{"do_lower_case": false}')
+    (tmp_path / "tokenizer" / "modules.json").write_text("[]")
+    prepare(config, num_workers=1)
+    assert prepare_status(config) == "whole"
+    settings.write_text('{"do_lower_case": true}')
+    assert prepare_status(config) == "other"
+    with pytest.raises(UserError, match=r"tokenizer: .* has changed"):
+        prepare(config, num_workers=1)
+
+
 def test_unchanged_inputs_are_not_read_again(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,15 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from pipeline.errors import UserError
 from pipeline.model.export import check_output
 from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import is_computed, load_export
-from pipeline.tokenizer import TextTokenizer, load_fast_tokenizer
+from pipeline.tokenizer import (
+    TextTokenizer,
+    load_fast_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from tests.model.conftest import CORPUS
 from tests.model.export_support import TEMPLATE, export, make
+from tests.model.model_support import save_adapter
 from tests.tiny_models import TokenizerSource
 
 TEXTS = [*CORPUS, "short", "", CORPUS[0] * 30]
@@ -143,6 +149,8 @@ def test_a_foreign_folder_that_cuts_or_projects_its_vectors_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 16}))
     with pytest.raises(UserError, match="truncate_dim, which cuts vectors without normalising"):
         load_export(folder)
+    (folder / "diffembed.json").unlink()
+    assert not is_computed(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +182,70 @@ def test_a_foreign_folder_reads_texts_as_sentence_transformers_does(
     assert same == bool(settings.get("do_lower_case"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"processing_kwargs": {"text": {"max_length": 4}}}, "processing_kwargs"),
+        ({"query_length": 4, "document_length": 6}, "document_length, query_length"),
+        ({"config_args": {"is_causal": True}}, "config_args.is_causal"),
+        ({"processor_kwargs": {"model_max_length": 4}}, "processor_kwargs.model_max_length"),
+        ({"transformer_task": "fill-mask"}, "transformer_task"),
+        ({"modality_config": {"message": {"method": "forward"}}}, "modality_config"),
+        # They change no vector.
+        ({"tokenizer_args": {"padding_side": "left"}, "query_length": None}, None),
+        ({"transformer_task": "feature-extraction", "modality_config": {"text": {}}}, None),
+    ],
+    ids=str,
+)
+def test_settings_by_which_only_sentence_transformers_reads_texts_are_refused(
+    starter: Path, tmp_path: Path, settings: dict[str, Any], named: str | None
+) -> None:
+    folder = export(*make(starter), starter, tmp_path / "export")
+    (folder / "diffembed.json").unlink()
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    assert is_computed(folder) == (named is None)
+    if named is None:
+        assert load_export(folder).max_length == 64
+        return
+    with pytest.raises(UserError, match=f"sentence_bert_config.json: {named} "):
+        load_export(folder)
+
+
+def test_an_export_lower_cases_texts_where_its_base_does(
+    starter: Path, tmp_path: Path, outside: OutsideProcess
+) -> None:
+    base = shutil.copytree(starter, tmp_path / "base")
+    module = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    (base / "modules.json").write_text(json.dumps([module]))
+    (base / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    encoder, config = make(base)
+    folder = export(encoder, config, base, tmp_path / "export", outside=outside)
+    texts, lowered = [text.upper() for text in CORPUS], [text.upper().lower() for text in CORPUS]
+    wanted = load_export(export(encoder, config, starter, tmp_path / "cased"))
+    ours = load_export(folder).encode_texts(texts)
+    np.testing.assert_allclose(ours, wanted.encode_texts(lowered), atol=1e-6)
+    np.testing.assert_allclose(sentence_transformers(outside, folder, texts), ours, atol=1e-5)
+    assert np.abs(ours - wanted.encode_texts(texts)).max() > 0.01
+    # The export is the base of a further training, in shards that its own tokenizer makes.
+    again = load_tokenizer(str(folder))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(load_tokenizer(str(base)))
+
+
+def test_a_foreign_adapter_is_left_to_sentence_transformers(starter: Path, tmp_path: Path) -> None:
+    """They save an adapter with their settings but without its base model."""
+    base = export(*make(starter), starter, tmp_path / "base")
+    folder = shutil.copytree(base, tmp_path / "adapter")
+    for name in ("diffembed.json", "config.json", "model.safetensors"):
+        (folder / name).unlink()
+    save_adapter(AutoModel.from_pretrained(base), folder)
+    assert not is_computed(folder)
+    with pytest.raises(UserError, match="an adapter that `diffembed export` did not write"):
+        load_export(folder)
+    (folder / "modules.json").unlink()
+    with pytest.raises(UserError, match="an adapter that `diffembed export` did not write"):
+        load_export(folder)
+
+
 def test_a_foreign_folder_of_another_form_is_named(starter: Path, tmp_path: Path) -> None:
     folder = export(*make(starter), starter, tmp_path / "export")
     (folder / "diffembed.json").unlink()
@@ -184,8 +256,20 @@ def test_a_foreign_folder_of_another_form_is_named(starter: Path, tmp_path: Path
     ):
         load_export(folder)
     assert not is_computed(folder)
-    pooling.write_text(json.dumps({"pooling_mode": "mean"}))
-    assert is_computed(folder)
+    # All of these are the mean there.
+    for settings in (
+        {"pooling_mode": ["mean"]},
+        {"embedding_dimension": 32},
+        {"pooling_mode": "mean"},
+    ):
+        pooling.write_text(json.dumps(settings))
+        assert is_computed(folder)
+    normalise = folder / "3_Normalize" / "config.json"
+    normalise.write_text('{"module_input_name": "token_embeddings"}')
+    with pytest.raises(UserError, match="module_input_name 'token_embeddings'"):
+        load_export(folder)
+    assert not is_computed(folder)
+    normalise.unlink()
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["path"] = "0_Transformer"
     (folder / "modules.json").write_text(json.dumps(modules))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -18,6 +20,7 @@ from pipeline.model.export_check import OutsideProcess
 from pipeline.model.load_export import load_export
 from tests.model.conftest import CORPUS
 from tests.model.export_support import card_of, export, make, run_card
+from tests.tiny_models import TokenizerSource
 
 
 def test_merged_adapters_give_the_vectors_of_the_adapted_encoder(
@@ -62,6 +65,40 @@ def test_an_adapter_alone_gives_the_vectors_of_the_adapted_encoder(
         ours = encoder(torch.tensor([token for row in ids for token in row]), lengths).numpy()
     np.testing.assert_allclose(loaded.encode_texts(CORPUS), ours, atol=1e-5)
     np.testing.assert_allclose(run_card(folder, CORPUS), ours, atol=1e-5)
+
+
+def test_an_adapter_alone_lower_cases_texts_where_its_base_does(
+    starter: Path, tmp_path: Path, outside: OutsideProcess
+) -> None:
+    base = tmp_path / "base"
+    make(starter)[0].save_backbone(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(starter / name, base)
+    (base / "modules.json").write_text("[]")
+    (base / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    config = ModelConfig(path=str(base), dtype="float32", lora=LoraConfig(rank=2))
+    encoder = build_encoder(config)
+    folder = export(
+        encoder, config, starter, tmp_path / "export",
+        adapter_only=True, outside=outside, tokenizer=TokenizerSource(config.path),
+    )  # fmt: skip
+    upper, lower = ([change(text) for text in CORPUS] for change in (str.upper, str.lower))
+    ours = load_export(folder).encode_texts(lower)
+    np.testing.assert_allclose(load_export(folder).encode_texts(upper), ours, atol=1e-6)
+    np.testing.assert_allclose(run_card(folder, upper), ours, atol=1e-5)
+
+
+def test_an_adapter_alone_names_the_revision_of_its_base(starter: Path, tmp_path: Path) -> None:
+    base, _ = make(starter)
+    base.save_backbone(tmp_path / "base")
+    for revision in ("f00d" * 10, None):
+        encoder, config = make(tmp_path / "base", revision=revision, lora=LoraConfig(rank=2))
+        out = tmp_path / f"export {revision}"
+        folder = export(encoder, config, starter, out, adapter_only=True)
+        # By which peft finds the base itself.
+        assert peft.PeftConfig.from_pretrained(folder).revision == revision
+        assert card_of(folder).count(f"revision='{'f00d' * 10}')") == 2 * bool(revision)
+        assert run_card(folder, CORPUS).shape == (len(CORPUS), 32)
 
 
 def test_an_adapter_on_merged_ones_is_loaded_on_top_of_them(starter: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from pipeline.data.sources.columnar import stored_files
 from pipeline.data.sources.paths import name_remote
 from pipeline.errors import DiffembedError, UserError
 from pipeline.files import write_text
-from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer
+from pipeline.tokenizer import TokenizerInfo, load_fast_tokenizer, lower_casing_file
 
 # Metadata of remote file systems that changes with a file's content.
 _REMOTE_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "versionId", "generation")
@@ -300,6 +300,8 @@ def _list_tokenizer(config: PrepareConfig) -> Iterator[tuple[str, str]]:
                 return  # neither a folder nor a name: loading it raises the error
         if isinstance(file, str | Path) and Path(file).is_file():
             yield "tokenizer", str(file)
+    if (file := lower_casing_file(config.tokenizer)) is not None:
+        yield "tokenizer", str(file)
 
 
 def identify_tokenizer(tokenizer_json: str, info: TokenizerInfo) -> str:
