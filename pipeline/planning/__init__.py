@@ -261,7 +261,7 @@ def _workload(
     zero = ds_config["zero_optimization"]
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
     # Then DeepSpeed keeps a rank's share of the gradients in fp32.
-    wide = config.model.dtype == "float32" or accumulated in ("fp32", "float32", "torch.float32")
+    wide = config.model.dtype == "float32" or accumulated == "fp32"
     return RankWorkload(
         world_size=world_size,
         stage=zero["stage"],

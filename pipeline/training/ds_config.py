@@ -35,11 +35,20 @@ _KNOWN_ZERO = {
     *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
 }
 _KNOWN_OFFLOAD = {"device", "pin_memory", "buffer_count", "fast_init"}
+# Keys of the other sections, except `fp16`, which is always off.
+_KNOWN_INSIDE = {
+    "bf16": {"enabled", "check_grad_overflow"},
+    "data_types": {"grad_accum_dtype"},
+    "comms_logger": {"enabled", "prof_all", "prof_ops", "verbose", "debug"},
+}
 _SWITCHES = {
     *("contiguous_gradients", "reduce_scatter", "overlap_comm", "allgather_partitions"),
-    *("pin_memory", "fast_init", "enabled", "wall_clock_breakdown"),
+    *("pin_memory", "fast_init", "enabled", "wall_clock_breakdown", "check_grad_overflow"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("prof_all", "verbose", "debug"),
 }
+# Sizes that DeepSpeed divides by, or fills.
+_ABOVE_ZERO = {"reduce_bucket_size", "steps_per_print"}
 _SECTIONS = {
     "bf16",
     "fp16",
@@ -49,8 +58,9 @@ _SECTIONS = {
     "offload_optimizer",
 }
 _WORDS = {"device", "communication_data_type", "grad_accum_dtype"}
-_NESTED = {"enabled", "grad_accum_dtype"}
+_LISTS = {"prof_ops"}
 _ROUNDS = "it rounds what ranks exchange, and gradients would not be exact"
+_FULL = "master weights, gradients and moments are always float32"
 _WHY = {
     "memory_efficient_linear": "parameters are held from forward to backward",
     "zero_quantized_weights": _ROUNDS,
@@ -62,6 +72,16 @@ _WHY = {
     "amp": "set model.dtype to bfloat16",
     "pipeline": "chunks of a batch already follow one another",
     "compression_training": _ROUNDS,
+    "bf16_master_weights_and_grads": _FULL,
+    "bf16_optimizer_states": _FULL,
+    "immediate_grad_update": "gradients of chunks add up in fp32 and are reduced once",
+}
+# Values by which a section of `_WHY` is turned off.
+_OFF = (False, None, {"enabled": False}, {"device": "none"})
+# DeepSpeed's names of the types that gradients may have; all of its keys know the short ones.
+_TYPES = {
+    **dict.fromkeys(("fp32", "float32", "torch.float32", "float"), "fp32"),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16", "bfloat"), "bf16"),
 }
 
 
@@ -88,24 +108,25 @@ def resolve_ds_config(
     Raises:
         UserError: a value contradicts the training config, or its gradients would not be exact.
     """
-    tree = copy.deepcopy(ds_config)
+    tree = _without_null_sections(copy.deepcopy(ds_config))
     for key, owner in _OWNED_BY_CONFIG.items():
         if key in tree:
             raise UserError(f"DeepSpeed config sets {key!r}", fix=f"remove it; use {owner}")
     _check_zero(tree, world_size)
-    _check_types(tree)
     bf16 = config.model.dtype == "bfloat16"
+    _check_types(tree, bf16=bf16)
     # DeepSpeed's micro-batch and accumulation know nothing of cached chunks: one optimizer step
     # is one accumulation boundary for any number of chunks.
-    _fill(tree, "train_micro_batch_size_per_gpu", 1)
-    _fill(tree, "gradient_accumulation_steps", 1)
-    _fill(tree, "train_batch_size", world_size)
+    chunks = "a step's batch is data.global_batch_size, cut into forwards by chunks.max_tokens"
+    _fill(tree, "train_micro_batch_size_per_gpu", 1, instead=chunks)
+    _fill(tree, "gradient_accumulation_steps", 1, instead=chunks)
+    _fill(tree, "train_batch_size", world_size, instead=chunks)
     # DeepSpeed's own default is 1.0, not off.
     _fill(
         tree, "gradient_clipping", config.optimizer.max_grad_norm, owner="optimizer.max_grad_norm"
     )
     _fill(tree.setdefault("bf16", {}), "enabled", bf16, owner="model.dtype", prefix="bf16.")
-    _fill(tree, "zero_allow_untested_optimizer", True)
+    _fill(tree, "zero_allow_untested_optimizer", True, instead="AdamW here is torch's own")
     if tree["zero_optimization"]["stage"] == 3:
         # Otherwise DeepSpeed replaces torch's linear function in the whole process by one in
         # Python, which takes most of the host's time of a layer. It saves memory only where
@@ -114,15 +135,25 @@ def resolve_ds_config(
     tree.setdefault("steps_per_print", 2**31 - 1)  # never: a step has its own line
     if "offload_optimizer" in tree["zero_optimization"]:
         # torch's AdamW steps on the CPU as well, and needs no compiler.
-        _fill(tree, "zero_force_ds_cpu_optimizer", False)
+        instead = "torch's AdamW runs on the CPU too, and needs no compiler"
+        _fill(tree, "zero_force_ds_cpu_optimizer", False, instead=instead)
     _refuse_auto(tree)
     return tree
+
+
+def _without_null_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """Leave out sections that are null, which stands for their absence."""
+    return {
+        key: _without_null_sections(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value is not None or key not in _SECTIONS
+    }
 
 
 def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None:
     """Raise on the first key that the trainer does not know, unless it is only turned off."""
     for key, value in tree.items():
-        off = key in _WHY and value in (False, None)
+        off = key in _WHY and value in _OFF
         if key not in known and not off:
             raise UserError(
                 f"DeepSpeed config sets {prefix}{key}",
@@ -133,21 +164,35 @@ def _check_keys(tree: dict[str, Any], known: set[str], prefix: str = "") -> None
 
 def _check_kinds(tree: dict[str, Any], prefix: str = "") -> None:
     """Raise on the first value whose type does not fit its key; numbers are sizes."""
+    known = set.union(_KNOWN, _KNOWN_ZERO, _KNOWN_OFFLOAD, *_KNOWN_INSIDE.values())
     for key, value in tree.items():
-        if key in _SECTIONS:
-            fits, allowed = isinstance(value, dict) or value is None, "a JSON object"
-        elif key in _SWITCHES:
-            fits, allowed = isinstance(value, bool), "true or false"
-        elif key in _WORDS:
-            fits, allowed = isinstance(value, str) or value is None, "a word"
-        else:
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-            allowed = "a number >= 0"
         # Other keys are left to `_check_keys`, which names the known ones.
-        if not fits and value != "auto" and key in _KNOWN | _KNOWN_ZERO | _KNOWN_OFFLOAD | _NESTED:
-            raise UserError(f"DeepSpeed config sets {prefix}{key} to {value!r}", allowed=allowed)
-        if isinstance(value, dict):
+        if key in known and value != "auto":
+            allowed = _kind_of(key, value)
+            found = f"DeepSpeed config sets {prefix}{key} to {value!r}"
+            if allowed:
+                raise UserError(found, allowed=allowed)
+        if isinstance(value, dict) and key != "fp16":
             _check_kinds(value, f"{prefix}{key}.")
+
+
+def _kind_of(key: str, value: Any) -> str:
+    """Return the values that a key accepts, in words, if this is none of them."""
+    if key in _SECTIONS:
+        return "" if isinstance(value, dict) else "a JSON object"
+    if key in _SWITCHES:
+        return "" if isinstance(value, bool) else "true or false"
+    if key in _WORDS:
+        return "" if isinstance(value, str) or value is None else "a word"
+    if key in _LISTS:
+        return "" if isinstance(value, list) else "a list"
+    least = 1 if key in _ABOVE_ZERO else 0
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "gradient_clipping":
+        return "" if is_number and value >= 0 else "a number >= 0"
+    # Written as 5e8, a size is a float.
+    fits = is_number and value >= least and value == value // 1
+    return "" if fits else f"a whole number >= {least}"
 
 
 def _check_zero(tree: dict[str, Any], world_size: int) -> None:
@@ -163,6 +208,8 @@ def _check_zero(tree: dict[str, Any], world_size: int) -> None:
             fix="stage 1 is plain data parallelism with a sharded optimizer",
         )
     _check_keys(zero, _KNOWN_ZERO, "zero_optimization.")
+    for section, known in _KNOWN_INSIDE.items():
+        _check_keys(tree.get(section, {}), known, f"{section}.")
     offload = zero.get("offload_optimizer") or {}
     _check_keys(offload, _KNOWN_OFFLOAD, "zero_optimization.offload_optimizer.")
     if offload.get("device", "cpu") not in ("cpu", "none"):
@@ -171,6 +218,7 @@ def _check_zero(tree: dict[str, Any], world_size: int) -> None:
             allowed="cpu or none",
             fix="disks hold checkpoints only; use more ranks, or LoRA",
         )
+    _refuse_auto(zero, "zero_optimization")  # nothing of it is filled, and numbers are compared
     replica = zero.get("zero_hpz_partition_size", 1)
     if replica > 1 and stage != 3:
         raise UserError(
@@ -187,13 +235,23 @@ def _check_zero(tree: dict[str, Any], world_size: int) -> None:
         )
 
 
-def _check_types(tree: dict[str, Any]) -> None:
+def _check_types(tree: dict[str, Any], *, bf16: bool) -> None:
     """Raise on number formats that DeepSpeed or exactness does not allow."""
-    if tree.get("fp16", {}).get("enabled"):
+    if tree.get("fp16", {}).get("enabled") not in (False, None, "auto"):
         raise UserError(
             "fp16.enabled: true", allowed="bf16 or fp32", fix="set model.dtype to bfloat16"
         )
+    if "fp16" in tree:
+        tree["fp16"] = {"enabled": False}  # nothing else in it has an effect then
+    if not tree.get("bf16", {}).get("check_grad_overflow", True):
+        raise UserError(
+            "DeepSpeed config sets bf16.check_grad_overflow to False",
+            fix="remove it; a step whose gradient is not finite must not be applied",
+        )
     types = tree.get("data_types", {})
+    # A type narrower than the weights' would round what ranks exchange or add up.
+    _check_type(tree, "communication_data_type", bf16=bf16)
+    _check_type(types, "grad_accum_dtype", bf16=bf16, prefix="data_types.")
     if types.get("grad_accum_dtype") and tree["zero_optimization"]["stage"] == 1:
         # DeepSpeed would take another optimizer, which cannot reduce once per step.
         raise UserError(
@@ -203,14 +261,37 @@ def _check_types(tree: dict[str, Any]) -> None:
         )
 
 
+def _check_type(section: dict[str, Any], key: str, *, bf16: bool, prefix: str = "") -> None:
+    """Raise on the name of a type that is not as wide as the weights'; shorten the name."""
+    given = section.get(key)
+    if given in (None, "auto"):
+        return
+    name = _TYPES.get(given)
+    if name is None or (name == "bf16" and not bf16):
+        raise UserError(
+            f"DeepSpeed config sets {prefix}{key} to {given!r}",
+            allowed="fp32 or bf16" if bf16 else "fp32, as model.dtype is float32",
+            fix="remove it; gradients then have the type of the weights",
+        )
+    section[key] = name
+
+
 def _fill(
-    tree: dict[str, Any], key: str, value: Any, *, owner: str = "this trainer", prefix: str = ""
+    tree: dict[str, Any],
+    key: str,
+    value: Any,
+    *,
+    owner: str = "this trainer",
+    instead: str = "",
+    prefix: str = "",
 ) -> None:
     found = tree.get(key, "auto")  # a missing key is to be filled too
     if found not in ("auto", value):
+        fix = f'set it to "auto" in the DeepSpeed config, or change {owner}'
         raise UserError(
-            f"DeepSpeed config sets {prefix}{key} to {found!r}, but {owner} is {value!r}",
-            fix=f'set it to "auto" in the DeepSpeed config, or change {owner}',
+            f"DeepSpeed config sets {prefix}{key} to {found!r}, but {owner} "
+            + (f"needs {value!r}" if instead else f"is {value!r}"),
+            fix=f'remove it, or set it to "auto"; {instead}' if instead else fix,
         )
     tree[key] = value
 

@@ -84,6 +84,23 @@ def test_resolving_leaves_the_input_alone() -> None:
             "grad_accum_dtype",
         ),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"stage": "auto"}}, "stage: auto . allowed: 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}, "size is 'auto'"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "a whole number >= 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}}, "a whole number >= 1"),
+        ({"steps_per_print": 0}, "steps_per_print to 0 . allowed: a whole number >= 1"),
+        ({"train_batch_size": 256}, "256, but .* needs 6 . fix: remove it.*data.global_batch_size"),
+        ({"gradient_accumulation_steps": 4}, "needs 1 . fix: remove it.*chunks.max_tokens"),
+        # Weights, sums or messages of fewer bits, which DeepSpeed would take without a word.
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16_master.*always float32"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states.*always float32"),
+        ({"bf16": {"check_grad_overflow": False}}, "check_grad_overflow to False .*not finite"),
+        ({"bf16": {"loss_scale": 0}}, "bf16.loss_scale . allowed: check_grad_overflow, enabled"),
+        ({"communication_data_type": "fp16"}, "communication_data_type to 'fp16' . allowed: fp32"),
+        ({"communication_data_type": "bf16"}, "to 'bf16' . allowed: fp32, as model.dtype is"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "accum_dtype to 'bf16' . allowed: fp32"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype . allowed: grad_accum"),
+        ({"comms_logger": {"on": True}}, "comms_logger.on . allowed: debug, enabled"),
     ],
 )
 def test_a_disagreement_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -94,9 +111,40 @@ def test_a_disagreement_is_refused_by_name(changes: dict[str, Any], message: str
 
 def test_a_refused_option_that_is_off_may_stay() -> None:
     zero = {"stage": 3, "zero_quantized_weights": False}
-    tree = {"zero_optimization": zero, "fp16": {"enabled": False}, "amp": None}
+    zero["offload_param"] = {"device": "none"}
+    tree = {"zero_optimization": zero, "fp16": {"enabled": False}, "amp": {"enabled": False}}
     resolved = resolve_ds_config(tree, make_config(), world_size=1)
     assert resolved["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_blocks_of_common_templates_resolve(dtype: str) -> None:
+    """What transformers' documentation gives, whose fp16 follows a flag that is never set here."""
+    fp16 = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2}
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    zero |= {"allgather_bucket_size": 2e8, "reduce_bucket_size": 5e8, "overlap_comm": True}
+    tree = {
+        **{"fp16": fp16, "bf16": {"enabled": "auto"}, "zero_optimization": zero},
+        **{"gradient_clipping": "auto", "train_batch_size": "auto", "steps_per_print": 2000},
+    }
+    resolved = resolve_ds_config(tree, make_config(dtype), world_size=4)
+    assert resolved["fp16"] == {"enabled": False}
+    assert resolved["bf16"] == {"enabled": dtype == "bfloat16"}
+
+
+@pytest.mark.parametrize("section", ["fp16", "bf16", "data_types", "comms_logger"])
+def test_a_section_that_is_null_is_as_good_as_none(section: str) -> None:
+    tree = {"zero_optimization": {"stage": 2, "offload_optimizer": None}}
+    wanted = resolve_ds_config({"zero_optimization": {"stage": 2}}, make_config(), world_size=1)
+    assert resolve_ds_config({**tree, section: None}, make_config(), world_size=1) == wanted
+
+
+def test_a_wider_type_may_be_written_by_any_name_of_deepspeed() -> None:
+    tree = {"zero_optimization": {"stage": 3}, "communication_data_type": "float32"}
+    tree["data_types"] = {"grad_accum_dtype": "torch.float32"}
+    resolved = resolve_ds_config(tree, make_config("bfloat16"), world_size=1)
+    assert resolved["communication_data_type"] == "fp32"
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
