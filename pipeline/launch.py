@@ -90,22 +90,38 @@ def discover_world(environ: Mapping[str, str] | None = None) -> World:
 
 
 def local_ranks(environ: Mapping[str, str] | None = None) -> int:
-    """Return the number of ranks that the launcher started on this host, 1 where it is unknown."""
+    """Return the number of ranks that the launcher started on this host, 1 where it is unknown.
+
+    Of a step of srun, the most that it started on one of its hosts.
+    """
     env = os.environ if environ is None else environ
-    if "SLURM_CPUS_PER_TASK" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return 1  # Slurm has given each rank its own cores
-    # Of torchrun, deepspeed and Open MPI.
+    if (ranks := _counted_ranks(env)) is not None:
+        return ranks
+    if "SLURM_STEP_NUM_TASKS" in env:
+        # As in `8(x3),2`: 8 on each of three hosts, 2 on the last.
+        words = re.findall(r"(?:^|,)(\d+)", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        return max((1, *map(int, words)))
+    return 1
+
+
+def _counted_ranks(env: Mapping[str, str]) -> int | None:
+    """Return the ranks on this host as torchrun, deepspeed and Open MPI count them.
+
+    They come before Slurm's variables, which their ranks inherit where a step of srun started them.
+    """
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if name in env:
             return max(1, _number(env, name))
-    return 1
+    return None
 
 
 # Variables that make a process a rank of a launcher, an MPI job or a Slurm step.
 _RANK_VARIABLES = re.compile(
     r"(SLURM|SRUN|OMPI|PMI\w*|PRTE|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
-    r"|MASTER_(ADDR|PORT)"
+    r"|MASTER_(ADDR|PORT)|DIFFEMBED_STARTED_BY"
 )
+# Holds the process id of `run_ranks`, which a rank alone would not know for its launcher.
+_STARTED_BY = "DIFFEMBED_STARTED_BY"
 # Needed to find Slurm itself.
 _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
@@ -223,7 +239,8 @@ def share_cores(world: World) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads_are_chosen():
         return
-    cores, ranks = len(os.sched_getaffinity(0)), local_ranks()
+    # Each rank that srun started has cores of its own, and sees no others.
+    cores, ranks = len(os.sched_getaffinity(0)), _counted_ranks(os.environ) or 1
     threads = max(1, cores // ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if world.is_main:
@@ -264,8 +281,15 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _port_of_job(env: Mapping[str, str]) -> int:
-    """Return a port that all ranks of a job choose, and that two jobs on a node rarely share."""
-    job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE") or ""
+    """Return a port that all ranks of a run choose, and that two runs on a node rarely share.
+
+    Several runs may share the nodes of one Slurm job: each is a step of srun, or an mpirun, whose
+    ranks on other nodes are in a step of their own.
+    """
+    job, run = env.get("SLURM_JOB_ID", ""), env.get("PMIX_NAMESPACE", "")
+    if "SLURM_STEP_ID" in env and "OMPI_COMM_WORLD_SIZE" not in env:
+        run = env["SLURM_STEP_ID"]
+    job = f"{job}.{run}" if job and run else job or run
     # Below 32768, where Linux begins to give connections ports of its own choice.
     return 20000 + zlib.crc32(job.encode()) % 10000
 
@@ -308,6 +332,14 @@ def launcher_processes() -> tuple[int, ...]:
         return (parent, above) if _is_deepspeed(above) else (parent,)
     except OSError:  # the parent has just ended, or a system without /proc
         return (parent,)
+
+
+def has_launcher(world: World, launchers: Sequence[int]) -> bool:
+    """Return whether the end of these processes, of which one is the parent, ends the run.
+
+    A rank alone that a shell or a script has started keeps running without them.
+    """
+    return world.launched or os.environ.get(_STARTED_BY) in map(str, launchers)
 
 
 def _parent_of(process: int) -> int:
@@ -451,7 +483,7 @@ def run_ranks(
 
 def local_environments(num_ranks: int) -> Iterator[dict[str, str]]:
     """Yield the environment of each rank on this machine; a single one has no rendezvous."""
-    base = without_rank(os.environ)
+    base = {**without_rank(os.environ), _STARTED_BY: str(os.getpid())}
     if num_ranks == 1:
         yield base
         return

@@ -41,6 +41,7 @@ from pipeline.files import require_writable
 from pipeline.launch import (
     World,
     discover_world,
+    has_launcher,
     let_gpu_memory_grow,
     local_ranks,
     share_cores,
@@ -136,7 +137,7 @@ def run(arguments: list[str], launchers: tuple[int, ...] = ()) -> None:
     world = dataclasses.replace(
         world,
         world_size=options.world_size or world.world_size,  # a dry run may plan for other ranks
-        launchers=launchers if world.launched else (),
+        launchers=launchers if has_launcher(world, launchers) else (),
     )
     ds_config = resolve_ds_config(
         load_ds_config(options.deepspeed), config, world_size=world.world_size

@@ -18,6 +18,7 @@ from pipeline.launch import (
     rendezvous,
     requested_gpu,
     require_accelerator,
+    share_cores,
     without_rank,
 )
 from tests.support import PATIENCE, free_port
@@ -85,6 +86,17 @@ def test_ranks_of_two_runs_do_not_meet() -> None:
     ports = {rendezvous({"PMIX_NAMESPACE": f"prterun-{i}@1"})[1] for i in range(20)}
 
     assert len(ports) == 20
+
+
+def test_two_runs_in_one_slurm_job_do_not_meet_and_ranks_of_one_do() -> None:
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node1", "MASTER_ADDR": "127.0.0.1"}
+    srun = [{**SRUN, **job, "SLURM_STEP_ID": str(step)} for step in range(20)]
+    assert len({rendezvous(environment)[1] for environment in srun}) == 20
+    assert rendezvous({**srun[3], "SLURM_PROCID": "0"}) == rendezvous(srun[3])
+    # mpirun starts a step of srun for the ranks on other nodes alone.
+    runs = [{**OPEN_MPI, **job, "PMIX_NAMESPACE": f"prterun-{i}@1"} for i in range(20)]
+    assert len({rendezvous(environment)[1] for environment in runs}) == 20
+    assert rendezvous({**runs[3], "SLURM_STEP_ID": "0"}) == rendezvous(runs[3])
 
 
 @pytest.mark.parametrize(
@@ -210,13 +222,49 @@ def test_gpu_memory_grows_in_place_unless_the_user_has_chosen(
         ({"LOCAL_WORLD_SIZE": "4"}, 4),  # torchrun
         ({"LOCAL_SIZE": "2"}, 2),  # deepspeed
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
-        ({"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "8"}, 1),  # cores are shared out
+        # srun; on 2 hosts of 8, on 3 of 8 and one of 2, on 1 host.
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "26", "SLURM_STEP_TASKS_PER_NODE": "2,8(x3)"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1),
+        # One torchrun a host, started by srun.
+        (
+            {
+                **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+                **{"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "8"},
+            },
+            8,
+        ),
+        # A job, not a step.
+        ({"SLURM_TASKS_PER_NODE": "8", "SLURM_NTASKS": "8"}, 1),
     ],
 )
 def test_ranks_of_a_host_are_counted_as_the_launcher_says(
     environ: dict[str, str], ranks: int
 ) -> None:
     assert local_ranks(environ) == ranks
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8"}, "8"),
+        # One torchrun a host, which srun gave all cores.
+        (
+            {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "64"},
+            "8",
+        ),
+        # A rank that srun started sees its own cores alone.
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "8"}, "64"),
+    ],
+)
+def test_ranks_share_the_cores_that_they_see(
+    environ: dict[str, str], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(os, "environ", environ)
+    share_cores(World())
+    assert environ["OMP_NUM_THREADS"] == threads
 
 
 def test_a_process_without_these_variables_is_no_rank_under_any_launcher() -> None:

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline import launch
+from pipeline.cli import app
 from pipeline.launch import count_gpus, run_ranks
 
 
@@ -67,6 +70,28 @@ time.sleep(600)
     assert run_ranks(program(text), 2) == 75
     thread.join()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("tasks", "starts"), [("1", True), ("2", False)])
+def test_the_command_starts_ranks_in_a_shell_of_srun_and_not_as_one_rank_of_several(
+    tasks: str, starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": tasks}
+    for name, value in srun.items():
+        monkeypatch.setenv(name, value)
+    started: list[int] = []
+
+    def run(words: list[str], number: int) -> int:
+        started.append(number)
+        return 0
+
+    monkeypatch.setattr(launch, "run_ranks", run)
+    config = tmp_path / "train.yaml"
+    config.write_text("{output_dir: run, num_steps: 1, model: {path: m}, data: {path: s}}")
+    result = CliRunner().invoke(app, ["train", str(config), "--ranks", "3"])
+    assert started == ([3] if starts else [])
+    if not starts:
+        assert "is a rank of a launcher, 0 of 2" in str(result.exception)
 
 
 @pytest.mark.parametrize(("visible", "number"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2)])

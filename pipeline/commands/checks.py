@@ -42,7 +42,8 @@ def doctor(
     from pipeline.doctor import ranks, report, run_checks
 
     changes, world = tuple(overrides or ()), discover_world()
-    if not world.launched:
+    # One rank alone may be a shell that `srun --pty` opened, and has no others to sum with.
+    if world.world_size == 1:
         words = _words(launcher)
         checks = all_checks(config, changes, lambda: ranks.check_ranks(words))
         raise typer.Exit(report(run_checks(checks), as_json=as_json))

@@ -167,9 +167,12 @@ def train(
     load(TrainConfig, config, overrides)  # now, not once in every rank
     from pipeline.launch import count_gpus, discover_world, run_ranks
 
-    if discover_world().launched:
+    world = discover_world()
+    # One rank alone may be a shell that `srun --pty` opened: ranks started here are no part of it.
+    if world.world_size > 1:
         raise UserError(
-            "diffembed train: this process is a rank of a launcher",
+            f"diffembed train: this process is a rank of a launcher, {world.rank} of "
+            f"{world.world_size}",
             fix="under torchrun, deepspeed, mpirun or srun start pipeline/train.py",
         )
     number = ranks or max(1, count_gpus())

@@ -6,11 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline import launch
+from pipeline import launch, run_folder
 from pipeline.errors import DiffembedError
 from tests.support import free_port
 from tests.training.launches import ROOT, TRAIN, Launch, launcher_words
@@ -95,6 +96,26 @@ def test_ranks_of_a_launcher_that_is_killed_as_they_start_do_not_wait(
 
         assert message in launch.output()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_rank_alone_saves_and_stops_when_the_command_that_started_it_is_killed(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [str(Path(sys.executable).with_name("diffembed")), "train", "--ranks", "1"]
+    endless = ("num_steps=1000000", "checkpoint.every=1000000", "schedule=cache")
+
+    with Launch(words, recipe, *endless, f"output_dir={run}") as launch:
+        while not (run / "metrics.jsonl").exists():
+            assert launch.process.poll() is None, launch.output()
+            time.sleep(0.1)
+        launch.process.kill()  # as the end of its terminal does
+        launch.process.wait()
+        launch.require_nothing_left()
+
+        assert "the launcher's end after step" in launch.output()
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    assert run_folder.latest_step(run / "checkpoints") == steps > 0
 
 
 @pytest.mark.parametrize(
