@@ -241,8 +241,10 @@ def is_checkpoint(path: Path) -> bool:
 
 def steps_by_name(folder: Path) -> dict[str, int]:
     """Return the steps of each whole checkpoint by its name, oldest first."""
-    found = sorted(path.name for path in folder.glob("*"))
-    return {name: step for name in found if (step := checkpoint_step(name)) is not None}
+    found = {path.name: checkpoint_step(path.name) for path in folder.glob("*")}
+    steps = {name: step for name, step in found.items() if step is not None}
+    # Not by name: step-1000000 comes before step-999900 there.
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
 
 
 def checkpoint_names(folder: Path) -> list[str]:
@@ -369,7 +371,8 @@ def damaged_checkpoint(path: Path, found: str) -> UserError:
 
 
 def _how_to_continue(path: Path) -> str:
-    older = [name for name in checkpoint_names(path.parent) if name < path.name]
+    steps, own = steps_by_name(path.parent), checkpoint_step(path.name) or 0
+    older = [name for name, step in steps.items() if step < own]
     if older:
         return f"`diffembed rewind {path.parent.parent} {older[-1]}` to continue from an older one"
     return "train again in another output_dir"

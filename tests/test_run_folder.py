@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from pipeline import run_folder
+from pipeline.cli import app
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
 from pipeline.run_folder import OWN_CONFIG, RunDir
@@ -83,6 +85,20 @@ def test_a_run_has_one_training_at_a_time_and_is_free_after_a_kill(tmp_path: Pat
 # --- checkpoints -----------------------------------------------------------------------------
 
 
+def test_a_stop_says_whether_a_training_hears_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text(OWN_CONFIG)
+    idle = CliRunner().invoke(app, ["stop", str(tmp_path)])
+    assert "sees no training work on it" in idle.stdout
+    assert f"rm {tmp_path / 'stop'} takes the request back" in idle.stdout
+    run.claim()
+    assert (
+        "will stop after the current step"
+        in CliRunner().invoke(app, ["stop", str(tmp_path)]).stdout
+    )
+    assert run.stop_request.exists()
+
+
 def test_latest_that_is_a_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
     with pytest.raises(UserError, match=r"latest is not a file .*\| fix: remove it"):
@@ -119,6 +135,19 @@ def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     # Checkpoints from before a rewind are not deleted.
     kept = ["step-000004", "step-000008", "step-000010", "step-000012"]
     assert run_folder.checkpoint_names(tmp_path) == kept
+
+
+def test_checkpoints_beyond_a_million_steps_are_the_newest(tmp_path: Path) -> None:
+    """Their names have a digit more, and come first in alphabetical order."""
+    steps = (999_998, 999_999, 1_000_000)
+    for step in steps:
+        save(tmp_path, Memory(a=1.0), step=step, identity={})
+    run_folder.prune_checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=2), step=steps[-1])
+    assert run_folder.checkpoint_names(tmp_path) == ["step-999999", "step-1000000"]
+    newest = tmp_path / "step-1000000"
+    assert run_folder.latest_checkpoint(tmp_path) == newest
+    error = run_folder.damaged_checkpoint(newest, "damaged")
+    assert f"`diffembed rewind {tmp_path.parent} step-999999`" in error.fix
 
 
 def keep(run: Path, config: CheckpointConfig, steps: range) -> None:

@@ -214,11 +214,20 @@ def watch(
 def stop(run: Run) -> None:
     """Let a running training save a checkpoint and stop (it exits with 75)."""
     from pipeline.run_folder import RunDir
+    from pipeline.watch.runs import is_locked
 
     if not RunDir(run).config.exists():
         raise UserError(f"{run}: not a run (no config.yaml in it)", fix="give a run's output_dir")
-    RunDir(run).stop_request.touch()
-    print(f"{run}: will stop after the current step; the command that started it continues it")
+    request = RunDir(run).stop_request
+    request.touch()
+    if is_locked(RunDir(run)):
+        print(f"{run}: will stop after the current step; the command that started it continues it")
+    else:
+        print(
+            f"{run}: this machine sees no training work on it. One on another machine stops after "
+            f"its current step, otherwise the next start stops after one; rm {request} takes the "
+            "request back"
+        )
 
 
 @app.command(rich_help_panel=RUN)

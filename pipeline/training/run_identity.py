@@ -30,14 +30,13 @@ _FREE_KEYS = (
     "compile",
     "trackers",
 )
+# Also free, a key of a section: it decides memory and time alone. Earlier checkpoints hold it.
+_CHECKPOINTING = "model.gradient_checkpointing"
 # Not keys of the config, and not compared for equality alone.
 _DATA, _WEIGHTS, _DECAY_END = "data.fingerprint", "model.weights", "optimizer.decay_end"
 # Keys that decide the vectors of an export; weights may be read in another type.
 _VECTOR_KEYS = ("loss.similarity", "model.")
-_NO_VECTOR_KEYS = (
-    *("model.dtype", "model.attention_dropout", "model.gradient_checkpointing"),
-    "model.lora.dropout",
-)
+_NO_VECTOR_KEYS = ("model.dtype", "model.attention_dropout", "model.lora.dropout")
 # Paths of weights do not matter where digests of their files are known.
 _PATHS = ("model.path", "model.revision", "model.adapter", "model.merged_adapters")
 
@@ -163,6 +162,7 @@ def _keys(config: TrainConfig) -> dict[str, Any]:
     # Two keys set the end of the decay: their effect is compared.
     end = tree["optimizer"].pop("decay_steps") or config.num_steps
     keys = {**_flatten(tree), "data.candidates": candidates}
+    del keys[_CHECKPOINTING]
     keys[_DECAY_END] = None if config.optimizer.decay == "constant" else end
     return keys
 
@@ -173,7 +173,7 @@ def _differing(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         output_dir=Path(), num_steps=1, model=ModelConfig(path=""), data=DataConfig(path=Path())
     )
     before = {**_keys(first), **saved}
-    ignored = {_DATA, _WEIGHTS, _DECAY_END, "optimizer.decay_steps"}
+    ignored = {_DATA, _WEIGHTS, _DECAY_END, _CHECKPOINTING, "optimizer.decay_steps"}
     if _WEIGHTS in saved and _WEIGHTS in wanted:
         ignored.update(_PATHS)
     # Sections that one of the two leaves out: their keys are in the other alone.

@@ -97,6 +97,11 @@ def train(
     dataset = open_dataset(config, verify=world.is_main)
     loader = make_loader(dataset, config, rank=world.rank, world_size=world.world_size)
     warnings = data_warnings(loader, config)
+    if config.evaluate is not None and config.num_steps < config.evaluate.every:
+        warnings.append(
+            f"evaluate.every: {config.evaluate.every}, but the run ends at step "
+            f"{config.num_steps}: no checkpoint is scored"
+        )
     objective = make_objective(config, loader)
     if config.compile:
         require_compiler(on_gpu=torch.cuda.is_available())
@@ -238,6 +243,8 @@ class Training:
                     tracker.log(batch.step, {**values, **planned}, batch.kind)
             if last:
                 _say(f"done: {self.checkpoints.complete(done)}")
+                # A request of the last seconds is met; it would stop a run that trains longer.
+                self._stop_request.clear()
                 return
             # One collective call for all decisions at a step's end.
             wanted, writing, seconds = comm.max_over_ranks(
@@ -355,8 +362,9 @@ class Training:
         names = run_folder.checkpoint_names(self.run.checkpoints)
         back = f"`diffembed rewind {self.run.root} NAME` continues from an older checkpoint"
         resume = "the same command starts again from step 1"
-        if names:
-            resume = f"the same command resumes from {names[-1]} (there are {', '.join(names)})"
+        # Not the last name: after a rewind there may be later ones.
+        if latest := run_folder.latest_name(self.run.checkpoints):
+            resume = f"the same command resumes from {latest} (there are {', '.join(names)})"
         if not intact:
             return (
                 "the weights are not finite either: an earlier step ruined them, so that no later "

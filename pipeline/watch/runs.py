@@ -149,7 +149,7 @@ def _number(tree: Any, *keys: str) -> int | None:
 
 def _state(run: RunDir, *, step: int, num_steps: int | None, seconds: float) -> tuple[str, Tone]:
     """Return what the run does, and its tone; `seconds` are usual between two lines of metrics."""
-    locked = _is_locked(run)
+    locked = is_locked(run)
     # After its last step, a run that holds its lock still saves a checkpoint.
     if num_steps is not None and step >= num_steps and not locked:
         return "finished", "ok"
@@ -169,7 +169,7 @@ def _state(run: RunDir, *, step: int, num_steps: int | None, seconds: float) -> 
     return f"not running: last step {duration(quiet)} ago", "warn"
 
 
-def _is_locked(run: RunDir) -> bool:
+def is_locked(run: RunDir) -> bool:
     """Return True if a training holds the run's lock, as far as this machine can see it."""
     try:
         # Shared and for an instant: other watchers do the same, and a training that claims the

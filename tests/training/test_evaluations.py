@@ -74,6 +74,19 @@ def test_a_checkpoint_is_scored_during_training_though_it_is_pruned_meanwhile(
     assert sorted(p.name for p in (run / "evaluations").glob("step-*")) == ["step-000002"]
 
 
+def test_a_run_that_ends_before_the_first_score_says_so(
+    recipe: Path, evaluation: Path, tmp_path: Path
+) -> None:
+    every = json.dumps({"every": 100, "config": str(evaluation), "where": "local"})
+    done = run_trainer(
+        *(recipe, "--deepspeed", "ds_configs/zero1.json", f"output_dir={tmp_path / 'run'}"),
+        *("num_steps=1", "optimizer.warmup_steps=0", "checkpoint.every=100", f"evaluate={every}"),
+    )
+    assert done.returncode == 0, done.stderr
+    expected = "evaluate.every: 100, but the run ends at step 1: no checkpoint is scored"
+    assert expected in done.stdout
+
+
 def started(recipe: Path, evaluation: Path, run: Path, monkeypatch) -> tuple[Evaluations, list]:
     """Evaluations every second step, whose commands are only noted."""
     every = EvaluateEveryConfig(every=2, config=evaluation, where="local")

@@ -65,7 +65,7 @@ def test_the_same_config_on_other_shards_is_another_run(recipe: Path) -> None:
             "checkpoint.every=3",
         ),
         *("log_every=5", "trackers=[wandb]", "non_finite=skip", "data.prefetch=false"),
-        *("output_dir=elsewhere", "data.path=moved"),
+        *("output_dir=elsewhere", "data.path=moved", "model.gradient_checkpointing=true"),
     ],
 )
 def test_what_only_decides_how_fast_and_how_told_may_change(recipe: Path, change: str) -> None:
@@ -133,6 +133,15 @@ def test_a_key_that_a_checkpoint_was_written_without_has_its_default(recipe: Pat
     with pytest.raises(UserError, match=r"loss\.symmetric is True"):
         wanted = identity(recipe, "loss.symmetric=true")
         require_same_run(path, {"step": 3, "identity": saved}, wanted)
+
+
+def test_a_checkpoint_that_names_gradient_checkpointing_is_resumed_with_either(
+    recipe: Path,
+) -> None:
+    path = Path("run/checkpoints/step")
+    saved = {**identity(recipe), "model.gradient_checkpointing": True}  # of an earlier version
+    for change in ("model.gradient_checkpointing=false", "schedule=sweep"):
+        require_same_run(path, {"step": 3, "identity": saved}, identity(recipe, change))
 
 
 @pytest.mark.parametrize(
