@@ -153,6 +153,20 @@ def test_a_wrong_override_is_one_clear_line(path: Path, override: str, message: 
     assert error.value.exit_code == 2
 
 
+def test_an_override_opens_a_section_that_the_file_leaves_out_or_sets_to_null(
+    path: Path, tmp_path: Path
+) -> None:
+    config = load_config(TrainConfig, path)
+    assert config.model.lora is None
+    dumped = tmp_path / "dumped.yaml"  # as a run's config.yaml, in which every key stands
+    dumped.write_text(dump_config(config))
+    assert "lora: null" in dumped.read_text()
+    for file in (path, dumped):
+        changed = load_config(TrainConfig, file, ("model.lora.rank=4", "loss.guide.margin=0.1"))
+        assert changed.model.lora is not None and changed.model.lora.rank == 4
+        assert changed.loss.guide is not None and changed.loss.guide.margin == 0.1
+
+
 def test_an_override_changes_one_item_of_a_list(tmp_path: Path) -> None:
     path = tmp_path / "evaluate.yaml"
     path.write_text(

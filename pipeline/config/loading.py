@@ -182,7 +182,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree  # the section or list of the next word
     for parent in parents:
         key = _key_in(node, parent, override)
-        below = node.get(key, {}) if isinstance(node, dict) else node[key]
+        below = node.get(key) if isinstance(node, dict) else node[key]
+        below = {} if below is None else below  # a section that is left out, or null
         if not isinstance(below, dict | list):
             raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
         # A copy, because an alias in the file may hold the same section.

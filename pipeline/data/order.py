@@ -13,6 +13,7 @@ Letters: N examples of a batch, R rows of a ragged array, nnz its values.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -221,13 +222,22 @@ def source_shares(
         raise UserError(f"data.weights: no source {unknown[0]!r}", allowed=", ".join(counts))
     # The weight multiplies the flattened share: weight 2 is twice as many batches at any
     # temperature.
-    raw = {
-        source: weights.get(source, 1.0) * min(count, cap or count) ** (1.0 / temperature)
-        for source, count in counts.items()
-    }
-    total = sum(raw.values())
+    try:
+        raw = {
+            source: weights.get(source, 1.0) * min(count, cap or count) ** (1.0 / temperature)
+            for source, count in counts.items()
+        }
+        total = sum(raw.values())
+    except OverflowError:
+        total = math.inf
     if not total > 0:
         raise UserError("data.weights: every source has weight 0", allowed="one above 0")
+    if total == math.inf:
+        raise UserError(
+            f"data.mixture_temperature: {temperature:g} makes shares of {max(counts.values()):,} "
+            "examples that no number can hold",
+            fix="raise it, or lower data.weights; towards 0 the largest source takes every batch",
+        )
     return {source: value / total for source, value in raw.items() if value > 0}
 
 

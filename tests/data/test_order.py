@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,6 +241,12 @@ def test_temperature_flattens_and_cap_limits_the_shares() -> None:
     assert plain["a"] == pytest.approx(1100 / 1490)
     assert all(share == pytest.approx(1 / 3) for share in flat.values())
     assert capped["a"] == pytest.approx(capped["c"]) == pytest.approx(300 / 690)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-3}, {"weights": {"a": 1e308}}])
+def test_shares_that_no_number_can_hold_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"data\.mixture_temperature: .* fix: raise it, or lower"):
+        source_shares(GROUPS, **{"weights": {}, "temperature": 1.0, "cap": None, **options})
 
 
 def test_a_weight_of_zero_leaves_a_source_out() -> None:
