@@ -339,7 +339,7 @@ def has_launcher(world: World, launchers: Sequence[int]) -> bool:
 
     A rank alone that a shell or a script has started keeps running without them.
     """
-    return world.launched or os.environ.get(_STARTED_BY) in map(str, launchers)
+    return world.launched or os.environ.get(_STARTED_BY, "") in [str(p) for p in launchers]
 
 
 def _parent_of(process: int) -> int:

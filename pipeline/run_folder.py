@@ -265,14 +265,14 @@ def latest_name(folder: Path) -> str | None:
         raise UserError(
             f"{pointer} is not a file",
             allowed="a file with the name of a checkpoint in this folder",
-            fix=f"remove it, then write one with `diffembed rewind {folder.parent} NAME`",
+            fix=f"remove it, then write one with {how_to_rewind(folder)}",
         )
     name = pointer.read_bytes().decode(errors="replace").strip()
     if checkpoint_step(name) is None:
         raise UserError(
             f"{pointer}: {name[:80]!r}",
             allowed="the name of a checkpoint in this folder",
-            fix=f"write one with `diffembed rewind {folder.parent} NAME`",
+            fix=f"write one with {how_to_rewind(folder)}",
         )
     return name
 
@@ -299,10 +299,21 @@ def latest_checkpoint(folder: Path) -> Path | None:
         raise UserError(
             f"{folder}/{LATEST} names {name}, which does not exist",
             allowed=", ".join(checkpoint_names(folder)) or "no checkpoint is left",
-            fix=f"`diffembed rewind {folder.parent} NAME`, or delete {folder}/{LATEST} to start "
-            f"from step 0",
+            fix=f"{how_to_rewind(folder)}, or delete {folder}/{LATEST} to start from step 0",
         )
     return folder / name
+
+
+def is_mirror(folder: Path) -> bool:
+    """Return True for a folder of checkpoints that is not in a run's own."""
+    return folder.name != RunDir("").checkpoints.name
+
+
+def how_to_rewind(folder: Path, name: str = "NAME") -> str:
+    """Return the command by which the next start continues from another checkpoint of a folder."""
+    if is_mirror(folder):  # `rewind` takes a run
+        return f"`echo {name} > {folder / LATEST}`"
+    return f"`diffembed rewind {folder.parent} {name}`"
 
 
 def rewind(folder: Path, name: str) -> Path:
@@ -374,7 +385,7 @@ def _how_to_continue(path: Path) -> str:
     steps, own = steps_by_name(path.parent), checkpoint_step(path.name) or 0
     older = [name for name, step in steps.items() if step < own]
     if older:
-        return f"`diffembed rewind {path.parent.parent} {older[-1]}` to continue from an older one"
+        return f"{how_to_rewind(path.parent, older[-1])} to continue from an older one"
     return "train again in another output_dir"
 
 

@@ -124,6 +124,7 @@ def test_a_dumped_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
         ("data.mixture_cap=0", "data.mixture_cap: 0 . allowed: an integer >= 1, or null$"),
         ("data.block_length=1", r"data.block_length: 1 .*: an integer >= 2 \(tokens\), or null$"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1: 1 . allowed: a number >= 0 and < 1$"),
+        ("optimizer.eps=0", "optimizer.eps: 0 . allowed: a number > 0$"),
         ("seed=-1", "seed: -1 . allowed: an integer >= 0$"),
         (
             "evaluate={every: 5, config: e.yaml, text_elements: 0}",

@@ -139,15 +139,28 @@ def test_pruning_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
 
 def test_checkpoints_beyond_a_million_steps_are_the_newest(tmp_path: Path) -> None:
     """Their names have a digit more, and come first in alphabetical order."""
-    steps = (999_998, 999_999, 1_000_000)
+    folder, steps = tmp_path / "checkpoints", (999_998, 999_999, 1_000_000)
     for step in steps:
-        save(tmp_path, Memory(a=1.0), step=step, identity={})
-    run_folder.prune_checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=2), step=steps[-1])
-    assert run_folder.checkpoint_names(tmp_path) == ["step-999999", "step-1000000"]
-    newest = tmp_path / "step-1000000"
-    assert run_folder.latest_checkpoint(tmp_path) == newest
+        save(folder, Memory(a=1.0), step=step, identity={})
+    run_folder.prune_checkpoints(folder, CheckpointConfig(every=1, keep_last=2), step=steps[-1])
+    assert run_folder.checkpoint_names(folder) == ["step-999999", "step-1000000"]
+    newest = folder / "step-1000000"
+    assert run_folder.latest_checkpoint(folder) == newest
     error = run_folder.damaged_checkpoint(newest, "damaged")
-    assert f"`diffembed rewind {tmp_path.parent} step-999999`" in error.fix
+    assert f"`diffembed rewind {tmp_path} step-999999`" in error.fix
+
+
+def test_the_way_out_of_a_damaged_checkpoint_in_a_mirror_works(tmp_path: Path) -> None:
+    """`diffembed rewind` takes a run, and a mirror is none."""
+    mirror = tmp_path / "mirror"
+    for step in (1, 2):
+        save(mirror, Memory(a=1.0), step=step, identity={})
+    error = run_folder.damaged_checkpoint(mirror / "step-000002", "damaged")
+    # What a shell does with the command.
+    echo, name, into, file = error.fix.split("`")[1].split()
+    assert (echo, into) == ("echo", ">")
+    Path(file).write_text(f"{name}\n")
+    assert run_folder.latest_checkpoint(mirror) == mirror / "step-000001"
 
 
 def keep(run: Path, config: CheckpointConfig, steps: range) -> None:

@@ -247,8 +247,8 @@ class OptimizerConfig:
     """The highest learning rate, reached after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the first and the second moment."""
-    eps: NonNegativeFloat = 1e-8
-    """Added to the root of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment, which is 0 for a token that no text has."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0, description="0 for no clipping")] = 1.0

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.config import DataConfig, ModelConfig, TrainConfig, as_tree
 from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
+from pipeline.run_folder import is_mirror
 
 # Keys that may change when a run is resumed; any other would make it another run.
 _FREE_KEYS = (
@@ -71,9 +72,10 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
     Raises:
         UserError: names every key that differs.
     """
-    saved, run = state["identity"], path.parent.parent
+    saved, run = state["identity"], _run_of(path)
     _require_same_shards(run, saved, wanted)
     _refuse_changed(run, _changed_files(saved, wanted))
+    other = "output_dir" if run != path.parent else f"checkpoint.mirror: {run} has an earlier run"
     differ = _differing(saved, wanted)
     if differ:
         key = differ[0]
@@ -81,7 +83,7 @@ def require_same_run(path: Path, state: Mapping[str, Any], wanted: dict[str, Any
         raise UserError(
             f"{key} is {wanted.get(key)!r}{others}",
             allowed=f"{saved.get(key)!r}, which the run in {run} started with",
-            fix=f"set {key} back to resume, or choose another output_dir for a new run",
+            fix=f"set {key} back to resume, or for a new run choose another {other}",
             docs="trouble.md#changed-run",
         )
     _require_same_schedule(run, state["step"], saved, wanted)
@@ -111,7 +113,7 @@ def require_same_model(
     # Here, because a login node compares runs without torch.
     from pipeline.model.weights import model_digests_here
 
-    saved, run = state["identity"], path.parent.parent
+    saved, run = state["identity"], _run_of(path)
     # One process exports: other ranks, if there are any, take no part in this.
     wanted = run_identity(config, dataset, model_digests_here(config.model))
     _require_same_shards(run, saved, wanted)
@@ -141,13 +143,19 @@ def require_own_weights(path: Path, changed: list[str], from_base: list[str]) ->
         UserError: the export would mix the trained tensors with others than they belong to.
     """
     if changed and from_base:
-        _refuse_changed(path.parent.parent, changed)
+        _refuse_changed(_run_of(path), changed)
     if changed:
         print(
             f"export: {', '.join(changed[:3])} changed since the run started; not needed, because "
             f"{path.name} holds every tensor of the export",
             file=sys.stderr,
         )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint's run, or the mirror that holds it."""
+    folder = checkpoint.parent
+    return folder if is_mirror(folder) else folder.parent
 
 
 def _keys(config: TrainConfig) -> dict[str, Any]:

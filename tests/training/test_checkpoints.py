@@ -59,8 +59,9 @@ def test_resuming_at_another_stage_or_world_size_keeps_the_optimizer(
 
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "half a state", "shortened"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
-    save(tmp_path, Memory(a=1.0), step=1, identity={})
-    path = save(tmp_path, Memory(a=1.0), step=2, identity={})
+    folder = tmp_path / "checkpoints"
+    save(folder, Memory(a=1.0), step=1, identity={})
+    path = save(folder, Memory(a=1.0), step=2, identity={})
     (file,) = path.glob("*.safetensors")
     if damage == "flipped byte":
         content = bytearray(file.read_bytes())
@@ -75,7 +76,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="step-000002") as error:
         checkpoints.load(path, Memory(a=0.0), {})
-    assert f"diffembed rewind {tmp_path.parent} step-000001" in str(error.value)
+    assert f"diffembed rewind {tmp_path} step-000001" in str(error.value)
 
 
 def test_a_run_with_another_setting_is_not_resumed(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_all_keys_that_differ_are_named(recipe: Path) -> None:
         resume(recipe, (), ("seed=7", "loss.temperature=0.2"), step=3)
 
 
+def test_a_mirror_of_an_earlier_run_is_named_and_not_the_folder_above_it(recipe: Path) -> None:
+    state = {"step": 3, "identity": identity(recipe)}
+    with pytest.raises(
+        UserError, match=r"the run in archive/a started .*another checkpoint\.mirror"
+    ):
+        require_same_run(Path("archive/a/step-000003"), state, identity(recipe, "seed=7"))
+
+
 def test_a_key_that_a_checkpoint_was_written_without_has_its_default(recipe: Path) -> None:
     saved = identity(recipe)
     del saved["loss.symmetric"], saved["optimizer.decay_end"]
