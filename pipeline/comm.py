@@ -94,8 +94,9 @@ def _join(world: World, timeout_seconds: int) -> None:
     address, port = launch.rendezvous()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     try:
-        dist.init_process_group(backend, timeout=timeout)
-        _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
+        with _telling_of_a_long_wait(world, f"{address}:{port}"):
+            dist.init_process_group(backend, timeout=timeout)
+            _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
     except RuntimeError as error:
         # May be a node that died: not the user's mistake, and the next attempt may succeed.
         message = (
@@ -109,6 +110,27 @@ def _join(world: World, timeout_seconds: int) -> None:
             )
         raise DiffembedError(message) from error
     _failures = _Failures(dist.distributed_c10d._get_default_store(), world)
+
+
+# Rank 0 tells of a wait first: the others wait for it, and would all say the same.
+_TELL_AFTER_SECONDS = (30.0, 120.0)
+
+
+@contextmanager
+def _telling_of_a_long_wait(world: World, where: str) -> Iterator[None]:
+    """Print a line if the block takes long: the others may have been started by nobody."""
+    text = (
+        f"rank {world.rank} waits for the other ranks of {world.world_size} at {where}; where no "
+        "launcher starts them, variables are left from another run: unset RANK, WORLD_SIZE, "
+        "LOCAL_RANK (of srun SLURM_PROCID)"
+    )
+    timer = threading.Timer(_TELL_AFTER_SECONDS[world.rank > 0], say_line, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def new_group(ranks: Iterable[int]) -> dist.ProcessGroup:

@@ -145,6 +145,19 @@ def test_a_rank_that_nobody_joins_ends_with_one_line(rank_0_of_2: World) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_rank_that_waits_long_says_for_whom(
+    rank_0_of_2: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where RANK and WORLD_SIZE are left in a shell: it would wait for half an hour."""
+    monkeypatch.setattr(comm, "_TELL_AFTER_SECONDS", (0.1, 0.1))
+    with pytest.raises(DiffembedError):
+        comm.start(rank_0_of_2, timeout_seconds=1)
+    where = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+    found = capsys.readouterr().out
+    assert f"rank 0 waits for the other ranks of 2 at {where}; " in found
+    assert "unset RANK, WORLD_SIZE, LOCAL_RANK" in found
+
+
 @pytest.mark.parametrize(
     ("environ", "asked"),
     [
