@@ -132,6 +132,29 @@ def test_a_table_of_text_is_read_as_the_csv_module_wrote_it(
     assert capped == found[:7]
 
 
+@pytest.mark.parametrize(
+    "text", [f"query;positives;{'x' * 200_000}\nq;p;\n", "\n\r\nquery;positives\n\nq;p\n"]
+)
+def test_a_header_may_be_long_or_follow_blank_lines(text: str, tmp_path: Path) -> None:
+    csv.field_size_limit(131_072)  # the library's own, which other tests have raised
+    path = tmp_path / "rows.csv"
+    path.write_text(text, newline="")
+    for block_bytes in (1, 10**6):
+        (row,) = rows_of(make_source(path), block_bytes=block_bytes)
+        assert (row.query, row.positives) == ("q", ("p",))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 9, 40, 10**6])
+def test_blank_lines_between_blocks_of_a_table_repeat_no_record(
+    block_bytes: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    rows = "".join(f"q{k},p\n" + "\r\n" * (k % 4) for k in range(40))
+    path.write_text(f"query,positives\n{rows}", newline="")
+    found = [row.query for row in rows_of(make_source(path), block_bytes=block_bytes)]
+    assert found == [f"q{k}" for k in range(40)]
+
+
 def test_numbers_of_a_table_of_text_are_read_as_numbers(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("q;d;label\nwhat;this;1\nwho;that;0.0\nhow;so;high\n")
@@ -147,6 +170,18 @@ TABLES = {
     "an open quote": (
         b'query,positives\nq,p\n"a,b\nc,d\n',
         "rows.csv:3: a quoted field",
+    ),
+    "a quote within a cell": (
+        b'query,positives\n"I have,a\nq,p\nr,"p" s\nt,u\n',
+        """not a line of a table (',' expected after '"', in a record of 3 lines)""",
+    ),
+    "ends of lines of an old Mac": (
+        b"query,positives\rq,p\r",
+        "rows.csv:1: not a line of a table (a carriage return outside of quotes) | fix: quote",
+    ),
+    "a carriage return in a cell": (
+        b"query,positives\nq,p\rr\n",
+        "rows.csv:2: not a line of a table (a carriage return outside of quotes) | fix: quote",
     ),
     "text after a quote": (b'query,positives\n"a"b,c\n', "rows.csv:2: not a line of a table"),
     "Latin-1": (b"query,positives\nq,p\nq,\xe9\n", "rows.csv:3: byte 3"),

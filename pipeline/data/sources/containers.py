@@ -10,6 +10,7 @@ JSON list has no such ranges: one task reads it whole.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -269,7 +270,7 @@ class _Lines:
 
     def records(self, delimiter: str) -> Iterator[tuple[int, Record, str]]:
         """Yield position, record (a list of fields) and fault of each following record."""
-        csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
+        csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.reader(self, delimiter=delimiter, strict=True)
         while True:
             position, number = self.position, self._number + 1
@@ -279,7 +280,13 @@ class _Lines:
             except StopIteration:
                 return
             except csv.Error as error:
-                self._fault = self._fault or f"not a line of a table ({error})"
+                # As files of old Macs end their lines, and as some writers leave it in a cell.
+                bare = "new-line character seen" in str(error)
+                reason = "a carriage return outside of quotes" if bare else str(error)
+                # After a quote that is never closed: rows that would be lost without being counted.
+                lines = self._number - number + 1
+                of = f", in a record of {lines} lines" if lines > 1 else ""
+                self._fault = self._fault or f"not a line of a table ({reason}{of})"
             record = Record(value=fields, file=self._file, number=number, base=self._base)
             if "unexpected end of data" in self._fault:
                 # The rest of the file was taken for one text: no record follows.
@@ -297,23 +304,39 @@ class _DelimitedFile:
     def __init__(self, handle: IO[bytes], file: str) -> None:
         self.lines = _Lines(handle, file, 0)
         self.names: list[str] = []
+        while (head := self.lines.peek()) and not head.strip("\r\n"):
+            next(self.lines)  # the header tells the delimiter, not a blank line before it
         # A TSV is cut at tabs alone, even if its header has more commas.
         is_tsv = ".tsv" in Path(file.lower()).suffixes
-        self.delimiter = "\t" if is_tsv else _delimiter_of(self.lines.peek())
+        self.delimiter = "\t" if is_tsv else _delimiter_of(head)
         for _, record, fault in self.lines.records(self.delimiter):
             names = record.value or []
             if fault:
-                raise UserError(f"{record.where}: {fault}", fix="save the file as UTF-8")
+                raise UserError(f"{record.where}: {fault}", fix=_table_fix(fault))
             if repeated := {name for name in names if name and names.count(name) > 1}:
                 raise UserError(f"{record.where}: a column twice: {', '.join(sorted(repeated))}")
             self.names = names
             break
 
 
+def _table_fix(fault: str) -> str:
+    """Return the cure of a line that is not one of a table; empty where none is known."""
+    if "not UTF-8" in fault:
+        return "save the file as UTF-8"
+    if "carriage return" in fault:
+        return "quote cells that hold one, and end lines with a line feed"
+    return ""
+
+
 def _delimiter_of(head: str) -> str:
     """Return the character that cuts a header line into most fields."""
-    # Parsed, not counted: a delimiter inside quotes does not count.
-    counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in _DELIMITERS}
+    csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
+    counts = dict.fromkeys(_DELIMITERS, 0)
+    for mark in _DELIMITERS:
+        # A line that cannot be parsed is refused when it is read as the header.
+        with contextlib.suppress(csv.Error):
+            # Parsed, not counted: a delimiter inside quotes does not count.
+            counts[mark] = len(next(csv.reader([head], delimiter=mark), []))
     return max(counts, key=lambda mark: counts[mark])
 
 
@@ -349,12 +372,15 @@ def read_delimited(block: FileBlock, *, on_bad: OnBadRow | None = None) -> Itera
             entry = next(records, None)
             if entry is None:
                 return
-            _, record, fault = entry
+            position, record, fault = entry
+            # Behind blank lines at the end of this block: the first record of the next one.
+            if 0 <= block.stop <= position:
+                return
             taken += 1
             if not fault and len(record.value) != len(table.names):
                 fault = f"{len(record.value)} fields, the header has {len(table.names)}"
             if fault:
-                give_up(record.fail(fault), on_bad)
+                give_up(record.fail(fault, fix=_table_fix(fault)), on_bad)
             else:
                 value = dict(zip(table.names, record.value, strict=True))
                 yield Record(value=value, file=record.file, number=record.number, base=record.base)
