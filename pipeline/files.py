@@ -168,6 +168,21 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hash_file(path) for path in paths}
 
 
+FileState = tuple[int, int, int]
+
+
+def file_state(path: str | Path) -> FileState:
+    """Return size, time and number of a local file; zeros for anything else, such as a URL.
+
+    As part of a cache's key they let one process notice that a file was written again.
+    """
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return 0, 0, 0
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 # A fingerprint reads all of a small file, and of a large one this many pages, evenly spread.
 _PAGES = 64
 _PAGE_BYTES = 4096

@@ -103,6 +103,9 @@ class TextLoader(Loader):
 
 def _documents(dataset: Dataset, ids: IntArray) -> IntArray:
     """(N,) document that is the text of each example."""
+    # Before the first values are read: of an empty list that would be the next example's.
+    if dataset.examples.lengths("positives", ids).min() < 1:
+        raise dataset.damaged("an example without a positive")
     found = dataset.examples.first("positives", ids)
     count = len(dataset.documents)
     if found.min() < 0 or found.max() >= count:

@@ -22,6 +22,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from pipeline.data.text_loader import TextLoader
 from pipeline.errors import UserError
 from pipeline.files import hash_file
 from pipeline.tokenizer import tokenizer_fingerprint
@@ -507,11 +508,24 @@ def set_values(column: str, value: int) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
+def without_values(column: str) -> Callable[[pa.Table], pa.Table]:
+    """Empty the list of the first row, whose values then are the next row's, and of the last."""
+
+    def change(table: pa.Table) -> pa.Table:
+        lists = table[column].combine_chunks().to_pylist()
+        lists[0] = lists[-1] = []
+        kind = table.schema.field(column).type
+        return table.set_column(table.schema.get_field_index(column), column, pa.array(lists, kind))
+
+    return change
+
+
 CONTENTS: dict[str, tuple[str, Callable[[pa.Table], pa.Table]]] = {
     "a token outside the vocabulary": (DOCUMENTS, set_values("tokens", 10**6)),
     "a negative token": (EXAMPLES, set_values("query", -1)),
     "a document outside the store": (EXAMPLES, set_values("positives", 10**9)),
     "a negative document": (EXAMPLES, set_values("negatives", -2)),
+    "no positive": (EXAMPLES, without_values("positives")),
     "another column": (
         EXAMPLES,
         lambda table: table.rename_columns([*table.column_names[:-1], "x"]),
@@ -527,6 +541,16 @@ def test_a_consistent_shard_with_impossible_content_is_refused(kind: str, copied
     with pytest.raises(UserError) as caught:
         use(copied)
     one_line(caught.value, str(copied))
+
+
+@pytest.mark.parametrize("length", [None, 16])
+def test_an_example_without_a_positive_is_no_text_of_another_one(
+    length: int | None, copied: Path
+) -> None:
+    rewrite(copied, EXAMPLES, without_values("positives"))
+    config = DataConfig(path=copied, global_batch_size=600, block_length=length)
+    with pytest.raises(UserError, match="an example without a positive"):
+        TextLoader(Dataset.open(copied), config, max_chunk_tokens=1000).batch(0)
 
 
 def test_another_tokenizer_is_refused_and_a_saved_copy_is_not(

@@ -52,6 +52,15 @@ def test_a_negative_may_be_null_also_where_its_column_is_named(tmp_path: Path) -
     assert (first.negatives, second.negatives) == (("n",), ())
 
 
+def test_a_row_without_an_instruction_has_that_of_its_source(tmp_path: Path) -> None:
+    rows = [{"tell": "own"}, {"tell": None}, {"tell": ""}, {}]
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"query": "q", "positives": "p", **row} for row in rows]
+    )
+    source = make_source(path, columns={"instruction": "tell"}, instruction="common")
+    assert [row.instruction for row in rows_of(source)] == ["own", "common", "common", "common"]
+
+
 def test_labels_divide_documents_into_positives_and_negatives(tmp_path: Path) -> None:
     record = {"query": "q", "docs": ["a", "b", "c", "d"], "labels": [0, 1, 0, 2], "s": [1, 2, 3, 4]}
     row = row_of(record, tmp_path, documents="docs", labels="labels", scores="s")
@@ -186,7 +195,8 @@ def test_paths_reach_into_lists_by_key_and_by_number(tmp_path: Path) -> None:
 def test_where_reaches_inside_fields_and_knows_booleans_and_numbers(tmp_path: Path) -> None:
     records = [
         {"query": f"{k}", "positives": "p", "meta": {"lang": "en" if k % 2 else "de"},
-         "good": k < 3, "label": k, "a.b": f"{k}", "note": None}
+         "good": k < 3, "label": k, "a.b": f"{k}", "note": None,
+         "share": float(k), "big": 2**60 + k}
         for k in range(6)
     ]  # fmt: skip
     path = write_jsonl(tmp_path / "rows.jsonl", records)
@@ -199,6 +209,12 @@ def test_where_reaches_inside_fields_and_knows_booleans_and_numbers(tmp_path: Pa
         ({"good": "False"}, "345"),
         ({"label": 4}, "4"),
         ({"label": "4"}, "4"),
+        ({"label": 4.0}, "4"),
+        # As pandas writes a column of whole numbers in which one is missing.
+        ({"share": 4}, "4"),
+        ({"share": 4.0}, "4"),
+        ({"share": "4"}, ""),
+        ({"big": 2**60 + 4}, "4"),
         ({"a.b": "5"}, "5"),
         ({"meta.lang": "en", "good": True}, "1"),
         ({"note": "None"}, ""),
@@ -237,5 +253,5 @@ def test_columns_that_cannot_be_meant_are_refused(kind: str, tmp_path: Path) -> 
 
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD])
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: no field matches 'negativ_\*'"):
-        rows_of(make_source(path, columns={"negatives": "negativ_*"}))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no field matches 'positiv_\*'"):
+        rows_of(make_source(path, columns={"positives": "positiv_*"}))

@@ -14,13 +14,16 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from data_support import ConfigMaker, reasonaug_rows, write_jsonl
+from transformers import AutoTokenizer
 
 from pipeline.config import DecontaminateConfig, EvaluationSetConfig, PrepareConfig, SourceConfig
 from pipeline.data.prepare import STEPS, Step, prepare
 from pipeline.data.prepare import recipe as recipes
 from pipeline.data.prepare.recipe import prepare_status
+from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.files import hold_lock
 
@@ -290,3 +293,45 @@ def test_the_end_says_what_was_kept_dropped_and_left_out(
     assert "records left out by `where`: 1\n" in err
     assert "prepare: collect: 3 rows, " in err
     assert "Records left out by `where`, not listed below: 1." in (folder / "report.md").read_text()
+
+
+def test_files_written_again_are_read_again_in_one_process(
+    make_config: ConfigMaker, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    """Judgements, corpus, saved data sets and earlier datasets under the same paths."""
+    decode = AutoTokenizer.from_pretrained(tokenizer_path).decode
+
+    def texts(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+        dataset = Dataset.open(folder)
+        ids = np.arange(dataset.num_examples)
+
+        def documents(column: str) -> list[list[str]]:
+            lists = dataset.examples.views(column, ids)
+            return [list(map(decode, dataset.documents.views("tokens", row))) for row in lists]
+
+        queries = map(decode, dataset.examples.views("query", ids))
+        pairs = zip(documents("positives"), documents("negatives"), strict=True)
+        return dict(zip(queries, pairs, strict=True))
+
+    beir, saved = tmp_path / "beir", tmp_path / "saved"
+    (beir / "qrels").mkdir(parents=True)
+    write_jsonl(beir / "queries.jsonl", [{"_id": "q", "text": "fox"}])
+    found = []
+    for word, score in (("one", "0"), ("two", "1")):
+        write_jsonl(beir / "corpus.jsonl", [{"_id": d, "text": f"{d} {word}"} for d in "ab"])
+        judged = f"q\ta\t{score}\nq\tb\t{1 - int(score)}\n"
+        (beir / "qrels" / "train.tsv").write_text(judged)
+        shutil.rmtree(saved, ignore_errors=True)
+        rows = [{"query": f"wolf {word}", "positives": f"c {word}"}]
+        datasets.Dataset.from_list(rows).save_to_disk(str(saved))
+        sources = (
+            SourceConfig(name="beir", format="mteb", path=str(beir)),
+            SourceConfig(name="saved", format="columns", path=str(saved)),
+        )
+        folder = prepare(make_config(*sources), num_workers=1)
+        found.append(texts(folder))
+        shutil.rmtree(folder)
+    assert found == [
+        {"fox": (["b one"], ["a one"]), "wolf one": (["c one"], [])},
+        {"fox": (["a two"], ["b two"]), "wolf two": (["c two"], [])},
+    ]

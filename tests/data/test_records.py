@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from data_support import ConfigMaker, make_source, write_jsonl
 from pipeline.config import SourceConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import Dataset
+from pipeline.data.sources.records import Record
 from pipeline.errors import UserError
 
 BAD = {
@@ -120,7 +122,9 @@ def folder(tmp_path: Path) -> Path:
     corpus += [{"_id": "d0", "text": "another text"}, {"_id": "d1", "title": "T", "text": "text 1"}]
     write_jsonl(path / "corpus.jsonl", corpus)
     queries = [{"_id": f"q{k}", "text": f"question {k}"} for k in range(5)]
-    write_jsonl(path / "queries.jsonl", [*queries, {"_id": "q1", "text": "another question"}])
+    # q4 is not judged, and there twice.
+    more = [{"_id": "q1", "text": "another question"}, {"_id": "q4", "text": "question 4"}]
+    write_jsonl(path / "queries.jsonl", [*queries, *more])
     judged = ["q0\td0\t1", "q1\td1\t1", "q1\td2\t0", "q2\td2\t0", "q3\td3\t1", "gone\td4\t1"]
     text = "query-id\tcorpus-id\tscore\n" + "\n".join(judged) + "\n"
     (path / "qrels" / "train.tsv").write_text(text)
@@ -166,7 +170,33 @@ def test_judged_documents_that_the_corpus_lacks_are_refused_or_left_out(
     assert info.examples == 3
     assert info.dropped["judgement: document not in the corpus"] == 2
     assert info.dropped["row: cannot be used"] == 1
-    assert info.dropped["query: no positive left"] == 2
+    assert info.dropped["query: no positive left"] == 3
+
+
+def test_lines_of_a_file_that_was_written_again_are_counted_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for above, lines in (("[]\n\n", 2), ("\n\n\n\n", 4)):
+        path.write_text(f"{above}{{}}\n")
+        record = Record(value={}, file=str(path), number=1, base=4)
+        assert record.where == f"{path}:{lines + 1}"
+
+
+def test_half_characters_in_a_retrieval_folder_are_named_or_dropped(
+    folder: Path, make_config: ConfigMaker
+) -> None:
+    """JSON can hold half a surrogate pair; in ids and texts of a corpus as in rows."""
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "x", "text": "\\ud83d"}\n{"_id": "\\ud83d", "text": "y"}\n')
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q3", "text": "\\ud83d"}\n{"_id": "\\ud83d", "text": "z"}\n')
+    with pytest.raises(UserError, match="half a surrogate pair") as caught:
+        prepare(make_config(make_source(folder, "mteb")), num_workers=1)
+    assert "corpus.jsonl:9: " in str(caught.value) and "corpus.jsonl:10: " in str(caught.value)
+    source = make_source(folder, "mteb", on_bad_row="drop")
+    (info,) = Dataset.open(prepare(make_config(source), num_workers=1)).manifest.sources
+    assert info.examples == 3
+    assert info.dropped["row: cannot be used"] == 3
+    assert info.dropped["query: another text of the same id precedes it"] == 2
 
 
 HUB_LAYOUTS = {
@@ -199,3 +229,40 @@ def test_layouts_of_the_hub_are_read(layout: str, tmp_path: Path, make_config: C
         assert Dataset.open(folder).num_examples == count
     with pytest.raises(UserError, match="there are judgements of test, train"):
         prepare(make_config(make_source(path, "mteb", split="dev")), num_workers=1)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("column", ["negatives", "instruction", "concept"])
+def test_a_column_whose_field_is_in_no_row_is_refused(
+    column: str, suffix: str, tmp_path: Path, make_config: ConfigMaker
+) -> None:
+    """Rows may lack these fields, so that a misspelt name would otherwise read nothing."""
+    rows = [{"query": f"q{k}", "positives": f"p{k}", "neg": "n", "tell": "t"} for k in range(300)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "csv":
+        lines = ["query,positives,neg,tell", *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines))
+    else:
+        write_jsonl(path, rows)
+    for name in ("telll", "neg_*"):
+        source = make_source(path, columns={column: name})
+        with pytest.raises(UserError) as caught:
+            prepare(make_config(source, block_bytes=2048), num_workers=1)
+        assert f"sources.set.columns.{column}: no row has the field {name!r}" in str(caught.value)
+        assert "fields found: query, positives, neg, tell" in str(caught.value)
+    prepare(make_config(make_source(path, columns={column: "tell"})), num_workers=1)
+
+
+def test_a_row_may_lack_a_column_that_others_have(tmp_path: Path, make_config: ConfigMaker) -> None:
+    """The last of 300 lines has what the others lack, in another block."""
+    rows: list[dict[str, str]] = [{"query": f"q{k}", "positives": f"p{k}"} for k in range(300)]
+    rows[-1] |= {"neg": "n", "tell": "t"}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = {"negatives": "neg", "instruction": "tell", "concept": "tell"}
+    config = make_config(make_source(path, columns=columns), block_bytes=2048)
+    dataset = Dataset.open(prepare(config, num_workers=1))
+    assert dataset.num_examples == 300 and not dataset.manifest.sources[0].dropped
+    lengths = dataset.examples.lengths("negatives", np.arange(300))
+    assert lengths.sum() == 1

@@ -61,7 +61,7 @@ from pipeline.data.prepare.recipe import (
 from pipeline.data.shards import Dataset
 from pipeline.data.sources import expand_sources, plan_source
 from pipeline.data.sources.containers import block_bytes_of
-from pipeline.data.sources.records import EXCERPT, BadRowCounts, FileBlock
+from pipeline.data.sources.records import EXCERPT, BadRowCounts, FileBlock, whole_characters
 from pipeline.files import write_json, write_text
 from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer, read_limits
 
@@ -108,7 +108,10 @@ class LookupSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CollectSummary(BadRowCounts):
-    """Rows of a block, and their instructions up to one more than may name groups."""
+    """Rows of a block, and their instructions up to one more than may name groups.
+
+    `absent` are columns whose field no row of the block has, `fields` the fields of its first row.
+    """
 
     step: ClassVar[str] = "collect"
     read: int
@@ -117,6 +120,8 @@ class CollectSummary(BadRowCounts):
     has_scores: bool
     instructions: list[str]
     held_out: int = 0
+    absent: list[str] = dataclasses.field(default_factory=list)
+    fields: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -488,4 +493,5 @@ def write_dropped(build: Build, step: str, task: int, entries: list[dict[str, st
     """Write one JSON line for each dropped text, with the start of the text."""
     shown = ({**entry, "text": entry["text"][:EXCERPT]} for entry in entries)
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown]
-    write_text(build.dropped(step, task), "".join(lines))
+    # An entry may quote an evaluation set, whose texts may hold halves of surrogate pairs.
+    write_text(build.dropped(step, task), whole_characters("".join(lines)))

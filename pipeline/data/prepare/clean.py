@@ -36,6 +36,7 @@ from pipeline.data.prepare.build import (
     write_dropped,
 )
 from pipeline.data.prepare.contamination import ContaminationIndex, Match
+from pipeline.data.prepare.fields import FieldsFound, refuse_absent_fields
 from pipeline.data.shards import map_batch, write_table
 from pipeline.data.sources import read_rows
 from pipeline.data.sources.corpus import (
@@ -54,7 +55,14 @@ from pipeline.data.sources.records import (
     refuse_bad_rows,
     stable_hash,
 )
-from pipeline.files import save_array, table_writer, write_json, write_text
+from pipeline.files import (
+    FileState,
+    file_state,
+    save_array,
+    table_writer,
+    write_json,
+    write_text,
+)
 from pipeline.tokenizer import instruction_characters
 
 # Rows of a record batch of the corpus: the index refers to (batch, row).
@@ -74,7 +82,7 @@ def store_corpus(build: Build, task: int) -> None:
     if has_references(source):
         keys = _write_corpus(build, task, corpus_records(source, rows.add))
         num_documents = len(keys)
-        corpus = _open_corpus(build.corpus(task), build.corpus_index(task))
+        corpus = _open_corpus(build, task)
         # Ids that occur twice are rare: only then is the corpus read again to list them.
         if len(np.unique(keys)) < len(keys):
             _report_repeated(corpus_records(source, lambda bad: None), corpus.find, rows)
@@ -150,8 +158,14 @@ class _Corpus:
 
 # Kept open, because a worker's tasks are mostly blocks of one source.
 @functools.lru_cache(maxsize=4)
-def _open_corpus(path: Path, index: Path) -> _Corpus:
+def _map_corpus(path: Path, index: Path, state: FileState) -> _Corpus:
     return _Corpus(path, index)
+
+
+def _open_corpus(build: Build, number: int) -> _Corpus:
+    """Return the documents that a source refers to by id."""
+    path = build.corpus(number)
+    return _map_corpus(path, build.corpus_index(number), file_state(path))
 
 
 def _open_references(build: Build, number: int) -> References | None:
@@ -160,7 +174,7 @@ def _open_references(build: Build, number: int) -> References | None:
     if not has_references(source):
         return None
     return References(
-        document=_open_corpus(build.corpus(number), build.corpus_index(number)).find,
+        document=_open_corpus(build, number).find,
         judgements=read_judgements(source),
         first_texts=build.read_summary(LookupSummary, number).first_texts,
     )
@@ -181,7 +195,7 @@ def collect_block(build: Build, task: int) -> None:
     if build.config.decontaminate is not None:
         contamination = ContaminationIndex(build.config.decontaminate, build.contamination)
     bad = BadRows(source)
-    collector = _Collector(source, build.config, contamination, bad)
+    collector = _Collector(source, build.config, contamination, bad, FieldsFound(source))
     for record, row in read_rows(
         source,
         planned.block,
@@ -209,6 +223,8 @@ def collect_block(build: Build, task: int) -> None:
             # them.
             instructions=sorted(instructions)[: MAX_INSTRUCTIONS + 1],
             held_out=len(collector.held_out),
+            absent=sorted(collector.fields.absent),
+            fields=collector.fields.first,
             **dataclasses.asdict(bad.summary),
         ),
     )
@@ -230,6 +246,7 @@ class _Collector:
     config: PrepareConfig
     contamination: ContaminationIndex | None
     bad: BadRows
+    fields: FieldsFound
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     held_out: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     documents: dict[bytes, TemplatedText] = dataclasses.field(default_factory=dict)
@@ -244,6 +261,7 @@ class _Collector:
 
     def add(self, record: Record, row: Row) -> None:
         """Clean one row's documents, and keep the row or list why it is dropped."""
+        self.fields.add(record)
         self.num_read += 1
         if self.bad.count:
             return  # the build will stop; only further bad rows matter
@@ -432,6 +450,7 @@ def check_rows(build: Build, task: int) -> None:
     for number, source in enumerate(build.plan.sources):
         found = [build.read_summary(CollectSummary, block) for block in build.blocks_of(number)]
         refuse_bad_rows(source.name, found, sum(summary.read for summary in found))
+        refuse_absent_fields(source, found)
     write_json(build.summary_path("check", task), {})
 
 

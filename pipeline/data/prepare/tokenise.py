@@ -23,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.batch import IntArray, Ragged
+from pipeline.data.manifest import FILE_NAME
 from pipeline.data.order import GOLDEN_RATIO, mix
 from pipeline.data.prepare.build import (
     Build,
@@ -52,7 +53,7 @@ from pipeline.data.shards import (
     write_table,
 )
 from pipeline.errors import UserError
-from pipeline.files import save_array
+from pipeline.files import FileState, file_state, save_array
 
 NUM_BANDS = 16
 _ROWS_PER_BAND = 8
@@ -284,7 +285,7 @@ def _open_earlier(build: Build, path: Path) -> tuple[Dataset, TextHashes]:
     Raises:
         UserError: it was made with another tokenizer, or with other special tokens.
     """
-    dataset, hashes = _map_earlier(path)
+    dataset, hashes = _map_earlier(path, file_state(path / FILE_NAME))
     earlier, current = dataset.tokenizer, build.plan.tokenizer
     if (earlier.fingerprint, earlier.append_eos) != (current.fingerprint, current.append_eos):
         raise UserError(
@@ -296,7 +297,7 @@ def _open_earlier(build: Build, path: Path) -> tuple[Dataset, TextHashes]:
 
 
 @functools.lru_cache(maxsize=1)
-def _map_earlier(path: Path) -> tuple[Dataset, TextHashes]:
+def _map_earlier(path: Path, state: FileState) -> tuple[Dataset, TextHashes]:
     dataset = Dataset.open(path)
     hashes = dataset.documents.hashes()
     # Documents are searched by hash; mining puts further corpora's behind the others.

@@ -44,6 +44,7 @@ from pipeline.data.sources.records import (
     numbers,
     optional_text,
     optional_texts,
+    require_whole_characters,
     required_text,
     required_texts,
     sample_texts,
@@ -66,11 +67,12 @@ def parse_columns(
     positives, negatives, order = split(record, names)
     scores = _scores(record, names.get("scores", ()), len(positives), len(negatives), labelled)
     instruction, concept = names.get("instruction"), names.get("concept")
+    own_instruction = optional_text(record, instruction[0]) if instruction else ""
     yield Row(
         query=query,
         positives=positives,
         negatives=negatives,
-        instruction=optional_text(record, instruction[0]) if instruction else source.instruction,
+        instruction=own_instruction or source.instruction,
         document_instruction=source.document_instruction,
         concept=optional_text(record, concept[0]) if concept else "",
         scores=tuple(scores[index] for index in order) if scores else (),
@@ -91,9 +93,8 @@ def _split_by_field(record: Record, names: _ColumnNames) -> _Split:
     if len(found) > 1 and any(value not in absent for _, value in found):
         found = [(key, value) for key, value in found if value not in absent]
     positives = _texts(record, found)
-    wanted = names.get("negatives", ("negatives",) if "negatives" in record.value else ())
-    listed = ((key, value) for key, value in fields_of(record, wanted) if value not in absent)
-    negatives = _texts(record, listed)
+    wanted = fields_of(record, names.get("negatives", ("negatives",)), required=False)
+    negatives = _texts(record, ((key, value) for key, value in wanted if value not in absent))
     return positives, negatives, list(range(len(positives) + len(negatives)))
 
 
@@ -463,23 +464,12 @@ def read_rows(
                 rows = list(parse(record, source, references))
             else:
                 on_unwanted()
-            # JSON can hold half a surrogate pair, which neither a file nor a tokenizer accepts.
             for row in rows:
-                _require_whole_characters(record, row)
+                extra = (row.query, row.instruction, row.document_instruction, row.concept)
+                for text in (*extra, *row.positives, *row.negatives):
+                    require_whole_characters(record, text)
         except BadRowError as bad:
             give_up(bad, on_bad)
         else:
             for row in rows:
                 yield record, row
-
-
-def _require_whole_characters(record: Record, row: Row) -> None:
-    texts = (row.query, row.instruction, row.document_instruction, row.concept)
-    for text in (*texts, *row.positives, *row.negatives):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise record.fail(
-                f"a text with half a surrogate pair ({text[error.start]!r})",
-                fix="repair the character in the source",
-            ) from error

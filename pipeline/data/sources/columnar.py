@@ -27,6 +27,7 @@ from pipeline.data.sources.paths import (
 )
 from pipeline.data.sources.records import BadRowError, FileBlock, Record
 from pipeline.errors import UserError
+from pipeline.files import FileState, file_state
 
 _ROWS_PER_PIECE = 1024  # converted to Python values together
 _ROWS_PER_BLOCK = 10_000  # of a hub dataset, whose bytes are unknown
@@ -246,14 +247,18 @@ def is_single_dataset(file: str) -> bool:
     return Path(file.removeprefix(HUB), "state.json").expanduser().is_file()
 
 
-# Loading takes seconds, and each block of a dataset asks for it.
-@functools.lru_cache(maxsize=4)
 def hub_dataset(file: str, split: str | None) -> Any:
     """Load a dataset `hub:OWNER/NAME[:CONFIG]`, from its cache when offline, or `hub:FOLDER`.
 
     Raises:
         UserError: it cannot be loaded, or has no such split.
     """
+    return _load_dataset(file, split, tuple(map(file_state, _files_in_folder(file))))
+
+
+# Loading takes seconds, and each block of a dataset asks for it.
+@functools.lru_cache(maxsize=4)
+def _load_dataset(file: str, split: str | None, states: tuple[FileState, ...]) -> Any:
     import datasets
 
     name, config = _name_of(file)
@@ -307,13 +312,17 @@ def stored_files(file: str, split: str | None) -> list[str]:
     """
     if not file.startswith(HUB):
         return [file]
+    inside = _files_in_folder(file)
+    return inside or [entry["filename"] for entry in hub_dataset(file, split).cache_files]
+
+
+def _files_in_folder(file: str) -> list[str]:
+    """Return the files of a dataset in a folder; none for a name on the hub."""
     folder = Path(_name_of(file)[0]).expanduser()
-    if folder.is_dir():
-        inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        # Hidden ones are never data.
-        return [
-            str(path)
-            for path in inside
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        ]
-    return [entry["filename"] for entry in hub_dataset(file, split).cache_files]
+    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    # Hidden ones are never data.
+    return [
+        str(path)
+        for path in inside
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]

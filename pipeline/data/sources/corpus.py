@@ -15,8 +15,18 @@ from pathlib import Path
 from pipeline.config import SourceConfig
 from pipeline.data.sources.containers import read_file, read_lines
 from pipeline.data.sources.paths import kind_of, list_files, stem_of
-from pipeline.data.sources.records import BadRowError, BadRows, FileBlock, OnBadRow, Record, give_up
+from pipeline.data.sources.records import (
+    BadRowError,
+    BadRows,
+    FileBlock,
+    OnBadRow,
+    Record,
+    give_up,
+    require_whole_characters,
+    whole_characters,
+)
 from pipeline.errors import UserError
+from pipeline.files import FileState, file_state
 
 _FORMATS = ("mteb", "reasonir_hq")
 # Folders of judgements: BEIR's name, then the names that the hub gives to it.
@@ -124,6 +134,7 @@ def corpus_records(
     for record in _read_files(corpus_files(source), on_bad):
         try:
             name, text = identifier(record), _document_text(record)
+            require_whole_characters(record, text)
         except BadRowError as bad:
             give_up(bad, on_bad)
         else:
@@ -139,7 +150,9 @@ def identifier(record: Record) -> str:
     """Return the id of a query or document, under any of its usual names."""
     for key in ("_id", "id"):
         if isinstance(record.value.get(key), str | int):
-            return str(record.value[key])
+            name = str(record.value[key])
+            require_whole_characters(record, name)
+            return name
     raise record.fail("no id", allowed="a field _id or id", fix=record.fields_found)
 
 
@@ -155,11 +168,12 @@ def _document_text(record: Record) -> str:
 
 def read_judgements(source: SourceConfig) -> JudgedDocuments:
     """Return the usable judgements of a folder in mteb's layout; none for other formats."""
-    return _judgements_of(tuple(judgement_files(source)))
+    files = tuple(judgement_files(source))
+    return _judgements_of(files, tuple(map(file_state, files)))
 
 
 @functools.lru_cache(maxsize=2)
-def _judgements_of(files: tuple[str, ...]) -> JudgedDocuments:
+def _judgements_of(files: tuple[str, ...], states: tuple[FileState, ...]) -> JudgedDocuments:
     judgements: JudgedDocuments = {}
     # Bad ones are reported by `check_queries`.
     for _, query, document, score in judgement_records(files, lambda bad: None):
@@ -236,9 +250,14 @@ def check_queries(
             name, text = identifier(record), record.value.get("text")
         except BadRowError:
             continue
-        num_unjudged += name not in judgements
+        num_unjudged += name not in judgements and name not in seen
         seen.add(name)
-        if name in judgements and isinstance(text, str) and first.setdefault(name, text) != text:
+        if name not in judgements or not isinstance(text, str):
+            continue
+        # A text with half a character cannot be the one that counts: it is refused as a row.
+        if name not in first and whole_characters(text) == text:
+            first[name] = text
+        elif first.get(name, text) != text:
             repeated[name] = first[name]
             rows.drop(record.where, "query", "another text of the same id precedes it", text)
     for record, query, document, _ in judgement_records(tuple(judgement_files(source)), rows.add):

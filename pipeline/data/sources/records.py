@@ -14,12 +14,13 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from pipeline.config import SourceConfig
 from pipeline.data.sources.paths import kind_of, open_bytes
 from pipeline.errors import UserError
+from pipeline.files import FileState, file_state
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,8 @@ class Record:
     @property
     def where(self) -> str:
         """`file:line`; counts lines, so only messages should read it."""
-        return f"{self.file}:{_lines_above(self.file, self.base) + self.number}"
+        above = _lines_above(self.file, self.base, file_state(self.file)) if self.base else 0
+        return f"{self.file}:{above + self.number}"
 
     @property
     def fields_found(self) -> str:
@@ -127,9 +129,7 @@ def give_up(bad: BadRowError, on_bad: OnBadRow | None) -> None:
 
 # A block's records have one base: its bad and dropped ones count the lines above only once.
 @functools.lru_cache(maxsize=16)
-def _lines_above(file: str, base: int) -> int:
-    if not base:
-        return 0
+def _lines_above(file: str, base: int, state: FileState) -> int:
     lines = 0
     with open_bytes(file) as handle:
         while base > 0 and (piece := handle.read(min(base, 2**20))):
@@ -192,9 +192,9 @@ class BadRows:
             "where": where,
             "dropped": kind,
             "reason": reason,
-            "text": _whole_characters(text[:EXCERPT]),
+            "text": whole_characters(text[:EXCERPT]),
         }
-        self.dropped.append(entry | ({"detail": _whole_characters(detail)} if detail else {}))
+        self.dropped.append(entry | ({"detail": whole_characters(detail)} if detail else {}))
 
     @property
     def summary(self) -> BadRowCounts:
@@ -203,9 +203,24 @@ class BadRows:
         return BadRowCounts(bad=self.count, bad_dropped=dropped, first_bad=self.first)
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Replace halves of surrogate pairs, which no file can hold."""
     return text.encode(errors="replace").decode()
+
+
+def require_whole_characters(record: Record, text: str) -> None:
+    """Refuse half a surrogate pair: JSON can hold it, but neither a file nor a tokenizer takes it.
+
+    Raises:
+        BadRowError: the text has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise record.fail(
+            f"a text with half a surrogate pair ({text[error.start]!r})",
+            fix="repair the character in the source",
+        ) from error
 
 
 def refuse_bad_rows(name: str, summaries: Sequence[BadRowCounts], num_read: int) -> None:
@@ -289,16 +304,20 @@ def field_of(record: Record, key: str, *, required: bool = True) -> Any:
     A step of a path is a key, or the number of a list's entry. The key of a list of objects is a
     list of their values.
     """
-    value: Any = record.value
-    # A field whose own name has dots is not a path.
-    path = [key] if isinstance(value, Mapping) and key in value else key.split(".")
     try:
-        for part in path:
-            value = _step(value, part)
+        return _value_at(record, key)
     except LookupError as error:
         if not required:
             return None
         raise record.fail(f"field {key!r} is missing", allowed=record.fields_found) from error
+
+
+def _value_at(record: Record, key: str) -> Any:
+    value: Any = record.value
+    # A field whose own name has dots is not a path.
+    path = [key] if isinstance(value, Mapping) and key in value else key.split(".")
+    for part in path:
+        value = _step(value, part)
     return value
 
 
@@ -317,20 +336,33 @@ def _step(value: Any, part: str) -> Any:
     return [_step(item, part) for item in value]
 
 
-def fields_of(record: Record, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def fields_of(
+    record: Record, names: Sequence[str], *, required: bool = True
+) -> Iterator[tuple[str, Any]]:
     """Yield name and value of each field; a glob yields all fields that match, in order.
 
-    Numbers within names are ordered as numbers: negative_2 precedes negative_10.
+    Numbers within names are ordered as numbers: negative_2 precedes negative_10. Without `required`
+    a missing field is left out.
     """
     for name in names:
         if not re.search(r"[*?\[]", name) or name in record.value:
-            yield name, field_of(record, name)
+            if required or has_field(record, name):
+                yield name, field_of(record, name)
             continue
         matching = [str(key) for key in record.value if fnmatch.fnmatchcase(str(key), name)]
-        if not matching:
+        if required and not matching:
             raise record.fail(f"no field matches {name!r}", allowed=record.fields_found)
         for key in sorted(matching, key=_natural):
             yield key, record.value[key]
+
+
+def has_field(record: Record, name: str) -> bool:
+    """Return whether a record has the field that a name, a dotted path or a glob means."""
+    try:
+        _value_at(record, name)
+    except LookupError:
+        return any(fnmatch.fnmatchcase(str(key), name) for key in record.value)
+    return True
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -480,4 +512,12 @@ def equals(value: Any, wanted: bool | int | float | str) -> bool:
     # Python writes True where JSON, YAML and CSV files write true.
     if isinstance(value, bool) or isinstance(wanted, bool):
         return str(value).lower() == str(wanted).lower()
-    return str(value) == str(wanted)
+    if str(value) == str(wanted):
+        return True
+    # pandas writes whole numbers as 1.0 where another row has none. A text is compared as one.
+    if isinstance(wanted, str):
+        return False
+    try:
+        return Decimal(str(value)) == Decimal(str(wanted))
+    except InvalidOperation:
+        return False
