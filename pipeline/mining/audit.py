@@ -76,7 +76,11 @@ def _collect(mining: Mining) -> tuple[dict[str, Any], NDArray[np.int64]]:
         "retrievers": retrievers,
         "texts": dataclasses.asdict(count_states(mining)),
         "corpora": {
-            name: {"documents": count, "repeated": mining.corpora.repeated[name]}
+            name: {
+                "documents": count,
+                "repeated": mining.corpora.repeated[name],
+                "left_out": mining.corpora.left_out.get(name, {}),
+            }
             for name, count in mining.corpora.read.items()
         },
         "outcomes": {
@@ -204,9 +208,11 @@ def audit_page(tree: dict[str, Any]) -> str:
         f"{texts['changed']:,} otherwise.",
     ]
     for name, corpus in tree["corpora"].items():
+        others = [f"{count:,} {reason}" for reason, count in corpus["left_out"].items()]
         lines.append(
             f"\nCorpus {name}: {corpus['documents']:,} documents, of which "
-            f"{corpus['repeated']:,} were there already."
+            f"{corpus['repeated']:,} were there already"
+            + (f"; not among them: {', '.join(others)}." if others else ".")
         )
     lines += ["", "## Found documents by rule", ""]
     # Columns of zeros only would not fit on the page.

@@ -97,6 +97,8 @@ class CorpusReport:
     lengths: LengthHistogram
     read: dict[str, int]  # documents of each corpus
     repeated: dict[str, int]  # of these, documents that the dataset or an earlier corpus has
+    # Records of each corpus that are no documents, by reason; in no store of an earlier version.
+    left_out: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

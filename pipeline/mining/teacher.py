@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.mining.pick import read_picked
 from pipeline.mining.plan import Mining, delete_and_mine
 from pipeline.mining.retrieve import embed_block, open_corpus, score_listed
 from pipeline.mining.texts import positives_of, read_texts, texts_by_number
+from pipeline.model.export_folder import export_fingerprint
 
 # Requests to an endpoint at a time, and documents of one request.
 _REQUESTS = 8
@@ -133,9 +135,10 @@ def score_rows(
 ) -> list[NDArray[np.float64]]:
     """Return the scores of each query's documents."""
     if teacher.kind == "cross_encoder":
-        model = _load_cross_encoder(
-            folder, teacher.max_length, resolve_precision(teacher.precision)
-        )
+        precision = resolve_precision(teacher.precision)
+        # Its fingerprint notices another model there.
+        fingerprint = export_fingerprint(Path(folder))
+        model = _load_cross_encoder(folder, fingerprint, teacher.max_length, precision)
         # All pairs of the block in one call, so that its batches are full.
         pairs = [(query, text) for query, row in zip(queries, rows, strict=True) for text in row]
         # (P,) scores of P pairs; a classifier of several labels gives (P, labels), none a score.
@@ -155,7 +158,9 @@ def score_rows(
 
 
 @functools.lru_cache(maxsize=1)
-def _load_cross_encoder(folder: str, max_length: int | None, precision: str) -> Any:
+def _load_cross_encoder(
+    folder: str, fingerprint: str, max_length: int | None, precision: str
+) -> Any:
     from sentence_transformers import CrossEncoder
 
     share_cores()

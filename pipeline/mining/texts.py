@@ -12,6 +12,7 @@ same to every model with that tokenizer, and to BM25.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -93,10 +94,11 @@ def read_corpora(mining: Mining, task: int) -> None:
     seen = set(mining.source.documents.hashes().tolist()) if mining.config.corpora else set()
     read: dict[str, int] = {}
     repeated: dict[str, int] = {}
+    left_out: dict[str, dict[str, int]] = {}
     shards: list[ShardInfo] = []
     manifest = mining.source.manifest
     lengths = LengthHistogram.of(np.empty(0, np.int64), 1)
-    for rows in _shards_of(_new_documents(mining, seen, read, repeated)):
+    for rows in _shards_of(_new_documents(mining, seen, read, repeated, left_out)):
         path = folder / "corpora" / f"documents-{len(shards):05d}.arrow"
         hashes = np.array([key for key, _, _ in rows], dtype="S16")
         columns = [
@@ -109,7 +111,9 @@ def read_corpora(mining: Mining, task: int) -> None:
         sizes = np.array([len(tokens) for _, tokens, _ in rows])
         lengths = lengths.plus(LengthHistogram.of(sizes, manifest.max_document_length))
     # Last: it means that the step is done, also where the config names no corpora.
-    report = CorpusReport(shards=tuple(shards), lengths=lengths, read=read, repeated=repeated)
+    report = CorpusReport(
+        shards=tuple(shards), lengths=lengths, read=read, repeated=repeated, left_out=left_out
+    )
     write_sealed(folder / "corpora.json", dataclasses.asdict(report))
 
 
@@ -130,7 +134,11 @@ def _shards_of(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
 
 
 def _new_documents(
-    mining: Mining, seen: set[bytes], read: dict[str, int], repeated: dict[str, int]
+    mining: Mining,
+    seen: set[bytes],
+    read: dict[str, int],
+    repeated: dict[str, int],
+    left_out: dict[str, dict[str, int]],
 ) -> Iterator[_Document]:
     """Yield the tokenised documents of all corpora that are not in `seen`; count the others."""
     if not mining.config.corpora:
@@ -141,7 +149,8 @@ def _new_documents(
         source = corpus.as_source()
         bad = BadRows(source)
         read[source.name] = repeated[source.name] = 0
-        texts = corpus_texts(source, bad)
+        others: collections.Counter[str] = collections.Counter()
+        texts = corpus_texts(source, bad, others)
         while part := list(itertools.islice(texts, _TEXTS_PER_CALL)):
             read[source.name] += len(part)
             kept = []
@@ -160,23 +169,44 @@ def _new_documents(
                 rows, counts = encoder.encode(strings, limit, prefixes=prefixes, suffixes=suffixes)
                 yield from zip(keys, rows, counts.tolist(), strict=True)
         refuse_bad_rows(source.name, [bad.summary], read[source.name])
+        if bad.dropped:
+            first = f"cannot be used, the first {bad.first[0][0]}"
+            others[first] += len(bad.dropped)
+        left_out[source.name] = dict(others)
         if not read[source.name]:
             raise UserError(f"corpora.{source.name}: {source.path} holds no documents")
 
 
-def corpus_texts(source: SourceConfig, bad: BadRows) -> Iterator[tuple[str, str]]:
-    """Yield text and instruction of every document of a source, with repetitions."""
+def corpus_texts(
+    source: SourceConfig, bad: BadRows, left_out: collections.Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield text and instruction of every document of a source, with repetitions.
+
+    Args:
+        source: the corpus.
+        bad: takes records that cannot be used.
+        left_out: counts the other records that are no documents, by reason.
+    """
+
+    def count_unwanted() -> None:
+        left_out["left out by `where`"] += 1
+
     if source.format == "mteb":
         for _, text, _ in corpus_records(source, bad.add):
             if text.strip():
                 yield text, source.document_instruction
+            else:
+                left_out["empty"] += 1
         return
     # 16 MiB of a file in memory at a time.
     for block in plan_source(source, block_bytes=2**24):
-        for _, row in read_rows(source, block, None, on_bad=bad.add):
+        rows = read_rows(source, block, None, on_bad=bad.add, on_unwanted=count_unwanted)
+        for _, row in rows:
             # A line is a query and its own positive.
             if row.query.strip():
                 yield row.query, source.document_instruction
+            else:
+                left_out["empty"] += 1
 
 
 # --- texts -----------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def _teacher_level(mining: Mining, percentile: float | None) -> float:
         scores = [read_scores(mining, block)["positives"] for block in blocks]
         return float(np.percentile(np.concatenate(scores), percentile))
 
-    return once(mining.store("teacher"), "level", measure)
+    return once(mining.store("teacher"), f"level {percentile}", measure)
 
 
 # --- a teacher's vectors ---------------------------------------------------------------------

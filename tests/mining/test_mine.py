@@ -29,12 +29,15 @@ from pipeline.config import (
     DecontaminateConfig,
     EvaluationSetConfig,
     MarginConfig,
+    PrepareConfig,
     RetrieverConfig,
+    SourceConfig,
     TeacherConfig,
     WindowConfig,
     dump_config,
 )
 from pipeline.data.loader import Loader
+from pipeline.data.prepare import prepare
 from pipeline.data.prepare.tokenise import minhash
 from pipeline.data.shards import Dataset, inspect_dataset
 from pipeline.errors import UserError, errors_end_the_process
@@ -380,7 +383,67 @@ def test_further_corpora_are_added_behind_the_documents(
     ]
     assert all(count > 0 for count in found[:20])
     audit = json.loads((config.output / "audit.json").read_text())
-    assert audit["corpora"] == {"more": {"documents": 21, "repeated": 2}}
+    assert audit["corpora"] == {"more": {"documents": 21, "repeated": 2, "left_out": {}}}
+
+
+@pytest.mark.parametrize("kind", ["lines", "mteb"])
+def test_records_of_a_corpus_that_are_no_documents_are_counted(
+    make_config: MakeConfig, tmp_path: Path, kind: str
+) -> None:
+    rows = [{"_id": f"{k}", "text": f"lake {k}", "lang": "en"} for k in range(5)]
+    rows += [{"_id": "5", "text": " ", "lang": "en"}, {"_id": "6", "text": "\ud83d", "lang": "en"}]
+    rows += [{"_id": "7", "text": "ein See", "lang": "de"}] * (kind == "lines")
+    path = write_rows(tmp_path / "corpus.jsonl", rows)
+    settings: dict[str, Any] = {"where": {"lang": "en"}, "path": str(path)}
+    if kind == "mteb":
+        settings = {"path": str(tmp_path)}
+    words = (RetrieverConfig(name="words", path="bm25"),)
+    wiki = CorpusConfig(name="wiki", format=kind, **settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"corpus\.jsonl:7: .*half a surrogate pair"):
+        mine(make_config(corpora=(wiki,), retrievers=words), num_workers=1)
+    wiki = dataclasses.replace(wiki, on_bad_row="drop")
+    config = make_config(corpora=(wiki,), retrievers=words)
+    mine(config, num_workers=1)
+
+    found = json.loads((config.output / "audit.json").read_text())["corpora"]["wiki"]
+    assert (found["documents"], found["repeated"]) == (5, 0)
+    bad = next(reason for reason in found["left_out"] if f"{path}:7: " in reason)
+    unwanted = {"left out by `where`": 1} if kind == "lines" else {}
+    assert found["left_out"] == {"empty": 1, bad: 1, **unwanted}
+    assert (
+        f"not among them: 1 empty, {'1 left out' if unwanted else '1 cannot'}"
+        in (config.output / "audit.md").read_text()
+    )
+
+
+def test_bm25_finds_no_document_without_a_word_of_the_query(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Documents of score 0 would be the first ones of the shards, the same for every query."""
+    rows = [
+        {"query": "where is the fox", "positives": ["in the wood"]},
+        {"query": "why", "positives": ["because a fox is red"]},
+        {"query": "\u72d0\u72f8\u5728\u54ea\u91cc", "positives": ["\u5728\u6811\u6797\u91cc"]},
+        {"query": "\U0001f98a", "positives": ["the end"]},
+    ]
+    settings = {"output_dir": tmp_path / "shards", "tokenizer": str(world.folder / "model")}
+    source = SourceConfig(
+        name="rows", format="columns", path=str(write_rows(tmp_path / "r.jsonl", rows))
+    )
+    prepare(PrepareConfig(**settings, sources=(source,)), num_workers=1)
+    words = (RetrieverConfig(name="words", path="bm25"),)
+    config = make_config(data=tmp_path / "shards", retrievers=words, short="fill")
+    mine(config, num_workers=1)
+
+    tokenizer = load_export(world.export).tokenizer
+    dataset = Dataset.open(config.output)
+    found = [
+        {tokenizer.decode(row) for row in dataset.documents.views("tokens", np.array(numbers))}
+        for numbers in negatives_of(dataset)
+    ]
+    assert found == [{"because a fox is red", "the end"}, set(), set(), set()]
+    audit = json.loads((config.output / "audit.json").read_text())
+    assert audit["short"] == {"queries": 4, "without": 3, "negatives": 2}
 
 
 def test_a_corpus_without_ids_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
