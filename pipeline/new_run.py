@@ -14,6 +14,7 @@ import fnmatch
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,11 @@ _NAMES = {
     ),
     "instruction": ("instruction", "task_description"),
 }
+# Fields that say by a number whether, or how well, the two texts of a row match.
+_LABELS = (
+    *("label", "labels", "is_duplicate", "is_relevant", "relevance", "score", "scores"),
+    *("similarity", "similarity_score", "relatedness_score"),
+)
 _SOURCE = "data"  # in data.yaml, and before `-holdout` in the name of the task to score
 _HELD_OUT = 0.1
 _LEAST_HELD_OUT = 10  # fewer questions show no difference between two models
@@ -89,20 +95,23 @@ def write_run(folder: Path, answers: Answers) -> list[Path]:
         if path.exists():
             raise UserError(f"{path} exists", fix="give another folder, or remove the file")
     model = _read_model(answers.model)
-    num_rows, columns = _read_data(answers)
+    rows = _read_data(answers)
+    num_rows, columns = rows.num_rows, rows.columns
     holdout = answers.holdout
     if holdout is None:
         holdout = _HELD_OUT if _HELD_OUT * num_rows >= _LEAST_HELD_OUT else 0.0
     require_writable(folder, key="the folder of the configs")
     # All before the first is written, so that an error leaves no half of a run behind.
     texts = {
-        data: _prepare_text(folder, answers, columns, model.max_tokens, holdout),
+        data: _prepare_text(folder, answers, rows, model.max_tokens, holdout),
         train: _train_text(
-            folder, answers, model, num_rows, holdout, has_negatives="negatives" in columns
+            folder, answers, model, num_rows, holdout, has_negatives=rows.has_negatives
         ),
     }
     if holdout:
         texts[evaluate] = _evaluate_text(folder, answers, columns, model.max_tokens)
+    if rows.unread:
+        print(f"init: fields that are not read: {', '.join(rows.unread)}", file=sys.stderr)
     for path, text in texts.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text)
@@ -142,14 +151,27 @@ def _read_model(path: str) -> _Model:
     )
 
 
-def _read_data(answers: Answers) -> tuple[int, dict[str, str]]:
-    """Count rows, up to a limit, and find the fields that hold queries and documents.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """The user's rows, as far as the configs depend on them.
 
-    Returns:
-        Rows, and the field of each of our columns.
+    Attributes:
+        num_rows: with a positive; counted up to a limit.
+        columns: the field of each of our columns.
+        has_negatives: whether queries have negatives of their own.
+        unread: fields that no column reads.
     """
+
+    num_rows: int
+    columns: dict[str, str]
+    has_negatives: bool
+    unread: tuple[str, ...]
+
+
+def _read_data(answers: Answers) -> _Rows:
+    """Count rows, up to a limit, and find the fields that hold queries and documents."""
     source = SourceConfig(name=_SOURCE, format="columns", path=answers.data)
-    records = _records(source)
+    records = itertools.islice(_records(source), _COUNTED_ROWS)
     first = next(records, None)
     if not isinstance(first, Mapping):
         raise UserError(
@@ -157,9 +179,71 @@ def _read_data(answers: Answers) -> tuple[int, dict[str, str]]:
             allowed="JSON lines, CSV, TSV, Parquet, Arrow, or a data set of the hub",
             fix=f"for other layouts ({', '.join(FORMATS)}) see docs/data.md",
         )
-    columns = find_columns(list(first), answers.columns)
-    counted = 1 + sum(1 for _ in itertools.islice(records, _COUNTED_ROWS - 1))
-    return counted, columns
+    # Of all rows: in JSON lines, the first may lack a field that others have.
+    fields: dict[str, None] = {}
+    labels = _Labels()
+    num_rows = 0
+    for record in itertools.chain([first], records):
+        fields.update(dict.fromkeys(record))
+        labels.add(record)
+        num_rows += 1
+    columns = find_columns(list(fields), answers.columns)
+    has_negatives = "negatives" in columns
+    # A choice of the user's stands: all rows are pairs that match.
+    name = (
+        None if has_negatives or "positives" in answers.columns else labels.find(columns, num_rows)
+    )
+    if name is not None:
+        documents = columns.pop("positives")
+        columns |= {"documents": documents, "labels": name}
+        num_rows, has_negatives = labels.matching[name], labels.has_lists[name]
+    read = list(columns.values())
+    unread = (field for field in fields if not any(fnmatch.fnmatchcase(field, of) for of in read))
+    return _Rows(
+        num_rows=num_rows, columns=columns, has_negatives=has_negatives, unread=tuple(unread)
+    )
+
+
+class _Labels:
+    """Fields of labels, by which rows whose texts do not match can be told."""
+
+    def __init__(self) -> None:
+        self.matching: dict[str, int] = {}  # rows with a 1, by field
+        self.has_lists: dict[str, bool] = {}  # a label for each of several documents
+        self._values: dict[str, set[str]] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take a row's values."""
+        for field in record:
+            if field.lower() not in _LABELS or not self._values.get(field, set()) <= _BINARY:
+                continue
+            try:
+                value = record[field]
+            except UserError:  # a cell of a table that cannot be decoded
+                value = None
+            is_list = isinstance(value, list)
+            # As texts, which all cells of a delimited file are.
+            found = {str(item) for item in (value if is_list else [value])}
+            # Lists in some rows only are no labels; the mark is in no set of labels.
+            if self.has_lists.setdefault(field, is_list) != is_list:
+                found.add("")
+            self._values[field] = self._values.get(field, set()) | found
+            self._rows[field] = self._rows.get(field, 0) + 1
+            is_match = bool(found & _MATCH)
+            self.matching[field] = self.matching.get(field, 0) + is_match
+
+    def find(self, columns: Mapping[str, str], num_rows: int) -> str | None:
+        """Return the first field that has both zeros and ones, and no other value, in all rows."""
+        for field, values in self._values.items():
+            whole = values <= _BINARY and self._rows[field] == num_rows
+            if whole and values & _MATCH and values - _MATCH and field not in columns.values():
+                return field
+        return None
+
+
+_MATCH = {"1", "1.0", "True"}
+_BINARY = {*_MATCH, "0", "0.0", "False"}
 
 
 def _records(source: SourceConfig) -> Iterator[Mapping[str, Any]]:
@@ -173,7 +257,7 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     """Return the field of each column: as given, or recognised by a common name.
 
     Args:
-        fields: of the first record.
+        fields: of the records.
         given: the user's own choices, by column.
 
     Raises:
@@ -184,7 +268,8 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
         if column in given:
             if not fnmatch.filter(fields, given[column]):
                 raise UserError(
-                    f"--{column}: no field {given[column]!r}", allowed=", ".join(fields)
+                    f"--{column.removesuffix('s')}: no field {given[column]!r}",
+                    allowed=", ".join(fields),
                 )
             found[column] = given[column]
             continue
@@ -192,8 +277,9 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
         taken = {*found.values(), *given.values()}
         lowered = {field.lower(): field for field in fields if field not in taken}
         for name in names:
-            if "*" in name and fnmatch.filter(lowered, name):
-                found[column] = name
+            if "*" in name and (matching := fnmatch.filter(lowered, name)):
+                # In the data's own letters: `prepare` tells Negative_1 from negative_1.
+                found[column] = lowered[matching[0]][: name.index("*")] + "*"
             elif name in lowered:
                 found[column] = lowered[name]
             if column in found:
@@ -214,26 +300,30 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
 def _prepare_text(
     folder: Path,
     answers: Answers,
-    columns: Mapping[str, str],
+    rows: _Rows,
     model_tokens: int,
     holdout: float,
 ) -> str:
+    columns = rows.columns
     query, document = _max_tokens(answers, model_tokens)
     instructed = _is_instructed(answers, columns)
     # Without an instruction the words of the template would be noise in every query.
     template = "" if instructed else 'template: {query: "{text}"}\n'
     # A field that has our name is found without being listed.
-    named = {name: field for name, field in columns.items() if name != field}
+    listed = ("documents", "labels")
+    named = {name: field for name, field in columns.items() if name != field or name in listed}
     source: dict[str, Any] = {"name": _SOURCE, "format": "columns", "path": answers.data}
     source |= {"columns": named} if named else {}
     if instructed and "instruction" not in columns:
         source["instruction"] = "Retrieve texts that answer the query"  # for the user to reword
+    # Said, because a field may decide what a row means: how well two texts match, for example.
+    unread = f"# Fields that are not read: {', '.join(rows.unread)}\n" if rows.unread else ""
     return f"""\
 # Raw rows to tokenised shards: `diffembed prepare {folder / "data.yaml"}`.
 # `diffembed config explain KEY` explains any key; docs/data.md lists other layouts of data.
 output_dir: {_quote(folder / "shards")}
 tokenizer: {_quote(answers.model)}
-{dump_yaml({"sources": [source]})}{template}\
+{unread}{dump_yaml({"sources": [source]})}{template}\
 # Tokens; longer texts are cut and counted. The report of `prepare` shows how many.
 max_query_length: {query}
 max_document_length: {document}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,10 @@ from pipeline.cli import app
 from pipeline.config import EvaluateConfig, OwnTask, PrepareConfig, TrainConfig, load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.data.prepare import prepare
+from pipeline.data.shards import Dataset
 from pipeline.errors import UserError
 from pipeline.new_run import Answers, find_columns, write_run
+from pipeline.tokenizer import load_tokenizer
 from tests.tiny_models import tiny_starter
 
 ROWS = [
@@ -211,3 +215,89 @@ def test_commands_end_by_saying_what_they_wrote_and_what_to_run_next(
     assert last_lines("prepare", str(prepare_path))[-1] == (
         f"next: diffembed train CONFIG, with data.path: {shards}"
     )
+
+
+def lines(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["numbers", "booleans", "table of text", "lists"])
+def test_pairs_that_do_not_match_are_no_positives(tmp_path: Path, model: Path, kind: str) -> None:
+    """Two of three pairs of a classification set do not match."""
+    rows: list[dict[str, object]] = [
+        {"sentence1": f"a{k}", "sentence2": f"b{k}", "label": int(k % 3 == 0)} for k in range(30)
+    ]
+    path = tmp_path / ("rows.csv" if kind == "table of text" else "rows.jsonl")
+    if kind == "booleans":
+        rows = [{**row, "label": bool(row["label"])} for row in rows]
+    if kind == "lists":
+        rows = [
+            {"query": f"a{k}", "answers": [f"b{k}", f"c{k}", f"d{k}"], "labels": [0, 1, 0]}
+            for k in range(10)
+        ]
+    if kind == "table of text":
+        cells = (",".join(str(value) for value in row.values()) for row in rows)
+        path.write_text("\n".join(["sentence1,sentence2,label", *cells]))
+    else:
+        lines(path, rows)
+    prepare_path, train_path = write_run(tmp_path / "run", answers(model, path))
+    config = load_config(PrepareConfig, prepare_path)
+    dataset = Dataset.open(prepare(config, num_workers=1))
+    assert dataset.num_examples == 10
+    tokenizer = load_tokenizer(model)
+    found = {
+        tokenizer.decode(dataset.documents.views("tokens", row)[0]).strip()
+        for row in dataset.examples.views("positives", np.arange(10))
+    }
+    wanted = range(10) if kind == "lists" else range(0, 30, 3)
+    assert found == {f"{'c' if kind == 'lists' else 'b'}{k}" for k in wanted}
+    train = load_config(TrainConfig, train_path)
+    assert train.data.num_hard_negatives == (kind == "lists")
+    assert "3 x 10 rows" in train_path.read_text()
+
+
+@pytest.mark.parametrize(
+    "label", [lambda k: k / 10, lambda k: k % 3, lambda k: "yes", lambda k: 1, lambda k: None]
+)
+def test_fields_that_no_column_reads_are_named(
+    tmp_path: Path,
+    model: Path,
+    label: Callable[[int], object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Degrees of similarity, classes and topics: what they mean for a pair, only the user knows."""
+    rows = [
+        {"id": k, "sentence1": f"a{k}", "sentence2": f"b{k}", "label": label(k)} for k in range(20)
+    ]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    prepare_path, _ = write_run(tmp_path / "run", answers(model, path))
+    assert "init: fields that are not read: id, label\n" in capsys.readouterr().err
+    assert "# Fields that are not read: id, label\n" in prepare_path.read_text()
+    assert "labels" not in load_config(PrepareConfig, prepare_path).sources[0].columns
+
+
+def test_a_field_that_the_first_row_lacks_is_read(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"question": f"q{k}", "answer": f"a{k}", **({"hard_negatives": [f"n{k}"]} if k > 9 else {})}
+        for k in range(40)
+    ]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    prepare_path, train_path = write_run(tmp_path / "run", answers(model, path))
+    dataset = Dataset.open(prepare(load_config(PrepareConfig, prepare_path), num_workers=1))
+    assert dataset.examples.lengths("negatives", np.arange(40)).sum() == 30
+    assert load_config(TrainConfig, train_path).data.num_hard_negatives == 1
+
+
+def test_columns_joined_by_a_glob_keep_their_letters(tmp_path: Path, model: Path) -> None:
+    rows = [{"Anchor": "q", "Positive": f"p{k}", "Negative_1": f"n{k}"} for k in range(5)]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    prepare_path, _ = write_run(tmp_path / "run", answers(model, path))
+    dataset = Dataset.open(prepare(load_config(PrepareConfig, prepare_path), num_workers=1))
+    assert dataset.examples.lengths("negatives", np.arange(5)).sum() == 5
+
+
+def test_a_wrong_field_is_named_with_its_option() -> None:
+    for column, option in (("positives", "--positive"), ("negatives", "--negative")):
+        with pytest.raises(UserError, match=f"{option}: no field 'x'"):
+            find_columns(["query", "text"], {column: "x"})
