@@ -403,3 +403,12 @@ def test_the_message_lists_every_kind_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     write_jsonl(tmp_path / "more" / "rows.jsonl", PAIRS)
     assert "name one of its folders with data files: more" in refused(make_source(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["", "*.jsonl", "f*.jsonl"])
+def test_a_file_whose_name_is_not_utf8_is_refused(path: str, tmp_path: Path) -> None:
+    """As archives of Latin-1 systems leave them."""
+    (tmp_path / os.fsdecode(b"f\xfcr.jsonl")).write_bytes(TEXT)
+    said = refused(make_source(tmp_path / path))
+    assert "a name that is not UTF-8 | fix: rename" in said
+    said.encode()

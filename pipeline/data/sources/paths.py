@@ -352,6 +352,13 @@ def _require_file(filesystem: Any, inner: str, label: str, *, local: bool) -> No
 def _require_readable(path: Path, key: str) -> None:
     """Refuse files that would hang or fail halfway: broken links, pipes, unreadable files."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        # Neither a recipe nor a message can hold it.
+        raise UserError(
+            f"{key}: {str(path)!r}: a name that is not UTF-8", fix="rename the file or folder"
+        ) from error
+    try:
         status = path.stat()
     except OSError as error:
         found = f"a symbolic link to {path.readlink()}" if path.is_symlink() else "a file"
