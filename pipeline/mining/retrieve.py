@@ -169,15 +169,26 @@ def bm25_index(mining: Mining, number: int) -> Path:
 
 
 def index_words(mining: Mining, task: int) -> None:
-    """Count the words of all documents; the index of a corpus is built in one process."""
+    """Count the words of all documents; the index of a corpus is built in one process.
+
+    Raises:
+        UserError: there are none.
+    """
     import bm25s
 
     number = bm25_retrievers(mining)[task]
     texts: list[str] = []
     for block in range(len(mining.document_blocks)):
         texts += read_texts(mining, "documents", block)["text"].to_pylist()
+    words = _words(texts)
+    if not any(words):  # the package fails on an empty vocabulary
+        raise UserError(
+            f"retrievers.{mining.config.retrievers[number].name}: no document has a word of two "
+            "letters or more, the least that bm25 reads",
+            fix="take an embedder as the retriever",
+        )
     index = bm25s.BM25()
-    index.index(_words(texts), show_progress=False)
+    index.index(words, show_progress=False)
     path = bm25_index(mining, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     index.save(path.parent / "index", show_progress=False)

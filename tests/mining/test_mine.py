@@ -416,6 +416,24 @@ def test_records_of_a_corpus_that_are_no_documents_are_counted(
     )
 
 
+def prepare_rows(world: World, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    source = SourceConfig(
+        name="rows", format="columns", path=str(write_rows(folder / "r.jsonl", rows))
+    )
+    tokenizer = str(world.folder / "model")
+    config = PrepareConfig(output_dir=folder / "shards", tokenizer=tokenizer, sources=(source,))
+    return prepare(config, num_workers=1)
+
+
+def test_documents_without_words_are_nothing_for_bm25(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    shards = prepare_rows(world, tmp_path, [{"query": "why", "positives": ["\U0001f98a", "a"]}])
+    words = (RetrieverConfig(name="words", path="bm25"),)
+    with pytest.raises(UserError, match=r"retrievers\.words: no document has a word"):
+        mine(make_config(data=shards, retrievers=words), num_workers=1)
+
+
 def test_bm25_finds_no_document_without_a_word_of_the_query(
     world: World, make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -426,13 +444,9 @@ def test_bm25_finds_no_document_without_a_word_of_the_query(
         {"query": "\u72d0\u72f8\u5728\u54ea\u91cc", "positives": ["\u5728\u6811\u6797\u91cc"]},
         {"query": "\U0001f98a", "positives": ["the end"]},
     ]
-    settings = {"output_dir": tmp_path / "shards", "tokenizer": str(world.folder / "model")}
-    source = SourceConfig(
-        name="rows", format="columns", path=str(write_rows(tmp_path / "r.jsonl", rows))
-    )
-    prepare(PrepareConfig(**settings, sources=(source,)), num_workers=1)
     words = (RetrieverConfig(name="words", path="bm25"),)
-    config = make_config(data=tmp_path / "shards", retrievers=words, short="fill")
+    shards = prepare_rows(world, tmp_path, rows)
+    config = make_config(data=shards, retrievers=words, short="fill")
     mine(config, num_workers=1)
 
     tokenizer = load_export(world.export).tokenizer
