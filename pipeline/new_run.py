@@ -197,7 +197,7 @@ def _read_data(answers: Answers) -> _Rows:
         documents = columns.pop("positives")
         columns |= {"documents": documents, "labels": name}
         num_rows, has_negatives = labels.matching[name], labels.has_lists[name]
-    read = list(columns.values())
+    read = [*columns.values(), *(path.partition(".")[0] for path in columns.values())]
     unread = (field for field in fields if not any(fnmatch.fnmatchcase(field, of) for of in read))
     return _Rows(
         num_rows=num_rows, columns=columns, has_negatives=has_negatives, unread=tuple(unread)
@@ -266,7 +266,9 @@ def find_columns(fields: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     found: dict[str, str] = {}
     for column, names in _NAMES.items():
         if column in given:
-            if not fnmatch.filter(fields, given[column]):
+            # Of a path into a field, `prepare` reads the rest.
+            first = given[column].partition(".")[0]
+            if first not in fields and not fnmatch.filter(fields, given[column]):
                 raise UserError(
                     f"--{column.removesuffix('s')}: no field {given[column]!r}",
                     allowed=", ".join(fields),

@@ -289,6 +289,16 @@ def test_a_field_that_the_first_row_lacks_is_read(tmp_path: Path, model: Path) -
     assert load_config(TrainConfig, train_path).data.num_hard_negatives == 1
 
 
+def test_a_path_into_a_field_may_be_given(tmp_path: Path, model: Path) -> None:
+    rows = [{"id": k, "data": {"question": f"q{k}", "answer": f"a{k}"}} for k in range(5)]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    columns = {"query": "data.question", "positives": "data.answer"}
+    prepare_path, _ = write_run(tmp_path / "run", answers(model, path, columns=columns))
+    assert "# Fields that are not read: id\n" in prepare_path.read_text()
+    folder = prepare(load_config(PrepareConfig, prepare_path), num_workers=1)
+    assert read_manifest(folder).num_examples == 5
+
+
 def test_columns_joined_by_a_glob_keep_their_letters(tmp_path: Path, model: Path) -> None:
     rows = [{"Anchor": "q", "Positive": f"p{k}", "Negative_1": f"n{k}"} for k in range(5)]
     path = lines(tmp_path / "rows.jsonl", rows)
