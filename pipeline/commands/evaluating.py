@@ -35,7 +35,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 @evaluate.command()
 def tasks() -> None:
-    """List the names of benchmarks and their tasks; any retrieval task of mteb works as well."""
+    """List the names of benchmarks and their tasks; mteb's other retrieval tasks work as well."""
     from pipeline.evaluation.tasks import BENCHMARKS
 
     for benchmark, names in BENCHMARKS.items():

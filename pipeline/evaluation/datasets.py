@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 
 from pipeline.config import EvaluateConfig, OwnTask
 from pipeline.errors import UserError, blame
+from pipeline.evaluation.metrics import require_mean
 from pipeline.evaluation.tasks import (
     BENCHMARKS,
     LOCAL_REVISION,
@@ -125,8 +126,8 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
     """Return mteb's own task object, unmodified, or a task of the same kind for a user's folder.
 
     Raises:
-        UserError: mteb has no task of that name, or it is not about retrieval, or an own task has
-            the name of a task of mteb.
+        UserError: mteb has no task of that name, or it is not about retrieval or has a score that
+            is no mean over queries, or an own task has the name of a task of mteb.
     """
     mteb = load_mteb()
     try:
@@ -148,6 +149,7 @@ def get_task(name: str, own: OwnTask | None = None) -> Any:
     # Other types of tasks have no corpus and queries, and so lack this method of retrieval tasks.
     if not hasattr(task, "convert_v1_dataset_format_to_v2"):
         raise UserError(f"tasks: {name!r} is of type {task.metadata.type}", allowed="retrieval")
+    require_mean(name, task.metadata.main_score)
     return task
 
 
@@ -233,7 +235,7 @@ def load_and_check(task: Any) -> None:
         _check_split(where, data, fix, rows=rows)
         if task.metadata.type == "InstructionReranking":
             _check_instructions(where, data, fix)
-            _check_changed_judgements(where, task, set(data["queries"]["id"][:]), fix)
+            _check_changed_judgements(where, task, subset, set(data["queries"]["id"][:]), fix)
 
 
 def _cannot_load(task: Any) -> str:
@@ -286,6 +288,9 @@ def _check_split(where: str, data: Any, fix: str, *, rows: Any) -> None:
     _check_judgements(where, judged, fix)
     relevant = any(grade > 0 for grades in judged.values() for grade in grades.values())
     _require(relevant, where, "no query has a relevant document (a grade above 0)", fix)
+    # Queries without such a list are ranked against all documents.
+    if data.get("top_ranked"):
+        _check_candidates(where, data, fix)
     _report_doubtful(where, rows)
 
 
@@ -302,16 +307,29 @@ def _check_judgements(where: str, judged: Any, fix: str) -> None:
                 )
 
 
+def _check_candidates(where: str, data: Any, fix: str) -> None:
+    """Refuse candidates that scoring would look for in vain, once everything is embedded."""
+    known, listed = set(data["corpus"]["id"][:]), data["top_ranked"]
+    # Other splits may share the list of candidates.
+    odd = [q for q in data["queries"]["id"][:] if not known.issuperset(listed.get(q, ()))]
+    missing = f"candidates (top_ranked) of queries {odd[:3]} are not in the corpus"
+    _require(not odd, where, missing, fix)
+
+
 def _report_doubtful(where: str, data: Any) -> None:
     """Print counts of rows that mteb scores, though they may be errors in the files."""
     documents, queries = data["corpus"], data["queries"]
     known = set(documents["id"][:])
     judgements = [data["relevant_docs"][query] for query in set(queries["id"][:])]
+    candidates = data.get("top_ranked")
     # Documents of all judgements, relevant or not.
     judged = {document for grades in judgements for document in grades}
     doubtful = {
         "queries without a relevant document, which count as 0": sum(
             all(grade <= 0 for grade in grades.values()) for grades in judgements
+        ),
+        "queries without candidates, which find nothing": (
+            sum(not candidates.get(query) for query in queries["id"][:]) if candidates else 0
         ),
         "judged documents that the corpus lacks, never found": len(judged - known),
         "documents with an earlier document's id and another text, of which one counts": (
@@ -359,9 +377,11 @@ def _check_instructions(where: str, data: Any, fix: str) -> None:
     _require(not without, where, f"no candidates (top_ranked) for queries {without[:3]}", fix)
 
 
-def _check_changed_judgements(where: str, task: Any, queries: set[str], fix: str) -> None:
+def _check_changed_judgements(
+    where: str, task: Any, subset: str, queries: set[str], fix: str
+) -> None:
     """Load judgements that mteb loads only after encoding, when an error has become expensive."""
-    changed = changed_judgements(task)
+    changed = changed_judgements(task, subset)
     _require(bool(changed), where, "no changed judgements (qrel_diff)", fix)
     # p-MRR compares the ranks of both queries of a pair.
     unpaired = [q for q in changed if not {f"{q}-og", f"{q}-changed"} <= queries]
@@ -369,15 +389,17 @@ def _check_changed_judgements(where: str, task: Any, queries: set[str], fix: str
     _require(not unpaired, where, missing, fix)
 
 
-def changed_judgements(task: Any) -> dict[str, list[str]]:
+def changed_judgements(task: Any, subset: str) -> dict[str, list[str]]:
     """Return the documents that become irrelevant when a base query's instruction changes.
 
-    Only FollowIR has such judgements.
+    Only FollowIR has such judgements, and mFollowIR for each language.
     """
     source = task.metadata.dataset
+    # English queries on another language share that language's judgements: eng-fas and fas.
+    language = "" if subset == "default" else f"-{subset.removeprefix('eng-')}"
     try:
         rows = datasets.load_dataset(
-            source["path"], "qrel_diff", split="qrel_diff", revision=source["revision"]
+            source["path"], f"qrel_diff{language}", split="qrel_diff", revision=source["revision"]
         )
     except (ValueError, FileNotFoundError) as error:
         raise UserError(

@@ -15,13 +15,11 @@ Letters: Q queries, M documents of a block, K best documents, D width of a vecto
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytrec_eval
 
 from pipeline.config import OwnTask
 from pipeline.evaluation.datasets import (
@@ -34,6 +32,14 @@ from pipeline.evaluation.datasets import (
     localise,
     private_cache,
     query_texts,
+)
+from pipeline.evaluation.metrics import (
+    P_MRR,
+    Rankings,
+    best_first,
+    chance_level,
+    p_mrr_per_query,
+    per_query_scores,
 )
 from pipeline.evaluation.models import EvaluatedEncoder
 from pipeline.evaluation.results import RESULT_VERSION, Result
@@ -121,8 +127,8 @@ def _per_query(task: Any, search: ExactSearch) -> dict[str, dict[str, float]]:
     scores = {}
     for (subset, split), rankings in search.rankings.items():
         judgements = task.dataset[subset][split]["relevant_docs"]
-        if metric == "p-MRR":
-            found = p_mrr_per_query(changed_judgements(task), rankings)
+        if metric == P_MRR:
+            found = p_mrr_per_query(changed_judgements(task, subset), rankings)
         else:
             found = per_query_scores(metric, judgements, rankings)
         scores[f"{subset}/{split}"] = found
@@ -151,12 +157,12 @@ def _chance(task: Any, metric: str) -> float | None:
     """Return the mean over splits of the score of a random order."""
     levels = []
     for _, _, data in evaluated_splits(task):
-        candidates = data["top_ranked"]
-        num_candidates = {
-            query: len(data["corpus"] if candidates is None else candidates.get(query, ()))
-            for query in data["relevant_docs"]
-        }
-        levels.append(chance_level(metric, data["relevant_docs"], num_candidates))
+        corpus, candidates = frozenset(data["corpus"]["id"][:]), data["top_ranked"]
+        # Only queries that mteb scores: judgements may name others.
+        queries = set(data["queries"]["id"][:])
+        judged = {q: found for q, found in data["relevant_docs"].items() if q in queries}
+        findable = {q: corpus if candidates is None else candidates.get(q, ()) for q in judged}
+        levels.append(chance_level(metric, judged, findable))
     # A mean over some of the splits would mislead.
     known = [level for level in levels if level is not None]
     return sum(known) / len(known) if len(known) == len(levels) else None
@@ -170,12 +176,6 @@ def _other_scores(splits: list[dict[str, Any]]) -> dict[str, float]:
         metric: sum(float(row[metric]) for row in originals) / len(originals)
         for metric in _OTHER_METRICS
     }
-
-
-# query -> document -> relevance.
-Judgements = Mapping[str, Mapping[str, int]]
-# query -> document -> score; the order of the documents has no meaning.
-Rankings = Mapping[str, Mapping[str, float]]
 
 
 class ExactSearch:
@@ -312,102 +312,6 @@ def _candidate_mask(candidates: Sequence[np.ndarray], rows: range) -> np.ndarray
     return mask
 
 
-# mteb's names of metrics -> trec_eval's, without the cut-off.
-_TREC = {"ndcg": "ndcg_cut", "recall": "recall", "map": "map_cut", "hit_rate": "success"}
-
-
-def per_query_scores(metric: str, judgements: Judgements, rankings: Rankings) -> dict[str, float]:
-    """Return the metric of each query; their mean is mteb's score.
-
-    Args:
-        metric: mteb's name, for example `ndcg_at_10`.
-        judgements: relevance of documents by query.
-        rankings: document scores by query.
-
-    Raises:
-        ValueError: the metric is not a mean over queries that trec_eval knows.
-    """
-    name, _, cut = metric.partition("_at_")
-    if name not in _TREC or not cut.isdigit():
-        raise ValueError(f"{metric} is not a mean over queries")
-    # pytrec_eval reads only plain dicts.
-    evaluator = pytrec_eval.RelevanceEvaluator(
-        {query: dict(documents) for query, documents in judgements.items()},
-        {f"{_TREC[name]}.{cut}"},
-    )
-    measured = evaluator.evaluate({query: dict(found) for query, found in rankings.items()})
-    return {query: values[f"{_TREC[name]}_{cut}"] for query, values in measured.items()}
-
-
-def p_mrr_per_query(changed: Mapping[str, Sequence[str]], rankings: Rankings) -> dict[str, float]:
-    """Measure how far newly irrelevant documents fall when a query's instruction changes.
-
-    FollowIR (Weller et al., arXiv 2403.15246, eq. 1): with ranks og and new of such a document,
-    1 - og/new if it falls and new/og - 1 if it rises; mean over the query's documents.
-
-    Args:
-        changed: newly irrelevant documents by base query.
-        rankings: of the queries QUERY-og and QUERY-changed.
-    """
-    scores = {}
-    for query, documents in changed.items():
-        before, after = _ranks(rankings[f"{query}-og"]), _ranks(rankings[f"{query}-changed"])
-        changes = []
-        for document in documents:
-            # A document that was not retrieved counts as the one after the last.
-            og = before.get(document, len(before) + 1)
-            new = after.get(document, len(after) + 1)
-            # og and new as in the paper: both cases are in [-1, 1], and 0 without a change.
-            changes.append(new / og - 1 if og >= new else 1 - og / new)
-        scores[query] = sum(changes) / len(changes)
-    return scores
-
-
-def _ranks(found: Mapping[str, float]) -> dict[str, int]:
-    """Return the rank of each document, from 1."""
-    return {document: rank for rank, document in enumerate(_best_first(found), start=1)}
-
-
-def _best_first(found: Mapping[str, float]) -> list[str]:
-    """Sort documents by score; equal scores by document id descending, as trec_eval does."""
-    return sorted(found, key=lambda document: (found[document], document), reverse=True)
-
-
-def chance_level(
-    metric: str, judgements: Judgements, num_candidates: Mapping[str, int]
-) -> float | None:
-    """Return the expected score of a random order, or None for a metric without a closed form.
-
-    For nDCG, each of the first k ranks has the mean gain of a candidate; recall is the share of
-    candidates among the first k; p-MRR is antisymmetric in its two ranks.
-
-    Args:
-        num_candidates: documents that each query may find.
-    """
-    if metric == "p-MRR":
-        return 0.0
-    name, _, cut = metric.partition("_at_")
-    if name not in ("ndcg", "recall"):
-        return None
-    k = int(cut)
-    expected = []
-    for query, documents in judgements.items():
-        # The ideal order, best first.
-        gains = sorted((gain for gain in documents.values() if gain > 0), reverse=True)
-        n = num_candidates[query]
-        # Without relevant documents, every order scores 0.
-        if not gains or n == 0:
-            expected.append(0.0)
-        elif name == "recall":
-            expected.append(min(k, n) / n)
-        else:
-            # DCG of the ideal order; each rank is discounted by the logarithm of its number + 1.
-            ideal = sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:k]))
-            discounts = sum(1 / math.log2(rank + 2) for rank in range(min(k, n)))
-            expected.append(sum(gains) / n * discounts / ideal)
-    return sum(expected) / len(expected)
-
-
 # Extent of the examples.
 _NUM_WORST_QUERIES = 10
 _NUM_BEST_DOCUMENTS = 3
@@ -433,7 +337,7 @@ def worst_queries(
         # p-MRR scores a pair of queries; the changed one is where it went wrong.
         key = query if query in rows else f"{query}-changed"
         found = rankings[key]
-        ordered = _best_first(found)
+        ordered = best_first(found)
         judged = data["relevant_docs"][key]
         relevant = [rank for rank, d in enumerate(ordered, start=1) if judged.get(d, 0) > 0]
         # The first documents, and the relevant one that should have been among them.

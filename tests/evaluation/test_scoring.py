@@ -12,7 +12,11 @@ import mteb
 import numpy as np
 import pytest
 from evaluation_support import TASKS, MiniLM, MtebEncoder, wrap
-from mteb._evaluators.retrieval_metrics import calculate_pmrr
+from mteb._evaluators.retrieval_metrics import (
+    calculate_pmrr,
+    calculate_retrieval_scores,
+    make_score_dict,
+)
 from mteb.models import EncoderProtocol, SearchProtocol
 
 from pipeline.errors import UserError
@@ -22,13 +26,11 @@ from pipeline.evaluation.datasets import (
     localise,
     private_cache,
 )
-from pipeline.evaluation.run import run_all, run_element
+from pipeline.evaluation.metrics import chance_level, p_mrr_per_query, per_query_scores
+from pipeline.evaluation.run import plan, run_all, run_element
 from pipeline.evaluation.scoring import (
     ExactSearch,
     TopK,
-    chance_level,
-    p_mrr_per_query,
-    per_query_scores,
     score_task,
 )
 from pipeline.evaluation.tasks import (
@@ -207,31 +209,72 @@ def test_p_mrr_averages_to_mtebs_with_ties_and_missing_documents():
             found = generator.sample(documents, 8)
             rankings[f"{query}-{kind}"] = {d: generator.randint(0, 4) / 4 for d in found}
         changed[str(query)] = generator.sample(documents, 3)
+    # Its instruction excludes nothing, so that it has no part in the mean.
+    changed["8"] = []
     ours = p_mrr_per_query(changed, rankings)
     og = {q: r for q, r in rankings.items() if q.endswith("-og")}
     new = {q: r for q, r in rankings.items() if q.endswith("-changed")}
     assert np.mean(list(ours.values())) == pytest.approx(calculate_pmrr(og, new, changed))
 
 
-def test_chance_of_ndcg_equals_the_mean_over_all_orders():
-    judgements = {"q": {"a": 1, "b": 1, "c": 0}}
+@pytest.mark.parametrize("metric", ["ndcg_at_3", "recall_at_3"])
+def test_chance_equals_the_mean_over_all_orders(metric: str):
+    # One relevant document is not among the candidates, and is never found.
+    judgements = {"q": {"a": 1, "b": 2, "c": 0, "elsewhere": 1}}
     documents = ["a", "b", "c", "d", "e"]
     values = []
     for order in itertools.permutations(documents):
         scores = {document: -float(place) for place, document in enumerate(order)}
-        values.append(per_query_scores("ndcg_at_3", judgements, {"q": scores})["q"])
-    assert chance_level("ndcg_at_3", judgements, {"q": 5}) == pytest.approx(np.mean(values))
+        values.append(per_query_scores(metric, judgements, {"q": scores})["q"])
+    assert chance_level(metric, judgements, {"q": documents}) == pytest.approx(np.mean(values))
 
 
 def test_chance_of_recall_is_the_share_of_documents_looked_at():
-    assert chance_level("recall_at_1", {"q": {"a": 1}}, {"q": 8}) == pytest.approx(1 / 8)
-    assert chance_level("recall_at_10", {"q": {"a": 1}}, {"q": 8}) == 1
-    assert chance_level("map_at_1000", {"q": {"a": 1}}, {"q": 8}) is None
+    documents = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    assert chance_level("recall_at_1", {"q": {"a": 1}}, {"q": documents}) == pytest.approx(1 / 8)
+    assert chance_level("recall_at_10", {"q": {"a": 1}}, {"q": documents}) == 1
+    assert chance_level("map_at_1000", {"q": {"a": 1}}, {"q": documents}) is None
 
 
-def test_a_metric_that_is_no_mean_over_queries_is_refused():
-    with pytest.raises(ValueError, match="not a mean over queries"):
-        per_query_scores("nauc_ndcg_at_10", {}, {})
+@pytest.mark.parametrize(
+    "metric",
+    ["ndcg_at_5", "map_at_1000", "recall_at_3", "hit_rate_at_1", "precision_at_5", "mrr_at_5"],
+)
+def test_scores_of_queries_average_to_mtebs_for_every_metric(metric: str):
+    generator = random.Random(5)
+    documents = [f"d{i}" for i in range(30)]
+    judgements, rankings = {}, {}
+    for query in map(str, range(20)):
+        judged = generator.sample(documents, 6)
+        judgements[query] = {d: generator.choice((0, 0, 1, 2)) for d in judged}
+        # Ties, which trec_eval breaks by the document's id.
+        rankings[query] = {d: generator.randint(0, 5) / 5 for d in generator.sample(documents, 25)}
+    found = calculate_retrieval_scores(rankings, judgements, (1, 3, 5, 1000))
+    theirs = make_score_dict(
+        ndcg=found.ndcg, _map=found.map, recall=found.recall, precision=found.precision,
+        naucs={}, mrr=found.mrr, naucs_mrr={}, hit_rate=found.hit_rate, task_scores={},
+    )  # fmt: skip
+    ours = per_query_scores(metric, judgements, rankings)
+    assert ours.keys() == rankings.keys()
+    assert np.mean(list(ours.values())) == pytest.approx(theirs[metric], abs=1e-5)
+    assert 0 < np.mean(list(ours.values())) < 1
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ("MindSmallReranking", "max_over_subqueries_map_at_1000"),
+        ("InstructIR", "robustness_at_10"),
+        ("NevIR", "paired_accuracy"),
+    ],
+)
+def test_a_task_whose_score_is_no_mean_over_queries_is_refused_before_anything_is_embedded(
+    task: str, metric: str, one
+):
+    wrong = dataclasses.replace(one, tasks=(*one.tasks, task))
+    for command in (plan, run_all):
+        with pytest.raises(UserError, match=f"tasks: '{task}' is scored by {metric}, .*allowed"):
+            command(wrong)
 
 
 @pytest.mark.parametrize("block", [1, 3, 50])
