@@ -22,7 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Role
-from pipeline.data.sources.records import BadRecords, BadRowError, Record
+from pipeline.data.sources.records import (
+    BadRecords,
+    BadRowError,
+    Record,
+    require_whole_characters,
+)
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, table_writer
 
@@ -169,6 +174,7 @@ class _Survey:
         if not isinstance(title, str | None):
             raise record.fail(f"{self._title}: {type(title).__name__}", allowed="a text")
         self.num_titles += bool(title)
+        require_whole_characters(record, text, title or "")
         for name in self._id_fields:
             self._add_id(record, name)
 
@@ -180,8 +186,8 @@ class _Survey:
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
             raise record.fail(f"{name}: {type(value).__name__}", allowed="a text or a number")
         else:
-            # `replace`, because JSON may hold half a surrogate pair, which has no UTF-8.
-            digest = hashlib.blake2b(str(value).encode("utf-8", "replace"), digest_size=8)
+            require_whole_characters(record, str(value))
+            digest = hashlib.blake2b(str(value).encode(), digest_size=8)
             self._ids[name].append(int.from_bytes(digest.digest(), "little"))
 
     def choose_id(self, *, explicit: bool) -> str | None:

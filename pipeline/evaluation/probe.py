@@ -94,6 +94,8 @@ def _read_json(path: Path, lines: list[str], task: str) -> list[Sentence]:
             fits = isinstance(words, list) and isinstance(tags, list)
             fits = fits and len(words) == len(tags) > 0
             fits = fits and all(isinstance(word, str) for word in words)
+            # JSON can hold half a surrogate pair, which no tokenizer accepts: a ValueError here.
+            json.dumps(words if fits else "", ensure_ascii=False).encode()
             fits = fits and all(isinstance(tag, str) or type(tag) is int for tag in tags)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

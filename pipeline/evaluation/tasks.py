@@ -21,20 +21,25 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, SourceConfig
 from pipeline.data.sources.containers import read_file
 from pipeline.data.sources.corpus import (
-    corpus_records,
-    folder_part,
+    documents_of,
     identifier,
     judgement_files,
     judgement_records,
+    split_part,
 )
-from pipeline.data.sources.records import BadRecords, BadRowError, Record
+from pipeline.data.sources.records import (
+    BadRecords,
+    BadRowError,
+    Record,
+    require_whole_characters,
+)
 from pipeline.errors import UserError
 
 # The folder that mteb creates when it is imported; this package keeps nothing there.
@@ -335,22 +340,18 @@ def read_split(own: OwnTask) -> dict[str, Any]:
     source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
     bad = BadRecords(f"tasks.{own.name}")
     try:
-        corpus = _distinct(corpus_records(source, on_bad=bad.add), bad)
-        queries = _distinct_queries(_records(source, "queries", bad), bad)
-        judged: dict[str, dict[str, int]] = {}
-        files = tuple(judgement_files(source))
-        for record, query, document, score in judgement_records(files, bad.add):
-            # trec_eval takes only whole grades.
-            if not float(score).is_integer():
-                allowed = "a whole number; documents above 0 are relevant"
-                bad.add(record.fail(f"score {score}", allowed=allowed))
-            elif judged.setdefault(query, {}).setdefault(document, int(score)) != score:
-                found = f"query {query!r} and document {document!r} have another score before"
-                bad.add(record.fail(found, allowed="one score per pair"))
+        corpus = _distinct(documents_of(split_part(source, "corpus"), bad.add), bad)
+        queries = _distinct_queries(_records(split_part(source, "queries"), bad), bad)
+        judged = _judgements(judgement_files(source), bad)
         # Queries without judgements are left out, whatever they hold.
         for name, record in queries.items():
-            if name in judged and not isinstance(_query_of(record)[0], str):
-                bad.add(record.fail("no text", allowed="a text in the field text or query"))
+            if name in judged:
+                _check_query(record, bad)
+        # Parts of the hub's layout that re-ranking and instructed tasks have.
+        files = split_part(source, "instruction", required=False)
+        instructions = _of_queries(files, "instruction", _text_or_none, bad)
+        files = split_part(source, "top_ranked", required=False)
+        candidates = _of_queries(files, "corpus-ids", _ids_of(corpus), bad)
         bad.refuse()
     except UserError as error:
         # The readers name a source, but the user wrote a task.
@@ -367,10 +368,23 @@ def read_split(own: OwnTask) -> dict[str, Any]:
     scored = {query: record for query, record in queries.items() if query in relevant}
     return {
         "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
-        "queries": Dataset.from_dict(_query_columns(scored)),
+        "queries": Dataset.from_dict(_query_columns(scored, instructions)),
         "relevant_docs": relevant,
-        "top_ranked": None,
+        "top_ranked": candidates,
     }
+
+
+def _judgements(files: list[str], bad: BadRecords) -> dict[str, dict[str, int]]:
+    judged: dict[str, dict[str, int]] = {}
+    for record, query, document, score in judgement_records(tuple(files), bad.add):
+        # trec_eval takes only whole grades.
+        if not float(score).is_integer():
+            allowed = "a whole number; documents above 0 are relevant"
+            bad.add(record.fail(f"score {score}", allowed=allowed))
+        elif judged.setdefault(query, {}).setdefault(document, int(score)) != score:
+            found = f"query {query!r} and document {document!r} have another score before"
+            bad.add(record.fail(found, allowed="one score per pair"))
+    return judged
 
 
 def _distinct(documents: Iterator[tuple[str, str, Record]], bad: BadRecords) -> dict[str, str]:
@@ -399,20 +413,82 @@ def _distinct_queries(records: Iterator[Record], bad: BadRecords) -> dict[str, R
     return queries
 
 
+def _check_query(record: Record, bad: BadRecords) -> None:
+    text, instruction = _query_of(record)
+    try:
+        if not isinstance(text, str):
+            raise record.fail("no text", allowed="a text in the field text or query")
+        require_whole_characters(record, identifier(record), text, str(instruction))
+    except BadRowError as fault:
+        bad.add(fault)
+
+
 def _query_of(record: Record) -> tuple[object, object]:
     """Return the text and the instruction of a query."""
     value = record.value
     return value.get("text", value.get("query")), value.get("instruction")
 
 
-def _records(source: SourceConfig, part: str, bad: BadRecords) -> Iterator[Record]:
-    for file in folder_part(source, part):
+def _records(files: list[str], bad: BadRecords) -> Iterator[Record]:
+    for file in files:
         yield from read_file(file, split=None, on_bad=bad.add)
 
 
-def _query_columns(queries: dict[str, Record]) -> dict[str, list[Any]]:
-    """Return ids and texts, and the queries' own instructions if there are any."""
+def _of_queries(
+    files: list[str], field: str, read: Callable[[Any], Any], bad: BadRecords
+) -> dict[str, Any] | None:
+    """Return a field by query id; None without files.
+
+    Args:
+        read: returns the field's value; raises ValueError with what is allowed.
+    """
+    if not files:
+        return None
+    found: dict[str, Any] = {}
+    for record in _records(files, bad):
+        try:
+            query, value = str(record.value["query-id"]), read(record.value.get(field))
+            require_whole_characters(record, query, str(value))
+        except KeyError:
+            bad.add(record.fail("no query-id", fix=record.fields_found))
+        except BadRowError as fault:
+            bad.add(fault)
+        except ValueError as error:
+            bad.add(record.fail(f"{field}: {record.value.get(field)!r:.80}", allowed=str(error)))
+        else:
+            if found.setdefault(query, value) != value:
+                again = f"an earlier record has another {field} for the query {query!r}"
+                bad.add(record.fail(again, allowed="one per query"))
+    return found
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("a text")
+
+
+def _ids_of(corpus: Container[str]) -> Callable[[Any], list[str]]:
+    def read(value: Any) -> list[str]:
+        if not isinstance(value, list) or not all(str(each) in corpus for each in value):
+            raise ValueError("a list of ids of documents in the corpus")
+        return [str(each) for each in value]
+
+    return read
+
+
+def _query_columns(
+    queries: dict[str, Record], given: Mapping[str, str | None] | None
+) -> dict[str, list[Any]]:
+    """Return ids and texts, and the queries' own instructions if there are any.
+
+    Args:
+        queries: with an instruction in the record itself.
+        given: instructions of a part of their own, which come first.
+    """
     texts, instructions = zip(*map(_query_of, queries.values()), strict=True)
+    if given is not None:
+        instructions = tuple(map(given.get, queries, instructions))
     columns = {"id": list(queries), "text": list(texts)}
     # With empty instructions, `query_texts` would put a space behind each text.
     if any(instructions):

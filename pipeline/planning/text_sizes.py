@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pipeline.config import EvaluateConfig, OwnTask, Role, SourceConfig
 from pipeline.data.manifest import LengthHistogram
 from pipeline.data.sources.containers import plan_blocks, read_file, read_records
-from pipeline.data.sources.corpus import corpus_records, folder_part
+from pipeline.data.sources.corpus import documents_of, split_part
 from pipeline.data.sources.paths import list_files
 from pipeline.data.sources.records import BadRecords
 from pipeline.errors import UserError, blame
@@ -196,9 +196,9 @@ def _own_sizes(own: OwnTask) -> TaskSizes:
     """Read the files of an own task; a token is `BYTES_PER_TOKEN` bytes."""
     source = SourceConfig(name=own.name, format="mteb", path=str(own.path), split=own.split)
     bad = BadRecords(f"tasks.{own.name}")
-    documents = [text for _, text, _ in corpus_records(source, on_bad=bad.add)]
+    documents = [text for _, text, _ in documents_of(split_part(source, "corpus"), bad.add)]
     queries = []
-    for file in folder_part(source, "queries"):
+    for file in split_part(source, "queries"):
         for record in read_file(file, split=None, on_bad=bad.add):
             value = record.value
             words = [value.get("text") or value.get("query"), value.get("instruction")]
@@ -214,7 +214,8 @@ def _own_sizes(own: OwnTask) -> TaskSizes:
 
 def estimate_tokens(texts: Iterable[str]) -> NDArray[np.int64]:
     """Return (N,) estimated tokens of texts, as `diffembed evaluate plan` estimates them."""
-    sizes = np.array([len(text.encode()) for text in texts], np.float64)
+    # Of half a surrogate pair, too, which the command itself refuses: this is only an estimate.
+    sizes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], np.float64)
     # One more: most tokenizers add a special token.
     return np.asarray(np.ceil(sizes / BYTES_PER_TOKEN) + 1, np.int64)
 

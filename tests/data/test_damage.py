@@ -258,6 +258,11 @@ MTEB: dict[str, tuple[Callable[[Path], None], str]] = {
     "a judged document not there": (put("qrels/train.tsv", "q\tx\t1\n"), "'x' is not in"),
     "a document without id": (put("corpus.jsonl", '{"text": "t"}\n'), "corpus.jsonl:1: no id"),
     "a document without text": (put("corpus.jsonl", '{"_id": "d"}\n'), "corpus.jsonl:1: no text"),
+    # Not even of a document without judgements: it is written with all others.
+    "half a surrogate pair": (
+        put("corpus.jsonl", '{"_id": "d", "text": "t"}\n{"_id": "e", "text": "\\ud83d"}\n'),
+        "corpus.jsonl:2: a text with half a surrogate pair",
+    ),
     "a query without text": (put("queries.jsonl", '{"_id": "q"}\n'), "queries.jsonl:1: field"),
 }
 

@@ -174,6 +174,7 @@ def test_both_formats_give_the_same_sentences(tmp_path: Path) -> None:
         ("a.jsonl", '{"tokens": ["a"], "ner_tags": []}\n', "a.jsonl:1: a word without tag"),
         ("a.jsonl", '{"tokens": ["a"], "ner_tags": "X"}\n', "a.jsonl:1: a word without tag"),
         ("a.jsonl", '{"tokens": "a", "ner_tags": ["X"]}\n', "a.jsonl:1: a word without tag"),
+        ("a.jsonl", '{"tokens": ["\\ud83d"], "ner_tags": ["X"]}\n', "a.jsonl:1: .*surrogates not"),
         (
             "a.jsonl",
             '{"tokens": ["a"], "ner_tags": ["X"]}\n{"tokens": ["a", "b"], "ner_tags": ["X", 1]}\n',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import mteb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_support import load_letters
+from evaluation_support import MtebEncoder, load_letters
+from mteb.abstasks import AbsTaskRetrieval
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -277,6 +279,14 @@ FAULTS = {
         lambda rows: rows["queries"][0].pop("text"),
         r"queries.jsonl:1: no text",
     ),
+    "half a surrogate pair in a document": (
+        lambda rows: rows["corpus"][3].update(text="cut \ud83d"),
+        r"corpus.jsonl:4: a text with half a surrogate pair",
+    ),
+    "half a surrogate pair in a query": (
+        lambda rows: rows["queries"][0].update(text="cut \ud83d"),
+        r"queries.jsonl:1: a text with half a surrogate pair",
+    ),
     "a part of a grade": (
         lambda rows: rows["qrels"][0].update(score=0.5),
         "score 0.5 .*allowed: a whole number",
@@ -360,3 +370,80 @@ def test_own_tasks_are_written_in_the_config_beside_names(tmp_path: Path) -> Non
         own = dataclasses.replace(config.tasks[1], name=name)  # type: ignore[type-var]
         with pytest.raises(UserError, match="is a name of mteb"):
             list_elements(dataclasses.replace(config, tasks=(own,), lengths={}))
+
+
+def as_mteb_loads_it(folder: Path, split: str) -> mteb.AbsTask:
+    """A task whose data mteb's own loader reads from a folder."""
+
+    class Reference(AbsTaskRetrieval):
+        metadata = mteb.TaskMetadata(
+            name="Reference",
+            description="The reference.",
+            dataset={"path": str(folder), "revision": "local"},
+            type="Retrieval",
+            category="t2t",
+            eval_splits=[split],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+    return Reference()
+
+
+@pytest.mark.parametrize(
+    ("repository", "split"),
+    [
+        # Candidates and instructions of single queries; documents of other splits.
+        (f"mteb/{CORE}", "test"),
+        ("mteb/LEMBPasskeyRetrieval", "test_256"),
+    ],
+)
+def test_a_folder_of_the_hub_scores_as_mteb_loads_it(
+    repository: str, split: str, config: EvaluateConfig, snapshots: Path
+) -> None:
+    folder = snapshots / repository
+    own = OwnTask(name="mine", path=folder, split=split)
+    alone = dataclasses.replace(
+        config, models=config.models[:1], tasks=(own,), instructions={"mine": "Find it"}
+    )
+    ours = run_element(alone, 0, load=load_letters)
+    reference = as_mteb_loads_it(folder, split)
+    reference.load_data()
+    found, wanted = read_split(own), reference.dataset["default"][split]
+    assert set(found["corpus"]["id"]) == set(wanted["corpus"]["id"])
+    assert found["top_ranked"] == wanted["top_ranked"]
+    theirs = mteb.evaluate(
+        MtebEncoder(load_letters(alone, list_elements(alone)[0]), "Find it"),
+        reference,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    plan(alone)
+    embed(alone, 0, 1, load=load_letters, num_processes=1)
+    list_elements(alone)[0].result_path.unlink()
+    assert score_all(alone)[0]["score"] == pytest.approx(ours["score"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("top_ranked", lambda row: row.update({"corpus-ids": ["x"]}), r"corpus-ids: \['x'\] .*ids"),
+        ("top_ranked", lambda row: row.update({"corpus-ids": None}), "corpus-ids: None .*a list"),
+        ("instruction", lambda row: row.update(instruction=3), "instruction: 3 .*allowed: a text"),
+        ("instruction", lambda row: row.update(instruction="\ud83d"), "half a surrogate pair"),
+        ("instruction", lambda row: row.pop("query-id"), "no query-id .*found: instruction"),
+        ("instruction", lambda row: row.update({"query-id": "1-og"}), "another instruction for"),
+    ],
+)
+def test_a_wrong_row_of_an_optional_part_is_named(
+    part: str, change: Callable[[dict], object], message: str, snapshots: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(snapshots / "mteb" / CORE, tmp_path / "mine"))
+    path = folder / part / f"{part}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows[0])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"{part}.jsonl:\d+: .*{message}"):
+        read_split(OwnTask(name="mine", path=folder))

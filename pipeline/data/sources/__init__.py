@@ -465,9 +465,8 @@ def read_rows(
             else:
                 on_unwanted()
             for row in rows:
-                extra = (row.query, row.instruction, row.document_instruction, row.concept)
-                for text in (*extra, *row.positives, *row.negatives):
-                    require_whole_characters(record, text)
+                texts = (row.query, row.instruction, row.document_instruction, row.concept)
+                require_whole_characters(record, *texts, *row.positives, *row.negatives)
         except BadRowError as bad:
             give_up(bad, on_bad)
         else:

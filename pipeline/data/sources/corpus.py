@@ -65,14 +65,29 @@ def corpus_files(source: SourceConfig) -> list[str]:
 
 def folder_part(source: SourceConfig, part: str) -> list[str]:
     """Return the files of one part (corpus or queries) of a folder in mteb's layout."""
-    folder = _folder(source)
-    files = _files_of_part(folder, part)
+    files = _files_of_part(_folder(source), part)
     if not files:
         raise UserError(
-            f"sources.{source.name}: {folder / part} is missing",
+            f"sources.{source.name}: {_folder(source) / part} is missing",
             allowed=f"{part}.jsonl, {part}.parquet or a folder {part} with such files",
         )
     return _checked(source, files)
+
+
+def split_part(source: SourceConfig, part: str, *, required: bool = True) -> list[str]:
+    """Return the files of one part of a folder in mteb's layout as mteb's loader chooses them.
+
+    A part of the hub's layout may have files for each split: then only the source's split is read,
+    or documents of other splits would be found. Parts without such files hold all splits.
+
+    Args:
+        required: refuse a folder without the part; otherwise it has no files.
+    """
+    if not required and not _files_of_part(_folder(source), part):
+        return []
+    files = folder_part(source, part)
+    own = [f for f in files if source.split in (stem_of(f), f.rsplit("/", 2)[-2])]
+    return own or files
 
 
 def judgement_files(source: SourceConfig) -> list[str]:
@@ -131,10 +146,17 @@ def corpus_records(
     source: SourceConfig, on_bad: OnBadRow | None = None
 ) -> Iterator[tuple[str, str, Record]]:
     """Yield id, text and record of every document of the corpus; a title precedes its text."""
-    for record in _read_files(corpus_files(source), on_bad):
+    yield from documents_of(corpus_files(source), on_bad)
+
+
+def documents_of(
+    files: list[str], on_bad: OnBadRow | None = None
+) -> Iterator[tuple[str, str, Record]]:
+    """Yield id, text and record of every document in some files; a title precedes its text."""
+    for record in _read_files(files, on_bad):
         try:
             name, text = identifier(record), _document_text(record)
-            require_whole_characters(record, text)
+            require_whole_characters(record, name, text)
         except BadRowError as bad:
             give_up(bad, on_bad)
         else:

@@ -208,21 +208,6 @@ def whole_characters(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def require_whole_characters(record: Record, text: str) -> None:
-    """Refuse half a surrogate pair: JSON can hold it, but neither a file nor a tokenizer takes it.
-
-    Raises:
-        BadRowError: the text has one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise record.fail(
-            f"a text with half a surrogate pair ({text[error.start]!r})",
-            fix="repair the character in the source",
-        ) from error
-
-
 def refuse_bad_rows(name: str, summaries: Sequence[BadRowCounts], num_read: int) -> None:
     """Refuse the bad rows of a source, all at once.
 
@@ -368,6 +353,24 @@ def has_field(record: Record, name: str) -> bool:
 def _natural(name: str) -> list[tuple[int, str]]:
     # Pairs, because numbers and texts cannot be compared: at one place, texts precede numbers.
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def require_whole_characters(record: Record, *texts: str) -> None:
+    """Refuse half a surrogate pair: JSON can hold it, but neither a file nor a tokenizer.
+
+    A text that was cut in the middle of an emoji ends with one.
+
+    Raises:
+        BadRowError: one of the texts holds it.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise record.fail(
+                f"a text with half a surrogate pair ({text[error.start]!r})",
+                fix="repair the character in the source",
+            ) from error
 
 
 def required_text(record: Record, key: str) -> str:
