@@ -40,10 +40,10 @@ from pipeline.evaluation.encode_files import (
     write_vectors,
 )
 from pipeline.evaluation.models import load_here, not_finite_fix, processes_here, resolve_precision
-from pipeline.files import batch_writer, read_batch, require_writable, write_json
+from pipeline.files import batch_writer, read_batch, write_json
 from pipeline.model.export_folder import export_fingerprint
 from pipeline.model.load_export import LoadedExport
-from pipeline.workers import open_workers, read_ahead
+from pipeline.workers import build_alone, read_ahead
 
 _VERSION = 2
 # Characters of a group of texts.
@@ -242,36 +242,43 @@ def encode_file(job: EncodeJob, *, num_processes: int | None = None) -> Path:
     # Part of the recipe: a run that is continued on another machine must not mix two precisions.
     job = dataclasses.replace(job, precision=resolve_precision(job.precision))
     recipe = recipe_of(job)
-    if job.output.exists():
-        _check_finished(job, recipe)
-        print(f"{job.output}: finished")
-        return job.output
-    require_writable(job.output.parent, key="--output")
-    rendezvous = job.output.with_name(f".{job.output.name}.step")
-    num_processes = num_processes or processes_here([job.model])
-    with open_workers(num_processes, rendezvous=rendezvous) as workers:
-        workers.barrier()
-        if workers.is_main:
-            start_or_continue(job, recipe)
-        workers.barrier()
-        parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
-        work = functools.partial(_encode_block, job)
-        workers.run(work, parts, claims=job.folder / "claims")
-        if workers.is_main:
-            _assemble(job)
-            print(job.output)
-        # Until then no other process may return, and find no output.
-        workers.barrier()
+    with build_alone(
+        job.output,
+        key="--output",
+        num_workers=num_processes or processes_here([job.model]),
+        is_done=lambda: _is_finished(job, recipe),
+        # Asked again under the lock: the process that held it may have finished the output.
+        start=lambda: None if _is_finished(job, recipe) else start_or_continue(job, recipe),
+        say=lambda text: print(f"encode: {text}", file=sys.stderr, flush=True),
+    ) as workers:
+        # Without a plan the output was already complete.
+        if (job.folder / _PLAN).exists():
+            parts = [job.part(block) for block in range(len(read_plan(job.folder).blocks))]
+            work = functools.partial(_encode_block, job)
+            workers.run(work, parts, claims=job.folder / "claims")
+            if workers.is_main:
+                _assemble(job)
+                print(job.output)
     return job.output
 
 
-def _check_finished(job: EncodeJob, recipe: str) -> None:
-    """Accept the output of this very job as finished, and refuse any other file."""
+def _is_finished(job: EncodeJob, recipe: str) -> bool:
+    """Return True if the output is that of this very job.
+
+    Raises:
+        UserError: it is another file.
+    """
+    if not job.output.exists():
+        return False
     if read_recipe(job.output) != recipe:
         raise UserError(
             f"--output: {job.output} exists, but was not made from this input with these settings",
             fix="remove it, or choose another name",
         )
+    # A run that was killed right after the rename left its parts.
+    shutil.rmtree(job.folder, ignore_errors=True)
+    print(f"{job.output}: finished")
+    return True
 
 
 def _encode_block(job: EncodeJob, number: int) -> None:

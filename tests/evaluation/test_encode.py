@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import pickle
 import random
 import signal
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,7 @@ from pipeline.config import ModelConfig, Template
 from pipeline.errors import UserError
 from pipeline.evaluation import encode
 from pipeline.evaluation.encode import EncodeJob, encode_file
+from pipeline.files import hold_lock
 from pipeline.model.load_export import LoadedExport, load_export
 from tests import forks
 from tests.support import PATIENCE
@@ -147,6 +152,34 @@ def test_a_killed_run_continues_with_the_blocks_that_are_missing(
     assert (vectors == whole[1]).all()
     encode_file(job)  # finished: nothing is done again
     assert len(numbers) == len(set(numbers))
+
+
+def test_of_two_commands_for_one_output_the_second_waits_and_finds_it_finished(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    encode_block = encode._encode_block
+
+    def counting(job: EncodeJob, number: int) -> None:
+        numbers.append(number)
+        encode_block(job, number)
+
+    monkeypatch.setattr(encode, "_encode_block", counting)
+    lock = job.output.with_name(".out.arrow.lock")
+    call = {"args": (job,), "kwargs": {"num_processes": 1}}
+    with hold_lock(lock, tell=print), contextlib.redirect_stderr(io.StringIO()) as printed:
+        second = threading.Thread(target=encode_file, **call)  # type: ignore[arg-type]
+        second.start()
+        while "waiting for another process" not in printed.getvalue():
+            assert second.is_alive()
+            time.sleep(0.01)
+        # The parts of the first one stay.
+        assert not job.folder.exists()
+    encode_file(job, num_processes=1)
+    second.join()
+    assert len(numbers) == len(set(numbers)) > 3
+    assert read(job.output)[0] == [f"q{k}" for k in range(300)]
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl.gz", ".parquet"])
@@ -326,6 +359,13 @@ def test_memory_does_not_grow_with_the_input(job: EncodeJob, tmp_path: Path) -> 
             {},
             [{"name": 1}, {"name": 2, "text": 3}],
             r"2 rows cannot be used: .*:1: text: no such field .*; .*:2: text: int \| allowed",
+        ),
+        ({}, [{"name": 1, "text": "cut \ud83d"}], r"rows.jsonl:1: a text with half a surrogate"),
+        ({}, [{"name": "\ud83d", "text": "a"}], r"rows.jsonl:1: a text with half a surrogate"),
+        (
+            {"title_field": "head"},
+            [{"name": 1, "head": "\ud83d", "text": "a"}],
+            r"rows.jsonl:1: a text with half a surrogate",
         ),
         ({"title_field": "head"}, None, "--title-field: no record has a text in 'head'"),
         ({"id_field": None}, [{"text": " "}], "holds no text"),
