@@ -276,8 +276,8 @@ def _difference(over: Strata, under: Strata) -> dict[str, Any]:
         "difference": difference,
         "ci_low": low,
         "ci_high": high,
-        # The interval excludes 0.
-        "significant": low > 0 or high < 0,
+        # The interval excludes 0; that of a single query has no width and tells nothing.
+        "significant": (low > 0 or high < 0) and sum(map(len, over.values())) > 1,
     }
 
 
@@ -393,7 +393,24 @@ def _scores(findings: Findings) -> list[str]:
             "score of a random order of the documents that a query may find.",
             "",
         ]
-    return lines
+    return [*lines, *_few_queries(findings.tasks)]
+
+
+# Below, an interval holds the true value clearly less often than it claims.
+_FEW_QUERIES = 10
+
+
+def _few_queries(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warn of tasks with so few queries that resampling them tells little; nothing without any."""
+    few = [f"{t['name']} ({t['num_queries']})" for t in tasks if t["num_queries"] < _FEW_QUERIES]
+    if not few:
+        return []
+    return [
+        f"Too few queries for these intervals: {', '.join(few)}. Of normal scores of 8 queries, an "
+        "interval holds the true mean in 9 of 10 cases, of 3 queries in 7 of 10; the interval of "
+        "one query has no width.",
+        "",
+    ]
 
 
 def _training(findings: Findings) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import benchmark_replicas
 import pytest
 
-from pipeline.config import EvaluateConfig, EvaluatedModel, RopeScaling
+from pipeline.config import EvaluateConfig, EvaluatedModel, OwnTask, RopeScaling
 from pipeline.errors import UserError
 from pipeline.evaluation import tables
 from pipeline.evaluation.datasets import REVISION_FILE, get_task
@@ -140,6 +140,25 @@ def test_the_worst_queries_are_shown_with_what_was_found_instead(config, load):
     (shown,) = strong["worst_queries"].values()
     assert shown[0]["text"] in text
     assert shown[0]["documents"][0]["id"] in text
+
+
+def test_intervals_of_few_queries_are_named_and_one_query_proves_nothing(config, load, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "qrels").mkdir(parents=True)
+    documents = ["zebra crossing", "quick brown fox", "chess openings"]
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
+    )
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "a fast dog-like animal"}\n')
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    own = OwnTask(name="mine", path=folder)
+    config = dataclasses.replace(config, tasks=("LEMBPasskeyRetrieval", own))
+    run_all(config, load=load)
+    page = (report := write_report(config)).joinpath("report.md").read_text()
+    assert "Too few queries for these intervals: mine (1)." in page
+    _, task = json.loads((report / "report.json").read_text())["tasks"]
+    assert task["ci_low"] == task["ci_high"] == task["difference"] > 0
+    assert not task["significant"]
 
 
 def test_one_model_alone_is_reported_without_a_difference(config, load):
