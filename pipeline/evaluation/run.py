@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.results import Result, changed_inputs, inputs_of, read_result
 from pipeline.evaluation.tasks import Element, element_at, list_elements, tasks_of
-from pipeline.files import hash_files, require_writable, write_sealed, write_text
+from pipeline.files import hash_files, hold_lock, require_writable, write_sealed, write_text
 from pipeline.run_folder import RunDir, frozen_config
 from pipeline.workers import LocalWorkers, num_cores
 
@@ -54,7 +54,26 @@ def run_element(config: EvaluateConfig, index: int, *, load: LoadEncoder | None 
         UserError: no such element, no export, or the task's data are incomplete.
     """
     element = element_at(config, index)
-    return _valid_result(config, element) or _score(config, element, load or _export_loader())
+    return _valid_result(config, element) or _score_alone(config, element, load or _export_loader())
+
+
+def _score_alone(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Result:
+    """Score an element, or wait for another process that does and take its result.
+
+    Two processes would do its work twice, and replace the files of mteb under each other.
+    """
+    waited: list[str] = []
+
+    def tell(holder: str) -> None:
+        waited.append(holder)
+        text = f"waiting for another process that scores it ({holder})"
+        print(f"{_label(config, element)}: {text}", flush=True)
+
+    require_writable(element.folder, key="output_dir")
+    with hold_lock(element.folder / ".lock", tell=tell):
+        # The other process may also have been killed.
+        finished = _valid_result(config, element) if waited else None
+        return finished or _score(config, element, load)
 
 
 def _valid_result(config: EvaluateConfig, element: Element) -> Result | None:
@@ -83,8 +102,6 @@ def _score(config: EvaluateConfig, element: Element, load: LoadEncoder) -> Resul
     from pipeline.evaluation.scoring import score_task
 
     started = time.monotonic()
-    # Not after hours of work for a result that cannot be written.
-    require_writable(element.folder, key="output_dir")
     _store_config(config)
     # Before anything is loaded: a file that changes meanwhile must make this result invalid.
     dataset = get_task(element.task, element.own).metadata.dataset["path"]
@@ -239,7 +256,7 @@ def _score_stored(config: EvaluateConfig, index: int) -> None:
     from pipeline.evaluation.models import share_cores
 
     share_cores()
-    _score(config, element_at(config, index), load_stored)
+    _score_alone(config, element_at(config, index), load_stored)
 
 
 def _export_loader() -> LoadEncoder:

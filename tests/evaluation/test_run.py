@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from pipeline.evaluation.tasks import (
     PAPER_INSTRUCTIONS,
     list_elements,
 )
+from pipeline.files import hold_lock
 
 AOPS, CORE = "BrightAopsRetrieval", "Core17InstructionRetrieval"
 
@@ -75,6 +80,25 @@ def test_a_finished_element_is_skipped_and_an_unfinished_one_runs(config, load):
     list_elements(config)[0].result_path.unlink()
     with pytest.raises(AssertionError, match="finished element"):
         run_element(config, 0, load=refuse)
+
+
+def test_of_two_processes_with_one_element_the_second_waits_and_takes_the_result(config, load):
+    config = dataclasses.replace(config, tasks=("BrightBiologyRetrieval",))
+    (element, _) = list_elements(config)
+    first = run_element(config, 0, load=load)
+    content = element.result_path.read_bytes()
+    element.result_path.unlink()
+    lock, found = element.folder / ".lock", []
+    with hold_lock(lock, tell=print), contextlib.redirect_stdout(io.StringIO()) as printed:
+        second = threading.Thread(target=lambda: found.append(run_element(config, 0, load=refuse)))
+        second.start()
+        while "waiting for another process that scores it" not in printed.getvalue():
+            assert second.is_alive()
+            time.sleep(0.01)
+        element.result_path.write_bytes(content)
+    second.join()
+    assert found == [first]
+    assert not lock.exists()
 
 
 def test_an_interrupted_element_leaves_nothing_that_counts_as_finished(config, load):
