@@ -106,6 +106,17 @@ def write_follow_ir(
     write_dataset(root, f"mteb/{name}", kept)
 
 
+def write_multilingual_follow_ir(root: Path, repository: str) -> None:
+    """One set of configs per language, named CONFIG-LANGUAGE, with texts of their own."""
+    configs: dict[str, dict[str, Rows]] = {}
+    for language in ("fas", "rus", "zho"):
+        write_follow_ir(root / "parts", name=language)
+        for path in (root / "parts/mteb" / language).glob("*/*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            configs[f"{path.parent.name}-{language}"] = {path.stem: rows}
+    write_dataset(root, repository, configs)
+
+
 def write_long_embed(root: Path, *, num_documents: int = 6, num_queries: int = 4) -> None:
     generator = random.Random(1)
     names = ["Ada", "Boris", "Chidi", "Dana", "Emeka", "Freya"][:num_documents]

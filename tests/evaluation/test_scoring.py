@@ -184,6 +184,25 @@ def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, 
     assert ours["metric"] in ("p-MRR", "ndcg_at_10", "recall_at_1")
 
 
+@pytest.mark.parametrize("task", ["mFollowIR", "mFollowIRCrossLingual"])
+def test_follow_ir_in_several_languages_scores_what_mteb_scores(task, config, load, tmp_path):
+    repository = mteb.get_task(task).metadata.dataset["path"]
+    replicas.write_multilingual_follow_ir(tmp_path / "hub", repository)
+    config = dataclasses.replace(config, tasks=(task,), snapshots=tmp_path / "hub")
+    weak, _ = list_elements(config)
+    ours = run_element(config, weak.index, load=load)
+    theirs = mteb.evaluate(
+        MtebEncoder(load(config, weak), DEFAULT_INSTRUCTION),
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
+    assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
+    assert ours["metric"] == "p-MRR"
+    assert len(ours["per_query"]) == 3
+
+
 def test_a_task_that_reads_another_tasks_subset_gets_another_score(config, load, tmp_path):
     biology, economics = "BrightBiologyRetrieval", "BrightEconomicsRetrieval"
     config = dataclasses.replace(config, models=config.models[1:], tasks=(biology, economics))
