@@ -36,6 +36,8 @@ class Block:
         norm_first: a layer normalises its input.
         rotations: tables of rotary positions: 2 where layers with a window have a base of their
             own, 0 with learned positions.
+        tied: the head is the token table unless config.json says otherwise.
+        defaults: values of config keys that published files leave out.
     """
 
     query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -57,6 +59,8 @@ class Block:
     embedding_norms: int = 0
     norm_first: bool = True
     rotations: int = 1
+    tied: bool = False
+    defaults: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 _ATTENTION_BIAS = {"attention_bias": ("query_key_value", "out")}
@@ -85,10 +89,20 @@ BLOCKS = {
     "qwen3": Block(head_norms="head", bias_keys=_ATTENTION_BIAS),
     "llama": Block(bias_keys=_BIASES),
     "mistral": Block(),
-    "gemma": Block(norm="rms_fp32", bias_keys=_ATTENTION_BIAS),
-    "gemma2": Block(norm="rms_fp32", num_norms=4, bias_keys=_ATTENTION_BIAS),
+    "gemma": Block(norm="rms_fp32", bias_keys=_ATTENTION_BIAS, tied=True),
+    "gemma2": Block(norm="rms_fp32", num_norms=4, bias_keys=_ATTENTION_BIAS, tied=True),
     "gemma3_text": Block(
-        norm="rms_fp32", num_norms=4, head_norms="head", bias_keys=_ATTENTION_BIAS, rotations=2
+        norm="rms_fp32",
+        num_norms=4,
+        head_norms="head",
+        bias_keys=_ATTENTION_BIAS,
+        rotations=2,
+        tied=True,
+        # The `text_config` of 4B and larger holds little more than widths.
+        defaults={
+            **{"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4},
+            "head_dim": 256,
+        },
     ),
     "olmo2": Block(
         norm="rms_fp32", head_norms="whole", bias_keys=_ATTENTION_BIAS, norm_first=False
@@ -101,7 +115,7 @@ BLOCKS = {
         copies_out=True,
         dropouts={"resid_pdrop": 2},
     ),
-    "smollm3": Block(bias_keys=_BIASES),
+    "smollm3": Block(bias_keys=_BIASES, tied=True),
     "gpt2": Block(
         query_key_value=("c_attn",),
         out="c_proj",
@@ -115,6 +129,7 @@ BLOCKS = {
         tables=("n_positions",),
         norm_biases=2,
         rotations=0,
+        tied=True,
     ),
     "bert": _BERT,
     "roberta": _BERT,
@@ -146,6 +161,7 @@ _RENAMED = {
             "num_key_value_heads": "n_kv_heads",
             # LLaDA's table may have more rows than its vocabulary has tokens.
             "vocab_size": "embedding_size",
+            "tie_word_embeddings": "weight_tying",
         },
     ),
     "gpt2": (
@@ -192,6 +208,7 @@ class Architecture:
     table_rows: int  # of further embedding tables
     masks: int  # dropouts on the width that are used, in one layer
     attention_dropout: bool  # attention weights are dropped in training
+    tied: bool  # a head that predicts tokens is the token table
     biases: tuple[str, ...]
 
     @property
@@ -263,9 +280,10 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         tree = tree["text_config"]
         published = str(tree.get("model_type", published))
     model_type, renamed = _RENAMED.get(published, (published, {}))
-    known = model_type in BLOCKS
+    known, block = model_type in BLOCKS, BLOCKS.get(model_type, Block())
 
     def size(key: str, default: int | None = None) -> int:
+        default = block.defaults.get(key, default)
         default = default if known or key == "hidden_size" else default or 1
         # `or`, because null means the default too (GPT-2's n_inner).
         value = tree.get(renamed.get(key, key)) or tree.get(key) or default
@@ -276,7 +294,6 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    block = BLOCKS.get(model_type, Block())
     chosen = [parts for key, parts in block.bias_keys.items() if tree.get(key)]
     ratio = tree.get("mlp_ratio") or 4  # LLaDA, and GPT-2's default
     return Architecture(
@@ -292,5 +309,6 @@ def read_architecture(tree: Mapping[str, Any]) -> Architecture:
         table_rows=sum(size(key) for key in block.tables),
         masks=sum(count for key, count in block.dropouts.items() if tree.get(key)),
         attention_dropout=any(tree.get(key) for key in _ATTENTION_DROPOUTS),
+        tied=bool(tree.get(renamed.get("tie_word_embeddings", "tie_word_embeddings"), block.tied)),
         biases=(*block.biases, *(part for parts in chosen for part in parts)),
     )

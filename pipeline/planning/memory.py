@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -74,8 +75,13 @@ GATHER_SHARE = 2 * 2**20
 
 def gpu_named(text: str) -> str | None:
     """Return the key of `GPU_GIB` for a site's name of a GPU; None for an unknown one."""
+    text = text.lower()
+    # A GH200 has the chip of an H100 and 96 or 144 GB. A MIG instance, such as 1g.10gb, is a part
+    # of its GPU.
+    if re.search(r"gh200|\dg[.-]\d+gb", text):
+        return None
     # Of `a100-80` both words, so that nvidia_a100-sxm4-80gb has a size and a100 alone has none.
-    found = [name for name in GPU_GIB if all(word in text.lower() for word in name.split("-"))]
+    found = [name for name in GPU_GIB if all(word in text for word in name.split("-"))]
     return found[0] if len(found) == 1 else None
 
 

@@ -137,7 +137,7 @@ class ModelShape:
         layer, num_layers = architecture.layer_parameters, architecture.num_layers
         table = architecture.vocab_size * architecture.hidden_size
         # A tied head is the table itself; another one is as large.
-        untied = head and not tree.get("tie_word_embeddings", False)
+        untied = head and not architecture.tied
         base = architecture.outer_parameters + num_layers * layer + untied * table
         added = adapters.parameters if adapters else 0
         largest = max(table, *(linear.inputs * linear.outputs for linear in architecture.linears))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from pathlib import Path
 
 import pytest
+import transformers
 
 from pipeline.config import (
     ChunkConfig,
@@ -320,6 +322,9 @@ def test_the_plan_counts_blocks_the_head_and_a_tile_of_its_scores(config: TrainC
         ("nvidia_a100-sxm4-80gb", "a100-80"),
         ("a100_pcie_40g", "a100-40"),
         ("a100", None),  # of either size
+        ("NVIDIA GH200 480GB", None),  # an H100 by its chip, of 96 or 144 GB
+        ("nvidia_h100_80gb_hbm3_1g.10gb", None),  # a part of the GPU
+        ("nvidia-h100-80gb-hbm3-mig-3g-40gb", None),  # as a calibration's file
         ("v100", None),
         ("", None),
     ],
@@ -342,6 +347,32 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(config: TrainConfig) -
         return peak(memory_terms(plan.shape, larger, "sweep"))[1]
 
     assert size(times) <= target.available < size(times + 1)
+
+
+def test_what_a_published_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    """The whole `text_config` of Gemma 3 4B; its other widths are defaults."""
+    text = {
+        **{"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240},
+        **{"num_hidden_layers": 34, "sliding_window": 1024},
+    }
+    published = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = ModelConfig(path=str(tmp_path))
+
+    planned = ModelShape.planned(published, config)
+
+    assert planned == ModelShape.of(build_encoder(config, meta=True), config)
+    assert planned.parameters == pytest.approx(3.88e9, rel=0.001)
+    # By default, some families tie the head to the token table.
+    names = ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3Text")
+    for name in (*names, "Olmo2", "Phi3", "SmolLM3", "GPT2"):
+        default = getattr(transformers, f"{name}Config")(pad_token_id=None)
+        tree = {**default.to_dict(), "num_hidden_layers": 2}
+        for tied in (True, False):
+            given = {**tree, "tie_word_embeddings": tied}
+            assert read_architecture(given).tied == tied
+        del tree["tie_word_embeddings"]
+        assert read_architecture(tree).tied == default.tie_word_embeddings, name
 
 
 def test_a_model_with_its_own_code_is_counted_from_the_model_only() -> None:
