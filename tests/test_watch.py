@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -466,6 +467,27 @@ def test_a_folder_of_several_runs_shows_one_line_for_each(tmp_path: Path) -> Non
     assert found["a"]["kind"] == "training run"
 
 
+def test_a_folder_that_cannot_be_read_is_one_line_among_the_others(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", steps=5)
+    for name, text in (("b", "train: [\n"), ("c", "train: nowhere.yaml\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chain.yaml").write_text(text)
+    # Not a chain.
+    run = make_run(tmp_path / "supplies", steps=10)
+    (run / "supply-chain.yaml").write_text("output_dir: x\ncorpus: [y]\n")
+    (run / "blockchain.yaml").write_text("train: [\n")
+
+    found = {row["folder"]: row for row in rows(look(tmp_path), "found")}
+
+    assert found["a"]["progress"].startswith("5 of 20")
+    for name, fault in (("b", "not a YAML file"), ("c", "nowhere.yaml")):
+        assert found[name]["state"] == "cannot be read"
+        assert fault in found[name]["progress"]
+    assert found["supplies"]["progress"].startswith("10 of 20")
+    with pytest.raises(UserError, match="nowhere"):
+        recognise(tmp_path / "c")
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "notes.yaml", "starter.yaml"])
 def test_anything_else_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -543,6 +565,22 @@ def test_the_page_is_one_file_with_the_same_numbers_and_plots_and_loads_nothing(
         ElementTree.fromstring(drawing)
     assert "news#1: Find it" in parsed.texts and f"training run {run}" in "".join(parsed.texts)
     assert 'http-equiv="refresh"' in page([view], refresh_seconds=5)
+
+
+def test_names_of_sources_and_tasks_are_drawn_as_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=0)
+    names = ("price_$5_to_$9", "_hidden", "<b>bold & more")
+    log = JsonLines(run / "metrics.jsonl", 0)
+    for step in range(9):
+        log.log(step, values(step), names[step % 3])
+        result = run / f"evaluations/results/step-{step + 1:06d}/$x_$y/64/result.json"
+        result.parent.mkdir(parents=True)
+        result.write_text(json.dumps({"score": 0.5}))
+
+    text = page([look(run)], refresh_seconds=None)
+
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert {*names, "$x_$y@64"} <= {html.unescape(t).strip() for t in _Page(drawn).texts}
 
 
 def test_a_long_run_stays_a_small_page() -> None:

@@ -342,6 +342,16 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def as_label(name: str) -> str:
+    """Return a user's name for a plot, as matplotlib writes it unchanged.
+
+    It takes text between two dollars for a formula, which may be none, and keeps names that begin
+    with an underscore out of legends.
+    """
+    label = name.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
+
+
 def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any]]) -> Path:
     """Draw bars per task and model with 95 % intervals; a dashed line at chance level."""
     figure = _figure(max(6.0, 1.6 * len(tasks)), 4.2)
@@ -355,7 +365,7 @@ def plot_scores(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
         # A percentile interval need not contain the score itself, but bars reject negative errors.
         reach = np.maximum([scores - bounds[:, 0], bounds[:, 1] - scores], 0)
         at = centers + (number - (len(models) - 1) / 2) * width
-        axes.bar(at, scores, width, yerr=reach, capsize=2, label=model)
+        axes.bar(at, scores, width, yerr=reach, capsize=2, label=as_label(model))
     for center, task in zip(centers, tasks, strict=True):
         if task["chance"] is not None:
             left, right = center - 0.45, center + 0.45
@@ -375,7 +385,7 @@ def plot_splits(path: Path, models: Sequence[str], tasks: Sequence[dict[str, Any
         for model in models:
             scores = task["by_split"][model]
             names = [split.removeprefix("test_") for split in scores]
-            axes.plot(names, list(scores.values()), marker="o", markersize=3, label=model)
+            axes.plot(names, list(scores.values()), marker="o", markersize=3, label=as_label(model))
         axes.set_title(task["name"].removesuffix("Retrieval"), fontsize=10)
         axes.set_xlabel("split")
         axes.set_ylabel(task["metric"])
@@ -395,7 +405,7 @@ def plot_loss(path: Path, curve: Sequence[Mapping[str, Any]]) -> Path:
         losses = np.array([line["loss"] for line in lines])
         color = f"C{number % 10}" if number < _NAMED_KINDS else "lightgray"
         axes.plot(steps, losses, ".", color=color, markersize=2, alpha=0.4)
-        label = kind if number < _NAMED_KINDS else None
+        label = as_label(kind) if number < _NAMED_KINDS else None
         axes.plot(steps, running_mean(losses), color=color, linewidth=1.5, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (dots: batches, lines: running means)")
@@ -435,7 +445,8 @@ def plot_steps(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     axes = figure.subplots()
     for task, points in curves.items():
         steps = [point["step"] for point in points]
-        (line,) = axes.plot(steps, [point["score"] for point in points], marker="o", label=task)
+        scores = [point["score"] for point in points]
+        (line,) = axes.plot(steps, scores, marker="o", label=as_label(task))
         low, high = ([point[key] for point in points] for key in ("ci_low", "ci_high"))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("step")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards import AUDIT_NAME
-from pipeline.evaluation.tables import markdown_table
+from pipeline.evaluation.tables import as_label, markdown_table
 from pipeline.files import atomic_path, load_arrays, write_json, write_text
 from pipeline.mining.approximate import Recall, read_recalls
 from pipeline.mining.pick import read_picked, sample_examples
@@ -282,7 +282,7 @@ def plot_ratios(ratios: NDArray[np.int64], retrievers: list[str], path: Path) ->
     for number, name in enumerate(retrievers):
         counts = ratios[number].sum(axis=(0, 1))  # over sources and bands
         if counts.any():
-            axes.step(edges, counts / counts.sum(), where="post", label=name)
+            axes.step(edges, counts / counts.sum(), where="post", label=as_label(name))
     axes.axvline(1.0, color="black", linestyle="dashed", linewidth=1)
     axes.set_xlabel("negative's score / lowest positive's")
     axes.set_ylabel("share of negatives")

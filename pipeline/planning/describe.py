@@ -427,7 +427,7 @@ def plot_scale(rows: Sequence[Row], path: Path, *, title: str) -> None:
     axes.plot(gpus, speeds, marker="o", label="projection")
     ideal = [speeds[0] * count / gpus[0] for count in gpus]
     axes.plot(gpus, ideal, linestyle="--", color="grey", label="perfect")
-    axes.set_title(title)
+    axes.set_title(title.replace("$", r"\$"))  # not the beginning of a formula
     axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])

@@ -33,6 +33,7 @@ from pipeline.watch.chains import (
     describe_shards,
     describe_synthesis,
     mining_store,
+    unreadable,
 )
 from pipeline.watch.elements import describe_evaluation
 from pipeline.watch.runs import Metrics, describe_run
@@ -104,7 +105,7 @@ def recognise(path: Path) -> list[Look]:
             (child.name, look)
             for child in sorted(path.iterdir())
             if child.is_dir() and not child.name.startswith(".")
-            for look in _of_folder(child)
+            for look in _of_part(child)
         ][:_MAX_PARTS]
         looks = [functools.partial(describe_several, path, parts)] if parts else []
     if looks:
@@ -117,8 +118,16 @@ def recognise(path: Path) -> list[Look]:
     )
 
 
+def _of_part(path: Path) -> list[Look]:
+    """Return the functions that describe one of several folders; a fault is that folder's own."""
+    try:
+        return _of_folder(path)
+    except (UserError, OSError) as error:
+        return [functools.partial(unreadable, path, error)]
+
+
 def _of_folder(path: Path) -> list[Look]:
-    chains = sorted(path.glob("*chain*.yaml"))
+    chains = [chain for chain in sorted(path.glob("*chain*.yaml")) if _is_chain(chain)]
     if chains:
         return [functools.partial(describe_chain, chain, _metrics_of(chain)) for chain in chains]
     looks: list[Look] = []
@@ -135,6 +144,15 @@ def _of_folder(path: Path) -> list[Look]:
     if scored or any(jobs.glob("evaluate-*.yaml")) or any(path.glob("step-*/evaluate.yaml")):
         looks.append(functools.partial(describe_evaluation, path))
     return looks
+
+
+def _is_chain(path: Path) -> bool:
+    """Return True for the config of a chain, whole or not; supply-chain.yaml may be anything."""
+    if path.name == "chain.yaml":
+        return True
+    with contextlib.suppress(UserError, OSError):
+        return "train" in read_tree(path)
+    return False
 
 
 def _is_run(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import run_folder
 from pipeline.config import ChainConfig, ExportStep, load_config, read_tree
 from pipeline.config.explain import expand_key, output_dir
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain_os_error
 from pipeline.files import read_record
 from pipeline.run_folder import RunDir
 from pipeline.watch.elements import describe_evaluation
@@ -268,14 +268,23 @@ def _parts_by_step(paths: Iterable[Path], store: Path | None = None) -> Counter[
 # --- several ---------------------------------------------------------------------------------
 
 
+def unreadable(root: Path, error: UserError | OSError) -> View:
+    """Describe a folder whose files cannot be read, such as another user's."""
+    fault = Fact("fault", str(explain_os_error(error) or error), "fail")
+    return View(title=f"folder {root}", state="cannot be read", tone="fail", facts=(fault,))
+
+
 def describe_several(root: Path, parts: Sequence[tuple[str, Callable[[], View]]]) -> View:
     """Describe a folder of runs, evaluations and so on in one line each."""
     rows, tones = [], []
     for name, look in parts:
-        view = look()
+        try:
+            view = look()
+        except (UserError, OSError) as error:
+            view = unreadable(root / name, error)
         # A title is a kind and a path, here one below `root`.
         kind = view.title.partition(f" {root}")[0]
-        facts = map(view.fact, ("step", "elements", "rows", "tasks", "time left"))
+        facts = map(view.fact, ("step", "elements", "rows", "tasks", "time left", "fault"))
         rows.append((name, kind, view.state, ", ".join(filter(None, facts))))
         tones.append(view.tone)
     return View(

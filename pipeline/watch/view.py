@@ -218,6 +218,8 @@ def _loss_svg(curve: Sequence[dict[str, float]]) -> str:
 def _plot_svg(plot: Plot) -> str:
     from matplotlib.figure import Figure
 
+    from pipeline.evaluation.tables import as_label
+
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, points in plot.lines.items():
@@ -225,7 +227,7 @@ def _plot_svg(plot: Plot) -> str:
         # A single point draws no line; many marks would hide it.
         mark = "." if len(thinned) < 50 else ""
         xs, ys = [point[0] for point in thinned], [point[1] for point in thinned]
-        axes.plot(xs, ys, marker=mark, linewidth=1.2, label=name or None)
+        axes.plot(xs, ys, marker=mark, linewidth=1.2, label=as_label(name) or None)
     axes.set_xlabel(plot.x)
     axes.set_ylabel(plot.y)
     if any(plot.lines):  # a line without a name needs no legend
