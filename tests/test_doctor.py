@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -343,6 +344,25 @@ def test_slurms_limits_and_its_answer_to_the_sites_flags_are_shown(
     arrays = next(f for f in findings if f.check == "slurm arrays")
     assert "6 elements, MaxArraySize is 4" in arrays.found
     assert any("no such GRES" in finding.found for finding in findings)
+
+
+def test_slurm_is_asked_about_a_flag_with_spaces_as_one_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
+    slurm.put("scontrol", _SETTINGS)
+    slurm.put("sbatch", f"cat >{tmp_path}/asked")
+    site = tmp_path / "cluster.env"
+    shipped = f"source {ROOT}/slurm/cluster.env"
+    site.write_text(f"{shipped}\nSITE_FLAGS=(--comment='two words' --qos=q)\n")
+    monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
+
+    found = levels(list(machine.check_slurm()))
+
+    assert found["cluster.env CPU_FLAGS"] == "ok"
+    lines = (tmp_path / "asked").read_text().splitlines()
+    words = [shlex.split(line) for line in lines if line.startswith("#SBATCH ")]
+    assert words[:2] == [["#SBATCH", "--comment=two words"], ["#SBATCH", "--qos=q"]]
 
 
 def test_programs_of_slurm_without_a_cluster_fail_only_inside_a_job(

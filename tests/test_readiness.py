@@ -73,7 +73,7 @@ def test_a_model_that_lacks_a_file_or_holds_a_pointer_is_named(
         assert found["model.path"].level == "fail"
         return f"{found['model.path'].found} {found['model.path'].fix}"
 
-    for name in ("pointer", "part", "empty"):
+    for name in ("pointer", "part", "empty", "cut", "nothing", "zip", "index"):
         shutil.copytree(shards / "model", tmp_path / name)
         for file in (tmp_path / name).glob("*.safetensors"):
             file.unlink()
@@ -85,6 +85,17 @@ def test_a_model_that_lacks_a_file_or_holds_a_pointer_is_named(
     assert "git lfs pull" in fault("pointer")
     assert "lacks model-2.safetensors" in fault("part")
     assert "lacks model.safetensors" in fault("empty")
+    # A copy or a download that broke off.
+    (weights,) = (shards / "model").glob("*.safetensors")
+    whole = weights.read_bytes()
+    contents = {"cut": whole[:-100], "nothing": b"", "zip": b"PK" + b"x" * 2000}
+    for name, content in contents.items():
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    assert f"has {len(whole) - 100:,} bytes, by its header {len(whole):,}" in fault("cut")
+    assert "not safetensors, or cut off" in fault("nothing")
+    assert "not safetensors, or cut off" in fault("zip")
+    (tmp_path / "index" / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json: damaged" in fault("index")
 
 
 def test_sources_of_a_data_config_are_found_in_files_and_caches(

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -420,7 +421,8 @@ def _flags() -> Iterator[Finding]:
 
 
 def _accepted(site: Site, name: str) -> Iterator[Finding]:
-    words = [" ".join(flag.words) for flag in site.flags_of(name)]
+    # Slurm parses quotes in these lines as a shell does.
+    words = [shlex.join(flag.words) for flag in site.flags_of(name)]
     text = _SCRIPT.format(flags="\n".join(f"#SBATCH {word}" for word in words))
     check = f"cluster.env {name}"
     try:

@@ -35,12 +35,14 @@ from pipeline.config import (
 from pipeline.config.explain import KINDS, kind_of, output_dir
 from pipeline.doctor import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, blame
 from pipeline.run_folder import RunDir
 
 # The first bytes of the text file that a clone without Git LFS has in place of weights.
 _POINTER = b"version https://git-lfs"
 _INDEX = "model.safetensors.index.json"
+# The entry of a header that is no tensor.
+_TEXTS = "__metadata__"
 # Folders that earlier stages of a chain will make.
 Made = frozenset[Path]
 
@@ -235,19 +237,39 @@ def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int
     names = ["model.safetensors"]
     # An index names every file; without one, a folder's only file may have any name.
     if index := local_file(path, _INDEX, revision):
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        with blame(f"{key}: {index}: damaged", fix=model_fix(path)):
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif own := sorted(Path(path).glob("*.safetensors")):
         names = [file.name for file in own]
-    total = 0
-    for name in names:
-        file = local_file(path, name, revision)
-        if file is None:
-            raise UserError(f"{key}: {path} lacks {name}", fix=model_fix(path))
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"{key}: {file} is a Git LFS pointer", fix=model_fix(path))
-        total += file.stat().st_size
-    return total
+    files = {name: local_file(path, name, revision) for name in names}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise UserError(f"{key}: {path} lacks {', '.join(missing)}", fix=model_fix(path))
+    return sum(_whole_size(file, path, key) for file in files.values() if file)
+
+
+def _whole_size(file: Path, path: str, key: str) -> int:
+    """Return the size of a file of weights, which must be what its header says.
+
+    Raises:
+        UserError: it is a pointer of Git LFS, or was cut off while it was copied.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{key}: {file} is a Git LFS pointer", fix=model_fix(path))
+        opened.seek(0)
+        with blame(f"{key}: {file}: not safetensors, or cut off", fix=model_fix(path)):
+            # The length of the header in 8 bytes, the header, then the tensors.
+            length = int.from_bytes(opened.read(8), "little")
+            if length > size:
+                raise ValueError(f"{size:,} bytes, a header of {length:,}")
+            header = json.loads(opened.read(length))
+            ends = [found["data_offsets"][1] for name, found in header.items() if name != _TEXTS]
+    wanted = 8 + length + max(ends, default=0)
+    if size != wanted:
+        found = f"{key}: {file} has {size:,} bytes, by its header {wanted:,}"
+        raise UserError(found, fix=model_fix(path))
+    return size
 
 
 def _tokenizer(path: str) -> Iterator[Finding]:
