@@ -233,11 +233,13 @@ def _run_checks(nodes: list[str], run_folder: Path) -> dict[str, Health]:
     words += [str(run_folder), scratch, gpus]
     late = False
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_HEALTH_SECONDS)
-        output, complaint = done.stdout, done.stderr
+        # As bytes: lines of a site's login scripts may be in any encoding, or cut in a character.
+        done = subprocess.run(words, capture_output=True, timeout=_HEALTH_SECONDS)
+        printed, complaint = done.stdout, done.stderr.decode(errors="replace")
     except subprocess.TimeoutExpired as error:
-        # Nodes that have answered by now are kept; the others hang. Bytes, in spite of `text`.
-        late, output, complaint = True, (error.stdout or b"").decode(), ""
+        # Nodes that have answered by now are kept; the others hang.
+        late, printed, complaint = True, error.stdout or b"", ""
+    output = printed.decode(errors="replace")
     # Other lines come from the site's login scripts.
     found = dict(re.findall(rf"^{MARK} (\S+): (.*)$", output, re.MULTILINE))
     if not found and not late:

@@ -74,7 +74,9 @@ def _gpu_faults(wanted: int) -> list[str]:
         return []
     words = [command, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_GPU_SECONDS)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=_GPU_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return [f"nvidia-smi did not answer within {_GPU_SECONDS} s"]
     lines = [line.split(", ") for line in done.stdout.splitlines() if line]

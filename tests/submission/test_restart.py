@@ -245,6 +245,18 @@ def test_a_job_does_not_wait_for_nodes_that_its_partition_does_not_have(
     assert slurm.orders == []
 
 
+def test_a_check_is_read_between_lines_of_any_encoding(
+    slurm: FakeSlurm, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greeting = r"printf 'caf\351 of node1\n' | tee /dev/stderr"
+    slurm.put("srun", greeting + r"; printf 'health: node%s: {}\n' 1 2")
+
+    begin(config, "7")
+
+    assert "start 1 of job 7" in capsys.readouterr().out
+    assert slurm.orders == []
+
+
 def test_a_check_that_cannot_start_counts_like_a_crash(
     slurm: FakeSlurm, config: TrainConfig
 ) -> None:
