@@ -56,6 +56,7 @@ _START_PROCESSES = {
     "test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure",
     "test_a_site_file_that_lacks_something_is_refused_by_name",
     "test_arguments_and_variables_reach_the_script_whatever_they_hold",
+    "test_modules_and_conda_may_read_variables_that_are_not_set",
     "test_the_site_file_is_read_as_bash_reads_it",
     "test_a_rendezvous_that_is_missing_or_wrong_is_named",
     "test_faults_of_a_config_come_before_heavy_packages",

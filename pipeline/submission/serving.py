@@ -41,7 +41,9 @@ _PORTS = range(20_000, 30_000)
 _SERVER = """\
 set -euo pipefail
 source "${DIFFEMBED_CLUSTER_ENV:-slurm/cluster.env}"
+set +u
 activate
+set -u
 export SERVER_RANK=$SLURM_PROCID
 start_server "$@"
 """
