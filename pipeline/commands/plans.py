@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -319,11 +319,11 @@ def plan_calibrate(
 
 @plan.command("loss")
 def plan_loss(
-    queries: Annotated[int, typer.Option(help="of the global batch")],
-    documents: Annotated[int, typer.Option(help="of the global batch, with hard negatives")],
-    width: Annotated[int, typer.Option(help="of the embeddings")] = 3584,
+    queries: Annotated[int, typer.Option(min=1, help="of the global batch")],
+    documents: Annotated[int, typer.Option(min=1, help="of the global batch, with hard negatives")],
+    width: Annotated[int, typer.Option(min=1, help="of the embeddings")] = 3584,
     world_size: Annotated[
-        list[int] | None, typer.Option(help="number of ranks; may be repeated")
+        list[int] | None, typer.Option(min=1, help="number of ranks; may be repeated")
     ] = None,
 ) -> None:
     """Print the cost of the loss on each rank, for batches of any size."""
@@ -351,7 +351,8 @@ def submit(
     checkpoint: Annotated[str, typer.Option(help="export: as for `diffembed export`")] = "latest",
     output: Annotated[Path | None, typer.Option(help="export: as for `diffembed export`")] = None,
     texts: Annotated[
-        int | None, typer.Option(help="evaluate: array elements that share the texts of all tasks")
+        int | None,
+        typer.Option(min=1, help="evaluate: array elements that share the texts of all tasks"),
     ] = None,
     sbatch: Annotated[str, typer.Option(help="flags of sbatch for this job only")] = "",
     after: Annotated[list[str] | None, typer.Option(help="id of a job to wait for")] = None,
@@ -372,6 +373,13 @@ def submit(
 
     if gpu is not None and not dry_run:
         raise UserError(f"--gpu {gpu}", fix="add --dry-run, or name the GPU in slurm/cluster.env")
+    given = {
+        "deepspeed": deepspeed != DEFAULT_DEEPSPEED,
+        "checkpoint": checkpoint != "latest",
+        "output": output is not None,
+        "texts": texts is not None,
+    }
+    _refuse_options_of_other_jobs(what, [option for option in given if given[option]])
     submit_command(
         what,
         config,
@@ -391,10 +399,28 @@ def submit(
     elif what == "mine":
         lines = _plan_of_mining(load(MineConfig, config, overrides))
     elif what == "evaluate":
-        lines = _plan_of_evaluation(load(EvaluateConfig, config, overrides), sbatch, gpu)
+        lines = _plan_of_evaluation(load(EvaluateConfig, config, overrides), texts, sbatch, gpu)
     # Comments of bash, below scripts that may be saved and run.
     for line in lines:
         print(f"# plan: {line}".rstrip())
+
+
+# Options that one kind of job takes, and the key by which a chain's config sets the same.
+_OPTION_OF = {
+    "deepspeed": ("train", "deepspeed"),
+    "checkpoint": ("export", "exports"),
+    "output": ("export", "exports"),
+    "texts": ("evaluate", "text_elements"),
+}
+
+
+def _refuse_options_of_other_jobs(what: str, given: Sequence[str]) -> None:
+    for option in given:
+        job, key = _OPTION_OF[option]
+        if what == "all":
+            raise UserError(f"--{option} with all", fix=f"set {key} in the chain's config")
+        if what != job:
+            raise UserError(f"--{option} with {what}", allowed=f"with {job}", fix="remove it")
 
 
 def _plan_of_mining(tree: MineConfig) -> list[str]:
@@ -446,9 +472,12 @@ def _plan_of_submission(
     return [f"{request.nodes} x {request.per_node} {name}", *describe(plan, tree).splitlines()]
 
 
-def _plan_of_evaluation(tree: EvaluateConfig, sbatch: str, gpu: str | None) -> list[str]:
+def _plan_of_evaluation(
+    tree: EvaluateConfig, texts: int | None, sbatch: str, gpu: str | None
+) -> list[str]:
     """Return the GPU time of an evaluation's array, on the GPU that Slurm's flags ask for."""
     from pipeline.planning.arrays import describe_array, plan_evaluation
+    from pipeline.submission.jobs import read_site
 
     request, name = _requested("EVALUATE_FLAGS", sbatch, gpu)
     if name is None or not request.per_node:
@@ -456,7 +485,9 @@ def _plan_of_evaluation(tree: EvaluateConfig, sbatch: str, gpu: str | None) -> l
     try:
         machine = _choose_machine(name, None, 1)
         array = plan_evaluation(tree, machine)
-        return describe_array(array, machine, gpus=len(array.work)).splitlines()
+        elements = texts or len(array.work)
+        at_a_time = min(elements, read_site().array_limit or elements)
+        return describe_array(array, machine, gpus=at_a_time).splitlines()
     except UserError as error:  # the scripts above are right even so
         return [f"{name}: {error}"]
 

@@ -303,7 +303,7 @@ def export_chain(
         config: of the training run.
         overrides: changes to it.
         steps: checkpoint and folder of each export.
-        ready: training is finished; if not, existing exports will be stale.
+        ready: no earlier job trains; otherwise, existing exports will be stale.
     """
     tree = load_config(TrainConfig, config, overrides)
     path, files = frozen_config(RunDir(tree.output_dir).jobs, "train", tree)

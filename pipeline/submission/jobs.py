@@ -13,6 +13,7 @@ part overrides the parts above it:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -25,10 +26,11 @@ from pipeline.files import short_hash
 
 # The file that a site edits, if it is not slurm/cluster.env.
 SITE_VARIABLE = "DIFFEMBED_CLUSTER_ENV"
-# Flags on which a submission depends, by their short names.
+# Flags that are read here, by their short names.
 _SHORT = {
     **{"-J": "--job-name", "-o": "--output", "-e": "--error", "-d": "--dependency"},
     **{"-a": "--array", "-D": "--chdir", "-W": "--wait", "-M": "--clusters"},
+    **{"-N": "--nodes", "-G": "--gpus"},
 }
 _LONG = (*_SHORT.values(), "--wrap", "--test-only")
 # sbatch accepts unique prefixes of long names.
@@ -120,14 +122,14 @@ class RequestedGpus:
 
 def requested_gpus(flags: Sequence[Flag]) -> RequestedGpus:
     """Read `--nodes` and the flags for GPUs: `--gpus-per-node`, `--gres`, `--gpus`."""
-    nodes = _first_number(last_value(flags, "--nodes", "") or last_value(flags, "-N", "")) or 1
+    nodes = _first_number(last_value(flags, "--nodes", "")) or 1
     per_node = last_value(flags, "--gpus-per-node", "")
     # Without the sockets that Slurm may add: gpu:8(S:0-1)
     for resource in re.sub(r"\(.*?\)", "", last_value(flags, "--gres", "")).split(","):
         if not per_node and re.match(r"gpu(:|$)", resource):
             per_node = resource.removeprefix("gpu").removeprefix(":") or "1"
     # `--gpus` counts GPUs of the whole job, the other flags GPUs of a node.
-    total = last_value(flags, "--gpus", "") or last_value(flags, "-G", "")
+    total = last_value(flags, "--gpus", "")
     # [KIND:]NUMBER, and for --gres also KIND alone
     kind, _, number = (per_node or total).rpartition(":")
     if number and not number[0].isdigit():
@@ -145,11 +147,12 @@ def _first_number(text: str) -> int:
 
 
 def expand_log(pattern: str, *, job: str, name: str) -> str:
-    """Expand the path of a log in Slurm's notation to a pattern for a shell."""
+    """Expand the path of a log in Slurm's notation to a word for a shell, with * where unknown."""
     values = {"%": "%", "x": name, "j": job, "J": job, "A": job}
     # Digits are a width, as in %4a. Other letters, such as the element's or the node's, are not
-    # known yet.
-    return re.sub(r"%\d*([a-zA-Z%])", lambda found: values.get(found[1], "*"), pattern)
+    # known yet. Paths hold no zero byte.
+    expanded = re.sub(r"%\d*([a-zA-Z%])", lambda found: values.get(found[1], "\0"), pattern)
+    return "*".join(shlex.quote(part) if part else "" for part in expanded.split("\0"))
 
 
 def _parse_word(word: str) -> Flag:
@@ -209,7 +212,8 @@ class Job:
         """The path of the job's output, in Slurm's notation."""
         # A % in the folder's name must not be expanded by Slurm.
         folder = Path(str(self.folder).replace("%", "%%"))
-        return folder / ("%x-%A_%a.out" if self.array else "%x-%j.out")
+        # Not %x: `watch` must find the log whatever a flag calls the job.
+        return folder / f"{self.slurm_name}-{'%A_%a' if self.array else '%j'}.out"
 
     @property
     def slurm_name(self) -> str:
@@ -302,7 +306,7 @@ FLAG_ARRAYS = (
     *("EVALUATE_FLAGS", "CPU_FLAGS"),
 )
 _SITE_SECONDS = 60
-# Each value ends with a zero byte, each array with an empty value.
+# Each value ends with a zero byte; before the values of an array stands their number.
 _SCRIPT = """\
 set -eu
 source "$1" >/dev/null
@@ -311,8 +315,7 @@ shift
 for name; do
   declare -p "$name" >/dev/null
   declare -n flags=$name
-  for flag in "${flags[@]}"; do printf '%s\\0' "$flag"; done
-  printf '\\0'
+  printf '%s\\0' "${#flags[@]}" "${flags[@]}"
 done
 """
 
@@ -350,10 +353,12 @@ def read_site() -> Site:
             "DIFFEMBED_CLUSTER_ENV to the file",
         )
     # Zero bytes end the values, because flags may contain any other character; the last ends none.
-    limit, *values = _run_site_file(path).split("\0")[:-1]
+    limit, *values = _run_site_file(path).split("\0")[:-1] or [""]
     if limit and not limit.isdecimal():
         raise UserError(f"{path}: ARRAY_LIMIT={limit}", allowed="a number, or empty")
-    flags = {name: parse_flags(words, f"{path}: {name}") for name, words in _group(values).items()}
+    flags = {
+        name: parse_flags(words, f"{path}: {name}") for name, words in _group(path, values).items()
+    }
     return Site(path=path, flags=flags, array_limit=int(limit) if limit else None)
 
 
@@ -394,13 +399,27 @@ def _run_site_file(path: Path) -> str:
     return done.stdout
 
 
-def _group(values: list[str]) -> dict[str, tuple[str, ...]]:
-    """Return the arrays by name; an empty value ends each."""
-    found: list[list[str]] = [[]]
-    for value in values:
-        if value:
-            found[-1].append(value)
-        else:
-            found.append([])
-    # Not strict: the list that the last empty value has begun stays empty.
-    return {name: tuple(flags) for name, flags in zip(FLAG_ARRAYS, found, strict=False)}
+def _group(path: Path, values: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the arrays by name.
+
+    Raises:
+        UserError: an array is missing, or holds an empty text, which is not a flag.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    left = iter(values)
+    # Fewer than expected, without an error: the file itself has ended bash.
+    for name, count in zip(FLAG_ARRAYS, left, strict=False):
+        found[name] = tuple(itertools.islice(left, int(count)))
+        if "" in found[name]:
+            raise UserError(
+                f"{path}: {name}: an empty text",
+                allowed="flags of sbatch, such as (--nodes=4 --exclusive)",
+                fix=f"write {name}=() for no flags; put no quotes around a variable that may be "
+                f"empty",
+            )
+    if len(found) < len(FLAG_ARRAYS):
+        raise UserError(
+            f"{path}: bash ends before the end of the file",
+            fix="remove `exit` from it; `return` leaves only the file",
+        )
+    return found

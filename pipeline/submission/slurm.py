@@ -93,6 +93,8 @@ _OF_A_NODE = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR",
 _OF_A_SUBMISSION = (
     *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_WAIT"),
 )
+# A user's own settings of the other commands: they hide jobs, change formats, ask before they act.
+_OF_A_USER = re.compile(r"(SQUEUE|SCANCEL|SCONTROL)_.*|SLURM_TIME_FORMAT")
 _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT"),
@@ -154,6 +156,12 @@ def submission_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in without_rank(own).items() if key not in _OF_A_NODE}
 
 
+def query_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for commands whose output is read here."""
+    own = submission_environment(environ)
+    return {key: value for key, value in own.items() if not _OF_A_USER.fullmatch(key)}
+
+
 def submit_text(path: Path, *flags: str, patience: float = AT_SUBMISSION) -> str:
     """Submit a batch script once, with flags that override its own; return the job's id.
 
@@ -210,13 +218,42 @@ def _find_new(path: Path, known: Collection[str]) -> str:
     return ""
 
 
-def check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str, *, by_submission: bool = False) -> None:
     """Check that Slurm could run a batch script at some time.
+
+    Args:
+        name: of the job, for messages.
+        text: of the script.
+        by_submission: in doubt, submit it for a day far away, and cancel it.
 
     Raises:
         UserError: it could not, or does not answer.
     """
-    _accept(retry_unanswered(lambda: run("sbatch", "--test-only", stdin=text), AT_SUBMISSION), name)
+    done = retry_unanswered(lambda: run("sbatch", "--test-only", stdin=text), AT_SUBMISSION)
+    # A test fails like this where no node could ever run the job, and also where the nodes that
+    # could are down or drained now. Submitted, the second job waits for them.
+    in_doubt = done.returncode and "node configuration is not" in complaint(done)
+    if not (by_submission and in_doubt and _may_wait_for_nodes(text)):
+        _accept(done, name)
+
+
+# Reasons for which a job waits forever.
+_IMPOSSIBLE = re.compile(r"Partition(Config|NodeLimit|TimeLimit)|BadConstraints")
+
+
+def _may_wait_for_nodes(text: str) -> bool:
+    """Submit a job that cannot start soon, and cancel it; return True if Slurm lets it wait."""
+    # By name, because the answer may be lost or hold no id.
+    name = f"diffembed-check-{os.getpid()}"
+    flags = ("--begin=now+30days", f"--job-name={name}", "--mail-type=NONE")
+    # Of a held job, Slurm does not say whether it could run.
+    text = re.sub("^#SBATCH (--hold|-H)$", "", text, flags=re.MULTILINE)
+    try:
+        done = retry_unanswered(lambda: run("sbatch", *flags, stdin=text), AT_SUBMISSION)
+        shown = check_output("squeue", "--me", f"--name={name}", "--noheader", "--format=%r")
+    finally:
+        check_output("scancel", f"--user={os.getuid()}", f"--name={name}")
+    return not done.returncode and not _IMPOSSIBLE.search(shown)
 
 
 def list_jobs(ids: Iterable[str] = (), *, patience: float = AT_SUBMISSION) -> list[QueuedJob]:
@@ -326,11 +363,13 @@ def run(command: str, *words: str, stdin: str = "") -> subprocess.CompletedProce
             fix="submit on a node that has Slurm; --dry-run works anywhere",
             docs="trouble.md#no-slurm",
         )
+    # sbatch hands its environment to the job.
+    environment = submission_environment if command == "sbatch" else query_environment
     try:
         done = subprocess.run(
             [command, *words],
             input=stdin,
-            env=submission_environment(os.environ),
+            env=environment(os.environ),
             capture_output=True,
             text=True,
             errors="replace",
@@ -369,10 +408,14 @@ def _joined(text: str) -> str:
 
 def _accept(done: subprocess.CompletedProcess[str], name: str) -> None:
     if done.returncode:
+        reason = complaint(done)
+        fix = "correct the flags in slurm/cluster.env, or --sbatch; if they were accepted before, "
+        fix += "ask the site's support"
+        # Limits of a QOS, an account or the whole cluster, which no flag changes.
+        if re.search(r"MaxSubmitJob|MaxJobs?Count|[Tt]emporarily un", reason):
+            fix = "submit again when some of your jobs have ended; jobs that wait or run are kept"
         raise UserError(
-            f"{name}: sbatch: {complaint(done) or f'no message, exit code {done.returncode}'}",
-            fix="correct the flags in slurm/cluster.env, or --sbatch; if they were accepted "
-            "before, ask the site's support",
+            f"{name}: sbatch: {reason or f'no message, exit code {done.returncode}'}", fix=fix
         )
 
 

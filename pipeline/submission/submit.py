@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from pipeline.submission.slurm import (
 
 # Jobs whose folder `diffembed watch` describes, one of each folder.
 _WATCHED = ("synthesize", "train", "evaluate", "evaluate-embed")
+_DEPENDENCY = re.compile(r"#SBATCH '?(-d|--dependency|--kill-on-invalid-dep)")
 # In a path, Slurm takes the first as a request to expand nothing; the others end the line.
 _NOT_IN_PATHS = ("\\", "\n", "\r")
 
@@ -197,9 +199,23 @@ def _submit_new(
         else:
             ids[job.name] = changes.kept[job.name].id
             state = f"{changes.kept[job.name].description} already"
+            if _has_other_flags(job, _text(job, site, submission, ())):
+                state += f", with other flags (to change them, scancel {ids[job.name]} and repeat)"
         waits = ", ".join(f"{name} {ids[name]}" for name in job.after)
         print(f"{job.name} {ids[job.name]} {state}" + (f", after {waits}" if waits else ""))
     return ids
+
+
+def _has_other_flags(job: Job, text: str) -> bool:
+    """Return True if a job that waits or runs was submitted with other flags than this text's."""
+
+    def flags(script: str) -> list[str]:
+        lines = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
+        # The jobs that it waits for are compared by id.
+        return [line for line in lines if not _DEPENDENCY.match(line)]
+
+    # A copied folder need not have it.
+    return job.text_path.exists() and flags(job.text_path.read_text()) != flags(text)
 
 
 def _require_acceptable(
@@ -234,7 +250,7 @@ def _require_acceptable(
                 fix=f"wait, scancel {others[0].id}, or choose another output_dir",
             )
         # Without the jobs that it waits for, which have no ids yet.
-        slurm.check_text(job.name, _text(job, site, submission, ()))
+        slurm.check_text(job.name, _text(job, site, submission, ()), by_submission=True)
 
 
 def _waits_for(job: Job, ids: dict[str, str], submission: Submission) -> tuple[str, ...]:
@@ -283,7 +299,8 @@ def _print_how_to_watch(
         print(f"log:   tail -F {expand_log(log, job=ids[job.name], name=name)}")
     if any(job.name == "train" for job in jobs):
         run = next(job.folder.parent for job in jobs if job.name == "train")
-        print(f"stop:  diffembed stop {run} (saves a checkpoint; submit again to continue)")
+        stop = f"diffembed stop {shlex.quote(str(run))}"
+        print(f"stop:  {stop} (saves a checkpoint; submit again to continue)")
     print(f"end:   scancel {' '.join(ids.values())}")
 
 
@@ -335,14 +352,14 @@ def submit_command(
     if what == "synthesize":
         jobs = chain.synthesize_chain(config, overrides)
     elif what == "prepare":
-        jobs = chain.prepare_chain(config, overrides)
+        # An earlier job may write the rows; below, the shards, the checkpoints or the exports.
+        jobs = chain.prepare_chain(config, overrides, rows_follow=bool(after))
     elif what == "mine":
         jobs = chain.mine_chain(config, overrides, shards_follow=bool(after))
     elif what == "train":
-        # An earlier job may make the shards, or below the exports.
         jobs = chain.train_chain(config, overrides, deepspeed, shards_follow=bool(after))
     elif what == "export":
-        jobs = chain.export_chain(config, overrides, (exports,))
+        jobs = chain.export_chain(config, overrides, (exports,), ready=not after)
     elif what == "evaluate":
         jobs = chain.evaluate_chain(config, overrides, text_elements=text_elements, ready=not after)
     elif what == "report":

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from pipeline import train
 from pipeline.cli import app
+from pipeline.commands import plans
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import UserError
+from pipeline.planning.speed import DEFAULT_NETWORK
 from tests.support import output_of_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,11 @@ def test_a_dry_run_plans_for_a_named_gpu_and_says_otherwise_what_it_assumed(
     # Where nothing fits, the memory in the error is named too.
     with pytest.raises(UserError, match=r"GiB per rank, 0\.9 of 0\.001 GiB"):
         train.run([str(recipe), *ZERO, "--dry-run", "--gpu", "0.001"])
+
+
+def test_the_default_bandwidth_is_that_of_the_plans_formulas() -> None:
+    """It is written twice, because the formulas' import would slow down `--help`."""
+    assert plans._NETWORK == DEFAULT_NETWORK
 
 
 def test_a_plan_needs_no_torch(recipe: Path) -> None:
@@ -90,6 +97,10 @@ def test_a_dry_submission_plans_for_the_gpus_that_slurm_is_asked_for(
     lines = dry(*array, "--gpu", "l40s")
     assert lines[0] == "# plan: 1 model x 2 tasks and lengths = 2 elements"
     assert any("on 2 GPUs at a time" in line and "BrightAopsRetrieval" in line for line in lines)
+    # As many as the array has elements, and Slurm may run at a time.
+    assert any("on 64 GPUs at a time" in line for line in dry(*array, "--gpu=l40s", "--texts=64"))
+    site.write_text(f"{site.read_text()}ARRAY_LIMIT=1\n")
+    assert any("on 1 GPU at a time" in line for line in dry(*array, "--gpu", "l40s"))
     assert "24: --gpu 24: its speed is not known" in dry(*array, "--gpu", "24")[0]
     later = f"data.path={tmp_path / 'later'}"
     assert "not prepared yet" in dry(*one, later, "--after", "77")[0]

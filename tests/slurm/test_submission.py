@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,37 @@ def test_what_waits_or_runs_is_not_submitted_again(
     assert other["evaluate"] != first["evaluate"]
 
 
+def test_a_job_that_waits_with_other_flags_says_so(
+    submit: Submit, evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = submit("evaluate", evaluation)
+    capsys.readouterr()
+    assert submit("evaluate", evaluation) == first
+    assert "other flags" not in capsys.readouterr().out
+
+    assert submit("evaluate", evaluation, "--sbatch", "--time=9") == first
+
+    found = re.findall(r"^(\w+) \d+ .* already, with other flags", capsys.readouterr().out, re.M)
+    assert found == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("SQUEUE_PARTITION=urgent", "SQUEUE_NAMES=other", "SQUEUE_FORMAT2=jobid,state"),
+        *("SQUEUE_STATES=RUNNING", "SQUEUE_FORMAT=%i", "SLURM_TIME_FORMAT=relative"),
+    ],
+)
+def test_a_users_own_settings_of_squeue_hide_no_job(
+    setting: str, submit: Submit, evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*setting.split("="))
+
+    first = submit("evaluate", evaluation)
+
+    assert submit("evaluate", evaluation) == first
+
+
 def test_two_people_who_submit_at_once_submit_once(
     cluster: Cluster, evaluation: Path, checkout: Path, held: None
 ) -> None:
@@ -190,6 +222,23 @@ def test_a_chain_that_slurm_refuses_leaves_nothing_in_the_queue(
         submit("evaluate", evaluation, *words)
 
     assert names_in_queue(cluster) == []
+
+
+def test_nodes_that_are_drained_now_refuse_no_job_that_may_wait_for_them(
+    submit: Submit, cluster: Cluster, evaluation: Path
+) -> None:
+    cluster.command("scontrol", "update", "NodeName=node1,node2", "State=DRAIN", "Reason=upgrade")
+    try:
+        ids = submit("evaluate", evaluation)
+        # A job that no nodes could ever run is still refused.
+        for impossible in ("--gpus-per-node=99", "--nodes=3"):
+            with pytest.raises(UserError, match="Requested node configuration is not available"):
+                submit("evaluate", evaluation, "max_length=7", "--sbatch", impossible)
+    finally:
+        cluster.command("scontrol", "update", "NodeName=node1,node2", "State=RESUME")
+
+    assert names_in_queue(cluster) == ["diffembed-evaluate", "diffembed-report"]
+    assert set(cluster.states(ids["evaluate"]).values()) == {"PENDING"}
 
 
 def test_a_job_that_waits_does_not_see_later_edits_of_its_config(
@@ -398,6 +447,25 @@ def test_a_refusal_shows_every_line_of_the_sites_reason(
         submit("evaluate", evaluation)
 
 
+def test_a_limit_of_submitted_jobs_stops_a_chain_that_continues_when_submitted_again(
+    submit: Submit,
+    cluster: Cluster,
+    evaluation: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "error: QOSMaxSubmitJobPerUserLimit\\nsbatch: error: Batch job submission failed: Job "
+    limit = f"printf 'sbatch: {words}violates accounting/QOS policy\\n' >&2; exit 1"
+    put_sbatch(tmp_path, f'[[ -z $(squeue -h) ]] || {{ {limit}; }}; real "$@"', monkeypatch)
+
+    with pytest.raises(UserError, match=r"^report-.*MaxSubmitJob.*fix: submit again when some of"):
+        submit("evaluate", evaluation)
+    (tmp_path / "site/sbatch").unlink()
+    submit("evaluate", evaluation)
+
+    assert names_in_queue(cluster) == ["diffembed-evaluate", "diffembed-report"]
+
+
 def test_a_number_in_jobs_json_that_is_another_job_is_not_ours(
     submit: Submit, cluster: Cluster, tmp_path: Path, prepared: tuple[str, str]
 ) -> None:
@@ -460,7 +528,9 @@ def test_the_log_that_is_named_is_the_one_that_slurm_writes(
         job = submit(*words)["report"]
         assert cluster.wait(job)
         (logs[flags],) = re.findall(r"^log:   tail -F (.*)$", capsys.readouterr().out, re.MULTILINE)
-    written = [Path(log).name for log in logs.values() if log and Path(log).is_file()]
+    # Quoted, so that a shell takes the path for one word.
+    paths = [Path(*shlex.split(log)) for log in logs.values() if log]
+    written = [path.name for path in paths if path.is_file()]
     assert [re.sub(r"\d+", "N", name) for name in written] == [
-        *("diffembed-report-N.out", "my job-N.out", "own.N")
+        *("diffembed-report-N.out", "diffembed-report-N.out", "own.N")
     ]

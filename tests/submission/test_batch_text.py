@@ -23,6 +23,7 @@ from pipeline.submission.jobs import (
     split_flags,
 )
 from pipeline.submission.slurm import submission_environment
+from tests.fake_slurm import put_command
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = "#!/usr/bin/env bash\n# Says.\n#SBATCH --time=1\nset -e\nprintf '%s|' \"$@\" $SITE\n"
@@ -154,13 +155,26 @@ def test_a_site_file_that_lacks_something_is_refused_by_name(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        # Not flags of another kind of job.
+        ('SITE_FLAGS=""\n', "SITE_FLAGS: an empty text .*SITE_FLAGS=()"),
+        ('TRAIN_FLAGS=(--nodes=2 "${NOPE:-}" --time=1)\n', "TRAIN_FLAGS: an empty text"),
+        ("exit 0\n", "bash ends before the end of the file .*remove `exit`"),
         ("SITE_FLAGS=()\r\n", r"Windows line ends .*sed -i 's/\\r\$//'"),
         ("[[ -n ${NOPE:-} ]] && X=1\n", ".* exit code 1 and no message .*bash -eux .*site.env"),
         ("echo hello >&2\nfalse\n", "hello .*bash -eux"),
         ("read -r answer\n", ".* exit code 1 and no message"),
         ("sleep 9\n", "bash has not read it within 1 s .* fix: remove commands that wait"),
     ],
-    ids=["CR LF", "a test that fails", "a command that fails", "a question", "waiting"],
+    ids=[
+        "empty",
+        "empty among others",
+        "exit",
+        "CR LF",
+        "a test that fails",
+        "a command that fails",
+        "a question",
+        "waiting",
+    ],
 )
 def test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure(
     content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,23 +189,49 @@ def test_a_site_file_that_bash_cannot_finish_is_refused_with_its_cure(
         read_site()
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda path: path.stem)
+def test_modules_and_conda_may_read_variables_that_are_not_set(
+    script: Path, tmp_path: Path
+) -> None:
+    for name in ("python", "diffembed", "mpirun", "srun"):
+        put_command(tmp_path / "bin" / name, f"echo {name} >>{tmp_path}/ran")
+    site = tmp_path / "cluster.env"
+    activate = "activate() { export SAVED_LAYER=$NOT_SET; }"
+    site.write_text(f"source {ROOT}/slurm/cluster.env\n{activate}\n")
+    job = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CPUS_ON_NODE", "SLURM_JOB_NUM_NODES")
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "DIFFEMBED_CLUSTER_ENV": str(site)}
+    environment |= dict.fromkeys((*job, "SLURM_JOB_NODELIST"), "1")
+
+    done = subprocess.run(
+        ["bash", str(script), "run", "config.yaml"], env=environment, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").is_file()
+
+
 def test_a_percent_sign_in_a_folder_is_not_slurms_to_expand() -> None:
     own = job(folder=Path("lr1%j/50%"), name="train")
 
-    assert "--output=lr1%%j/50%%/%x-%j.out" in flags(batch_text(own, BODY, site_flags=[]))
-    assert expand_log(str(own.log), job="7", name="x") == "lr1%j/50%/x-7.out"
+    assert "--output=lr1%%j/50%%/diffembed-train-%j.out" in flags(
+        batch_text(own, BODY, site_flags=[])
+    )
+    assert expand_log(str(own.log), job="7", name="x") == "lr1%j/50%/diffembed-train-7.out"
 
 
 @pytest.mark.parametrize(
     ("text", "log"),
     [
         ("", "out/diffembed-say-7.out"),
-        ("--job-name='my job'", "out/my job-7.out"),
-        ("--job-name 'my job'", "out/my job-7.out"),
-        ("-J own", "out/own-7.out"),
-        ("-Jown --exclusive", "out/own-7.out"),
-        ("--job=own", "out/own-7.out"),
+        # By this name `watch` finds it, whatever the job is called.
+        ("--job-name='my job'", "out/diffembed-say-7.out"),
+        ("-o %x-%j.out --job-name='my job'", "'my job-7.out'"),
+        ("-o %x-%j.out --job-name 'my job'", "'my job-7.out'"),
+        ("-o %x-%j.out -J own", "own-7.out"),
+        ("-o %x-%j.out -Jown --exclusive", "own-7.out"),
+        ("-o %x-%j.out --job=own", "own-7.out"),
         ("-J own -o /logs/%x.%j.%A_%4a", "/logs/own.7.7_*"),
+        ("-o '/my logs/%N $1/%j'", "'/my logs/'*' $1/7'"),
         ("--output=first --output=/logs/%N", "/logs/*"),
     ],
 )
@@ -241,6 +281,9 @@ def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
         ("--nodes=4 --gpus-per-node=h100:8", 4, 8, "h100"),
         ("-N 2 --gres=gpu:nvidia_a100-sxm4-80gb:4", 2, 4, "nvidia_a100-sxm4-80gb"),
         ("-N2 -G 16", 2, 8, ""),
+        # The last one counts, whichever form it has.
+        ("--nodes=1 -N 4 --gpus=2 -G 16", 4, 4, ""),
+        ("-N 4 --nodes=1 --gpus-per-node=8", 1, 8, ""),
         ("--nodes 2-4 --gpus l40s:6", 2, 3, "l40s"),
         ("--gres=shard:2,gpu:2(S:0-1)", 1, 2, ""),
         ("--gres=gpu:h200", 1, 1, "h200"),

@@ -131,6 +131,23 @@ def test_what_is_finished_is_left_out_and_the_rest_does_not_wait_for_it(chain: P
     }
 
 
+def test_a_job_that_another_one_may_outdate_is_submitted_behind_it(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    train_to(NUM_STEPS)
+    export("run/export")
+    shards = prepare_tiny(tmp_path)
+    data = tmp_path / "data.yaml"
+    data.write_text(dump_config(shards))
+    for what, config in (("export", RECIPE / "train.yaml"), ("prepare", data)):
+        submit(what, config, dry_run=True)
+        assert "#SBATCH" not in capsys.readouterr().out
+        # A training writes other checkpoints, a synthesis other rows.
+        submit(what, config, after=["7"], dry_run=True)
+        assert "#SBATCH --dependency=afterok:7" in capsys.readouterr().out
+
+
 def test_only_elements_without_scores_of_these_exports_are_left(chain: Path) -> None:
     train_to(NUM_STEPS)
     export("export-untrained", "run/export")
@@ -143,6 +160,23 @@ def test_only_elements_without_scores_of_these_exports_are_left(chain: Path) -> 
 
     assert evaluate.array == (0, 1, 3, 7, 8, 9)
     assert report.after == ("evaluate",)
+
+
+@pytest.mark.parametrize(
+    ("what", "option", "message"),
+    [
+        ("all", {"texts": 8}, "--texts with all .*set text_elements in the chain's config"),
+        ("all", {"deepspeed": Path("other.json")}, "--deepspeed with all .*set deepspeed"),
+        ("all", {"checkpoint": "init"}, "--checkpoint with all .*set exports"),
+        ("evaluate", {"output": Path("x")}, "--output with evaluate .*allowed: with export"),
+        ("train", {"texts": 8}, "--texts with train .*allowed: with evaluate"),
+    ],
+)
+def test_an_option_of_another_job_is_refused_and_not_ignored(
+    what: Any, option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        submit(what, RECIPE / "chain.yaml", dry_run=True, **option)
 
 
 def test_a_finished_chain_is_nothing_to_submit(chain: Path) -> None:
