@@ -35,7 +35,7 @@ from pipeline.config import (
 from pipeline.config.explain import KINDS, kind_of, output_dir
 from pipeline.doctor import Finding, fail, guarded, ok, warn
 from pipeline.doctor.machine import cache_folders, check_folder
-from pipeline.errors import UserError, blame
+from pipeline.errors import UserError, blame, several
 from pipeline.run_folder import RunDir
 
 # The first bytes of the text file that a clone without Git LFS has in place of weights.
@@ -384,7 +384,7 @@ def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
     of_mteb = {name: None for name, own in tasks.items() if own is None}
     # Only mteb knows the data sets of its tasks, and `prefetch` puts them below snapshots.
     if of_mteb and config.snapshots is None:
-        found = f"{len(of_mteb)} tasks are read from the hub's cache, which is not checked"
+        found = f"{several(len(of_mteb), 'task')} of the hub's cache, which is not checked"
         fix = "set snapshots, and run `diffembed evaluate prefetch`"
         yield warn("tasks", found, fix)
         return

@@ -32,7 +32,9 @@ _SHORT = {
     **{"-a": "--array", "-D": "--chdir", "-W": "--wait", "-M": "--clusters"},
     **{"-N": "--nodes", "-G": "--gpus"},
 }
-_LONG = (*_SHORT.values(), "--wrap", "--test-only")
+_LONG = (*_SHORT.values(), "--signal", "--wrap", "--test-only")
+# The signal before the time limit, to the batch script; others end a training for good.
+_SIGNAL = re.compile(r"B:(SIG)?USR1(@\d+)?")
 # sbatch accepts unique prefixes of long names.
 _SHORTEST = len("--job")
 _REFUSED = {
@@ -97,6 +99,11 @@ def parse_flags(words: Sequence[str], origin: str) -> tuple[Flag, ...]:
     for flag in flags:
         if flag.name in _REFUSED:
             raise UserError(f"{origin}: {shlex.join(flag.words)}", fix=_REFUSED[flag.name])
+        if flag.name == "--signal" and not _SIGNAL.fullmatch(flag.value):
+            raise UserError(
+                f"{origin}: {shlex.join(flag.words)}",
+                allowed="--signal=B:USR1@SECONDS, after which a training saves and is requeued",
+            )
     return tuple(flags)
 
 

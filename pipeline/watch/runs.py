@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import run_folder
 from pipeline.config import read_yaml
-from pipeline.errors import UserError
+from pipeline.errors import UserError, several
 from pipeline.run_folder import RunDir
 from pipeline.watch.logs import jobs_grid, newest_log, read_json_or_none, starts_grid
 from pipeline.watch.view import Fact, Grid, Plot, Tone, View, age, duration
@@ -252,7 +252,8 @@ def _checkpoints(run: RunDir, step: int) -> Iterator[Fact]:
     if when is None:
         yield Fact("checkpoint", f"latest names {name}, which does not exist", "fail")
         return
-    distance = f"{behind:,} steps behind" if behind >= 0 else f"{-behind:,} steps ahead of metrics"
+    steps = several(abs(behind), "step")
+    distance = f"{steps} behind" if behind >= 0 else f"{steps} ahead of metrics"
     yield Fact("checkpoint", f"{name}, {distance}, {duration(when)} old; {len(names)} kept")
 
 

@@ -255,11 +255,19 @@ def test_a_flag_and_its_value_stay_on_one_line() -> None:
         *("--array=0-3", "-a 0-3", "--chdir=/tmp", "-D /tmp", "--chd=/tmp", "--wait", "-W"),
         *("--wrap=true", "-M other", "--test-only", "nodes=4", "--comment='open"),
         "--comment='a\nb'",
+        # Not to the batch script, or another signal than it waits for.
+        *("--signal=USR1@300", "--signal=B:TERM@300", "--sig USR2", "--signal=10"),
     ],
 )
 def test_flags_that_would_break_a_submission_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--sbatch"):
         parse_flags(split_flags(text), "--sbatch")
+
+
+def test_a_training_may_get_more_time_to_save() -> None:
+    own = given(*split_flags("--signal=B:USR1@600"))
+
+    assert flags(batch_text(job(), BODY, site_flags=[], own_flags=own))[-1] == own[0].words[0]
 
 
 def test_a_dependency_of_the_user_joins_that_of_the_chain() -> None:
