@@ -193,7 +193,20 @@ def test_what_an_earlier_stage_of_a_chain_makes_need_not_exist(
     assert levels(findings)["deepspeed"] == "ok"
 
 
-@pytest.mark.parametrize("text", ["num_steps: [\n", "- a\n", "num_stepz: 3\nmodel: {path: x}\n"])
+def test_a_config_of_another_kind_than_its_stage_is_named(tmp_path: Path, shards: Path) -> None:
+    train = train_config(tmp_path, shards)
+    chain = tmp_path / "chain.yaml"
+    for stage in ("prepare", "mine", "evaluate"):
+        chain.write_text(json.dumps({"train": str(train), stage: str(train)}))
+        found = {finding.check: finding for finding in check_config(chain)}
+        assert found[stage].level == "fail", stage
+        assert found["data.path"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["num_steps: [\n", "- a\n", "num_stepz: 3\nmodel: {path: x}\n", "a: \u0000\n"],
+)
 def test_a_config_that_cannot_be_read_is_one_failed_line(text: str, tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text(text)

@@ -61,7 +61,8 @@ def guarded(name: str, check: Check) -> Iterator[Finding]:
     try:
         yield from check()
     except UserError as error:
-        found = error.found.removeprefix(f"{name}: ")  # most errors begin with the key
+        # Most errors begin with the key; some of a library's have several lines.
+        found = " ".join(error.found.removeprefix(f"{name}: ").split())
         yield fail(name, found, error.fix or (error.allowed and f"allowed: {error.allowed}"))
     except Exception as error:
         # A MachineError has no fields: its text is what was found and the fix.

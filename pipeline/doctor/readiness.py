@@ -52,13 +52,16 @@ def check_config(path: Path, overrides: tuple[str, ...] = ()) -> Iterator[Findin
     yield from guarded("config", lambda: _check(path, overrides, frozenset()))
 
 
-def _check(path: Path, overrides: tuple[str, ...], made: Made) -> Iterator[Finding]:
+def _check(
+    path: Path, overrides: tuple[str, ...], made: Made, stage: str = ""
+) -> Iterator[Finding]:
+    """Check one config; as a `stage` of a chain it must be of that kind."""
     tree = read_tree(path.expanduser())
     # A synthesis has other keys, which this package does not know.
-    if "concepts" in tree and "problems" in tree:
+    if stage == "synthesize" or (not stage and "concepts" in tree and "problems" in tree):
         yield from _synthesis(path, overrides)
         return
-    kind = kind_of(path)
+    kind = stage or kind_of(path)
     config: Any = load_config(KINDS[kind], path, overrides)
     yield ok("config", f"{path}: a config of {kind}")
     yield from CHECKS[kind](config, made)
@@ -69,7 +72,7 @@ def _chain(config: ChainConfig, made: Made) -> Iterator[Finding]:
     for name, path in (*stages, ("train", config.train), ("evaluate", config.evaluate)):
         if path is None:
             continue
-        yield from guarded(name, partial(_check, path, (), made))
+        yield from guarded(name, partial(_check, path, (), made, name))
         # Only now: a stage must not find its own output as its input.
         made |= _outputs(path, config)
     yield from guarded("deepspeed", lambda: _file(config.deepspeed, "deepspeed"))
@@ -238,7 +241,7 @@ def _weights(path: str, revision: str | None, *, key: str = "model.path") -> int
     # An index names every file; without one, a folder's only file may have any name.
     if index := local_file(path, _INDEX, revision):
         with blame(f"{key}: {index}: damaged", fix=model_fix(path)):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
     elif own := sorted(Path(path).glob("*.safetensors")):
         names = [file.name for file in own]
     files = {name: local_file(path, name, revision) for name in names}
@@ -384,7 +387,8 @@ def _tasks(config: EvaluateConfig) -> Iterator[Finding]:
     of_mteb = {name: None for name, own in tasks.items() if own is None}
     # Only mteb knows the data sets of its tasks, and `prefetch` puts them below snapshots.
     if of_mteb and config.snapshots is None:
-        found = f"{several(len(of_mteb), 'task')} of the hub's cache, which is not checked"
+        number = several(len(of_mteb), "task")
+        found = f"data of {number} are read from the hub's cache, which is not checked"
         fix = "set snapshots, and run `diffembed evaluate prefetch`"
         yield warn("tasks", found, fix)
         return
