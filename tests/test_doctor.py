@@ -351,15 +351,19 @@ def test_slurm_is_asked_about_a_flag_with_spaces_as_one_flag(
 ) -> None:
     slurm = FakeSlurm(tmp_path / "bin", monkeypatch)
     slurm.put("scontrol", _SETTINGS)
-    slurm.put("sbatch", f"cat >{tmp_path}/asked")
+    unavailable = "allocation failure: Requested node configuration is not available"
+    script = f"cat >{tmp_path}/asked; ! grep -q gpus {tmp_path}/asked"
+    slurm.put("sbatch", f"{script} || {{ echo '{unavailable}' >&2; exit 1; }}")
     site = tmp_path / "cluster.env"
     shipped = f"source {ROOT}/slurm/cluster.env"
     site.write_text(f"{shipped}\nSITE_FLAGS=(--comment='two words' --qos=q)\n")
     monkeypatch.setenv("DIFFEMBED_CLUSTER_ENV", str(site))
 
-    found = levels(list(machine.check_slurm()))
+    findings = list(machine.check_slurm())
 
-    assert found["cluster.env CPU_FLAGS"] == "ok"
+    found = levels(findings)
+    assert (found["cluster.env CPU_FLAGS"], found["cluster.env TRAIN_FLAGS"]) == ("ok", "warn")
+    assert any("only down or drained now" in finding.fix for finding in findings)
     lines = (tmp_path / "asked").read_text().splitlines()
     words = [shlex.split(line) for line in lines if line.startswith("#SBATCH ")]
     assert words[:2] == [["#SBATCH", "--comment=two words"], ["#SBATCH", "--qos=q"]]

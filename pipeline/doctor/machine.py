@@ -432,6 +432,8 @@ def _accepted(site: Site, name: str) -> Iterator[Finding]:
     except UserError as error:
         # A site need not have every kind of node; jobs of the other kinds still run.
         fix = f"change {name} in {site.path}, if you submit such jobs"
+        if slurm.NO_NODES in error.found:
+            fix += "; right as it is if such nodes are only down or drained now (sinfo -R)"
         yield warn(check, error.found, fix)
         return
     yield ok(check, " ".join(words))

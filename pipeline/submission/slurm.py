@@ -218,6 +218,11 @@ def _find_new(path: Path, known: Collection[str]) -> str:
     return ""
 
 
+# Slurm's answer to a test where no node could ever run the job, and also where the nodes that could
+# are down or drained now. Submitted, the second job waits for them.
+NO_NODES = "Requested node configuration is not available"
+
+
 def check_text(name: str, text: str, *, by_submission: bool = False) -> None:
     """Check that Slurm could run a batch script at some time.
 
@@ -230,9 +235,7 @@ def check_text(name: str, text: str, *, by_submission: bool = False) -> None:
         UserError: it could not, or does not answer.
     """
     done = retry_unanswered(lambda: run("sbatch", "--test-only", stdin=text), AT_SUBMISSION)
-    # A test fails like this where no node could ever run the job, and also where the nodes that
-    # could are down or drained now. Submitted, the second job waits for them.
-    in_doubt = done.returncode and "node configuration is not" in complaint(done)
+    in_doubt = done.returncode and NO_NODES in complaint(done)
     if not (by_submission and in_doubt and _may_wait_for_nodes(text)):
         _accept(done, name)
 
