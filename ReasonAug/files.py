@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,21 +51,32 @@ def read_jsonl(path: Path, *, fix: str) -> list[dict[str, Any]]:
         UserError: The file is missing or a line is no JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(found=f"{path}: {error.strerror}", fix=fix) from error
-    except UnicodeDecodeError as error:
-        raise UserError(found=f"{path}: {error.reason}", allowed="UTF-8 text") from error
     rows = []
     # Not `splitlines`: a JSON string may contain Unicode's line separators.
-    for number, line in enumerate(text.split("\n"), 1):
+    content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line.lower():
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeDecodeError as error:
             raise UserError(
-                found=f"{path}:{number}: {error.msg}", allowed="one JSON object per line"
+                found=f"{path}:{number}: {error.reason}", allowed="UTF-8 text"
+            ) from error
+        except UnicodeEncodeError as error:
+            raise UserError(
+                found=f"{path}:{number}: half of a pair of \\u escapes, which is no text",
+                allowed="UTF-8 text",
+            ) from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(
+                found=f"{path}:{number}: {reason}", allowed="one JSON object per line"
             ) from error
         if not isinstance(row, dict):
             raise UserError(found=f"{path}:{number}: no object", allowed="one JSON object per line")

@@ -69,7 +69,7 @@ def generated_configs(problems: Sequence[GeneratedProblem], held_out: Collection
     if not examples:
         raise UserError(
             found=f"no two problems of any of the {len(held_out)} concepts held out",
-            fix="raise --held-out or generate more",
+            fix="hold out a larger share of the concepts, or generate more",
         )
     rows = [{"id": name, "content": problem.document()} for name, problem in documents.items()]
     return {"documents": {UNSEEN_SUBSET: rows}, "examples": {UNSEEN_SUBSET: examples}}

@@ -224,6 +224,30 @@ def test_unusable_input_is_refused_with_one_line(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"n": 1, "generation": "cut', "g.jsonl:3: Unterminated string"),
+        (b'{"n": "\xff"}', "g.jsonl:3: invalid start byte"),
+        (b'{"n": "\\ud83d"}', "g.jsonl:3: half of a pair"),
+        (b"[" * 100_000, "g.jsonl:3: maximum recursion depth"),
+        (b'{"n": 1' + b"0" * 5000 + b"}", "g.jsonl:3: Exceeds the limit"),
+        (b"\0\0\0", "g.jsonl:3: Expecting value"),
+    ],
+)
+def test_a_damaged_line_in_the_middle_is_named(
+    line: bytes, message: str, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    generations, definitions = inputs
+    lines = generations.read_bytes().split(b"\n")
+    damaged = tmp_path / "g.jsonl"
+    damaged.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]))
+    assert run(monkeypatch, damaged, definitions, tmp_path / "train.jsonl") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_the_released_generations_become_rows_and_shards(released: Path, tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     summary = write_generation_rows(
