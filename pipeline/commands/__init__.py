@@ -16,14 +16,15 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see l
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="changes to CONFIG")
 ]
-DeepSpeed = Annotated[Path, typer.Option(help="see ds_configs/")]
+DeepSpeed = Annotated[Path, typer.Option(help="DeepSpeed JSON, see ds_configs/")]
 DEFAULT_DEEPSPEED = Path("ds_configs/zero3.json")
 # Commands of one process per device, alone or under a launcher.
 Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="default: one per GPU, otherwise one per core; under mpirun or srun, its ranks",
+        help="processes; default: one per GPU, otherwise one per core; under mpirun or srun, "
+        "its ranks",
     ),
 ]
 

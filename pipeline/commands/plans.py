@@ -26,13 +26,13 @@ app.add_typer(plan, name="plan", rich_help_panel=CHECK)
 _NETWORK = 400.0
 # A plan for data that does not exist yet.
 Rows = Annotated[
-    int | None, typer.Option(min=1, help="plan for data of so many rows instead of the shards")
+    int | None, typer.Option(min=1, help="plan for this many rows instead of the shards")
 ]
 QueryTokens = Annotated[
-    int | None, typer.Option(min=1, help="with --rows: mean length of the queries")
+    int | None, typer.Option(min=1, help="with --rows or --queries: their mean length")
 ]
 DocumentTokens = Annotated[
-    int | None, typer.Option(min=1, help="with --rows: mean length of the documents")
+    int | None, typer.Option(min=1, help="with --rows or --documents: mean length of the documents")
 ]
 CalibrationFile = Annotated[
     Path | None,
@@ -42,9 +42,9 @@ CalibrationFile = Annotated[
     ),
 ]
 Gpu = Annotated[str | None, typer.Option(help="as for `diffembed plan run`")]
-Price = Annotated[float | None, typer.Option(min=0.0, help="of a GPU for an hour")]
+Price = Annotated[float | None, typer.Option(min=0.0, help="price of one GPU for an hour")]
 GpusAtATime = Annotated[
-    int, typer.Option(min=1, help="at work at a time; of an array, one for each element")
+    int, typer.Option(min=1, help="GPUs that work at a time, one for each element of an array")
 ]
 
 
@@ -98,7 +98,7 @@ def plan_run(
     overrides: Overrides = None,
     deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, one rank each")] = 1,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +108,7 @@ def plan_run(
     ] = None,
     calibration: CalibrationFile = None,
     network: Annotated[
-        float, typer.Option(min=0.1, help="Gb/s of a node, all its adapters together")
+        float, typer.Option(min=0.1, help="bandwidth of a node in Gb/s, all its adapters together")
     ] = _NETWORK,
     rows: Rows = None,
     query_tokens: QueryTokens = None,
@@ -143,12 +143,12 @@ def plan_scale(
     config: Config,
     overrides: Overrides = None,
     deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, one rank each")] = 8,
     gpu: Gpu = None,
     calibration: CalibrationFile = None,
-    network: Annotated[float, typer.Option(min=0.1, help="Gb/s of a node")] = _NETWORK,
+    network: Annotated[float, typer.Option(min=0.1, help="bandwidth of a node in Gb/s")] = _NETWORK,
     price: Price = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw tokens a second, as .png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also plot tokens per second, as .png")] = None,
     rows: Rows = None,
     query_tokens: QueryTokens = None,
     document_tokens: DocumentTokens = None,
@@ -177,17 +177,20 @@ def plan_evaluate(
     price: Price = None,
     model: Annotated[
         str | None,
-        typer.Option(help="plan with this model in place of all, such as before the exports exist"),
+        typer.Option(help="plan with this model instead, for example before the exports exist"),
     ] = None,
     count: Annotated[
         bool,
         typer.Option("--count", help="read all data and count tokens with the models' tokenizers"),
     ] = False,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="of a task without published sizes")
+        int | None,
+        typer.Option(min=1, help="number of documents of a task without published sizes"),
     ] = None,
     document_tokens: DocumentTokens = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="with --documents")] = None,
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="with --documents: number of queries")
+    ] = None,
     query_tokens: QueryTokens = None,
 ) -> None:
     """Print the GPU time of an evaluation's array, by task."""
@@ -239,10 +242,18 @@ def plan_encode(
     gpus: GpusAtATime = 1,
     price: Price = None,
     field: Annotated[str, typer.Option(help="the field with the text")] = "text",
-    role: Annotated[Literal["query", "document"], typer.Option(help="of all texts")] = "document",
-    max_length: Annotated[int | None, typer.Option(min=1, help="tokens")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="texts, in place of --input")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="with --rows: mean length")] = None,
+    role: Annotated[
+        Literal["query", "document"], typer.Option(help="role of all texts")
+    ] = "document",
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens after which a text is cut")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="number of texts, in place of --input")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="with --rows: mean length of a text")
+    ] = None,
 ) -> None:
     """Print the GPU time of encoding a file, from a sample of it."""
     from pipeline.planning.arrays import describe_array, plan_encoding
@@ -299,10 +310,11 @@ def _described_task(
 def plan_calibrate(
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="at work together; default: one per GPU, otherwise two"),
+        typer.Option(min=1, help="ranks that work together; default: one per GPU, otherwise two"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="default: a file in the user's cache, by name of the device")
+        Path | None,
+        typer.Option(help="file to write; default: in the user's cache, named after the device"),
     ] = None,
 ) -> None:
     """Measure this machine in about two minutes: layers, gather, reduction, update, loss."""
@@ -319,9 +331,11 @@ def plan_calibrate(
 
 @plan.command("loss")
 def plan_loss(
-    queries: Annotated[int, typer.Option(min=1, help="of the global batch")],
-    documents: Annotated[int, typer.Option(min=1, help="of the global batch, with hard negatives")],
-    width: Annotated[int, typer.Option(min=1, help="of the embeddings")] = 3584,
+    queries: Annotated[int, typer.Option(min=1, help="queries of the global batch")],
+    documents: Annotated[
+        int, typer.Option(min=1, help="documents of the global batch, with hard negatives")
+    ],
+    width: Annotated[int, typer.Option(min=1, help="width of the embeddings")] = 3584,
     world_size: Annotated[
         list[int] | None, typer.Option(min=1, help="number of ranks; may be repeated")
     ] = None,
@@ -347,7 +361,9 @@ def submit(
     ],
     config: Config,
     overrides: Overrides = None,
-    deepspeed: Annotated[Path, typer.Option(help="train: see ds_configs/")] = DEFAULT_DEEPSPEED,
+    deepspeed: Annotated[
+        Path, typer.Option(help="train: DeepSpeed JSON, see ds_configs/")
+    ] = DEFAULT_DEEPSPEED,
     checkpoint: Annotated[str, typer.Option(help="export: as for `diffembed export`")] = "latest",
     output: Annotated[Path | None, typer.Option(help="export: as for `diffembed export`")] = None,
     texts: Annotated[

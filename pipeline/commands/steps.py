@@ -30,14 +30,24 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 
 @app.command(rich_help_panel=MODEL)
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="for the configs and the run")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="folder of the configs and the run")
+    ],
     model: Annotated[
-        str, typer.Option(prompt="model (a folder, or a name in the local cache)", help="to train")
+        str,
+        typer.Option(
+            prompt="model (a folder, or a name in the local cache)", help="model to train"
+        ),
     ],
     data: Annotated[
-        str, typer.Option(prompt="data (a file, folder, glob or hub:OWNER/NAME)", help="rows")
+        str,
+        typer.Option(
+            prompt="data (a file, folder, glob or hub:OWNER/NAME)", help="rows to train on"
+        ),
     ],
-    gpus: Annotated[int, typer.Option(min=0, prompt="GPUs (0 for the CPU)", help="of the run")],
+    gpus: Annotated[
+        int, typer.Option(min=0, prompt="GPUs (0 for the CPU)", help="GPUs of the run")
+    ],
     goal: Annotated[
         Literal["search", "instructions", "long"],
         typer.Option(
@@ -55,7 +65,7 @@ def init(
         typer.Option(
             min=0,
             max=0.5,
-            help="share of the documents to score the model on, not to train on; default: 0.1, or "
+            help="share of the documents kept out of training to score the model; default: 0.1, or "
             "0 below 100 rows",
         ),
     ] = None,
@@ -91,7 +101,9 @@ def init(
 
 @app.command(rich_help_panel=CHECK)
 def files(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="kept: files that exist")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="target folder; existing files are kept")
+    ] = Path(),
 ) -> None:
     """Copy the recipes, DeepSpeed configs and Slurm scripts of this installation."""
     from pipeline.shipped_files import SHIPPED, copy_shipped
@@ -156,7 +168,10 @@ def train(
     config: Config,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="default: one per GPU of this machine, otherwise one")
+        int | None,
+        typer.Option(
+            min=1, help="number of ranks; default: one per GPU of this machine, otherwise one"
+        ),
     ] = None,
     deepspeed: DeepSpeed = DEFAULT_DEEPSPEED,
     dry_run: Annotated[
@@ -193,16 +208,16 @@ def watch(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="of a run, an evaluation, a synthesis, shards or a chain, or the config of one",
+            help="folder of a run, an evaluation, a synthesis, shards or a chain; or its config",
         ),
     ],
     once: Annotated[
-        bool, typer.Option("--once", help="print it once and leave, as in a pipe")
+        bool, typer.Option("--once", help="print it once and exit, as in a pipe")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(help="also write a page for the browser: one file, with plots")
     ] = None,
-    every: Annotated[float, typer.Option(min=0.5, help="seconds between two looks")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.5, help="seconds between two updates")] = 5.0,
 ) -> None:
     """Show how far a run is, from its files, until it is finished or Ctrl-C is pressed."""
     from pipeline.watch import watch as watch_folder
@@ -252,7 +267,9 @@ def export(
     checkpoint: Annotated[
         str, typer.Option(help="latest, a name like step-000100, or init (the untrained model)")
     ] = "latest",
-    output: Annotated[Path | None, typer.Option(help="default: the run's export folder")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to write; default: the run's export folder")
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="leave out the weights of the adapter's base")
     ] = False,
@@ -295,15 +312,22 @@ def encode(
         str | None,
         typer.Option(help="the field to put before the text; default: a document's title"),
     ] = None,
-    role: Annotated[Literal["query", "document"], typer.Option(help="of all texts")] = "document",
-    instruction: Annotated[str, typer.Option(help="of all texts")] = "",
-    max_length: Annotated[int | None, typer.Option(help="tokens; default: the model's")] = None,
+    role: Annotated[
+        Literal["query", "document"], typer.Option(help="role of all texts")
+    ] = "document",
+    instruction: Annotated[str, typer.Option(help="instruction of all texts")] = "",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="tokens after which a text is cut; default: the model's limit"),
+    ] = None,
     dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="of the vectors in the file")
+        Literal["float32", "float16"], typer.Option(help="type of the vectors in the file")
     ] = "float32",
-    dim: Annotated[int | None, typer.Option(help="keep only this many first numbers")] = None,
+    dim: Annotated[
+        int | None, typer.Option(help="keep only the first N numbers of a vector")
+    ] = None,
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="of weights and arithmetic")
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="type of weights and arithmetic")
     ] = "auto",
     max_tokens: Annotated[int, typer.Option(help="packed tokens of one forward")] = 16384,
     processes: Processes = None,
