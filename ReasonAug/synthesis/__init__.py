@@ -23,8 +23,8 @@ and is made again from the ledger without a call.
 
 A record of the ledger: `key` (hash of model, prompt version, parameters and input), `item`
 (id of the item that asked), `status` (ok, failed), `model`, `prompt` (NAME@VERSION), `parameters`,
-`answer` (text, as the model wrote it), `reason` (of a failure), `prompt_tokens`,
-`completion_tokens`, `attempts`, `seconds`, `origin` (live, batch, import).
+`answer` (text, as the model wrote it), `reason` (of a failure, or that the answer is cut off),
+`prompt_tokens`, `completion_tokens`, `attempts`, `seconds`, `origin` (live, batch, import).
 
 A line of a stage, with the fields that are added from left to right:
 
@@ -43,6 +43,7 @@ A line of a stage, with the fields that are added from left to right:
     clean         the same; decontaminated
 
 `dropped` is null, or the reason why the item goes no further: unanswered (the call failed for
-good), refused, unreadable (not even after a repair), repeated (its text or name is there already),
-off_topic, wrong_solution, unverified, contaminated. The next stage skips such an item.
+good), refused, cut_off (the answer ends at model.max_tokens), unreadable (even after a repair),
+repeated (its text or name is there already), off_topic, wrong_solution, unverified, contaminated.
+The next stage skips such an item.
 """

@@ -1,8 +1,8 @@
 """Define the answers to each prompt, and read them from what a model wrote.
 
 Servers with structured output keep to the schema. Others wrap JSON in a fence or in sentences,
-leave commas behind, or answer under headings; all of that is read. What still cannot be read is
-reported with the reason, for one repair call.
+leave commas behind, write backslashes of LaTeX singly, or answer under headings; all of that is
+read. What still cannot be read is reported with the reason, for one repair call.
 """
 
 from __future__ import annotations
@@ -102,15 +102,20 @@ def json_schema(kind: type) -> dict[str, Any]:
     }
 
 
-def read_answer(kind: type[T], text: str) -> T:
+def read_answer(kind: type[T], text: str, *, is_cut: bool = False) -> T:
     """Return an answer as its kind.
+
+    Args:
+        kind: the kind of answer.
+        text: what the model wrote.
+        is_cut: the text ends at the token limit, so only a whole JSON object is an answer.
 
     Raises:
         UnreadableError: it has no such content.
     """
-    text = _THOUGHTS.sub("", text)  # they may hold drafts of the answer
+    text = _without_thoughts(text)
     tree = _find_object(text)
-    if tree is None:
+    if tree is None and not is_cut:
         tree = _read_plain(kind, text)
     if tree is None:
         raise UnreadableError("no JSON object in it, or one that is cut short")
@@ -127,12 +132,53 @@ def read_answer(kind: type[T], text: str) -> T:
 
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+_END_OF_THOUGHTS = re.compile(r".*</think(?:ing)?>", re.DOTALL)
+_START_OF_THOUGHTS = re.compile(r"<think(?:ing)?>.*", re.DOTALL)
 _COMMA = re.compile(r",(\s*[}\]])")
+
+
+def _without_thoughts(text: str) -> str:
+    """Return an answer without the thoughts before it, which may hold drafts of it."""
+    text = _THOUGHTS.sub("", text)
+    # Some chat templates write the first tag themselves, so only the second is in the answer; a
+    # model that is cut off while it thinks writes only the first.
+    return _START_OF_THOUGHTS.sub("", _END_OF_THOUGHTS.sub("", text))
+
+
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[a-zA-Z]+|.)", re.DOTALL)
+# Commands of LaTeX that begin like a tab or a line break. The second group is taken for a command
+# only behind these characters: code on a new line begins like them, too.
+_LATEX = {"theta", "tau", "times", "tilde", "tanh", "tfrac", "triangle", "textstyle", "therefore"}
+_LATEX_IN_LINE = {"to", "tan", "text", "textbf", "textit", "textrm", "nabla", "neq", "notin", "nu"}
+_IN_LINE = " $({}[=+-*/^_|&"
+
+
+def _double_backslashes(text: str) -> str:
+    r"""Return JSON in which backslashes that a model wrote singly are doubled.
+
+    To JSON, `\frac` is a form feed and `rac`, `\times` a tab and `imes`, and `\sqrt` a fault.
+    """
+
+    def double(found: re.Match[str]) -> str:
+        name, place = found[1], found.start()
+        if name == "'":
+            return name
+        is_escape = name[0] in '"\\/nrt' or re.fullmatch("u[0-9a-fA-F]{4}", name)
+        is_latex = (
+            name in _LATEX
+            or (name in _LATEX_IN_LINE and place > 0 and text[place - 1] in _IN_LINE)
+            or (name[0] == "r" and len(name) > 1)  # a carriage return, and a word right behind it
+        )
+        # `\b` and `\f` never are the backspace and the form feed that JSON reads.
+        return found[0] if is_escape and not is_latex else f"\\{found[0]}"
+
+    return _ESCAPE.sub(double, text)
 
 
 def _find_object(text: str) -> dict[str, Any] | None:
     """Return the first JSON object in a text, alone, in a fence, or between sentences."""
+    text = _double_backslashes(text)
     start = text.find("{")
     candidates = [text, *(match[1] for match in _FENCE.finditer(text))]
     if start >= 0:

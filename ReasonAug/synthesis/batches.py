@@ -22,10 +22,17 @@ import openai
 
 from pipeline.errors import Stopped, UserError, say_warning
 from ReasonAug.synthesis.calls import Call, Halt, Secrets
+from ReasonAug.synthesis.completions import (
+    Tokens,
+    body_of,
+    estimate_tokens,
+    outcome,
+    read_reply,
+)
 from ReasonAug.synthesis.config import SynthesisConfig
 from ReasonAug.synthesis.ledger import BATCHES, Record
 from ReasonAug.synthesis.limits import Budget, prices_of
-from ReasonAug.synthesis.servers import body_of, estimate_tokens, make_client, outcome, read_reply
+from ReasonAug.synthesis.servers import make_client
 
 _QUIET = 0.2  # seconds without another call, after which a batch is sent
 _LABEL = "diffembed"  # the key of our metadata
@@ -41,6 +48,8 @@ class _Waiting:
     call: Call[Any]
     future: asyncio.Future[Record]
     tries: int = 0
+    mode: str = ""  # in which it was asked last
+    lost: Tokens = dataclasses.field(default_factory=Tokens)  # of empty answers
 
 
 class BatchTransport:
@@ -54,6 +63,7 @@ class BatchTransport:
         self._client = make_client(self._server, config.limits.timeout)
         structured = config.model.structured
         self._mode = "schema" if structured == "auto" else structured
+        self._may_fall_back = structured == "auto"
         self._book = _Book(folder / f"{BATCHES}.jsonl")
         self._pending: dict[str, _Waiting] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -109,7 +119,7 @@ class BatchTransport:
             for key, waiting in calls.items():
                 groups.setdefault(self._elsewhere.pop(key, ""), {})[key] = waiting
             new = groups.pop("", {})
-            following = [self._follow(batch, group) for batch, group in groups.items()]
+            following = [self._adopt(batch, group) for batch, group in groups.items()]
             if new:
                 following.append(self._follow(await self._create(new), new))
             await asyncio.gather(*following)
@@ -144,6 +154,8 @@ class BatchTransport:
             }
             for key, waiting in calls.items()
         ]
+        for waiting in calls.values():
+            waiting.mode = self._mode
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         # With the time, because the same calls may be sent again after they expired.
         label = hashlib.sha256(content + str(time.time_ns()).encode()).hexdigest()[:32]
@@ -184,6 +196,17 @@ class BatchTransport:
             await asyncio.sleep(min(left, 0.5))
         self._halt.check()
 
+    async def _adopt(self, batch_id: str, calls: dict[str, _Waiting]) -> None:
+        """Follow a batch of an earlier start; ask its calls again if this server lacks it."""
+        try:
+            await self._follow(batch_id, calls)
+        except openai.NotFoundError:
+            say_warning(
+                f"{self._server.url} has no batch {batch_id}, which an earlier start created; its "
+                f"{len(calls):,} calls are asked again"
+            )
+            await self._follow(await self._create(calls), calls)
+
     async def _follow(self, batch_id: str, calls: dict[str, _Waiting]) -> None:
         """Wait for the end of a batch, and hand out its answers; what lacks one is asked again."""
         while True:
@@ -192,7 +215,8 @@ class BatchTransport:
                 break
             await self._sleep(self._config.batch.poll)
         if batch.status == "failed":
-            faults = "; ".join(error.message or "" for error in (batch.errors.data or []))[:300]
+            errors = (batch.errors and batch.errors.data) or []
+            faults = "; ".join(error.message or "" for error in errors)[:300] or "without a reason"
             raise UserError(
                 f"{self._server.url}: batch {batch_id} was refused: {self._secrets.redact(faults)}",
                 fix="lower batch.max_requests, or mend what the server names",
@@ -201,6 +225,8 @@ class BatchTransport:
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
                 found |= await self._download(file)
+        if any((line.get("response") or {}).get("status_code") == 200 for line in found.values()):
+            self._may_fall_back = False  # this server works, in this mode
         missing = 0
         for key, waiting in calls.items():
             record = self._record(waiting, found.get(key))
@@ -220,7 +246,7 @@ class BatchTransport:
         """Return the lines of a result file by their keys; damaged lines are left out."""
         content = await self._patiently(lambda: self._client.files.content(file))
         found = {}
-        for line in self._secrets.redact(content.text).split("\n"):
+        for line in content.text.split("\n"):
             try:
                 tree = json.loads(line)
                 found[tree["custom_id"]] = tree
@@ -239,25 +265,40 @@ class BatchTransport:
             if status == 200:
                 try:
                     reply = read_reply(response.get("body"))
-                    return outcome(call, reply, self._secrets, origin="batch", attempts=attempts)
                 except ValueError as error:
                     reason = f"not a chat completion: {error}"
+                else:
+                    if not reply.is_empty:
+                        more: dict[str, Any] = {"origin": "batch", "attempts": attempts}
+                        return outcome(call, reply, self._secrets, lost=waiting.lost, **more)
+                    waiting.lost += reply.tokens(call)
+                    reason = "an empty answer"
             else:
                 said = line.get("error") or (response.get("body") or {}).get("error") or {}
                 code, message = said.get("code"), said.get("message", "")
                 reason = f"HTTP {status}: {code}: {message}"[:500]
                 rejected = status in (400, 413, 422)
                 if rejected:
-                    last = last or not self._fell_back(call)
+                    last = last or not self._fell_back(waiting)
                 elif isinstance(status, int) and 400 < status < 500:
                     last = last or status not in _RETRIED
         if last:
-            return call.record(status="failed", reason=reason, origin="batch", attempts=attempts)
+            return call.record(
+                status="failed",
+                reason=self._secrets.redact(reason),
+                origin="batch",
+                attempts=attempts,
+                prompt_tokens=waiting.lost.prompt,
+                completion_tokens=waiting.lost.completion,
+            )
         return None
 
-    def _fell_back(self, call: Call[Any]) -> bool:
+    def _fell_back(self, waiting: _Waiting) -> bool:
         """Ask for less structure if a server refuses the schema; return False if it cannot help."""
-        if call.structured != "auto" or self._mode == "none":
+        # A batch of an earlier start may have asked for the schema.
+        if (waiting.mode or "schema") != self._mode:
+            return True  # another call has fallen back already
+        if not self._may_fall_back or self._mode == "none":
             return False
         say_warning(f"{self._server.url} refuses a JSON schema; asked without one from now on")
         self._mode = "none"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError, say_warning
 from ReasonAug.synthesis.answers import UnreadableError, json_schema, read_answer
 from ReasonAug.synthesis.config import SynthesisConfig
-from ReasonAug.synthesis.ledger import Ledger, Record, StageLedger, call_key
+from ReasonAug.synthesis.ledger import CUT_OFF, Ledger, Record, StageLedger, call_key
 from ReasonAug.synthesis.prompts import Prompt, Prompts
 
 T = TypeVar("T")
@@ -22,6 +24,10 @@ Item = dict[str, Any]
 _WRITING = frozenset(("propose", "definition", "problem", "rewrite", "negative", "forum", "exam"))
 _REFUSED = "refused: "
 IMPORTED = "import"
+# Calls that failed from the start, or answers cut off: after so many no other will do better.
+MAX_FAILED = 5
+# A key of fewer characters may be a word, such as EMPTY, that texts hold by chance.
+_SHORTEST_KEY = 16
 
 
 # The prompts that the current item has asked, for plans.
@@ -135,9 +141,18 @@ class Secrets:
         self._keys = sorted((key for key in found if key), key=len, reverse=True)
 
     def redact(self, text: str) -> str:
-        """Return a text with every key in it blacked out."""
+        """Return a message with every key in it blacked out; a short one where it stands alone."""
         for key in self._keys:
-            if key in text:
+            if len(key) >= _SHORTEST_KEY:
+                text = text.replace(key, "[api key]")
+            elif key in text:
+                text = re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "[api key]", text)
+        return text
+
+    def redact_answer(self, text: str) -> str:
+        """Return an answer with every key in it blacked out, except keys that may be words."""
+        for key in self._keys:
+            if len(key) >= _SHORTEST_KEY and key in text:
                 text = text.replace(key, "[api key]")
         return text
 
@@ -161,7 +176,11 @@ class Calls:
         self._in_flight: dict[str, asyncio.Future[Record]] = {}
         self.recorded = 0  # answers that were in the ledger
         self.sent = 0
-        self.failed = 0
+        self._sent_in_stage = self._cut_in_stage = 0
+        self._failures: Counter[str] = Counter()  # by reason, since they were last said
+        # Failures before the first answer of all: if it never comes, the config is at fault and not
+        # the calls, which must be asked again.
+        self._held: list[tuple[StageLedger, Record]] | None = None if ledger.has_answers() else []
 
     async def ask(
         self,
@@ -180,17 +199,20 @@ class Calls:
             Stopped: nothing more is sent.
         """
         call = self._call(self._prompts.get(name, kind), answer, item, values)
-        text = await self._text(stage, call)
+        record = await self._answered(stage, call)
         try:
-            return read_answer(answer, text)
+            return read_answer(answer, record.answer, is_cut=record.is_cut)
         except UnreadableError as error:
+            if record.is_cut:
+                # A repair could only invent the end.
+                raise Unanswered("cut_off") from None
             keys = ", ".join(f'"{field}"' for field in call.schema()["properties"])
-            repair = {"keys": keys, "reason": str(error), "text": text}
-        text = await self._text(
+            repair = {"keys": keys, "reason": str(error), "text": record.answer}
+        record = await self._answered(
             stage, self._call(self._prompts.get("repair"), answer, item, repair)
         )
         try:
-            return read_answer(answer, text)
+            return read_answer(answer, record.answer, is_cut=record.is_cut)
         except UnreadableError:
             raise Unanswered("unreadable") from None
 
@@ -227,11 +249,67 @@ class Calls:
             extra=model.extra,
         )
 
-    async def _text(self, stage: str, call: Call[Any]) -> str:
+    def end_stage(self, stage: str) -> None:
+        """Say which calls have failed, and why.
+
+        Raises:
+            UserError: all calls so far have failed; none of them is recorded.
+        """
+        self._sent_in_stage = self._cut_in_stage = 0
+        if not self._failures:
+            return
+        (reason, _), count = self._failures.most_common(1)[0], self._failures.total()
+        if self._held and len(self._held) >= MAX_FAILED:
+            raise UserError(
+                f"{stage}: all {count:,} calls failed: {reason}",
+                fix="check the server's url, the name of the model, model.token_limit_key and "
+                "model.extra",
+            )
+        cure = "raise model.max_tokens" if reason == CUT_OFF else "--retry-failed asks them again"
+        say_warning(
+            f"{stage}: {count:,} calls failed or were cut off, most often: {reason} | "
+            f"fix: {cure}; {self._ledger.folder / stage}.jsonl has each"
+        )
+        self._failures.clear()
+
+    def end(self) -> None:
+        """Record the failures of a run without any answer, which are few."""
+        for ledger, record in self._held or ():
+            ledger.append(record)
+        self._held = None
+
+    async def _answered(self, stage: str, call: Call[Any]) -> Record:
         record = await self._record(self._ledger.stage(stage), call)
-        if record.status == "failed":
-            raise Unanswered("refused" if record.reason.startswith(_REFUSED) else "unanswered")
-        return record.answer
+        if record.status == "ok":
+            return record
+        if record.is_cut:
+            raise Unanswered("cut_off")
+        raise Unanswered("refused" if record.reason.startswith(_REFUSED) else "unanswered")
+
+    def _keep(self, ledger: StageLedger, record: Record) -> None:
+        """Record an outcome.
+
+        Raises:
+            UserError: all answers of this stage were cut off so far.
+        """
+        self.sent += 1
+        self._sent_in_stage += 1
+        failed = record.status == "failed"
+        if failed or record.is_cut:
+            self._failures[record.reason] += 1
+        is_answer = not failed or record.is_cut or record.reason.startswith(_REFUSED)
+        if self._held is not None and not is_answer:
+            self._held.append((ledger, record))
+            return
+        self.end()
+        ledger.append(record)
+        self._cut_in_stage += record.is_cut
+        if self._cut_in_stage == self._sent_in_stage == MAX_FAILED:
+            raise UserError(
+                f"the first {MAX_FAILED} answers of a stage are cut off at model.max_tokens="
+                f"{self._config.model.max_tokens}",
+                fix="raise it: a model that reasons spends it before it answers",
+            )
 
     async def _record(self, ledger: StageLedger, call: Call[Any]) -> Record:
         if (asked := asked_prompts.get()) is not None:
@@ -249,9 +327,7 @@ class Calls:
         self._in_flight[key] = future
         try:
             record = await self._transport.send(call)
-            ledger.append(record)
-            self.sent += 1
-            self.failed += record.status == "failed"
+            self._keep(ledger, record)
             future.set_result(record)
             return record
         except BaseException as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import read_yaml
-from pipeline.errors import UserError
+from pipeline.errors import UserError, say_warning
 from ReasonAug.concepts import CONCEPTS
 from ReasonAug.files import read_jsonl, require_texts
 from ReasonAug.splits import slug
@@ -86,6 +86,11 @@ async def all_concepts(
         own = [item["concept"] for item in found.values() if item["domain"] == wanted.domain]
         names, missing = await _propose(calls, wanted, own, limit)
         unknown.extend([wanted.domain] * missing)
+        if len(names) + missing < (wanted.count if limit is None else min(wanted.count, limit)):
+            say_warning(
+                f"concepts.propose: {len(names):,} of {wanted.count:,} concepts of "
+                f"{wanted.domain!r}: the model has proposed no other"
+            )
         for name in names:
             item = _item(config, wanted.domain, name, "", "model")
             found.setdefault(item["id"], item)

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from pipeline.config import DecontaminateConfig
 from pipeline.config.loading import UserPath, require, strict
+from pipeline.errors import UserError
 from ReasonAug.problem import ALGORITHM, DATA_STRUCTURE, FINANCE, MATH, PHYSICS
 from ReasonAug.sandbox import Limits
 
@@ -49,10 +50,16 @@ class ServerConfig:
             "a text that names no variable",
             "the name of an environment variable in capitals, or null",
         )
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+            host = parts.hostname if parts.port != 0 else None
+        except ValueError as error:
+            # Not the URL itself, which may hold a key.
+            raise UserError(f"url: {error}", allowed="http://HOST:PORT/v1") from None
         # A key in a URL would end in logs and in the ledger; the message must not show it either.
-        shown = f"{parts.scheme}://{parts.hostname or ''}"
-        require(parts.scheme in ("http", "https"), "url", shown, "http://… or https://…")
+        shown = f"{parts.scheme}://{host or ''}"
+        is_web = parts.scheme in ("http", "https") and bool(host)
+        require(is_web, "url", shown, "http://HOST:PORT/v1, or https://…")
         require(
             not (parts.username or parts.password or parts.query or parts.fragment),
             "url",

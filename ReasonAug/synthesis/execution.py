@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
@@ -27,6 +28,8 @@ class RecordedExecution:
     def __init__(self, ledger: Ledger, halt: Halt, *, limits: Limits, dry_run: bool) -> None:
         self._ledger, self._halt, self._limits, self._dry_run = ledger, halt, limits, dry_run
         self._places = asyncio.Semaphore(len(os.sched_getaffinity(0)))
+        # A program that met a limit is run again under another one.
+        self._parameters = {} if limits == Limits() else dataclasses.asdict(limits)
 
     def require(self) -> None:
         """Check that programs can be run here.
@@ -42,7 +45,7 @@ class RecordedExecution:
             return None
         source, mark = harness(program, tests)
         values = {"program": program, "tests": list(tests)}
-        key = call_key(model=SANDBOX, version="1", parameters={}, values=values)
+        key = call_key(model=SANDBOX, version="1", parameters=self._parameters, values=values)
         found = self._ledger.stage(STAGE).find(key)
         if found is not None:
             outcome: list[bool] | None = json.loads(found.answer)

@@ -21,7 +21,7 @@ from ReasonAug.synthesis.prompts import Prompts
 from ReasonAug.synthesis.stages import CLEAN, NAMES
 
 # Raised when stages give other lines for the same answers.
-_FORMAT = 1
+_FORMAT = 2
 # The sections of the config that a stage's lines depend on, in addition to the stages before it.
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "concepts": ("seed", "model", "concepts", "domains"),

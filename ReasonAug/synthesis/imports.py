@@ -24,10 +24,10 @@ from ReasonAug.files import read_jsonl, require_texts, write_jsonl
 from ReasonAug.generations import program, verdict
 from ReasonAug.synthesis import stages
 from ReasonAug.synthesis.calls import IMPORTED, imported_key
+from ReasonAug.synthesis.completions import read_reply
 from ReasonAug.synthesis.concepts import concept_id
 from ReasonAug.synthesis.config import SynthesisConfig
 from ReasonAug.synthesis.ledger import Ledger, Record
-from ReasonAug.synthesis.servers import read_reply
 
 Row = dict[str, Any]
 _FIX = "name a file of generations or of batch output"
@@ -71,11 +71,23 @@ def import_files(
             )
             ledger.stage(stage).append(record)
             counts[stage] += 1
+    _say_left_out(rows, config.problems.per_concept)
     listed = {concept_id(row["domain"], row["concept"]): row for row in rows}
     path = config.output_dir / "concepts.jsonl"
     write_jsonl(path, ({"domain": r["domain"], "concept": r["concept"]} for r in listed.values()))
     print(f"recorded: {', '.join(f'{name} {count:,}' for name, count in sorted(counts.items()))}")
     print(f"concepts: {len(listed)}, in {path}; name this file in concepts.files")
+
+
+def _say_left_out(rows: list[Row], per_concept: int) -> None:
+    """Say how many problems the stages will not take."""
+    problems = [row for row in rows if row["stage"] == stages.PROBLEMS]
+    numbers = [n for _, n in {(concept_id(r["domain"], r["concept"]), r["n"]) for r in problems}]
+    if beyond := sum(n > per_concept for n in numbers):
+        say_warning(
+            f"{beyond:,} of {len(numbers):,} problems are left out by problems.per_concept="
+            f"{per_concept}; set it to {max(numbers)} to use all"
+        )
 
 
 def _released_rows(generations: Path, definitions: Path | None) -> list[Row]:

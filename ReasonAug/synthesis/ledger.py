@@ -25,6 +25,8 @@ from pipeline.files import check_kind, parse_json, sign_lock, try_lock
 
 _SYNC_SECONDS = 1.0
 SANDBOX = "sandbox"  # the model of a record that holds the outcome of a program
+PROGRAM = "run"  # its prompt
+CUT_OFF = "cut off at model.max_tokens"  # the reason of a record whose answer ends there
 BATCHES = "batches"  # batches handed to a server; no records
 _DAMAGED = "restore the file, or delete the line: its call is asked again"
 
@@ -38,7 +40,7 @@ class Record:
         item: id of the item that asked.
         prompt: name and version, as NAME@VERSION.
         answer: text, as the model wrote it; empty for a failure.
-        reason: of a failure.
+        reason: of a failure; or that an answer is cut off.
         attempts: requests that it took.
         seconds: from the first request to the answer.
     """
@@ -56,6 +58,11 @@ class Record:
     attempts: int = 1
     seconds: float = 0.0
     origin: Literal["live", "batch", "import"] = "live"
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the answer ends at the token limit."""
+        return self.reason == CUT_OFF
 
     def asked_with(self) -> tuple[str, str, str]:
         """Return what an answer depends on in addition to its input."""
@@ -231,6 +238,15 @@ class Ledger:
     def usage(self) -> dict[str, dict[tuple[str, str, str], Usage]]:
         """Return what every stage has used, by (model, origin, prompt)."""
         return {name: stage.usage for name, stage in self._stages.items()}
+
+    def has_answers(self) -> bool:
+        """Return True if a server has answered any call."""
+        return any(
+            used.calls > used.failed
+            for stage in self._stages.values()
+            for (_, origin, name), used in stage.usage.items()
+            if origin != "import" and name != PROGRAM
+        )
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each stage's file."""

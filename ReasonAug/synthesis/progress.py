@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,12 +31,15 @@ class StageProgress:
         self._began, self._shown = time.monotonic(), time.monotonic()
         self._sent_before = sent()
         self.done = self.kept = 0
+        self.dropped: Counter[str] = Counter()
         self._bar: Progress | None = None
 
-    def advance(self, *, kept: bool) -> None:
-        """Count one finished item."""
+    def advance(self, dropped: str | None) -> None:
+        """Count one finished item: kept, or the reason why it was dropped."""
         self.done += 1
-        self.kept += kept
+        self.kept += dropped is None
+        if dropped is not None:
+            self.dropped[dropped] += 1
         now = time.monotonic()
         if now - self._shown < (0.2 if self._bar else _LINE_SECONDS):
             return
@@ -75,4 +79,6 @@ class StageProgress:
                 yield
         else:
             yield
-        print(f"{self._stage}: {self.kept:,} of {self.done:,} items, {self.note()}")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        dropped = f" ({reasons})" if reasons else ""
+        print(f"{self._stage}: {self.kept:,} of {self.done:,} items{dropped}, {self.note()}")

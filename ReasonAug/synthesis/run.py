@@ -228,15 +228,20 @@ class Run:
         context = Context(config=config, calls=calls, execution=execution, limit=self._limit)
         stages: list[Stage] = [*STAGES, Clean(config, self._work.root).stage()]
         digest = inputs_digest(config, self._prompts)
-        digest = await self._once("concepts", digest, lambda: self._concepts(context, execution))
+        digest = await self._once(
+            "concepts", digest, calls, lambda: self._concepts(context, execution)
+        )
         before = "concepts"
         for stage in stages:
             digest = await self._once(
-                stage.name, digest, functools.partial(self._stage, stage, context, before)
+                stage.name, digest, calls, functools.partial(self._stage, stage, context, before)
             )
             before = stage.name
+        calls.end()
 
-    async def _once(self, name: str, before: str, work: Callable[[], Awaitable[None]]) -> str:
+    async def _once(
+        self, name: str, before: str, calls: Calls, work: Callable[[], Awaitable[None]]
+    ) -> str:
         """Run a stage unless its lines are there already; return the digest of what they are of."""
         digest = stage_digest(self._config, name, before, self._folder.ledger)
         if self._is_current(name, digest):
@@ -248,6 +253,7 @@ class Run:
         if self._plan:
             self._plan.recorded[name] = self._ledger.stage(name).num_answers()
             return digest
+        calls.end_stage(name)
         self._ledger.stage(name).sync()
         digest = stage_digest(self._config, name, before, self._folder.ledger)
         write_text(self._mark(name), self._signature(name, digest))
@@ -307,7 +313,7 @@ class Run:
         with progress.shown(), atomic_path(path) as temporary, temporary.open("wb") as file:
             async for item in in_order(items, self._one(stage, context), window):
                 item = sift(item)
-                progress.advance(kept=item["dropped"] is None)
+                progress.advance(item["dropped"])
                 file.write(encode(item))
 
     def _one(self, stage: Stage, context: Context) -> Callable[[Item], Awaitable[Item]]:
@@ -474,7 +480,7 @@ async def in_order(
 class _Silent:
     """The progress of a dry run."""
 
-    def advance(self, *, kept: bool) -> None:
+    def advance(self, dropped: str | None) -> None:
         """Count nothing."""
 
     def shown(self) -> contextlib.nullcontext[None]:

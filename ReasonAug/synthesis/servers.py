@@ -3,11 +3,14 @@
     fault                                      outcome
     429                                        the server rests, by Retry-After if it is sent
     5xx, 408, 409, reset, half or foreign body another try, after a wait that doubles
-    no connection                              the server is left out for a while, others take over
+    no connection, 502, 503                    the server is left out for a while, others take over
     400, 413, 422                              a recorded failure; the first 400 to a schema makes
                                                the server ask without one
-    401, 404, 403 before any answer,           the run ends: every call would fail
-    or 400 to the first five requests
+    401, 404, 403 before any answer, no trust  the run ends: every call would fail
+    in its certificate, or the first five
+    calls failed
+    402, an exhausted quota                    the run stops, to be continued
+    an answer cut off at the token limit       recorded as it is, and not asked again
 
 A body is read in pieces, under a limit of time and size, because some servers never end one.
 """
@@ -15,20 +18,30 @@ A body is read in pieces, under a limit of time and size, because some servers n
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import email.utils
 import json
+import math
 import os
 import time
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import openai
 import tenacity
 
 from pipeline.errors import Stopped, UserError, say_warning
-from ReasonAug.synthesis.calls import Call, Halt, Secrets, refused
+from ReasonAug.synthesis.calls import MAX_FAILED, Call, Halt, Secrets
+from ReasonAug.synthesis.completions import (
+    Reply,
+    Tokens,
+    body_of,
+    estimate_tokens,
+    outcome,
+    read_reply,
+)
 from ReasonAug.synthesis.config import ServerConfig, SynthesisConfig
 from ReasonAug.synthesis.ledger import Record
 from ReasonAug.synthesis.limits import Budget, Rate, prices_of
@@ -38,9 +51,10 @@ _LONGEST_REST = 60.0  # seconds that a server is left out, unless it asks for mo
 _LONGEST_RETRY_AFTER = 3600.0
 _FATAL = (401, 403, 404)
 _REJECTED = (400, 413, 422)
-_MAX_REJECTED = 5  # requests in a row from the start, after which no other will do better
+_AWAY = (502, 503)  # a gateway's words for a server that is not there, or not yet
+_SILENCE = 5.0  # seconds without any server after which the reason is said,
+_SAID_AGAIN = 300.0  # and after which it is said again
 _MODES = ("schema", "object", "none")
-_CHARACTERS_PER_TOKEN = 3  # fewer than usual, so that a budget is not passed
 
 
 class _FaultError(Exception):
@@ -48,79 +62,16 @@ class _FaultError(Exception):
 
     Args:
         counts: it is one of the tries that a request has.
+        is_foreign: the body is no chat completion, or an empty one.
     """
 
-    def __init__(self, reason: str, *, counts: bool = True) -> None:
+    def __init__(self, reason: str, *, counts: bool = True, is_foreign: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.counts = reason, counts
+        self.reason, self.counts, self.is_foreign = reason, counts, is_foreign
 
 
 class _RejectedError(Exception):
     """The server will not answer this request."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reply:
-    """The content of a chat completion."""
-
-    text: str
-    refusal: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def read_reply(tree: Any) -> Reply:
-    """Return the content of a chat completion.
-
-    Raises:
-        ValueError: it has no choice, or is none.
-    """
-    try:
-        choice = tree["choices"][0]
-        message = choice["message"]
-        usage = tree.get("usage") or {}
-        text = message.get("content")
-        if text is not None and not isinstance(text, str):
-            raise ValueError("its content is no text")
-        refusal = message.get("refusal") or ""
-        if choice.get("finish_reason") == "content_filter":
-            refusal = refusal or "content filter"
-        prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        completion_tokens = int(usage.get("completion_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"no answer in it ({type(error).__name__}: {error})") from None
-    if not text and not refusal:
-        raise ValueError("an empty answer")
-    return Reply(text or "", str(refusal), prompt_tokens, completion_tokens)
-
-
-def outcome(call: Call[Any], reply: Reply, secrets: Secrets, **more: Any) -> Record:
-    """Return the record of a call that was answered or refused."""
-    if reply.refusal:
-        more |= {"status": "failed", "reason": refused(secrets.redact(reply.refusal)[:300])}
-    else:
-        more |= {"status": "ok", "answer": secrets.redact(reply.text)}
-    return call.record(
-        prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens, **more
-    )
-
-
-def body_of(call: Call[Any], mode: str) -> dict[str, Any]:
-    """Return the body of a request for a chat completion."""
-    body: dict[str, Any] = {
-        "model": call.model,
-        "messages": call.messages(),
-        "temperature": call.temperature,
-        call.token_limit_key: call.max_tokens,
-        **call.extra,
-    }
-    body = {name: value for name, value in body.items() if value is not None}
-    if mode == "schema":
-        schema = {"name": call.answer.__name__, "strict": True, "schema": call.schema()}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif mode == "object":
-        body["response_format"] = {"type": "json_object"}
-    return body
 
 
 def make_client(server: ServerConfig, timeout: float) -> openai.AsyncOpenAI:
@@ -140,6 +91,13 @@ def make_client(server: ServerConfig, timeout: float) -> openai.AsyncOpenAI:
             )
         if not key.isascii() or not key.isprintable():
             raise UserError(f"environment variable {server.api_key_env}: not a key")
+    proxy = proxy_of(server.url)
+    if proxy and urlsplit(proxy).scheme not in ("http", "https"):
+        raise UserError(
+            f"the environment names the proxy {_shown(proxy)} for {server.url}",
+            allowed="http://HOST:PORT",
+            fix="unset it, or name the server's host in no_proxy",
+        )
     return openai.AsyncOpenAI(
         api_key=key,
         base_url=server.url,
@@ -150,17 +108,37 @@ def make_client(server: ServerConfig, timeout: float) -> openai.AsyncOpenAI:
     )
 
 
+def proxy_of(url: str) -> str:
+    """Return the proxy that the environment names for a URL, or an empty text."""
+    parts, known = urlsplit(url), urllib.request.getproxies()
+    proxy = known.get(parts.scheme) or known.get("all") or ""
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _shown(proxy: str) -> str:
+    """Return a proxy without the password that it may hold."""
+    parts = urlsplit(proxy)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
 class Server:
     """One server, and how it has behaved."""
 
     def __init__(self, config: ServerConfig, *, timeout: float, structured: str) -> None:
         self.url = config.url
+        proxy = proxy_of(config.url)
+        self.via = f" through the proxy {_shown(proxy)}" if proxy else ""
         self.client = make_client(config, timeout)
         self.ready_at = 0.0
+        self.fault = ""  # the last one
+        self.asked_to_wait = False
         self.faults = 0  # in a row
         self.answers = 0
         self._mode = 0 if structured == "auto" else _MODES.index(structured)
         self._may_fall_back = structured == "auto"
+        self._said: set[str] = set()
 
     @property
     def mode(self) -> str:
@@ -174,17 +152,30 @@ class Server:
         if not self._may_fall_back or self._mode + 1 == len(_MODES):
             return False
         self._mode += 1
-        say_warning(f"{self.url} refuses response_format {mode}; asked for {self.mode} from now on")
         return True
 
-    def answered(self) -> None:
+    def answered(self, reply: Reply) -> None:
         """Note an answer: this server works, in this mode."""
         self.answers += 1
         self.faults = 0
+        # Not at the fall: whether less structure was the cure is known only now.
+        if self._may_fall_back and self._mode:
+            self._say(
+                f"refuses response_format {_MODES[self._mode - 1]}; asked for {self.mode} from "
+                "now on"
+            )
         self._may_fall_back = False
+        if reply.prompt_tokens is None or reply.completion_tokens is None:
+            self._say("counts no tokens; they are estimated from the lengths of texts")
 
-    def rest(self, seconds: float | None = None) -> None:
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            say_warning(f"{self.url} {text}")
+
+    def rest(self, fault: str, seconds: float | None = None) -> None:
         """Leave the server out, for longer after each fault in a row."""
+        self.fault, self.asked_to_wait = fault, seconds is not None
         now = time.monotonic()
         # Requests in flight fail together; they are one fault of the server.
         if self.ready_at <= now:
@@ -202,6 +193,8 @@ class Pool:
         self._next = 0
         self.last_sign = time.monotonic()  # of life, of any server
         self.last_answer = 0.0
+        self._silent_since: float | None = None
+        self._said_at = -math.inf
 
     async def pick(self) -> Server:
         """Return the next server that is not resting; wait for one if all are.
@@ -217,19 +210,38 @@ class Pool:
                 self._next = (self._next + 1) % len(self.servers)
                 if server.ready_at <= now:
                     return server
-            soonest = min(server.ready_at for server in self.servers)
+            first = min(self.servers, key=lambda server: server.ready_at)
             if now - self.last_sign > self._patience:
-                urls = ", ".join(server.url for server in self.servers)
                 raise Stopped(
-                    f"no answer from {urls} for {now - self.last_sign:.0f} s | "
+                    f"no answer from {self._faults()} for {now - self.last_sign:.0f} s | "
                     "fix: start the server and run the same command again"
                 )
-            await asyncio.sleep(min(soonest - now, 1.0) + 0.001)
+            if first.asked_to_wait and first.ready_at - now > self._patience:
+                raise Stopped(
+                    f"{first.url} asks to wait {first.ready_at - now:,.0f} s ({first.fault}) | "
+                    "fix: run the same command again then, or raise limits.patience"
+                )
+            self._say_silence(now)
+            await asyncio.sleep(min(first.ready_at - now, 1.0) + 0.001)
 
-    def answered(self, server: Server) -> None:
+    def _faults(self) -> str:
+        return ", ".join(f"{server.url} ({server.fault})" for server in self.servers)
+
+    def _say_silence(self, now: float) -> None:
+        """Say why nothing moves, once in a while."""
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > _SILENCE and now - self._said_at > _SAID_AGAIN:
+            self._said_at = now
+            say_warning(
+                f"no answer from {self._faults()}; tried again for {self._patience:g} s "
+                "(limits.patience)"
+            )
+
+    def answered(self, server: Server, reply: Reply) -> None:
         """Note an answer of any kind."""
-        server.answered()
+        server.answered(reply)
         self.last_sign = self.last_answer = time.monotonic()
+        self._silent_since = None
 
     @property
     def has_answered(self) -> bool:
@@ -254,7 +266,8 @@ class LiveTransport:
             patience=limits.patience,
         )
         self._places = asyncio.Semaphore(limits.concurrency)
-        self._rejected = 0
+        self._failed = 0  # calls, before any answer
+        self._is_first = budget.tokens == 0  # no earlier start was answered either
         self._requests = Rate(limits.requests_per_minute)
         self._tokens = Rate(limits.tokens_per_minute)
 
@@ -284,6 +297,7 @@ class LiveTransport:
         began = time.monotonic()
         tries = 0
         counted = 0
+        lost = Tokens()
 
         def is_over(state: tenacity.RetryCallState) -> bool:
             nonlocal counted
@@ -295,14 +309,18 @@ class LiveTransport:
             )
 
         async def once() -> Record:
-            nonlocal tries
+            nonlocal tries, lost
             tries += 1
             await self._requests.take(1)
             await self._tokens.take(most_tokens)
             reply = await self._request(call)
-            self._tokens.correct(reply.prompt_tokens + reply.completion_tokens - most_tokens)
+            used = reply.tokens(call)
+            self._tokens.correct(used.total - most_tokens)
+            if reply.is_empty:
+                lost += used  # it is paid for, too
+                raise _FaultError("an empty answer", is_foreign=True)
             seconds = round(time.monotonic() - began, 3)
-            return outcome(call, reply, self._secrets, attempts=tries, seconds=seconds)
+            return outcome(call, reply, self._secrets, lost=lost, attempts=tries, seconds=seconds)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_FaultError),
@@ -320,8 +338,46 @@ class LiveTransport:
                     f"no answer from any server for {waited:.0f} s ({reason}) | "
                     "fix: run the same command again later"
                 ) from None
-            seconds = round(waited, 3)
-            return call.record(status="failed", reason=reason, attempts=tries, seconds=seconds)
+            self._require_answers(error, reason)
+            return call.record(
+                status="failed",
+                reason=reason,
+                attempts=tries,
+                seconds=round(waited, 3),
+                prompt_tokens=lost.prompt,
+                completion_tokens=lost.completion,
+            )
+
+    def _require_answers(self, error: _FaultError | _RejectedError, reason: str) -> None:
+        """End a run whose first calls have all failed.
+
+        Raises:
+            UserError: other requests would be rejected, or answered with anything else, too.
+            Stopped: its servers are at fault.
+        """
+        # What is left of an earlier start may be just the calls that no server answers.
+        is_left = not self._is_first and not isinstance(error, _RejectedError)
+        if self._pool.has_answered or is_left:
+            return
+        self._failed += 1
+        if self._failed < MAX_FAILED:
+            return
+        urls = ", ".join(server.url for server in self._pool.servers)
+        if isinstance(error, _RejectedError):
+            raise UserError(
+                f"{urls} rejects every request: {reason}",
+                fix="check the name of the model, and set model.token_limit_key or model.extra as "
+                "this server needs them",
+            )
+        if error.is_foreign:
+            raise UserError(
+                f"{urls} answers no request: {reason}",
+                fix="check the server's url, which usually ends in /v1, and its log",
+            )
+        raise Stopped(
+            f"{urls} answers no request: {reason} | fix: look into the server's log, and run the "
+            "same command again"
+        )
 
     async def _request(self, call: Call[Any]) -> Reply:
         server = await self._pool.pick()
@@ -333,67 +389,89 @@ class LiveTransport:
         except openai.APIStatusError as error:
             raise self._explain(error, server, mode) from None
         except (openai.APIConnectionError, TimeoutError) as error:
-            server.rest()
-            raise self._explain_silence(error) from None
+            raise self._explain_silence(error, server) from None
         except (openai.APIError, ValueError) as error:
             self._pool.last_sign = time.monotonic()
-            raise _FaultError(f"not a chat completion: {str(error)[:200]}") from None
+            reason = f"not a chat completion: {str(error)[:200]}"
+            raise _FaultError(reason, is_foreign=True) from None
         except Exception as error:
             # The body is read outside the client's own handling of faults.
             if not type(error).__module__.startswith(("httpx", "aiohttp", "ssl")):
                 raise
-            server.rest()
-            raise self._explain_silence(error) from None
-        self._pool.answered(server)
+            raise self._explain_silence(error, server) from None
+        if reply.is_empty:
+            self._pool.last_sign = time.monotonic()
+        else:
+            self._pool.answered(server, reply)
         return reply
 
-    def _explain_silence(self, error: BaseException) -> _FaultError:
-        """Return what it means that no answer, or half of one, has come."""
+    def _explain_silence(self, error: BaseException, server: Server) -> Exception:
+        """Return what it means that no answer, or half of one, has come; let the server rest."""
         cause: BaseException | None = error
         # The client takes every fault of a connection for a timeout; its cause is more exact.
         while cause is not None and not isinstance(cause, aiohttp.ClientError):
             cause = cause.__cause__
+        if isinstance(cause, aiohttp.ClientSSLError) and not self._pool.has_answered:
+            return _explain_tls(cause, server.url)
         if cause is None or isinstance(cause, TimeoutError):
-            return _FaultError(f"no whole answer within {self._config.limits.timeout:g} s")
-        is_dead = isinstance(cause, aiohttp.ClientConnectorError)
-        return _FaultError(f"connection: {type(cause).__name__}", counts=not is_dead)
+            fault = _FaultError(
+                f"no whole answer within {self._config.limits.timeout:g} s (limits.timeout)"
+            )
+        else:
+            is_dead = isinstance(cause, aiohttp.ClientConnectorError)
+            reason = f"connection{server.via}: {_cause_of(cause)}"
+            fault = _FaultError(reason, counts=not is_dead)
+        server.rest(fault.reason)
+        return fault
 
     def _explain(self, error: openai.APIStatusError, server: Server, mode: str) -> Exception:
         """Return what an HTTP status means for the request, and let the server rest."""
         status = error.status_code
-        said = self._secrets.redact(str(error.message))[:300]
-        reason = f"HTTP {status}: {said}"
+        said = self._secrets.redact(str(error.message)).removeprefix(f"Error code: {status} - ")
+        said = " ".join(said.split())[:300]  # a page of HTML has many lines
+        reason = f"HTTP {status}{server.via}: {said}"
+        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+            # A failure recorded for each call that is left would cost all their items.
+            return Stopped(f"{server.url}: {reason} | fix: raise the quota of this account")
         if status == 429:
             self._pool.last_sign = time.monotonic()
-            if getattr(error, "code", None) == "insufficient_quota":
-                return Stopped(f"{server.url}: {reason} | fix: raise the quota of this account")
-            server.rest(_retry_after(error))
+            server.rest(reason, _retry_after(error))
             return _FaultError(reason, counts=False)
         if status in _REJECTED:
             self._pool.last_sign = time.monotonic()
             if server.fall_back(mode):
                 return _FaultError(reason, counts=False)
-            self._rejected += 1
-            if self._rejected >= _MAX_REJECTED and not self._pool.has_answered:
-                return UserError(
-                    f"{server.url} rejects every request: {reason}",
-                    fix="set model.token_limit_key or model.extra as this server needs them",
-                )
             return _RejectedError(reason)
         if status in _FATAL and not (status == 403 and self._pool.has_answered):
             return UserError(
                 f"{server.url}: {reason}",
-                fix="check the server's url, its api_key_env and the name of the model",
+                fix="name the server's host in no_proxy, or check its url and api_key_env"
+                if server.via
+                else "check the server's url, which usually ends in /v1, its api_key_env and the "
+                "name of the model",
             )
         if status in (408, 409) or status >= 500:
-            server.rest(_retry_after(error) if status == 503 else None)
-            return _FaultError(reason)
+            server.rest(reason, _retry_after(error) if status == 503 else None)
+            return _FaultError(reason, counts=status not in _AWAY)
         return _RejectedError(reason)
 
 
-def estimate_tokens(call: Call[Any]) -> int:
-    """Return about how many tokens a prompt has, rather too many than too few."""
-    return sum(len(m["content"]) for m in call.messages()) // _CHARACTERS_PER_TOKEN + 16
+def _cause_of(error: aiohttp.ClientError) -> str:
+    """Return why there is no connection, in the words of the system."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return type(error).__name__
+    # Faults of name servers have numbers of their own, below 0.
+    return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+
+
+def _explain_tls(error: aiohttp.ClientSSLError, url: str) -> UserError:
+    """Return what is wrong between this machine and a server that wants https."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return UserError(
+            f"{url}: its certificate is not trusted here ({error.certificate_error})",
+            fix="export SSL_CERT_FILE=FILE with the certificates of your CA",
+        )
+    return UserError(f"{url}: {error}", fix="check the server's url: this port may speak http")
 
 
 async def _read_body(client: openai.AsyncOpenAI, body: dict[str, Any]) -> bytes:

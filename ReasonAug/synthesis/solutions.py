@@ -25,7 +25,7 @@ from ReasonAug.synthesis.answers import SecondSolution, Verdict, WrittenTests
 from ReasonAug.synthesis.calls import Calls, Item, Unanswered
 from ReasonAug.synthesis.compare import same_result
 from ReasonAug.synthesis.config import ChecksConfig
-from ReasonAug.synthesis.ledger import SANDBOX, Record
+from ReasonAug.synthesis.ledger import PROGRAM, SANDBOX, Record
 
 T = TypeVar("T")
 
@@ -258,7 +258,7 @@ def outcome_record(item: str, key: str, outcome: list[bool] | None, seconds: flo
         item=item,
         status="ok",
         model=SANDBOX,
-        prompt="run@1",
+        prompt=f"{PROGRAM}@1",
         parameters={},
         answer=json.dumps(outcome),
         seconds=round(seconds, 3),

@@ -26,10 +26,10 @@ from unittest import mock
 
 from pipeline.config.loading import load_config
 from ReasonAug.synthesis.calls import Call
+from ReasonAug.synthesis.completions import body_of, read_reply
 from ReasonAug.synthesis.config import SynthesisConfig
 from ReasonAug.synthesis.ledger import Record
 from ReasonAug.synthesis.run import synthesize
-from ReasonAug.synthesis.servers import body_of, read_reply
 from tests.reasonaug.language_server import Behaviour, LanguageServer
 
 

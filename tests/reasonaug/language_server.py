@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -438,7 +439,8 @@ class LanguageServer:
         return web.json_response({"object": "list", "data": found, "has_more": False})
 
     async def retrieve_batch(self, request: web.Request) -> web.Response:
-        batch = self.batches[request.match_info["id"]]
+        if (batch := self.batches.get(request.match_info["id"])) is None:
+            return web.json_response({"error": {"message": "No batch found"}}, status=404)
         batch["looks"] += 1
         if batch["looks"] == 1:
             batch["status"] = "in_progress"
@@ -458,6 +460,10 @@ class LanguageServer:
                 error = {"code": "batch_expired", "message": "not in time"}
                 bad.append({"custom_id": identity, "response": None, "error": error})
                 continue
+            if "response_format" in entry["body"] and not self.behaviour.structured:
+                said = {"error": {"message": "response_format is not supported"}}
+                bad.append({"custom_id": identity, "response": {"status_code": 400, "body": said}})
+                continue
             self.answered[identity] += 1
             response = {"status_code": 200, "body": self._completion(entry["body"])}
             good.append({"custom_id": identity, "response": response, "error": None})
@@ -475,17 +481,21 @@ class LanguageServer:
 
 @contextlib.contextmanager
 def serving(
-    behaviour: Behaviour | None = None, port: int = 0
+    behaviour: Behaviour | None = None,
+    port: int = 0,
+    *,
+    kind: type[LanguageServer] = LanguageServer,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[str, LanguageServer]]:
     """Run a server in a thread; yield its base URL and itself."""
-    server = LanguageServer(behaviour or Behaviour())
+    server = kind(behaviour or Behaviour())
     loop = asyncio.new_event_loop()
     started, place = threading.Event(), {}
 
     async def start() -> None:
         runner = web.AppRunner(server.app(), access_log=None)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=0.1, ssl_context=tls)
         await site.start()
         place["runner"] = runner
         place["port"] = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
@@ -502,7 +512,7 @@ def serving(
     thread.start()
     started.wait(30)
     try:
-        yield f"http://127.0.0.1:{place['port']}/v1", server
+        yield f"http{'s' if tls else ''}://127.0.0.1:{place['port']}/v1", server
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from pipeline.errors import UserError
 from ReasonAug.concepts import CONCEPTS
+from ReasonAug.sandbox import Limits, Outcome
+from ReasonAug.synthesis import execution
 from ReasonAug.synthesis.answers import (
     UnreadableError,
     Verdict,
@@ -18,7 +21,9 @@ from ReasonAug.synthesis.answers import (
     json_schema,
     read_answer,
 )
+from ReasonAug.synthesis.calls import Halt
 from ReasonAug.synthesis.compare import same_result
+from ReasonAug.synthesis.completions import read_reply
 from ReasonAug.synthesis.concepts import concept_id, listed_concepts
 from ReasonAug.synthesis.ledger import Ledger, Record, call_key
 from ReasonAug.synthesis.prompts import Prompts
@@ -97,6 +102,9 @@ WHOLE = {"problem": 'How "many"?', "solution": "a\nb", "answer": "3"}
         f"Sure, here it is:\n```json\n{json.dumps(WHOLE, indent=1)}\n```\nAnything else?",
         json.dumps(WHOLE)[:-1] + ",}",
         f"<think>maybe {{'a': 1}}</think>{json.dumps(WHOLE)} done",
+        # A chat template has written the first tag.
+        f"So {json.dumps({**WHOLE, 'answer': '2'})}? No.\n</think>\n\n{json.dumps(WHOLE)}",
+        f"<thinking>{json.dumps({**WHOLE, 'answer': '2'})}</thinking>{json.dumps(WHOLE)}",
         json.dumps(WHOLE).replace("\\n", "\n"),
         json.dumps({**WHOLE, "answer": 3, "extra": None}),
     ],
@@ -110,6 +118,42 @@ def test_answers_in_words_are_read_where_they_have_a_usual_form() -> None:
     assert (found.problem, found.solution) == ("What?", "That.")
     assert read_answer(Verdict, "**Yes**, it does.").verdict is True
     assert read_answer(Verdict, '{"verdict": "No", "reason": "x"}').verdict is False
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"$\frac{1}{2} \times \beta$", None),
+        (r"$\rho \approx \sqrt{2} \cdot \alpha$ \(x \neq y\)", None),
+        (r"as $x \to 0$, $\tan\theta = \nu$ and \text{so}", None),
+        (r"\underline{u}, \nabla\cdot E and a word\b", None),
+        (r"it\'s", "it's"),
+        # Whoever doubles backslashes is read as before, and so are line breaks and tabs of code.
+        (r"$\\frac{1}{2} \\times \\beta$", r"$\frac{1}{2} \times \beta$"),
+        (r"def f(x):\n\ttext = x\n\treturn \"\u00e9\"\r\n", 'def f(x):\n\ttext = x\n\treturn "é"'),
+        (r"a\nu = 3\nto x\nneq\n\tan = 1", "a\nu = 3\nto x\nneq\n\tan = 1"),
+    ],
+)
+def test_backslashes_that_a_model_did_not_double_stay(written: str, meant: str | None) -> None:
+    """JSON would read a form feed and `rac`, or nothing at all."""
+    found = read_answer(WrittenProblem, f'{{"problem": "{written}", "solution": "s"}}')
+    assert found.problem == (written if meant is None else meant)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (WrittenProblem, f"<think>Perhaps {json.dumps(WHOLE)}, but"),
+        (WrittenProblem, "**Problem**\nWhat?\n\n**Solution**\nFirst, we"),
+        (WrittenProblem, json.dumps(WHOLE)[:-5]),
+        (Verdict, "Yes, because"),
+    ],
+)
+def test_an_answer_that_is_cut_off_is_whole_json_or_nothing(kind: type[Any], text: str) -> None:
+    with pytest.raises(UnreadableError):
+        read_answer(kind, text, is_cut=True)
+    whole = json.dumps({**WHOLE, "verdict": True})
+    assert read_answer(kind, whole + " " * 100, is_cut=True)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +180,33 @@ def test_a_schema_is_strict() -> None:
         "required": ["tests"],
         "additionalProperties": False,
     }
+
+
+# --- replies ---------------------------------------------------------------------------------
+
+
+def test_parts_of_a_reply_are_one_text_without_thoughts() -> None:
+    content = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "text", "text": "4"},
+        {"type": "text", "text": "2"},
+    ]
+    choice = {"message": {"content": content}, "finish_reason": "stop"}
+    reply = read_reply({"choices": [choice], "usage": {"prompt_tokens": 5}})
+    assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == ("42", 5, None)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        *(None, [], {}, {"choices": []}),
+        *({"choices": [choice]} for choice in ({}, {"message": None}, {"message": "text"})),
+        *({"choices": [{"message": {"content": content}}]} for content in (3, [1], ["text"])),
+    ],
+)
+def test_a_tree_of_another_form_is_no_reply(tree: Any) -> None:
+    with pytest.raises(ValueError):
+        read_reply(tree)
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -310,3 +381,24 @@ def test_the_function_of_a_program_is_the_named_one_or_the_last() -> None:
     assert function_of(source, "`helper(x)`") == "helper"
     assert function_of(source, "unknown") == "f"
     assert function_of("def f(", "f") is None
+
+
+def test_a_program_that_met_a_limit_is_run_again_under_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcome depends on the limits, so a record of other limits is none."""
+    given: list[Limits] = []
+
+    def run_program(source: str, *, limits: Limits) -> Outcome:
+        given.append(limits)
+        return Outcome(
+            reason="time", exit_code=-9, stdout="", stderr="", seconds=1.0, cpu_seconds=1.0
+        )
+
+    monkeypatch.setattr(execution, "run_program", run_program)
+    larger = Limits(memory_mb=1024)
+    with Ledger.open(tmp_path) as ledger:
+        for limits in (Limits(), Limits(), larger, larger, Limits()):
+            runs = execution.RecordedExecution(ledger, Halt(), limits=limits, dry_run=False)
+            asyncio.run(runs.passed("item", "def f(): pass", ["assert f()"]))
+    assert given == [Limits(), larger]

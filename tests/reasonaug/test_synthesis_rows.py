@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from ReasonAug.splits import is_held_out
 from ReasonAug.synthesis.imports import import_files
 from ReasonAug.synthesis.run import Run, synthesize
-from tests.reasonaug.language_server import Behaviour, serving
+from tests.reasonaug.language_server import Behaviour, LanguageServer, serving
 from tests.reasonaug.small_synthesis import NUMERIC, Rows, config_of, read
 from tests.support import free_port
 
@@ -173,6 +173,26 @@ def test_the_model_proposes_concepts_until_there_are_enough(tmp_path: Path) -> N
     assert len(proposed) == len({item["id"] for item in proposed}) == 7
 
 
+class Terse(LanguageServer):
+    """Proposes two concepts, and no other."""
+
+    def _content(self, text: str, structured: bool) -> str:
+        if "concepts of this domain" in text:
+            return json.dumps({"concepts": ["Time Value", "Duration"]})
+        return super()._content(text, structured)
+
+
+def test_concepts_that_the_model_does_not_propose_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    propose = [{"domain": "finance formula", "count": 7}]
+    with serving(kind=Terse) as (url, _):
+        synthesize(config_of(tmp_path / "out", url, concepts={"propose": propose}), limit=8)
+    assert "2 of 7 concepts of 'finance formula': the model has proposed no other" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_domain_with_one_concept_gives_no_rows(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(json.dumps({"math theorem": ["Bayes' Theorem"]}))
     concepts = {"files": [str(tmp_path / "one.yaml")]}
@@ -188,6 +208,19 @@ def generation(concept: str, n: int, check: str | None = "YES") -> dict[str, Any
     text = f"**Problem:**\nUse rule {n} of {concept}?\n\n**Solution:**\nIt gives {n}."
     domain = "math theorem"
     return {"n": n, "domain": domain, "concept": concept, "generation": text, "check": check}
+
+
+def test_imported_problems_beyond_the_number_of_a_concept_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [generation("Rule A", n) for n in range(5)] + [generation("Rule B", n) for n in range(2)]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path / "out", problems={"per_concept": 3})
+    import_files(config, generations=tmp_path / "g.jsonl", definitions=None, index=None)
+    assert (
+        "2 of 7 problems are left out by problems.per_concept=3; set it to 5 to use all"
+        in capsys.readouterr().err
+    )
 
 
 def test_answers_that_exist_pass_the_later_stages_without_a_call(tmp_path: Path) -> None:
