@@ -153,6 +153,8 @@ def _require_definitions(
 def _print(summary: Mapping[str, Any], out: Path) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in summary["generations"].items())
     kinds = ", ".join(f"{kind} {count}" for kind, count in summary["rows"].items())
+    if repeated := summary["repeated_problems"]:
+        counts += f"; of the accepted, {repeated} repeat another one"
     print(f"generations: {counts}")
     print(f"concepts: {sum(summary['concepts'].values())}")
     if summary["held_out_concepts"]:

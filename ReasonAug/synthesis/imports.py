@@ -7,7 +7,7 @@
 
 An imported answer belongs to an item, not to a prompt, so a changed prompt does not replace it. A
 check becomes the verdict on the solution; in a coding domain its program is the solution. The
-concepts are written to concepts.jsonl in output_dir, for `concepts.files`.
+concepts of all imports are written to concepts.jsonl in output_dir, for `concepts.files`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def import_files(
     if not rows:
         raise UserError(f"{generations}: no answer in it", fix=_FIX)
     counts: Counter[str] = Counter()
+    replaced = 0
     with Ledger.open(config.output_dir / "ledger") as ledger:
         for stage, item, answer in _answers(config, rows):
             key = imported_key(stage, item)
@@ -58,6 +59,7 @@ def import_files(
             if kept is not None and kept.answer == answer:
                 counts["there already"] += 1
                 continue
+            replaced += kept is not None
             record = Record(
                 key=key,
                 item=item,
@@ -72,8 +74,14 @@ def import_files(
             ledger.stage(stage).append(record)
             counts[stage] += 1
     _say_left_out(rows, config.problems.per_concept)
-    listed = {concept_id(row["domain"], row["concept"]): row for row in rows}
+    if replaced:
+        say_warning(
+            f"{replaced:,} answers replace answers of an earlier import: problems of a concept are "
+            "numbered in the order of one file, so join files that belong together"
+        )
     path = config.output_dir / "concepts.jsonl"
+    earlier = read_jsonl(path, fix=_FIX) if path.exists() else []
+    listed = {concept_id(row["domain"], row["concept"]): row for row in [*earlier, *rows]}
     write_jsonl(path, ({"domain": r["domain"], "concept": r["concept"]} for r in listed.values()))
     print(f"recorded: {', '.join(f'{name} {count:,}' for name, count in sorted(counts.items()))}")
     print(f"concepts: {len(listed)}, in {path}; name this file in concepts.files")

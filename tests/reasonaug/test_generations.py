@@ -186,7 +186,20 @@ def test_the_command_prints_what_became_of_the_generations(
     assert run(monkeypatch, *inputs, tmp_path / "new" / "train.jsonl") == 0
     printed = capsys.readouterr().out
     assert "generations: total 24, accepted 20," in printed
+    assert "repeat another one" not in printed
     assert "concepts: 5\n" in printed
+
+
+def test_the_command_counts_problems_that_were_written_twice(
+    inputs: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, *others = read(inputs[0])
+    write(tmp_path / "g.jsonl", [first, *others, first])
+    assert run(monkeypatch, tmp_path / "g.jsonl", inputs[1], tmp_path / "train.jsonl") == 0
+    assert "; of the accepted, 1 repeat another one\n" in capsys.readouterr().out
 
 
 DEFINITION = {"domain": "math theorem", "concept": "Chord Rule", "definition": "It says so."}

@@ -223,6 +223,20 @@ def test_imported_problems_beyond_the_number_of_a_concept_are_counted(
     )
 
 
+def test_a_second_import_keeps_the_concepts_and_says_what_it_replaces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "out")
+    for concepts in (("Rule A", "Rule B"), ("Rule B", "Rule C")):
+        rows = [generation(name, n + len(concepts[1])) for name in concepts for n in range(2)]
+        rows = [{**row, "generation": f"{row['generation']} ({concepts})"} for row in rows]
+        (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        import_files(config, generations=tmp_path / "g.jsonl", definitions=None, index=None)
+    listed = read(tmp_path / "out" / "concepts.jsonl")
+    assert [row["concept"] for row in listed] == ["Rule A", "Rule B", "Rule C"]
+    assert "2 answers replace answers of an earlier import" in capsys.readouterr().err
+
+
 def test_answers_that_exist_pass_the_later_stages_without_a_call(tmp_path: Path) -> None:
     """Both layouts: rows as they were released, and the output of a batch with an index."""
     written = [generation(concept, n) for concept in ("Rule A", "Rule B") for n in (1, 2, 3)]
