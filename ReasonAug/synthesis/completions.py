@@ -75,16 +75,20 @@ def read_reply(tree: Any) -> Reply:
         refusal = message.get("refusal") or ""
         if choice.get("finish_reason") == "content_filter":
             refusal = refusal or "content filter"
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         return Reply(
             text=text or "",
             refusal=str(refusal),
             is_cut=choice.get("finish_reason") == "length",
-            prompt_tokens=None if prompt is None else int(prompt),
-            completion_tokens=None if completion is None else int(completion),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no answer in it ({type(error).__name__}: {error})") from None
+
+
+def _count(value: Any) -> int | None:
+    """Return a server's count of tokens; None for anything else."""
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def outcome(

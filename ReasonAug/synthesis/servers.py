@@ -12,7 +12,8 @@
     402, an exhausted quota                    the run stops, to be continued
     an answer cut off at the token limit       recorded as it is, and not asked again
 
-A body is read in pieces, under a limit of time and size, because some servers never end one.
+The body of an answer is read in pieces, under a limit of time and size, because some servers never
+end one; the client reads the body of an error whole, under the limit of time.
 """
 
 from __future__ import annotations
@@ -71,7 +72,15 @@ class _FaultError(Exception):
 
 
 class _RejectedError(Exception):
-    """The server will not answer this request."""
+    """The server will not answer this request.
+
+    Args:
+        is_foreign: it takes no such requests at all.
+    """
+
+    def __init__(self, reason: str, *, is_foreign: bool = False) -> None:
+        super().__init__(reason)
+        self.is_foreign = is_foreign
 
 
 def make_client(server: ServerConfig, timeout: float) -> openai.AsyncOpenAI:
@@ -363,7 +372,7 @@ class LiveTransport:
         if self._failed < MAX_FAILED:
             return
         urls = ", ".join(server.url for server in self._pool.servers)
-        if isinstance(error, _RejectedError):
+        if isinstance(error, _RejectedError) and not error.is_foreign:
             raise UserError(
                 f"{urls} rejects every request: {reason}",
                 fix="check the name of the model, and set model.token_limit_key or model.extra as "
@@ -381,7 +390,7 @@ class LiveTransport:
 
     async def _request(self, call: Call[Any]) -> Reply:
         server = await self._pool.pick()
-        mode = server.mode
+        mode, body = server.mode, b""
         try:
             async with asyncio.timeout(self._config.limits.timeout):
                 body = await _read_body(server.client, body_of(call, mode))
@@ -392,7 +401,8 @@ class LiveTransport:
             raise self._explain_silence(error, server) from None
         except (openai.APIError, ValueError) as error:
             self._pool.last_sign = time.monotonic()
-            reason = f"not a chat completion: {str(error)[:200]}"
+            start = f": {body[:80].decode(errors='replace')!r}" if body else ""
+            reason = f"not a chat completion: {str(error)[:200]}{start}"
             raise _FaultError(reason, is_foreign=True) from None
         except Exception as error:
             # The body is read outside the client's own handling of faults.
@@ -413,13 +423,16 @@ class LiveTransport:
             cause = cause.__cause__
         if isinstance(cause, aiohttp.ClientSSLError) and not self._pool.has_answered:
             return _explain_tls(cause, server.url)
-        if cause is None or isinstance(cause, TimeoutError):
+        is_late = isinstance(error, openai.APITimeoutError | TimeoutError)
+        if isinstance(cause, TimeoutError) or (cause is None and is_late):
             fault = _FaultError(
                 f"no whole answer within {self._config.limits.timeout:g} s (limits.timeout)"
             )
         else:
             is_dead = isinstance(cause, aiohttp.ClientConnectorError)
-            reason = f"connection{server.via}: {_cause_of(cause)}"
+            if isinstance(error, openai.APIError) and cause is None:
+                cause = error.__cause__
+            reason = f"connection{server.via}: {_cause_of(cause or error)}"
             fault = _FaultError(reason, counts=not is_dead)
         server.rest(fault.reason)
         return fault
@@ -427,9 +440,9 @@ class LiveTransport:
     def _explain(self, error: openai.APIStatusError, server: Server, mode: str) -> Exception:
         """Return what an HTTP status means for the request, and let the server rest."""
         status = error.status_code
-        said = self._secrets.redact(str(error.message)).removeprefix(f"Error code: {status} - ")
-        said = " ".join(said.split())[:300]  # a page of HTML has many lines
-        reason = f"HTTP {status}{server.via}: {said}"
+        said = self._secrets.redact(str(error.message)).removeprefix(f"Error code: {status}")
+        said = " ".join(said.removeprefix(" - ").split())[:300]  # a page of HTML has many lines
+        reason = f"HTTP {status}{server.via}{f': {said}' if said else ''}"
         if status == 402 or getattr(error, "code", None) == "insufficient_quota":
             # A failure recorded for each call that is left would cost all their items.
             return Stopped(f"{server.url}: {reason} | fix: raise the quota of this account")
@@ -453,10 +466,10 @@ class LiveTransport:
         if status in (408, 409) or status >= 500:
             server.rest(reason, _retry_after(error) if status == 503 else None)
             return _FaultError(reason, counts=status not in _AWAY)
-        return _RejectedError(reason)
+        return _RejectedError(reason, is_foreign=True)
 
 
-def _cause_of(error: aiohttp.ClientError) -> str:
+def _cause_of(error: BaseException) -> str:
     """Return why there is no connection, in the words of the system."""
     if not isinstance(error, OSError) or error.errno is None:
         return type(error).__name__

@@ -194,6 +194,9 @@ def test_parts_of_a_reply_are_one_text_without_thoughts() -> None:
     choice = {"message": {"content": content}, "finish_reason": "stop"}
     reply = read_reply({"choices": [choice], "usage": {"prompt_tokens": 5}})
     assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == ("42", 5, None)
+    usage = {"prompt_tokens": -1, "completion_tokens": "many"}
+    reply = read_reply({"choices": [choice], "usage": usage})
+    assert (reply.prompt_tokens, reply.completion_tokens) == (None, None)
 
 
 @pytest.mark.parametrize(

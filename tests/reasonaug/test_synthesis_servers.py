@@ -213,14 +213,45 @@ class LoginPage(LanguageServer):
         return web.Response(text="<html>Please log in</html>", content_type="text/html")
 
 
-def test_a_page_in_place_of_a_server_ends_the_run(tmp_path: Path) -> None:
+class Stream(LanguageServer):
+    """Sends its answers in pieces, although no request asks for that."""
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(text='data: {"choices": []}\n\n', content_type="text/event-stream")
+
+
+class Moved(LanguageServer):
+    """Has another address, where a client must not post again."""
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        raise web.HTTPMovedPermanently("/v1/chat/completions")
+
+
+class Circle(LanguageServer):
+    """Has its own address as another one."""
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        raise web.HTTPPermanentRedirect("/v1/chat/completions")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (LoginPage, UserError, "not a chat completion: .*'<html>Please log in.*/v1"),
+        (Stream, UserError, "not a chat completion: .*'data: .*/v1"),
+        (Moved, UserError, "HTTP 405 .*/v1"),
+        (Circle, Stopped, "connection: TooManyRedirects"),
+    ],
+)
+def test_an_address_of_something_else_ends_the_run(
+    kind: type[LanguageServer], error: type[Exception], message: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    limits = {"attempts": 2}
     with (
-        serving(kind=LoginPage) as (url, _),
-        pytest.raises(UserError, match=r"answers no request: not a chat completion.*/v1"),
+        serving(kind=kind) as (url, _),
+        pytest.raises(error, match=f"answers no request: {message}"),
     ):
-        synthesize(config_of(out, url, limits=limits))
+        synthesize(config_of(out, url, limits={"attempts": 2}))
     assert records(out) == []
 
 
@@ -324,7 +355,7 @@ def test_a_proxy_in_the_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with serving(kind=Proxy) as (proxy, _), serving() as (url, server):
         place = proxy.removesuffix("/v1")
         monkeypatch.setenv("http_proxy", place.replace("//", "//user:secret@"))
-        message = rf"HTTP 403 through the proxy {place}: .*fix: name the server's host in no_proxy"
+        message = rf"HTTP 403 through the proxy {place} .*fix: name the server's host in no_proxy"
         with pytest.raises(UserError, match=message) as refused:
             synthesize(config_of(tmp_path / "out", url))
         assert "secret" not in str(refused.value)
