@@ -366,6 +366,7 @@ def test_a_run_is_warned_of_what_it_does_unlike_its_model(
     [
         (("Dense",), False, {}, "was made with Dense after its pooling"),
         (("LayerNorm", "Dense"), False, {}, "was made with LayerNorm, Dense after its pooling"),
+        (("Dropout", "Dense"), False, {}, "was made with Dense after its pooling"),
         (("Dense",), True, {}, "model.dimensions: all numbers, but .* the first 8 of a vector"),
         ((), False, {"truncate_dim": 8}, "model.dimensions: all numbers, but .* the first 8"),
     ],

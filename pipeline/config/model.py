@@ -49,8 +49,8 @@ SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# The modules of sentence-transformers that a model section describes.
-_DESCRIBED = ("Transformer", "Pooling", "Normalize")
+# Modules of sentence-transformers that a model section describes, and one that changes no vector.
+_DESCRIBED = ("Transformer", "Pooling", "Normalize", "Dropout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
