@@ -33,8 +33,8 @@ from pipeline.data.sources import FORMATS, plan_source
 from pipeline.data.sources.containers import read_records
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, require_writable
+from pipeline.model_limits import limits_of
 from pipeline.planning.architecture import read_architecture
-from pipeline.tokenizer import limits_of
 
 Goal = Literal["search", "instructions", "long"]
 # Names of fields in public data sets, by our column; a `*` joins several fields. The first that is

@@ -18,17 +18,14 @@ from safetensors.torch import save_file
 from pipeline.config import ModelConfig, Template, build_config
 from pipeline.errors import UserError
 from pipeline.model.encoder import build_encoder
+from pipeline.model_limits import ModelLimits, limits_of, read_limits, warn_if_unlike_base
 from pipeline.tokenizer import (
-    ModelLimits,
     TextTokenizer,
-    limits_of,
     load_fast_tokenizer,
     load_model_tokenizer,
     load_tokenizer,
-    read_limits,
     tokenizer_fingerprint,
     tokens_within,
-    warn_if_unlike_base,
 )
 from tests.tiny_models import tiny_starter
 

@@ -35,13 +35,8 @@ from pipeline.data.order import permute
 from pipeline.data.vectors import VECTORS_FOLDER, VectorFiles
 from pipeline.errors import UserError
 from pipeline.files import atomic_path, hash_file, table_writer
-from pipeline.tokenizer import (
-    TokenizerInfo,
-    load_tokenizer,
-    read_limits,
-    tokenizer_fingerprint,
-    warn_if_unlike_base,
-)
+from pipeline.model_limits import read_limits, warn_if_unlike_base
+from pipeline.tokenizer import TokenizerInfo, load_tokenizer, tokenizer_fingerprint
 
 DOCUMENT_SCHEMA = pa.schema(
     [

@@ -41,8 +41,8 @@ from pipeline.model.export_folder import (
     read_settings,
 )
 from pipeline.model.load_export import LoadedExport, load_export
+from pipeline.model_limits import limits_of
 from pipeline.run_folder import checkpoint_name
-from pipeline.tokenizer import limits_of
 from pipeline.workers import child_number, num_children, num_cores
 
 if TYPE_CHECKING:

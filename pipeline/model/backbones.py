@@ -37,7 +37,7 @@ from pipeline.model.architectures import (
 )
 from pipeline.model.attention import PACKED, PackedRows
 from pipeline.model.weights import Placement, WeightFiles, WeightReader, load_weights
-from pipeline.tokenizer import embedding_rows
+from pipeline.model_limits import embedding_rows
 
 
 def load_backbone(config: ModelConfig, *, placement: Placement | None) -> tuple[nn.Module, Family]:

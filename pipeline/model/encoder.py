@@ -38,7 +38,7 @@ from pipeline.model.attention import (
 )
 from pipeline.model.backbones import load_backbone, quiet, read_config, unused_names, unused_weights
 from pipeline.model.weights import Placement, WeightFiles
-from pipeline.tokenizer import limits_of, read_limits
+from pipeline.model_limits import limits_of, read_limits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,8 @@ from pipeline.model.export_folder import (
 )
 from pipeline.model.load_export import LoadedExport
 from pipeline.model.servers import Windows
-from pipeline.tokenizer import limits_of, load_tokenizer, lower_casing_file
+from pipeline.model_limits import limits_of
+from pipeline.tokenizer import load_tokenizer, lower_casing_file
 
 
 class TokenizerSource(Protocol):

@@ -50,11 +50,10 @@ from pipeline.model.export_folder import (
     read_settings,
 )
 from pipeline.model.weights import Placement
+from pipeline.model_limits import ModelLimits, limits_of
 from pipeline.tokenizer import (
-    ModelLimits,
     cut_before,
     instruction_characters,
-    limits_of,
     load_tokenizer,
     row_without_text,
     tokens_within,

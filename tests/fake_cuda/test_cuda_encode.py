@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import Template
 from pipeline.model.load_export import LoadedExport
-from pipeline.tokenizer import ModelLimits
+from pipeline.model_limits import ModelLimits
 from tests.benchmarks.bench_support import draw_texts, load
 from tests.fake_cuda.fake_cuda import FakeCuda, to_cuda
 from tests.fake_cuda.tracing import watch

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.config import Template
 from pipeline.model.load_export import LoadedExport
-from pipeline.tokenizer import ModelLimits
+from pipeline.model_limits import ModelLimits
 from tests.gpu import bench_gpu
 from tests.gpu.contact import Place, Report
 from tests.gpu.part_speed import make_setting

@@ -63,7 +63,8 @@ from pipeline.data.sources import expand_sources, plan_source
 from pipeline.data.sources.containers import block_bytes_of
 from pipeline.data.sources.records import EXCERPT, BadRowCounts, FileBlock, whole_characters
 from pipeline.files import write_json, write_text
-from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer, read_limits
+from pipeline.model_limits import read_limits
+from pipeline.tokenizer import TextTokenizer, TokenizerInfo, load_fast_tokenizer
 
 # (R,) 16-byte hashes of texts; numpy compares them as bytes, an order that all steps share.
 TextHashes = NDArray[np.bytes_]
