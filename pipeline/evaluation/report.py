@@ -406,9 +406,9 @@ def _few_queries(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     if not few:
         return []
     return [
-        f"Too few queries for these intervals: {', '.join(few)}. Of normal scores of 8 queries, an "
-        "interval holds the true mean in 9 of 10 cases, of 3 queries in 7 of 10; the interval of "
-        "one query has no width.",
+        f"Too few queries for these intervals: {', '.join(few)}. With normally distributed scores, "
+        "an interval covers the true mean in 9 of 10 cases for 8 queries and in 7 of 10 for 3; for "
+        "one query it has no width.",
         "",
     ]
 
