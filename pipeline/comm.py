@@ -118,7 +118,7 @@ _TELL_AFTER_SECONDS = (30.0, 120.0)
 
 @contextmanager
 def _telling_of_a_long_wait(world: World, where: str) -> Iterator[None]:
-    """Print a line if the block takes long: the others may have been started by nobody."""
+    """Print a line if the block takes long: the other ranks may never have been started."""
     text = (
         f"rank {world.rank} waits for the other ranks of {world.world_size} at {where}; where no "
         "launcher starts them, variables are left from another run: unset RANK, WORLD_SIZE, "

@@ -239,7 +239,7 @@ def share_cores(world: World) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads_are_chosen():
         return
-    # Each rank that srun started has cores of its own, and sees no others.
+    # Each rank that srun started has its own cores, and sees no others.
     cores, ranks = len(os.sched_getaffinity(0)), _counted_ranks(os.environ) or 1
     threads = max(1, cores // ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -158,7 +158,7 @@ class _Rows:
     Attributes:
         num_rows: with a positive; counted up to a limit.
         columns: the field of each of our columns.
-        has_negatives: whether queries have negatives of their own.
+        has_negatives: whether queries have their own negatives.
         unread: fields that no column reads.
     """
 

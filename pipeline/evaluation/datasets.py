@@ -308,7 +308,7 @@ def _check_judgements(where: str, judged: Any, fix: str) -> None:
 
 
 def _check_candidates(where: str, data: Any, fix: str) -> None:
-    """Refuse candidates that scoring would look for in vain, once everything is embedded."""
+    """Refuse candidates that the corpus lacks: scoring would fail once everything is embedded."""
     known, listed = set(data["corpus"]["id"][:]), data["top_ranked"]
     # Other splits may share the list of candidates.
     odd = [q for q in data["queries"]["id"][:] if not known.issuperset(listed.get(q, ()))]

@@ -484,7 +484,7 @@ def _query_columns(
 
     Args:
         queries: with an instruction in the record itself.
-        given: instructions of a part of their own, which come first.
+        given: instructions of a separate part, which come first.
     """
     texts, instructions = zip(*map(_query_of, queries.values()), strict=True)
     if given is not None:

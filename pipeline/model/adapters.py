@@ -167,7 +167,7 @@ def _merge_whole(backbone: nn.Module, files: AdapterFiles, base: nn.Module) -> M
 
 # These learn no change of weights: virtual tokens, a route for each text, added states.
 _UNMERGEABLE = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
-# Keys of a LoRA config by which it is on for some tokens or texts only. Without them, peft would
+# Keys of a LoRA config that turn it on for some tokens or texts only. Without them, peft would
 # silently leave such an adapter off.
 _ON_FOR_SOME = ("alora_invocation_tokens", "arrow_config")
 _MERGE_IT = "merge it into its model with peft, if it can do that, and give that as model.path"
@@ -227,7 +227,7 @@ class AdapterFiles:
         return adapted
 
     def _require_biases(self, adapted: nn.Module) -> None:
-        """Refuse an adapter with biases of its own for layers without one."""
+        """Refuse an adapter with biases for layers without one."""
         for name, module in adapted.named_modules():
             if isinstance(module, lora.Linear) and module.get_base_layer().bias is None:
                 raise UserError(
@@ -540,7 +540,7 @@ def _check_continuable(files: AdapterFiles, base_names: set[str]) -> None:
         f"init_lora_weights: {start}": start not in _PLAIN_STARTS,
         # It cuts a part off the base weights.
         "kasa_config": getattr(config, "kasa_config", None),
-        # It needs a loss of its own.
+        # It needs another loss.
         "monteclora_config": getattr(config, "monteclora_config", None),
     }
     for fault, holds in faults.items():

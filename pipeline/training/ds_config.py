@@ -142,7 +142,7 @@ def resolve_ds_config(
 
 
 def _without_null_sections(tree: dict[str, Any]) -> dict[str, Any]:
-    """Leave out sections that are null, which stands for their absence."""
+    """Leave out sections that are null, as if they were absent."""
     return {
         key: _without_null_sections(value) if isinstance(value, dict) else value
         for key, value in tree.items()

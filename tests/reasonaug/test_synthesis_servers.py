@@ -1,4 +1,4 @@
-"""Servers that answer in odd ways, or not: nothing is paid, lost or changed without a word."""
+"""Servers that answer in odd ways, or not: nothing is silently paid, lost or changed."""
 
 from __future__ import annotations
 

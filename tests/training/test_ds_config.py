@@ -91,7 +91,7 @@ def test_resolving_leaves_the_input_alone() -> None:
         ({"steps_per_print": 0}, "steps_per_print to 0 . allowed: a whole number >= 1"),
         ({"train_batch_size": 256}, "256, but .* needs 6 . fix: remove it.*data.global_batch_size"),
         ({"gradient_accumulation_steps": 4}, "needs 1 . fix: remove it.*chunks.max_tokens"),
-        # Weights, sums or messages of fewer bits, which DeepSpeed would take without a word.
+        # Weights, sums or messages of fewer bits, which DeepSpeed would silently take.
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16_master.*always float32"),
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states.*always float32"),
         ({"bf16": {"check_grad_overflow": False}}, "check_grad_overflow to False .*not finite"),

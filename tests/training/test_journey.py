@@ -42,7 +42,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert [line["step"] for line in metrics(parts)] == [0]
     # A signal to one rank in the middle of the fourth step.
     monkeypatch.setenv("FAULT", "asked to stop")
-    # Neither changes a bit: a run out of memory goes on with them.
+    # Neither changes a bit: a run out of memory continues with them.
     other = ("schedule=cache", "model.gradient_checkpointing=true")
     second = run_trainer(*arguments, f"output_dir={parts}", *other, num_ranks=2, script=WORKER)
     assert second.returncode == 75, second.stderr
@@ -63,7 +63,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert names == ["latest", "step-000004", "step-000006"]
     for name in ("config.yaml", "ds_config.json", "environment.json"):
         assert (parts / name).is_file()
-    # A request that comes in the last step is met, and stops no run that goes on from here.
+    # A request that comes in the last step is met, and stops no run that continues from here.
     (tmp_path / "short").mkdir()
     (tmp_path / "short/stop").touch()
     short = ("num_steps=1", "optimizer.warmup_steps=0", f"output_dir={tmp_path / 'short'}")

@@ -1,7 +1,7 @@
 """Refuse a misspelt field of a column that rows may lack.
 
 A row without negatives, instruction or concept is fine; a field that no row of a source has is a
-mistake, which would otherwise read nothing without a word.
+mistake, which would otherwise silently read nothing.
 """
 
 from __future__ import annotations
