@@ -23,7 +23,7 @@ once, array elements `embed` them into a store, and scoring reads the store.
     models                          exports, on this machine's devices
     distinct_texts, embedding_plan  every distinct text once, in blocks of equal cost
     embed                           vectors of blocks: written and looked up
-    scoring, metrics, run           one element, its scores of single queries, all elements
+    scoring, query_scores, run      one element, its scores of single queries, all elements
     results, tables, report         result.json; intervals, tables and plots; the report
     encode, encode_files            `diffembed encode`: a user's file to vectors
     probe                           `diffembed probe`: tags of words

@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 
 from pipeline.config import EvaluateConfig, OwnTask
 from pipeline.errors import UserError, blame
-from pipeline.evaluation.metrics import require_mean
+from pipeline.evaluation.query_scores import require_mean
 from pipeline.evaluation.tasks import (
     BENCHMARKS,
     LOCAL_REVISION,

@@ -33,7 +33,8 @@ from pipeline.evaluation.datasets import (
     private_cache,
     query_texts,
 )
-from pipeline.evaluation.metrics import (
+from pipeline.evaluation.models import EvaluatedEncoder
+from pipeline.evaluation.query_scores import (
     P_MRR,
     Rankings,
     best_first,
@@ -41,7 +42,6 @@ from pipeline.evaluation.metrics import (
     p_mrr_per_query,
     per_query_scores,
 )
-from pipeline.evaluation.models import EvaluatedEncoder
 from pipeline.evaluation.results import RESULT_VERSION, Result
 from pipeline.evaluation.tasks import benchmark_of, load_mteb
 

@@ -116,6 +116,19 @@ encode_file(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()), num_processes=
 """
 
 
+def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which the number of each block that is embedded from now on is added."""
+    numbers: list[int] = []
+    encode_block = encode._encode_block
+
+    def counting(job: EncodeJob, number: int) -> None:
+        numbers.append(number)
+        encode_block(job, number)
+
+    monkeypatch.setattr(encode, "_encode_block", counting)
+    return numbers
+
+
 def test_a_killed_run_continues_with_the_blocks_that_are_missing(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -130,14 +143,7 @@ def test_a_killed_run_continues_with_the_blocks_that_are_missing(
     assert not job.output.exists()
     done = sorted(path.name for path in job.folder.glob("part-*.arrow"))
     assert done == [job.part(block).name for block in range(3)]
-    numbers: list[int] = []
-    encode_block = encode._encode_block
-
-    def counting(job: EncodeJob, number: int) -> None:
-        numbers.append(number)
-        encode_block(job, number)
-
-    monkeypatch.setattr(encode, "_encode_block", counting)
+    numbers = count_blocks(monkeypatch)
     part = job.part(0)
     content = part.read_bytes()
     middle = len(content) // 2  # among the vectors
@@ -157,14 +163,7 @@ def test_a_killed_run_continues_with_the_blocks_that_are_missing(
 def test_of_two_commands_for_one_output_the_second_waits_and_finds_it_finished(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers: list[int] = []
-    encode_block = encode._encode_block
-
-    def counting(job: EncodeJob, number: int) -> None:
-        numbers.append(number)
-        encode_block(job, number)
-
-    monkeypatch.setattr(encode, "_encode_block", counting)
+    numbers = count_blocks(monkeypatch)
     lock = job.output.with_name(".out.arrow.lock")
     call = {"args": (job,), "kwargs": {"num_processes": 1}}
     with hold_lock(lock, tell=print), contextlib.redirect_stderr(io.StringIO()) as printed:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import random
 import shutil
+from typing import Any
 
 import benchmark_replicas as replicas
 import mteb
@@ -19,6 +20,7 @@ from mteb._evaluators.retrieval_metrics import (
 )
 from mteb.models import EncoderProtocol, SearchProtocol
 
+from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.datasets import (
     get_task,
@@ -26,7 +28,7 @@ from pipeline.evaluation.datasets import (
     localise,
     private_cache,
 )
-from pipeline.evaluation.metrics import chance_level, p_mrr_per_query, per_query_scores
+from pipeline.evaluation.query_scores import chance_level, p_mrr_per_query, per_query_scores
 from pipeline.evaluation.run import plan, run_all, run_element
 from pipeline.evaluation.scoring import (
     ExactSearch,
@@ -41,6 +43,17 @@ from pipeline.evaluation.tasks import (
 )
 
 FOLLOW_IR = "Core17InstructionRetrieval"
+
+
+def score_with_mteb(encoder: MtebEncoder, task: str, config: EvaluateConfig) -> Any:
+    """Return mteb's own result of a task on the same snapshots."""
+    return mteb.evaluate(
+        encoder,
+        localise(get_task(task), config.snapshots),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )[0]
 
 
 def texts_seen_by_the_model(task: str, snapshots, tmp_path, minilm: MiniLM) -> list[str]:
@@ -149,13 +162,9 @@ def test_every_task_scores_what_mteb_scores_with_its_own_search(
         e.index for e in list_elements(config) if (e.model.name, e.task) == ("strong", task)
     )
     ours = run_element(config, index, load=load)
-    theirs = mteb.evaluate(
-        MtebEncoder(wrap(minilm), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
-        localise(get_task(task), config.snapshots),
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-    )[0]
+    theirs = score_with_mteb(
+        MtebEncoder(wrap(minilm), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)), task, config
+    )
     assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
     assert ours["score"] != 0
     assert ours["by_split"] == pytest.approx(
@@ -173,13 +182,11 @@ def test_the_other_tasks_of_the_benchmarks_score_what_mteb_scores(task, config, 
     config = dataclasses.replace(config, tasks=(task,))
     element = next(e for e in list_elements(config) if e.model.name == "weak")
     ours = run_element(config, element.index, load=load)
-    theirs = mteb.evaluate(
+    theirs = score_with_mteb(
         MtebEncoder(load(config, element), INSTRUCTIONS.get(task, DEFAULT_INSTRUCTION)),
-        localise(get_task(task), config.snapshots),
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-    )[0]
+        task,
+        config,
+    )
     assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
     assert ours["metric"] in ("p-MRR", "ndcg_at_10", "recall_at_1")
 
@@ -191,13 +198,7 @@ def test_follow_ir_in_several_languages_scores_what_mteb_scores(task, config, lo
     config = dataclasses.replace(config, tasks=(task,), snapshots=tmp_path / "hub")
     weak, _ = list_elements(config)
     ours = run_element(config, weak.index, load=load)
-    theirs = mteb.evaluate(
-        MtebEncoder(load(config, weak), DEFAULT_INSTRUCTION),
-        localise(get_task(task), config.snapshots),
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-    )[0]
+    theirs = score_with_mteb(MtebEncoder(load(config, weak), DEFAULT_INSTRUCTION), task, config)
     assert ours["score"] == pytest.approx(theirs.get_score(), abs=1e-6)
     assert ours["metric"] == "p-MRR"
     assert len(ours["per_query"]) == 3

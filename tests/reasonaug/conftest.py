@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from ReasonAug.replicas import write_replicas
+from ReasonAug.synthesis.run import Run, synthesize
 from ReasonAug.templates import write_templates
+from tests.reasonaug.language_server import serving
+from tests.reasonaug.small_synthesis import config_of, records
 from tests.support import share_folder
 
 Rows = list[dict[str, Any]]
@@ -58,3 +61,21 @@ def rows_of(generated: Path) -> Callable[[str], Rows]:
         return cache[name]
 
     return rows
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report on the data takes as long as everything else; it has its own tests."""
+    monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run against a server that behaves well."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    with serving() as (url, server):
+        synthesize(config_of(folder, url))
+        # Nothing was asked twice.
+        assert set(server.answered.values()) == {1}
+        assert server.answered.total() == len(records(folder))
+    return folder

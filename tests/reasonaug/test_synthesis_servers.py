@@ -13,25 +13,12 @@ import pytest
 from aiohttp import web
 
 from pipeline.errors import Stopped, UserError
-from ReasonAug.synthesis.run import Run, synthesize
+from ReasonAug.synthesis.run import synthesize
 from tests.reasonaug.language_server import Behaviour, LanguageServer, serving
 from tests.reasonaug.small_synthesis import config_of, read, records
 from tests.support import free_port
 
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report on the data takes as long as everything else; it has its own tests."""
-    monkeypatch.setattr(Run, "_require_quality", lambda run, rows: None)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run against a server that behaves well."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    with serving() as (url, _):
-        synthesize(config_of(folder, url))
-    return folder
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def rows(folder: Path) -> bytes:
